@@ -1,0 +1,136 @@
+"""What flows between the stages: a prompt, what the engine captured for one completion, and the signals a codec stores.
+
+Shape legend: T completion tokens, K captured candidates a token, N stored candidates of all tokens (ragged, flat), R rows.
+Log probabilities are natural logarithms of the teacher's own distribution at temperature 1, before penalties and truncation.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation in the `messages` form of chat templates."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question for the teacher. `prompt_id` depends on the messages alone, so equal questions are found by equal ids."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    source: str
+    split: str
+    reference: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """The teacher's view of one completion as the engine gives it, nothing cut off yet.
+
+    token_ids_T int32, sampled_logprob_T float32, sampled_rank_T int32 (1 is the most probable token), topk_ids_TK int32
+    and topk_logprobs_TK float32 by falling probability; entropy_T float32 in nats where the engine computed it over the
+    whole vocabulary, else None.
+    """
+
+    token_ids_T: Int32
+    sampled_logprob_T: Float32
+    sampled_rank_T: Int32
+    topk_ids_TK: Int32
+    topk_logprobs_TK: Float32
+    entropy_T: Float32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """Stored distributions of T tokens: the support of token t is the next `topk_n_T[t]` entries of the flat arrays.
+
+    topk_n_T int32 (>= 1), topk_ids_N int32 by falling probability, topk_logprobs_N float32, tail_logmass_T float32 (log of
+    the mass outside the support, -inf when there is none), sampled_logprob_T float32, sampled_rank_T int32 (1-based over
+    the whole vocabulary), entropy_T float32 in nats.
+    """
+
+    topk_n_T: Int32
+    topk_ids_N: Int32
+    topk_logprobs_N: Float32
+    tail_logmass_T: Float32
+    sampled_logprob_T: Float32
+    sampled_rank_T: Int32
+    entropy_T: Float32
+
+    def slice(self, start: int, stop: int) -> "Signals":
+        """Signals of tokens start..stop-1, as views."""
+        first = int(self.topk_n_T[:start].sum(dtype=np.int64))
+        last = first + int(self.topk_n_T[start:stop].sum(dtype=np.int64))
+        return Signals(
+            topk_n_T=self.topk_n_T[start:stop],
+            topk_ids_N=self.topk_ids_N[first:last],
+            topk_logprobs_N=self.topk_logprobs_N[first:last],
+            tail_logmass_T=self.tail_logmass_T[start:stop],
+            sampled_logprob_T=self.sampled_logprob_T[start:stop],
+            sampled_rank_T=self.sampled_rank_T[start:stop],
+            entropy_T=self.entropy_T[start:stop],
+        )
+
+    def dense(self, k: int) -> tuple[Int32, Float32]:
+        """Rank-ordered arrays ids_TK int32 and logprobs_TK float32; slots past the support hold id 0 and -inf.
+
+        Tokens with more than k entries are cut to their first k (the tail does not grow for that: pass k >= max support).
+        """
+        num_tokens = len(self.topk_n_T)
+        ids_TK = np.zeros((num_tokens, k), np.int32)
+        logprobs_TK = np.full((num_tokens, k), -np.inf, np.float32)
+        starts_T = np.cumsum(self.topk_n_T, dtype=np.int64) - self.topk_n_T
+        token_N = np.repeat(np.arange(num_tokens), self.topk_n_T)
+        rank_N = np.arange(len(self.topk_ids_N)) - starts_T[token_N]
+        kept_N = rank_N < k
+        ids_TK[token_N[kept_N], rank_N[kept_N]] = self.topk_ids_N[kept_N]
+        logprobs_TK[token_N[kept_N], rank_N[kept_N]] = self.topk_logprobs_N[kept_N]
+        return ids_TK, logprobs_TK
+
+
+def stable_hash(*parts: object) -> str:
+    """32 hex characters (BLAKE2b, 16 bytes) of the canonical JSON of the parts; the same on every machine and version."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+
+def prompt_id_of(messages: Sequence[Message]) -> str:
+    """Identity of a prompt: hash of roles and contents."""
+    return stable_hash("prompt", [[m.role, m.content] for m in messages])
+
+
+def chain_id_of(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """Identity of a chain whoever judged it: joins what two teachers think of the same tokens."""
+    return stable_hash("chain", list(map(int, prompt_token_ids)), list(map(int, token_ids)))
+
+
+def sample_id_of(
+    teacher_fingerprint: str,
+    prompt_token_ids: Sequence[int],
+    sampling: Mapping[str, Any],
+    seed: int,
+    sample_index: int,
+) -> str:
+    """Identity of a generated row: the same request of the same teacher always has the same id."""
+    ids = list(map(int, prompt_token_ids))
+    return stable_hash("sample", teacher_fingerprint, ids, dict(sampling), seed, sample_index)
+
+
+def scored_sample_id_of(teacher_fingerprint: str, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """Identity of a scored row: completion tokens stand in for sampling, seed and index."""
+    return stable_hash("scored", teacher_fingerprint, list(map(int, prompt_token_ids)), list(map(int, token_ids)))

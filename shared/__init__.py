@@ -1,0 +1,1 @@
+"""What both sides of stillroom need. Loads neither torch nor vllm nor deepspeed."""

@@ -1,0 +1,244 @@
+"""Which files make up a cache: three Delta logs, run manifests and vocabularies under one root. The only file that imports deltalake.
+
+pyarrow writes the data files; the Delta log only says which of them are visible. A data file is written under a temporary
+name, fsynced, renamed to a name that carries its SHA-256, and then committed with an AddAction and the worker's transaction
+number. So a file is visible whole or not at all, a reader sees one consistent version, and a file's bytes can be checked
+against its own name wherever it was copied.
+
+    CACHE/chains/<run>/<worker>-<sequence>-<sha256, 32 hex>.parquet     + chains/_delta_log/
+    CACHE/verdicts/..., CACHE/failures/...                               the same manner
+    CACHE/runs/<run_id>.json, CACHE/vocab/<tokenizer fingerprint>.parquet
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from schemas.manifest import RunManifest
+from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
+from shared.errors import CacheConflict, CorruptError, DataError
+from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+HASH_CHARS = 32
+SHARD_NAME = re.compile(
+    rf"^(?P<worker>[A-Za-z0-9_.]+)-(?P<sequence>\d{{6,}})-(?P<hash>[0-9a-f]{{{HASH_CHARS}}})\.parquet$"
+)
+TABLE_CONFIGURATION = {
+    # Without this, entries older than 30 days vanish at checkpoints and pinned versions with them.
+    "delta.enableExpiredLogCleanup": "false",
+    "delta.checkpointInterval": "100",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One visible file of a table: path relative to the table's folder, size in bytes, rows."""
+
+    path: str
+    size_bytes: int
+    num_rows: int
+
+
+class Table:
+    """One Delta log and the folder of Parquet files it speaks of. Reads are of one version until `refresh`."""
+
+    def __init__(self, folder: Path, version: int | None = None) -> None:
+        """Opens an existing table. Raises DataError where there is none, CorruptError for a log that cannot be read."""
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        self.folder = folder
+        try:
+            self._delta: DeltaTable = DeltaTable(str(folder))
+            latest = self._delta.version()
+            if version is not None and not 0 <= version <= latest:
+                raise DataError(f"{folder} has no version {version}: the latest is {latest}")
+            if version is not None:
+                self._delta.load_as_version(version)
+        except TableNotFoundError as error:
+            raise DataError(f"{folder} holds no Delta table: name the folder of a cache") from error
+        except (DeltaError, OSError, ValueError) as error:
+            raise CorruptError(f"{folder}/_delta_log cannot be read: {_first_line(error)}") from error
+
+    @classmethod
+    def create(cls, folder: Path, schema: pa.Schema) -> "Table":
+        """Opens the table, making it first where there is none; safe when several workers do so at once."""
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+
+        if not DeltaTable.is_deltatable(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                DeltaTable.create(str(folder), schema, mode="error", configuration=TABLE_CONFIGURATION)
+            except DeltaError as error:
+                if not DeltaTable.is_deltatable(str(folder)):
+                    raise CacheConflict(f"cannot create the table {folder}: {_first_line(error)}") from error
+        return cls(folder)
+
+    @property
+    def version(self) -> int:
+        """Number of the version being read."""
+        return self._delta.version()
+
+    def refresh(self) -> None:
+        """Moves on to the latest version."""
+        self._delta.update_incremental()
+
+    def files(self) -> list[DataFile]:
+        """Visible files of this version, ordered by path."""
+        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        rows = zip(
+            actions.column("path").to_pylist(),
+            actions.column("size_bytes").to_pylist(),
+            actions.column("num_records").to_pylist(),
+            strict=True,
+        )
+        return sorted((DataFile(path, size, num or 0) for path, size, num in rows), key=lambda file: file.path)
+
+    def path_of(self, file: DataFile) -> Path:
+        """Where a visible file lies."""
+        return self.folder / file.path
+
+    def last_sequence(self, application: str) -> int | None:
+        """Number of the last transaction that `application` committed, None before the first."""
+        return self._delta.transaction_version(application)
+
+    def commit(self, files: Sequence[DataFile], application: str, sequence: int) -> None:
+        """Makes `files` visible as transaction `sequence` of `application`, on exactly the version last refreshed to.
+
+        Every file must exist with the stated size. Raises CacheConflict when another commit came first (refresh, look
+        again at what is visible, and retry) or when the sequence was committed already.
+        """
+        from deltalake import CommitProperties
+        from deltalake.exceptions import CommitFailedError, DeltaError
+        from deltalake.transaction import Transaction
+
+        last = self.last_sequence(application)
+        if last is not None and sequence <= last:
+            raise CacheConflict(f"transaction {sequence} of {application} is committed already (last is {last})")
+        adds = [self._add_action(file) for file in files]
+        properties = CommitProperties(
+            # With retries two handles could both commit the same rows; without, the second must look again.
+            max_commit_retries=0,
+            app_transactions=[Transaction(application, sequence)],
+        )
+        try:
+            self._delta.create_write_transaction(
+                adds, mode="append", schema=self._delta.schema(), commit_properties=properties
+            )
+        except CommitFailedError as error:
+            raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
+        except DeltaError as error:
+            if "conflict" in str(error).lower() or "already exists" in str(error).lower():
+                raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
+            raise
+        self.refresh()
+
+    def _add_action(self, file: DataFile) -> Any:
+        from deltalake.transaction import AddAction
+
+        size_bytes = self.path_of(file).stat().st_size
+        if size_bytes != file.size_bytes:
+            raise CorruptError(f"{self.path_of(file)} has {size_bytes} bytes, {file.size_bytes} were written")
+        return AddAction(
+            path=file.path,
+            size=file.size_bytes,
+            partition_values={},
+            modification_time=int(time.time() * 1000),
+            data_change=True,
+            stats=json.dumps({"numRecords": file.num_rows}),
+        )
+
+
+class Catalog:
+    """A cache: its tables, run manifests and vocabularies."""
+
+    def __init__(
+        self,
+        root: Path,
+        chains_version: int | None = None,
+        verdicts_version: int | None = None,
+    ) -> None:
+        """Opens an existing cache, at pinned versions where given. Raises DataError where there is none."""
+        if not (root / "chains" / "_delta_log").is_dir():
+            raise DataError(
+                f"{root} is not a cache: it has no chains/_delta_log (build one with `teacher-cache build`)"
+            )
+        self.root = root
+        self.chains = Table(root / "chains", chains_version)
+        self.verdicts = Table(root / "verdicts", verdicts_version)
+        self.failures = Table(root / "failures")
+
+    @classmethod
+    def create(cls, root: Path) -> "Catalog":
+        """Opens the cache, making it first where there is none."""
+        # chains comes last: its log is what tells a cache from a folder.
+        for name, schema in (
+            ("failures", FAILURE_SCHEMA),
+            ("verdicts", VERDICT_SCHEMA),
+            ("chains", table_schema()),
+        ):
+            Table.create(root / name, schema)
+        return cls(root)
+
+    def runs(self) -> dict[str, RunManifest]:
+        """Manifests by run id. Raises CorruptError naming the file that cannot be read."""
+        found = {}
+        for path in sorted((self.root / "runs").glob("*.json")):
+            try:
+                manifest = RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CorruptError(f"{path} is not a run manifest: {_first_line(error)}") from error
+            found[manifest.run_id] = manifest
+        return found
+
+    def write_run(self, manifest: RunManifest) -> None:
+        """Writes `runs/<run_id>.json` whole."""
+        write_text_atomic(self.root / "runs" / f"{manifest.run_id}.json", manifest.model_dump_json(indent=2) + "\n")
+
+    def vocab_path(self, tokenizer_fingerprint: str) -> Path:
+        """Where the pieces of a tokenizer are kept."""
+        return self.root / "vocab" / f"{tokenizer_fingerprint}.parquet"
+
+    def vocab_paths(self) -> list[Path]:
+        """All vocabularies of the cache."""
+        return sorted((self.root / "vocab").glob("*.parquet"))
+
+
+def publish(temp: Path, folder: Path, relative_stem: str, num_rows: int) -> DataFile:
+    """Gives a finished temporary file its final, hash-bearing name below `folder`; the file is then ready to commit.
+
+    `relative_stem` is `<run>/<worker>-<sequence>`. The rename is atomic and flushed to the disk before this returns.
+    """
+    sync_file(temp)
+    path = f"{relative_stem}-{sha256_of(temp)[:HASH_CHARS]}.parquet"
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temp, target)
+    sync_folder(target.parent)
+    return DataFile(path, target.stat().st_size, num_rows)
+
+
+def check_hash(path: Path) -> None:
+    """Raises CorruptError unless the file's bytes have the SHA-256 that its name carries."""
+    match = SHARD_NAME.match(path.name)
+    if match is None:
+        raise CorruptError(f"{path} is not named <worker>-<sequence>-<hash>.parquet: this cache did not write it")
+    if not path.exists():
+        raise CorruptError(f"{path} is registered but missing")
+    if sha256_of(path)[:HASH_CHARS] != match["hash"]:
+        raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 is not the one in its name")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

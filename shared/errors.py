@@ -1,0 +1,38 @@
+"""Errors a user can meet, each with the exit code its command ends with.
+
+    StillroomError              1  failed at run time
+    ├── ConfigError             2  a value of the configuration or command line breaks a rule
+    ├── DataError               2  input that the user named cannot be used (missing, malformed, empty)
+    ├── CorruptError            3  stored bytes are not what was written
+    └── CacheConflict           1  another process holds or changed what this one needs
+
+Messages are one line: what, where, the rule, the remedy. A command prints them without a traceback.
+"""
+
+
+class StillroomError(Exception):
+    """Base of every error meant for a user's eyes."""
+
+    exit_code = 1
+
+
+class ConfigError(StillroomError):
+    """A setting is unknown, missing, out of range or without effect."""
+
+    exit_code = 2
+
+
+class DataError(StillroomError):
+    """A named input is missing, unreadable or empty."""
+
+    exit_code = 2
+
+
+class CorruptError(StillroomError):
+    """Stored bytes contradict themselves, their hash or the format."""
+
+    exit_code = 3
+
+
+class CacheConflict(StillroomError):
+    """Another process holds or changed what this one needs."""
