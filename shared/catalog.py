@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -25,9 +25,6 @@ from schemas.manifest import RunManifest
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from shared.errors import CacheConflict, CorruptError, DataError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
-
-if TYPE_CHECKING:
-    from deltalake import DeltaTable
 
 HASH_CHARS = 32
 SHARD_NAME = re.compile(

@@ -1,0 +1,142 @@
+"""YAML files and `--set a.b=c` overrides to validated, frozen models. Mistakes come back as one ConfigError line.
+
+Environment variables and home folders in values are not expanded: an experiment means the same on every machine.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from shared.errors import ConfigError
+
+Json = dict[str, Any]
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration block: frozen, unknown keys refused with the nearest known name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}{_nearest(str(key), list(cls.model_fields))}")
+        return data
+
+    def updated(self, **changes: Any) -> Self:
+        """A validated copy with some fields replaced."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(path: Path, overrides: Sequence[str], model: type[Model]) -> Model:
+    """Reads `path`, applies `a.b=c` overrides (values parsed as YAML) and validates.
+
+    Raises ConfigError naming the file, the key, the value and the rule.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return validate_config(data, model, str(path))
+
+
+def read_yaml(path: Path) -> Json:
+    """The mapping in a YAML file. Raises ConfigError where it is missing, not YAML, or not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist: name a YAML configuration file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}, a configuration is a mapping of keys to values")
+    return data
+
+
+def apply_override(data: Json, override: str) -> None:
+    """Sets one dotted key in place; list items by number (`stages.0.epochs=2`)."""
+    dotted, equals, raw = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {override!r} is not of the form key=value, for example sampling.temperature=0.6")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    *parents, last = dotted.split(".")
+    node: Any = data
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {'.'.join(parents)} holds a plain value, it has no keys")
+
+
+def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> Model:
+    """Validates `data`. Raises ConfigError with the first problem, and how many more there are."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors()
+        text = "; ".join(_problem(one) for one in problems[:3])
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConfigError(f"{where}: {text}{more}") from error
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, part, override)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override!r}: the part before {part!r} holds a plain value, it has no keys")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {override!r}: {part!r} is not an item of a list of {len(node)} (they count from 0)")
+    return int(part)
+
+
+def _problem(error: Any) -> str:
+    # Tags of unions stand in the location beside the keys; a reader knows the keys.
+    key = ".".join(str(part) for part in error["loc"]) or "the configuration"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    plain = given is None or isinstance(given, (str, int, float, bool))
+    shown = f" (got {given!r})" if plain and error["type"] != "missing" else ""
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else f": known keys are {', '.join(sorted(known))}"
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """`: did you mean 'x'?` or the list of known names, to end a refusal with."""
+    return _nearest(name, list(known))
+
+
+def plain(model: BaseModel) -> Json:
+    """The model as JSON-ready values, for manifests and hashes."""
+    dumped: Json = model.model_dump(mode="json")
+    return dumped

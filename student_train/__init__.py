@@ -1,0 +1,1 @@
+"""Trains students from a cache under DeepSpeed ZeRO, without the teacher."""

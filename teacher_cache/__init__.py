@@ -1,0 +1,1 @@
+"""Runs the teacher once and keeps what it said: fills a cache through vLLM."""

@@ -1,0 +1,215 @@
+"""What a cache build is asked to do: the YAML of `teacher-cache plan`, `build` and `score`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from shared.config import StrictModel
+
+
+class TeacherConfig(StrictModel):
+    """The model that is asked."""
+
+    model: str
+    """A Hugging Face folder or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Only for models you trust as much as your own programs."""
+
+
+class SourceBase(StrictModel):
+    """What every source of prompts has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
+    """Stands in the cache's `source` column."""
+    samples: int | None = Field(default=None, ge=1)
+    """Chains a prompt; None takes `sampling.samples`."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Completion tokens a chain; None takes `sampling.max_tokens`."""
+    temperature: float | None = Field(default=None, ge=0)
+    """None takes `sampling.temperature`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take the first so many prompts."""
+    system: str | None = None
+    """A system message put before each prompt that has none."""
+    instruction: str | None = None
+    """Text appended to the last user message, after a blank line."""
+
+
+class FieldsBase(SourceBase):
+    """How rows of a file or dataset become prompts: `messages`, or one text field."""
+
+    messages_field: str | None = None
+    """Field with a list of {role, content}."""
+    prompt_field: str | None = None
+    """Field with the text of one user message."""
+    reference_field: str | None = None
+    """Field with the right answer."""
+    judge: Literal["math", "exact", "regex", "code"] | None = None
+    """How answers are checked against the reference."""
+
+    @model_validator(mode="after")
+    def _one_field(self) -> "FieldsBase":
+        if (self.messages_field is None) == (self.prompt_field is None):
+            raise ValueError("set exactly one of messages_field and prompt_field")
+        return self
+
+
+class JsonlSource(FieldsBase):
+    """Prompts from a JSON Lines file."""
+
+    kind: Literal["jsonl"]
+    path: Path
+
+
+class ParquetSource(FieldsBase):
+    """Prompts from a Parquet file."""
+
+    kind: Literal["parquet"]
+    path: Path
+
+
+class HuggingFaceSource(FieldsBase):
+    """Prompts from a Hugging Face dataset, by hub id or local folder."""
+
+    kind: Literal["huggingface"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class ReasoningGymSource(SourceBase):
+    """Seeded reasoning tasks with their own answer checkers."""
+
+    kind: Literal["reasoning_gym"]
+    task: str
+    """Name of a reasoning-gym dataset, such as chain_sum or gsm_symbolic."""
+    size: int = Field(ge=1)
+    seed: int = 0
+    options: dict[str, Any] = {}
+    """Arguments of the task's own configuration."""
+
+
+Source = Annotated[
+    JsonlSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
+    Field(discriminator="kind"),
+]
+
+
+class PromptsConfig(StrictModel):
+    """Where questions come from, their order and their held-out part."""
+
+    sources: list[Source] = Field(min_length=1)
+    seed: int = 0
+    """Of the order in which prompts are asked: a half-built cache is a fair sample of the whole."""
+    heldout_frac: float = Field(default=0.0, ge=0, lt=1)
+    """Share of prompts, chosen by hash of the prompt, whose chains get split 'heldout' instead of 'train'."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "PromptsConfig":
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {twice[0]!r}: names tell them apart in SQL")
+        return self
+
+
+class SamplingConfig(StrictModel):
+    """How the teacher draws its tokens. Stored distributions are at temperature 1 whatever stands here."""
+
+    temperature: float = Field(default=0.6, ge=0)
+    """DeepSeek recommends 0.6 (0.5 to 0.7) for R1; 0 takes the most probable token."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=32768, ge=1)
+    """Completion tokens a chain."""
+    samples: int = Field(default=1, ge=1)
+    """Chains a prompt, each with a seed of its own."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _greedy_repeats(self) -> "SamplingConfig":
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                "samples > 1 at temperature 0 would repeat one chain: raise temperature or set samples to 1"
+            )
+        return self
+
+
+class ReasoningConfig(StrictModel):
+    """How a chain's reasoning is told from its answer: by the id of one token."""
+
+    start: str = "<think>"
+    """Opens the reasoning; may stand in the prompt already."""
+    end: str = "</think>"
+    """Closes it. A tokenizer without this single token has a teacher that does not reason aloud."""
+
+
+class CaptureConfig(StrictModel):
+    """What is kept of each token's distribution."""
+
+    codec: str = "topk-u8"
+    max_support: int = Field(default=64, ge=1, le=1024)
+    """Entries a token at most, and the k asked of the engine."""
+    nucleus: float | None = Field(default=0.999, gt=0, lt=1)
+    """Keep the smallest prefix with this mass; None keeps max_support entries always."""
+
+
+class EngineConfig(StrictModel):
+    """vLLM in this program. Numbers that are None are vLLM's own defaults."""
+
+    kind: Literal["embedded"] = "embedded"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and completion together."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Chains generated at once."""
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    enable_expert_parallel: bool = False
+    distributed_executor_backend: Literal["mp", "ray"] | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    enforce_eager: bool = False
+    in_process: bool | None = None
+    """Run the engine's loop in this process; None: on a CPU yes, on a GPU in a process of its own."""
+    max_waiting: int = Field(default=256, ge=1)
+    """Requests handed to the engine beyond those it generates at once, so that it never idles."""
+
+
+class ShardConfig(StrictModel):
+    """When a shard closes. A crash costs at most the open shard."""
+
+    max_mb: float = Field(default=512.0, gt=0)
+    max_minutes: float = Field(default=10.0, gt=0)
+    row_group_tokens: int = Field(default=65536, ge=1)
+
+
+class FailureConfig(StrictModel):
+    """What happens when the engine refuses a prompt."""
+
+    max_consecutive: int | None = Field(default=100, ge=1)
+    """Stop the build after so many failures in a row; None never stops."""
+
+
+class BuildConfig(StrictModel):
+    """`teacher-cache plan` and `build`."""
+
+    cache: Path
+    run: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    """Name of the run; letters, digits and underscores."""
+    teacher: TeacherConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    reasoning: ReasoningConfig = ReasoningConfig()
+    capture: CaptureConfig = CaptureConfig()
+    engine: EngineConfig = EngineConfig()
+    shard: ShardConfig = ShardConfig()
+    failures: FailureConfig = FailureConfig()
