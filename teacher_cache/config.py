@@ -89,7 +89,7 @@ class ReasoningGymSource(SourceBase):
     """Name of a reasoning-gym dataset, such as chain_sum or gsm_symbolic."""
     size: int = Field(ge=1)
     seed: int = 0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the task's own configuration."""
 
 
