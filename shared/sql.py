@@ -124,16 +124,18 @@ def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> None
     """Refuses all but one SELECT (DESCRIBE, SHOW, SUMMARIZE count as such) or the EXPLAIN of one.
 
     The lock alone is not enough: DuckDB may write to the paths it may read, and `COPY ... (USE_TMP_FILE false)` would
-    truncate a shard, also under EXPLAIN ANALYZE.
+    truncate a shard, also under EXPLAIN ANALYZE and inside a WITH clause of a SELECT.
     """
-    statements = connection.extract_statements(query)
-    kinds = [statement.type.name for statement in statements]
     explained = EXPLAIN_PREFIX.match(query)
-    if kinds == ["EXPLAIN"] and explained:
-        kinds = [statement.type.name for statement in connection.extract_statements(query[explained.end() :])]
+    inner = query[explained.end() :] if explained else query
+    statements = connection.extract_statements(inner)
+    kinds = [statement.type.name for statement in statements]
     if kinds != ["SELECT"]:
         found = " and ".join(kind.replace("_", " ") for kind in kinds) or "nothing"
         raise ConfigError(f"query: one SELECT (or EXPLAIN of one) is allowed here, found {found}: a cache is read-only")
+    # DuckDB binds WITH clauses that write only at the top level, so below another SELECT it refuses them itself.
+    bare = statements[0].query.rstrip().rstrip(";")
+    connection.execute(f"EXPLAIN SELECT * FROM (\n{bare}\n)")
 
 
 def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None:
@@ -141,6 +143,7 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET parquet_metadata_cache = true")
     connection.execute(f"SET allowed_paths = [{listed}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
