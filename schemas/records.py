@@ -1,7 +1,8 @@
 """What flows between the stages: a prompt, what the engine captured for one completion, and the signals a codec stores.
 
-Shape legend: T completion tokens, K captured candidates a token, N stored candidates of all tokens (ragged, flat), R rows.
-Log probabilities are natural logarithms of the teacher's own distribution at temperature 1, before penalties and truncation.
+Shape legend: T completion tokens, K captured candidates a token, N stored candidates of all tokens (ragged, flat), R
+rows. Log probabilities are natural logarithms of the teacher's own distribution at temperature 1, before penalties and
+truncation.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question for the teacher. `prompt_id` depends on the messages alone, so equal questions are found by equal ids."""
+    """One question for the teacher. `prompt_id` depends on the messages alone, so equal questions are found by equal
+    ids.
+    """
 
     prompt_id: str
     messages: tuple[Message, ...]
@@ -59,9 +62,9 @@ class Capture:
 class Signals:
     """Stored distributions of T tokens: the support of token t is the next `topk_n_T[t]` entries of the flat arrays.
 
-    topk_n_T int32 (>= 1), topk_ids_N int32 by falling probability, topk_logprobs_N float32, tail_logmass_T float32 (log of
-    the mass outside the support, -inf when there is none), sampled_logprob_T float32, sampled_rank_T int32 (1-based over
-    the whole vocabulary), entropy_T float32 in nats.
+    topk_n_T int32 (>= 1), topk_ids_N int32 by falling probability, topk_logprobs_N float32, tail_logmass_T float32
+    (log of the mass outside the support, -inf when there is none), sampled_logprob_T float32, sampled_rank_T int32
+    (1-based over the whole vocabulary), entropy_T float32 in nats.
     """
 
     topk_n_T: Int32
@@ -89,7 +92,8 @@ class Signals:
     def dense(self, k: int) -> tuple[Int32, Float32]:
         """Rank-ordered arrays ids_TK int32 and logprobs_TK float32; slots past the support hold id 0 and -inf.
 
-        Tokens with more than k entries are cut to their first k (the tail does not grow for that: pass k >= max support).
+        Tokens with more than k entries are cut to their first k (the tail does not grow for that: pass k >= max
+        support).
         """
         num_tokens = len(self.topk_n_T)
         ids_TK = np.zeros((num_tokens, k), np.int32)
@@ -104,7 +108,9 @@ class Signals:
 
 
 def stable_hash(*parts: object) -> str:
-    """32 hex characters (BLAKE2b, 16 bytes) of the canonical JSON of the parts; the same on every machine and version."""
+    """32 hex characters (BLAKE2b, 16 bytes) of the canonical JSON of the parts; the same on every machine and
+    version.
+    """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 

@@ -1,9 +1,10 @@
-"""Which files make up a cache: three Delta logs, run manifests and vocabularies under one root. The only file that imports deltalake.
+"""Which files make up a cache: three Delta logs, run manifests and vocabularies under one root. The only file that
+imports deltalake.
 
-pyarrow writes the data files; the Delta log only says which of them are visible. A data file is written under a temporary
-name, fsynced, renamed to a name that carries its SHA-256, and then committed with an AddAction and the worker's transaction
-number. So a file is visible whole or not at all, a reader sees one consistent version, and a file's bytes can be checked
-against its own name wherever it was copied.
+pyarrow writes the data files; the Delta log only says which of them are visible. A data file is written under a
+temporary name, fsynced, renamed to a name that carries its SHA-256, and then committed with an AddAction and the
+worker's transaction number. So a file is visible whole or not at all, a reader sees one consistent version, and a
+file's bytes can be checked against its own name wherever it was copied.
 
     CACHE/chains/<run>/<worker>-<sequence>-<sha256, 32 hex>.parquet     + chains/_delta_log/
     CACHE/verdicts/..., CACHE/failures/...                               the same manner
@@ -11,7 +12,6 @@ against its own name wherever it was copied.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -221,7 +221,7 @@ def publish(temp: Path, folder: Path, relative_stem: str, num_rows: int) -> Data
     path = f"{relative_stem}-{sha256_of(temp)[:HASH_CHARS]}.parquet"
     target = folder / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temp, target)
+    temp.replace(target)
     sync_folder(target.parent)
     return DataFile(path, target.stat().st_size, num_rows)
 

@@ -1,13 +1,13 @@
 """Captured distributions to stored columns and back: the only place that knows how signals become numbers on disk.
 
-In: a Capture (rank-ordered [T, K] arrays from the engine). Out: Signals (ragged support, tail mass) and Arrow list columns,
-one list a chain. Everything is vectorised over tokens; no Python object a token or candidate.
+In: a Capture (rank-ordered [T, K] arrays from the engine). Out: Signals (ragged support, tail mass) and Arrow list
+columns, one list a chain. Everything is vectorised over tokens; no Python object a token or candidate.
 
 Shape legend: T tokens, K captured candidates, N stored candidates of all tokens (flat), R rows (chains).
 
 `topk-u8`   log probability as 8-bit square-root code c: lp = -32 (c/255)^2 nats, resolution finest near certainty.
-            The tail's log mass has the same code; 255 means no tail. Decoding divides by the decoded total (support and
-            tail), so every decoded distribution sums to one. Scalars a token keep 10 mantissa bits.
+            The tail's log mass has the same code, up to 254; 255 means no tail. Decoding divides by the decoded total
+            (support and tail), so every decoded distribution sums to one. Scalars a token keep 10 mantissa bits.
 `topk-f32`  everything as float32, exact.
 """
 
@@ -96,7 +96,7 @@ def encode(codec: str, rows: Sequence[Signals]) -> dict[str, pa.Array]:
         columns["sampled_logprob"] = _lists(_round_mantissa(sampled_T), tokens_R)
         columns["entropy"] = _lists(_round_mantissa(entropy_T), tokens_R)
         columns["topk_codes"] = _lists(_codes(logprobs_N), entries_R)
-        columns["tail_codes"] = _lists(_codes(tail_T), tokens_R)
+        columns["tail_codes"] = _lists(_tail_codes(tail_T), tokens_R)
     else:
         columns["sampled_logprob"] = _lists(sampled_T, tokens_R)
         columns["entropy"] = _lists(entropy_T, tokens_R)
@@ -114,8 +114,8 @@ def signal_columns(codec: str) -> list[str]:
 def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, Int64]:
     """Signals of all rows of `table`, one after the other, and row offsets [R+1] int64 in tokens.
 
-    `table` holds `token_ids` and `signal_columns(header.codec)`. Raises CorruptError naming `where` (the shard), the row
-    and the column when lengths, counts, codes or ids contradict the format.
+    `table` holds `token_ids` and `signal_columns(header.codec)`. Raises CorruptError naming `where` (the shard), the
+    row and the column when lengths, counts, codes or ids contradict the format.
     """
     values, lengths = _read_lists(table, ["token_ids", *signal_columns(header.codec)], where)
     tokens_R = lengths["token_ids"]
@@ -176,8 +176,16 @@ def _codes(logprobs: Float32) -> npt.NDArray[np.int16]:
     return codes
 
 
+def _tail_codes(logmass: Float32) -> npt.NDArray[np.int16]:
+    """Codes of tails; however small, a tail that is there never becomes the code for none."""
+    codes = np.where(np.isneginf(logmass), MAX_CODE, np.minimum(_codes(logmass), MAX_CODE - 1))
+    return codes.astype(np.int16)
+
+
 def _round_mantissa(x: Float32) -> Float32:
-    """Rounds float32 half up to SCALAR_MANTISSA_BITS explicit bits, so that two of its four bytes compress to almost none."""
+    """Rounds float32 half up to SCALAR_MANTISSA_BITS explicit bits, so that two of its four bytes compress to almost
+    none.
+    """
     dropped = 23 - SCALAR_MANTISSA_BITS
     bits = x.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
     return ((bits >> dropped) << dropped).astype(np.uint32).view(np.float32)

@@ -18,7 +18,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temp
         sync_file(temp)
-        os.replace(temp, path)
+        temp.replace(path)
         sync_folder(path.parent)
     finally:
         temp.unlink(missing_ok=True)

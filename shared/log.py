@@ -24,8 +24,8 @@ console = Console(stderr=True, highlight=False)
 class Progress:
     """Progress of one long loop, as a context manager.
 
-    Counts are absolute: `update(done, num_tokens, notes)`. Rates are over the last RATE_WINDOW_S seconds and since the start;
-    what was done before this process started (`done_before`) counts for the bar and not for the rates.
+    Counts are absolute: `update(done, num_tokens, notes)`. Rates are over the last RATE_WINDOW_S seconds and since the
+    start; what was done before this process started (`done_before`) counts for the bar and not for the rates.
     """
 
     def __init__(self, label: str, total: int, unit: str, done_before: int = 0) -> None:

@@ -1,7 +1,8 @@
-"""SQL over a cache: DuckDB views on exactly the files that the catalog shows, locked down. The only file that imports duckdb.
+"""SQL over a cache: DuckDB views on exactly the files that the catalog shows, locked down. The only file that imports
+duckdb.
 
-The views live in a small database file that is made for the session and opened read-only; the configuration is then locked
-with external access off, so that a query can read the cache's files and nothing else, and write nowhere.
+The views live in a small database file that is made for the session and opened read-only; the configuration is then
+locked with external access off, so that a query can read the cache's files and nothing else, and write nowhere.
 """
 
 import json
@@ -70,10 +71,7 @@ class Session:
 
         try:
             _require_select(self.connection, query)
-            relation = self.connection.sql(query)
-            if relation is None:
-                return pa.RecordBatchReader.from_batches(pa.schema([]), [])
-            return relation.to_arrow_reader(rows_per_batch)
+            return self.connection.sql(query).to_arrow_reader(rows_per_batch)
         except duckdb.Error as error:
             raise query_error(error) from error
 

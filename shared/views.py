@@ -7,8 +7,8 @@ topk        one row a stored candidate: rank, piece, probability
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
 chain_rows  chains, with the file, row group and row where each lies (for the trainer)
 
-`tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` come from the stored codes as they are: the decoder of shared.codec
-also divides by their sum, which differs from one by no more than the codes' own rounding.
+`tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` come from the stored codes as they are: the decoder of
+shared.codec also divides by their sum, which differs from one by no more than the codes' own rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,8 @@ def view_statements(files: Mapping[str, Sequence[str]]) -> list[str]:
         """CREATE VIEW latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
            FROM verdicts GROUP BY sample_id""",
-        """CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source, s.split,
+        """CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source,
+        s.split,
              list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
              s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, s.finish_reason,
              s.finish_reason = 'length' AS truncated, s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
@@ -65,7 +66,8 @@ def view_statements(files: Mapping[str, Sequence[str]]) -> list[str]:
            FROM chains GROUP BY prompt_id""",
         f"""CREATE VIEW tokens AS SELECT t.sample_id, t.source, t.position, t.token_id, v.piece, t.logprob, t.rank,
              t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support,
-             CASE WHEN t.reasoning_end IS NULL OR t.position < t.reasoning_end THEN 'reasoning' ELSE 'answer' END AS part
+             CASE WHEN t.reasoning_end IS NULL OR t.position < t.reasoning_end THEN 'reasoning' ELSE 'answer' END AS
+             part
            FROM (SELECT sample_id, source, run_id, reasoning_end, unnest(range(len(token_ids))) AS position,
                unnest(token_ids) AS token_id, unnest(sampled_logprob) AS logprob, unnest(sampled_rank) AS rank,
                unnest(entropy) AS entropy, unnest(topk_n) AS support, unnest(tail_codes) AS tail_code,
