@@ -1,0 +1,75 @@
+"""Configuration: every mistake is one line that names the key, the value and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.config import load_config
+from shared.errors import ConfigError
+from teacher_cache.config import BuildConfig
+
+MINIMAL: dict[str, Any] = {
+    "cache": "cache",
+    "run": "demo",
+    "teacher": {"model": "folder"},
+    "prompts": {"sources": [{"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": 3}]},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "build.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def test_overrides_reach_nested_keys_and_list_items(path: Path) -> None:
+    config = load_config(path, ["sampling.temperature=1.0", "prompts.sources.0.size=5"], BuildConfig)
+    assert config.sampling.temperature == 1.0
+    assert config.prompts.sources[0].model_dump()["size"] == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.temprature=1", "unknown key 'temprature': did you mean 'temperature'?"),
+        ("prompts.sources.0.sizes=3", "unknown key 'sizes': did you mean 'size'?"),
+        ("prompts.sources.0.kind=foo", "'foo'"),
+        ("prompts.sources.4.size=3", "'4' is not an item of a list of 1"),
+        ("sampling.temperature=-1", r"sampling\.temperature: .*greater than or equal to 0 \(got -1\)"),
+        ("run=a-b", r"run: .*'a-b'"),
+        ("cache", "is not of the form key=value"),
+        ("run.name=x", "holds a plain value"),
+        ("sampling={", "the value is not YAML"),
+    ],
+)
+def test_mistakes_are_named(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path, [override], BuildConfig)
+    assert "\n" not in str(caught.value)
+
+
+def test_greedy_sampling_of_several_chains_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match="would repeat one chain"):
+        load_config(path, ["sampling.temperature=0", "sampling.samples=2"], BuildConfig)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "holds a list"), ("\x00", "not YAML")])
+def test_files_that_are_no_mapping_are_refused(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path, [], BuildConfig)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        load_config(tmp_path / "none.yaml", [], BuildConfig)
+
+
+def test_configurations_are_frozen(path: Path) -> None:
+    config = load_config(path, [], BuildConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run = "other"  # type: ignore[misc]
