@@ -14,9 +14,8 @@ from shared.errors import CacheConflict, CorruptError, DataError
 def written(table: Table, stem: str, num_rows: int = 0) -> DataFile:
     """A published file of the failures table, not committed."""
     temp = table.folder / f"{stem.replace('/', '-')}.tmp"
-    rows = [dict.fromkeys(FAILURE_SCHEMA.names, "x") for _ in range(num_rows)]
-    for row in rows:
-        row.update(sample_index=0, failed_at=0)  # type: ignore[dict-item]
+    row: dict[str, object] = {**dict.fromkeys(FAILURE_SCHEMA.names, "x"), "sample_index": 0, "failed_at": 0}
+    rows = [row] * num_rows
     pq.write_table(pa.Table.from_pylist(rows, schema=FAILURE_SCHEMA), temp)
     return publish(temp, table.folder, stem, num_rows)
 
