@@ -1,0 +1,72 @@
+"""Golden shards of format version 1 read as they always did, and FORMAT.md's worked examples hold."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.records import Message, prompt_id_of
+from schemas.tables import CODECS
+from shared.codec import support_of
+from shared.errors import DataError
+from shared.shards import header_of, open_shard, read_signals
+from tests.golden.make import captures, golden_header, golden_table
+
+GOLDEN = Path(__file__).parent / "golden"
+HASHES = {
+    "topk-u8": "f380104962c868331d3d80f475c4b4c3b9a6324e4ae9cffa0ff1f6a699b6480b",
+    "topk-f32": "f78c9e35d351cb509f7b95e00a6a01b054be4486cafb923e5b9b2211d480626f",
+}
+SAMPLE_IDS = ["bfdef3aeb594a39fbff79daae30acd5f", "ee4de6f57127653d59892aa563f9c0b6"]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_golden_bytes_are_untouched(codec: str) -> None:
+    assert hashlib.sha256((GOLDEN / f"v1-{codec}.parquet").read_bytes()).hexdigest() == HASHES[codec]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_golden_shards_hold_what_this_version_would_write(codec: str) -> None:
+    file, header = open_shard(GOLDEN / f"v1-{codec}.parquet")
+    assert header == golden_header(codec)
+    assert file.read().equals(golden_table(codec))
+    assert file.read(["sample_id"]).column(0).to_pylist() == SAMPLE_IDS
+
+
+def test_golden_u8_decodes_to_the_numbers_in_the_format() -> None:
+    file, header = open_shard(GOLDEN / "v1-topk-u8.parquet")
+    table, signals, offsets = read_signals(file, header, 0, ["topk_codes", "tail_codes", "topk_n"], "golden")
+    assert offsets.tolist() == [0, 3, 5]
+    assert table["topk_codes"].to_pylist() == [[32, 49, 68, 1, 43, 49, 68], [0, 38, 53, 65]]
+    assert table["topk_n"].to_pylist() == [[3, 1, 3], [1, 3]]
+    assert table["tail_codes"].to_pylist() == [[137, 118, 57], [254, 65]]
+    np.testing.assert_allclose(np.exp(signals.slice(0, 1).topk_logprobs_N), [0.59589, 0.30260, 0.10134], atol=2e-5)
+    assert signals.sampled_rank_T.tolist() == [1, 1, 3, 1, 70_000]
+    assert signals.sampled_logprob_T[4] == -14.25
+
+
+def test_golden_f32_decodes_exactly() -> None:
+    file, header = open_shard(GOLDEN / "v1-topk-f32.parquet")
+    _, signals, _ = read_signals(file, header, 0, [], "golden")
+    written = [support_of(capture, 3, 0.999) for capture in captures()]
+    np.testing.assert_array_equal(signals.topk_logprobs_N, np.concatenate([w.topk_logprobs_N for w in written]))
+    np.testing.assert_array_equal(signals.tail_logmass_T, np.concatenate([w.tail_logmass_T for w in written]))
+
+
+def test_the_worked_identity_of_the_format() -> None:
+    digest = hashlib.blake2b(b'["prompt",[["user","2+3?"]]]', digest_size=16).hexdigest()
+    assert prompt_id_of([Message("user", "2+3?")]) == digest
+
+
+def test_newer_formats_and_unknown_codecs_are_refused_with_the_remedy() -> None:
+    for change, message in (({"format_version": 2}, "format version 2"), ({"codec": "topk-u4"}, "codec 'topk-u4'")):
+        raw = json.dumps({**golden_header("topk-u8").model_dump(), **change}).encode()
+        with pytest.raises(DataError, match=f"shard.*{message}.*upgrade"):
+            header_of({b"stillroom": raw}, "shard")
+
+
+def test_unknown_header_keys_of_later_writers_are_ignored() -> None:
+    raw = json.dumps({**golden_header("topk-u8").model_dump(), "colour": "blue"}).encode()
+    assert header_of({b"stillroom": raw}, "shard") == golden_header("topk-u8")
