@@ -1,4 +1,4 @@
-"""Writes the golden shards. Run once a format version, never to make a failing test pass: `python -m tests.golden.make`."""
+"""Writes the golden shards, once a format version, never to make a failing test pass: `python -m tests.golden.make`."""
 
 import datetime
 from pathlib import Path
