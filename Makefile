@@ -17,6 +17,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: setup demo test check format constraints clean
 
 setup: $(READY)
+	@echo 'setup: ready, in $(VENV)'
 
 $(READY): pyproject.toml constraints.txt overrides-cpu.txt tools/setup_env.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
