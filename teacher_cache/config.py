@@ -17,6 +17,8 @@ class TeacherConfig(StrictModel):
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Only for models you trust as much as your own programs."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's chat template, such as `enable_thinking: true`."""
 
 
 class SourceBase(StrictModel):
@@ -49,11 +51,19 @@ class FieldsBase(SourceBase):
     """Field with the right answer."""
     judge: Literal["math", "exact", "regex", "code"] | None = None
     """How answers are checked against the reference."""
+    metadata_fields: list[str] = Field(default_factory=list)
+    """Further fields to keep in the cache's `metadata` column."""
+    drop_final_answer: bool = False
+    """Leave off the assistant messages at the end of `messages`: turns finished conversations into prompts."""
 
     @model_validator(mode="after")
     def _one_field(self) -> "FieldsBase":
         if (self.messages_field is None) == (self.prompt_field is None):
             raise ValueError("set exactly one of messages_field and prompt_field")
+        if self.judge is not None and self.reference_field is None:
+            raise ValueError("judge has no effect without reference_field: name the field with the right answer")
+        if self.drop_final_answer and self.messages_field is None:
+            raise ValueError("drop_final_answer has no effect without messages_field")
         return self
 
 
@@ -62,6 +72,7 @@ class JsonlSource(FieldsBase):
 
     kind: Literal["jsonl"]
     path: Path
+    """A file, or a folder of .jsonl files."""
 
 
 class ParquetSource(FieldsBase):
@@ -69,6 +80,7 @@ class ParquetSource(FieldsBase):
 
     kind: Literal["parquet"]
     path: Path
+    """A file, or a folder of .parquet files."""
 
 
 class HuggingFaceSource(FieldsBase):
@@ -99,6 +111,15 @@ Source = Annotated[
 ]
 
 
+class DecontaminateConfig(StrictModel):
+    """Evaluation sets whose questions must not be among the prompts."""
+
+    against: list[Source] = Field(min_length=1)
+    """Read like sources of prompts: the text of the user messages counts."""
+    ngram: int = Field(default=13, ge=2)
+    """Words in a row that a prompt and an evaluation text must share; shorter evaluation texts count whole."""
+
+
 class PromptsConfig(StrictModel):
     """Where questions come from, their order and their held-out part."""
 
@@ -107,6 +128,8 @@ class PromptsConfig(StrictModel):
     """Of the order in which prompts are asked: a half-built cache is a fair sample of the whole."""
     heldout_frac: float = Field(default=0.0, ge=0, lt=1)
     """Share of prompts, chosen by hash of the prompt, whose chains get split 'heldout' instead of 'train'."""
+    decontaminate: DecontaminateConfig | None = None
+    """Leave out prompts that overlap an evaluation set."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "PromptsConfig":
@@ -213,3 +236,11 @@ class BuildConfig(StrictModel):
     engine: EngineConfig = EngineConfig()
     shard: ShardConfig = ShardConfig()
     failures: FailureConfig = FailureConfig()
+
+    @model_validator(mode="after")
+    def _greedy_source_repeats(self) -> "BuildConfig":
+        for source in self.prompts.sources:
+            temperature = self.sampling.temperature if source.temperature is None else source.temperature
+            if temperature == 0 and (source.samples or self.sampling.samples) > 1:
+                raise ValueError(f"source {source.name!r} would repeat one chain: it has samples > 1 at temperature 0")
+        return self

@@ -1,0 +1,256 @@
+"""Tokenizers without models: loading, identity, pieces for SQL, where reasoning ends, and whether two vocabularies
+agree.
+
+Nothing here needs torch. Fingerprints are 32 hex characters (schemas.records.stable_hash).
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.records import stable_hash
+from schemas.tables import VOCAB_SCHEMA
+from shared.errors import ConfigError, CorruptError, DataError
+from shared.files import atomic_path
+
+VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
+"""Of tokenizer.json: what a saved copy may say differently. The post-processor only wraps plain text, never templates.
+"""
+
+MARKER = re.compile(r"^(<[^<>\s]+>|\[[^\[\]\s]+\])$")
+"""Added tokens that look like this, such as <think>, are markers even where their tokenizer does not call them
+special.
+"""
+
+
+def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers tokenizer of a folder or hub id. Raises DataError in one line where it cannot be loaded."""
+    try:
+        with _quiet_transformers():
+            from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DataError("tokenizers need the package transformers: pip install transformers") from error
+    if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(f"{model} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """Width of the model's logits out of its config.json. Raises DataError where it does not say."""
+    with _quiet_transformers():
+        from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise DataError(f"{model} has no usable config.json: {' '.join(str(error).split())[:300]}") from error
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Identity of what turns text into ids: vocabulary, merges, normaliser, pre-tokeniser, decoder and added tokens.
+
+    A copy that transformers saved has the same fingerprint. Truncation, padding and the special tokens put around plain
+    text do not count. A tokenizer in Python code counts by its class name, vocabulary and added tokens.
+    """
+    backend = _backend(tokenizer)
+    if backend is None:
+        added = {str(token_id): token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+        return stable_hash("tokenizer", type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added)
+    canonical = {key: value for key, value in backend.items() if key not in VOLATILE_KEYS}
+    model = dict(canonical["model"])
+    # Older files write a merge as "a b", newer ones as ["a", "b"].
+    if "merges" in model:
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
+    return stable_hash("tokenizer", {**canonical, "model": model})
+
+
+def fingerprint_template(tokenizer: Any) -> str:
+    """Identity of the chat template's text, None included."""
+    return stable_hash("template", tokenizer.chat_template)
+
+
+def write_vocab(path: Path, tokenizer: Any) -> None:
+    """Writes every token of the tokenizer in schemas.tables.VOCAB_SCHEMA, ordered by id."""
+    pieces = pieces_of(tokenizer)
+    special = _special_ids(tokenizer)
+    ids = sorted(pieces)
+    columns = [
+        pa.array(ids, pa.int32()),
+        pa.array([pieces[i] for i in ids], pa.string()),
+        pa.array([i in special for i in ids], pa.bool_()),
+    ]
+    with atomic_path(path) as temp:
+        pq.write_table(pa.Table.from_arrays(columns, schema=VOCAB_SCHEMA), temp, compression="zstd")
+
+
+def pieces_of(tokenizer: Any) -> dict[int, str]:
+    """Text of each single token by id. Bytes that are not UTF-8 by themselves stand as <0xE2>, so that nothing is
+    lost.
+    """
+    backend = _backend(tokenizer)
+    kinds = _decoder_kinds(backend["decoder"]) if backend is not None else set()
+    added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+    byte_of = _byte_level_alphabet()
+    pieces: dict[int, str] = dict(added)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id in added:
+            continue
+        if "ByteLevel" in kinds and all(char in byte_of for char in token):
+            pieces[token_id] = _show_bytes(bytes(byte_of[char] for char in token))
+        elif kinds & {"Metaspace", "Replace"}:
+            pieces[token_id] = token.replace("▁", " ")
+        else:
+            pieces[token_id] = tokenizer.decode([token_id])
+    return pieces
+
+
+def reasoning_ids(tokenizer: Any, start: str, end: str) -> tuple[int | None, int | None]:
+    """Ids of the tokens that open and close reasoning; None where the tokenizer has no such single token."""
+    vocab = tokenizer.get_vocab()
+    return vocab.get(start), vocab.get(end)
+
+
+def split_reasoning(
+    token_ids: npt.ArrayLike, prompt_token_ids: npt.ArrayLike, start_id: int | None, end_id: int | None
+) -> int | None:
+    """Offset in `token_ids` just after the token that ends the reasoning.
+
+    None where reasoning began (in the completion, or in the prompt by a template that opens it) and never closed; 0
+    where there is none. Prompt [.. <think>], completion [a b </think> c] gives 3; [a b] gives None; a prompt that ends
+    with <think></think> (thinking turned off) and completion [a b] gives 0.
+    """
+    if end_id is None:
+        return 0
+    completion, prompt = np.asarray(token_ids), np.asarray(prompt_token_ids)
+    ends = np.flatnonzero(completion == end_id)
+    if len(ends):
+        return int(ends[0]) + 1
+    began = start_id is not None and (
+        bool((completion == start_id).any()) or _last(prompt, start_id) > _last(prompt, end_id)
+    )
+    return None if began else 0
+
+
+@dataclass(frozen=True, slots=True)
+class VocabDifference:
+    """Where two vocabularies disagree: (id, piece in the cache or None, piece in the other tokenizer or None)."""
+
+    ordinary: list[tuple[int, str | None, str | None]]
+    special: list[tuple[int, str | None, str | None]]
+    num_cached: int
+    num_other: int
+
+    @property
+    def agree(self) -> bool:
+        """Whether distributions over the cache's ids mean the same to the other tokenizer, special tokens aside."""
+        return not self.ordinary
+
+
+def compare_vocab(cached: Path, tokenizer: Any) -> VocabDifference:
+    """Compares a cache's vocabulary file with a tokenizer, id by id.
+
+    A difference is special when the id is special, or missing, on both sides: control tokens and markers such as
+    <think> may be renamed between relatives. Rows of an embedding past both vocabularies are padding and appear in
+    neither. Raises CorruptError where the file cannot be read.
+    """
+    try:
+        table = pq.read_table(cached, schema=VOCAB_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
+    rows = zip(*(table.column(name).to_pylist() for name in ("token_id", "piece", "is_special")), strict=True)
+    mine: dict[int, tuple[str, bool]] = {token_id: (piece, special) for token_id, piece, special in rows}
+    special_ids = _special_ids(tokenizer)
+    theirs = {token_id: (piece, token_id in special_ids) for token_id, piece in pieces_of(tokenizer).items()}
+    ordinary: list[tuple[int, str | None, str | None]] = []
+    special: list[tuple[int, str | None, str | None]] = []
+    for token_id in sorted(mine.keys() | theirs.keys()):
+        one, other = mine.get(token_id, (None, True)), theirs.get(token_id, (None, True))
+        if one[0] != other[0]:
+            (special if one[1] and other[1] else ordinary).append((token_id, one[0], other[0]))
+    return VocabDifference(ordinary, special, len(mine), len(theirs))
+
+
+def require_same_vocab(difference: VocabDifference, student: str) -> None:
+    """Raises ConfigError naming ids and pieces where ordinary tokens differ: distributions would teach the wrong
+    words.
+    """
+    if difference.agree:
+        return
+    shown = ", ".join(
+        f"{i} is {mine!r} in the cache and {other!r} in the student" for i, mine, other in difference.ordinary[:3]
+    )
+    raise ConfigError(
+        f"the vocabulary of {student} differs from the cache's in {len(difference.ordinary)} ordinary tokens "
+        f"({shown}): choose a student of the teacher's family, or train on the text alone (data.kind: text)"
+    )
+
+
+def _backend(tokenizer: Any) -> dict[str, Any] | None:
+    """tokenizer.json of a fast tokenizer, None for one in Python code."""
+    if not tokenizer.is_fast:
+        return None
+    loaded: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return loaded
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    special = set(tokenizer.all_special_ids)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special or MARKER.match(token.content):
+            special.add(token_id)
+    return special
+
+
+def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    if decoder["type"] == "Sequence":
+        return {kind for part in decoder["decoders"] for kind in _decoder_kinds(part)}
+    return {decoder["type"]}
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte, backwards: printable Latin-1 stands for itself, the rest from U+0100
+    on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _show_bytes(data: bytes) -> str:
+    """UTF-8 text, bytes that belong to no whole character as <0xE2>."""
+    text = data.decode("utf-8", errors="surrogateescape")
+    return "".join(f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text)
+
+
+def _last(ids: npt.NDArray[Any], token_id: int | None) -> int:
+    places = np.flatnonzero(ids == token_id)
+    return int(places[-1]) if len(places) else -1
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Imports transformers without its advice to install torch, which is not needed here."""
+    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        else:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before

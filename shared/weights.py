@@ -1,0 +1,86 @@
+"""Identity of a model's weights without reading all of them: a 600 GB model is known in seconds.
+
+A folder's fingerprint covers config.json, the names and sizes of its weight files and NUM_BLOCKS blocks of each, the
+first of which holds the safetensors header (names, shapes, dtypes and offsets of all tensors). Training changes nearly
+every weight, so it changes sampled blocks; a hand edit of a few tensors between the blocks keeps the fingerprint. A
+hub id is identified by the commit that its revision resolves to, which covers every byte.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from schemas.records import stable_hash
+from shared.errors import DataError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+NUM_BLOCKS = 8
+BLOCK_BYTES = 1 << 20
+VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+def fingerprint_weights(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Fingerprint and resolved revision (the commit of a hub id, None for a folder).
+
+    Raises DataError where a folder holds no weights or config.json, or where a hub id cannot be resolved.
+    """
+    if Path(model).is_dir():
+        return fingerprint_folder(Path(model)), None
+    commit = resolve_revision(model, revision)
+    return stable_hash("hub", model, commit), commit
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Fingerprint of a Hugging Face folder; the same wherever the folder lies."""
+    config = folder / "config.json"
+    weights = _weight_files(folder)
+    if not config.exists() or not weights:
+        missing = "weights" if config.exists() else "config.json"
+        raise DataError(f"{folder} holds no {missing}: name a Hugging Face model folder")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{config} is not JSON: {error}") from error
+    kept = {key: value for key, value in settings.items() if key not in VOLATILE_CONFIG_KEYS}
+    return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
+
+
+def resolve_revision(model: str, revision: str | None) -> str:
+    """The commit of a hub id: asked of the hub, or of the local download where the hub cannot be reached."""
+    if revision is not None and COMMIT.match(revision):
+        return revision
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise DataError(f"{model} is no folder, and hub ids need: pip install huggingface_hub") from error
+    try:
+        # The path in the local store names the commit: .../snapshots/<commit>/config.json
+        path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
+    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{model} is neither a folder nor a hub id that can be reached: {reason}") from error
+    return Path(path).parent.name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.stem != "training_args")
+    # Where a folder has both, safetensors are what is loaded.
+    return [path for path in files if path.suffix == ".safetensors"] or files
+
+
+def _sampled_hash(path: Path) -> str:
+    """SHA-256 of NUM_BLOCKS blocks spread evenly over the file, ends included; of all bytes of a small file."""
+    size_bytes = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        if size_bytes <= NUM_BLOCKS * BLOCK_BYTES:
+            digest.update(stream.read())
+        else:
+            for block in range(NUM_BLOCKS):
+                stream.seek(block * (size_bytes - BLOCK_BYTES) // (NUM_BLOCKS - 1))
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
