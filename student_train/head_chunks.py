@@ -1,0 +1,134 @@
+"""The matrix products of a language model head, a chunk of tokens at a time, forward and backward, in reused memory.
+
+In: hidden states and the head's weights. Out: one [chunk, V] buffer of logits at a time; taken back as dL/dlogits, it
+is turned into gradients of hidden, weight, bias and LoRA pair. Cost: the products themselves; memory of one [chunk,
+V] buffer in float32 (and one in the weight's dtype where that is half precision), plus the gradients asked for.
+
+    N loss tokens, C tokens of a chunk, V vocabulary, H hidden, R LoRA rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# On a CPU a chunk of logits should stay in the last-level cache (256 x 49152 float32 is 48 MiB, and larger is slower);
+# a GPU wants products large enough to fill it.
+CPU_CHUNK_TOKENS = 256
+GPU_CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Logits are hidden W^T (+ bias) (+ lora_hidden lora_weight^T).
+
+    Attributes:
+        hidden_NH: final hidden states of the loss tokens; cast to the weight's dtype.
+        weight_VH: the head's weight, float32, bfloat16, float16 or float64.
+        bias_V: the head's bias or None.
+        lora_hidden_NR: A x, with the LoRA scaling multiplied in, or None.
+        lora_weight_VR: B, or None; products of the pair run in float32.
+        chunk_tokens: tokens a chunk; None is 256 on CPU and 1024 on GPU.
+    """
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    lora_hidden_NR: Tensor | None = None
+    lora_weight_VR: Tensor | None = None
+    chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.hidden_NH.dim() == 2
+        assert self.hidden_NH.shape[1] == self.weight_VH.shape[1]
+        assert (self.lora_hidden_NR is None) == (self.lora_weight_VR is None)
+        assert self.chunk_tokens is None or self.chunk_tokens > 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden_NH, self.weight_VH, self.bias_V, self.lora_hidden_NR, self.lora_weight_VR
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, reductions and accumulated gradients: float32, or float64 for a float64 weight."""
+        return torch.float64 if self.weight_VH.dtype == torch.float64 else torch.float32
+
+
+class HeadChunks:
+    """The buffers of one pass over the head: call `logits`, change them into dL/dlogits in place, call `accumulate`.
+
+    Attributes:
+        gradients: in the order of HeadInputs.tensors, in HeadInputs.dtype; None where not asked for.
+    """
+
+    def __init__(self, head: HeadInputs, needs_grad: tuple[bool, ...] = (False,) * 5) -> None:
+        self._head = head
+        self.dtype = head.dtype
+        device, num_vocab = head.hidden_NH.device, head.weight_VH.shape[0]
+        default = CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS
+        self._chunk_tokens = max(1, min(head.chunk_tokens or default, head.hidden_NH.shape[0]))
+        self._logits_CV = torch.zeros(self._chunk_tokens, num_vocab, dtype=head.dtype, device=device)
+        # Half-precision products write here; the same memory later holds dL/dlogits in that precision.
+        self._half_CV = (
+            None
+            if head.weight_VH.dtype == head.dtype
+            else torch.zeros_like(self._logits_CV, dtype=head.weight_VH.dtype)
+        )
+        self._lora_weight_VR = None if head.lora_weight_VR is None else head.lora_weight_VR.detach().to(head.dtype)
+        self.gradients: tuple[Tensor | None, ...] = tuple(
+            torch.zeros_like(tensor, dtype=head.dtype, memory_format=torch.contiguous_format)
+            if is_needed and tensor is not None
+            else None
+            for tensor, is_needed in zip(head.tensors, needs_grad, strict=True)
+        )
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each chunk, in order."""
+        num_tokens = self._head.hidden_NH.shape[0]
+        for start in range(0, num_tokens, self._chunk_tokens):
+            yield start, min(start + self._chunk_tokens, num_tokens)
+
+    @torch.no_grad()
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Logits [C, V] of tokens start..stop, valid until the next call."""
+        head = self._head
+        logits_CV = self._logits_CV[: stop - start]
+        if self._half_CV is None:
+            torch.mm(self._hidden(start, stop), head.weight_VH.t(), out=logits_CV)
+        else:
+            half_CV = self._half_CV[: stop - start]
+            logits_CV.copy_(torch.mm(self._hidden(start, stop), head.weight_VH.t(), out=half_CV))
+        if head.bias_V is not None:
+            logits_CV.add_(head.bias_V)
+        if head.lora_hidden_NR is not None and self._lora_weight_VR is not None:
+            logits_CV.addmm_(head.lora_hidden_NR[start:stop].to(head.dtype), self._lora_weight_VR.t())
+        return logits_CV
+
+    @torch.no_grad()
+    def accumulate(self, start: int, stop: int, grad_CV: Tensor) -> None:
+        """Add what `grad_CV` = dL/dlogits of tokens start..stop means for the inputs to `gradients`."""
+        head = self._head
+        grad_hidden, grad_weight, grad_bias, grad_lora_hidden, grad_lora_weight = self.gradients
+        if self._half_CV is None:
+            if grad_hidden is not None:
+                torch.mm(grad_CV, head.weight_VH, out=grad_hidden[start:stop])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_CV.t(), self._hidden(start, stop))
+        elif grad_hidden is not None or grad_weight is not None:
+            half_CV = self._half_CV[: stop - start].copy_(grad_CV)
+            if grad_hidden is not None:
+                grad_hidden[start:stop] = half_CV @ head.weight_VH
+            if grad_weight is not None:
+                grad_weight += half_CV.t() @ self._hidden(start, stop)
+        if grad_bias is not None:
+            grad_bias += grad_CV.sum(dim=0)
+        if grad_lora_hidden is not None and self._lora_weight_VR is not None:
+            grad_lora_hidden[start:stop] = grad_CV @ self._lora_weight_VR
+        if grad_lora_weight is not None and head.lora_hidden_NR is not None:
+            grad_lora_weight.addmm_(grad_CV.t(), head.lora_hidden_NR[start:stop].to(head.dtype))
+
+    def _hidden(self, start: int, stop: int) -> Tensor:
+        return self._head.hidden_NH[start:stop].to(self._head.weight_VH.dtype)

@@ -1,0 +1,183 @@
+"""What a teacher said about N loss tokens, as tensors: the stored support, the mass outside it, the token it sampled.
+
+In: decoded cache rows, already moved to the position that predicts them. Out: bucketed log probabilities at one
+temperature. Cost: O(N K), nothing of vocabulary size.
+
+    N loss tokens, K padded support, B = K + 1 buckets (support, then the tail), M draws from the tail
+
+A teacher at temperature tau is p_v^(1/tau) / Z with Z = sum_v p_v^(1/tau) over the *whole* vocabulary. Only the teacher
+knows Z, so it comes from the cache (`capture.temperatures`); renormalising the stored top k instead errs by 0.6 in
+total variation at k=64, tau=2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Stands for "no probability here". Finite on purpose: exp() of it is exactly 0 in float32 and float64, and
+# 0 * (NO_MASS - NO_MASS) is 0 where 0 * (inf - inf) would be nan, so no divergence needs a mask.
+NO_MASS = -1.0e4
+
+# A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes can hold. Forward KL, JSD
+# and total variation move by less than 1e-12; reverse KL stays finite.
+MIN_TAIL_LOGMASS = -32.0
+
+
+@dataclass(frozen=True)
+class TailDraws:
+    """Tokens drawn from the teacher's tail, each standing for a share of its mass (Sparse Logit Sampling, 2503.16870).
+
+    With n draws from the tail (probability proportional to p outside the exact support) each weighs tail mass / n, so
+    that sum_S p f + sum_draws w f is an unbiased estimate of sum_v p_v f_v. Ids may repeat.
+
+    Attributes:
+        ids_NM: int32 or int64; padding holds any valid id with weight 0.
+        weights_NM: float32, probability mass (at temperature 1) that the draw stands for.
+        logprobs_NM: float32, natural log of the teacher's probability of the drawn token at temperature 1. Without it
+            the loss keeps the tail's constant entropy term, and temperatures other than 1 are refused.
+    """
+
+    ids_NM: Tensor
+    weights_NM: Tensor
+    logprobs_NM: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.ids_NM.dim() == 2
+        assert self.ids_NM.shape == self.weights_NM.shape
+        assert self.logprobs_NM is None or self.logprobs_NM.shape == self.ids_NM.shape
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """The teacher's word on N loss tokens. Shapes are checked; values are trusted (the stream checks them).
+
+    Attributes:
+        ids_NK: int32 or int64 token ids in rank order. Padding slots repeat any valid id. K = 0: text alone.
+        logprobs_NK: float32 natural logs of the teacher's probabilities at temperature 1; padding is -inf.
+        tail_logmass_N: float32 natural log of the teacher's mass outside the stored support; may be -inf.
+        sampled_ids_N: int64, the token that the teacher sampled, hence the next token of the text.
+        weights_N: float32 weight of each token in every loss; None is 1.
+        reference_ids_N: int64, the next token of a reference text, for `cross_entropy_reference`.
+        draws: sampled part of hybrid targets; `tail_logmass_N` is then the mass that the draws share.
+        temperature: at which the distribution losses compare teacher and student (cross-entropies stay at 1).
+        log_partition_N: float32, log sum_v p_v^(1/temperature), required when `temperature` is not 1.
+    """
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_logmass_N: Tensor
+    sampled_ids_N: Tensor
+    weights_N: Tensor | None = None
+    reference_ids_N: Tensor | None = None
+    draws: TailDraws | None = None
+    temperature: float = 1.0
+    log_partition_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.ids_NK.dim() == 2
+        assert self.ids_NK.shape == self.logprobs_NK.shape
+        per_token = (
+            self.tail_logmass_N,
+            self.sampled_ids_N,
+            self.weights_N,
+            self.reference_ids_N,
+            self.log_partition_N,
+        )
+        assert all(tensor is None or tensor.shape == (self.num_tokens,) for tensor in per_token)
+        assert self.draws is None or self.draws.ids_NM.shape[0] == self.num_tokens
+        assert self.temperature > 0.0
+        assert self.temperature == 1.0 or self.log_partition_N is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_NK.shape[0]
+
+    @property
+    def num_support(self) -> int:
+        """K, the padded width of the support; 0 for text alone."""
+        return self.ids_NK.shape[1]
+
+    @staticmethod
+    def text_alone(ids_N: Tensor, weights_N: Tensor | None = None) -> SparseTargets:
+        """Targets that hold nothing but the next token, int64 `ids_N`, for cross-entropy."""
+        empty_N0 = torch.empty(ids_N.shape[0], 0, device=ids_N.device)
+        tail_N = torch.zeros(ids_N.shape[0], device=ids_N.device)
+        return SparseTargets(empty_N0.long(), empty_N0, tail_N, ids_N, weights_N)
+
+    def at_temperature(self, temperature: float, log_partition_N: Tensor | None) -> SparseTargets:
+        """The same targets seen at another temperature, with the log-partition that the cache holds for it."""
+        return replace(self, temperature=temperature, log_partition_N=log_partition_N)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def narrow(self, start: int, stop: int) -> SparseTargets:
+        """Tokens start..stop as views."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> SparseTargets:
+        draws = self.draws
+        return SparseTargets(
+            ids_NK=change(self.ids_NK),
+            logprobs_NK=change(self.logprobs_NK),
+            tail_logmass_N=change(self.tail_logmass_N),
+            sampled_ids_N=change(self.sampled_ids_N),
+            weights_N=None if self.weights_N is None else change(self.weights_N),
+            reference_ids_N=None if self.reference_ids_N is None else change(self.reference_ids_N),
+            draws=None
+            if draws is None
+            else TailDraws(
+                change(draws.ids_NM),
+                change(draws.weights_NM),
+                None if draws.logprobs_NM is None else change(draws.logprobs_NM),
+            ),
+            temperature=self.temperature,
+            log_partition_N=None if self.log_partition_N is None else change(self.log_partition_N),
+        )
+
+
+def in_support(targets: SparseTargets) -> Tensor:
+    """bool [N, K]: which slots are stored entries rather than padding."""
+    return targets.logprobs_NK != -torch.inf
+
+
+def teacher_buckets(targets: SparseTargets, dtype: torch.dtype) -> Tensor:
+    """Log probabilities [N, K+1] of the support and, last, the tail, at the targets' temperature; padding is NO_MASS.
+
+    At temperature 1 the tail is the stored one. At others it is what the support leaves of the exact partition; it is
+    taken in float64, where 1 - sum still means something.
+    """
+    if targets.temperature == 1.0:
+        support_NK, tail_N = targets.logprobs_NK, targets.tail_logmass_N
+    else:
+        support_NK = at_temperature(targets.logprobs_NK, targets)
+        tail_N = torch.log1p(-support_NK.exp().sum(dim=1).clamp(max=1.0))
+    tail_N1 = tail_N.clamp(min=MIN_TAIL_LOGMASS).unsqueeze(1)
+    return torch.cat([support_NK.clamp(min=NO_MASS), tail_N1.to(support_NK.dtype)], dim=1).to(dtype)
+
+
+def draws_at_temperature(targets: SparseTargets, draws: TailDraws, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(weights_NM, logprobs_NM or None) of the draws at the targets' temperature.
+
+    They were drawn at temperature 1, so at another one each weighs w * p_tau(v) / p_1(v) (importance sampling).
+    """
+    if draws.logprobs_NM is None:
+        assert targets.temperature == 1.0
+        return draws.weights_NM.to(dtype), None
+    logprobs_NM = draws.logprobs_NM.clamp(min=NO_MASS)
+    if targets.temperature == 1.0:
+        return draws.weights_NM.to(dtype), logprobs_NM.to(dtype)
+    at_tau_NM = at_temperature(logprobs_NM, targets)
+    ratio_NM = torch.where(draws.weights_NM > 0, at_tau_NM - logprobs_NM, NO_MASS).exp()
+    weights_NM = draws.weights_NM * ratio_NM
+    return weights_NM.to(dtype), at_tau_NM.to(dtype)
+
+
+def at_temperature(logprobs_NX: Tensor, targets: SparseTargets) -> Tensor:
+    """float64 log p_tau = log p / tau - log Z of log probabilities at temperature 1."""
+    assert targets.log_partition_N is not None
+    return logprobs_NX.double() / targets.temperature - targets.log_partition_N.double().unsqueeze(1)
