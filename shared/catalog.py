@@ -93,7 +93,8 @@ class Table:
 
     def files(self) -> list[DataFile]:
         """Visible files of this version, ordered by path."""
-        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        # pa.table() would do as well, but imports pandas where it is installed: most of a second.
+        actions = pa.RecordBatchReader.from_stream(self._delta.get_add_actions(flatten=True)).read_all()
         rows = zip(
             actions.column("path").to_pylist(),
             actions.column("size_bytes").to_pylist(),

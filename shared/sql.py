@@ -8,31 +8,42 @@ locked with external access off, so that a query can read the cache's files and 
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.manifest import RunManifest
-from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, table_schema
-from shared.catalog import Catalog, Table
-from shared.errors import ConfigError, CorruptError
-from shared.views import quote, view_statements
+from shared.catalog import Catalog, DataFile, Table
+from shared.errors import ConfigError, CorruptError, DataError
+from shared.files import atomic_path
+from shared.shards import open_shard
+from shared.views import CacheFiles, quote, view_statements
 
 if TYPE_CHECKING:
     import duckdb
 
+T = TypeVar("T")
+
+DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "ZSTD", "Parquet file")
+"""What DuckDB's message holds when a file is missing or damaged."""
+
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
 
-
-EXPLAIN_PREFIX = re.compile(r"\s*EXPLAIN\s+(?:ANALYZE\s+)?(?:\([^)]*\)\s*)?", re.IGNORECASE)
+COMMENTS = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/)*", re.DOTALL)
+EXPLAIN_PREFIX = re.compile(r"EXPLAIN\s+(?:ANALYZE\s+)?(?:\([^)]*\)\s*)?", re.IGNORECASE)
 
 
 class Session:
-    """A locked DuckDB connection over one or more caches; a context manager."""
+    """A locked DuckDB connection over one or more caches; a context manager.
+
+    Queries run in a thread of their own, so that Ctrl-C ends the query and leaves the session usable.
+    """
 
     def __init__(self, catalogs: Mapping[str, Catalog]) -> None:
         """Makes the views; the cache named `main` is the one whose views need no prefix.
@@ -42,16 +53,11 @@ class Session:
         import duckdb
 
         self._folder = tempfile.TemporaryDirectory(prefix="stillroom-sql-")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="query")
         database = Path(self._folder.name) / "views.duckdb"
-        paths = _write_empties(Path(self._folder.name))
-        with duckdb.connect(str(database)) as connection:
-            for name, catalog in catalogs.items():
-                files = _files_of(catalog, paths)
-                create_views(connection, name, files, catalog.runs())
-                allowed = [path for group in files.values() for path in group]
-                paths = {**paths, **{f"{name}:{number}": path for number, path in enumerate(allowed)}}
+        paths = _create_database(database, catalogs)
         self.connection = duckdb.connect(str(database), read_only=True)
-        _lock(self.connection, list(paths.values()))
+        _lock(self.connection, paths)
 
     def __enter__(self) -> Self:
         return self
@@ -66,14 +72,49 @@ class Session:
         return self.batches(query).read_all()
 
     def batches(self, query: str, rows_per_batch: int = 8192) -> pa.RecordBatchReader:
-        """The result as a stream of record batches, for results larger than memory."""
+        """The result as a stream of record batches, for results larger than memory.
+
+        Raises ConfigError or CorruptError, also while it is read. A later query ends the stream of an earlier one.
+        """
+        reader = self._run(lambda: _start(self.connection, query, rows_per_batch))
+        return pa.RecordBatchReader.from_batches(reader.schema, self._pull(reader))
+
+    def statements(self, text: str) -> list[str]:
+        """The statements in `text`, which `;` ends. Raises ConfigError where one cannot be parsed."""
         import duckdb
 
         try:
-            _require_select(self.connection, query)
-            return self.connection.sql(query).to_arrow_reader(rows_per_batch)
+            return [statement.query for statement in self.connection.extract_statements(text)]
         except duckdb.Error as error:
             raise query_error(error) from error
+
+    def _pull(self, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+        while True:
+            try:
+                yield self._run(reader.read_next_batch)
+            except StopIteration:
+                return
+
+    def _run(self, work: Callable[[], T]) -> T:
+        import duckdb
+
+        future = self._thread.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            self._interrupt(future)
+            raise
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            raise query_error(error) from error
+
+    def _interrupt(self, future: "Future[T]") -> None:
+        # An interrupt that comes before the query has begun to run is lost: say it until the query has ended.
+        while not future.done():
+            self.connection.interrupt()
+            try:
+                future.exception(timeout=0.05)
+            except StillRunning:
+                continue
 
     def explain(self, query: str) -> str:
         """DuckDB's plan, which shows the columns and filters that reach Parquet."""
@@ -82,6 +123,7 @@ class Session:
 
     def close(self) -> None:
         """Closes the connection and removes the session's database."""
+        self._thread.shutdown()
         self.connection.close()
         self._folder.cleanup()
 
@@ -91,25 +133,46 @@ def open_cache(catalog: Catalog) -> Session:
     return Session({"main": catalog})
 
 
+def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
+    """Writes the views to a database file for the plain duckdb program and notebooks, replacing an older one.
+
+    The views name the shards of this moment by absolute path: nothing of the data is copied, and chains that are
+    built later are seen after the next export. Such a file is not locked.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the database file to write, for example views.duckdb")
+    with atomic_path(path) as temp:
+        _create_database(temp, catalogs)
+
+
 def query_error(error: Exception) -> Exception:
     """DuckDB's error as one line for the user: a damaged file is a CorruptError, anything else the query's fault."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines else type(error).__name__
-    if "IO Error" in text or "Invalid Input Error: No magic bytes" in text or "TProtocolException" in text:
+    if any(sign in text for sign in DAMAGE_SIGNS):
         return CorruptError(f"{text} (`teacher-cache verify` lists what is wrong)")
     return ConfigError(f"query: {text}")
 
 
-def create_views(
-    connection: "duckdb.DuckDBPyConnection",
-    schema: str,
-    files: Mapping[str, Sequence[str]],
-    runs: Mapping[str, RunManifest],
+def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
+    """Makes a DuckDB file with the views of all caches; the Parquet files that they read."""
+    import duckdb
+
+    paths: list[str] = []
+    with duckdb.connect(str(path)) as connection:
+        for name, catalog in catalogs.items():
+            files = _files_of(catalog)
+            _create_views(connection, name, files, catalog.runs())
+            paths.extend(files.paths())
+    return paths
+
+
+def _create_views(
+    connection: "duckdb.DuckDBPyConnection", schema: str, files: CacheFiles, runs: Mapping[str, RunManifest]
 ) -> None:
-    """Creates the views of one cache in `schema`; `files` names the Parquet files of each table."""
-    if not SCHEMA_NAME.match(schema):
-        raise ConfigError(f"cache name {schema!r} is no SQL name: use letters, digits and underscores")
     if schema != "main":
+        if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES:
+            raise ConfigError(f"cache name {schema!r} is no free SQL name: use letters, digits and underscores")
         connection.execute(f'CREATE SCHEMA "{schema}"')
     connection.execute(f'USE "{schema}"')
     _create_runs(connection, runs)
@@ -118,14 +181,19 @@ def create_views(
     connection.execute("USE main")
 
 
+def _start(connection: "duckdb.DuckDBPyConnection", query: str, rows_per_batch: int) -> pa.RecordBatchReader:
+    _require_select(connection, query)
+    return connection.sql(query).to_arrow_reader(rows_per_batch)
+
+
 def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> None:
     """Refuses all but one SELECT (DESCRIBE, SHOW, SUMMARIZE count as such) or the EXPLAIN of one.
 
     The lock alone is not enough: DuckDB may write to the paths it may read, and `COPY ... (USE_TMP_FILE false)` would
     truncate a shard, also under EXPLAIN ANALYZE and inside a WITH clause of a SELECT.
     """
-    explained = EXPLAIN_PREFIX.match(query)
-    inner = query[explained.end() :] if explained else query
+    start = _end_of(COMMENTS, query, 0)
+    inner = query[_end_of(EXPLAIN_PREFIX, query, start) :]
     statements = connection.extract_statements(inner)
     kinds = [statement.type.name for statement in statements]
     if kinds != ["SELECT"]:
@@ -134,6 +202,11 @@ def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> None
     # DuckDB binds WITH clauses that write only at the top level, so below another SELECT it refuses them itself.
     bare = statements[0].query.rstrip().rstrip(";")
     connection.execute(f"EXPLAIN SELECT * FROM (\n{bare}\n)")
+
+
+def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
+    match = pattern.match(text, start)
+    return match.end() if match else start
 
 
 def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None:
@@ -147,32 +220,29 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
     connection.execute("SET lock_configuration = true")
 
 
-def _write_empties(folder: Path) -> dict[str, str]:
-    """Empty files that lend every table its columns, also where it has no file yet or files of several codecs."""
-    schemas = {
-        "chains": table_schema(),
-        "verdicts": VERDICT_SCHEMA,
-        "failures": FAILURE_SCHEMA,
-        "vocab": VOCAB_SCHEMA,
-    }
-    paths = {}
-    for name, schema in schemas.items():
-        path = folder / f"{name}.parquet"
-        pq.write_table(schema.empty_table(), path)
-        paths[name] = str(path)
-    return paths
-
-
-def _files_of(catalog: Catalog, empties: Mapping[str, str]) -> dict[str, list[str]]:
+def _files_of(catalog: Catalog) -> CacheFiles:
     def visible(table: Table) -> list[str]:
-        return [str(table.path_of(file)) for file in table.files()]
+        return [str(table.path_of(file).absolute()) for file in table.files()]
 
-    return {
-        "chains": [empties["chains"], *visible(catalog.chains)],
-        "verdicts": [empties["verdicts"], *visible(catalog.verdicts)],
-        "failures": [empties["failures"], *visible(catalog.failures)],
-        "vocab": [empties["vocab"], *(str(path) for path in catalog.vocab_paths())],
-    }
+    return CacheFiles(
+        chains=_by_codec(catalog),
+        verdicts=visible(catalog.verdicts),
+        failures=visible(catalog.failures),
+        vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
+    )
+
+
+def _by_codec(catalog: Catalog) -> dict[str, list[str]]:
+    """Shards by codec. All shards of a run have one, so a shard of each is opened and not all of them."""
+    by_run: dict[str, list[DataFile]] = {}
+    for file in catalog.chains.files():
+        by_run.setdefault(file.path.partition("/")[0], []).append(file)
+    by_codec: dict[str, list[str]] = {}
+    for files in by_run.values():
+        _, header = open_shard(catalog.chains.path_of(files[0]))
+        paths = [str(catalog.chains.path_of(file).absolute()) for file in files]
+        by_codec.setdefault(header.codec, []).extend(paths)
+    return by_codec
 
 
 def _create_runs(connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest]) -> None:

@@ -11,12 +11,41 @@ chain_rows  chains, with the file, row group and row where each lies (for the tr
 shared.codec also divides by their sum, which differs from one by no more than the codes' own rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import pyarrow as pa
+
+from schemas.tables import CHAIN_FIELDS, FAILURE_SCHEMA, SIGNAL_FIELDS, VERDICT_SCHEMA, VOCAB_SCHEMA, table_schema
 from shared.codec import LOGPROB_RANGE_NATS, MAX_CODE
 
 VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab")
 """What a user sees, in the order they are explained."""
+
+SQL_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
+    pa.int16(): "SMALLINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.timestamp("us", tz="UTC"): "TIMESTAMPTZ",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFiles:
+    """Paths of the Parquet files that the views of one cache read; those of `chains` by codec."""
+
+    chains: Mapping[str, Sequence[str]]
+    verdicts: Sequence[str]
+    failures: Sequence[str]
+    vocab: Sequence[str]
+
+    def paths(self) -> Iterator[str]:
+        """Every file."""
+        for group in (*self.chains.values(), self.verdicts, self.failures, self.vocab):
+            yield from group
 
 
 def quote(text: str) -> str:
@@ -24,22 +53,21 @@ def quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def view_statements(files: Mapping[str, Sequence[str]]) -> list[str]:
-    """CREATE VIEW statements in order; `files` names the Parquet files of chains, verdicts, failures and vocab."""
-    chains = _scan(files["chains"], ", file_row_number = true")
+def view_statements(files: CacheFiles) -> list[str]:
+    """CREATE VIEW statements in order."""
     code_prob = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
     topk_prob = f"coalesce({code_prob.format('topk_codes')}, exp(topk_logprobs))"
     top1_prob = f"coalesce({code_prob.format('top1_code')}, exp(top1_logprob))"
     tail_mass = f"coalesce(if(tail_code = {MAX_CODE}, 0, {code_prob.format('tail_code')}), exp(tail_logmass))"
-    metadata = f"parquet_metadata([{', '.join(quote(path) for path in files['chains'])}])"
     return [
-        f"CREATE VIEW shards AS SELECT * FROM {chains}",
-        f"CREATE VIEW failures AS SELECT * EXCLUDE (filename) FROM {_scan(files['failures'])}",
+        f"CREATE VIEW shards AS {_shards(files.chains)}",
+        f"CREATE VIEW failures AS {_select(FAILURE_SCHEMA, files.failures)}",
         rf"""CREATE VIEW vocab AS SELECT token_id, piece, is_special,
-             regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer FROM {_scan(files["vocab"])}""",
+             regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
+           FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
         f"""CREATE VIEW verdicts AS SELECT sample_id, judge, max(judged_at) AS judged_at,
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
-           FROM {_scan(files["verdicts"])} GROUP BY sample_id, judge""",
+           FROM ({_select(VERDICT_SCHEMA, files.verdicts)}) GROUP BY sample_id, judge""",
         """CREATE VIEW latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
            FROM verdicts GROUP BY sample_id""",
@@ -53,7 +81,7 @@ def view_statements(files: Mapping[str, Sequence[str]]) -> list[str]:
            FROM shards s LEFT JOIN latest_verdicts v USING (sample_id)""",
         f"""CREATE VIEW row_groups AS SELECT file_name, row_group_id,
              sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
-           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows FROM {metadata})""",
+           FROM ({_row_groups(files.chains)})""",
         r"""CREATE VIEW chain_rows AS SELECT c.*, regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
              g.row_group_id::INTEGER AS row_group, (p.file_row_number - g.first_row)::INTEGER AS row_in_group
            FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)
@@ -88,6 +116,49 @@ def view_statements(files: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def _scan(files: Sequence[str], options: str = "") -> str:
-    listed = ", ".join(quote(path) for path in files)
-    return f"read_parquet([{listed}], union_by_name = true, filename = true{options})"
+def _shards(files: Mapping[str, Sequence[str]]) -> str:
+    """The rows of all codecs, each with NULL for the columns of the others.
+
+    Files of one codec have one schema, so DuckDB need not open all of them before it answers (as `union_by_name` does).
+    """
+    groups = []
+    for codec, paths in files.items():
+        own = {field.name for field in [*CHAIN_FIELDS, *SIGNAL_FIELDS[codec]]}
+        groups.append(_select(table_schema(), paths, ("filename", "file_row_number"), own))
+    return " UNION ALL ".join(groups) or _select(table_schema(), [], ("filename", "file_row_number"))
+
+
+def _select(
+    schema: pa.Schema, paths: Sequence[str], virtual: Sequence[str] = (), present: set[str] | None = None
+) -> str:
+    """SELECT of the schema's columns, NULL for those not `present` in the files (None: all are)."""
+    if not paths:
+        columns = [f"NULL::{_sql_type(field.type)} AS {field.name}" for field in schema]
+        extra = [f"NULL::{'VARCHAR' if name == 'filename' else 'BIGINT'} AS {name}" for name in virtual]
+        return f"SELECT {', '.join([*columns, *extra])} WHERE false"
+    columns = [
+        field.name if present is None or field.name in present else f"NULL::{_sql_type(field.type)} AS {field.name}"
+        for field in schema
+    ]
+    options = "".join(f", {name} = true" for name in virtual)
+    return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
+
+
+def _row_groups(files: Mapping[str, Sequence[str]]) -> str:
+    paths = [path for group in files.values() for path in group]
+    columns = "file_name, row_group_id, row_group_num_rows AS num_rows"
+    if not paths:
+        return "SELECT NULL::VARCHAR AS file_name, NULL::BIGINT AS row_group_id, NULL::BIGINT AS num_rows WHERE false"
+    return f"SELECT DISTINCT {columns} FROM parquet_metadata({_listed(paths)})"
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return f"[{', '.join(quote(path) for path in paths)}]"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"{_sql_type(kind.value_type)}[]"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{field.name} {_sql_type(field.type)}' for field in kind)})"
+    return SQL_TYPES[kind]
