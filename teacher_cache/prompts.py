@@ -8,6 +8,7 @@ itself, so prompts and samples added later only append work: nothing that exists
 turn. All first samples come before any second one, so that a half-built cache is a fair sample of the whole.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,19 +115,26 @@ def requests(
             f"the tokenizer of {config.teacher.model} has no chat template: use an instruction-tuned teacher, "
             "or put a chat_template.jinja into its folder"
         )
-    sources = {source.name: source for source in config.prompts.sources}
+    sampling = {source.name: sampling_of(config.sampling, source) for source in config.prompts.sources}
     samples = _samples_by_source(config)
-    mine = [prompt for prompt in prompts if prompt.prompt_id in worker]
+    left = [prompt for prompt in prompts if prompt.prompt_id in worker]
+    # Later rounds ask the same prompts again: four bytes a token are kept rather than tokenised anew.
+    kept: dict[str, array[int] | str] = {}
     for sample_index in range(max(samples.values())):
-        asked = [prompt for prompt in mine if sample_index < samples[prompt.source]]
-        for batch in _batches(asked, TOKENIZE_BATCH):
-            rows = tokenize(tokenizer, batch, config.teacher.chat_template_kwargs)
-            for prompt, ids in zip(batch, rows, strict=True):
+        left = [prompt for prompt in left if sample_index < samples[prompt.source]]
+        for batch in _batches(left, TOKENIZE_BATCH):
+            if sample_index == 0:
+                rows = tokenize(tokenizer, batch, config.teacher.chat_template_kwargs)
+                kept |= {prompt.prompt_id: _compact(ids) for prompt, ids in zip(batch, rows, strict=True)}
+            for prompt in batch:
+                ids = kept[prompt.prompt_id]
                 if isinstance(ids, str):
                     on_failure(_refused(prompt, sample_index, ids))
                 else:
-                    sampling = sampling_of(config.sampling, sources[prompt.source])
-                    yield _request(prompt, ids, sample_index, sampling, config.sampling.seed, teacher_fingerprint)
+                    settings = sampling[prompt.source]
+                    yield _request(
+                        prompt, ids.tolist(), sample_index, settings, config.sampling.seed, teacher_fingerprint
+                    )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int] | str]:
@@ -251,6 +259,10 @@ def _tokenize_one(tokenizer: Any, chat: list[dict[str, str]], template_kwargs: M
         return _apply_template(tokenizer, [chat], template_kwargs)[0]
     except TEMPLATE_ERRORS as error:
         return f"the chat template refuses the prompt: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _compact(ids: list[int] | str) -> "array[int] | str":
+    return ids if isinstance(ids, str) else array("i", ids)
 
 
 def _samples_by_source(config: BuildConfig) -> dict[str, int]:
