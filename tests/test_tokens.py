@@ -1,4 +1,4 @@
-"""Tokenizers: identity survives saving, pieces lose nothing, reasoning ends at its token, vocabularies are told apart."""
+"""Tokenizers: identity survives saving, pieces lose nothing, reasoning ends at its token, vocabularies compare."""
 
 import json
 import subprocess

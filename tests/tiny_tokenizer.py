@@ -46,7 +46,7 @@ def metaspace() -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path, markers: tuple[str, ...] = ("<think>", "</think>")) -> Path:
-    """Writes a Hugging Face tokenizer folder with a chat template; `markers` become added tokens that are not special."""
+    """Writes a Hugging Face tokenizer folder with a chat template; `markers` become added, not special."""
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
     fast.add_tokens(list(markers))
     fast.chat_template = CHAT_TEMPLATE
