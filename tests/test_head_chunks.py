@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from student_train.divergences import DEFAULT_MIX, LossMix, LossTerm
 from student_train.losses import fused_loss
 from student_train.targets import SparseTargets
+from student_train.token_metrics import sparse_metrics
 from tests.dense_losses import H, K, N, head_tensors, sparse, teacher_logprobs
 
 
@@ -114,11 +115,14 @@ def test_gradient_checkpointing_around_the_loss() -> None:
     targets = sparse(teacher_logprobs())
 
     def loss(hidden_NH: Tensor) -> Tensor:
-        return fused_loss(torch.tanh(hidden_NH), weight_VH, targets, DEFAULT_MIX, chunk_tokens=4).loss_sum
+        return fused_loss(torch.tanh(hidden_NH), weight_VH, targets, DEFAULT_MIX, chunk_tokens=N).loss_sum
 
     plain = torch.autograd.grad(loss(hidden_NH), (hidden_NH, weight_VH))
-    checkpointed = checkpoint(loss, hidden_NH, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(checkpointed, (hidden_NH, weight_VH)), plain)
+    with Allocations() as recorded:
+        checkpointed = checkpoint(loss, hidden_NH, use_reentrant=False)
+        grads = torch.autograd.grad(checkpointed, (hidden_NH, weight_VH))
+    torch.testing.assert_close(grads, plain)
+    assert count("tanh", recorded) == 2  # once forward, once for the backward: the few inner numbers start no third
 
 
 def test_a_scaled_loss_scales_its_gradients() -> None:
@@ -164,10 +168,19 @@ def test_half_precision_weight_gradients_accumulate_in_float32() -> None:
 def test_enclosing_autocast_changes_nothing() -> None:
     targets = sparse(teacher_logprobs())
     hidden_NH, weight_VH = (tensor.detach().float().requires_grad_() for tensor in head_tensors())
-    plain = fused_loss(hidden_NH, weight_VH, targets, DEFAULT_MIX).loss_sum
+    lora_NR, lora_VR = (tensor.detach()[:, :2].clone().requires_grad_() for tensor in (hidden_NH, weight_VH))
+
+    def results() -> tuple[Tensor, ...]:
+        loss = fused_loss(
+            hidden_NH, weight_VH, targets, DEFAULT_MIX, lora_hidden_NR=lora_NR, lora_weight_VR=lora_VR
+        ).loss_sum
+        metrics = sparse_metrics(hidden_NH, weight_VH, targets, lora_hidden_NR=lora_NR, lora_weight_VR=lora_VR)
+        return loss, metrics.entropy_N, *torch.autograd.grad(loss, (hidden_NH, weight_VH, lora_NR, lora_VR))
+
+    plain = results()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = fused_loss(hidden_NH, weight_VH, targets, DEFAULT_MIX).loss_sum
-    assert inside.item() == plain.item()
+        inside = results()
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
 
 
 def test_no_tokens_give_zero_losses_and_zero_gradients() -> None:
