@@ -68,7 +68,7 @@ def lock_project() -> None:
 
 
 def make_venv(venv_dir: Path) -> None:
-    """A virtual environment with pip and uv in it. A half-made one is made again; one that is not ours is left alone."""
+    """A virtual environment with pip and uv in it. A half-made one is made again; one not ours is left alone."""
     state = venv_dir / ".setup-state"
     python = venv_dir / "bin" / "python"
     if venv_dir.exists() and not state.exists():
@@ -167,7 +167,7 @@ def pip_settings(venv_dir: Path) -> dict[str, str]:
 
 
 def cpu_flags(environ: Mapping[str, str]) -> list[str]:
-    """What makes uv install torch for the CPU: from a wheel folder if one holds it, otherwise from PyTorch's CPU index."""
+    """What makes uv take torch's CPU build: from a wheel folder that holds it, otherwise from PyTorch's own index."""
     flags = ["--override", str(OVERRIDES_CPU)]
     if "UV_TORCH_BACKEND" in environ or torch_wheel_at_hand(environ):
         return flags

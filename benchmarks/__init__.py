@@ -1,0 +1,1 @@
+"""Measurements of stillroom that anyone can repeat, one runnable module a subject."""
