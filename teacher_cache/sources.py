@@ -6,9 +6,7 @@ DataError.
 """
 
 import json
-import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 from schemas.records import Message, stable_hash
 from shared.config import nearest_name
 from shared.errors import DataError
+from shared.gym import import_reasoning_gym, jsonable, task_names
 from teacher_cache.config import (
     FieldsBase,
     HuggingFaceSource,
@@ -73,19 +72,6 @@ def read_source(source: Source) -> Iterator[Draft | LoadFailure]:
         num_drafts += isinstance(row, Draft)
         if num_drafts == source.limit:
             return
-
-
-def jsonable(value: Any) -> Any:
-    """The value as plain JSON: string keys, lists, finite numbers; whatever else JSON lacks as text."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((jsonable(item) for item in value), key=repr)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, (str, bool, int)) else str(value)
 
 
 def malformed(source: str, where: str, message: str) -> LoadFailure:
@@ -241,15 +227,12 @@ def _reasoning_gym(source: ReasoningGymSource) -> Iterator[Draft | LoadFailure]:
 def open_reasoning_gym(source: ReasoningGymSource) -> Any:
     """The reasoning-gym dataset of a source. Raises DataError for an unknown task or an option that it refuses."""
     try:
-        with warnings.catch_warnings():
-            # cellpylib compares with `is` and a literal: Python says so once, when it first compiles the file.
-            warnings.simplefilter("ignore", SyntaxWarning)
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
+        reasoning_gym = import_reasoning_gym()
+        names = task_names()
     except ImportError as error:
         raise DataError(f"source {source.name} needs the package reasoning-gym: pip install reasoning-gym") from error
-    if source.task not in DATASETS:
-        hint = nearest_name(source.task, sorted(DATASETS))
+    if source.task not in names:
+        hint = nearest_name(source.task, names)
         raise DataError(f"source {source.name}: reasoning-gym has no task {source.task!r}{hint}")
     try:
         return reasoning_gym.create_dataset(source.task, seed=source.seed, size=source.size, **source.options)
