@@ -94,12 +94,16 @@ class Progress:
         left = self._total - self._done
         eta = format_duration(elapsed_s / new * left) if new > 0 else "?"
         share = f"{100 * self._done / self._total:.0f}%" if self._total else "100%"
-        parts = [
-            f"{self._done}/{self._total} {self._unit}",
-            share,
+        tokens = [
             f"{format_count(self._num_tokens)} tok",
             f"{now_rate:.0f} tok/s now",
             f"{self.tokens_per_s:.0f} tok/s",
+        ]
+        parts = [
+            f"{self._done}/{self._total} {self._unit}",
+            share,
+            # Some loops have no tokens to count, others none yet.
+            *(tokens if self._num_tokens else []),
             self._notes,
             f"eta {eta}" if left > 0 else f"in {format_duration(elapsed_s)}",
         ]

@@ -1,0 +1,202 @@
+"""Verdicts on chains: while a cache is built, and again whenever somebody wants to (`teacher-cache judge`).
+
+In: answers and references. Out: rows of the verdicts table, which is small and apart from the shards, so that judging
+again neither generates nor rewrites anything. Rows are only ever added; the latest verdict of a judge on a sample
+counts.
+"""
+
+import datetime
+import json
+import queue
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.records import Prompt
+from schemas.tables import VERDICT_SCHEMA
+from shared.catalog import Catalog, Table, publish
+from shared.errors import CacheConflict, ConfigError
+from shared.files import TEMP_SUFFIX
+from shared.judge import KINDS, Verdict, check_kind
+from shared.judge_process import JudgeProcess
+from shared.log import Progress
+from shared.sql import Session, open_cache
+
+COMMIT_ROWS = 20_000
+"""Verdicts committed at once: at most so many are judged again after a crash."""
+MAX_COMMIT_ATTEMPTS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedSample:
+    """One row of the verdicts table to be."""
+
+    sample_id: str
+    judge: str
+    verdict: Verdict
+
+
+@dataclass(slots=True)
+class JudgeSummary:
+    """What one judge found."""
+
+    num_chains: int = 0
+    num_correct: int = 0
+    num_wrong: int = 0
+    num_undecided: int = 0
+
+    def add(self, verdict: Verdict) -> None:
+        """Counts one verdict."""
+        self.num_chains += 1
+        self.num_correct += verdict.correct is True
+        self.num_wrong += verdict.correct is False
+        self.num_undecided += verdict.correct is None
+
+
+@dataclass(slots=True)
+class JudgeReport:
+    """What `judge_cache` did: counts by judge, and chains that name no judge."""
+
+    by_judge: dict[str, JudgeSummary] = field(default_factory=dict)
+    num_without_judge: int = 0
+
+
+def judge_of(prompt: Prompt) -> str | None:
+    """The kind of check that the prompt's source asks for."""
+    kind = prompt.metadata.get("judge")
+    return None if kind is None else str(kind)
+
+
+def judge_chain(judge: JudgeProcess, prompt: Prompt, answer: str | None) -> Verdict | None:
+    """The verdict of the prompt's own judge on the text after the reasoning; None where the prompt has no judge."""
+    kind = judge_of(prompt)
+    return None if kind is None else judge.judge(kind, answer, prompt.reference, prompt.metadata)
+
+
+def commit_verdicts(table: Table, samples: Sequence[JudgedSample], run_id: str, worker: str) -> None:
+    """Makes the verdicts visible, all or none. Raises CacheConflict when others commit without a pause for it."""
+    if not samples:
+        return
+    now = datetime.datetime.now(datetime.UTC)
+    columns: dict[str, list[Any]] = {
+        "sample_id": [sample.sample_id for sample in samples],
+        "judge": [sample.judge for sample in samples],
+        "correct": [sample.verdict.correct for sample in samples],
+        "score": [sample.verdict.score for sample in samples],
+        "judged_at": [now] * len(samples),
+    }
+    application = f"stillroom/{run_id}/{worker}"
+    table.refresh()
+    sequence = _next_sequence(table, application)
+    temp = table.folder / f".{worker}-{sequence}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+    try:
+        pq.write_table(pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA), temp, compression="zstd")
+        file = publish(temp, table.folder, f"{run_id}/{worker}-{sequence:06d}", len(samples))
+    finally:
+        temp.unlink(missing_ok=True)
+    for _ in range(MAX_COMMIT_ATTEMPTS):
+        try:
+            table.commit([file], application, sequence)
+            return
+        except CacheConflict:
+            # Verdicts add up and never exclude each other: whoever came first, these are still true.
+            table.refresh()
+            sequence = _next_sequence(table, application)
+    raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again")
+
+
+def judge_cache(
+    root: Path, kind: str | None = None, where: str | None = None, again: bool = False, num_processes: int = 1
+) -> JudgeReport:
+    """Judges chains of a cache and commits the verdicts as it goes.
+
+    `kind` judges every chain by one kind, None each chain by the judge that its prompt names. `where` is a SQL
+    condition on the columns of `chains`. Chains that this judge has decided on already are left out unless `again`.
+    Raises ConfigError for an unknown kind or a wrong condition, StillroomError for a package that is missing.
+    """
+    if kind is not None:
+        check_kind(kind)
+    catalog = Catalog(root)
+    report = JudgeReport()
+    with open_cache(catalog) as session, ExitStack() as stack:
+        kinds, total = _pending(session, kind, where, again, report)
+        judges = [stack.enter_context(JudgeProcess()) for _ in range(num_processes)]
+        for judge in judges:
+            judge.prepare(kinds)
+        progress = stack.enter_context(Progress("judge", total, "chains"))
+        done: list[JudgedSample] = []
+        for sample in _judged(session, _query("sample_id, answer, reference, metadata", kind, where, again), judges):
+            report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict)
+            done.append(sample)
+            if len(done) >= COMMIT_ROWS:
+                commit_verdicts(catalog.verdicts, done, "judge", "j0")
+                done = []
+            progress.update(sum(summary.num_chains for summary in report.by_judge.values()), 0)
+        commit_verdicts(catalog.verdicts, done, "judge", "j0")
+    return report
+
+
+def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[JudgedSample]:
+    """Verdicts in the order of the rows, `len(judges)` checks at a time, a batch of rows in memory."""
+    free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
+    for judge in judges:
+        free.put(judge)
+
+    def check(row: dict[str, Any]) -> JudgedSample:
+        judge = free.get()
+        try:
+            verdict = judge.judge(row["judge"], row["answer"], row["reference"], json.loads(row["metadata"]))
+        finally:
+            free.put(judge)
+        return JudgedSample(row["sample_id"], row["judge"], verdict)
+
+    with ThreadPoolExecutor(len(judges)) as pool:
+        for batch in session.batches(query, rows_per_batch=256):
+            yield from pool.map(check, batch.to_pylist())
+
+
+def _pending(
+    session: Session, kind: str | None, where: str | None, again: bool, report: JudgeReport
+) -> tuple[list[str], int]:
+    """Kinds that are needed, and how many chains there are to judge."""
+    rows = session.arrow(f"SELECT judge, count(*) AS n FROM ({_query('sample_id', kind, where, again)}) GROUP BY judge")
+    counts = Counter({row["judge"]: row["n"] for row in rows.to_pylist()})
+    if kind is None:
+        condition = "true" if where is None else f"({where}\n)"
+        query = f"SELECT count(*) AS n FROM chains WHERE {condition} AND {_OWN_JUDGE} IS NULL"
+        report.num_without_judge = session.arrow(query).column("n").to_pylist()[0]
+    for name in counts:
+        if name not in KINDS:
+            raise ConfigError(f"the cache's prompts name the judge {name!r}, which is unknown: choose one with --judge")
+    return sorted(counts), counts.total()
+
+
+_OWN_JUDGE = "json_extract_string(metadata, '$.judge')"
+
+
+def _query(columns: str, kind: str | None, where: str | None, again: bool) -> str:
+    """SELECT of the chains to judge, with the judge's name as `judge`. The condition sees the columns of `chains`
+    alone.
+    """
+    condition = "true" if where is None else f"({where}\n)"
+    judge = _OWN_JUDGE if kind is None else f"'{kind}'"
+    pending = f"SELECT {columns}, {judge} AS judge FROM chains WHERE {condition} AND {judge} IS NOT NULL"
+    if again:
+        return pending
+    return (
+        f"SELECT p.* FROM ({pending}) p WHERE NOT EXISTS (SELECT 1 FROM verdicts v"
+        " WHERE v.sample_id = p.sample_id AND v.judge = p.judge AND v.correct IS NOT NULL)"
+    )
+
+
+def _next_sequence(table: Table, application: str) -> int:
+    last = table.last_sequence(application)
+    return 0 if last is None else last + 1

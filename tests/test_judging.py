@@ -1,0 +1,101 @@
+"""Judging a cache again: verdicts are added beside the shards, the latest one counts."""
+
+from pathlib import Path
+
+import pytest
+
+from schemas.records import Message, Prompt
+from shared.catalog import Catalog
+from shared.errors import CacheConflict, ConfigError
+from shared.judge import Verdict
+from shared.judge_process import JudgeProcess
+from shared.sql import open_cache
+from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache, judge_chain
+from tests.caches import SyntheticCache, make_cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> SyntheticCache:
+    return make_cache(tmp_path / "cache", num_chains=24, judged=False)
+
+
+def verdicts(root: Path) -> dict[tuple[str, str], bool | None]:
+    with open_cache(Catalog(root)) as session:
+        rows = session.arrow("SELECT sample_id, judge, correct FROM verdicts").to_pylist()
+    return {(row["sample_id"], row["judge"]): row["correct"] for row in rows}
+
+
+def test_a_judge_decides_every_chain_once(cache: SyntheticCache) -> None:
+    shards = cache.catalog.chains.version
+    report = judge_cache(cache.root, kind="regex")
+    assert report.by_judge["regex"].num_chains == 24
+    assert report.by_judge["regex"].num_wrong + report.by_judge["regex"].num_correct == 24
+    answers = {chain.sample_id: chain.text[len(chain.text) // 2 :] for chain in cache.chains}
+    assert verdicts(cache.root) == {(sample_id, "regex"): "42" in text for sample_id, text in answers.items()}
+    assert judge_cache(cache.root, kind="regex").by_judge == {}
+    assert judge_cache(cache.root, kind="regex", again=True).by_judge["regex"].num_chains == 24
+    assert len(verdicts(cache.root)) == 24
+    assert cache.catalog.chains.version == shards
+
+
+def test_where_chooses_chains(cache: SyntheticCache) -> None:
+    report = judge_cache(cache.root, kind="exact", where="split = 'heldout' -- held out", num_processes=2)
+    expected = {chain.sample_id for chain in cache.chains if chain.split == "heldout"}
+    assert {sample_id for sample_id, _ in verdicts(cache.root)} == expected
+    assert report.by_judge["exact"].num_chains == len(expected)
+    with pytest.raises(ConfigError, match=r"query: .*splat"):
+        judge_cache(cache.root, kind="exact", where="splat = 1")
+
+
+def test_chains_that_name_no_judge_are_counted(cache: SyntheticCache) -> None:
+    report = judge_cache(cache.root)
+    assert (report.by_judge, report.num_without_judge) == ({}, 24)
+    with pytest.raises(ConfigError, match="judge 'maths' is unknown"):
+        judge_cache(cache.root, kind="maths")
+
+
+def test_the_latest_verdict_counts(cache: SyntheticCache) -> None:
+    table = Catalog(cache.root).verdicts
+    sample_id = cache.chains[0].sample_id
+    for correct in (False, True):
+        commit_verdicts(table, [JudgedSample(sample_id, "exact", Verdict(correct, float(correct)))], "run", "w0")
+    assert verdicts(cache.root) == {(sample_id, "exact"): True}
+    assert [file.path.split("-")[1] for file in Catalog(cache.root).verdicts.files()] == ["000000", "000001"]
+    commit_verdicts(table, [], "run", "w0")
+    assert not list(table.folder.rglob("*.tmp"))
+
+
+def test_two_judges_commit_at_once(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Catalog(cache.root).verdicts, Catalog(cache.root).verdicts
+    sample_ids = [chain.sample_id for chain in cache.chains[:2]]
+    refresh, commit = one.refresh, one.commit
+    attempts = 0
+
+    def commit_late(*args: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            commit_verdicts(other, [JudgedSample(sample_ids[1], "exact", Verdict(False, 0.0))], "judge", "j0")
+        commit(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(one, "commit", commit_late)
+    commit_verdicts(one, [JudgedSample(sample_ids[0], "exact", Verdict(True, 1.0))], "judge", "j0")
+    assert attempts == 2
+    assert verdicts(cache.root) == {(sample_ids[0], "exact"): True, (sample_ids[1], "exact"): False}
+    refresh()
+
+    def conflict(*args: object) -> None:
+        raise CacheConflict("always")
+
+    monkeypatch.setattr(one, "commit", conflict)
+    with pytest.raises(CacheConflict, match="try again"):
+        commit_verdicts(one, [JudgedSample(sample_ids[0], "exact", Verdict(True, 1.0))], "judge", "j0")
+
+
+def test_a_prompt_names_its_own_judge() -> None:
+    messages = (Message("user", "2+3?"),)
+    with JudgeProcess() as judge:
+        asked = Prompt("id", messages, "s", "train", reference="5", metadata={"judge": "exact"})
+        assert judge_chain(judge, asked, "5") == Verdict(True, 1.0)
+        assert judge_chain(judge, asked, None) == Verdict(False, 0.0)
+        assert judge_chain(judge, Prompt("id", messages, "s", "train", reference="5"), "5") is None
