@@ -4,6 +4,7 @@ The distribution of completion token t of chain number `row` names both: rank 0 
 V/2 + t, V/2 + t + 1, ... So whatever shuffles, cuts and packs the chains can be checked by key afterwards.
 """
 
+import dataclasses
 import datetime
 import json
 import math
@@ -171,6 +172,7 @@ def _chain(shape: CacheShape, teacher_fingerprint: str, row: int, rng: np.random
     if finished:
         token_ids[-1] = EOS_ID
     token_ids[num_tokens // 2] = THINK_END_ID
+    signals = _agreeing(signals, token_ids)
     return Chain(
         row=row,
         sample_index=sample_index,
@@ -225,6 +227,19 @@ def _sample(shape: CacheShape, signals: Signals, rng: np.random.Generator) -> In
     inner_T = signals.topk_ids_N[starts_T + np.where(inside_T, signals.sampled_rank_T - 1, 0)]
     outer_T = rng.integers(NUM_SPECIAL, shape.vocab_size, len(inside_T))
     return np.where(inside_T, inner_T, outer_T).astype(np.int32)
+
+
+def _agreeing(signals: Signals, token_ids: Int32) -> Signals:
+    """The signals with ranks and log probabilities of the tokens that the chain really has."""
+    n_T = signals.topk_n_T
+    token_N = np.repeat(np.arange(len(n_T)), n_T)
+    hit_N = signals.topk_ids_N == token_ids[token_N]
+    rank_T = n_T + 1
+    rank_T[token_N[hit_N]] = _ranks(n_T)[hit_N] + 1
+    last_T = signals.topk_logprobs_N[np.cumsum(n_T) - 1]
+    logprob_T = np.minimum(signals.tail_logmass_T, last_T) - 1
+    logprob_T[token_N[hit_N]] = signals.topk_logprobs_N[hit_N]
+    return dataclasses.replace(signals, sampled_rank_T=rank_T, sampled_logprob_T=logprob_T)
 
 
 def _ranks(n_T: Int32) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
