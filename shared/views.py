@@ -5,6 +5,7 @@ prompts     one row a prompt: samples, pass rate, mean length
 tokens      one row a completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
 topk        one row a stored candidate: rank, piece, probability
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
+storage     one row a column of a shard: bytes in Parquet
 chain_rows  chains, with the file, row group and row where each lies (for the trainer)
 
 `tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` come from the stored codes as they are: the decoder of
@@ -19,7 +20,7 @@ import pyarrow as pa
 from schemas.tables import CHAIN_FIELDS, FAILURE_SCHEMA, SIGNAL_FIELDS, VERDICT_SCHEMA, VOCAB_SCHEMA, table_schema
 from shared.codec import LOGPROB_RANGE_NATS, MAX_CODE
 
-VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab")
+VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage")
 """What a user sees, in the order they are explained."""
 
 SQL_TYPES = {
@@ -79,9 +80,14 @@ def view_statements(files: CacheFiles) -> list[str]:
              s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
              s.seed, s.worker, s.created_at, s.metadata
            FROM shards s LEFT JOIN latest_verdicts v USING (sample_id)""",
-        f"""CREATE VIEW row_groups AS SELECT file_name, row_group_id,
+        f"CREATE VIEW parquet_columns AS {_parquet_columns(files.chains)}",
+        r"""CREATE VIEW storage AS SELECT regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
+             split_part(path_in_schema, ', ', 1) AS column_name, sum(num_values)::BIGINT AS num_values,
+             sum(total_compressed_size)::BIGINT AS bytes, sum(total_uncompressed_size)::BIGINT AS uncompressed_bytes
+           FROM parquet_columns GROUP BY ALL""",
+        """CREATE VIEW row_groups AS SELECT file_name, row_group_id,
              sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
-           FROM ({_row_groups(files.chains)})""",
+           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows FROM parquet_columns)""",
         r"""CREATE VIEW chain_rows AS SELECT c.*, regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
              g.row_group_id::INTEGER AS row_group, (p.file_row_number - g.first_row)::INTEGER AS row_in_group
            FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)
@@ -144,12 +150,16 @@ def _select(
     return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
 
 
-def _row_groups(files: Mapping[str, Sequence[str]]) -> str:
+def _parquet_columns(files: Mapping[str, Sequence[str]]) -> str:
+    """One row a column chunk, out of the shards' footers."""
     paths = [path for group in files.values() for path in group]
-    columns = "file_name, row_group_id, row_group_num_rows AS num_rows"
+    columns = {"file_name": "VARCHAR", "path_in_schema": "VARCHAR"} | dict.fromkeys(
+        ("row_group_id", "row_group_num_rows", "num_values", "total_compressed_size", "total_uncompressed_size"),
+        "BIGINT",
+    )
     if not paths:
-        return "SELECT NULL::VARCHAR AS file_name, NULL::BIGINT AS row_group_id, NULL::BIGINT AS num_rows WHERE false"
-    return f"SELECT DISTINCT {columns} FROM parquet_metadata({_listed(paths)})"
+        return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in columns.items())} WHERE false"
+    return f"SELECT {', '.join(columns)} FROM parquet_metadata({_listed(paths)})"
 
 
 def _listed(paths: Sequence[str]) -> str:

@@ -48,6 +48,7 @@ ABOUT = {
     "failures": "requests that the engine refused",
     "runs": "one row a build: teacher, sampling, software",
     "vocab": "the text of every token",
+    "storage": "bytes of each column of each shard",
 }
 
 
