@@ -194,6 +194,10 @@ class EngineConfig(StrictModel):
     """Chains generated at once."""
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of each GPU's memory for weights and key-value cache."""
+    kv_cache_gb: float | None = Field(default=None, gt=0)
+    """Gigabytes (2^30 bytes) of key-value cache; None: on a GPU by gpu_memory_utilization, on a CPU a quarter of what
+    is free."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
     enable_expert_parallel: bool = False
@@ -201,6 +205,7 @@ class EngineConfig(StrictModel):
     quantization: str | None = None
     kv_cache_dtype: str | None = None
     enforce_eager: bool = False
+    """Compile nothing: starts sooner, generates more slowly on a GPU."""
     in_process: bool | None = None
     """Run the engine's loop in this process; None: on a CPU yes, on a GPU in a process of its own."""
     max_waiting: int = Field(default=256, ge=1)
