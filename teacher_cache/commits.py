@@ -1,0 +1,156 @@
+"""The commit protocol: every sample visible at most once, whoever else writes, wherever this process died.
+
+A shard is published (renamed) before it is committed. To commit: read the log anew; drop from the shard the rows whose
+sample is visible by now; commit on exactly that version; if another commit came first, begin again. What was published
+and never committed is found by its worker's next start and adopted, or removed when its bytes are not what its name
+says.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shared.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
+from shared.errors import CacheConflict, CorruptError
+from shared.files import TEMP_SUFFIX
+from shared.log import warn
+from shared.shards import header_of
+from teacher_cache.shard import parquet_options
+
+MAX_ATTEMPTS = 200
+MAX_PAUSE_S = 0.5
+
+
+class VisibleSamples:
+    """Ids of all samples of a table that are visible, kept up to date file by file."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._read: set[str] = set()
+        self._ids: set[bytes] = set()
+
+    def refresh(self) -> None:
+        """Reads the log, and the ids of files that are new in it."""
+        self._table.refresh()
+        for file in self._table.files():
+            if file.path not in self._read:
+                column = pq.read_table(self._table.path_of(file), columns=["sample_id"]).column(0)
+                self._ids.update(_key(sample_id) for sample_id in column.to_pylist())
+                self._read.add(file.path)
+
+    def __contains__(self, sample_id: str) -> bool:
+        return _key(sample_id) in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+class Committer:
+    """Commits one worker's files to one table. Not thread-safe."""
+
+    def __init__(self, table: Table, visible: VisibleSamples, run_id: str, worker: str) -> None:
+        self._table = table
+        self._visible = visible
+        self._run_id, self._worker = run_id, worker
+        self._application = f"stillroom/{run_id}/{worker}"
+
+    @property
+    def next_sequence(self) -> int:
+        """Number of the next transaction."""
+        last = self._table.last_sequence(self._application)
+        return 0 if last is None else last + 1
+
+    def temp_path(self) -> Path:
+        """Where the next file is written until it is finished."""
+        return self._folder / f".{self._worker}-{self.next_sequence:06d}{TEMP_SUFFIX}"
+
+    def commit(self, temp: Path, num_rows: int) -> int:
+        """Publishes a finished file and makes its rows visible, except those that are already. Returns how many were
+        new.
+
+        Raises CacheConflict when others commit without a pause for minutes.
+        """
+        return self._commit(publish(temp, self._table.folder, self._stem(), num_rows))
+
+    def recover(self) -> int:
+        """Adopts files of this worker that were published but not committed, sweeps temporary ones; rows adopted."""
+        for temp in self._folder.glob(f".{self._worker}-*{TEMP_SUFFIX}"):
+            temp.unlink()
+        known = {file.path for file in self._table.files()}
+        num_adopted = 0
+        for path in sorted(self._folder.glob(f"{self._worker}-*.parquet")):
+            name = SHARD_NAME.match(path.name)
+            relative = path.relative_to(self._table.folder).as_posix()
+            if name is None or name["worker"] != self._worker or relative in known:
+                continue
+            try:
+                check_hash(path)
+                num_rows = pq.read_metadata(path).num_rows
+            except (CorruptError, pa.ArrowException, OSError) as error:
+                warn(f"{path} was not written to its end, its chains are generated again ({error})")
+                path.unlink()
+                continue
+            num_adopted += self._commit(DataFile(relative, path.stat().st_size, num_rows))
+        return num_adopted
+
+    @property
+    def _folder(self) -> Path:
+        return self._table.folder / self._run_id
+
+    def _stem(self) -> str:
+        return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
+
+    def _commit(self, file: DataFile) -> int:
+        for attempt in range(MAX_ATTEMPTS):
+            self._visible.refresh()
+            reduced = self._without_visible(file)
+            if reduced is None:
+                return 0
+            file = reduced
+            try:
+                self._table.commit([file], self._application, self.next_sequence)
+            except CacheConflict:
+                # Others committed in between; many workers that retry in step would collide again.
+                time.sleep(random.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
+            else:
+                return file.num_rows
+        raise CacheConflict(f"{self._table.folder} is being written to by others without a pause: start again later")
+
+    def _without_visible(self, file: DataFile) -> DataFile | None:
+        """The file, a smaller one without rows that are visible already, or None where none is left."""
+        path = self._table.path_of(file)
+        ids = pq.read_table(path, columns=["sample_id"]).column(0).to_pylist()
+        fresh = [sample_id not in self._visible for sample_id in ids]
+        if all(fresh):
+            return file
+        smaller = self._rewrite(path, pa.array(fresh)) if any(fresh) else None
+        path.unlink()
+        return smaller
+
+    def _rewrite(self, path: Path, keep: pa.Array) -> DataFile:
+        temp = self.temp_path()
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            is_shard = self._table.folder.name == "chains"
+            vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
+            with pq.ParquetWriter(temp, schema, **parquet_options(schema, vocab_size)) as writer:
+                start = 0
+                for index in range(file.num_row_groups):
+                    group = file.read_row_group(index)
+                    kept = group.filter(keep.slice(start, group.num_rows))
+                    start += group.num_rows
+                    if kept.num_rows:
+                        writer.write_table(kept)
+        return publish(temp, self._table.folder, self._stem(), pc.sum(keep).as_py())
+
+
+def _key(sample_id: str) -> bytes:
+    # Half the memory of the text: ids are hex. Other text is kept as it is.
+    try:
+        return bytes.fromhex(sample_id)
+    except ValueError:
+        return sample_id.encode()

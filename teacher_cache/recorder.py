@@ -1,0 +1,213 @@
+"""Outcomes to visible rows, in a thread beside generation: rows, judging, shards, commits.
+
+The engine's thread puts outcomes into a bounded queue and goes on; here they become rows, a shard that closes by size
+or by time, a commit. Whatever fails here is raised in the engine's thread at its next call. A crash costs what the
+open shard held, at most `shard.max_minutes` of work.
+"""
+
+import datetime
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.manifest import ShardHeader
+from schemas.tables import FAILURE_SCHEMA
+from shared.catalog import Catalog
+from shared.judge_process import JudgeProcess
+from teacher_cache.commits import Committer, VisibleSamples
+from teacher_cache.config import ShardConfig
+from teacher_cache.judging import JudgedSample, commit_verdicts, judge_chain, judge_of
+from teacher_cache.requests import Failed, Finished
+from teacher_cache.rows import RowMaker
+from teacher_cache.shard import ShardFile
+from teacher_cache.sources import LoadFailure
+
+MAX_QUEUED = 64
+"""Outcomes that may wait: a writer that cannot keep up slows the engine down rather than filling the memory."""
+WAKE_S = 1.0
+
+Recordable = Finished | Failed | LoadFailure
+
+
+@dataclass(slots=True)
+class Recorded:
+    """Counts of this process. Committed rows are visible; the others are in the open shard or its queue."""
+
+    num_chains: int = 0
+    num_tokens: int = 0
+    num_failures: int = 0
+    num_committed: int = 0
+    num_shards: int = 0
+    committed_bytes: int = 0
+    committed_tokens: int = 0
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Shard bytes over completion tokens of what was committed; None before the first commit."""
+        return self.committed_bytes / self.committed_tokens if self.committed_tokens else None
+
+
+class Recorder:
+    """The thread and its queue, as a context manager: leaving it flushes, also after an error of the engine."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        header: ShardHeader,
+        config: ShardConfig,
+        rows: RowMaker,
+        chains: VisibleSamples,
+        failures: VisibleSamples,
+    ) -> None:
+        self.recorded = Recorded()
+        self._catalog, self._header, self._config, self._rows = catalog, header, config, rows
+        self._chains = Committer(catalog.chains, chains, header.run_id, header.worker)
+        self._failures = Committer(catalog.failures, failures, header.run_id, header.worker)
+        self._queue: queue.Queue[Recordable | None] = queue.Queue(MAX_QUEUED)
+        self._error: BaseException | None = None
+        self._shard: ShardFile | None = None
+        self._opened_s = 0.0
+        self._failed: list[Failed | LoadFailure] = []
+        self._judged: list[JudgedSample] = []
+        self._judge = JudgeProcess()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self._judge.close()
+        if error is None:
+            self._raise()
+
+    def put(self, outcome: Recordable) -> None:
+        """Hands over one outcome; waits when the queue is full. Raises what the thread died of."""
+        while True:
+            self._raise()
+            try:
+                self._queue.put(outcome, timeout=WAKE_S)
+            except queue.Full:
+                continue
+            return
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while (outcome := self._next()) is not None:
+                self._take(outcome)
+                if self._is_due():
+                    self._close_shard()
+            self._close_shard()
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the engine's thread
+            self._error = error
+            if self._shard is not None:
+                self._shard.discard()
+            self._drain()
+
+    def _next(self) -> Recordable | None:
+        """The next outcome; closes a shard whose time is up while nothing comes."""
+        while True:
+            try:
+                return self._queue.get(timeout=WAKE_S)
+            except queue.Empty:
+                if self._is_due():
+                    self._close_shard()
+
+    def _drain(self) -> None:
+        # Until the end marker comes, so that the engine's thread never waits for a dead one.
+        while self._queue.get() is not None:
+            pass
+
+    def _take(self, outcome: Recordable) -> None:
+        if self._shard is None and not self._failed:
+            self._opened_s = time.monotonic()
+        if not isinstance(outcome, Finished):
+            self._failed.append(outcome)
+            self.recorded.num_failures += 1
+            return
+        row = self._rows.row(outcome)
+        if self._shard is None:
+            self._shard = ShardFile(self._chains.temp_path(), self._header, self._config.row_group_tokens)
+        self._shard.add(row)
+        self.recorded.num_chains += 1
+        self.recorded.num_tokens += row.num_tokens
+        prompt = outcome.request.prompt
+        kind = judge_of(prompt)
+        verdict = judge_chain(self._judge, prompt, row.columns["answer"])
+        if kind is not None and verdict is not None:
+            self._judged.append(JudgedSample(row.sample_id, kind, verdict))
+
+    def _is_due(self) -> bool:
+        if self._shard is None and not self._failed:
+            return False
+        is_old = time.monotonic() - self._opened_s >= 60 * self._config.max_minutes
+        return is_old or (self._shard is not None and self._shard.num_bytes >= 1e6 * self._config.max_mb)
+
+    def _close_shard(self) -> None:
+        """Makes everything taken so far visible: chains, then their verdicts, then failures."""
+        if self._shard is not None:
+            shard, self._shard = self._shard, None
+            shard.close()
+            self.recorded.num_committed += self._chains.commit(shard.temp, shard.num_rows)
+            self.recorded.num_shards += 1
+            self.recorded.committed_bytes += shard.num_bytes
+            self.recorded.committed_tokens += shard.num_tokens
+        if self._judged:
+            commit_verdicts(self._catalog.verdicts, self._judged, self._header.run_id, self._header.worker)
+            self._judged = []
+        if self._failed:
+            temp = self._failures.temp_path()
+            temp.parent.mkdir(parents=True, exist_ok=True)
+            table = failures_to_table(self._failed, self._header.run_id, self._header.worker)
+            pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
+            self._failures.commit(temp, len(self._failed))
+            self._failed = []
+
+
+def failures_to_table(failures: Sequence[Failed | LoadFailure], run_id: str, worker: str) -> pa.Table:
+    """Rows of the failures table."""
+    now = datetime.datetime.now(datetime.UTC)
+    rows = [
+        {
+            **_identity(failure),
+            "reason": failure.reason,
+            "message": failure.message,
+            "run_id": run_id,
+            "worker": worker,
+            "failed_at": now,
+        }
+        for failure in failures
+    ]
+    return pa.Table.from_pylist(rows, schema=FAILURE_SCHEMA)
+
+
+def _identity(failure: Failed | LoadFailure) -> dict[str, str | int]:
+    if isinstance(failure, LoadFailure):
+        return {
+            "sample_id": failure.sample_id,
+            "prompt_id": failure.prompt_id,
+            "source": failure.source,
+            "sample_index": failure.sample_index,
+        }
+    request = failure.request
+    return {
+        "sample_id": request.sample_id,
+        "prompt_id": request.prompt.prompt_id,
+        "source": request.prompt.source,
+        "sample_index": request.sample_index,
+    }
