@@ -1,0 +1,283 @@
+"""`teacher-cache verify`: does a cache hold what was written into it, and does what was written make sense?
+
+    logs       every entry of the three Delta logs is there and readable
+    files      every registered file exists with its size, and its SHA-256 is the one in its name
+    shards     header, page checksums, every row group decoded, rows as the log counts them, rows checked (row_checks)
+    cache      sample ids are unique, every shard has its run's manifest and its tokenizer's vocabulary
+
+Files that no log names are orphans: left by a crash, never read, and no error.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.manifest import ShardHeader
+from schemas.tables import CHAIN_FIELDS, FAILURE_SCHEMA, SIGNAL_FIELDS, VERDICT_SCHEMA, VOCAB_SCHEMA
+from shared.catalog import Catalog, DataFile, Table, check_hash
+from shared.errors import DataError, StillroomError
+from shared.log import Progress, format_bytes
+from shared.shards import open_shard, read_signals
+from teacher_cache.row_checks import COLUMNS, SAMPLE_ID, check_rows
+
+LOG_ENTRY = re.compile(r"^(\d{20})\.json$")
+LOG_CHECKPOINT = re.compile(r"^(\d{20})\.checkpoint.*\.parquet$")
+TABLES = ("chains", "verdicts", "failures")
+
+PackedIds = npt.NDArray[np.void]
+"""Sample ids as 16 raw bytes each: 160 MB for ten million chains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong: the file (relative to the cache where it lies in it) and what, with row and column."""
+
+    file: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A file below a table that its log does not name."""
+
+    file: str
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What was found. `num_chains`, `num_tokens` and `size_bytes` count the shards that could be read."""
+
+    num_shards: int = 0
+    num_chains: int = 0
+    num_tokens: int = 0
+    size_bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    orphans: list[Orphan] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(slots=True)
+class ShardFindings:
+    """What one shard holds and what is wrong with it."""
+
+    file: DataFile
+    header: ShardHeader | None = None
+    num_chains: int = 0
+    num_tokens: int = 0
+    sample_ids: PackedIds = field(default_factory=lambda: _packed([]))
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_cache(root: Path, num_threads: int | None = None) -> VerifyReport:
+    """Checks everything, `num_threads` shards at a time (None: one a core). Raises DataError where no cache is."""
+    if not (root / "chains" / "_delta_log").is_dir():
+        raise DataError(f"{root} is not a cache: it has no chains/_delta_log")
+    report = VerifyReport()
+    for name in TABLES:
+        report.problems += [Problem(f"{name}/_delta_log", text) for text in log_problems(root / name / "_delta_log")]
+    if report.problems:
+        return report
+    try:
+        catalog = Catalog(root)
+    except StillroomError as error:
+        report.problems.append(Problem("_delta_log", str(error)))
+        return report
+    findings = _verify_shards(catalog, num_threads or os.cpu_count() or 1, report)
+    _verify_together(catalog, findings, report)
+    for table, schema in ((catalog.verdicts, VERDICT_SCHEMA), (catalog.failures, FAILURE_SCHEMA)):
+        report.problems += _verify_small(table, schema)
+    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+        report.orphans += find_orphans(table)
+    return report
+
+
+def log_problems(folder: Path) -> list[str]:
+    """Entries that are missing between the first version that must be there and the last that is."""
+    if not folder.is_dir():
+        return ["is missing"]
+    names = [path.name for path in folder.iterdir()]
+    entries = {int(match[1]) for match in map(LOG_ENTRY.match, names) if match}
+    checkpoints = {int(match[1]) for match in map(LOG_CHECKPOINT.match, names) if match}
+    if not entries and not checkpoints:
+        return ["holds no entry: no file of this table can be told from an orphan"]
+    first = max(checkpoints) + 1 if checkpoints else 0
+    last = max(entries | checkpoints)
+    missing = [version for version in range(first, last + 1) if version not in entries]
+    return [
+        f"entry {version:020d}.json is missing: restore it from a copy; the shards it registered are still there"
+        for version in missing
+    ]
+
+
+def find_orphans(table: Table) -> list[Orphan]:
+    """Files below the table's folder that this version of it does not name, temporary ones included."""
+    visible = {table.path_of(file) for file in table.files()}
+    orphans = []
+    for path in sorted(table.folder.rglob("*")):
+        inside_log = "_delta_log" in path.relative_to(table.folder).parts
+        if path.is_file() and not inside_log and path not in visible:
+            orphans.append(Orphan(f"{table.folder.name}/{path.relative_to(table.folder)}", path.stat().st_size))
+    return orphans
+
+
+def verify_shard(table: Table, file: DataFile) -> ShardFindings:
+    """Everything that one shard can be asked."""
+    findings = ShardFindings(file)
+    path = table.path_of(file)
+    try:
+        size_bytes = path.stat().st_size if path.exists() else None
+        if size_bytes is not None and size_bytes != file.size_bytes:
+            findings.problems.append(f"has {size_bytes} bytes, {file.size_bytes} were registered")
+        check_hash(path)
+    except StillroomError as error:
+        findings.problems.append(_without_path(str(error), path))
+    if not path.exists():
+        return findings
+    try:
+        _read_shard(path, findings)
+    except StillroomError as error:
+        findings.problems.append(_without_path(str(error), path))
+    return findings
+
+
+def _read_shard(path: Path, findings: ShardFindings) -> None:
+    parquet, header = open_shard(path)
+    with parquet:
+        findings.header = header
+        expected = pa.schema([*CHAIN_FIELDS, *SIGNAL_FIELDS[header.codec]])
+        if not parquet.schema_arrow.equals(expected):
+            findings.problems.append(f"has not the columns of codec {header.codec}: {_difference(parquet, expected)}")
+            return
+        if parquet.metadata.num_rows != findings.file.num_rows:
+            findings.problems.append(f"has {parquet.metadata.num_rows} rows, {findings.file.num_rows} were registered")
+        for index in range(parquet.num_row_groups):
+            try:
+                table, signals, offsets = read_signals(parquet, header, index, COLUMNS, "")
+            except StillroomError as error:
+                findings.problems.append(str(error).removeprefix(": "))
+                continue
+            problems = check_rows(table, signals, offsets, header)
+            findings.problems += [f"row group {index}: {problem}" for problem in problems]
+            ids = [one for one in table.column("sample_id").to_pylist() if SAMPLE_ID.match(one)]
+            findings.sample_ids = np.concatenate([findings.sample_ids, _packed(ids)])
+            findings.num_tokens += len(signals.topk_n_T)
+            findings.num_chains += table.num_rows
+
+
+def _verify_shards(catalog: Catalog, num_threads: int, report: VerifyReport) -> list[ShardFindings]:
+    files = catalog.chains.files()
+    findings: list[ShardFindings] = []
+    with ThreadPoolExecutor(num_threads) as pool, Progress("verify", len(files), "shards") as progress:
+        for one in pool.map(lambda file: verify_shard(catalog.chains, file), files):
+            findings.append(one)
+            report.num_shards += 1
+            report.num_chains += one.num_chains
+            report.num_tokens += one.num_tokens
+            report.size_bytes += one.file.size_bytes
+            report.problems += [Problem(f"chains/{one.file.path}", problem) for problem in one.problems]
+            progress.update(report.num_shards, report.num_tokens, {"": f"{len(report.problems)} problems"})
+    return findings
+
+
+def _verify_together(catalog: Catalog, findings: list[ShardFindings], report: VerifyReport) -> None:
+    report.problems += _duplicates(findings)
+    headers = [(one.file.path, one.header) for one in findings if one.header is not None]
+    try:
+        runs = catalog.runs()
+    except StillroomError as error:
+        report.problems.append(Problem("runs", str(error)))
+    else:
+        for path, header in headers:
+            if header.run_id not in runs:
+                problem = f"its run's manifest runs/{header.run_id}.json is missing"
+                report.problems.append(Problem(f"chains/{path}", problem))
+    for fingerprint in sorted({header.tokenizer_fingerprint for _, header in headers}):
+        report.problems += _verify_vocab(catalog, fingerprint)
+
+
+def _duplicates(findings: list[ShardFindings]) -> Iterator[Problem]:
+    """Rows whose sample id an earlier row has already."""
+    ids = np.concatenate([one.sample_ids for one in findings]) if findings else _packed([])
+    _, first = np.unique(ids, return_index=True)
+    repeated = np.ones(len(ids), bool)
+    repeated[first] = False
+    ends = np.cumsum([len(one.sample_ids) for one in findings])
+    for place in np.flatnonzero(repeated):
+        shard = int(np.searchsorted(ends, place, side="right"))
+        row = int(place) - (int(ends[shard - 1]) if shard else 0)
+        problem = f"row {row}, column sample_id: {bytes(ids[place]).hex()} is visible more than once"
+        yield Problem(f"chains/{findings[shard].file.path}", problem)
+
+
+def _packed(sample_ids: list[str]) -> PackedIds:
+    return np.array([bytes.fromhex(sample_id) for sample_id in sample_ids], dtype="V16")
+
+
+def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
+    path = catalog.vocab_path(fingerprint)
+    name = f"vocab/{path.name}"
+    if not path.exists():
+        yield Problem(name, "is missing: tokens have no text in SQL")
+        return
+    try:
+        schema = pq.read_table(path).schema
+    except (pa.ArrowException, OSError) as error:
+        yield Problem(name, f"is not a readable Parquet file: {str(error).splitlines()[0]}")
+        return
+    if not schema.equals(VOCAB_SCHEMA):
+        yield Problem(name, "has not the columns token_id, piece and is_special")
+
+
+def _verify_small(table: Table, schema: pa.Schema) -> Iterator[Problem]:
+    """Files of the verdicts or failures table: hash, columns, rows."""
+    for file in table.files():
+        name = f"{table.folder.name}/{file.path}"
+        path = table.path_of(file)
+        try:
+            check_hash(path)
+            content = pq.read_table(path)
+        except StillroomError as error:
+            yield Problem(name, _without_path(str(error), path))
+        except (pa.ArrowException, OSError) as error:
+            yield Problem(name, f"is not a readable Parquet file: {str(error).splitlines()[0]}")
+        else:
+            if not content.schema.equals(schema):
+                yield Problem(name, f"has not the columns of {table.folder.name}")
+            elif content.num_rows != file.num_rows:
+                yield Problem(name, f"has {content.num_rows} rows, {file.num_rows} were registered")
+
+
+def _difference(parquet: pq.ParquetFile, expected: pa.Schema) -> str:
+    for one in expected:
+        place = parquet.schema_arrow.get_field_index(one.name)
+        if place < 0:
+            return f"{one.name} is missing"
+        found = parquet.schema_arrow.field(place)
+        if not found.equals(one):
+            return f"{one.name} is {found.type}{'' if found.nullable else ' not null'}, not {one.type}"
+    return "their order differs, or there are more"
+
+
+def _without_path(message: str, path: Path) -> str:
+    return message.removeprefix(f"{path}").removeprefix(":").strip()
+
+
+def summary_of(report: VerifyReport) -> str:
+    """One line for a person."""
+    found = f"{report.num_chains} chains, {report.num_tokens} tokens, {format_bytes(report.size_bytes)}"
+    state = "nothing is wrong" if report.ok else f"{len(report.problems)} problems"
+    orphans = f", {len(report.orphans)} orphans ({format_bytes(sum(o.size_bytes for o in report.orphans))})"
+    return f"{report.num_shards} shards, {found}: {state}{orphans if report.orphans else ''}"
