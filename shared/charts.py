@@ -29,6 +29,11 @@ WIDTH_IN, HEIGHT_IN = 5.3, 3.1
 SERIES = ("--series-1", "--series-2", "--series-3", "--series-4", "--series-5", "--series-6")
 """CSS variables of the lines, in order; the seventh line begins again."""
 
+MAX_MARKED = 12
+"""A line of so few points shows each of them."""
+
+MAX_BANDS = 3
+
 INK, MUTED, GRID = "--ink", "--muted", "--grid"
 
 # matplotlib wants colours: each variable is drawn in a colour that nothing else has, and replaced in the SVG.
@@ -98,10 +103,9 @@ def line_chart(
     def draw(axes: "Axes") -> None:
         for number, line in enumerate(lines):
             color = _color(number)
-            axes.plot(line.x, line.y, color=color)
-            if len(line.x) == 1:
-                axes.plot(line.x, line.y, "o", color=color)
-            if line.low is not None and line.high is not None:
+            axes.plot(line.x, line.y, color=color, marker="o" if len(line.x) <= MAX_MARKED else "", markersize=4.5)
+            # Bands of many lines would hide one another.
+            if len(lines) <= MAX_BANDS and line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
         if log_y:
             axes.set_yscale("log")
