@@ -6,6 +6,7 @@ and never committed is found by its worker's next start and adopted, or removed 
 says.
 """
 
+import os
 import random
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ MAX_PAUSE_S = 0.5
 
 
 class VisibleSamples:
-    """Ids of all samples of a table that are visible, kept up to date file by file."""
+    """Ids of all samples of a table that are visible, kept up to date file by file: about 100 bytes a sample."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -34,12 +35,11 @@ class VisibleSamples:
         self._ids: set[bytes] = set()
 
     def refresh(self) -> None:
-        """Reads the log, and the ids of files that are new in it."""
+        """Reads the log, and the ids of files that are new in it. Raises CorruptError naming one that is damaged."""
         self._table.refresh()
         for file in self._table.files():
             if file.path not in self._read:
-                column = pq.read_table(self._table.path_of(file), columns=["sample_id"]).column(0)
-                self._ids.update(_key(sample_id) for sample_id in column.to_pylist())
+                self._ids.update(_key(sample_id) for sample_id in read_sample_ids(self._table.path_of(file)))
                 self._read.add(file.path)
 
     def __contains__(self, sample_id: str) -> bool:
@@ -48,15 +48,20 @@ class VisibleSamples:
     def __len__(self) -> int:
         return len(self._ids)
 
+    def holds(self, path: str) -> bool:
+        """Whether the file is registered, as of the last refresh."""
+        return path in self._read
+
 
 class Committer:
-    """Commits one worker's files to one table. Not thread-safe."""
+    """Commits one worker's files to one table. Its process must hold the worker's lock. Not thread-safe."""
 
     def __init__(self, table: Table, visible: VisibleSamples, run_id: str, worker: str) -> None:
         self._table = table
         self._visible = visible
         self._run_id, self._worker = run_id, worker
         self._application = f"stillroom/{run_id}/{worker}"
+        self._jitter = random.Random(f"{self._application} {os.getpid()}")
 
     @property
     def next_sequence(self) -> int:
@@ -77,24 +82,23 @@ class Committer:
         return self._commit(publish(temp, self._table.folder, self._stem(), num_rows))
 
     def recover(self) -> int:
-        """Adopts files of this worker that were published but not committed, sweeps temporary ones; rows adopted."""
+        """Adopts files of this worker that were published but not committed, sweeps temporary ones; rows adopted.
+
+        A file whose transaction is over and that is not visible was taken out of the table on purpose: it stays.
+        """
+        self._table.refresh()
         for temp in self._folder.glob(f".{self._worker}-*{TEMP_SUFFIX}"):
             temp.unlink()
         known = {file.path for file in self._table.files()}
+        next_sequence = self.next_sequence
         num_adopted = 0
         for path in sorted(self._folder.glob(f"{self._worker}-*.parquet")):
             name = SHARD_NAME.match(path.name)
             relative = path.relative_to(self._table.folder).as_posix()
             if name is None or name["worker"] != self._worker or relative in known:
                 continue
-            try:
-                check_hash(path)
-                num_rows = pq.read_metadata(path).num_rows
-            except (CorruptError, pa.ArrowException, OSError) as error:
-                warn(f"{path} was not written to its end, its chains are generated again ({error})")
-                path.unlink()
-                continue
-            num_adopted += self._commit(DataFile(relative, path.stat().st_size, num_rows))
+            if int(name["sequence"]) >= next_sequence:
+                num_adopted += self._adopt(path, relative)
         return num_adopted
 
     @property
@@ -104,9 +108,22 @@ class Committer:
     def _stem(self) -> str:
         return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
 
+    def _adopt(self, path: Path, relative: str) -> int:
+        try:
+            check_hash(path)
+            num_rows = pq.read_metadata(path).num_rows
+        except (CorruptError, pa.ArrowException, OSError) as error:
+            warn(f"{path} is damaged and was never visible, its chains are generated again ({error})")
+            path.unlink()
+            return 0
+        return self._commit(DataFile(relative, path.stat().st_size, num_rows))
+
     def _commit(self, file: DataFile) -> int:
         for attempt in range(MAX_ATTEMPTS):
             self._visible.refresh()
+            if self._visible.holds(file.path):
+                # The log took an earlier attempt after all.
+                return file.num_rows
             reduced = self._without_visible(file)
             if reduced is None:
                 return 0
@@ -115,7 +132,7 @@ class Committer:
                 self._table.commit([file], self._application, self.next_sequence)
             except CacheConflict:
                 # Others committed in between; many workers that retry in step would collide again.
-                time.sleep(random.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
+                time.sleep(self._jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
             else:
                 return file.num_rows
         raise CacheConflict(f"{self._table.folder} is being written to by others without a pause: start again later")
@@ -123,8 +140,7 @@ class Committer:
     def _without_visible(self, file: DataFile) -> DataFile | None:
         """The file, a smaller one without rows that are visible already, or None where none is left."""
         path = self._table.path_of(file)
-        ids = pq.read_table(path, columns=["sample_id"]).column(0).to_pylist()
-        fresh = [sample_id not in self._visible for sample_id in ids]
+        fresh = [sample_id not in self._visible for sample_id in read_sample_ids(path)]
         if all(fresh):
             return file
         smaller = self._rewrite(path, pa.array(fresh)) if any(fresh) else None
@@ -133,7 +149,7 @@ class Committer:
 
     def _rewrite(self, path: Path, keep: pa.Array) -> DataFile:
         temp = self.temp_path()
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             is_shard = self._table.folder.name == "chains"
             vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
@@ -146,6 +162,17 @@ class Committer:
                     if kept.num_rows:
                         writer.write_table(kept)
         return publish(temp, self._table.folder, self._stem(), pc.sum(keep).as_py())
+
+
+def read_sample_ids(path: Path) -> list[str]:
+    """The `sample_id` column of a file of any table. Raises CorruptError where it cannot be read."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            ids: list[str] = file.read(columns=["sample_id"], use_threads=False).column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        problem = str(error).splitlines()[0]
+        raise CorruptError(f"{path} cannot be read, `teacher-cache verify` lists what is wrong: {problem}") from error
+    return ids
 
 
 def _key(sample_id: str) -> bytes:
