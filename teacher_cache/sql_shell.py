@@ -52,7 +52,7 @@ ABOUT = {
 }
 
 
-class Shell:
+class SqlShell:
     """One session at the prompt: where results go and how."""
 
     def __init__(self, session: Session, max_rows: int, caches: Sequence[str]) -> None:
