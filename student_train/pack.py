@@ -105,7 +105,7 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     input_ids_L = np.concatenate([_tokens(piece) for piece in pieces])
     first_token_D = np.array([_first_loss_token(piece) for piece in pieces], np.int32)
     signals = _signals(pieces)
-    ids_NK, logprobs_NK = _dense(signals) if signals is not None else _no_support(len(document_N))
+    ids_NK, logprobs_NK = _dense(signals) if signals is not None else _no_support(len(document_N), 0)
     return Pack(
         input_ids_L=input_ids_L,
         position_ids_L=position_ids_L,
@@ -126,7 +126,8 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
 def empty_pack(*, with_signals: bool) -> Pack:
     """One token, no loss: what a rank computes on while others finish the last step of a run."""
     none = np.zeros(0, np.float32) if with_signals else None
-    ids_NK, logprobs_NK = _no_support(0)
+    # A support of no tokens is one entry wide: width 0 would say that there are no distributions.
+    ids_NK, logprobs_NK = _no_support(0, int(with_signals))
     zero_L, nothing_N = np.zeros(1, np.int32), np.zeros(0, np.int32)
     return Pack(
         input_ids_L=zero_L,
@@ -204,5 +205,5 @@ def _dense(signals: Signals) -> tuple[Int32, Float32]:
     return signals.dense(int(signals.topk_n_T.max()))
 
 
-def _no_support(num_tokens: int) -> tuple[Int32, Float32]:
-    return np.zeros((num_tokens, 0), np.int32), np.zeros((num_tokens, 0), np.float32)
+def _no_support(num_tokens: int, k: int) -> tuple[Int32, Float32]:
+    return np.zeros((num_tokens, k), np.int32), np.zeros((num_tokens, k), np.float32)

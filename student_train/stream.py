@@ -131,6 +131,13 @@ class PackStream:
         return item.pack
 
     @property
+    def num_steps(self) -> int | None:
+        """Optimizer steps from the beginning to the end, None where epochs never end; plans every epoch."""
+        if self.plans.num_epochs is None:
+            return None
+        return -(-self.plans.total_packs() // self._packs_per_step)
+
+    @property
     def stats(self) -> StreamStats:
         """Counts since the stream was made."""
         return self._stats

@@ -90,7 +90,7 @@ class CacheShape:
     judged: bool = True
     tokenizer: str = "synthetic"
     id_skew: float | None = None
-    """None writes the identity ids; a number draws them with ids near 0 the commoner, for sizes and speeds."""
+    """None writes the identity ids; a number draws them, those near 0 the commoner, for sizes and speeds."""
 
 
 def make_cache(
@@ -199,8 +199,7 @@ def _signals(shape: CacheShape, row: int, num_tokens: int, rng: np.random.Genera
     if shape.id_skew is None:
         ids_N = np.where(rank_N == 0, row, shape.vocab_size // 2 + token_N + rank_N - 1)
     else:
-        base_T = (shape.vocab_size * rng.random(num_tokens) ** shape.id_skew).astype(np.int64)
-        ids_N = (base_T[token_N] + rank_N * (1 + base_T[token_N] % 7)) % shape.vocab_size
+        ids_N = (shape.vocab_size * rng.random(len(token_N)) ** shape.id_skew).astype(np.int64)
     weight_N = (1.0 + rank_N) ** -rng.uniform(1.0, 4.0, num_tokens)[token_N]
     starts_T = np.cumsum(n_T) - n_T
     tail_T = 10.0 ** rng.uniform(-6, -1.5, num_tokens)

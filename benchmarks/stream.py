@@ -1,0 +1,176 @@
+"""From shards to packed batches: tokens a second and core; planning time and memory by number of chains.
+
+    python -m benchmarks.stream [--json] [--tokens N] [--pack-tokens L] [--rows R ...]
+
+Reading: a cache of synthetic chains (topk-u8, 22 entries a token on average, vocabulary 129,280, row groups of 65,536
+tokens) is selected and streamed for one epoch by one rank, once with distributions and once with token ids alone.
+Speed is completion tokens over the CPU seconds of the whole process (decompression, checksums, decoding, packing, both
+threads). Planning: for each number of chains a selection is written (row groups of 65,536 tokens, lengths exponential
+with mean 1,500) and a fresh process loads it and plans an epoch; seconds are wall clock, the best of three; MiB are
+what its resident set grew by, at the peak. The last line is one JSON object; with --json it is the only one.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from student_train.epoch_plan import PlanSpec
+from student_train.plans import EpochPlans
+from student_train.select import CacheSource, SelectionRequest, freeze
+from student_train.selection import SCHEMA, PinnedCache, Selection, SelectionHeader, load_selection, write_selection
+from student_train.stream import PackStream, StreamStats
+from tests.caches import make_cache
+
+MEAN_TOKENS = 1500
+GROUP_TOKENS = 65_536
+MIB = 2**20
+
+Result = dict[str, object]
+
+
+def main() -> None:
+    """Runs the measurements and prints them."""
+    arguments = _arguments()
+    if arguments.plan_of is not None:
+        print(json.dumps(_plan(arguments.plan_of, arguments.pack_tokens)))
+        return
+    with tempfile.TemporaryDirectory(prefix="stillroom-stream-") as name:
+        folder = Path(name)
+        result = {**measure_reading(folder, arguments.tokens, arguments.pack_tokens)}
+        plans = {rows: measure_plan(folder, rows, arguments.pack_tokens) for rows in arguments.rows}
+    for key in ("plan_seconds", "plan_mib", "fill_frac"):
+        result[key] = {str(rows): plan[key] for rows, plan in plans.items()}
+    if not arguments.json:
+        _show(result)
+    print(json.dumps(result))
+
+
+def measure_reading(folder: Path, num_tokens: int, pack_tokens: int) -> Result:
+    """One epoch of one rank over a new cache of about `num_tokens` completion tokens."""
+    cache = make_cache(
+        folder / "cache",
+        num_chains=num_tokens // MEAN_TOKENS,
+        codec="topk-u8",
+        vocab_size=129_280,
+        max_support=64,
+        min_tokens=MEAN_TOKENS // 3,
+        max_tokens=MEAN_TOKENS * 5 // 3,
+        max_prompt_tokens=200,
+        rows_per_group=GROUP_TOKENS // MEAN_TOKENS,
+        groups_per_shard=6,
+        id_skew=4.0,
+    )
+    shard_bytes = sum(path.stat().st_size for path in cache.root.glob("chains/*/*.parquet"))
+    selection = freeze(folder / "selection.parquet", SelectionRequest([CacheSource(cache.root)]))
+    full, full_cpu_s = _stream(selection, pack_tokens, with_signals=True)
+    ids, ids_cpu_s = _stream(selection, pack_tokens, with_signals=False)
+    total = selection.header.num_tokens
+    entries = sum(len(chain.signals.topk_ids_N) for chain in cache.chains) / total
+    return {
+        "tokens_per_s_per_core": round(total / full_cpu_s),
+        "ids_alone_tokens_per_s_per_core": round(total / ids_cpu_s),
+        "num_tokens": total,
+        "bytes_per_token": round(shard_bytes / total, 1),
+        "entries_per_token": round(entries, 1),
+        "num_packs": full.num_packs,
+        "max_buffer_mib": round(full.max_buffer_bytes / MIB, 1),
+        "reads_per_row_group": full.num_group_reads / len(selection.file_G),
+        "ids_alone_max_buffer_mib": round(ids.max_buffer_bytes / MIB, 1),
+    }
+
+
+def measure_plan(folder: Path, num_chains: int, pack_tokens: int) -> Result:
+    """Loads a selection of so many chains and plans an epoch, in a fresh process, three times."""
+    path = folder / f"plan-{num_chains}.parquet"
+    _write_lengths(path, num_chains)
+    command = [sys.executable, "-m", "benchmarks.stream", "--plan-of", str(path), "--pack-tokens", str(pack_tokens)]
+    runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
+    return dict(min(runs, key=lambda run: run["plan_seconds"]))
+
+
+def _plan(path: Path, pack_tokens: int) -> Result:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started_s = time.perf_counter()
+    plans = EpochPlans(load_selection(path), PlanSpec(pack_tokens), num_epochs=None)
+    num_packs = plans.num_packs(0)
+    seconds = time.perf_counter() - started_s
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    fill_frac = int(plans.pieces.num_tokens_P.sum(dtype=np.int64)) / (num_packs * pack_tokens)
+    return {"plan_seconds": round(seconds, 3), "plan_mib": round(grown_kib / 1024, 1), "fill_frac": round(fill_frac, 4)}
+
+
+def _stream(selection: Selection, pack_tokens: int, *, with_signals: bool) -> tuple[StreamStats, float]:
+    with PackStream(
+        selection, PlanSpec(pack_tokens), packs_per_step=1, num_epochs=1, with_signals=with_signals
+    ) as stream:
+        started_s = time.process_time()
+        for _ in stream:
+            pass
+        return stream.stats, time.process_time() - started_s
+
+
+def _write_lengths(path: Path, num_chains: int) -> None:
+    """A selection whose rows point nowhere: plans read lengths alone."""
+    rng = np.random.default_rng(0)
+    num_tokens = np.clip(rng.exponential(MEAN_TOKENS, num_chains), 10, 8000).astype(np.int32)
+    per_group = math.ceil(GROUP_TOKENS / MEAN_TOKENS)
+    number = np.arange(num_chains)
+    files = number // (per_group * 75)
+    rows = pa.Table.from_pydict(
+        {
+            "cache": np.zeros(num_chains, np.int16),
+            "file": pa.array([f"run/w0-{file:06d}.parquet" for file in files.tolist()]),
+            "row_group": (number // per_group % 75).astype(np.int32),
+            "row_in_group": (number % per_group).astype(np.int32),
+            "sample_id": pa.array([rng.bytes(16).hex() for _ in range(num_chains)]),
+            "num_prompt_tokens": rng.integers(50, 300, num_chains).astype(np.int32),
+            "num_tokens": num_tokens,
+            "weight": np.ones(num_chains, np.float32),
+        }
+    )
+    header = SelectionHeader(
+        caches=[PinnedCache(root="nowhere", weight=1.0, chains_version=0, verdicts_version=0)],
+        where=None,
+        weight=None,
+        max_chains=None,
+        num_chains=num_chains,
+        num_prompt_tokens=0,
+        num_tokens=int(num_tokens.sum()),
+        num_zero_weight=0,
+        num_empty=0,
+        teacher_fingerprints=[],
+        tokenizer_fingerprints=[],
+        template_fingerprints=[],
+        codecs=[],
+        vocab_size=1,
+        max_support=1,
+    )
+    write_selection(path, rows.cast(SCHEMA), header)
+
+
+def _show(result: Result) -> None:
+    for name, value in result.items():
+        print(f"{name:34} {value}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="From shards to packed batches, and planning.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="completion tokens of the cache that is read")
+    parser.add_argument("--pack-tokens", type=int, default=8192)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="numbers of chains to plan")
+    parser.add_argument("--plan-of", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
