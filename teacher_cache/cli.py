@@ -1,0 +1,204 @@
+"""`teacher-cache`: a teacher's chains and distributions, generated once, kept, and asked about.
+
+stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run time, 2 usage or configuration, 3
+something in the cache is damaged, 130 interrupted (and the command that resumes is printed).
+"""
+
+import json
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shared.errors import ConfigError, StillroomError
+from shared.log import console, note
+
+if TYPE_CHECKING:
+    from shared.config import Json
+    from teacher_cache.config import BuildConfig
+
+FAILED, DAMAGED, INTERRUPTED = 1, 3, 130
+
+app = typer.Typer(
+    name="teacher-cache",
+    help="Run a teacher once and keep what it said: chains, and the distribution of every token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the build.")]
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. sampling.samples=4.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Worker = Annotated[str, typer.Option(metavar="I/N", help="Take share I (from 0) of N of the prompts.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if show_version:
+        print(version("stillroom"))
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    worker: Worker = "0/1",
+    retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Ask failed prompts again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Generate what is missing, and capture it; the same command resumes."""
+    from teacher_cache.build_command import build_cache, result_json, result_lines
+    from teacher_cache.prompts import parse_worker
+
+    config = _config(config_path, overrides)
+    result = build_cache(config, parse_worker(worker), retry_failures=retry_failures)
+    printed = result_json(config, result)
+    _result(printed, result_lines(printed, str(config.cache)), as_json)
+    if result.stopped is not None:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def verify(cache: CachePath, as_json: AsJson = False) -> None:
+    """Check every file: hashes, counts, decoding, uniqueness; exit 3 when something is wrong."""
+    from dataclasses import asdict
+
+    from teacher_cache.verify import summary_of, verify_cache
+
+    report = verify_cache(cache)
+    lines = [*(f"{problem.file}: {problem.problem}" for problem in report.problems), summary_of(report)]
+    _result({**asdict(report), "ok": report.ok}, lines, as_json)
+    if not report.ok:
+        raise typer.Exit(DAMAGED)
+
+
+@app.command()
+def judge(
+    cache: CachePath,
+    kind: Annotated[
+        str | None, typer.Option("--judge", help="Judge every chain by this kind; default: as its prompt says.")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition over chains.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also chains that were judged before.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Checks at a time.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Check answers; verdicts are added beside the shards."""
+    from dataclasses import asdict
+
+    from teacher_cache.judging import judge_cache
+
+    report = judge_cache(cache, kind, where, again, processes)
+    lines = [
+        f"{name}: {one.num_chains} judged, {one.num_correct} right, {one.num_wrong} wrong, "
+        f"{one.num_undecided} undecided"
+        for name, one in report.by_judge.items()
+    ]
+    if report.num_without_judge:
+        lines.append(f"{report.num_without_judge} chains name no judge: choose one with --judge")
+    _result(asdict(report), lines or ["nothing to judge"], as_json)
+
+
+@app.command()
+def sql(
+    cache: CachePath,
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin; none starts a session.")
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--format", help="table, csv, json, markdown or parquet.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    attach: Annotated[
+        list[str] | None, typer.Option("--attach", metavar="NAME=CACHE", help="Another cache, as schema NAME.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows that a table shows.")] = 40,
+    export_views: Annotated[
+        Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views for the plain duckdb program.")
+    ] = None,
+) -> None:
+    """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
+    from shared.sql import Session
+    from teacher_cache.query import check_out, open_caches, read_stdin, run_query, write_views
+
+    catalogs = open_caches(cache, attach or [])
+    if export_views is not None:
+        if query is not None or out is not None or output_format is not None:
+            raise ConfigError("--export-views writes a database and answers no query: leave QUERY, --out, --format out")
+        write_views(catalogs, export_views)
+        return
+    if out is not None:
+        check_out(out, list(catalogs.values()))
+    with Session(catalogs) as session:
+        if query is None and sys.stdin.isatty() and out is None:
+            from teacher_cache.sql_shell import Shell
+
+            if output_format is not None:
+                raise ConfigError("--format needs a QUERY: a session has .mode")
+            Shell(session, max_rows, list(catalogs)).run()
+        else:
+            run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
+
+
+@app.command()
+def stats(cache: CachePath, as_json: AsJson = False) -> None:
+    """Count what is there: chains, tokens, bytes, truncated, right, failed."""
+    from shared.catalog import Catalog
+    from teacher_cache.stats import cache_stats, stats_text
+
+    found = cache_stats(Catalog(cache))
+    _result(found.model_dump(mode="json"), [stats_text(found).rstrip("\n")], as_json)
+
+
+@app.command()
+def report(
+    cache: CachePath,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker's box, for costs.")] = None,
+) -> None:
+    """Write one HTML page about the cache, with plots."""
+    from shared.catalog import Catalog
+    from teacher_cache.report import write_cache_report
+
+    write_cache_report(Catalog(cache), out, price_per_hour)
+    print(out)
+
+
+def main() -> None:
+    """Entry point: one line for a user's mistake, and the right exit code."""
+    try:
+        app(prog_name="teacher-cache")
+    except StillroomError as error:
+        console.print(f"teacher-cache: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and sys.argv[1:2] == ["build"]:
+            note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
+        raise
+
+
+def _config(path: Path, overrides: list[str] | None) -> "BuildConfig":
+    from shared.config import load_config
+    from teacher_cache.config import BuildConfig
+
+    return load_config(path, overrides or [], BuildConfig)
+
+
+def _result(result: "Json", lines: list[str], as_json: bool) -> None:
+    print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()
