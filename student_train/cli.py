@@ -1,0 +1,224 @@
+"""`student-train`: a student cut from a teacher, trained from a cache, evaluated, exported.
+
+stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run time, 2 usage or configuration, 3 stored
+bytes are damaged, 130 interrupted (and the command that resumes is printed).
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shared.errors import ConfigError, StillroomError
+from shared.log import console, note
+
+if TYPE_CHECKING:
+    from student_train.config import TrainConfig
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="student-train",
+    help="Train students from the distributions that a teacher left in a cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.0.epochs=2.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or the name of a checkpoint.")]
+
+
+@app.command()
+def init(
+    config_path: OptionalConfigPath = None,
+    overrides: Overrides = None,
+    teacher: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to cut from.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers to keep, evenly spaced.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a student from a teacher by depth."""
+    from student_train.init import init_student
+
+    if config_path is not None:
+        if (teacher, layers, out) != (None, None, None):
+            raise ConfigError("CONFIG and --teacher, --layers, --out exclude each other: the file says it all")
+        student = _config(config_path, overrides).student
+        if student.init is None:
+            raise ConfigError(f"{config_path}: student.init is not set: it names the teacher and the layers to keep")
+        record = init_student(student.init.teacher, student.init.layers, Path(student.model))
+    else:
+        if teacher is None or layers is None or out is None:
+            raise ConfigError("name a CONFIG with student.init, or all of --teacher, --layers and --out")
+        if overrides:
+            raise ConfigError("--set has no effect without CONFIG")
+        record = init_student(teacher, layers, out)
+    from student_train.show import init_lines
+
+    _result(record, init_lines(record), as_json)
+
+
+@app.command()
+def plan(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would read and cost, and refuse what cannot work; loads no model."""
+    from student_train.plan import plan_run
+    from student_train.show import plan_lines
+
+    planned = plan_run(_config(config_path, overrides), nproc)
+    _result(planned, plan_lines(planned), as_json)
+
+
+@app.command()
+def run(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train, or go on from the last checkpoint of the same run."""
+    from student_train.launch import end_with_parent, launch
+
+    if nproc > 1:
+        raise typer.Exit(launch(nproc, _arguments_of_a_rank(sys.argv[1:])))
+    end_with_parent()
+    config = _config(config_path, overrides)
+    from student_train.engine import joined_ranks
+    from student_train.interrupt import StopRequest
+    from student_train.show import run_lines
+    from student_train.train import train
+
+    with StopRequest() as stop, joined_ranks() as ranks:
+        summary = train(config, ranks, stop)
+    if ranks.is_first:
+        _result(summary, run_lines(summary), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    config_path: OptionalConfigPath = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to evaluate.")] = None,
+    cache: Annotated[list[Path] | None, typer.Option(help="Cache to evaluate on; may be given again.")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition over chains; default: split = 'heldout'.")] = None,
+    initial: Annotated[bool, typer.Option("--initial", help="The student before its training.")] = False,
+    checkpoint: WhichCheckpoint = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a student with its teacher on held-out chains."""
+    from student_train.eval_command import evaluate_config, evaluate_model
+    from student_train.show import eval_lines
+
+    if config_path is not None:
+        if (model, cache) != (None, None):
+            raise ConfigError("CONFIG and --model, --cache exclude each other")
+        config = _config(config_path, overrides)
+        result = evaluate_config(config, where, "initial" if initial else checkpoint)
+    else:
+        if model is None or not cache:
+            raise ConfigError("name a CONFIG, or --model and --cache")
+        if initial or checkpoint != "last" or overrides:
+            raise ConfigError("--initial, --checkpoint and --set need a CONFIG")
+        result = evaluate_model(model, cache, where)
+    _result(result, eval_lines(result), as_json)
+
+
+@app.command()
+def export(
+    config_path: ConfigPath,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    overrides: Overrides = None,
+    checkpoint: WhichCheckpoint = "last",
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write a LoRA adapter unmerged.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the cache's tokenizer is, if student and teacher do not have it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    from student_train.checkpoint import find_state
+    from student_train.export import export as export_checkpoint
+    from student_train.runfolder import RunFolder
+    from student_train.show import export_lines
+
+    config = _config(config_path, overrides)
+    state = find_state(RunFolder(config.run).checkpoints, checkpoint)
+    result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
+    _result(result, export_lines(result), as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page with the curves and held-out numbers of runs."""
+    from student_train.report import write_student_report
+
+    write_student_report(runs, out)
+    print(out)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, what it can do here, what is missing and the command that mends it."""
+    from student_train.doctor import diagnose
+    from student_train.show import doctor_lines
+
+    found = diagnose()
+    _result(found, doctor_lines(found), as_json)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: one line for a user's mistake, and the right exit code."""
+    try:
+        app(prog_name="student-train")
+    except StillroomError as error:
+        console.print(f"student-train: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and sys.argv[1:2] == ["run"] and os.environ.get("RANK") is None:
+            note(f"interrupted; this goes on: {shlex.join(['student-train', *sys.argv[1:]])}")
+        raise
+
+
+def _config(path: Path, overrides: list[str] | None) -> "TrainConfig":
+    from shared.config import load_config
+    from student_train.config import TrainConfig
+
+    return load_config(path, overrides or [], TrainConfig)
+
+
+def _result(result: dict[str, object], lines: list[str], as_json: bool) -> None:
+    print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
+
+
+def _arguments_of_a_rank(arguments: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument == "--nproc":
+            skip = not skip
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""DeepSpeed around a student: distribution, ZeRO, optimizer step, saved state. The only file that imports deepspeed.
+
+In: a Student and settings. Out: `Engine`, whose gradients are those of the *sum* of losses over all ranks and
+micro-steps divided by a number that the caller gives, whatever DeepSpeed would have divided by.
+
+DeepSpeed averages gradients over ranks and, by `backward`, over micro-steps. Here `backward` is told not to scale by
+accumulation, and each rank's loss is multiplied by the number of ranks, so that mean over ranks = sum over ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shared.errors import StillroomError
+from student_train.config import EngineConfig, StageConfig
+from student_train.divergences import LossMix
+from student_train.losses import LossSums
+from student_train.model import Student
+from student_train.pack import TorchPack
+from student_train.token_metrics import TokenMetrics
+
+ADAM_EPS = 1e-8
+RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is, and the device it computes on."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.num_ranks > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, float64."""
+        if self.num_ranks == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def max(self, values: list[float]) -> list[float]:
+        """Largest over all ranks, float64."""
+        if self.num_ranks == 1:
+            return values
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return [float(value) for value in largest.tolist()]
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Joins the ranks that a launcher started (its RANK, WORLD_SIZE, ... variables), or makes a world of one.
+
+    Raises StillroomError where they cannot be joined, and in the place of what torch raises when a rank is lost or a
+    GPU's memory is exhausted.
+    """
+    try:
+        ranks = _join()
+        yield ranks
+    except torch.OutOfMemoryError as error:
+        raise StillroomError(
+            f"{_first_line(error)} Lower data.pack_tokens or engine.chunk_tokens, set engine.gradient_checkpointing, "
+            "or raise engine.zero_stage"
+        ) from error
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise StillroomError(f"the ranks lost each other, one of them ended: {_first_line(error)}") from error
+        raise
+    finally:
+        # So that torch does not warn at exit.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join() -> Ranks:
+    use_cuda = torch.cuda.is_available()
+    if not use_cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    alone = "RANK" not in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if use_cuda else "gloo"
+    if alone:
+        # DeepSpeed reads the variables; a store in memory needs no port.
+        os.environ.update(RANK_VARIABLES)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+class Engine:
+    """A student under DeepSpeed for one stage. Every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        student: Student,
+        stage: StageConfig,
+        config: EngineConfig,
+        ranks: Ranks,
+        accumulation: int,
+        *,
+        universal: bool,
+    ) -> None:
+        """Spreads the student over the ranks; `universal` when the state to load was made universal."""
+        self._ranks = ranks
+        self._accumulation = accumulation
+        self._student = student
+        with _quiet():
+            import deepspeed
+
+            optimizer = torch.optim.AdamW(
+                _parameter_groups(student, stage.weight_decay),
+                lr=stage.learning_rate,
+                betas=(stage.beta1, stage.beta2),
+                eps=ADAM_EPS,
+            )
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=student,
+                optimizer=optimizer,
+                config=deepspeed_config(stage, config, ranks.num_ranks, accumulation, universal=universal),
+                dist_init_required=False,
+            )
+
+    def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
+        """Sums of one pack's losses, with gradient."""
+        loss_sum, term_sums_J, weight_sum = self._deepspeed(
+            pack.input_ids_1L, pack.position_ids_1L, pack.predict_positions_N, targets=pack.targets, mix=mix
+        )
+        terms = dict(zip(mix.names, term_sums_J.unbind(), strict=True))
+        return LossSums(loss_sum, pack.targets.num_tokens, weight_sum, terms)
+
+    @torch.no_grad()
+    def metrics(self, pack: TorchPack) -> TokenMetrics:
+        """Metrics of one pack's loss tokens; dropout off."""
+        self._deepspeed.eval()
+        values = self._deepspeed(
+            pack.input_ids_1L, pack.position_ids_1L, pack.predict_positions_N, targets=pack.targets
+        )
+        self._deepspeed.train()
+        return TokenMetrics(*values)
+
+    def backward(self, loss_sum: Tensor, total_weight: float, *, is_last: bool) -> None:
+        """Adds the gradient of loss_sum / total_weight; `is_last` for the last micro-step before `step`."""
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        self._deepspeed.backward(loss_sum * (self._ranks.num_ranks / total_weight), scale_wrt_gas=False)
+        if not is_last:
+            self._deepspeed.step()
+
+    def step(self, learning_rate: float) -> None:
+        """Clips and applies the gradient that was added up."""
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._deepspeed.step()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping; None where DeepSpeed did not compute it."""
+        norm = self._deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that float16 skipped because their gradient overflowed."""
+        return int(self._deepspeed.skipped_steps)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes trained weights and optimizer state below `folder/tag`; frozen weights are where they came from."""
+        with _quiet():
+            self._deepspeed.save_checkpoint(
+                str(folder), tag=tag, client_state=_universal_info(), save_latest=False, exclude_frozen_parameters=True
+            )
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Takes back what `save` wrote."""
+        with _quiet():
+            path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        assert path is not None
+
+    def close(self) -> None:
+        """Frees what DeepSpeed holds; the engine is of no use afterwards."""
+        self._deepspeed.destroy()
+
+
+def deepspeed_config(
+    stage: StageConfig, config: EngineConfig, num_ranks: int, accumulation: int, *, universal: bool
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration. No optimizer block: its "AdamW" would compile an operator even on a CPU."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * num_ranks,
+        "gradient_clipping": stage.clip_norm or 0.0,
+        "bf16": {"enabled": config.precision == "bfloat16"},
+        "fp16": {"enabled": config.precision == "float16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
+        # Nothing is printed by DeepSpeed itself.
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def make_universal(source: Path, target: Path) -> None:
+    """Converts a saved ZeRO state to DeepSpeed's universal form, which any number of ranks loads; one process only."""
+    from argparse import Namespace
+
+    with _quiet():
+        from deepspeed.checkpoint import ds_to_universal
+
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(source),
+                output_folder=str(target),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=False,
+            )
+        )
+
+
+def saved_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
+    """Trained weights of a saved state by parameter name of the Hugging Face (or peft) model, on the CPU."""
+    with _quiet():
+        if zero_stage == 3:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        else:
+            path = folder / tag / "mp_rank_00_model_states.pt"
+            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def _parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _universal_info() -> dict[str, Any]:
+    from deepspeed.checkpoint.constants import (
+        UNIVERSAL_CHECKPOINT_INFO,
+        UNIVERSAL_CHECKPOINT_VERSION_KEY,
+        UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+    )
+
+    # ds_to_universal refuses a state that does not say which version of its rules it follows.
+    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps DeepSpeed's greetings, deprecation warnings and progress bars from the terminal, not its errors."""
+    greetings = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(greetings), contextlib.redirect_stderr(greetings):
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: F401 - its logger exists from here on
+
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(logging.ERROR)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.__stderr__)
+        yield

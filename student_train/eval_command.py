@@ -1,0 +1,67 @@
+"""`student-train eval`: a checkpoint, an untrained student or any Hugging Face folder on held-out chains."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shared.config import Json
+from shared.errors import ConfigError
+from student_train.checkpoint import find_state
+from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
+from student_train.data import check_vocabulary, eval_request, eval_spec, open_data
+from student_train.engine import Ranks
+from student_train.evaluate import evaluate, student_metrics
+from student_train.export import trained_model
+from student_train.head import fuse_head
+from student_train.model import Student, load_causal, widen_vocab
+from student_train.runfolder import RunFolder
+
+
+def evaluate_config(config: TrainConfig, where: str | None, which: str) -> Json:
+    """Evaluates checkpoint `which` of a run, or with `initial` the student before its training.
+
+    Without `where` on the held-out selection of the run. Raises ConfigError, DataError, CorruptError.
+    """
+    if config.eval is None and where is None:
+        raise ConfigError("the configuration has no eval block: set one, or say --where")
+    run = RunFolder(config.run)
+    wanted = config.eval if config.eval is not None and where is None else EvalConfig(where=where or HELDOUT)
+    if which == "initial":
+        model = load_causal(config.student.model, config.student, config.engine.precision)
+        name = config.student.model
+    else:
+        state = find_state(run.checkpoints, which)
+        model, name = trained_model(config, state, merged=True), state.tag
+    kept = run.heldout_path if where is None and run.heldout_path.exists() else None
+    return {"model": name, **_evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens)}
+
+
+def evaluate_model(model: str, caches: Sequence[Path], where: str | None) -> Json:
+    """Evaluates a Hugging Face folder or hub id. Raises ConfigError, DataError, CorruptError."""
+    student = StudentConfig(model=model)
+    data = DataConfig(caches=[CacheConfig(path=path) for path in caches])
+    wanted = EvalConfig(where=where or HELDOUT)
+    precision = "bfloat16" if torch.cuda.is_available() else "float32"
+    return {"model": model, **_evaluate(load_causal(model, student, precision), student, data, wanted, None, None)}
+
+
+def _evaluate(
+    model: torch.nn.Module,
+    student: StudentConfig,
+    data: DataConfig,
+    wanted: EvalConfig,
+    kept: Path | None,
+    chunk_tokens: int | None,
+) -> Json:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
+        path = kept if kept is not None else Path(temp) / "heldout.selection.parquet"
+        selection = open_data(path, eval_request(data, wanted), data, student)
+        vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
+        widen_vocab(model, vocabulary.num_ids)
+        fuse_head(model)  # type: ignore[arg-type]
+        metrics_of = student_metrics(Student(model, chunk_tokens).to(device))
+        result = evaluate(metrics_of, selection, eval_spec(data), Ranks(0, 1, device))
+    return {"where": wanted.where, **result.model_dump()}

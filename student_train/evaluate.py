@@ -1,0 +1,148 @@
+"""How close a student is to its teacher on chains that it does not learn from.
+
+In: a function from a pack to token metrics, a frozen selection. Out: means over all loss tokens of all ranks. Every
+token counts the same, whatever its chain's weight. Distributions are compared over the teacher's support and one
+bucket for its tail, so KL and JSD are lower bounds of the dense ones, exact where the support holds all of the mass.
+
+    N loss tokens of a pack
+
+"""
+
+from collections.abc import Callable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from shared.log import Progress
+from student_train.engine import Ranks
+from student_train.epoch_plan import PlanSpec
+from student_train.model import Student
+from student_train.pack import Pack, TorchPack, empty_pack, to_torch
+from student_train.selection import Selection
+from student_train.stream import PackStream
+from student_train.targets import SparseTargets
+from student_train.token_metrics import TokenMetrics
+
+
+class EvalResult(BaseModel):
+    """Means over `num_tokens` held-out tokens; nats, natural logarithms. None where there are no distributions."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_chains: int
+    num_tokens: int
+    cross_entropy: float
+    """-log q of the teacher's token."""
+    forward_kl: float | None
+    """KL(teacher | student), tail in one bucket."""
+    reverse_kl: float | None
+    js: float | None
+    """Jensen-Shannon divergence, at most log 2: knowledge retention is 1 - js / log 2."""
+    top1_agreement: float | None
+    """Share of tokens on which the student's most likely token is the teacher's."""
+    accuracy: float
+    """Share of tokens on which the student's most likely token is the one that the teacher sampled."""
+    confidence: float
+    """The student's largest probability."""
+    confidence_minus_accuracy: float
+    """Calibration: above 0 the student is surer than it is right."""
+    entropy: float
+    """Of the student's distribution."""
+
+    @property
+    def loss(self) -> float:
+        """What decides which checkpoint is best: KL to the teacher, cross-entropy where there are no distributions."""
+        return self.cross_entropy if self.forward_kl is None else self.forward_kl
+
+    def line(self) -> str:
+        """One line for the person who watches."""
+        parts = [f"cross-entropy {self.cross_entropy:.4f}"]
+        if self.forward_kl is not None:
+            parts += [f"KL {self.forward_kl:.4f}", f"JSD {self.js:.4f}", f"top-1 agreement {self.top1_agreement:.1%}"]
+        return "  ".join([*parts, f"confidence - accuracy {self.confidence_minus_accuracy:+.3f}"])
+
+
+def evaluate(
+    metrics_of: Callable[[TorchPack], TokenMetrics], selection: Selection, spec: PlanSpec, ranks: Ranks
+) -> EvalResult:
+    """Metrics of all packs of the selection, spread over the ranks, which must all call this together."""
+    names = list(TokenMetrics.__dataclass_fields__)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=ranks.device)
+    num_tokens = 0
+    stream = PackStream(
+        selection, spec, packs_per_step=ranks.num_ranks, rank=ranks.rank, world=ranks.num_ranks, num_epochs=1
+    )
+    with stream, Progress("evaluate", stream.plans.total_packs(), "packs") as progress:
+        for number, pack in enumerate(stream):
+            metrics = metrics_of(to_device(pack, ranks.device, with_signals=not selection.is_text))
+            if pack.num_loss_tokens:
+                sums += torch.stack([values.double().sum() for values in _fields(metrics)])
+                num_tokens += pack.num_loss_tokens
+            if ranks.is_first:
+                progress.update(min((number + 1) * ranks.num_ranks, stream.plans.total_packs()), num_tokens)
+    *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
+    return _result(selection, dict(zip(names, totals, strict=True)), int(total_tokens))
+
+
+@torch.no_grad()
+def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
+    """Metrics of a student that no engine wraps."""
+    student.eval()
+
+    def metrics_of(pack: TorchPack) -> TokenMetrics:
+        with torch.no_grad():
+            return TokenMetrics(
+                *student(pack.input_ids_1L, pack.position_ids_1L, pack.predict_positions_N, targets=pack.targets)
+            )
+
+    return metrics_of
+
+
+def to_device(pack: Pack, device: torch.device, *, with_signals: bool) -> TorchPack:
+    """The pack as tensors. An empty one becomes one token of weight 0, so that a rank without data computes along."""
+    if pack.num_loss_tokens:
+        return to_torch(pack, device)
+    placeholder = to_torch(empty_pack(with_signals=with_signals), device)
+    zero_1 = torch.zeros(1, dtype=torch.int64, device=device)
+    support = 1 if with_signals else 0
+    targets = SparseTargets(
+        ids_NK=torch.zeros(1, support, dtype=torch.int64, device=device),
+        logprobs_NK=torch.zeros(1, support, device=device),
+        tail_logmass_N=torch.full((1,), -torch.inf, device=device),
+        sampled_ids_N=zero_1,
+        weights_N=torch.zeros(1, device=device),
+    )
+    return TorchPack(
+        placeholder.input_ids_1L, placeholder.position_ids_1L, placeholder.document_ids_1L, zero_1, None, targets
+    )
+
+
+def _fields(metrics: TokenMetrics) -> list[torch.Tensor]:
+    return [
+        metrics.cross_entropy_N,
+        metrics.forward_kl_N,
+        metrics.reverse_kl_N,
+        metrics.jsd_N,
+        metrics.agreement_N,
+        metrics.confidence_N,
+        metrics.correct_N,
+        metrics.entropy_N,
+    ]
+
+
+def _result(selection: Selection, totals: dict[str, float], num_tokens: int) -> EvalResult:
+    mean = {name: total / num_tokens for name, total in totals.items()}
+    has_teacher = not selection.is_text
+    return EvalResult(
+        num_chains=selection.num_chains,
+        num_tokens=num_tokens,
+        cross_entropy=mean["cross_entropy_N"],
+        forward_kl=mean["forward_kl_N"] if has_teacher else None,
+        reverse_kl=mean["reverse_kl_N"] if has_teacher else None,
+        js=mean["jsd_N"] if has_teacher else None,
+        top1_agreement=mean["agreement_N"] if has_teacher else None,
+        accuracy=mean["correct_N"],
+        confidence=mean["confidence_N"],
+        confidence_minus_accuracy=mean["confidence_N"] - mean["correct_N"],
+        entropy=mean["entropy_N"],
+    )

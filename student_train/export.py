@@ -1,0 +1,154 @@
+"""A checkpoint to a Hugging Face folder: safetensors, tokenizer, chat template, generation config and a model card.
+
+The student learnt the cache's ids and the cache's chat template, so the folder carries the cache's tokenizer: the
+student's own where it is the same, else that of the teacher that the cache names.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schemas.manifest import RunManifest
+from shared.catalog import Catalog
+from shared.config import Json
+from shared.errors import ConfigError, CorruptError, DataError
+from shared.files import write_text_atomic
+from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer
+from student_train.checkpoint import CheckpointState
+from student_train.config import LoraConfig, TrainConfig
+from student_train.data import check_vocabulary
+from student_train.engine import saved_weights
+from student_train.folders import atomic_folder, save_model
+from student_train.model import add_lora, load_causal, widen_vocab
+from student_train.model_card import model_card
+from student_train.runfolder import RunFolder
+from student_train.selection import Selection, load_selection
+
+
+def export(
+    config: TrainConfig, state: CheckpointState, out: Path, *, adapter_only: bool, tokenizer: str | None
+) -> Json:
+    """Writes the model of a checkpoint to `out`, whole or not at all.
+
+    `adapter_only` leaves a LoRA adapter unmerged and writes it alone; `tokenizer` names the folder or hub id of the
+    cache's tokenizer where neither student nor teacher can give it. Raises ConfigError, DataError.
+    """
+    run = RunFolder(config.run)
+    stage = config.stages[state.stage]
+    if adapter_only and stage.trainable != "lora":
+        raise ConfigError(f"--adapter-only needs a LoRA checkpoint: {state.tag} trained {stage.trainable}")
+    selection = load_selection(run.selection_path(stage.name))
+    with atomic_folder(out) as temp:
+        found = cache_tokenizer(config, selection, tokenizer)
+        model = trained_model(config, state, merged=not adapter_only)
+        if not adapter_only:
+            adopt_tokens(model, found)
+        save_model(model, found, temp)
+        write_text_atomic(temp / "README.md", model_card(config, state, selection, manifests_of(selection)))
+    return {
+        "folder": str(out),
+        "checkpoint": state.tag,
+        "adapter_only": adapter_only,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "size_bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+    }
+
+
+def export_stage(config: TrainConfig, state: CheckpointState) -> Path:
+    """The model at the end of a stage, as the folder from which the next one begins; made once."""
+    folder = RunFolder(config.run).model_after(state.stage_name)
+    if not folder.exists():
+        with atomic_folder(folder) as temp:
+            save_model(trained_model(config, state, merged=True), None, temp)
+    return folder
+
+
+def initial_folder(config: TrainConfig, stage: int) -> str:
+    """The model from which a stage begins."""
+    if stage == 0:
+        return config.student.model
+    return str(RunFolder(config.run).model_after(config.stages[stage - 1].name))
+
+
+def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) -> Any:
+    """The Hugging Face model of a checkpoint in the training's precision, on the CPU; a LoRA adapter merged or not."""
+    stage = config.stages[state.stage]
+    run = RunFolder(config.run)
+    model = load_causal(initial_folder(config, state.stage), config.student, config.engine.precision)
+    selection = load_selection(run.selection_path(stage.name))
+    caches = [cache.path for cache in config.data.caches]
+    widen_vocab(model, check_vocabulary(config.student, selection, caches).num_ids)
+    if stage.trainable == "lora":
+        model = add_lora(model, stage.lora or LoraConfig())
+    weights = saved_weights(run.checkpoints, state.tag, state.zero_stage)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    lost = set(missing) & set(_trained_names(model, stage.trainable))
+    if unexpected or lost:
+        raise CorruptError(f"checkpoint {state.tag} does not fit the student: {sorted([*unexpected, *lost])[:3]}")
+    if stage.trainable == "lora" and merged:
+        model = model.merge_and_unload()
+    return model.eval()
+
+
+def cache_tokenizer(config: TrainConfig, selection: Selection, named: str | None) -> Any:
+    """The tokenizer that the student learnt: of `named`, else the student's or the teacher's, whichever is the cache's.
+
+    Raises DataError where none of them is.
+    """
+    student = load_tokenizer(config.student.model, config.student.revision, config.student.trust_remote_code)
+    if selection.is_text or _is_cached(student, selection):
+        return student
+    if named is not None:
+        tokenizer = load_tokenizer(named)
+        if not _is_cached(tokenizer, selection):
+            raise ConfigError(f"--tokenizer {named} is not the cache's: its tokenizer or chat template differs")
+        return tokenizer
+    teachers = {manifest.teacher.model for manifest in manifests_of(selection)}
+    for teacher in sorted(teachers):
+        try:
+            tokenizer = load_tokenizer(teacher)
+        except DataError:
+            continue
+        if _is_cached(tokenizer, selection):
+            return tokenizer
+    raise DataError(
+        f"the cache's tokenizer is neither the student's nor to be had from {', '.join(sorted(teachers))}: "
+        "name the folder that has it with --tokenizer"
+    )
+
+
+def adopt_tokens(model: Any, tokenizer: Any) -> None:
+    """Lets generation begin and end with the adopted tokenizer's special tokens where they are not the model's own."""
+    eos = tokenizer.eos_token_id
+    ends = model.generation_config.eos_token_id
+    if eos is not None and eos not in (ends if isinstance(ends, list) else [ends]):
+        model.config.eos_token_id = model.generation_config.eos_token_id = eos
+    if tokenizer.bos_token_id is not None:
+        model.config.bos_token_id = model.generation_config.bos_token_id = tokenizer.bos_token_id
+    if tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def manifests_of(selection: Selection) -> list[RunManifest]:
+    """Manifests of the runs in the selection's caches; none where the caches lie elsewhere by now."""
+    roots = [Path(cache.root) for cache in selection.header.caches]
+    found = [manifest for root in roots if root.is_dir() for manifest in Catalog(root).runs().values()]
+    return [one for one in found if one.teacher.fingerprint in selection.header.teacher_fingerprints]
+
+
+def _is_cached(tokenizer: Any, selection: Selection) -> bool:
+    header = selection.header
+    return (
+        header.tokenizer_fingerprints == [fingerprint_tokenizer(tokenizer)]
+        and fingerprint_template(tokenizer) in header.template_fingerprints
+    )
+
+
+def _trained_names(model: torch.nn.Module, trainable: str) -> list[str]:
+    if trainable == "all":
+        return [name for name, _ in model.named_parameters()]
+    if trainable == "lora":
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, parameter in model.named_parameters() if any(parameter is one for one in head.parameters())]

@@ -1,0 +1,162 @@
+"""The student as one module whose forward gives losses or metrics of a pack, never logits: what DeepSpeed wraps.
+
+In: a Hugging Face folder. Out: `Student`, a decoder whose head is fused with the losses; all of it trained, the head
+alone, or LoRA adapters. The head's module is called inside this module's forward, so ZeRO-3 gathers its weight.
+
+    L tokens of a pack, N loss tokens, H hidden, J terms of a mix
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import ConfigError, DataError
+from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
+from student_train.divergences import LossMix
+from student_train.head import fuse_head, head_loss, head_metrics
+from student_train.targets import SparseTargets
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Student(torch.nn.Module):
+    """A causal language model (`model`, under peft or not) that computes losses at chosen positions of a pack."""
+
+    def __init__(self, model: Any, chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk_tokens = chunk_tokens
+        self._decoder_learns = any(parameter.requires_grad for parameter in self.causal.get_decoder().parameters())
+
+    @property
+    def causal(self) -> Any:
+        """The Hugging Face model, below peft where there is an adapter."""
+        from peft import PeftModel
+
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def forward(
+        self,
+        input_ids_1L: Tensor,
+        position_ids_1L: Tensor,
+        predict_positions_N: Tensor,
+        *,
+        targets: SparseTargets,
+        mix: LossMix | None = None,
+    ) -> tuple[Tensor, ...]:
+        """With a mix (loss_sum, term_sums_J, weight_sum) of losses.LossSums; without, the fields of TokenMetrics [N].
+
+        Positions restart at 0 where a document of the pack begins; with no attention mask, transformers then lets
+        each token see its own document only. The hidden state at predict_positions_N[n] predicts target n.
+        """
+        causal = self.causal
+        # A frozen decoder below a trained head keeps no activations.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
+            hidden_LH = causal.get_decoder()(
+                input_ids=input_ids_1L,
+                position_ids=position_ids_1L,
+                attention_mask=None,
+                use_cache=False,
+            ).last_hidden_state[0]
+            hidden_NH = hidden_LH.index_select(0, predict_positions_N)
+        head = causal.get_output_embeddings()
+        if mix is not None:
+            sums = head_loss(head, hidden_NH, targets, mix, chunk_tokens=self._chunk_tokens)
+            return sums.loss_sum, torch.stack(list(sums.term_sums.values())), sums.weight_sum
+        metrics = head_metrics(head, hidden_NH, targets, chunk_tokens=self._chunk_tokens)
+        return (
+            metrics.cross_entropy_N,
+            metrics.forward_kl_N,
+            metrics.reverse_kl_N,
+            metrics.jsd_N,
+            metrics.agreement_N,
+            metrics.confidence_N,
+            metrics.correct_N,
+            metrics.entropy_N,
+        )
+
+
+def load_student(
+    student: StudentConfig, folder: str, stage: StageConfig, engine: EngineConfig, *, seed: int, vocab_size: int
+) -> Student:
+    """The model in `folder` ready to be trained as the stage says, on ids below `vocab_size`.
+
+    Raises ConfigError, DataError.
+    """
+    model = load_causal(folder, student, engine.precision)
+    widen_vocab(model, vocab_size)
+    fuse_head(model)
+    if engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if stage.trainable == "lora":
+        torch.manual_seed(seed)
+        model = add_lora(model, stage.lora or LoraConfig())
+    elif stage.trainable == "head":
+        model.requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(True)
+    model.train()
+    return Student(model, engine.chunk_tokens)
+
+
+def load_causal(folder: str, student: StudentConfig, precision: str | None) -> Any:
+    """The Hugging Face causal language model in a folder or hub id, on the CPU; precision None is the stored one.
+
+    Raises DataError in one line.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    revision = student.revision if folder == student.model else None
+    loader: Any = transformers.AutoModelForCausalLM
+    try:
+        model, report = loader.from_pretrained(
+            folder,
+            revision=revision,
+            trust_remote_code=student.trust_remote_code,
+            dtype="auto" if precision is None else DTYPES[precision],
+            attn_implementation=student.attention,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"{folder} is no model that transformers loads: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise DataError(f"{folder} lacks {len(report['missing_keys'])} weights of its own config ({names}, ...)")
+    return model
+
+
+def widen_vocab(model: Any, vocab_size: int) -> int:
+    """Adds embedding rows until there are `vocab_size`, and returns how many; relatives differ in their padding.
+
+    New rows are the mean of the others, so that a head gives them neither much probability nor none.
+    """
+    old_size = model.get_input_embeddings().weight.shape[0]
+    if old_size >= vocab_size:
+        return 0
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[old_size:] = module.weight[:old_size].mean(dim=0)
+    return int(vocab_size - old_size)
+
+
+def add_lora(model: Any, lora: LoraConfig) -> Any:
+    """The model under a peft adapter. Raises ConfigError for target names that it does not have."""
+    import peft
+
+    wanted = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by it, whatever its type
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets or "all-linear",
+    )
+    try:
+        return peft.get_peft_model(model, wanted)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets={lora.targets}: {' '.join(str(error).split())[:200]}") from error

@@ -1,0 +1,81 @@
+"""The README of an exported student: what it is, what it learnt from whom, by which losses, and how close it came."""
+
+import json
+from collections.abc import Sequence
+
+import yaml
+
+from schemas.manifest import RunManifest
+from shared.config import plain
+from student_train.checkpoint import CheckpointState
+from student_train.config import TrainConfig
+from student_train.runfolder import RunFolder
+from student_train.selection import Selection
+
+EVAL_ROWS = {
+    "cross_entropy": "cross-entropy (nats a token)",
+    "forward_kl": "KL(teacher, student) (nats a token)",
+    "js": "Jensen-Shannon divergence (nats a token)",
+    "top1_agreement": "top-1 agreement",
+    "confidence_minus_accuracy": "confidence - accuracy",
+}
+
+
+def model_card(
+    config: TrainConfig, state: CheckpointState, selection: Selection, manifests: Sequence[RunManifest]
+) -> str:
+    """Markdown with the YAML head that model hubs read."""
+    teachers = sorted({manifest.teacher.model for manifest in manifests})
+    base = config.student.init.teacher if config.student.init is not None else config.student.model
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "tags": ["distillation"],
+    }
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {config.run.name}\n\nA student trained with stillroom on the cached token distributions of its teacher.",
+        _provenance(config, state, selection, teachers),
+        _evaluation(config, state),
+        f"## Configuration\n\n```yaml\n{yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _provenance(config: TrainConfig, state: CheckpointState, selection: Selection, teachers: Sequence[str]) -> str:
+    header = selection.header
+    stages = [_stage_line(config, number) for number in range(state.stage + 1)]
+    cut = config.student.init
+    lines = [
+        f"Teacher: {', '.join(teachers) or 'unknown'} (fingerprint {', '.join(header.teacher_fingerprints)})",
+        f"Student before training: {config.student.model}"
+        + (f", {cut.layers} layers of {cut.teacher}" if cut is not None else ""),
+        "Caches: " + "; ".join(f"{one.root}, version {one.chains_version} of its chains" for one in header.caches),
+        f"Selection: `{header.where or 'all'}`, {header.num_chains} chains, {header.num_tokens} completion tokens",
+        f"Checkpoint: {state.tag}, after {state.num_loss_tokens} loss tokens",
+    ]
+    return "## Where it comes from\n\n" + "\n".join(f"- {line}" for line in [*lines, *stages])
+
+
+def _stage_line(config: TrainConfig, number: int) -> str:
+    stage = config.stages[number]
+    losses = {name: plain(loss)["weight"] for name, loss in stage.losses.items()}
+    return (
+        f"Stage {stage.name}: trains {stage.trainable}, losses {json.dumps(losses)}, peak rate {stage.learning_rate:g}"
+    )
+
+
+def _evaluation(config: TrainConfig, state: CheckpointState) -> str:
+    reached = (state.stage, state.step)
+    entries = [one for one in RunFolder(config.run).read_evals() if (one["stage_number"], one["step"]) <= reached]
+    if not entries or config.eval is None:
+        return "## Evaluation\n\nNot evaluated."
+    before, after = entries[0], entries[-1]
+    rows = [
+        f"| {label} | {before[name]:.4f} | {after[name]:.4f} |"
+        for name, label in EVAL_ROWS.items()
+        if before[name] is not None
+    ]
+    table = "\n".join(["| | before | after |", "|---|---|---|", *rows])
+    return f"## Evaluation\n\n{after['num_tokens']} held-out tokens (`{config.eval.where}`):\n\n{table}"

@@ -1,0 +1,131 @@
+"""What a run would read and cost, before it does: `student-train plan`. Loads no model; refuses what the run would
+refuse."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from shared.config import Json
+from shared.errors import DataError
+from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig, TrainConfig
+from student_train.metrics_log import require_tensorboard
+from student_train.prepare import StagePlan, prepare
+from student_train.runfolder import RunFolder
+
+GIB = 2**30
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ADAM_BYTES = 12
+"""A trained weight's float32 copy and its two moments."""
+ACTIVATIONS_PER_LAYER = 34
+"""Values of hidden width that a layer keeps a token for its backward pass (arXiv 2205.05198, table 2)."""
+
+
+def plan_run(config: TrainConfig, num_ranks: int) -> Json:
+    """Counts of the selection that the run has frozen, or would freeze, and an estimate of its memory.
+
+    Raises ConfigError, DataError and CorruptError for everything that the run would refuse before it loads a model.
+    """
+    if config.tensorboard:
+        require_tensorboard()
+    run = RunFolder(config.run)
+    if run.config_path.exists():
+        run.refuse_other_meaning(config)
+    with tempfile.TemporaryDirectory(prefix="student-train-plan-") as temp:
+        folder = config.run if run.config_path.exists() else Path(temp)
+        plan = prepare(config, folder, num_ranks, is_first=True, barrier=lambda: None)
+        shape = _shape(config.student, plan.vocabulary.num_ids)
+        stages = [_stage(stage, config, shape, num_ranks) for stage in plan.stages]
+        heldout = plan.heldout
+        return {
+            "run": str(config.run),
+            "num_ranks": num_ranks,
+            "num_parameters": shape["parameters"],
+            "notes": plan.vocabulary.notes,
+            "stages": stages,
+            "num_steps": plan.num_steps,
+            "heldout_chains": 0 if heldout is None else heldout.header.num_chains,
+            "heldout_tokens": 0 if heldout is None else heldout.header.num_tokens,
+        }
+
+
+def _stage(stage: StagePlan, config: TrainConfig, shape: dict[str, int], num_ranks: int) -> Json:
+    header, counts = stage.selection.header, None
+    with stage.stream(0, num_ranks) as stream:
+        plans = stream.plans
+        counts = plans.counts
+        packs = plans.num_packs(0)
+        piece_tokens = int(plans.pieces.num_tokens_P.sum(dtype="int64"))
+    return {
+        "name": stage.config.name,
+        "where": header.where,
+        "num_chains": header.num_chains,
+        "num_prompt_tokens": header.num_prompt_tokens,
+        "num_tokens": header.num_tokens,
+        "num_left_out": header.num_zero_weight + header.num_empty,
+        "num_truncated": counts.num_truncated,
+        "num_skipped": counts.num_skipped,
+        "num_split": counts.num_split,
+        "num_tokens_lost": counts.num_tokens_lost,
+        "packs_per_epoch": packs,
+        "pack_fill": piece_tokens / (packs * config.data.pack_tokens) if len(header.caches) == 1 else None,
+        "packs_per_step": stage.packs_per_step,
+        "accumulation": stage.accumulation,
+        "steps_per_epoch": -(-packs // stage.packs_per_step),
+        "num_steps": stage.num_steps,
+        "trainable": stage.config.trainable,
+        "memory_gib_per_rank": _memory_gib(stage.config, config, shape, num_ranks),
+    }
+
+
+def _memory_gib(stage: StageConfig, config: TrainConfig, shape: dict[str, int], num_ranks: int) -> Json:
+    """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk."""
+    engine = config.engine
+    width = WEIGHT_BYTES[engine.precision]
+    trained = {"all": shape["parameters"], "head": shape["head"], "lora": _lora_size(stage, shape)}[stage.trainable]
+    extra = trained if stage.trainable == "lora" else 0
+    kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
+    layers = 1 if stage.trainable == "head" else shape["layers"]
+    parts = {
+        "weights": (shape["parameters"] + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
+        "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
+        "optimizer": trained * ADAM_BYTES / (num_ranks if engine.zero_stage >= 1 else 1),
+        "activations": config.data.pack_tokens * shape["hidden"] * width * kept * layers,
+        "logits": _chunk_tokens(engine) * shape["vocab"] * 4 * 2,
+    }
+    return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}
+
+
+def _chunk_tokens(engine: EngineConfig) -> int:
+    return engine.chunk_tokens if engine.chunk_tokens is not None else 1024
+
+
+def _lora_size(stage: StageConfig, shape: dict[str, int]) -> int:
+    lora = stage.lora or LoraConfig()
+    return lora.r * shape["linear_widths"] if lora.targets is None else lora.r * shape["linear_widths"] // 2
+
+
+def _shape(student: StudentConfig, vocab_size: int) -> dict[str, int]:
+    """Sizes of the student out of its config.json, by a model without memory."""
+    import torch
+    import transformers
+
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=student.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"{student.model} has no config that transformers knows: {' '.join(str(error).split())}"
+        ) from error
+    linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "head": sum(parameter.numel() for parameter in head.parameters()),
+        "linear_widths": sum(module.in_features + module.out_features for module in linear),
+        "layers": int(config.num_hidden_layers),
+        "hidden": int(config.hidden_size),
+        "vocab": vocab_size,
+    }

@@ -1,0 +1,129 @@
+"""Everything about a run that is known before a model is loaded: what each stage reads, in how many steps, by which
+losses. All refusals that need no GPU happen here, for all stages at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from student_train.config import DataConfig, StageConfig, TrainConfig, accumulation_of, packs_per_step
+from student_train.data import (
+    Vocabulary,
+    check_losses,
+    check_vocabulary,
+    eval_request,
+    open_data,
+    plan_spec,
+    reopen_data,
+    train_request,
+)
+from student_train.epoch_plan import PlanSpec
+from student_train.plans import EpochPlans
+from student_train.runfolder import RunFolder
+from student_train.schedule import check_mixes
+from student_train.select import SelectionRequest
+from student_train.selection import Selection
+from student_train.stream import PackStream
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage with its frozen selection and its length."""
+
+    index: int
+    config: StageConfig
+    selection: Selection
+    spec: PlanSpec
+    num_epochs: int | None
+    """None where max_steps alone ends the stage."""
+    accumulation: int
+    """Packs that each rank takes a step."""
+    packs_per_step: int
+    num_steps: int
+    with_signals: bool
+    """Whether a loss of the stage needs distributions; else only token ids are read."""
+
+    def stream(self, rank: int, num_ranks: int) -> PackStream:
+        """This rank's packs from the beginning of the stage."""
+        return PackStream(
+            self.selection,
+            self.spec,
+            packs_per_step=self.packs_per_step,
+            rank=rank,
+            world=num_ranks,
+            num_epochs=self.num_epochs,
+            with_signals=self.with_signals,
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that nothing refuses."""
+
+    stages: list[StagePlan]
+    heldout: Selection | None
+    vocabulary: Vocabulary
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.num_steps for stage in self.stages)
+
+
+def prepare(
+    config: TrainConfig, folder: Path, num_ranks: int, *, is_first: bool, barrier: Callable[[], None]
+) -> RunPlan:
+    """Freezes the selections below `folder`, or opens those that are there, and checks everything against them.
+
+    The first rank writes, the others read after the barrier. Raises ConfigError, DataError, CorruptError.
+    """
+    run = RunFolder(folder)
+    accumulations = [accumulation_of(stage, config.data, num_ranks) for stage in config.stages]
+
+    def opened(path: Path, request: SelectionRequest) -> Selection:
+        if is_first:
+            selection = open_data(path, request, config.data, config.student)
+        barrier()
+        return selection if is_first else reopen_data(path, request)
+
+    stages = [
+        _stage_plan(
+            config, index, accumulation, opened(run.selection_path(stage.name), train_request(config.data, stage))
+        )
+        for index, (stage, accumulation) in enumerate(zip(config.stages, accumulations, strict=True))
+    ]
+    heldout = None if config.eval is None else opened(run.heldout_path, eval_request(config.data, config.eval))
+    caches = [cache.path for cache in config.data.caches]
+    vocabulary = check_vocabulary(config.student, stages[0].selection, caches)
+    return RunPlan(stages, heldout, vocabulary)
+
+
+def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: Selection) -> StagePlan:
+    stage = config.stages[index]
+    spec = plan_spec(config, index)
+    num_epochs = stage.epochs if stage.epochs is not None or stage.max_steps is not None else 1
+    num_steps = _num_steps(selection, spec, num_epochs, stage, config.data)
+    mix = check_mixes(stage, num_steps)
+    check_losses(mix, selection, stage)
+    return StagePlan(
+        index=index,
+        config=stage,
+        selection=selection,
+        spec=spec,
+        num_epochs=num_epochs,
+        accumulation=accumulation,
+        packs_per_step=packs_per_step(stage, config.data),
+        num_steps=num_steps,
+        with_signals=any(term.needs_distribution for term in mix.terms),
+    )
+
+
+def _num_steps(
+    selection: Selection, spec: PlanSpec, num_epochs: int | None, stage: StageConfig, data: DataConfig
+) -> int:
+    plans = EpochPlans(selection, spec, num_epochs)
+    if num_epochs is None:
+        assert stage.max_steps is not None
+        return stage.max_steps
+    # The last step of a stage may be short; epochs in between follow each other without a gap.
+    num_steps = -(-plans.total_packs() // packs_per_step(stage, data))
+    return num_steps if stage.max_steps is None else min(num_steps, stage.max_steps)

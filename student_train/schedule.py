@@ -1,0 +1,61 @@
+"""What changes from one optimizer step to the next: learning rate and loss weights, as pure functions of the step.
+
+Steps of a stage count from 0; `num_steps` is how many the stage has.
+"""
+
+import math
+
+from student_train.config import ScheduleConfig, StageConfig
+from student_train.divergences import LossMix, LossTerm
+
+
+def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
+    """Rate of one step: rises linearly over the warm-up and reaches the peak, then falls to its minimum at the last.
+
+    With 100 steps and 10 of warm-up, step 0 has a tenth of the peak, step 9 the peak, step 99 the minimum.
+    """
+    num_warmup = round(stage.warmup_frac * num_steps)
+    if step < num_warmup:
+        return stage.learning_rate * (step + 1) / num_warmup
+    progress = (step + 1 - num_warmup) / max(1, num_steps - num_warmup)
+    if stage.lr_schedule == "constant":
+        share = 1.0
+    elif stage.lr_schedule == "linear":
+        share = 1.0 - progress
+    else:
+        share = (1.0 + math.cos(math.pi * progress)) / 2.0
+    low = stage.min_lr_frac if stage.lr_schedule != "constant" else 0.0
+    return stage.learning_rate * (low + (1.0 - low) * share)
+
+
+def scheduled(value: float | ScheduleConfig, step: int, num_steps: int) -> float:
+    """Value of one step of a constant or a schedule; `start` at the first step, `end` at the last."""
+    if not isinstance(value, ScheduleConfig):
+        return value
+    if value.factor is not None:
+        return value.start * value.factor**step
+    assert value.end is not None
+    progress = step / max(1, num_steps - 1)
+    if value.kind == "linear":
+        return value.start + (value.end - value.start) * progress
+    if value.kind == "cosine":
+        return value.end + (value.start - value.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
+    return float(value.start * (value.end / value.start) ** progress)
+
+
+def mix_at(stage: StageConfig, step: int, num_steps: int) -> LossMix:
+    """The stage's losses with their weights of one step.
+
+    Raises ConfigError for an unknown loss, a parameter that a loss does not have, or weights that are all 0.
+    """
+    terms = tuple(
+        LossTerm(name, scheduled(loss.weight, step, num_steps), loss.beta, loss.alpha)  # type: ignore[arg-type]
+        for name, loss in stage.losses.items()
+    )
+    return LossMix(terms, stage.focal_gamma)
+
+
+def check_mixes(stage: StageConfig, num_steps: int) -> LossMix:
+    """The mix of the first step, after the last one was checked too: schedules are monotonic, so these are extremes."""
+    mix_at(stage, num_steps - 1, num_steps)
+    return mix_at(stage, 0, num_steps)

@@ -1,0 +1,94 @@
+"""Results as lines for a person; `--json` prints the same as one JSON object."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from shared.log import format_bytes, format_count, format_duration
+
+Result = Mapping[str, Any]
+
+
+def init_lines(record: Result) -> list[str]:
+    """`init`: what was kept."""
+    kept = ", ".join(str(number) for number in record["kept_layers"])
+    size = format_count(record["num_parameters"])
+    return [
+        f"{record['folder']}: {size} parameters, layers {kept} of {record['teacher_layers']} of {record['teacher']}"
+    ]
+
+
+def plan_lines(plan: Result) -> list[str]:
+    """`plan`: what each stage reads and costs."""
+    lines = [*plan["notes"], f"student    {format_count(plan['num_parameters'])} parameters, {plan['num_ranks']} ranks"]
+    for stage in plan["stages"]:
+        lines += ["", *_stage_lines(stage)]
+    held = f"{plan['heldout_chains']} chains, {format_count(plan['heldout_tokens'])} tokens"
+    return [*lines, "", f"held out   {held if plan['heldout_chains'] else 'nothing: the run is not evaluated'}"]
+
+
+def run_lines(summary: Result) -> list[str]:
+    """`run`: what it came to."""
+    lines = [
+        f"{stage['name']:10} {stage['num_steps']} steps, loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
+        for stage in summary["stages"]
+        if stage["num_steps"]
+    ]
+    lines.append(
+        f"trained    {format_count(summary['num_loss_tokens'])} loss tokens in {format_duration(summary['train_s'])}, "
+        f"{summary['tokens_per_s']:.0f} tok/s, {100 * summary['stall_frac']:.1f}% waiting for data"
+    )
+    for label, name in (("before", "heldout_before"), ("after", "heldout_after")):
+        if summary[name] is not None:
+            lines.append(f"{label:10} {_metrics(summary[name])}")
+    best = summary["best_checkpoint"]
+    return [*lines, f"checkpoint {summary['checkpoint']}" + (f", best {best}" if best is not None else "")]
+
+
+def eval_lines(result: Result) -> list[str]:
+    """`eval`: the metrics."""
+    count = f"{result['num_chains']} chains, {format_count(result['num_tokens'])} tokens"
+    return [f"{result['model']} on {count}: {result['where']}", _metrics(result)]
+
+
+def export_lines(result: Result) -> list[str]:
+    """`export`: what was written."""
+    kind = "LoRA adapter" if result["adapter_only"] else "model"
+    return [f"{result['folder']}: {kind} of checkpoint {result['checkpoint']}, {format_bytes(result['size_bytes'])}"]
+
+
+def doctor_lines(found: Result) -> list[str]:
+    """`doctor`: one line a finding, and what mends it."""
+    marks = {"ok": "ok", "missing": "MISSING", "optional": "-"}
+    lines = []
+    for one in found["findings"]:
+        mend = f"  ({one['mend']})" if one["mend"] and one["state"] != "ok" else ""
+        lines.append(f"{marks[one['state']]:8} {one['name']:18} {one['value']}{mend}")
+    return lines
+
+
+def _stage_lines(stage: Result) -> list[str]:
+    memory = stage["memory_gib_per_rank"]
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if name != "total")
+    long = [f"{stage[f'num_{what}']} {what}" for what in ("truncated", "skipped", "split") if stage[f"num_{what}"]]
+    cut = f"; long chains: {', '.join(long)}, {format_count(stage['num_tokens_lost'])} tokens lost" if long else ""
+    fill = f", {stage['pack_fill']:.0%} full" if stage["pack_fill"] is not None else ""
+    completion, prompt = format_count(stage["num_tokens"]), format_count(stage["num_prompt_tokens"])
+    epoch = f"{stage['packs_per_epoch']} packs an epoch{fill}; {stage['steps_per_epoch']} steps an epoch"
+    return [
+        f"stage      {stage['name']}: trains {stage['trainable']}",
+        f"selection  {stage['num_chains']} chains, {completion} completion tokens, {prompt} prompt tokens{cut}",
+        f"batch      {stage['packs_per_step']} packs: {stage['accumulation']} a rank",
+        f"length     {epoch}, {stage['num_steps']} steps in all",
+        f"memory     about {memory['total']:.1f} GiB a rank ({parts})",
+    ]
+
+
+def _metrics(result: Result) -> str:
+    parts = [f"cross-entropy {result['cross_entropy']:.4f}"]
+    if result["forward_kl"] is not None:
+        parts += [
+            f"KL {result['forward_kl']:.4f}",
+            f"JSD {result['js']:.4f}",
+            f"top-1 agreement {result['top1_agreement']:.1%}",
+        ]
+    return "  ".join([*parts, f"confidence - accuracy {result['confidence_minus_accuracy']:+.3f}"])

@@ -1,0 +1,127 @@
+"""One optimizer step: this rank's packs of the global batch, their losses and gradients, and what all ranks saw of it.
+
+J losses of the mix
+"""
+
+import random
+import resource
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from schemas.records import stable_hash
+from student_train.divergences import LossMix
+from student_train.engine import Engine, Ranks
+from student_train.evaluate import to_device
+from student_train.interrupt import StopRequest
+from student_train.metrics_log import StepRecord
+from student_train.pack import Pack
+from student_train.prepare import StagePlan
+from student_train.schedule import learning_rate, mix_at
+from student_train.stream import PackStream
+
+RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. `stop` is the same on every rank: someone was asked to stop."""
+
+    record: StepRecord
+    stop: bool
+
+    def notes(self) -> dict[str, str]:
+        """For the progress line."""
+        record = self.record
+        parts = {_short(name): f"{value:.4f}" for name, value in record.parts.items()}
+        return {
+            "loss": f"{record.loss:.4f}",
+            **(parts if len(parts) > 1 else {}),
+            "lr": f"{record.learning_rate:.2e}",
+            "stall": f"{100 * record.stall_frac:.0f}%",
+            "mem": f"{record.memory_gib:.1f} GiB",
+        }
+
+
+def take_step(
+    engine: Engine,
+    stream: PackStream,
+    stage: StagePlan,
+    step: int,
+    seed: int,
+    ranks: Ranks,
+    stop: StopRequest,
+    train_s: float,
+) -> StepResult:
+    """Takes step number `step` (from 0) of the stage; all ranks together. `train_s`: seconds of the steps before."""
+    started_s, stall_before_s = time.perf_counter(), stream.stats.stall_s
+    seed_generators(seed, stage.index, step, ranks.rank)
+    epoch = int(stream.state_dict()["epoch"])
+    packs = [next(stream) for _ in range(stage.accumulation)]
+    stall_s = stream.stats.stall_s - stall_before_s
+    rate = learning_rate(stage.config, step, stage.num_steps)
+    mix = mix_at(stage.config, step, stage.num_steps)
+    # Known before the first backward pass, so that every micro-step can be divided by the whole batch's weight.
+    total_weight = ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])[0]
+    sums = _accumulate(engine, packs, mix, total_weight, ranks, with_signals=stage.with_signals)
+    engine.step(rate)
+    num_tokens, num_loss_tokens = sum(_num_read(pack) for pack in packs), sum(pack.num_loss_tokens for pack in packs)
+    totals = ranks.sum([*sums, float(num_tokens), float(num_loss_tokens), float(stop.is_set)])
+    worst_stall_s, memory_gib = ranks.max([stall_s, memory_used_gib(ranks.device)])
+    step_s = time.perf_counter() - started_s
+    record = StepRecord(
+        stage=stage.config.name,
+        stage_number=stage.index,
+        step=step + 1,
+        epoch=epoch,
+        loss=totals[0] / total_weight,
+        parts={name: total / total_weight for name, total in zip(mix.names, totals[1:-3], strict=True)},
+        weights={term.name: term.weight for term in mix.terms},
+        learning_rate=rate,
+        grad_norm=engine.grad_norm,
+        num_tokens=int(totals[-3]),
+        num_loss_tokens=int(totals[-2]),
+        tokens_per_s=totals[-3] / step_s,
+        stall_frac=worst_stall_s / step_s,
+        memory_gib=memory_gib,
+        step_s=step_s,
+        time_s=train_s + step_s,
+    )
+    return StepResult(record, stop=totals[-1] > 0)
+
+
+def seed_generators(seed: int, stage: int, step: int, rank: int) -> None:
+    """Seeds every global generator for one step of one rank, so that a resumed run drops out the same units."""
+    number = int(stable_hash("step", seed, stage, step, rank)[:15], 16)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 - a library may draw from the global generator
+    torch.manual_seed(number)
+
+
+def memory_used_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES / 2**30
+
+
+def _accumulate(
+    engine: Engine, packs: list[Pack], mix: LossMix, total_weight: float, ranks: Ranks, *, with_signals: bool
+) -> list[float]:
+    """This rank's sums: the loss, then each term."""
+    sums = torch.zeros(1 + len(mix.terms), dtype=torch.float64, device=ranks.device)
+    for number, pack in enumerate(packs):
+        losses = engine.loss(to_device(pack, ranks.device, with_signals=with_signals), mix)
+        sums += torch.stack([losses.loss_sum.detach(), *losses.term_sums.values()]).double()
+        engine.backward(losses.loss_sum, total_weight, is_last=number == len(packs) - 1)
+    return [float(value) for value in sums.tolist()]
+
+
+def _num_read(pack: Pack) -> int:
+    return pack.num_tokens if pack.num_loss_tokens else 0
+
+
+def _short(name: str) -> str:
+    return {"forward_kl_tail_bucket": "kl", "cross_entropy": "ce"}.get(name, name.removesuffix("_tail_bucket"))

@@ -1,0 +1,39 @@
+"""What a run came to, out of its own files: the result that `student-train run` prints."""
+
+from shared.config import Json
+from student_train.checkpoint import latest_state
+from student_train.config import TrainConfig
+from student_train.runfolder import RunFolder
+
+
+def summarise(run: RunFolder, config: TrainConfig) -> Json:
+    """Counts, speed, losses, and held-out numbers before and after."""
+    records, evals, state = run.read_metrics(), run.read_evals(), latest_state(run.checkpoints)
+    assert state is not None
+    train_s = sum(record["step_s"] for record in records)
+    num_tokens = sum(record["num_tokens"] for record in records)
+    return {
+        "run": str(run.root),
+        "checkpoint": state.tag,
+        "best_checkpoint": None if state.best is None else state.best.tag,
+        "stages": [_stage(records, stage.name) for stage in config.stages],
+        "num_steps": len(records),
+        "num_tokens": num_tokens,
+        "num_loss_tokens": sum(record["num_loss_tokens"] for record in records),
+        "train_s": train_s,
+        "tokens_per_s": num_tokens / train_s if train_s else 0.0,
+        "stall_frac": sum(one["stall_frac"] * one["step_s"] for one in records) / train_s if train_s else 0.0,
+        "memory_gib": max((record["memory_gib"] for record in records), default=0.0),
+        "heldout_before": evals[0] if evals else None,
+        "heldout_after": evals[-1] if evals else None,
+    }
+
+
+def _stage(records: list[Json], name: str) -> Json:
+    own = [record for record in records if record["stage"] == name]
+    return {
+        "name": name,
+        "num_steps": len(own),
+        "first_loss": own[0]["loss"] if own else None,
+        "last_loss": own[-1]["loss"] if own else None,
+    }

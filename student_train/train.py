@@ -1,0 +1,210 @@
+"""The training loop: packs from the stream, fused losses, one optimizer step after another, stage after stage.
+
+In: a configuration. Out: a run's folder (runfolder.py says what is in it). The same call goes on from the last
+checkpoint.
+
+A step takes one global batch. Its loss is the sum over all loss tokens of all ranks and packs, divided by the sum of
+their weights, so it does not depend on how the batch is spread. An interruption (Ctrl-C, SIGTERM) finishes the step
+that is being computed, saves and ends; all ranks agree on it, because the request travels with the sums of the step.
+"""
+
+import contextlib
+import math
+import time
+
+from shared.config import Json
+from shared.errors import StillroomError
+from shared.log import Progress, note
+from student_train import checkpoint
+from student_train.checkpoint import Best, CheckpointState
+from student_train.config import TrainConfig
+from student_train.data import eval_spec
+from student_train.engine import Engine, Ranks
+from student_train.evaluate import EvalResult, evaluate
+from student_train.export import export_stage, initial_folder
+from student_train.interrupt import StopRequest
+from student_train.metrics_log import MetricsLog, require_tensorboard
+from student_train.model import load_student
+from student_train.prepare import RunPlan, StagePlan, prepare
+from student_train.runfolder import RunFolder
+from student_train.step import StepResult, take_step
+from student_train.summary import summarise
+
+
+def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
+    """Trains what is left of the run and returns its summary; called by all ranks together.
+
+    Raises ConfigError, DataError, CorruptError, CacheConflict, and KeyboardInterrupt when it was asked to stop and has
+    saved.
+    """
+    run = RunFolder(config.run)
+    with contextlib.ExitStack() as stack:
+        if config.tensorboard:
+            require_tensorboard()
+        if ranks.is_first:
+            stack.enter_context(run.lock())
+            run.open(config)
+        plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
+        state = checkpoint.latest_state(run.checkpoints)
+        if ranks.is_first:
+            _announce(plan, state)
+            run.truncate_metrics((state.stage, state.step) if state is not None else (0, 0))
+        ranks.barrier()
+        for stage in plan.stages:
+            if state is None or state.stage < stage.index or not (state.stage > stage.index or state.stage_is_done):
+                state = _StageRun(config, plan, stage, state, ranks, stop).run()
+            if stop.is_set and not (state.stage_is_done and stage.index == len(plan.stages) - 1):
+                raise KeyboardInterrupt
+    return summarise(run, config)
+
+
+class _StageRun:
+    """One stage from its beginning, or from where its last checkpoint stands."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: RunPlan,
+        stage: StagePlan,
+        state: CheckpointState | None,
+        ranks: Ranks,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._plan, self._stage, self._ranks, self._stop = config, plan, stage, ranks, stop
+        self._run = RunFolder(config.run)
+        here = state if state is not None and state.stage == stage.index else None
+        if state is not None and here is None and ranks.is_first:
+            export_stage(config, state)
+        ranks.barrier()
+        self._engine = self._make_engine(here)
+        self._stream = stage.stream(ranks.rank, ranks.num_ranks)
+        if here is not None:
+            checkpoint.load(self._run.checkpoints, self._engine, here, ranks)
+            self._stream.load_state_dict(here.stream)
+        self._step = here.step if here is not None else 0
+        self._saved_step = here.step if here is not None else None
+        self._best = state.best if state is not None else None
+        self._num_loss_tokens = state.num_loss_tokens if state is not None else 0
+        self._train_s = state.train_s if state is not None else 0.0
+
+    def run(self) -> CheckpointState:
+        """Steps, evaluations and checkpoints until the stage ends or a stop is asked for; returns the last state."""
+        stage, ranks = self._stage, self._ranks
+        steps_before = sum(one.num_steps for one in self._plan.stages[: stage.index])
+        board = self._run.root / "tensorboard" if self._config.tensorboard else None
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._engine.close)
+            stack.enter_context(self._stream)
+            log = (
+                stack.enter_context(MetricsLog(self._run.metrics_path, board, steps_before)) if ranks.is_first else None
+            )
+            if self._config.eval is not None and stage.index == 0 and self._step == 0:
+                self._evaluate(log)
+            label = f"train {stage.config.name}"
+            progress = (
+                stack.enter_context(Progress(label, stage.num_steps, "steps", self._step)) if ranks.is_first else None
+            )
+            num_tokens = 0
+            while self._step < stage.num_steps:
+                result = self._take_step()
+                num_tokens += result.record.num_tokens
+                if log is not None and progress is not None:
+                    log.write(result.record)
+                    progress.update(self._step, num_tokens, result.notes())
+                self._after_step(result, log)
+                if result.stop:
+                    break
+            return self._save()
+
+    def _take_step(self) -> StepResult:
+        started_s = time.perf_counter()
+        result = take_step(
+            self._engine,
+            self._stream,
+            self._stage,
+            self._step,
+            self._config.seed,
+            self._ranks,
+            self._stop,
+            self._train_s,
+        )
+        if not math.isfinite(result.record.loss):
+            raise StillroomError(
+                f"the loss is {result.record.loss} at step {self._step + 1} of {self._stage.config.name!r}: lower "
+                "learning_rate, or raise engine.precision; the last checkpoint is untouched"
+            )
+        self._step += 1
+        self._num_loss_tokens += result.record.num_loss_tokens
+        self._train_s += time.perf_counter() - started_s
+        return result
+
+    def _after_step(self, result: StepResult, log: MetricsLog | None) -> None:
+        config, is_last = self._config, self._step == self._stage.num_steps
+        evaluates = config.eval is not None and (
+            is_last or (config.eval.every_steps is not None and self._step % config.eval.every_steps == 0)
+        )
+        if evaluates:
+            loss = self._evaluate(log).loss
+            if self._best is None or loss < self._best.loss:
+                self._best = Best(tag=self._state().tag, loss=loss)
+        if evaluates or self._step % config.checkpoint.every_steps == 0:
+            self._save()
+
+    def _evaluate(self, log: MetricsLog | None) -> EvalResult:
+        heldout = self._plan.heldout
+        assert heldout is not None
+        result = evaluate(self._engine.metrics, heldout, eval_spec(self._config.data), self._ranks)
+        if log is not None:
+            values = result.model_dump()
+            stage = {"stage": self._stage.config.name, "stage_number": self._stage.index, "step": self._step}
+            self._run.add_eval({**stage, **values})
+            log.write_eval(self._step, values)
+            note(f"held-out after step {self._step} of {self._stage.config.name}: {result.line()}")
+        return result
+
+    def _save(self) -> CheckpointState:
+        state = self._state()
+        if self._saved_step != self._step:
+            checkpoint.save(self._run.checkpoints, self._engine, state, self._config.checkpoint.keep_last, self._ranks)
+            self._saved_step = self._step
+        return state
+
+    def _state(self) -> CheckpointState:
+        return CheckpointState(
+            stage=self._stage.index,
+            stage_name=self._stage.config.name,
+            step=self._step,
+            num_steps=self._stage.num_steps,
+            num_ranks=self._ranks.num_ranks,
+            zero_stage=self._config.engine.zero_stage,
+            stream=self._stream.state_dict(),
+            num_loss_tokens=self._num_loss_tokens,
+            train_s=self._train_s,
+            best=self._best,
+        )
+
+    def _make_engine(self, here: CheckpointState | None) -> Engine:
+        config, stage = self._config, self._stage
+        student = load_student(
+            config.student,
+            initial_folder(config, stage.index),
+            stage.config,
+            config.engine,
+            seed=config.seed,
+            vocab_size=self._plan.vocabulary.num_ids,
+        )
+        universal = checkpoint.needs_universal(here, self._ranks.num_ranks)
+        return Engine(student, stage.config, config.engine, self._ranks, stage.accumulation, universal=universal)
+
+
+def _announce(plan: RunPlan, state: CheckpointState | None) -> None:
+    for line in plan.vocabulary.notes:
+        note(line)
+    for stage in plan.stages:
+        header = stage.selection.header
+        note(
+            f"stage {stage.config.name}: {header.num_chains} chains, {header.num_tokens} completion tokens, "
+            f"{stage.num_steps} steps of {stage.packs_per_step} packs"
+        )
+    if state is not None:
+        note(f"going on after step {state.step} of {state.num_steps} of stage {state.stage_name}")
