@@ -12,6 +12,7 @@ follows "answer is" or "answer:" there.
 """
 
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -21,9 +22,12 @@ from typing import Any
 from shared.config import nearest_name
 from shared.errors import ConfigError, StillroomError
 from shared.gym import import_reasoning_gym, jsonable
-from shared.sandbox import program_of, run_tests
+from shared.sandbox import check_isolation, program_of, run_tests
 
 KINDS = ("reasoning_gym", "math", "exact", "regex", "code")
+
+PACKAGES = {"reasoning_gym": ("reasoning_gym", "reasoning-gym"), "math": ("math_verify", "math-verify")}
+"""Module and distribution that a kind needs."""
 
 MATH_TIMEOUT_S = 5
 """For each of parsing and comparing. math-verify keeps it with SIGALRM, so `math` needs the main thread."""
@@ -50,16 +54,23 @@ def check_kind(kind: str) -> None:
         raise ConfigError(f"judge {kind!r} is unknown{nearest_name(kind, KINDS)}")
 
 
+def require_judge(kind: str) -> None:
+    """Raises StillroomError, without loading anything, where a package is missing or code cannot be isolated."""
+    if kind in PACKAGES:
+        module, package = PACKAGES[kind]
+        if importlib.util.find_spec(module) is None:
+            raise StillroomError(f"judge {kind} needs the package {package}: pip install {package}")
+    if kind == "code":
+        check_isolation()
+
+
 def import_judge(kind: str) -> None:
-    """Loads what a kind needs, which takes seconds. Raises StillroomError naming the package that is missing."""
-    try:
-        if kind == "math":
-            import math_verify  # noqa: F401
-        elif kind == "reasoning_gym":
-            import_reasoning_gym()
-    except ImportError as error:
-        package = "math-verify" if kind == "math" else "reasoning-gym"
-        raise StillroomError(f"judge {kind} needs the package {package}: pip install {package}") from error
+    """Loads what a kind needs, which takes seconds. Raises StillroomError as `require_judge` does."""
+    require_judge(kind)
+    if kind == "math":
+        import math_verify  # noqa: F401
+    elif kind == "reasoning_gym":
+        import_reasoning_gym()
 
 
 def judge_answer(kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any]) -> Verdict:

@@ -26,7 +26,9 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
         from teacher_cache.engine import EmbeddedEngine
 
         note(f"loading {config.teacher.model}")
-        return EmbeddedEngine(config.teacher, config.engine, config.capture.max_support)
+        # The commit that was identified, should a branch have moved on meanwhile.
+        pinned = config.teacher.updated(revision=teacher.record.revision)
+        return EmbeddedEngine(pinned, config.engine, config.capture.max_support)
 
     try:
         # Malformed rows are nobody's share: the first worker records them.

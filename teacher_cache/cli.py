@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.errors import ConfigError, StillroomError
-from shared.log import console, note
+from shared.log import console, note, warn
 
 if TYPE_CHECKING:
     from shared.config import Json
@@ -48,6 +48,20 @@ def _main(
     if show_version:
         print(version("stillroom"))
         raise typer.Exit
+
+
+@app.command()
+def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a build has left to do and what it will take; loads no model."""
+    from dataclasses import asdict
+
+    from teacher_cache.plan import disk_warning, plan_build, plan_lines
+
+    planned = plan_build(_config(config_path, overrides))
+    _result(asdict(planned), plan_lines(planned), as_json)
+    warning = disk_warning(planned)
+    if warning is not None:
+        warn(warning)
 
 
 @app.command()
@@ -143,11 +157,11 @@ def sql(
         check_out(out, list(catalogs.values()))
     with Session(catalogs) as session:
         if query is None and sys.stdin.isatty() and out is None:
-            from teacher_cache.sql_shell import Shell
+            from teacher_cache.sql_shell import SqlShell
 
             if output_format is not None:
                 raise ConfigError("--format needs a QUERY: a session has .mode")
-            Shell(session, max_rows, list(catalogs)).run()
+            SqlShell(session, max_rows, list(catalogs)).run()
         else:
             run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
 
@@ -174,6 +188,18 @@ def report(
 
     write_cache_report(Catalog(cache), out, price_per_hour)
     print(out)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, what it can do here, what is missing and the command that mends it."""
+    from shared.doctor import diagnosis_lines
+    from teacher_cache.doctor import diagnose
+
+    found = diagnose()
+    _result(found, diagnosis_lines(found), as_json)
+    if not found["ok"]:
+        raise typer.Exit(FAILED)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import json
 import queue
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from schemas.tables import VERDICT_SCHEMA
 from shared.catalog import Catalog, Table, publish
 from shared.errors import CacheConflict, ConfigError
 from shared.files import TEMP_SUFFIX
-from shared.judge import KINDS, Verdict, check_kind
+from shared.judge import KINDS, Verdict, check_kind, require_judge
 from shared.judge_process import JudgeProcess
 from shared.log import Progress
 from shared.sql import Session, open_cache
@@ -73,6 +73,14 @@ def judge_of(prompt: Prompt) -> str | None:
     """The kind of check that the prompt's source asks for."""
     kind = prompt.metadata.get("judge")
     return None if kind is None else str(kind)
+
+
+def require_judges(prompts: Iterable[Prompt]) -> None:
+    """Raises StillroomError, before anything is generated, where a judge that prompts name cannot work here."""
+    kinds = {kind for prompt in prompts if (kind := judge_of(prompt)) is not None}
+    for kind in sorted(kinds):
+        check_kind(kind)
+        require_judge(kind)
 
 
 def judge_chain(judge: JudgeProcess, prompt: Prompt, answer: str | None) -> Verdict | None:

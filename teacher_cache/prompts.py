@@ -9,7 +9,7 @@ turn. All first samples come before any second one, so that a half-built cache i
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +102,12 @@ def requests(
     prompts: Sequence[Prompt],
     tokenizer: Any,
     teacher_fingerprint: str,
-    on_failure: Callable[[LoadFailure], None],
     worker: WorkerShare = WHOLE,
-) -> Iterator[Request]:
+) -> Iterator[Request | LoadFailure]:
     """One Request a chain: sample 0 of all prompts of this worker, then sample 1, and so on.
 
     `tokenizer` is a transformers tokenizer with a chat template (ConfigError where it has none). A prompt that the
-    template refuses goes to `on_failure`, once for each of its samples, and the stream goes on.
+    template refuses is a LoadFailure, once for each of its samples.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
@@ -129,7 +128,7 @@ def requests(
             for prompt in batch:
                 ids = kept[prompt.prompt_id]
                 if isinstance(ids, str):
-                    on_failure(_refused(prompt, sample_index, ids))
+                    yield _refused(prompt, sample_index, ids)
                 else:
                     settings = sampling[prompt.source]
                     yield _request(

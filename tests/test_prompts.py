@@ -64,10 +64,9 @@ def build_config(*sources: dict[str, Any], **sampling: Any) -> BuildConfig:
 
 
 def ask(config: BuildConfig, tokenizer: Any, worker: str = "0/1") -> tuple[list[Request], list[LoadFailure]]:
-    failures: list[LoadFailure] = []
     prompts = load_prompts(config.prompts).prompts
-    stream = requests(config, prompts, tokenizer, "teacher", failures.append, parse_worker(worker))
-    return list(stream), failures
+    stream = list(requests(config, prompts, tokenizer, "teacher", parse_worker(worker)))
+    return [x for x in stream if isinstance(x, Request)], [x for x in stream if isinstance(x, LoadFailure)]
 
 
 def test_jsonl_rows_become_prompts_with_reference_and_metadata(tmp_path: Path) -> None:

