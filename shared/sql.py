@@ -5,6 +5,7 @@ The views live in a small database file that is made for the session and opened 
 locked with external access off, so that a query can read the cache's files and nothing else, and write nowhere.
 """
 
+import contextlib
 import json
 import re
 import tempfile
@@ -35,8 +36,11 @@ DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "Z
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
 
-COMMENTS = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/)*", re.DOTALL)
-EXPLAIN_PREFIX = re.compile(r"EXPLAIN\s+(?:ANALYZE\s+)?(?:\([^)]*\)\s*)?", re.IGNORECASE)
+READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
+"""Nodes of DuckDB's syntax tree that read; it has others for COPY, INSERT and their like inside a WITH clause."""
+
+# Words alone in the brackets: with strings or brackets inside, what follows could be made to look like another query.
+EXPLAIN_PREFIX = re.compile(r"EXPLAIN\s+(?:ANALYZE\s+)?(?:\([A-Za-z_,\s]*\)\s*)?", re.IGNORECASE)
 
 
 class Session:
@@ -48,16 +52,20 @@ class Session:
     def __init__(self, catalogs: Mapping[str, Catalog]) -> None:
         """Makes the views; the cache named `main` is the one whose views need no prefix.
 
-        Raises ConfigError for a name that is no plain SQL identifier.
+        Raises ConfigError for a name that is no plain SQL identifier, CorruptError where shards are missing or damaged.
         """
         import duckdb
 
         self._folder = tempfile.TemporaryDirectory(prefix="stillroom-sql-")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="query")
         database = Path(self._folder.name) / "views.duckdb"
-        paths = _create_database(database, catalogs)
-        self.connection = duckdb.connect(str(database), read_only=True)
-        _lock(self.connection, paths)
+        try:
+            paths = _create_database(database, catalogs)
+            self.connection = duckdb.connect(str(database), read_only=True)
+            _lock(self.connection, paths)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="query")
 
     def __enter__(self) -> Self:
         return self
@@ -72,12 +80,13 @@ class Session:
         return self.batches(query).read_all()
 
     def batches(self, query: str, rows_per_batch: int = 8192) -> pa.RecordBatchReader:
-        """The result as a stream of record batches, for results larger than memory.
+        """The result as a stream of record batches, for results larger than memory; several may be open at once.
 
-        Raises ConfigError or CorruptError, also while it is read. A later query ends the stream of an earlier one.
+        Raises ConfigError or CorruptError, also while it is read.
         """
-        reader = self._run(lambda: _start(self.connection, query, rows_per_batch))
-        return pa.RecordBatchReader.from_batches(reader.schema, self._pull(reader))
+        cursor = self.connection.cursor()
+        reader = self._run(cursor, lambda: _start(cursor, query, rows_per_batch))
+        return pa.RecordBatchReader.from_batches(reader.schema, self._pull(cursor, reader))
 
     def statements(self, text: str) -> list[str]:
         """The statements in `text`, which `;` ends. Raises ConfigError where one cannot be parsed."""
@@ -88,33 +97,25 @@ class Session:
         except duckdb.Error as error:
             raise query_error(error) from error
 
-    def _pull(self, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-        while True:
-            try:
-                yield self._run(reader.read_next_batch)
-            except StopIteration:
-                return
+    def _pull(self, cursor: "duckdb.DuckDBPyConnection", reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+        # Not for StopIteration: a future that raises it never ends.
+        def next_batch() -> pa.RecordBatch | None:
+            return next(reader, None)
 
-    def _run(self, work: Callable[[], T]) -> T:
+        while (batch := self._run(cursor, next_batch)) is not None:
+            yield batch
+
+    def _run(self, cursor: "duckdb.DuckDBPyConnection", work: Callable[[], T]) -> T:
         import duckdb
 
         future = self._thread.submit(work)
         try:
             return future.result()
         except KeyboardInterrupt:
-            self._interrupt(future)
+            _interrupt(cursor, future)
             raise
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise query_error(error) from error
-
-    def _interrupt(self, future: "Future[T]") -> None:
-        # An interrupt that comes before the query has begun to run is lost: say it until the query has ended.
-        while not future.done():
-            self.connection.interrupt()
-            try:
-                future.exception(timeout=0.05)
-            except StillRunning:
-                continue
 
     def explain(self, query: str) -> str:
         """DuckDB's plan, which shows the columns and filters that reach Parquet."""
@@ -126,6 +127,14 @@ class Session:
         self._thread.shutdown()
         self.connection.close()
         self._folder.cleanup()
+
+
+def _interrupt(cursor: "duckdb.DuckDBPyConnection", future: Future[T]) -> None:
+    # An interrupt that comes before the query has begun to run is lost: say it until the query has ended.
+    while not future.done():
+        cursor.interrupt()
+        with contextlib.suppress(StillRunning):
+            future.exception(timeout=0.05)
 
 
 def open_cache(catalog: Catalog) -> Session:
@@ -159,11 +168,14 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
     import duckdb
 
     paths: list[str] = []
-    with duckdb.connect(str(path)) as connection:
-        for name, catalog in catalogs.items():
-            files = _files_of(catalog)
-            _create_views(connection, name, files, catalog.runs())
-            paths.extend(files.paths())
+    try:
+        with duckdb.connect(str(path)) as connection:
+            for name, catalog in catalogs.items():
+                files = _files_of(catalog)
+                _create_views(connection, name, files, catalog.runs())
+                paths.extend(files.paths())
+    except duckdb.Error as error:
+        raise query_error(error) from error
     return paths
 
 
@@ -182,39 +194,72 @@ def _create_views(
 
 
 def _start(connection: "duckdb.DuckDBPyConnection", query: str, rows_per_batch: int) -> pa.RecordBatchReader:
-    _require_select(connection, query)
-    return connection.sql(query).to_arrow_reader(rows_per_batch)
+    explain, select = _split_explain(query)
+    select = _require_select(connection, select)
+    return connection.sql(explain + select).to_arrow_reader(rows_per_batch)
 
 
-def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> None:
-    """Refuses all but one SELECT (DESCRIBE, SHOW, SUMMARIZE count as such) or the EXPLAIN of one.
+def _split_explain(query: str) -> tuple[str, str]:
+    """`EXPLAIN`, `EXPLAIN ANALYZE` or nothing, and the query without it and without comments before it."""
+    import duckdb
+
+    words = [offset for offset, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment]
+    # Offsets count bytes.
+    begun = query.encode()[words[0] :].decode() if words else ""
+    prefix = EXPLAIN_PREFIX.match(begun)
+    return (prefix[0], begun[prefix.end() :]) if prefix else ("", begun)
+
+
+def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
+    """The query without its last `;`. Raises ConfigError unless it is one SELECT (DESCRIBE, SHOW and SUMMARIZE count).
 
     The lock alone is not enough: DuckDB may write to the paths it may read, and `COPY ... (USE_TMP_FILE false)` would
-    truncate a shard, also under EXPLAIN ANALYZE and inside a WITH clause of a SELECT.
+    truncate a shard, also inside a WITH clause of a SELECT and under EXPLAIN ANALYZE. What is run must be the very text
+    that was looked at.
     """
-    start = _end_of(COMMENTS, query, 0)
-    inner = query[_end_of(EXPLAIN_PREFIX, query, start) :]
-    statements = connection.extract_statements(inner)
-    kinds = [statement.type.name for statement in statements]
+    select = _without_end(query)
+    kinds = [statement.type.name for statement in connection.extract_statements(select)]
     if kinds != ["SELECT"]:
         found = " and ".join(kind.replace("_", " ") for kind in kinds) or "nothing"
         raise ConfigError(f"query: one SELECT (or EXPLAIN of one) is allowed here, found {found}: a cache is read-only")
-    # DuckDB binds WITH clauses that write only at the top level, so below another SELECT it refuses them itself.
-    bare = statements[0].query.rstrip().rstrip(";")
-    connection.execute(f"EXPLAIN SELECT * FROM (\n{bare}\n)")
+    row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchone()
+    tree = json.loads(row[0]) if row else {"error": True}
+    if tree["error"] or not _only_reads(tree):
+        raise ConfigError("query: a part of it is no SELECT: a cache is read-only")
+    # Planned below another SELECT, where DuckDB itself refuses WITH clauses that write.
+    connection.execute(f"EXPLAIN SELECT * FROM (\n{select}\n)")
+    return select
 
 
-def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
-    match = pattern.match(text, start)
-    return match.end() if match else start
+def _only_reads(tree: Any) -> bool:
+    if isinstance(tree, list):
+        return all(_only_reads(one) for one in tree)
+    if not isinstance(tree, dict):
+        return True
+    kind = tree.get("type")
+    if (isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES) or "info_type" in tree:
+        return False
+    return all(_only_reads(one) for one in tree.values())
+
+
+def _without_end(query: str) -> str:
+    """The query up to the `;` behind it, with comments around that left off."""
+    import duckdb
+
+    text = query.encode()
+    for offset, kind in reversed(duckdb.tokenize(query)):
+        if kind != duckdb.token_type.comment and text[offset : offset + 1] != b";":
+            break
+        text = text[:offset]
+    return text.decode()
 
 
 def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None:
     listed = ", ".join(quote(path) for path in paths)
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
-    connection.execute("SET TimeZone = 'UTC'")
-    connection.execute("SET parquet_metadata_cache = true")
+    connection.execute("SET GLOBAL TimeZone = 'UTC'")
+    connection.execute("SET GLOBAL parquet_metadata_cache = true")
     connection.execute(f"SET allowed_paths = [{listed}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
