@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,16 +141,38 @@ def judge_cache(
         for judge in judges:
             judge.prepare(kinds)
         progress = stack.enter_context(Progress("judge", total, "chains"))
-        done: list[JudgedSample] = []
+        # Runs also when this is interrupted: what was judged need not be judged again.
+        pending = stack.enter_context(_Uncommitted(catalog.verdicts))
         for sample in _judged(session, _query("sample_id, answer, reference, metadata", kind, where, again), judges):
             report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict)
-            done.append(sample)
-            if len(done) >= COMMIT_ROWS:
-                commit_verdicts(catalog.verdicts, done, "judge", "j0")
-                done = []
+            pending.add(sample)
             progress.update(sum(summary.num_chains for summary in report.by_judge.values()), 0)
-        commit_verdicts(catalog.verdicts, done, "judge", "j0")
     return report
+
+
+class _Uncommitted:
+    """Verdicts on their way to the table: committed every COMMIT_ROWS, and at the end however that comes."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._samples: list[JudgedSample] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._commit()
+
+    def add(self, sample: JudgedSample) -> None:
+        self._samples.append(sample)
+        if len(self._samples) >= COMMIT_ROWS:
+            self._commit()
+
+    def _commit(self) -> None:
+        samples, self._samples = self._samples, []
+        commit_verdicts(self._table, samples, "judge", "j0")
 
 
 def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[JudgedSample]:

@@ -1,9 +1,12 @@
 """Judging a cache again: verdicts are added beside the shards, the latest one counts."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import teacher_cache.judging
 from schemas.records import Message, Prompt
 from shared.catalog import Catalog
 from shared.errors import CacheConflict, ConfigError
@@ -52,6 +55,23 @@ def test_chains_that_name_no_judge_are_counted(cache: SyntheticCache) -> None:
     assert (report.by_judge, report.num_without_judge) == ({}, 24)
     with pytest.raises(ConfigError, match="judge 'maths' is unknown"):
         judge_cache(cache.root, kind="maths")
+
+
+def test_what_was_judged_before_an_interruption_is_kept(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = teacher_cache.judging._judged
+
+    def interrupted(*args: Any) -> Iterator[JudgedSample]:
+        for number, sample in enumerate(judged(*args)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield sample
+
+    monkeypatch.setattr(teacher_cache.judging, "_judged", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judge_cache(cache.root, kind="exact")
+    assert len(verdicts(cache.root)) == 5
+    monkeypatch.undo()
+    assert judge_cache(cache.root, kind="exact").by_judge["exact"].num_chains == 19
 
 
 def test_the_latest_verdict_counts(cache: SyntheticCache) -> None:
