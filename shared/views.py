@@ -6,7 +6,7 @@ tokens      one row a completion token: piece, log probability, rank, entropy, t
 topk        one row a stored candidate: rank, piece, probability
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
 storage     one row a column of a shard: bytes in Parquet
-chain_rows  chains, with the file, row group and row where each lies (for the trainer)
+chain_places, chain_rows  chains, with the file and row where each lies; its row group, which costs reading all footers
 
 `tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` come from the stored codes as they are: the decoder of
 shared.codec also divides by their sum, which differs from one by no more than the codes' own rounding.
@@ -88,10 +88,14 @@ def view_statements(files: CacheFiles) -> list[str]:
         """CREATE VIEW row_groups AS SELECT file_name, row_group_id,
              sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
            FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows FROM parquet_columns)""",
-        r"""CREATE VIEW chain_rows AS SELECT c.*, regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
-             g.row_group_id::INTEGER AS row_group, (p.file_row_number - g.first_row)::INTEGER AS row_in_group
-           FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)
-           ASOF JOIN row_groups g ON p.filename = g.file_name AND p.file_row_number >= g.first_row""",
+        r"""CREATE VIEW chain_places AS SELECT c.*,
+             regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file, p.file_row_number AS row_in_file
+           FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)""",
+        r"""CREATE VIEW chain_rows AS SELECT c.* EXCLUDE (row_in_file), g.row_group_id::INTEGER AS row_group,
+             (c.row_in_file - g.first_row)::INTEGER AS row_in_group
+           FROM chain_places c ASOF JOIN (SELECT *,
+             regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file FROM row_groups) g
+           ON c.file = g.file AND c.row_in_file >= g.first_row""",
         """CREATE VIEW prompts AS SELECT prompt_id, any_value(source) AS source, any_value(split) AS split,
              any_value(prompt) AS prompt, any_value(reference) AS reference, count(*) AS num_samples,
              count(correct) AS num_judged, count(*) FILTER (correct) AS num_correct,
