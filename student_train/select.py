@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.manifest import ShardHeader
-from schemas.records import Float32
+from schemas.records import Float32, Int64
 from shared.catalog import Catalog
 from shared.errors import ConfigError
 from shared.shards import open_shard
@@ -101,7 +101,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
     if not rows.num_rows:
         raise ConfigError(f"data.where {request.where!r} selects only chains that are empty or of weight 0: widen it")
-    headers = _shard_headers(catalogs, rows)
+    rows, headers = _locate(catalogs, rows)
     if not request.any_tokenizer:
         check_one_tokenizer(headers)
     header = SelectionHeader(
@@ -161,14 +161,13 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> pa.Table
         _dry_run(session, "data.where", where, f"SELECT 1 FROM chains {condition} LIMIT 0")
         _dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
         query = (
-            f"SELECT {number}::SMALLINT AS cache, file, row_group, row_in_group, sample_id, num_prompt_tokens, "
-            f"num_tokens, CAST({expression} AS FLOAT) AS weight FROM chain_rows {condition} "
-            "ORDER BY file, row_group, row_in_group"
+            f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
+            f"CAST({expression} AS FLOAT) AS weight FROM chain_places {condition} ORDER BY file, row_in_file"
         )
         rows = _run(session, "data.where or data.weight", f"{where} / {weight}", query)
     # A NULL weight reads as nan and is refused with the other bad weights.
     filled = rows.column("weight").fill_null(float("nan"))
-    return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled).cast(SCHEMA)
+    return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled)
 
 
 def _dry_run(session: Session, name: str, given: str | None, query: str) -> None:
@@ -209,17 +208,32 @@ def _check_weights(weights: Float32, expression: str | None) -> None:
         )
 
 
-def _shard_headers(catalogs: Sequence[Catalog], rows: pa.Table) -> dict[str, ShardHeader]:
-    pairs = rows.select(["cache", "file"]).group_by(["cache", "file"], use_threads=False).aggregate([])
-    paths = [
-        catalogs[cache].chains.folder / file
-        for cache, file in zip(pairs.column("cache").to_pylist(), pairs.column("file").to_pylist(), strict=True)
-    ]
+def _locate(catalogs: Sequence[Catalog], rows: pa.Table) -> tuple[pa.Table, dict[str, ShardHeader]]:
+    """Rows as a selection keeps them (SCHEMA), with `row_in_file` as row group and row in it; headers by shard."""
+    cache_R, row_R = rows.column("cache").to_numpy(), rows.column("row_in_file").to_numpy()
+    encoded = rows.column("file").combine_chunks().dictionary_encode()
+    file_R = encoded.indices.to_numpy()
+    starts = np.flatnonzero(np.diff(cache_R, prepend=-1) | np.diff(file_R, prepend=-1))
+    files = encoded.dictionary.to_pylist()
+    paths = [catalogs[cache_R[start]].chains.folder / files[file_R[start]] for start in starts.tolist()]
+    group_R, place_R = np.zeros(len(row_R), np.int32), np.zeros(len(row_R), np.int32)
+    headers = {}
     with ThreadPoolExecutor(min(HEADER_THREADS, len(paths))) as pool:
-        return {str(path): header for path, header in zip(paths, pool.map(_header, paths), strict=True)}
+        stops = [*starts[1:].tolist(), len(row_R)]
+        for path, footer, start, stop in zip(paths, pool.map(_footer, paths), starts.tolist(), stops, strict=True):
+            header, first_rows_G = footer
+            mine = slice(start, stop)
+            group_R[mine] = np.searchsorted(first_rows_G, row_R[mine], side="right") - 1
+            place_R[mine] = row_R[mine] - first_rows_G[group_R[mine]]
+            headers[str(path)] = header
+    columns = {**{name: rows.column(name) for name in rows.column_names}, "row_group": group_R, "row_in_group": place_R}
+    return pa.Table.from_pydict({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA), headers
 
 
-def _header(path: Path) -> ShardHeader:
+def _footer(path: Path) -> tuple[ShardHeader, Int64]:
+    """A shard's header and the number of the first row of each of its row groups."""
     file, header = open_shard(path)
-    file.close()
-    return header
+    with file:
+        metadata = file.metadata
+        sizes_G = np.array([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)], np.int64)
+    return header, np.cumsum(sizes_G) - sizes_G
