@@ -95,15 +95,18 @@ class Signals:
         Tokens with more than k entries are cut to their first k (the tail does not grow for that: pass k >= max
         support).
         """
-        num_tokens = len(self.topk_n_T)
+        num_tokens, num_entries = len(self.topk_n_T), len(self.topk_ids_N)
         ids_TK = np.zeros((num_tokens, k), np.int32)
         logprobs_TK = np.full((num_tokens, k), -np.inf, np.float32)
         starts_T = np.cumsum(self.topk_n_T, dtype=np.int64) - self.topk_n_T
-        token_N = np.repeat(np.arange(num_tokens), self.topk_n_T)
-        rank_N = np.arange(len(self.topk_ids_N)) - starts_T[token_N]
-        kept_N = rank_N < k
-        ids_TK[token_N[kept_N], rank_N[kept_N]] = self.topk_ids_N[kept_N]
-        logprobs_TK[token_N[kept_N], rank_N[kept_N]] = self.topk_logprobs_N[kept_N]
+        # Entry i of token t has rank i - starts_T[t], so it goes to slot t k + rank of the flattened array.
+        slot_N = np.arange(num_entries) + np.repeat(np.arange(num_tokens) * k - starts_T, self.topk_n_T)
+        entries_N, logprobs_N = self.topk_ids_N, self.topk_logprobs_N
+        if self.topk_n_T.max(initial=0) > k:
+            kept_N = np.arange(num_entries) - np.repeat(starts_T, self.topk_n_T) < k
+            slot_N, entries_N, logprobs_N = slot_N[kept_N], entries_N[kept_N], logprobs_N[kept_N]
+        ids_TK.reshape(-1)[slot_N] = entries_N
+        logprobs_TK.reshape(-1)[slot_N] = logprobs_N
         return ids_TK, logprobs_TK
 
 
