@@ -93,7 +93,8 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
     with_signals = with_signals and not selection.is_text
     table, decode_signals = _read_table(selection, group, with_signals)
     _require(int(selection.row_in_group_R[rows_R].max()) < table.num_rows, where, "has fewer rows than were selected")
-    table = table.take(pa.array(selection.row_in_group_R[rows_R])).combine_chunks()
+    if len(rows_R) < table.num_rows:
+        table = table.take(pa.array(selection.row_in_group_R[rows_R]))
     same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
     _require(bool(same_R.all()), where, "holds another chain than was selected (sample_id differs)")
     prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)

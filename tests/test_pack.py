@@ -100,6 +100,9 @@ def test_supports_of_several_sizes_are_padded() -> None:
     pack = build_pack([PackedPiece(0, block, 0, 0, 1, 3, 1.0)])
     assert pack.ids_NK.tolist() == [[50, 0, 0], [60, 61, 62]]
     assert pack.logprobs_NK[0].tolist() == [pytest.approx(-0.1), -np.inf, -np.inf]
+    narrow_ids_NK, narrow_logprobs_NK = signals.dense(2)
+    assert narrow_ids_NK.tolist() == [[50, 0], [60, 61]]
+    np.testing.assert_array_equal(narrow_logprobs_NK, pack.logprobs_NK[:, :2])
 
 
 def test_text_alone() -> None:
