@@ -6,6 +6,7 @@ starts anew, with the teacher kept.
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,6 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.demo.smollm2 import ensure_teacher
 from shared.catalog import Catalog
 from shared.files import write_text_atomic
 from shared.log import console, format_duration, note
@@ -52,7 +52,8 @@ def main() -> None:
     teacher_config, student_config = str(CONFIGS / "teacher.yaml"), str(CONFIGS / "student.yaml")
 
     _heading(1, "The teacher: SmolLM2-135M-Instruct with its real weights")
-    note(f"  {ensure_teacher(FOLDER / 'teacher')}")
+    if not (FOLDER / "teacher").exists():
+        _convert_teacher(FOLDER / "teacher")
     _heading(2, "Ask it, and keep the distribution of every token")
     built = clock.step("build", ["teacher-cache", "build", teacher_config])
     verified = clock.step("verify", ["teacher-cache", "verify", str(FOLDER / "cache")])
@@ -133,6 +134,14 @@ def write_demo_report(summary: dict[str, Any]) -> None:
         f"to {summary['heldout_kl_after']:.2f} nats in {format_duration(summary['seconds'])}"
     )
     write_report(FOLDER / "report.html", "stillroom demo", sections, subtitle)
+
+
+def _convert_teacher(folder: Path) -> None:
+    """In a process of its own, on the CPU: what transformers loads and prints for it is of no use to what follows."""
+    quiet = {**os.environ, "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run([sys.executable, "-m", "benchmarks.demo.smollm2", str(folder)], env=quiet, check=False)
+    if ended.returncode != 0:
+        sys.exit(ended.returncode)
 
 
 def _heading(number: int, text: str) -> None:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from shared.errors import DataError
 from shared.files import sync_file, sync_folder
@@ -77,3 +78,11 @@ def _load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    try:
+        ensure_teacher(Path(sys.argv[1]))
+    except DataError as error:
+        sys.exit(f"demo: {error}")
