@@ -16,10 +16,10 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
     """Fills the cache with what is missing of this worker's share. Raises StillroomError for all that a user can
     mend.
     """
-    teacher = identify_teacher(config.teacher)
     loaded = load_prompts(config.prompts)
     _say_loaded(loaded)
     require_judges(loaded.prompts)
+    teacher = identify_teacher(config.teacher)
     build = Build(config, teacher, worker_name(share))
 
     def start_engine() -> Engine:

@@ -1,0 +1,160 @@
+"""The `teacher-cache` command: results on stdout, one line for a mistake, the right exit code, a quick start."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import teacher_cache.cli
+import teacher_cache.verify
+from shared.judge import KINDS
+from teacher_cache.cli import main
+from tests.caches import damage, make_cache
+
+HEAVY = {"torch", "transformers", "vllm", "numpy", "pyarrow", "duckdb", "deltalake", "datasets", "pydantic"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return make_cache(tmp_path / "cache", num_chains=20).root
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Result:
+    monkeypatch.setattr(sys, "argv", ["teacher-cache", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    captured = capsys.readouterr()
+    return Result(code, captured.out, captured.err)
+
+
+def test_help_starts_without_heavy_packages() -> None:
+    script = (
+        "import sys; sys.argv = ['teacher-cache', '--help']\n"
+        "from teacher_cache.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
+        f"heavy = {HEAVY!r} & sys.modules.keys()\nassert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    for command in ("plan", "build", "verify", "judge", "sql", "stats", "report", "doctor"):
+        assert f"\n  {command} " in result.stdout
+
+
+def test_mistakes_in_usage_end_with_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, said in (
+        (["verfy", "x"], "Did you mean 'verify'?"),
+        (["verify"], "Missing argument"),
+        (["verify", "x", "--jsno"], "--json"),
+        (["verify", "no-such-folder"], "teacher-cache: no-such-folder is not a cache"),
+        (["plan", "no-such-file.yaml"], "teacher-cache: no-such-file.yaml does not exist"),
+    ):
+        result = run(capsys, monkeypatch, *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert said in result.err
+        assert "Traceback" not in result.err
+
+
+def test_ctrl_c_ends_with_130(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(root: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher_cache.verify, "verify_cache", interrupted)
+    assert run(capsys, monkeypatch, "verify", cache).code == 130
+
+
+def test_verify_reports_and_ends_with_3_when_something_is_wrong(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(capsys, monkeypatch, "verify", cache)
+    assert result.code == 0
+    assert result.out.startswith("2 shards, 20 chains")
+    assert result.out.endswith("nothing is wrong\n")
+    shard = next((cache / "chains").rglob("*.parquet"))
+    damage(shard)
+    result = run(capsys, monkeypatch, "verify", cache, "--json")
+    assert result.code == 3
+    assert result.json["ok"] is False
+    assert result.json["problems"][0]["file"] == f"chains/{shard.relative_to(cache / 'chains')}"
+    result = run(capsys, monkeypatch, "verify", cache)
+    assert result.code == 3
+    assert str(shard.relative_to(cache)) in result.out
+
+
+def test_judge_prints_counts(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(capsys, monkeypatch, "judge", cache, "--judge", "regex", "--json")
+    assert result.code == 0
+    assert result.json["by_judge"]["regex"]["num_chains"] == 20
+    assert run(capsys, monkeypatch, "judge", cache, "--judge", "regex").out == "nothing to judge\n"
+    assert "20 chains name no judge" in run(capsys, monkeypatch, "judge", cache).out
+    result = run(capsys, monkeypatch, "judge", cache, "--judge", "maths")
+    assert (result.code, result.err) == (2, "teacher-cache: judge 'maths' is unknown: did you mean 'math'?\n")
+    assert "math" in KINDS
+
+
+def test_sql_answers(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(capsys, monkeypatch, "sql", cache, "SELECT count(*) AS n FROM chains", "--format", "json")
+    assert result.json == [{"n": 20}]
+    result = run(capsys, monkeypatch, "sql", cache, "SELECT nothing FROM chains")
+    assert result.code == 2
+    assert result.err.startswith("teacher-cache: query: ")
+    result = run(capsys, monkeypatch, "sql", cache, "DELETE FROM chains")
+    assert result.code == 2
+
+
+def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(capsys, monkeypatch, "doctor", "--json")
+    assert result.code == (0 if result.json["ok"] else 1)
+    assert {"python", "duckdb", "cpu", "disk"} <= {finding["name"] for finding in result.json["findings"]}
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache.cli, "version", lambda name: f"{name} 1.2.3")
+    result = run(capsys, monkeypatch, "--version")
+    assert (result.code, result.out) == (0, "stillroom 1.2.3\n")
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_mistakes_in_the_configuration_are_named(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "build.yaml"
+    source = {"kind": "jsonl", "name": "q", "path": str(tmp_path / "q.jsonl"), "prompt_field": "q"}
+    config = {
+        "cache": str(tmp_path / "cache"),
+        "run": "test",
+        "teacher": {"model": str(tmp_path)},
+        "prompts": {"sources": [source]},
+    }
+    path.write_text(yaml.safe_dump(config))
+    for overrides, said in (
+        (["sampling.temprature=1"], "did you mean 'temperature'?"),
+        (["sampling.temperature=-1"], "sampling.temperature: input should be greater than or equal to 0 (got -1)"),
+        ([], "q.jsonl does not exist"),
+    ):
+        arguments = [part for override in overrides for part in ("--set", override)]
+        result = run(capsys, monkeypatch, command, path, *arguments)
+        assert result.code == 2
+        assert said in result.err
+        assert sum(line.startswith("teacher-cache: ") for line in result.err.splitlines()) == 1
+    (tmp_path / "q.jsonl").write_text('{"q": "What is 2+3?"}\n')
+    result = run(capsys, monkeypatch, command, path)
+    assert result.code == 2
+    assert "holds no config.json: name a Hugging Face model folder" in result.err
+    assert not (tmp_path / "cache").exists()
+    if command == "build":
+        assert "is not I/N" in run(capsys, monkeypatch, "build", path, "--worker", "4/4").err
