@@ -1,9 +1,9 @@
 """Child processes that die with this one, however it dies.
 
-vLLM's engine core waits for its next request for ever when the program that started it is killed: with the GPU's
-memory in its hands. Linux can send a child a signal when its parent thread ends (prctl PR_SET_PDEATHSIG), if the
-child asks for it: forked children through a fork hook, spawned ones through the first statement that their
-interpreter runs.
+vLLM's engine core waits for its next request for ever when the program that started it is killed, with the GPU's
+memory in its hands. Linux can send a child a signal when its parent thread ends (prctl PR_SET_PDEATHSIG), if the child
+asks for it: forked children ask through a fork hook, spawned ones through the first statement that their interpreter
+runs. Grandchildren inherit the manner. Imports nothing but the standard library: spawned interpreters run this file.
 """
 
 import ctypes
@@ -25,33 +25,33 @@ def die_with_parent() -> None:
     """
     if not sys.platform.startswith("linux") or _state:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
+    _state["parent"] = os.getpid()
 
     def before_fork() -> None:
         _state["parent"] = os.getpid()
 
-    def after_fork() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _state["parent"]:
-            # The parent was killed between the fork and the request above.
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    _state["parent"] = os.getpid()
-    os.register_at_fork(before=before_fork, after_in_child=after_fork)
+    os.register_at_fork(before=before_fork, after_in_child=lambda: _follow(_state["parent"]))
     command_line = multiprocessing.spawn.get_command_line
 
     def with_prologue(**arguments: Any) -> list[str]:
-        # [..., "-c", program, "--multiprocessing-fork"]: spawned interpreters run the program below first.
+        # [python, ..., "-c", program, "--multiprocessing-fork"]: the interpreter follows us before it does its work.
         line = command_line(**arguments)
-        place = line.index("-c") + 1 if "-c" in line else None
-        if place is not None:
-            line[place] = _PROLOGUE.format(option=PR_SET_PDEATHSIG, parent=os.getpid()) + line[place]
+        program = line.index("-c") + 1
+        call = f"__import__('runpy').run_path({__file__!r})['follow_parent']({os.getpid()})"
+        line[program] = f"{call}; {line[program]}"
         return line
 
     multiprocessing.spawn.get_command_line = with_prologue
 
 
-_PROLOGUE = (
-    "import ctypes, os, signal; ctypes.CDLL(None).prctl({option}, signal.SIGKILL); "
-    "os.getppid() == {parent} or os.kill(os.getpid(), signal.SIGKILL); "
-)
+def follow_parent(parent: int) -> None:
+    """Called in a spawned process: dies with `parent`, and so will its own children."""
+    _follow(parent)
+    die_with_parent()
+
+
+def _follow(parent: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # The parent was killed before the request above.
+        os.kill(os.getpid(), signal.SIGKILL)
