@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config_of(folder: Path, num_sums: int = 6, num_words: int = 4, **more: Any) -> BuildConfig:
-    sources = []
+    sources: list[dict[str, Any]] = []
     for name, count in (("sums", num_sums), ("words", num_words)):
         path = folder / f"{name}.jsonl"
         rows = [json.dumps({"q": f"{name} number {n}?"}) for n in range(count)]
