@@ -139,10 +139,15 @@ def _say_rest(shown: Shown) -> None:
 
 def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:
     num_rows = 0
-    with atomic_path(out) as temp, pq.ParquetWriter(temp, reader.schema, compression="zstd") as writer:
-        for batch in reader:
-            writer.write_batch(batch, row_group_size=ROWS_PER_GROUP)
-            num_rows += batch.num_rows
+    try:
+        with atomic_path(out) as temp, pq.ParquetWriter(temp, reader.schema, compression="zstd") as writer:
+            for batch in reader:
+                writer.write_batch(batch, row_group_size=ROWS_PER_GROUP)
+                num_rows += batch.num_rows
+    except pa.ArrowNotImplementedError as error:
+        raise ConfigError(
+            f"--out {out}: Parquet has no such type ({error}): cast it, for example to VARCHAR"
+        ) from error
     return num_rows
 
 
