@@ -6,9 +6,9 @@ open shard held, at most `shard.max_minutes` of work.
 """
 
 import datetime
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from schemas.manifest import ShardHeader
 from schemas.tables import FAILURE_SCHEMA
 from shared.catalog import Catalog
+from shared.errors import StillroomError
 from shared.judge_process import JudgeProcess
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import ShardConfig
@@ -29,9 +30,12 @@ from teacher_cache.rows import RowMaker
 from teacher_cache.shard import ShardFile
 from teacher_cache.sources import LoadFailure
 
-MAX_QUEUED = 64
-"""Outcomes that may wait: a writer that cannot keep up slows the engine down rather than filling the memory."""
+MAX_QUEUED_TOKENS = 1 << 18
+"""Completion tokens that may wait, 140 MB at k=64: a writer that cannot keep up slows the engine down rather than
+filling the memory.
+"""
 WAKE_S = 1.0
+"""How often a shard's age is looked at while nothing comes."""
 
 Recordable = Finished | Failed | LoadFailure
 
@@ -70,7 +74,7 @@ class Recorder:
         self._catalog, self._header, self._config, self._rows = catalog, header, config, rows
         self._chains = Committer(catalog.chains, chains, header.run_id, header.worker)
         self._failures = Committer(catalog.failures, failures, header.run_id, header.worker)
-        self._queue: queue.Queue[Recordable | None] = queue.Queue(MAX_QUEUED)
+        self._queue = _Queue(MAX_QUEUED_TOKENS)
         self._error: BaseException | None = None
         self._shard: ShardFile | None = None
         self._opened_s = 0.0
@@ -86,21 +90,16 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._queue.put(None)
+        self._queue.end()
         self._thread.join()
         self._judge.close()
         if error is None:
             self._raise()
 
     def put(self, outcome: Recordable) -> None:
-        """Hands over one outcome; waits when the queue is full. Raises what the thread died of."""
-        while True:
-            self._raise()
-            try:
-                self._queue.put(outcome, timeout=WAKE_S)
-            except queue.Full:
-                continue
-            return
+        """Hands over one outcome; waits while too many tokens are queued. Raises what the thread died of."""
+        self._queue.put(outcome)
+        self._raise()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -108,30 +107,19 @@ class Recorder:
 
     def _run(self) -> None:
         try:
-            while (outcome := self._next()) is not None:
-                self._take(outcome)
+            while not self._queue.is_over():
+                outcome = self._queue.take(WAKE_S)
+                if outcome is not None:
+                    self._take(outcome)
                 if self._is_due():
                     self._close_shard()
             self._close_shard()
         except BaseException as error:  # noqa: BLE001 - it is raised again in the engine's thread
-            self._error = error
+            self._error = _explained(error)
             if self._shard is not None:
                 self._shard.discard()
-            self._drain()
-
-    def _next(self) -> Recordable | None:
-        """The next outcome; closes a shard whose time is up while nothing comes."""
-        while True:
-            try:
-                return self._queue.get(timeout=WAKE_S)
-            except queue.Empty:
-                if self._is_due():
-                    self._close_shard()
-
-    def _drain(self) -> None:
-        # Until the end marker comes, so that the engine's thread never waits for a dead one.
-        while self._queue.get() is not None:
-            pass
+        finally:
+            self._queue.abandon()
 
     def _take(self, outcome: Recordable) -> None:
         if self._shard is None and not self._failed:
@@ -159,17 +147,21 @@ class Recorder:
         return is_old or (self._shard is not None and self._shard.num_bytes >= 1e6 * self._config.max_mb)
 
     def _close_shard(self) -> None:
-        """Makes everything taken so far visible: chains, then their verdicts, then failures."""
-        if self._shard is not None:
-            shard, self._shard = self._shard, None
-            shard.close()
-            self.recorded.num_committed += self._chains.commit(shard.temp, shard.num_rows)
-            self.recorded.num_shards += 1
-            self.recorded.committed_bytes += shard.num_bytes
-            self.recorded.committed_tokens += shard.num_tokens
+        """Makes everything taken so far visible: verdicts, then their chains, then failures.
+
+        A crash in between leaves verdicts whose chains are not there yet, which is harmless; chains without verdicts
+        would have to be judged again.
+        """
         if self._judged:
             commit_verdicts(self._catalog.verdicts, self._judged, self._header.run_id, self._header.worker)
             self._judged = []
+        if self._shard is not None:
+            self._shard.close()
+            self.recorded.num_committed += self._chains.commit(self._shard.temp, self._shard.num_rows)
+            self.recorded.num_shards += 1
+            self.recorded.committed_bytes += self._shard.num_bytes
+            self.recorded.committed_tokens += self._shard.num_tokens
+            self._shard = None
         if self._failed:
             temp = self._failures.temp_path()
             temp.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +169,55 @@ class Recorder:
             pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
             self._failures.commit(temp, len(self._failed))
             self._failed = []
+
+
+class _Queue:
+    """First in, first out between two threads, bounded by the completion tokens inside."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._items: deque[Recordable] = deque()
+        self._num_tokens = 0
+        self._ended = self._abandoned = False
+        self._changed = threading.Condition()
+
+    def put(self, outcome: Recordable) -> None:
+        """Waits for room; one outcome may be larger than the bound. Does nothing once the taker is gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_tokens < self._max_tokens or self._abandoned)
+            if not self._abandoned:
+                self._items.append(outcome)
+                self._num_tokens += _num_tokens(outcome)
+                self._changed.notify_all()
+
+    def take(self, timeout_s: float) -> Recordable | None:
+        """The next outcome; None when none came in time or none will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._items) or self._ended, timeout_s)
+            if not self._items:
+                return None
+            outcome = self._items.popleft()
+            self._num_tokens -= _num_tokens(outcome)
+            self._changed.notify_all()
+            return outcome
+
+    def end(self) -> None:
+        """Says that nothing more will be put."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Says that nothing more will be taken."""
+        with self._changed:
+            self._abandoned = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def is_over(self) -> bool:
+        """Whether everything was taken and nothing more will come."""
+        with self._changed:
+            return self._ended and not self._items
 
 
 def failures_to_table(failures: Sequence[Failed | LoadFailure], run_id: str, worker: str) -> pa.Table:
@@ -211,3 +252,20 @@ def _identity(failure: Failed | LoadFailure) -> dict[str, str | int]:
         "source": request.prompt.source,
         "sample_index": request.sample_index,
     }
+
+
+def _num_tokens(outcome: Recordable) -> int:
+    return len(outcome.capture.token_ids_T) if isinstance(outcome, Finished) else 1
+
+
+def _explained(error: BaseException) -> BaseException:
+    """A full disk or a vanished mount in one line; everything else as it is."""
+    if isinstance(error, OSError) and not isinstance(error, StillroomError):
+        problem = " ".join(str(error).split())
+        explained = StillroomError(
+            f"the cache cannot be written: {problem}: mend that and start the same command again, it goes on from the "
+            "last closed shard"
+        )
+        explained.__cause__ = error
+        return explained
+    return error

@@ -82,12 +82,12 @@ class RowMaker:
         return ChainRow(columns, signals)
 
     def _split_text(self, ids: list[int], reasoning_end: int | None) -> tuple[str | None, str | None]:
-        if reasoning_end is None:
-            return self._text(ids), None
+        """Reasoning and answer. The tokens that open and close the reasoning belong to neither text."""
         if reasoning_end == 0:
             return None, self._text(ids)
-        # The last reasoning token is the one that closes it; it belongs to neither text.
         first = 1 if ids[0] == self._start_id else 0
+        if reasoning_end is None:
+            return self._text(ids[first:]).strip("\n"), None
         return self._text(ids[first : reasoning_end - 1]).strip("\n"), self._text(ids[reasoning_end:]).strip("\n")
 
     def _text(self, ids: list[int]) -> str:

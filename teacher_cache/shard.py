@@ -4,6 +4,7 @@ In: ChainRows. Out: a file that `shared.catalog.publish` can give its final name
 Holds one row group in memory.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ class ShardFile:
         self._stream.close()
 
     def discard(self) -> None:
-        """Removes the unfinished file."""
-        self._stream.close()
+        """Removes the unfinished file, also when the disk refuses its last bytes."""
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+            self._writer.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
         self.temp.unlink(missing_ok=True)
 
     def _flush(self) -> None:
