@@ -7,8 +7,8 @@ regex          the reference is a regular expression that must be found in the a
 code           the answer's Python program against unit tests, in a sandbox (see sandbox)
 
 `answer` is what the teacher said after its reasoning. Where it marks its result with <answer>...</answer> or
-\\boxed{...}, that is what is judged; else reasoning_gym and exact accept the whole answer, its last line, or what
-follows "answer is" or "answer:" there.
+\\boxed{...}, that is what is judged; else reasoning_gym and exact accept the whole answer, its last line, what
+follows "answer is" or "answer:" there, or the last number there.
 """
 
 import functools
@@ -33,6 +33,7 @@ MATH_TIMEOUT_S = 5
 """For each of parsing and comparing. math-verify keeps it with SIGALRM, so `math` needs the main thread."""
 
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+NUMBER = re.compile(r"-?\d(?:[\d,]*\d)?(?:\.\d+)?")
 PHRASE = re.compile(r"(?:answer|result)\s*(?:is|:|=)\s*(.+)$", re.IGNORECASE)
 
 
@@ -106,6 +107,9 @@ def final_answers(answer: str) -> list[str]:
     phrase = PHRASE.search(last)
     if phrase:
         candidates += [phrase[1].strip(), _bare(phrase[1])]
+    numbers = NUMBER.findall(last)
+    if numbers:
+        candidates += [numbers[-1], numbers[-1].replace(",", "")]
     return list(dict.fromkeys(candidates))
 
 
