@@ -28,7 +28,7 @@ from shared.errors import StillroomError
 from student_train.config import EngineConfig, StageConfig
 from student_train.divergences import LossMix
 from student_train.losses import LossSums
-from student_train.model import Student
+from student_train.model import Student, use_cpu_where_there_is_no_gpu
 from student_train.pack import TorchPack
 from student_train.token_metrics import TokenMetrics
 
@@ -77,9 +77,12 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises StillroomError where they cannot be joined, and in the place of what torch raises when a rank is lost or a
     GPU's memory is exhausted.
     """
+    environ_before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
-        ranks = _join()
-        yield ranks
+        with warnings.catch_warnings():
+            # Deprecations and advice between these libraries: nothing that a user could act upon.
+            warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers|peft)\.")
+            yield _join()
     except torch.OutOfMemoryError as error:
         raise StillroomError(
             f"{_first_line(error)} Lower data.pack_tokens or engine.chunk_tokens, set engine.gradient_checkpointing, "
@@ -93,12 +96,14 @@ def joined_ranks() -> Iterator[Ranks]:
         # So that torch does not warn at exit.
         if dist.is_initialized():
             dist.destroy_process_group()
+        for name, value in environ_before.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def _join() -> Ranks:
+    use_cpu_where_there_is_no_gpu()
     use_cuda = torch.cuda.is_available()
-    if not use_cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     alone = "RANK" not in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -110,7 +115,12 @@ def _join() -> Ranks:
         os.environ.update(RANK_VARIABLES)
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except ValueError as error:
+            raise StillroomError(
+                f"the launcher's variables do not name a world to join: {_first_line(error)}"
+            ) from error
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -302,6 +312,7 @@ def _quiet() -> Iterator[None]:
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler):
+            # Its own handler, which writes to what was stdout when it was imported: the place of results.
+            if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.__stderr__)
         yield

@@ -9,6 +9,7 @@ bucket for its tail, so KL and JSD are lower bounds of the dense ones, exact whe
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -72,14 +73,15 @@ def evaluate(
     stream = PackStream(
         selection, spec, packs_per_step=ranks.num_ranks, rank=ranks.rank, world=ranks.num_ranks, num_epochs=1
     )
-    with stream, Progress("evaluate", stream.plans.total_packs(), "packs") as progress:
+    num_packs = stream.plans.total_packs()
+    with stream, Progress("evaluate", num_packs, "packs") if ranks.is_first else nullcontext() as progress:
         for number, pack in enumerate(stream):
             metrics = metrics_of(to_device(pack, ranks.device, with_signals=not selection.is_text))
             if pack.num_loss_tokens:
                 sums += torch.stack([values.double().sum() for values in _fields(metrics)])
                 num_tokens += pack.num_loss_tokens
-            if ranks.is_first:
-                progress.update(min((number + 1) * ranks.num_ranks, stream.plans.total_packs()), num_tokens)
+            if progress is not None:
+                progress.update(min((number + 1) * ranks.num_ranks, num_packs), num_tokens)
     *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
     return _result(selection, dict(zip(names, totals, strict=True)), int(total_tokens))
 

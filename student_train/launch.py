@@ -53,7 +53,8 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
             failed = _wait(ranks)
         if failed is None:
             return 0
-        if ranks[0].poll() in (None, 0):
+        # Every rank meets a mistake in the configuration; the first one's word is enough.
+        if ranks[failed].returncode != ranks[0].poll():
             logs[failed].seek(0)
             said = logs[failed].read().strip() or f"ended by signal {-ranks[failed].returncode}"
             console.print(f"rank {failed} of {num_ranks}: {said}", markup=False, soft_wrap=True)

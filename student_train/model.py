@@ -8,6 +8,7 @@ alone, or LoRA adapters. The head's module is called inside this module's forwar
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -101,11 +102,18 @@ def load_student(
     return Student(model, engine.chunk_tokens)
 
 
+def use_cpu_where_there_is_no_gpu() -> None:
+    """Tells DeepSpeed, which transformers may import, that it computes on the CPU: it would guess, and say so."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def load_causal(folder: str, student: StudentConfig, precision: str | None) -> Any:
     """The Hugging Face causal language model in a folder or hub id, on the CPU; precision None is the stored one.
 
     Raises DataError in one line.
     """
+    use_cpu_where_there_is_no_gpu()
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from student_train.model import use_cpu_where_there_is_no_gpu
 from tests.caches import EOS_ID, NUM_SPECIAL
 
 VOCAB_SIZE = 300
@@ -29,6 +30,7 @@ def make_student(
 ) -> Path:
     """Writes a Llama of 2 layers and width 32 with random weights, in well under a second. Returns the folder."""
     logging.disable_progress_bar()
+    use_cpu_where_there_is_no_gpu()
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,

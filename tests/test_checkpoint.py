@@ -1,0 +1,108 @@
+"""Runs that end in the middle: killed, interrupted, resumed, on one rank or two; checkpoints that cannot be used."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared.config import Json, plain
+from shared.errors import CorruptError, DataError
+from student_train.checkpoint import find_state, latest_state
+from student_train.config import TrainConfig
+from student_train.engine import RANK_VARIABLES, Ranks
+from student_train.runfolder import RunFolder
+from tests.caches import SyntheticCache
+from tests.training import IGNORE_LIBRARY_WARNINGS, cache, losses_of, make_config, ranks, student, train_run
+
+__all__ = ["cache", "ranks", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+ROOT = Path(__file__).parent.parent
+LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 20}
+
+
+def test_killed_run_goes_on_bit_for_bit(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    """SIGKILL at some step, with dropout; the same command again gives the losses of a run that nothing happened to."""
+    config = make_config(tmp_path / "run", cache, student, LORA, eval=None)
+    process = _start(config)
+    _wait_for_steps(config, 8, process)
+    process.kill()
+    process.communicate()
+    reached = latest_state(RunFolder(config.run).checkpoints)
+    assert reached is not None
+    assert 0 < reached.step < reached.num_steps
+    resumed = _start(config)
+    _, said = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, said
+    assert f"going on after step {reached.step} of {reached.num_steps}" in said
+    whole = make_config(tmp_path / "whole", cache, student, LORA, eval=None)
+    assert losses_of(RunFolder(config.run).read_metrics()) == losses_of(train_run(whole, ranks))
+
+
+def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    """Two ranks at ZeRO 2 are interrupted politely, then one rank takes over through a universal checkpoint."""
+    stage: Json = {"epochs": 20, "clip_norm": 0.05}
+    whole = losses_of(train_run(make_config(tmp_path / "whole", cache, student, stage), ranks))
+    config = make_config(tmp_path / "run", cache, student, stage)
+    process = _start(config, "--nproc", "2")
+    _wait_for_steps(config, 6, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "interrupted; this goes on: student-train run" in said
+    assert "--nproc 2" in said
+    state = latest_state(RunFolder(config.run).checkpoints)
+    assert state is not None
+    assert state.num_ranks == 2
+    records = RunFolder(config.run).read_metrics()
+    assert len(records) == state.step < state.num_steps
+    assert losses_of(records) == pytest.approx(whole[: state.step], rel=1e-4)
+    assert losses_of(train_run(config, ranks)) == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_mistake_under_several_ranks_is_one_line(tmp_path: Path, cache: SyntheticCache, student: Path) -> None:
+    config = make_config(tmp_path / "run", cache, student)
+    process = _start(config, "--nproc", "3")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert said.startswith(
+        "student-train: stages: batch_tokens=512 of 'distill' holds 4 packs of 128 tokens, which do not"
+    )
+    assert said.count("\n") == 1
+
+
+def test_checkpoints_are_found_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no checkpoint yet"):
+        find_state(tmp_path, "last")
+    (tmp_path / "latest.json").write_text("{")
+    with pytest.raises(CorruptError, match="is not a checkpoint's state"):
+        find_state(tmp_path, "last")
+
+
+def _start(config: TrainConfig, *options: str) -> "subprocess.Popen[str]":
+    path = config.run.parent / "config.yaml"
+    path.write_text(yaml.safe_dump(plain(config)))
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environ = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "student_train.cli", "run", str(path), *options],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_steps(config: TrainConfig, num_steps: int, process: "subprocess.Popen[str]") -> None:
+    deadline_s = time.monotonic() + 300
+    while len(RunFolder(config.run).read_metrics()) < num_steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)

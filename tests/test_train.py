@@ -1,0 +1,240 @@
+"""Training in one process: agreement with a dense reference on unpacked sequences, resumption, stages, refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shared.config import Json
+from shared.errors import CacheConflict, ConfigError, StillroomError
+from student_train.checkpoint import find_state, tags
+from student_train.config import TrainConfig
+from student_train.engine import Ranks
+from student_train.eval_command import evaluate_config, evaluate_model
+from student_train.interrupt import StopRequest
+from student_train.runfolder import RunFolder
+from student_train.train import train
+from tests.caches import Chain, SyntheticCache
+from tests.students import make_student
+from tests.training import (
+    IGNORE_LIBRARY_WARNINGS,
+    cache,
+    losses_of,
+    make_config,
+    ranks,
+    student,
+    train_run,
+)
+
+__all__ = ["cache", "ranks", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+
+@pytest.mark.parametrize(
+    ("pack_tokens", "zero_stage", "attention"),
+    [(64, 2, "sdpa"), (1024, 1, "sdpa"), (256, 3, "eager"), (128, 0, "sdpa")],
+)
+def test_step_equals_dense_mean_over_unpacked_chains(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    pack_tokens: int,
+    zero_stage: int,
+    attention: str,
+) -> None:
+    """One step over everything: loss and gradient are those of each chain alone, averaged over all loss tokens."""
+    config = make_config(
+        tmp_path / "run",
+        cache,
+        student,
+        {"epochs": 1, "batch_tokens": 8192, "clip_norm": None},
+        data={"pack_tokens": pack_tokens},
+        engine={"zero_stage": zero_stage},
+        student={"attention": attention},
+    )
+    (record,) = train_run(config, ranks)
+    loss, kl, ce, grad_norm = _dense_reference(cache, student)
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["parts"]["forward_kl_tail_bucket"] == pytest.approx(kl, rel=1e-5)
+    assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+    assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(cache))
+    if zero_stage > 0:
+        assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [
+        ({"zero_stage": 2}, {}),
+        ({"zero_stage": 0, "precision": "bfloat16", "gradient_checkpointing": True}, {}),
+        ({"zero_stage": 3, "precision": "bfloat16"}, {"trainable": "head"}),
+        ({"zero_stage": 3}, {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}}),
+        ({"zero_stage": 2, "offload_optimizer": True}, {"weight_decay": 0.1}),
+    ],
+)
+def test_interrupted_run_goes_on_bit_for_bit(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
+) -> None:
+    whole = make_config(tmp_path / "whole", cache, student, stage, engine=engine)
+    parted = make_config(tmp_path / "parted", cache, student, stage, engine=engine)
+    expected = losses_of(train_run(whole, ranks))
+    assert losses_of(train_run(parted, ranks, stop_after=4)) == expected[:4]
+    assert losses_of(train_run(parted, ranks)) == expected
+    evals = [RunFolder(config.run).read_evals() for config in (whole, parted)]
+    assert evals[0] == evals[1]
+
+
+def test_what_a_kill_left_behind_is_swept_and_done_again(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    config = make_config(tmp_path / "run", cache, student)
+    expected = losses_of(train_run(make_config(tmp_path / "whole", cache, student), ranks))
+    train_run(config, ranks, stop_after=4)
+    run = RunFolder(config.run)
+    # As after a kill in the middle of step 6's line and of the checkpoint after it.
+    with run.metrics_path.open("a") as file:
+        file.write('{"stage_number": 0, "step": 5, "loss": 123.0}\n{"stage_number": 0, "st')
+    (run.checkpoints / "distill-000006.tmp").mkdir()
+    (run.checkpoints / "distill-000006.tmp" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
+    assert losses_of(train_run(config, ranks)) == expected
+    assert not list(run.checkpoints.glob("*.tmp"))
+
+
+def test_finished_run_is_left_as_it_is(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 2}, tensorboard=True)
+    first = train(config, ranks, StopRequest())
+    assert first == train(config, ranks, StopRequest())
+    assert first["num_steps"] == 2
+    assert list((config.run / "tensorboard").glob("events.*"))
+
+
+def test_keeps_the_last_checkpoints_and_the_best(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    config = make_config(
+        tmp_path / "run",
+        cache,
+        student,
+        # The rate rises to a ruinous one: the first evaluation is the best.
+        {"learning_rate": 1.0, "warmup_frac": 0.99, "clip_norm": None},
+        checkpoint={"every_steps": 1, "keep_last": 2},
+        eval={"every_steps": 1, "max_chains": 5},
+    )
+    train_run(config, ranks)
+    run = RunFolder(config.run)
+    evals = {one["step"]: one["forward_kl"] for one in run.read_evals() if one["step"] > 0}
+    best_step = min(evals, key=lambda step: evals[step])
+    assert find_state(run.checkpoints, "best").step == best_step
+    assert set(tags(run.checkpoints)) == {f"distill-{step:06d}" for step in {best_step, 6, 7}}
+    assert evaluate_config(config, None, "best")["forward_kl"] == pytest.approx(evals[best_step], rel=1e-5)
+
+
+def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    stages: list[Json] = [
+        {"name": "head", "trainable": "head", "max_steps": 2, "losses": {"cross_entropy": 1}},
+        {"name": "lora", "trainable": "lora", "max_steps": 3, "where": "split = 'train' AND source = 'sums'"},
+        {
+            "name": "all",
+            "max_steps": 2,
+            "losses": {
+                "forward_kl_tail_bucket": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}},
+                "jsd_tail_bucket": {"weight": {"kind": "linear", "start": 0.0, "end": 0.5}, "beta": 0.3},
+            },
+        },
+    ]
+    every_chain: Json = {"max_chains": None}
+    whole = make_config(tmp_path / "whole", cache, student, *stages, eval=every_chain)
+    parted = make_config(tmp_path / "parted", cache, student, *stages, eval=every_chain)
+    expected = train_run(whole, ranks)
+    train_run(parted, ranks, stop_after=4)
+    assert losses_of(train_run(parted, ranks)) == losses_of(expected)
+    assert [record["stage"] for record in expected] == ["head"] * 2 + ["lora"] * 3 + ["all"] * 2
+    assert [record["weights"]["jsd_tail_bucket"] for record in expected[5:]] == [0.0, 0.5]
+    # Each stage's model is a folder of its own, with the adapter merged: evaluated alone it is what the run saw.
+    for entry in RunFolder(whole.run).read_evals()[1:3]:
+        folder = _with_tokenizer(RunFolder(whole.run).model_after(entry["stage"]), student)
+        alone = evaluate_model(str(folder), [cache.root], None)
+        assert alone["num_tokens"] == entry["num_tokens"]
+        assert alone["forward_kl"] == pytest.approx(entry["forward_kl"], rel=1e-5)
+
+
+def test_another_meaning_is_refused_by_name(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    train_run(make_config(tmp_path / "run", cache, student, {"max_steps": 1}), ranks)
+    changed = make_config(tmp_path / "run", cache, student, {"max_steps": 1, "learning_rate": 2e-2})
+    with pytest.raises(ConfigError, match=r"stages\.0\.learning_rate=0\.01, now it is 0\.02"):
+        train(changed, ranks, StopRequest())
+    kept_longer = make_config(tmp_path / "run", cache, student, {"max_steps": 1}, checkpoint={"keep_last": 5})
+    train(kept_longer, ranks, StopRequest())
+
+
+def test_two_processes_never_train_one_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1})
+    with RunFolder(config.run).lock(), pytest.raises(CacheConflict, match="in use by another process"):
+        train(config, ranks, StopRequest())
+
+
+def test_loss_that_is_no_number_ends_the_run(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    broken = make_student(tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    model.save_pretrained(broken)
+    config = make_config(tmp_path / "run", cache, broken, eval=None)
+    with pytest.raises(StillroomError, match=r"the loss is nan at step 1 of 'distill': lower learning_rate"):
+        train(config, ranks, StopRequest())
+
+
+def _train_chains(cache: SyntheticCache) -> list[Chain]:
+    return [chain for chain in cache.chains if chain.split == "train"]
+
+
+def _dense_reference(cache: SyntheticCache, student: Path) -> tuple[float, float, float, float]:
+    """(loss, KL, CE, norm of the loss's gradient), each chain alone, from full float64 softmaxes."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    kl_sum = torch.zeros((), dtype=torch.float64)
+    ce_sum = torch.zeros((), dtype=torch.float64)
+    num_tokens = 0
+    for chain in _train_chains(cache):
+        ids = torch.tensor([*chain.prompt_ids, *chain.token_ids])
+        logits = model(ids[None]).logits[0].double()
+        logprobs_TV = logits[len(chain.prompt_ids) - 1 : -1].log_softmax(dim=-1)
+        sampled_T = torch.tensor(chain.token_ids, dtype=torch.int64)
+        ce_sum = ce_sum - logprobs_TV.gather(1, sampled_T[:, None]).sum()
+        start = 0
+        for token, count in enumerate(chain.signals.topk_n_T.tolist()):
+            support = torch.tensor(chain.signals.topk_ids_N[start : start + count], dtype=torch.int64)
+            teacher = torch.tensor(chain.signals.topk_logprobs_N[start : start + count]).double()
+            tail = torch.tensor(float(chain.signals.tail_logmass_T[token]), dtype=torch.float64)
+            outside = torch.ones(logprobs_TV.shape[1], dtype=torch.bool)
+            outside[support] = False
+            student_tail = logprobs_TV[token][outside].logsumexp(0)
+            kl_sum = kl_sum + (teacher.exp() * (teacher - logprobs_TV[token, support])).sum()
+            kl_sum = kl_sum + tail.exp() * (tail - student_tail)
+            start += count
+        num_tokens += len(chain.token_ids)
+    loss = (0.9 * kl_sum + 0.1 * ce_sum) / num_tokens
+    loss.backward()  # type: ignore[no-untyped-call]
+    norms = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None])
+    return (
+        float(loss.detach()),
+        float(kl_sum.detach()) / num_tokens,
+        float(ce_sum.detach()) / num_tokens,
+        float(norms.norm()),
+    )
+
+
+def _with_tokenizer(folder: Path, student: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((student / name).read_bytes())
+    return folder
+
+
+def test_config_is_kept_with_the_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1})
+    train(config, ranks, StopRequest())
+    kept: TrainConfig = RunFolder(config.run).read_config()
+    assert kept == config
