@@ -6,6 +6,7 @@ return.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import signal
@@ -15,23 +16,27 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from schemas.manifest import RunManifest, ShardHeader, Teacher
 from schemas.records import stable_hash
 from shared.catalog import SHARD_NAME, Catalog
 from shared.config import plain
-from shared.errors import CacheConflict, StillroomError
-from shared.log import Progress, note
+from shared.errors import CacheConflict, DataError, StillroomError
+from shared.log import Progress, note, warn
 from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import BuildConfig
 from teacher_cache.recorder import Recorded, Recorder
-from teacher_cache.requests import Engine, EngineInfo, Failed, Request
+from teacher_cache.requests import Engine, EngineInfo, Failed, Outcome, Request
 from teacher_cache.rows import RowMaker
 from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher
 
 METRICS_INTERVAL_S = 10.0
+SHOW_INTERVAL_S = 0.25
+OWN_LOCK_WAIT_S = 20.0
+"""Another worker holds this one's lock for a moment while it adopts what a crash left; a living worker keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +66,24 @@ class Build:
     def __init__(self, config: BuildConfig, teacher: IdentifiedTeacher, worker: str) -> None:
         """Opens or makes the cache and takes this worker's lock until `close`; recovers what a crash left behind.
 
-        Raises CacheConflict when another process works as this worker.
+        Raises CacheConflict when another process works as this worker, DataError when the cache cannot be written,
+        CorruptError when a registered file is damaged.
         """
         self.config, self.teacher, self.worker = config, teacher, worker
         self.run_id = run_id_of(config, teacher.record)
-        self.catalog = Catalog.create(config.cache)
-        self._chains = VisibleSamples(self.catalog.chains)
-        self._failures = VisibleSamples(self.catalog.failures)
-        self._locks = contextlib.ExitStack()
-        self._locks.enter_context(_lock(self._lock_path(worker), f"another process builds {self.run_id} as {worker}"))
-        self.num_adopted = self._recover()
-        self._chains.refresh()
-        self._failures.refresh()
+        with contextlib.ExitStack() as locks:
+            try:
+                self.catalog = Catalog.create(config.cache)
+                locks.enter_context(_lock(self._lock_path(worker), OWN_LOCK_WAIT_S))
+                self._chains = VisibleSamples(self.catalog.chains)
+                self._failures = VisibleSamples(self.catalog.failures)
+                self.num_adopted = self._recover()
+                self._chains.refresh()
+                self._failures.refresh()
+            except OSError as error:
+                problem = " ".join(str(error).split())
+                raise DataError(f"{config.cache} cannot be opened for writing: {problem}") from error
+            self._locks = locks.pop_all()
 
     def is_done(self, sample_id: str, *, retry_failures: bool) -> bool:
         """Whether this sample needs nothing more."""
@@ -122,9 +133,11 @@ class Build:
                 done = pending.num_skipped + recorder.recorded.num_chains + recorder.recorded.num_failures
                 progress.update(done, engine.num_tokens, _notes(recorder.recorded))
                 metrics.write(done, num_total, engine.num_tokens, recorder.recorded)
-            seconds = time.monotonic() - started_s
-        if loop.reason is not None and not stop.is_set():
-            raise StillroomError(loop.reason)
+            if loop.stopped is not None:
+                note(f"{loop.stopped}: making visible what is finished")
+        seconds = time.monotonic() - started_s
+        if loop.stopped is not None and not stop.is_set():
+            raise StillroomError(loop.stopped)
         return BuildResult(
             self.run_id,
             self.worker,
@@ -133,7 +146,7 @@ class Build:
             self.num_adopted,
             recorder.recorded,
             seconds,
-            loop.reason,
+            loop.stopped,
         )
 
     def _recover(self) -> int:
@@ -143,7 +156,7 @@ class Build:
             with contextlib.ExitStack() as stack:
                 if worker != self.worker:
                     try:
-                        stack.enter_context(_lock(self._lock_path(worker), ""))
+                        stack.enter_context(_lock(self._lock_path(worker), 0.0))
                     except CacheConflict:
                         continue
                 for table, visible in ((self.catalog.chains, self._chains), (self.catalog.failures, self._failures)):
@@ -218,6 +231,7 @@ class _Pending:
 
     def __init__(self, requests: Iterable[Request | LoadFailure], is_done: Callable[[str], bool]) -> None:
         self.num_skipped = 0
+        self._taken: set[str] = set()
         self._left = self._undone(iter(requests), is_done)
         self._next = next(self._left, None)
 
@@ -233,14 +247,16 @@ class _Pending:
         self, requests: Iterator[Request | LoadFailure], is_done: Callable[[str], bool]
     ) -> Iterator[Request | LoadFailure]:
         for request in requests:
-            if is_done(request.sample_id):
+            # The same request twice is one row: within a shard nobody would find the second.
+            if is_done(request.sample_id) or request.sample_id in self._taken:
                 self.num_skipped += 1
             else:
+                self._taken.add(request.sample_id)
                 yield request
 
 
 class _Loop:
-    """Keeps the engine full and hands over what it finishes; `reason` says why it ended before its work was done."""
+    """Keeps the engine full and hands over what it finishes; `stopped` says why it ended before its work was done."""
 
     def __init__(
         self,
@@ -250,20 +266,22 @@ class _Loop:
         max_consecutive: int | None,
         stop: threading.Event,
     ) -> None:
-        self.reason: str | None = None
+        self.stopped: str | None = None
         self._engine, self._pending, self._recorder = engine, pending, recorder
         self._max_consecutive, self._stop = max_consecutive, stop
         self._consecutive = 0
 
     def __iter__(self) -> Iterator[None]:
-        while self.reason is None and (self._fill() or self._engine.num_unfinished):
-            if self._stop.is_set():
-                self.reason = "interrupted"
-                return
-            for outcome in self._engine.step():
-                self._count(outcome.message if isinstance(outcome, Failed) else None)
+        """Comes back SHOW_INTERVAL_S apart, for progress, and once at the end."""
+        shown_s = 0.0
+        while self.stopped is None and (self._fill() or self._engine.num_unfinished):
+            for outcome in self._step():
+                self._count(outcome)
                 self._recorder.put(outcome)
-            yield
+            if time.monotonic() - shown_s >= SHOW_INTERVAL_S:
+                yield
+                shown_s = time.monotonic()
+        yield
 
     def _fill(self) -> bool:
         """Submits while the engine has room; whether there is still something to submit."""
@@ -275,11 +293,24 @@ class _Loop:
                 self._engine.submit(request)
         return not self._pending.is_empty()
 
-    def _count(self, failure: str | None) -> None:
-        self._consecutive = 0 if failure is None else self._consecutive + 1
-        if self._max_consecutive is not None and self._consecutive >= self._max_consecutive:
-            self.reason = (
-                f"{self._consecutive} prompts in a row failed, the last with: {failure} "
+    def _step(self) -> list[Outcome]:
+        try:
+            outcomes = self._engine.step()
+        except StillroomError:
+            # Ctrl-C reaches the engine's processes too: that they are gone is no news then.
+            if not self._stop.is_set():
+                raise
+            outcomes = []
+        if self._stop.is_set():
+            self.stopped = "interrupted"
+        return outcomes
+
+    def _count(self, outcome: Outcome) -> None:
+        self._consecutive = self._consecutive + 1 if isinstance(outcome, Failed) else 0
+        limit = self._max_consecutive
+        if isinstance(outcome, Failed) and limit is not None and self._consecutive >= limit and self.stopped is None:
+            self.stopped = (
+                f"{self._consecutive} prompts in a row failed, the last with: {outcome.message} "
                 "(failures.max_consecutive is the limit; failed prompts are retried with --retry-failures)"
             )
 
@@ -331,17 +362,32 @@ def _notes(recorded: Recorded) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, conflict: str) -> Iterator[None]:
-    """Holds an exclusive lock that ends with the process. Raises CacheConflict when another has it."""
+def _lock(path: Path, wait_s: float) -> Iterator[None]:
+    """Holds an exclusive lock that ends with the process. Raises CacheConflict when another keeps it over `wait_s`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheConflict(
-                f"{conflict} ({path} is locked): wait for it, or give workers numbers (--worker I/N)"
-            ) from error
+        deadline_s = time.monotonic() + wait_s
+        while not _try_lock(stream, path):
+            if time.monotonic() >= deadline_s:
+                raise CacheConflict(
+                    f"another process builds as this worker ({path} is locked): wait for it, or give each process its "
+                    "own share with --worker I/N"
+                )
+            time.sleep(0.1)
         yield
+
+
+def _try_lock(stream: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # Some network file systems have no locks. The commit protocol still keeps every row single.
+        warn(f"{path.parent} cannot be locked ({error.strerror}): make sure that no two processes are the same worker")
+    return True
 
 
 @contextlib.contextmanager
@@ -354,8 +400,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        # Nothing is printed here: the signal may have come in the middle of a print.
         stop.set()
-        note("stopping: making visible what is finished (again to stop at once)")
         for each, handler in before.items():
             signal.signal(each, handler)
 
