@@ -1,0 +1,99 @@
+"""The whole line on a tiny teacher, by the two programs themselves, once a test session: real vLLM, real DeepSpeed.
+
+`run_line` leaves in its folder what `make demo` leaves in a checkout: benchmarks/demo/*.yaml and runs/demo/ with
+teacher, cache, student, run and export. The teacher is tests.tiny's; everything else is the product.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny import make_tiny_teacher
+
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""vLLM compiles nothing: the tiny model is generated sooner than compiled."""
+
+
+@dataclass
+class Line:
+    """A folder in which the line was run, and the JSON results of its commands by name."""
+
+    folder: Path
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def program(self, *command: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
+        """Runs one of the two programs in the folder; fails with its stderr when the exit code is another."""
+        ended = subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=self.folder,
+            env={**os.environ, **FAST_ENGINE, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert ended.returncode == expect, f"{command} ended with {ended.returncode}:\n{ended.stderr[-4000:]}"
+        return ended
+
+    def step(self, name: str, *command: str) -> dict[str, Any]:
+        """Runs a command with --json and keeps its result."""
+        self.results[name] = json.loads(self.program(*command, "--json").stdout)
+        return self.results[name]
+
+
+def run_line(folder: Path) -> Line:
+    """Plan, build (twice: the second finds everything done), verify, cut, train on two ranks, evaluate, export."""
+    line = Line(folder)
+    configs = folder / "benchmarks" / "demo"
+    configs.mkdir(parents=True)
+    (configs / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
+    (configs / "student.yaml").write_text(yaml.safe_dump(STUDENT))
+    make_tiny_teacher(folder / "runs" / "demo" / "teacher")
+    teacher, student = "benchmarks/demo/teacher.yaml", "benchmarks/demo/student.yaml"
+    line.step("plan", "teacher-cache", "plan", teacher)
+    line.step("build", "teacher-cache", "build", teacher)
+    line.step("again", "teacher-cache", "build", teacher)
+    line.step("verify", "teacher-cache", "verify", "runs/demo/cache")
+    line.step("init", "student-train", "init", student)
+    line.step("train", "student-train", "run", student, "--nproc", "2")
+    line.step("eval", "student-train", "eval", student)
+    line.step("export", "student-train", "export", student, "--out", "runs/demo/export")
+    return line
+
+
+TEACHER: dict[str, Any] = {
+    "cache": "runs/demo/cache",
+    "run": "demo",
+    "teacher": {"model": "runs/demo/teacher"},
+    "prompts": {
+        "heldout_frac": 0.25,
+        "sources": [
+            {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": 16},
+            {"kind": "reasoning_gym", "name": "letters", "task": "letter_counting", "size": 16, "limit": 14},
+        ],
+    },
+    "sampling": {"temperature": 0.7, "top_p": 0.9, "max_tokens": 24, "samples": 2},
+    "capture": {"codec": "topk-f32", "max_support": 64, "nucleus": None},
+    "engine": {"dtype": "float32", "max_num_seqs": 16, "enforce_eager": True, "kv_cache_gb": 0.25},
+    "shard": {"row_group_tokens": 300},
+}
+
+STUDENT: dict[str, Any] = {
+    "run": "runs/demo/run",
+    "student": {
+        "model": "runs/demo/student",
+        "init": {"teacher": "runs/demo/teacher", "layers": 1},
+    },
+    "data": {"caches": ["runs/demo/cache"], "where": "split = 'train'", "pack_tokens": 512},
+    "stages": [{"epochs": 6, "batch_tokens": 1024, "learning_rate": 2e-3}],
+    "engine": {"precision": "float32", "zero_stage": 2},
+    "checkpoint": {"every_steps": 2},
+}
