@@ -13,7 +13,6 @@ what its resident set grew by, at the peak. The last line is one JSON object; wi
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,14 +97,21 @@ def measure_plan(folder: Path, num_chains: int, pack_tokens: int) -> Result:
 
 
 def _plan(path: Path, pack_tokens: int) -> Result:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux hands the high-water mark on to children: reset it.
+    Path("/proc/self/clear_refs").write_text("5")
+    before_kib = _status_kib("VmRSS")
     started_s = time.perf_counter()
     plans = EpochPlans(load_selection(path), PlanSpec(pack_tokens), num_epochs=None)
     num_packs = plans.num_packs(0)
     seconds = time.perf_counter() - started_s
-    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown_kib = _status_kib("VmHWM") - before_kib
     fill_frac = int(plans.pieces.num_tokens_P.sum(dtype=np.int64)) / (num_packs * pack_tokens)
     return {"plan_seconds": round(seconds, 3), "plan_mib": round(grown_kib / 1024, 1), "fill_frac": round(fill_frac, 4)}
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _stream(selection: Selection, pack_tokens: int, *, with_signals: bool) -> tuple[StreamStats, float]:

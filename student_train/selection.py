@@ -6,8 +6,8 @@ R selected chains, G row groups that hold some of them
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from schemas.records import Float32, Int32
 from shared.errors import ConfigError, CorruptError, DataError
@@ -136,12 +136,13 @@ def totals_of(rows: pa.Table) -> dict[str, int]:
 
 def write_selection(path: Path, rows: pa.Table, header: SelectionHeader) -> Selection:
     """Writes rows (SCHEMA, ordered by cache, file, row group, row) and header, hash filled in, to `path`."""
-    rows = rows.cast(SCHEMA).combine_chunks()
-    header = header.model_copy(update={"hash": _hash(rows, header)})
-    table = rows.replace_schema_metadata({METADATA_KEY: header.model_dump_json().encode()})
+    rows = rows.cast(SCHEMA)
+    selection = _selection(path, rows.column, header, None)
+    selection = replace(selection, header=header.model_copy(update={"hash": _hash(selection)}))
+    table = rows.replace_schema_metadata({METADATA_KEY: selection.header.model_dump_json().encode()})
     with atomic_path(path) as temp:
         pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
-    return _selection(path, rows, header, None)
+    return selection
 
 
 def load_selection(path: Path, roots: Sequence[Path] | None = None) -> Selection:
@@ -152,18 +153,25 @@ def load_selection(path: Path, roots: Sequence[Path] | None = None) -> Selection
     if not path.exists():
         raise DataError(f"{path} does not exist: a run freezes its selection when it starts")
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        header = SelectionHeader.model_validate_json((table.schema.metadata or {})[METADATA_KEY])
-        rows = table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA).combine_chunks()
-    except (pa.ArrowException, OSError, KeyError, ValidationError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["file"]) as file:
+            header = SelectionHeader.model_validate_json((file.schema_arrow.metadata or {})[METADATA_KEY])
+            if header.format_version > SELECTION_FORMAT:
+                raise DataError(
+                    f"{path} has format {header.format_version}, above {SELECTION_FORMAT}: upgrade this program"
+                )
+            if roots is not None and len(roots) != len(header.caches):
+                raise ConfigError(f"{path} selects from {len(header.caches)} caches, {len(roots)} were named")
+
+            def column(name: str) -> pa.ChunkedArray:
+                # One at a time, as the strings are most of the bytes.
+                return file.read(columns=[name], use_threads=False).column(0)
+
+            selection = _selection(path, column, header, roots)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptError(f"{path} is not a readable selection: {str(error).strip().splitlines()[0]}") from error
-    if header.format_version > SELECTION_FORMAT:
-        raise DataError(f"{path} has format {header.format_version}, this program reads {SELECTION_FORMAT}: upgrade it")
-    if _hash(rows, header) != header.hash:
+    if _hash(selection) != header.hash:
         raise CorruptError(f"{path} does not have the hash that its header names: it was changed after it was frozen")
-    if roots is not None and len(roots) != len(header.caches):
-        raise ConfigError(f"{path} selects from {len(header.caches)} caches, {len(roots)} were named")
-    return _selection(path, rows, header, roots)
+    return selection
 
 
 def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
@@ -184,32 +192,43 @@ def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
     return np.ascontiguousarray(bytes_R8).view(">u8")[:, 0].astype(np.uint64)
 
 
-def _selection(path: Path, rows: pa.Table, header: SelectionHeader, roots: Sequence[Path] | None) -> Selection:
+def _selection(
+    path: Path, column: Callable[[str], pa.ChunkedArray], header: SelectionHeader, roots: Sequence[Path] | None
+) -> Selection:
     places = list(roots) if roots is not None else [Path(cache.root) for cache in header.caches]
     folders = (
         [path.parent / header.text] * len(places) if header.text is not None else [root / "chains" for root in places]
     )
-    encoded = _array(rows.column("file")).dictionary_encode()
-    cache_R, file_R = rows.column("cache").to_numpy(), encoded.indices.to_numpy()
-    group_rows_R = rows.column("row_group").to_numpy()
-    # Rows come ordered by group, so a group starts wherever one of the three numbers changes.
-    changes_R = np.ones(len(cache_R), bool)
-    changes_R[1:] = (np.diff(cache_R) != 0) | (np.diff(file_R) != 0) | (np.diff(group_rows_R) != 0)
+    cache_R, row_group_R = _numbers(column("cache")), _numbers(column("row_group"))
+    names = _array(column("file").cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries())
+    # Rows come ordered by file and row group, so one begins wherever a number changes.
+    file_changes_R = _changes(cache_R) | _changes(names.indices.to_numpy())
+    changes_R = file_changes_R | _changes(row_group_R)
     starts_G = np.flatnonzero(changes_R)
     return Selection(
         header=header,
         folders=folders,
-        files=encoded.dictionary.to_pylist(),
+        files=names.take(pa.array(np.flatnonzero(file_changes_R))).to_pylist(),
         cache_G=cache_R[starts_G].astype(np.int32),
-        file_G=file_R[starts_G].astype(np.int32),
-        row_group_G=group_rows_R[starts_G],
-        group_R=(np.cumsum(changes_R) - 1).astype(np.int32),
-        row_in_group_R=rows.column("row_in_group").to_numpy(),
-        key_R=keys_of(rows.column("sample_id"), str(path)),
-        num_prompt_R=rows.column("num_prompt_tokens").to_numpy(),
-        num_tokens_R=rows.column("num_tokens").to_numpy(),
-        weight_R=rows.column("weight").to_numpy(),
+        file_G=(np.cumsum(file_changes_R) - 1)[starts_G].astype(np.int32),
+        row_group_G=row_group_R[starts_G],
+        group_R=np.cumsum(changes_R, dtype=np.int32) - np.int32(1),
+        row_in_group_R=_numbers(column("row_in_group")),
+        key_R=keys_of(column("sample_id"), str(path)),
+        num_prompt_R=_numbers(column("num_prompt_tokens")),
+        num_tokens_R=_numbers(column("num_tokens")),
+        weight_R=_numbers(column("weight")),
     )
+
+
+def _changes(numbers_R: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    changes_R = np.ones(len(numbers_R), bool)
+    changes_R[1:] = numbers_R[1:] != numbers_R[:-1]
+    return changes_R
+
+
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    return np.asarray(_array(column).to_numpy(zero_copy_only=False))
 
 
 def _nibbles() -> npt.NDArray[np.uint8]:
@@ -227,16 +246,15 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
     return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
-def _hash(rows: pa.Table, header: SelectionHeader) -> str:
+def _hash(selection: Selection) -> str:
+    """Of the header except where the caches lie, and of all that the selection holds in memory."""
     digest = hashlib.blake2b(digest_size=16)
-    about: dict[str, Any] = header.model_dump(mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}})
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    for name in SCHEMA.names:
-        array = _array(rows.column(name))
-        if not pa.types.is_string(array.type):
-            digest.update(array.to_numpy(zero_copy_only=False).tobytes())
-            continue
-        encoded = array.dictionary_encode()
-        digest.update("\n".join(encoded.dictionary.to_pylist()).encode())
-        digest.update(encoded.indices.to_numpy().tobytes())
+    about: dict[str, Any] = selection.header.model_dump(
+        mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}}
+    )
+    digest.update(json.dumps([about, selection.files], sort_keys=True).encode())
+    groups = (selection.cache_G, selection.file_G, selection.row_group_G, selection.group_R, selection.row_in_group_R)
+    chains = (selection.key_R, selection.num_prompt_R, selection.num_tokens_R, selection.weight_R)
+    for array in (*groups, *chains):
+        digest.update(array.tobytes())
     return digest.hexdigest()
