@@ -88,6 +88,16 @@ class Session:
         reader = self._run(cursor, lambda: _start(cursor, query, rows_per_batch))
         return pa.RecordBatchReader.from_batches(reader.schema, self._pull(cursor, reader))
 
+    def relation(self, query: str) -> "duckdb.DuckDBPyRelation":
+        """The query as a DuckDB relation, run when it is asked for rows. Raises ConfigError as `batches` does."""
+        import duckdb
+
+        cursor = self.connection.cursor()
+        try:
+            return cursor.sql(_require_select(cursor, query))
+        except duckdb.Error as error:
+            raise query_error(error) from error
+
     def statements(self, text: str) -> list[str]:
         """The statements in `text`, which `;` ends. Raises ConfigError where one cannot be parsed."""
         import duckdb

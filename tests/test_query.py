@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_early_is_no_error(cache: SyntheticCache) -> None:
     process.stderr.close()
 
 
-def read_until(terminal: int, words: bytes, limit_s: float = 60) -> bytes:
+def read_until(terminal: int, words: bytes, limit_s: float = 240) -> bytes:
     seen, end_s = b"", time.monotonic() + limit_s
     while words not in seen:
         assert select.select([terminal], [], [], end_s - time.monotonic())[0], seen
@@ -273,15 +273,18 @@ def test_ctrl_c_ends_a_query_on_a_real_terminal_and_ctrl_d_leaves(cache: Synthet
             os.write(
                 terminal, b"SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = -3;\r"
             )
-            read_until(terminal, b"-3;")
-            time.sleep(0.5)
-            os.write(terminal, b"\x03")
-            read_until(terminal, b"interrupted")
+            seen, tries = b"", 0
+            while b"interrupted" not in seen:
+                # The first Ctrl-C may come while the prompt still owns the keyboard.
+                assert (tries := tries + 1) < 240, seen
+                os.write(terminal, b"\x03")
+                if select.select([terminal], [], [], 1.0)[0]:
+                    seen += os.read(terminal, 65536)
             os.write(terminal, b"SELECT 6 * 7 AS answer, chr(27) || '[2J' AS wipe;\r")
             read_until(terminal, b"\\x1b[2J")
             read_until(terminal, b"sql>")
             os.write(terminal, b"\x04")
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=240) == 0
         finally:
             process.kill()
             os.close(terminal)
