@@ -1,0 +1,120 @@
+"""Checkpoints as Hugging Face folders: weights, tokenizer, card; merged or adapter only; evaluated as they came out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shared.config import Json
+from shared.errors import ConfigError, DataError
+from shared.tokens import fingerprint_template, fingerprint_tokenizer
+from student_train.checkpoint import CheckpointState, find_state
+from student_train.config import TrainConfig
+from student_train.engine import Ranks
+from student_train.eval_command import evaluate_config, evaluate_model
+from student_train.export import cache_tokenizer, export, trained_model
+from student_train.runfolder import RunFolder
+from student_train.selection import Selection, load_selection
+from tests.caches import SyntheticCache
+from tests.students import make_student, make_tokenizer
+from tests.training import IGNORE_LIBRARY_WARNINGS, cache, make_config, ranks, student, train_run
+
+__all__ = ["cache", "ranks", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+
+@pytest.fixture
+def own_tokenizer(monkeypatch: pytest.MonkeyPatch, student: Path) -> None:
+    """Lets the synthetic cache, whose fingerprints are invented, have the student's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    ours = fingerprint_tokenizer(tokenizer), fingerprint_template(tokenizer)
+
+    def with_fingerprints(path: Path, roots: list[Path] | None = None) -> Selection:
+        selection = load_selection(path, roots)
+        header = selection.header.model_copy(
+            update={"tokenizer_fingerprints": [ours[0]], "template_fingerprints": [ours[1]]}
+        )
+        return replace(selection, header=header)
+
+    monkeypatch.setattr("student_train.export.load_selection", with_fingerprints)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [({"zero_stage": 2}, {}), ({"zero_stage": 3, "precision": "bfloat16"}, {}), ({}, {"trainable": "lora"})],
+)
+@pytest.mark.usefixtures("own_tokenizer")
+def test_exported_folder_is_the_student_that_the_run_saw(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
+) -> None:
+    config = _trained(tmp_path, cache, student, ranks, engine, stage)
+    out = tmp_path / "out"
+    result = export(config, _last(config), out, adapter_only=False, tokenizer=None)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert result["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert list(out.glob("*.safetensors"))
+    assert AutoTokenizer.from_pretrained(out).chat_template == make_tokenizer().chat_template
+    card = (out / "README.md").read_text()
+    for said in ("synthetic-teacher", "split = 'train'", "forward_kl_tail_bucket", "KL(teacher, student)"):
+        assert said in card
+    seen = RunFolder(config.run).read_evals()[-1]
+    tolerance = 1e-2 if engine.get("precision") == "bfloat16" else 1e-5
+    assert evaluate_model(str(out), [cache.root], None)["forward_kl"] == pytest.approx(
+        seen["forward_kl"], rel=tolerance
+    )
+    assert evaluate_config(config, None, "last")["forward_kl"] == pytest.approx(seen["forward_kl"], rel=tolerance)
+    before = RunFolder(config.run).read_evals()[0]
+    assert evaluate_config(config, None, "initial")["forward_kl"] == pytest.approx(before["forward_kl"], rel=1e-5)
+    with pytest.raises(ConfigError, match="exists already"):
+        export(config, _last(config), out, adapter_only=False, tokenizer=None)
+
+
+@pytest.mark.usefixtures("own_tokenizer")
+def test_adapter_alone_gives_the_merged_logits(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    config = _trained(tmp_path, cache, student, ranks, {}, {"trainable": "lora"})
+    export(config, _last(config), tmp_path / "adapter", adapter_only=True, tokenizer=None)
+    assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), str(tmp_path / "adapter"))
+    ids = torch.arange(3, 30)[None]
+    merged = trained_model(config, _last(config), merged=True)
+    assert torch.allclose(loaded(ids).logits, merged(ids).logits, atol=1e-5)
+
+
+def test_tokenizer_that_nobody_has_is_refused(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    config = _trained(tmp_path, cache, student, ranks, {}, {})
+    with pytest.raises(DataError, match="name the folder that has it with --tokenizer"):
+        export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
+    selection = load_selection(RunFolder(config.run).selection_path("distill"))
+    with pytest.raises(ConfigError, match="is not the cache's"):
+        cache_tokenizer(config, selection, str(student))
+    with pytest.raises(ConfigError, match="--adapter-only needs a LoRA checkpoint"):
+        export(config, _last(config), tmp_path / "out", adapter_only=True, tokenizer=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_student_with_fewer_rows_learns_the_padded_ids_too(tmp_path: Path, cache: SyntheticCache, ranks: Ranks) -> None:
+    """Relatives differ in how far they pad their embeddings."""
+    narrow = make_student(tmp_path / "narrow", vocab_size=290, tokenizer=make_tokenizer(), tied=False)
+    config = _trained(tmp_path, cache, narrow, ranks, {}, {})
+    model = trained_model(config, _last(config), merged=True)
+    assert model.get_output_embeddings().weight.shape[0] == 300
+
+
+def _trained(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
+) -> TrainConfig:
+    short: Json = {"epochs": 1, "max_steps": 2, "learning_rate": 0.05, **stage}
+    config = make_config(tmp_path / "run", cache, student, short, engine=engine, eval={"max_chains": None})
+    train_run(config, ranks)
+    return config
+
+
+def _last(config: TrainConfig) -> CheckpointState:
+    return find_state(RunFolder(config.run).checkpoints, "last")
