@@ -6,35 +6,31 @@ return.
 """
 
 import contextlib
-import errno
-import fcntl
-import json
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO
 
 from schemas.manifest import RunManifest, ShardHeader, Teacher
 from schemas.records import stable_hash
 from shared.catalog import SHARD_NAME, Catalog
 from shared.config import plain
 from shared.errors import CacheConflict, DataError, StillroomError
-from shared.log import Progress, note, warn
+from shared.log import Progress, note
 from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import BuildConfig
+from teacher_cache.generate import Loop, Pending
+from teacher_cache.interrupt import stop_on_signals
+from teacher_cache.locks import worker_lock
+from teacher_cache.metrics import MetricsLog
 from teacher_cache.recorder import Recorded, Recorder
-from teacher_cache.requests import Engine, EngineInfo, Failed, Outcome, Request
+from teacher_cache.requests import Engine, EngineInfo, Request
 from teacher_cache.rows import RowMaker
 from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher
 
-METRICS_INTERVAL_S = 10.0
-SHOW_INTERVAL_S = 0.25
 OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this one's lock for a moment while it adopts what a crash left; a living worker keeps it."""
 
@@ -74,7 +70,7 @@ class Build:
         with contextlib.ExitStack() as locks:
             try:
                 self.catalog = Catalog.create(config.cache)
-                locks.enter_context(_lock(self._lock_path(worker), OWN_LOCK_WAIT_S))
+                locks.enter_context(worker_lock(self._lock_path(worker), OWN_LOCK_WAIT_S))
                 self._chains = VisibleSamples(self.catalog.chains)
                 self._failures = VisibleSamples(self.catalog.failures)
                 self.num_adopted = self._recover()
@@ -102,14 +98,14 @@ class Build:
         Raises StillroomError after making visible what is finished: when the engine dies, or after
         `failures.max_consecutive` failures in a row.
         """
-        pending = _Pending(requests, lambda sample_id: self.is_done(sample_id, retry_failures=retry_failures))
+        pending = Pending(requests, lambda sample_id: self.is_done(sample_id, retry_failures=retry_failures))
         if pending.is_empty():
             return BuildResult(
                 self.run_id, self.worker, num_total, pending.num_skipped, self.num_adopted, Recorded(), 0.0, None
             )
         engine = start_engine()
         try:
-            with _stop_on_signals() as stop:
+            with stop_on_signals() as stop:
                 return self._generate(engine, pending, num_total, stop)
         finally:
             engine.close()
@@ -118,7 +114,7 @@ class Build:
         """Gives the worker's lock back."""
         self._locks.close()
 
-    def _generate(self, engine: Engine, pending: "_Pending", num_total: int, stop: threading.Event) -> BuildResult:
+    def _generate(self, engine: Engine, pending: Pending, num_total: int, stop: threading.Event) -> BuildResult:
         self._describe_run(engine.info)
         rows = RowMaker(self.teacher.tokenizer, self.config.capture, self.config.reasoning, self.run_id, self.worker)
         header = self._header(engine.info)
@@ -126,9 +122,9 @@ class Build:
         with (
             Recorder(self.catalog, header, self.config.shard, rows, self._chains, self._failures) as recorder,
             Progress("build", num_total, "chains", done_before=pending.num_skipped) as progress,
-            _Metrics(self.config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
+            MetricsLog(self.config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
         ):
-            loop = _Loop(engine, pending, recorder, self.config.failures.max_consecutive, stop)
+            loop = Loop(engine, pending, recorder, self.config.failures.max_consecutive, stop)
             for _ in loop:
                 done = pending.num_skipped + recorder.recorded.num_chains + recorder.recorded.num_failures
                 progress.update(done, engine.num_tokens, _notes(recorder.recorded))
@@ -156,7 +152,7 @@ class Build:
             with contextlib.ExitStack() as stack:
                 if worker != self.worker:
                     try:
-                        stack.enter_context(_lock(self._lock_path(worker), 0.0))
+                        stack.enter_context(worker_lock(self._lock_path(worker), 0.0))
                     except CacheConflict:
                         continue
                 for table, visible in ((self.catalog.chains, self._chains), (self.catalog.failures, self._failures)):
@@ -226,189 +222,8 @@ def run_id_of(config: BuildConfig, teacher: Teacher) -> str:
     return f"{config.run}_{stable_hash('run', *meaning)[:8]}"
 
 
-class _Pending:
-    """Requests that are not done, read one ahead; load failures in between. Iterated once."""
-
-    def __init__(self, requests: Iterable[Request | LoadFailure], is_done: Callable[[str], bool]) -> None:
-        self.num_skipped = 0
-        self._taken: set[str] = set()
-        self._left = self._undone(iter(requests), is_done)
-        self._next = next(self._left, None)
-
-    def is_empty(self) -> bool:
-        return self._next is None
-
-    def take(self) -> Request | LoadFailure | None:
-        """The next one, None at the end."""
-        taken, self._next = self._next, next(self._left, None) if self._next is not None else None
-        return taken
-
-    def _undone(
-        self, requests: Iterator[Request | LoadFailure], is_done: Callable[[str], bool]
-    ) -> Iterator[Request | LoadFailure]:
-        for request in requests:
-            # The same request twice is one row: within a shard nobody would find the second.
-            if is_done(request.sample_id) or request.sample_id in self._taken:
-                self.num_skipped += 1
-            else:
-                self._taken.add(request.sample_id)
-                yield request
-
-
-class _Loop:
-    """Keeps the engine full and hands over what it finishes; `stopped` says why it ended before its work was done."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        pending: _Pending,
-        recorder: Recorder,
-        max_consecutive: int | None,
-        stop: threading.Event,
-    ) -> None:
-        self.stopped: str | None = None
-        self._engine, self._pending, self._recorder = engine, pending, recorder
-        self._max_consecutive, self._stop = max_consecutive, stop
-        self._consecutive = 0
-
-    def __iter__(self) -> Iterator[None]:
-        """Comes back SHOW_INTERVAL_S apart, for progress, and once at the end."""
-        shown_s = 0.0
-        while self.stopped is None and (self._fill() or self._engine.num_unfinished):
-            for outcome in self._step():
-                self._count(outcome)
-                self._recorder.put(outcome)
-            if time.monotonic() - shown_s >= SHOW_INTERVAL_S:
-                yield
-                shown_s = time.monotonic()
-        yield
-
-    def _fill(self) -> bool:
-        """Submits while the engine has room; whether there is still something to submit."""
-        while self._engine.has_room() and not self._pending.is_empty():
-            request = self._pending.take()
-            if isinstance(request, LoadFailure):
-                self._recorder.put(request)
-            elif request is not None:
-                self._engine.submit(request)
-        return not self._pending.is_empty()
-
-    def _step(self) -> list[Outcome]:
-        try:
-            outcomes = self._engine.step()
-        except StillroomError:
-            # Ctrl-C reaches the engine's processes too: that they are gone is no news then.
-            if not self._stop.is_set():
-                raise
-            outcomes = []
-        if self._stop.is_set():
-            self.stopped = "interrupted"
-        return outcomes
-
-    def _count(self, outcome: Outcome) -> None:
-        self._consecutive = self._consecutive + 1 if isinstance(outcome, Failed) else 0
-        limit = self._max_consecutive
-        if isinstance(outcome, Failed) and limit is not None and self._consecutive >= limit and self.stopped is None:
-            self.stopped = (
-                f"{self._consecutive} prompts in a row failed, the last with: {outcome.message} "
-                "(failures.max_consecutive is the limit; failed prompts are retried with --retry-failures)"
-            )
-
-
-class _Metrics:
-    """Appends one JSON line every METRICS_INTERVAL_S and one at the end, for those who watch many workers."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("a", encoding="utf-8")
-        self._started_s = time.monotonic()
-        self._written_s = 0.0
-        self._last: dict[str, object] | None = None
-
-    def __enter__(self) -> "_Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._last is not None:
-            self._append(self._last)
-        self._stream.close()
-
-    def write(self, done: int, total: int, num_tokens: int, recorded: Recorded) -> None:
-        """Takes the state; writes it when the interval is over."""
-        seconds = time.monotonic() - self._started_s
-        self._last = {
-            "time": time.time(),
-            "seconds": seconds,
-            "num_done": done,
-            "num_total": total,
-            "num_tokens": num_tokens,
-            "tokens_per_s": num_tokens / seconds if seconds > 0 else 0.0,
-            "bytes_per_token": recorded.bytes_per_token,
-            **asdict(recorded),
-        }
-        if seconds - self._written_s >= METRICS_INTERVAL_S:
-            self._append(self._last)
-            self._written_s = seconds
-
-    def _append(self, line: dict[str, object]) -> None:
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
-
-
 def _notes(recorded: Recorded) -> dict[str, str]:
     notes = {"failed": str(recorded.num_failures)}
     if recorded.bytes_per_token is not None:
         return {"": f"{recorded.bytes_per_token:.0f} B/token", **notes}
     return notes
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait_s: float) -> Iterator[None]:
-    """Holds an exclusive lock that ends with the process. Raises CacheConflict when another keeps it over `wait_s`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        deadline_s = time.monotonic() + wait_s
-        while not _try_lock(stream, path):
-            if time.monotonic() >= deadline_s:
-                raise CacheConflict(
-                    f"another process builds as this worker ({path} is locked): wait for it, or give each process its "
-                    "own share with --worker I/N"
-                )
-            time.sleep(0.1)
-        yield
-
-
-def _try_lock(stream: IO[str], path: Path) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        # Some network file systems have no locks. The commit protocol still keeps every row single.
-        warn(f"{path.parent} cannot be locked ({error.strerror}): make sure that no two processes are the same worker")
-    return True
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Turns the first SIGINT or SIGTERM into an event; the second one acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        # Nothing is printed here: the signal may have come in the middle of a print.
-        stop.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
