@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.manifest import ShardHeader
@@ -46,16 +47,21 @@ def open_cache(root: str | Path, chains_version: int | None = None, verdicts_ver
 class Sample:
     """One chain with its decoded distributions.
 
-    `chain` is its row of the view `chains`, `messages` the prompt, token_ids_T int32 the completion, `pieces_T` the
-    text of each token alone; `signals` the stored distributions, `header` what the shard says of them.
+    `chain` is its row of the view `chains`, `messages` the prompt, token_ids_T int32 the completion; `signals` the
+    stored distributions, `header` what the shard says of them; `piece_of` the text of every token and candidate alone.
     """
 
     chain: dict[str, Any]
     messages: Sequence[dict[str, str]]
     token_ids_T: Int32
-    pieces_T: list[str]
     signals: Signals
     header: ShardHeader
+    piece_of: dict[int, str]
+
+    @property
+    def pieces_T(self) -> list[str]:
+        """The text of each completion token alone."""
+        return [self.piece_of[token] for token in self.token_ids_T.tolist()]
 
     def dense(self, k: int | None = None) -> tuple[Int32, Float32]:
         """ids_TK int32 and logprobs_TK float32 (nats) by falling probability; past a token's support id 0 and -inf.
@@ -105,25 +111,28 @@ class Cache:
         table, signals, offsets = read_signals(shard, header, group, ["token_ids", "messages"], str(path))
         start, stop = int(offsets[row]), int(offsets[row + 1])
         token_ids_T = table.column("token_ids")[row].values.to_numpy()
+        own = signals.slice(start, stop)
+        ids = {*token_ids_T.tolist(), *own.topk_ids_N.tolist()}
         (chain,) = self.arrow(f"SELECT * FROM chains WHERE sample_id = {quote(found['sample_id'])}").to_pylist()
         return Sample(
             chain=chain,
             messages=table.column("messages")[row].as_py(),
             token_ids_T=token_ids_T,
-            pieces_T=self.pieces(token_ids_T.tolist(), header.tokenizer_fingerprint),
-            signals=signals.slice(start, stop),
+            signals=own,
             header=header,
+            piece_of=self._pieces(ids, header.tokenizer_fingerprint),
         )
 
-    def pieces(self, token_ids: Sequence[int], tokenizer_fingerprint: str) -> list[str]:
-        """The text of each token alone; `<id>` where the cache has no vocabulary of that tokenizer."""
+    def _pieces(self, ids: set[int], tokenizer_fingerprint: str) -> dict[int, str]:
+        """The text of each id; `<id>` where the cache has no vocabulary of that tokenizer."""
+        pieces = {token: f"<{token}>" for token in ids}
         path = self.catalog.vocab_path(tokenizer_fingerprint)
-        if not path.exists():
-            return [f"<{token}>" for token in token_ids]
-        wanted = pa.array(sorted(set(token_ids)), pa.int32())
-        table = pq.read_table(path, columns=["token_id", "piece"], filters=pa.compute.field("token_id").isin(wanted))
-        known = dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
-        return [known.get(token, f"<{token}>") for token in token_ids]
+        if path.exists():
+            wanted = pa.array(sorted(ids), pa.int32())
+            table = pq.read_table(path, columns=["token_id", "piece"])
+            table = table.filter(pc.is_in(table.column("token_id"), wanted))
+            pieces |= dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
+        return pieces
 
     def _find(self, prefix: str) -> dict[str, Any]:
         if not SAMPLE_PREFIX.match(prefix):

@@ -167,6 +167,30 @@ def sql(
 
 
 @app.command()
+def show(
+    cache: CachePath,
+    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id, or how one begins.")],
+    token: Annotated[int | None, typer.Option(help="Show the distribution at this token, from 0.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Show one chain, coloured by how sure the teacher was, and its alternatives at a token."""
+    from shared.reader import open_cache
+    from teacher_cache.show import print_chain, print_token
+
+    with open_cache(cache) as opened:
+        found = opened.sample(sample)
+    if html is not None:
+        from teacher_cache.show_page import write_chain_page
+
+        write_chain_page(found, html, token)
+        print(html)
+    elif token is not None:
+        print_token(found, token)
+    else:
+        print_chain(found)
+
+
+@app.command()
 def stats(cache: CachePath, as_json: AsJson = False) -> None:
     """Count what is there: chains, tokens, bytes, truncated, right, failed."""
     from shared.catalog import Catalog
