@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from student_train.init import init_student, kept_layers
 from student_train.model import use_cpu_where_there_is_no_gpu
 from tests.students import make_student, make_tokenizer
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -56,7 +57,7 @@ def test_cut_keeps_weights_and_everything_beside_them(
     make_tokenizer().save_pretrained(tmp_path / "teacher")
     record = init_student(str(tmp_path / "teacher"), 3, tmp_path / "student")
     assert record["kept_layers"] == [0, 2, 5]
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    student: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.dtype == torch.bfloat16
     assert student.config.num_hidden_layers == 3
     layer_types = student.config.to_dict().get("layer_types")

@@ -217,7 +217,7 @@ def _dense_reference(cache: SyntheticCache, student: Path) -> tuple[float, float
             start += count
         num_tokens += len(chain.token_ids)
     loss = (0.9 * kl_sum + 0.1 * ce_sum) / num_tokens
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norms = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None])
     return (
         float(loss.detach()),

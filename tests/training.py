@@ -50,7 +50,7 @@ class StopAfter(StopRequest):
         super().__init__()
 
     @property
-    def is_set(self) -> bool:  # type: ignore[override]
+    def is_set(self) -> bool:
         """Counts how often it was asked: once a step."""
         self._left -= 1
         return self._left <= 0

@@ -1,0 +1,161 @@
+"""`student-train` as a user meets it: help without torch, results on stdout, mistakes in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from student_train import cli
+from tests.caches import SyntheticCache
+from tests.students import make_student, make_tokenizer
+from tests.training import IGNORE_LIBRARY_WARNINGS, cache, student
+
+__all__ = ["cache", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command."""
+    monkeypatch.setattr(sys, "argv", ["student-train", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def write_config(tmp_path: Path, cache: SyntheticCache, folder: Path, **blocks: object) -> str:
+    config = {
+        "run": str(tmp_path / "run"),
+        "student": {"model": str(folder)},
+        "data": {"caches": [str(cache.root)], "where": "split = 'train'", "pack_tokens": 128},
+        "stages": [{"learning_rate": 0.01, "batch_tokens": 512}],
+        **blocks,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_help_loads_no_heavy_library() -> None:
+    check = (
+        "import sys; from student_train import cli; sys.argv = ['student-train', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'pyarrow', 'duckdb', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "export" in done.stdout
+
+
+def test_plan_counts_without_leaving_a_trace(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    code, out, _ = call(monkeypatch, capsys, "plan", config, "--json")
+    planned = json.loads(out)
+    chains = [chain for chain in cache.chains if chain.split == "train"]
+    stage = planned["stages"][0]
+    assert code == 0
+    assert stage["num_chains"] == len(chains)
+    assert stage["num_tokens"] == sum(len(chain.token_ids) for chain in chains)
+    assert stage["num_steps"] == -(-stage["packs_per_epoch"] // 4)
+    assert planned["heldout_chains"] == len(cache.chains) - len(chains)
+    assert not (tmp_path / "run").exists()
+    code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.epochs=3", "--nproc", "2")
+    assert code == 0
+    assert "4 packs: 2 a rank" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.learning_rat=1", "did you mean 'learning_rate'?"),
+        ("stages.0.batch_tokens=500", "no multiple of data.pack_tokens=128: take 512"),
+        ("data.where=split = 'nowhere'", "selects none of the 60 chains"),
+        ("data.where=nonsense >", "data.where"),
+        ("data.caches=[nowhere]", "nowhere is not a cache"),
+        ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
+        ("stages.0.losses={kl: 1}", "loss 'kl' is unknown"),
+        ("data.kind=text", "losses must be {cross_entropy: 1}"),
+        ("stages.0.lora={}", "lora has no effect with trainable: all"),
+        ("engine={zero_stage: 2, offload_parameters: true}", "offload_parameters needs zero_stage 3"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    code, out, err = call(monkeypatch, capsys, "plan", config, "--set", override)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_vocabulary_of_another_family_is_refused_with_its_ids(
+    tmp_path: Path, cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_student(tmp_path / "other", tokenizer=make_tokenizer(first_ordinary="v"))
+    code, _, err = call(monkeypatch, capsys, "plan", write_config(tmp_path, cache, other))
+    assert code == 2
+    assert "differs from the cache's in 297 ordinary tokens (3 is 'w3' in the cache and 'v3' in the student" in err
+
+
+def test_init_from_flags_and_from_a_config(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out_folder = tmp_path / "cut"
+    flags = ["--teacher", str(student), "--layers", "1", "--out", str(out_folder)]
+    code, out, _ = call(monkeypatch, capsys, "init", *flags)
+    assert code == 0
+    assert "layers 0 of 2 of" in out
+    block = {"model": str(out_folder), "init": {"teacher": str(student), "layers": 1}}
+    config = write_config(tmp_path, cache, student, student=block)
+    code, out, _ = call(monkeypatch, capsys, "init", config, "--json")
+    assert code == 0
+    assert json.loads(out)["kept_layers"] == [0]
+    code, _, err = call(monkeypatch, capsys, "init", config, *flags)
+    assert code == 2
+    assert "exclude each other" in err
+
+
+def test_what_was_not_trained_is_not_exported(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    code, _, err = call(monkeypatch, capsys, "export", config, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "train first with `student-train run`" in err
+
+
+def test_doctor_names_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(monkeypatch, capsys, "doctor", "--json")
+    found = {one["name"]: one for one in json.loads(out)["findings"]}
+    assert found["torch"]["state"] == "ok"
+    assert {"deepspeed", "c++ compiler", "python headers", "communication op", "disk"} <= found.keys()
