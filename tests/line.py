@@ -6,8 +6,10 @@ teacher, cache, student, run and export. The teacher is tests.tiny's; everything
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tests.tiny import make_tiny_teacher
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+TIMEOUT_S = 600
+"""Far beyond what any command takes: a test never hangs for ever."""
 FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM compiles nothing: the tiny model is generated sooner than compiled."""
 
@@ -34,14 +38,36 @@ class Line:
         ended = subprocess.run(
             [str(BIN / command[0]), *command[1:]],
             cwd=self.folder,
-            env={**os.environ, **FAST_ENGINE, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            env=self._environment(),
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=TIMEOUT_S,
         )
         assert ended.returncode == expect, f"{command} ended with {ended.returncode}:\n{ended.stderr[-4000:]}"
         return ended
+
+    def interrupt(self, *command: str) -> None:
+        """Runs a training until its first checkpoint is there, then asks it to stop: it must say how to go on."""
+        with subprocess.Popen(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=self.folder,
+            env=self._environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            deadline_s = time.monotonic() + TIMEOUT_S
+            while not (self.folder / "runs/demo/run/checkpoints/latest.json").exists():
+                assert process.poll() is None, "training ended before its first checkpoint"
+                assert time.monotonic() < deadline_s, "no checkpoint came"
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 130, said[-4000:]
+        assert f"this goes on: {' '.join(command)}" in said
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **FAST_ENGINE, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
     def step(self, name: str, *command: str) -> dict[str, Any]:
         """Runs a command with --json and keeps its result."""
@@ -50,7 +76,7 @@ class Line:
 
 
 def run_line(folder: Path) -> Line:
-    """Plan, build (twice: the second finds everything done), verify, cut, train on two ranks, evaluate, export."""
+    """Plan, build twice, verify, cut, train on two ranks with an interruption, evaluate, export."""
     line = Line(folder)
     configs = folder / "benchmarks" / "demo"
     configs.mkdir(parents=True)
@@ -63,6 +89,7 @@ def run_line(folder: Path) -> Line:
     line.step("again", "teacher-cache", "build", teacher)
     line.step("verify", "teacher-cache", "verify", "runs/demo/cache")
     line.step("init", "student-train", "init", student)
+    line.interrupt("student-train", "run", student, "--nproc", "2")
     line.step("train", "student-train", "run", student, "--nproc", "2")
     line.step("eval", "student-train", "eval", student)
     line.step("export", "student-train", "export", student, "--out", "runs/demo/export")

@@ -66,13 +66,13 @@ def test_cached_log_probabilities_are_the_teachers_own(chains: list[Chain]) -> N
         own_T = chain.dense_TV.gather(1, ids_T[:, None])[:, 0]
         np.testing.assert_allclose(chain.signals.sampled_logprob_T, own_T, atol=1e-3)
         rank_T = (chain.dense_TV > own_T[:, None] + 1e-5).sum(1) + 1
-        assert (torch.from_numpy(chain.signals.sampled_rank_T) - rank_T).abs().max() <= 1
+        assert (torch.tensor(chain.signals.sampled_rank_T) - rank_T).abs().max() <= 1
 
 
 def test_cached_candidates_are_the_teachers_top_k_at_their_token(chains: list[Chain]) -> None:
     for chain in chains:
         ids_TK, logprobs_TK = chain.signals.dense(64)
-        own_TK = chain.dense_TV.gather(1, torch.from_numpy(ids_TK).long())
+        own_TK = chain.dense_TV.gather(1, torch.tensor(ids_TK).long())
         np.testing.assert_allclose(logprobs_TK, own_TK, atol=1e-3)
         best_TK = chain.dense_TV.topk(64).values
         np.testing.assert_allclose(logprobs_TK, best_TK, atol=1e-3)
@@ -117,9 +117,15 @@ def test_the_trainers_first_numbers_equal_a_dense_computation(line: Line, chains
     assert before["forward_kl"] == pytest.approx(kl / num_tokens, rel=1e-4)
 
 
+def test_the_interrupted_run_went_on_where_it_stopped(line: Line) -> None:
+    records = [json.loads(text) for text in (line.folder / "runs/demo/run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    assert len(records) == line.results["train"]["num_steps"]
+
+
 def test_the_student_learns(line: Line) -> None:
     trained = line.results["train"]
-    assert trained["heldout_after"]["forward_kl"] < 0.8 * trained["heldout_before"]["forward_kl"]
+    assert trained["heldout_after"]["forward_kl"] < 0.9 * trained["heldout_before"]["forward_kl"]
     assert line.results["eval"]["forward_kl"] == pytest.approx(trained["heldout_after"]["forward_kl"], rel=1e-5)
 
 
