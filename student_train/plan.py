@@ -2,6 +2,7 @@
 refuse."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ ADAM_BYTES = 12
 """A trained weight's float32 copy and its two moments."""
 ACTIVATIONS_PER_LAYER = 34
 """Values of hidden width that a layer keeps a token for its backward pass (arXiv 2205.05198, table 2)."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    num_parameters: int
+    num_head: int
+    linear_widths: dict[str, int]
+    """Inputs plus outputs of each linear layer of the decoder, by name."""
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
 
 
 def plan_run(config: TrainConfig, num_ranks: int) -> Json:
@@ -39,7 +51,7 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
         return {
             "run": str(config.run),
             "num_ranks": num_ranks,
-            "num_parameters": shape["parameters"],
+            "num_parameters": shape.num_parameters,
             "notes": plan.vocabulary.notes,
             "stages": stages,
             "num_steps": plan.num_steps,
@@ -48,8 +60,8 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
         }
 
 
-def _stage(stage: StagePlan, config: TrainConfig, shape: dict[str, int], num_ranks: int) -> Json:
-    header, counts = stage.selection.header, None
+def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int) -> Json:
+    header = stage.selection.header
     with stage.stream(0, num_ranks) as stream:
         plans = stream.plans
         counts = plans.counts
@@ -77,20 +89,22 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: dict[str, int], num_ran
     }
 
 
-def _memory_gib(stage: StageConfig, config: TrainConfig, shape: dict[str, int], num_ranks: int) -> Json:
+def _memory_gib(stage: StageConfig, config: TrainConfig, shape: _Shape, num_ranks: int) -> Json:
     """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk."""
     engine = config.engine
     width = WEIGHT_BYTES[engine.precision]
-    trained = {"all": shape["parameters"], "head": shape["head"], "lora": _lora_size(stage, shape)}[stage.trainable]
+    trained = {"all": shape.num_parameters, "head": shape.num_head, "lora": _lora_size(stage, shape.linear_widths)}[
+        stage.trainable
+    ]
     extra = trained if stage.trainable == "lora" else 0
     kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
-    layers = 1 if stage.trainable == "head" else shape["layers"]
+    layers = 1 if stage.trainable == "head" else shape.num_layers
     parts = {
-        "weights": (shape["parameters"] + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
+        "weights": (shape.num_parameters + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
         "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
         "optimizer": trained * ADAM_BYTES / (num_ranks if engine.zero_stage >= 1 else 1),
-        "activations": config.data.pack_tokens * shape["hidden"] * width * kept * layers,
-        "logits": _chunk_tokens(engine) * shape["vocab"] * 4 * 2,
+        "activations": config.data.pack_tokens * shape.hidden_size * width * kept * layers,
+        "logits": _chunk_tokens(engine) * shape.vocab_size * 4 * 2,
     }
     return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}
 
@@ -99,12 +113,18 @@ def _chunk_tokens(engine: EngineConfig) -> int:
     return engine.chunk_tokens if engine.chunk_tokens is not None else 1024
 
 
-def _lora_size(stage: StageConfig, shape: dict[str, int]) -> int:
+def _lora_size(stage: StageConfig, linears: dict[str, int]) -> int:
+    """Weights of the adapters: r times (inputs + outputs) of each linear layer that gets one."""
     lora = stage.lora or LoraConfig()
-    return lora.r * shape["linear_widths"] if lora.targets is None else lora.r * shape["linear_widths"] // 2
+    chosen = [
+        width
+        for name, width in linears.items()
+        if lora.targets is None or any(name == one or name.endswith(f".{one}") for one in lora.targets)
+    ]
+    return lora.r * sum(chosen)
 
 
-def _shape(student: StudentConfig, vocab_size: int) -> dict[str, int]:
+def _shape(student: StudentConfig, vocab_size: int) -> _Shape:
     """Sizes of the student out of its config.json, by a model without memory."""
     import torch
     import transformers
@@ -119,13 +139,15 @@ def _shape(student: StudentConfig, vocab_size: int) -> dict[str, int]:
         raise DataError(
             f"{student.model} has no config that transformers knows: {' '.join(str(error).split())}"
         ) from error
-    linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
-    head = model.get_output_embeddings()
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "head": sum(parameter.numel() for parameter in head.parameters()),
-        "linear_widths": sum(module.in_features + module.out_features for module in linear),
-        "layers": int(config.num_hidden_layers),
-        "hidden": int(config.hidden_size),
-        "vocab": vocab_size,
-    }
+    return _Shape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_head=sum(parameter.numel() for parameter in model.get_output_embeddings().parameters()),
+        linear_widths={
+            name: module.in_features + module.out_features
+            for name, module in model.get_decoder().named_modules()
+            if isinstance(module, torch.nn.Linear)
+        },
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        vocab_size=vocab_size,
+    )
