@@ -1,0 +1,217 @@
+"""Every sample once: resumption, failures, signals, kills, two workers at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.records import Capture
+from shared.catalog import Catalog, check_hash
+from shared.errors import CacheConflict, DataError, StillroomError
+from teacher_cache.build import Build
+from teacher_cache.commits import read_sample_ids
+from teacher_cache.fake import FakeEngine
+from teacher_cache.requests import Finished, Outcome
+from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
+
+ROOT = Path(__file__).parents[1]
+
+
+def visible_ids(cache: Path, table: str = "chains") -> list[str]:
+    catalog = Catalog(cache)
+    tables = {"chains": catalog.chains, "failures": catalog.failures}
+    return [one for file in tables[table].files() for one in read_sample_ids(tables[table].path_of(file))]
+
+
+def test_a_build_writes_every_request_once_and_a_second_one_starts_no_engine(tmp_path: Path) -> None:
+    requests = make_requests(60)
+    result = run_build(make_config(tmp_path / "c"), requests)
+    assert sorted(visible_ids(tmp_path / "c")) == sorted(request.sample_id for request in requests)
+    assert result.recorded.num_chains == result.recorded.num_committed == 60
+    assert result.recorded.num_shards > 1, "the size limit closes shards"
+    again = run_build(make_config(tmp_path / "c"), requests, lambda: pytest.fail("nothing is left to generate"))
+    assert again.num_done_before == 60
+    more = run_build(make_config(tmp_path / "c"), make_requests(70))
+    assert more.recorded.num_chains == 10
+
+
+def test_rows_are_what_the_engine_gave(tmp_path: Path) -> None:
+    requests = make_requests(20)
+    run_build(make_config(tmp_path / "c", capture={"max_support": 8, "codec": "topk-f32", "nucleus": None}), requests)
+    engine, captures = make_engine(), {}
+    for request in requests:
+        engine.submit(request)
+    while engine.num_unfinished:
+        for outcome in engine.step():
+            assert isinstance(outcome, Finished)
+            captures[outcome.request.sample_id] = outcome.capture
+    catalog = Catalog(tmp_path / "c")
+    rows = [row for file in catalog.chains.files() for row in pq.read_table(catalog.chains.path_of(file)).to_pylist()]
+    assert len(rows) == 20
+    for row in rows:
+        _assert_same(row, captures[row["sample_id"]])
+        assert row["finish_reason"] == ("stop" if row["token_ids"][-1] == EOS_ID else "length")
+        assert row["num_tokens"] == len(row["token_ids"]) == len(row["topk_n"])
+        assert json.loads(row["metadata"])["number"] == int(row["messages"][0]["content"].split()[1])
+    manifest = catalog.runs()[rows[0]["run_id"]]
+    assert manifest.kind == "generate"
+    assert catalog.vocab_path(manifest.teacher.tokenizer_fingerprint).exists()
+
+
+def _assert_same(row: dict[str, list[float]], capture: Capture) -> None:
+    assert row["token_ids"] == capture.token_ids_T.tolist()
+    assert row["sampled_rank"] == capture.sampled_rank_T.tolist()
+    assert row["sampled_logprob"] == capture.sampled_logprob_T.tolist()
+    assert row["topk_ids"] == capture.topk_ids_TK.ravel().tolist()
+    assert row["topk_logprobs"] == capture.topk_logprobs_TK.ravel().tolist()
+
+
+def test_one_bad_prompt_is_one_failure_and_is_retried_only_when_asked(tmp_path: Path) -> None:
+    config, requests = make_config(tmp_path / "c"), make_requests(30)
+    bad = {requests[7].sample_id, requests[8].sample_id}
+    refusing = lambda: make_engine(refuse=lambda request: "no" if request.sample_id in bad else None)  # noqa: E731
+    result = run_build(config, requests, refusing)
+    assert (result.recorded.num_chains, result.recorded.num_failures) == (28, 2)
+    assert set(visible_ids(tmp_path / "c", "failures")) == bad
+    assert run_build(config, requests).num_done_before == 30
+    retried = run_build(config, requests, retry_failures=True)
+    assert retried.recorded.num_chains == 2
+    assert len(visible_ids(tmp_path / "c")) == 30
+
+
+def test_failures_in_a_row_stop_the_build_and_keep_what_was_finished(tmp_path: Path) -> None:
+    config, requests = make_config(tmp_path / "c", failures={"max_consecutive": 5}), make_requests(300)
+    good = {request.sample_id for request in requests[:10]}
+    refusing = lambda: make_engine(refuse=lambda request: None if request.sample_id in good else "broken")  # noqa: E731
+    with pytest.raises(StillroomError, match=r"prompts in a row failed, the last with: broken"):
+        run_build(config, requests, refusing)
+    assert set(visible_ids(tmp_path / "c")) == good
+    assert 5 <= len(visible_ids(tmp_path / "c", "failures")) < 20
+
+
+class DyingEngine(FakeEngine):
+    """Dies at its third step."""
+
+    steps = 0
+
+    def step(self) -> list[Outcome]:
+        self.steps += 1
+        if self.steps == 3:
+            raise StillroomError("the engine died")
+        return super().step()
+
+
+def test_a_dead_engine_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    requests = make_requests(50)
+    with pytest.raises(StillroomError, match="the engine died"):
+        run_build(make_config(tmp_path / "c"), requests, lambda: DyingEngine(400, 8, mean_tokens=40))
+    assert len(visible_ids(tmp_path / "c")) == 16
+
+
+def test_a_writer_that_fails_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("teacher_cache.commits.publish", full)
+    with pytest.raises(StillroomError, match=r"cannot be written: .*No space left on device"):
+        run_build(make_config(tmp_path / "c"), make_requests(200))
+    monkeypatch.undo()
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+    assert run_build(make_config(tmp_path / "c"), make_requests(200)).recorded.num_chains == 200
+
+
+def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be opened for writing"):
+        run_build(make_config(tmp_path / "file" / "c"), make_requests(1))
+
+
+def test_a_second_process_as_the_same_worker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_cache.build.OWN_LOCK_WAIT_S", 0.0)
+    build = Build(make_config(tmp_path / "c"), make_teacher(), "w0")
+    with pytest.raises(CacheConflict, match="another process builds as this worker"):
+        Build(make_config(tmp_path / "c"), make_teacher(), "w0")
+    build.close()
+    Build(make_config(tmp_path / "c"), make_teacher(), "w0").close()
+
+
+def test_the_same_request_twice_is_one_row(tmp_path: Path) -> None:
+    requests = make_requests(5)
+    run_build(make_config(tmp_path / "c"), [*requests, *requests])
+    assert len(visible_ids(tmp_path / "c")) == 5
+
+
+def test_a_clock_set_back_delays_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    config = make_config(tmp_path / "c", shard={"max_minutes": 0.001, "row_group_tokens": 100})
+    result = run_build(config, make_requests(40), lambda: make_engine(step_s=0.1))
+    assert result.recorded.num_shards > 1
+    assert len(visible_ids(tmp_path / "c")) == 40
+
+
+def worker(cache: Path, share: str, num_prompts: int, step_s: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.fake_builds", str(cache), share, str(num_prompts), str(step_s)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def _wait_for_shards(cache: Path, at_least: int) -> None:
+    for _ in range(1200):
+        if len(list((cache / "chains").glob("*/*.parquet"))) >= at_least:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{cache} has no {at_least} shards after a minute")
+
+
+def test_sigterm_makes_visible_what_is_finished(tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    process = worker(tmp_path / "c", "0/1", 4000, 0.05)
+    processes.append(process)
+    _wait_for_shards(tmp_path / "c", 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    catalog = Catalog(tmp_path / "c")
+    on_disk = {path.relative_to(catalog.chains.folder).as_posix() for path in catalog.chains.folder.glob("*/*.parquet")}
+    assert on_disk == {file.path for file in catalog.chains.files()}
+    assert not list(catalog.chains.folder.rglob("*.tmp"))
+    assert 0 < len(visible_ids(tmp_path / "c")) < 4000
+
+
+def test_kills_and_two_workers_lose_nothing_and_repeat_nothing(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    cache, num_prompts = tmp_path / "c", 400
+    pauses = random.Random(3)
+    for kill in range(3):
+        pair = [worker(cache, f"{index}/2", num_prompts, 0.02) for index in range(2)]
+        processes.extend(pair)
+        _wait_for_shards(cache, 2 * (kill + 1))
+        for process in pair:
+            time.sleep(pauses.random() * 0.2)
+            process.kill()
+            process.wait()
+    # Another number of workers, which overlaps the two: rows that both make are dropped by whoever commits later.
+    rest = [worker(cache, share, num_prompts, 0.0) for share in ("0/2", "1/2", "0/1")]
+    processes.extend(rest)
+    assert [process.wait(120) for process in rest] == [0, 0, 0]
+    found = visible_ids(cache)
+    assert sorted(found) == sorted(request.sample_id for request in make_requests(num_prompts))
+    catalog = Catalog(cache)
+    for file in catalog.chains.files():
+        check_hash(catalog.chains.path_of(file))
