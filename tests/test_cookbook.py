@@ -1,0 +1,44 @@
+"""docs/sql.md: every query and every Python example in it runs, and answers something."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from schemas.tables import CODECS
+from shared.sql import Session
+from shared.views import VIEWS
+from tests.caches import SyntheticCache, make_cache
+
+PAGE = (Path(__file__).parent.parent / "docs" / "sql.md").read_text(encoding="utf-8")
+QUERIES = re.findall(r"^```sql\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
+    return make_cache(tmp_path_factory.mktemp("cache"), codec=request.param, num_chains=60)
+
+
+def test_the_page_has_its_questions() -> None:
+    assert len(re.findall(r"^### ", PAGE, re.MULTILINE)) == 10
+    assert len(QUERIES) >= 10
+    assert len(EXAMPLES) == 2
+    for view in VIEWS:
+        assert f"| `{view}` |" in PAGE
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: " ".join(query.split())[:40])
+def test_every_query_answers(cache: SyntheticCache, query: str) -> None:
+    with Session({"main": cache.catalog, "other": cache.catalog}) as session:
+        assert session.arrow(query).num_rows > 0
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_python_example_runs(cache: SyntheticCache, example: str) -> None:
+    pytest.importorskip("pandas" if "to_pandas" in example else "numpy")
+    values: dict[str, object] = {}
+    exec(example.replace("runs/demo/cache", str(cache.root)), values)
+    assert {"logprobs", "frame"} & set(values)
+    if "cache" in values:
+        values["cache"].close()  # type: ignore[attr-defined]
