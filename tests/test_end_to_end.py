@@ -157,7 +157,7 @@ def test_the_answer_to_a_question_goes_to_stdout_alone(line: Line) -> None:
     ended = line.program(
         "teacher-cache", "sql", "runs/demo/cache", "SELECT count(*) AS n FROM chains", "--format", "csv"
     )
-    assert ended.stdout.split() == ["n", "60"]
+    assert ended.stdout.split() == ['"n"', "60"]
 
 
 def test_the_folder_holds_what_the_format_says(line: Line) -> None:
