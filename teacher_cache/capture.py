@@ -34,7 +34,7 @@ BLOCK_TOKENS = 128
 
 
 class TokenArrays:
-    """Growing [T, K+1] arrays of one completion: column 0 is the sampled token, 1..K the most probable ones in order."""
+    """Growing [T, K+1] arrays of one completion: column 0 is the sampled token, 1..K the most probable in order."""
 
     def __init__(self, k: int) -> None:
         self._width = k + 1

@@ -1,8 +1,8 @@
 """`make demo`: the whole line on real input, from prompts to a better student, in under ten minutes on two CPU cores.
 
-Runs the two programs as a user would, prints what it runs, and keeps everything under runs/demo/: the teacher, the cache,
-the student, report.html and summary.json. A demo that was interrupted goes on where it stopped; one that is complete
-starts anew, with the teacher kept.
+Runs the two programs as a user would, prints what it runs, and keeps everything under runs/demo/: the teacher, the
+cache, the student, report.html and summary.json. A demo that was interrupted goes on where it stopped; one that is
+complete starts anew, with the teacher kept.
 """
 
 import json
