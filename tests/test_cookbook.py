@@ -31,7 +31,15 @@ def test_the_page_has_its_questions() -> None:
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: " ".join(query.split())[:40])
 def test_every_query_answers(cache: SyntheticCache, query: str) -> None:
     with Session({"main": cache.catalog, "other": cache.catalog}) as session:
-        assert session.arrow(query).num_rows > 0
+        assert session.arrow(query.replace("SAMPLE", cache.chains[0].sample_id)).num_rows > 0
+
+
+def test_a_written_out_sample_reaches_parquet(cache: SyntheticCache) -> None:
+    with Session({"main": cache.catalog}) as session:
+        plan = session.explain("SELECT * FROM topk WHERE sample_id = 'a0b1' AND position = 0")
+    scan = plan[plan.index("Filters") :]
+    assert "sample_id" in scan
+    assert "a0b1" in scan
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
