@@ -177,11 +177,11 @@ def report(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, what it can do here, what is missing and the command that mends it."""
+    from shared.doctor import diagnosis_lines
     from student_train.doctor import diagnose
-    from student_train.show import doctor_lines
 
     found = diagnose()
-    _result(found, doctor_lines(found), as_json)
+    _result(found, diagnosis_lines(found), as_json)
     if not found["ok"]:
         raise typer.Exit(1)
 

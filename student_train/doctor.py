@@ -1,16 +1,21 @@
 """What this machine has of what a student needs, and the command that mends what is missing: `student-train doctor`."""
 
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import shutil
-import subprocess
-import sysconfig
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared.config import Json
+from shared.doctor import (
+    Finding,
+    diagnosis,
+    find_compiler,
+    find_cpu,
+    find_disk,
+    find_headers,
+    find_package,
+    find_python,
+)
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "duckdb", "deltalake", "pyarrow")
 OPTIONAL_PACKAGES = ("tensorboard", "flash-attn", "lm-eval")
@@ -18,37 +23,21 @@ INSTALL = "pip install 'stillroom[student]'"
 LOW_DISK_GB = 20.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: `state` is ok, missing (training will fail) or optional; `mend` the command that changes it."""
-
-    name: str
-    state: str
-    value: str
-    mend: str | None = None
-
-
 def diagnose() -> Json:
     """All findings, and `ok` unless something is missing."""
-    findings = [
-        Finding("python", "ok", platform.python_version()),
-        *(_package(name, "missing", INSTALL) for name in PACKAGES),
-        *(_package(name, "optional", f"pip install {name}") for name in OPTIONAL_PACKAGES),
-        *_gpus(),
-        _compiler(),
-        _headers(),
-        _communication_op(),
-        _cpu(),
-        _disk(),
-    ]
-    return {"ok": all(one.state != "missing" for one in findings), "findings": [asdict(one) for one in findings]}
-
-
-def _package(name: str, otherwise: str, mend: str) -> Finding:
-    try:
-        return Finding(name, "ok", importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, otherwise, "not installed", mend)
+    return diagnosis(
+        [
+            find_python(),
+            *(find_package(name, "missing", INSTALL) for name in PACKAGES),
+            *(find_package(name, "optional", f"pip install {name}") for name in OPTIONAL_PACKAGES),
+            *_gpus(),
+            find_compiler("DeepSpeed builds an operator"),
+            find_headers("DeepSpeed builds an operator"),
+            _communication_op(),
+            find_cpu(),
+            find_disk(LOW_DISK_GB, "checkpoints take 14 bytes a trained parameter"),
+        ]
+    )
 
 
 def _gpus() -> list[Finding]:
@@ -67,21 +56,6 @@ def _gpus() -> list[Finding]:
     return found
 
 
-def _compiler() -> Finding:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        return Finding("c++ compiler", "missing", "none: DeepSpeed builds an operator", "apt-get install g++")
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return Finding("c++ compiler", "ok", said.stdout.splitlines()[0] if said.stdout else compiler)
-
-
-def _headers() -> Finding:
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if header.exists():
-        return Finding("python headers", "ok", str(header.parent))
-    return Finding("python headers", "missing", f"no {header}", "apt-get install python3-dev")
-
-
 def _communication_op() -> Finding:
     """DeepSpeed's shared-memory operator for ranks on a CPU, compiled at the first start where it is not built."""
     name = "communication op"
@@ -93,18 +67,3 @@ def _communication_op() -> Finding:
     if list(cache.glob("**/deepspeed_shm_comm_op*.so")):
         return Finding(name, "ok", f"built, in {cache}")
     return Finding(name, "optional", "not built: the first start on a CPU compiles it, about 45 s")
-
-
-def _cpu() -> Finding:
-    return Finding("cpu", "ok", f"{os.cpu_count()} cores, {_memory_gib():.0f} GiB memory")
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _disk() -> Finding:
-    free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
-    if free_gb < LOW_DISK_GB:
-        return Finding("disk", "optional", f"{free_gb:.0f} GB free here: checkpoints take 14 bytes a trained parameter")
-    return Finding("disk", "ok", f"{free_gb:.0f} GB free here")

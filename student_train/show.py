@@ -56,16 +56,6 @@ def export_lines(result: Result) -> list[str]:
     return [f"{result['folder']}: {kind} of checkpoint {result['checkpoint']}, {format_bytes(result['size_bytes'])}"]
 
 
-def doctor_lines(found: Result) -> list[str]:
-    """`doctor`: one line a finding, and what mends it."""
-    marks = {"ok": "ok", "missing": "MISSING", "optional": "-"}
-    lines = []
-    for one in found["findings"]:
-        mend = f"  ({one['mend']})" if one["mend"] and one["state"] != "ok" else ""
-        lines.append(f"{marks[one['state']]:8} {one['name']:18} {one['value']}{mend}")
-    return lines
-
-
 def _stage_lines(stage: Result) -> list[str]:
     memory = stage["memory_gib_per_rank"]
     parts = ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if name != "total")
