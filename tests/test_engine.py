@@ -1,0 +1,102 @@
+"""The embedded engine on a tiny real model: against a dense reference, by every path, with bad prompts among good
+ones.
+"""
+
+import numpy as np
+import pytest
+
+from schemas.records import Capture
+from teacher_cache.config import EngineConfig, TeacherConfig
+from teacher_cache.requests import Failed
+from tests.tiny import VOCAB_SIZE
+from tests.vllm_session import NUM_CHAINS, K, Session, capture_of_dicts, finished, make_requests, run_session
+
+
+@pytest.fixture(scope="session")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return run_session(tmp_path_factory.mktemp("vllm"))
+
+
+def test_captured_distributions_are_the_teachers_own(session: Session) -> None:
+    """Sampling had temperature 0.8 and top_p 0.9; what is captured is the distribution before both."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(session.teacher, dtype=torch.float32)
+    chains = finished(session.arrays)
+    assert len(chains) == NUM_CHAINS
+    for chain in chains.values():
+        capture, prompt = chain.capture, list(chain.request.prompt_token_ids)
+        ids = torch.tensor([prompt + capture.token_ids_T.tolist()])
+        with torch.inference_mode():
+            dense_TV = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1].double(), dim=-1).numpy()
+        tokens = np.arange(len(capture.token_ids_T))
+        np.testing.assert_allclose(capture.sampled_logprob_T, dense_TV[tokens, capture.token_ids_T], atol=1e-3)
+        np.testing.assert_allclose(
+            capture.topk_logprobs_TK, np.take_along_axis(dense_TV, capture.topk_ids_TK, axis=1), atol=1e-3
+        )
+        np.testing.assert_allclose(capture.topk_logprobs_TK, -np.sort(-dense_TV, axis=1)[:, :K], atol=1e-3)
+        sampled_T = dense_TV[tokens, capture.token_ids_T]
+        # Other tokens within rounding of the sampled one may stand on either side of it.
+        low_T = (dense_TV > sampled_T[:, None] + 1e-4).sum(axis=1) + 1
+        high_T = (dense_TV >= sampled_T[:, None] - 1e-4).sum(axis=1)
+        assert ((low_T <= capture.sampled_rank_T) & (capture.sampled_rank_T <= high_T)).all()
+        assert (low_T == high_T).mean() > 0.95, "ties are rare, so that ranks are really compared"
+
+
+def test_every_token_has_its_row_the_last_one_included(session: Session) -> None:
+    reasons = set()
+    for chain in finished(session.arrays).values():
+        reasons.add(chain.finish_reason)
+        num = len(chain.capture.token_ids_T)
+        assert chain.capture.topk_ids_TK.shape == chain.capture.topk_logprobs_TK.shape == (num, K)
+        if chain.finish_reason == "stop":
+            assert chain.capture.token_ids_T[-1] == 1, "the end-of-sequence token is part of the chain"
+        else:
+            assert num == 40
+    assert reasons == {"stop", "length"}
+
+
+def test_arrays_flat_and_default_path_agree(session: Session) -> None:
+    arrays, flat = finished(session.arrays), finished(session.flat)
+    assert arrays.keys() == flat.keys() == session.dicts.keys()
+    for name, chain in arrays.items():
+        _assert_equal(chain.capture, flat[name].capture)
+        _assert_equal(chain.capture, capture_of_dicts(session.dicts[name], K))
+
+
+def _assert_equal(one: Capture, other: Capture) -> None:
+    np.testing.assert_array_equal(one.token_ids_T, other.token_ids_T)
+    # Batches are composed differently each time: log probabilities move in their last digits.
+    np.testing.assert_allclose(one.sampled_logprob_T, other.sampled_logprob_T, atol=2e-4)
+    np.testing.assert_array_equal(one.sampled_rank_T, other.sampled_rank_T)
+    np.testing.assert_array_equal(one.topk_ids_TK, other.topk_ids_TK)
+    np.testing.assert_allclose(one.topk_logprobs_TK, other.topk_logprobs_TK, atol=2e-4)
+
+
+def test_bad_prompts_fail_alone_and_say_why(session: Session) -> None:
+    failed = {name: outcome for name, outcome in session.arrays.items() if isinstance(outcome, Failed)}
+    reasons = {name: outcome.reason for name, outcome in failed.items()}
+    assert reasons == {"empty": "empty_prompt", "long": "too_long", "vocabulary": "vocabulary", "refused": "refused"}
+    assert "top_p" in failed["refused"].message
+    assert all("\n" not in outcome.message for outcome in failed.values())
+    assert len(session.arrays) == len(make_requests())
+
+
+def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Session) -> None:
+    assert session.stdout == ""
+    assert (session.info.vocab_size, session.info.entropy) == (VOCAB_SIZE, "support")
+    assert session.info.settings["capture"] == "arrays"
+    assert session.num_tokens == sum(len(chain.capture.token_ids_T) for chain in finished(session.arrays).values())
+
+
+def test_what_is_not_configured_is_left_to_vllm() -> None:
+    from teacher_cache.engine import _engine_args
+
+    teacher = TeacherConfig(model="m")
+    bare = _engine_args(teacher, EngineConfig(), 64, on_cpu=False)
+    assert bare["max_logprobs"] == 64
+    assert not {"max_model_len", "quantization", "kv_cache_memory_bytes", "enable_chunked_prefill"} & set(bare)
+    on_cpu = _engine_args(teacher, EngineConfig(kv_cache_gb=2), 64, on_cpu=True)
+    assert on_cpu["enable_chunked_prefill"] is False
+    assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30
