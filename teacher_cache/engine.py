@@ -75,7 +75,7 @@ class EmbeddedEngine:
         if on_cpu and config.enforce_eager:
             _compile_nothing()
         try:
-            vllm_config = EngineArgs(**_engine_args(teacher, config, max_support, on_cpu)).create_engine_config()
+            vllm_config = EngineArgs(**engine_args(teacher, config, max_support, on_cpu)).create_engine_config()
             if on_cpu:
                 _allow_whole_prompts(vllm_config, config)
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
@@ -207,7 +207,7 @@ class EmbeddedEngine:
         return Finished(request, capture, completion.finish_reason)
 
 
-def _engine_args(teacher: TeacherConfig, config: EngineConfig, max_support: int, on_cpu: bool) -> dict[str, Any]:
+def engine_args(teacher: TeacherConfig, config: EngineConfig, max_support: int, on_cpu: bool) -> dict[str, Any]:
     """Arguments of vLLM's EngineArgs. What the configuration leaves None is left to vLLM."""
     asked: Mapping[str, Any] = {
         "revision": teacher.revision,

@@ -91,12 +91,12 @@ def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Sessio
 
 
 def test_what_is_not_configured_is_left_to_vllm() -> None:
-    from teacher_cache.engine import _engine_args
+    from teacher_cache.engine import engine_args
 
     teacher = TeacherConfig(model="m")
-    bare = _engine_args(teacher, EngineConfig(), 64, on_cpu=False)
+    bare = engine_args(teacher, EngineConfig(), 64, on_cpu=False)
     assert bare["max_logprobs"] == 64
     assert not {"max_model_len", "quantization", "kv_cache_memory_bytes", "enable_chunked_prefill"} & set(bare)
-    on_cpu = _engine_args(teacher, EngineConfig(kv_cache_gb=2), 64, on_cpu=True)
+    on_cpu = engine_args(teacher, EngineConfig(kv_cache_gb=2), 64, on_cpu=True)
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30
