@@ -143,7 +143,8 @@ def _interrupt(cursor: "duckdb.DuckDBPyConnection", future: Future[T]) -> None:
     # An interrupt that comes before the query has begun to run is lost: say it until the query has ended.
     while not future.done():
         cursor.interrupt()
-        with contextlib.suppress(StillRunning):
+        # A second Ctrl-C must not leave a query behind that the next one would wait for.
+        with contextlib.suppress(StillRunning, KeyboardInterrupt):
             future.exception(timeout=0.05)
 
 

@@ -2,6 +2,7 @@
 Ctrl-D leaves.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -82,7 +83,8 @@ class SqlShell:
                 return
             if text in (".quit", ".exit"):
                 return
-            self._answer(text)
+            with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being told
+                self._answer(text)
 
     def _answer(self, text: str) -> None:
         try:
