@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -193,25 +192,14 @@ def test_sigterm_makes_visible_what_is_finished(tmp_path: Path, processes: list[
     assert 0 < len(visible_ids(tmp_path / "c")) < 4000
 
 
-def test_kills_and_two_workers_lose_nothing_and_repeat_nothing(
+def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(
     tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    cache, num_prompts = tmp_path / "c", 400
-    pauses = random.Random(3)
-    for kill in range(3):
-        pair = [worker(cache, f"{index}/2", num_prompts, 0.02) for index in range(2)]
-        processes.extend(pair)
-        _wait_for_shards(cache, 2 * (kill + 1))
-        for process in pair:
-            time.sleep(pauses.random() * 0.2)
-            process.kill()
-            process.wait()
-    # Another number of workers, which overlaps the two: rows that both make are dropped by whoever commits later.
-    rest = [worker(cache, share, num_prompts, 0.0) for share in ("0/2", "1/2", "0/1")]
-    processes.extend(rest)
-    assert [process.wait(120) for process in rest] == [0, 0, 0]
-    found = visible_ids(cache)
-    assert sorted(found) == sorted(request.sample_id for request in make_requests(num_prompts))
+    """Rows that both make are dropped by whoever commits later. Kills at random moments are test_crash's business."""
+    cache, num_prompts = tmp_path / "c", 200
+    processes.extend(worker(cache, share, num_prompts, 0.02) for share in ("0/2", "0/1"))
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert sorted(visible_ids(cache)) == sorted(request.sample_id for request in make_requests(num_prompts))
     catalog = Catalog(cache)
     for file in catalog.chains.files():
         check_hash(catalog.chains.path_of(file))

@@ -1,0 +1,156 @@
+"""Kills builders at random until it has killed enough, lets the last ones finish, and counts what is there.
+
+    python -m benchmarks.crash [--kills N] [--workers W] [--seed S] [--json]
+
+Real processes build one cache with a fake engine: everything but the model is real. Each round starts W of them at
+once, every third round with one that has all prompts, so that shares overlap, and kills each with SIGKILL at a random
+moment: while it starts, generates, encodes, renames or commits. Then W workers finish, and one more looks after them.
+`lost` are expected rows that are not visible, `duplicated` visible rows beyond the first of their sample, `orphans`
+files that no log names. Exit code 1 unless nothing is lost, nothing is duplicated and `verify` finds no fault. The
+last line is one JSON object; with --json it is the only one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from shared.log import note
+from teacher_cache.requests import Request
+from tests.fake_builds import make_config, make_engine, make_requests, run_build
+
+ROWS_A_KILL = 60
+"""Prompts that each round adds: more than it gets done, so that a kill never meets an idle process."""
+STEP_S = 0.01
+EARLY_FRAC, EARLY_S, LATE_S = 0.3, 0.3, 2.5
+"""Kills come within EARLY_S of the start for this share of processes, within LATE_S for the others."""
+FINISH_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class CrashResult:
+    """What was asked for and what is visible, in rows."""
+
+    kills: int
+    workers: int
+    rows_expected: int
+    rows_found: int
+    lost: int
+    duplicated: int
+    orphans: int
+    num_shards: int
+    verify_ok: bool
+    seconds: float
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every row is there exactly once and sound."""
+        return self.verify_ok and not self.lost and not self.duplicated
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
+    options = parser.parse_args()
+    if options.kills < 1 or options.workers < 1:
+        parser.error("--kills and --workers must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="stillroom-crash-") as folder:
+        result = crash(Path(folder) / "cache", options.kills, options.workers, options.seed, quiet=options.json)
+    print(json.dumps(asdict(result)))
+    sys.exit(0 if result.is_good else 1)
+
+
+def crash(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
+    """Builds `cache` against all odds. Forks: the calling process must not have opened a cache before."""
+    rng = random.Random(seed)
+    started_s = time.monotonic()
+    killed = rounds = 0
+    while killed < num_kills:
+        rounds += 1
+        requests = make_requests(rounds * num_workers * ROWS_A_KILL)
+        shares = [(index, num_workers) for index in range(num_workers)]
+        if rounds % 3 == 0:
+            shares[-1] = (0, 1)
+        killed += _kill_all([_start(cache, requests, *share) for share in shares], rng, num_kills - killed)
+        if not quiet and rounds % 10 == 0:
+            note(f"{killed}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
+    for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
+        _finish([_start(cache, requests, *share) for share in shares])
+    return _count(cache, requests, killed, num_workers, time.monotonic() - started_s)
+
+
+def _start(cache: Path, requests: Sequence[Request], index: int, count: int) -> BaseProcess:
+    # Forked, because an interpreter that starts anew spends its seconds on imports, where a kill shows nothing.
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(cache, requests, index, count))
+    process.start()
+    return process
+
+
+def _work(cache: Path, requests: Sequence[Request], index: int, count: int) -> None:
+    with open(os.devnull, "w") as sink:  # noqa: PTH123 - a descriptor is what counts here
+        os.dup2(sink.fileno(), 2)
+    config = make_config(cache, shard={"row_group_tokens": 400, "max_mb": 0.03, "max_minutes": 0.02})
+    run_build(config, requests[index::count], lambda: make_engine(STEP_S), f"w{index}of{count}")
+
+
+def _kill_all(processes: Sequence[BaseProcess], rng: random.Random, at_most: int) -> int:
+    """Kills each process at its own moment; how many were still at work then."""
+    now_s = time.monotonic()
+    limits = [EARLY_S if rng.random() < EARLY_FRAC else LATE_S for _ in processes]
+    moments = sorted(((now_s + rng.uniform(0, limit), i) for i, limit in enumerate(limits)), key=lambda one: one[0])
+    num_killed = 0
+    for moment_s, i in moments:
+        time.sleep(max(0.0, moment_s - time.monotonic()))
+        processes[i].kill()
+        processes[i].join()
+        num_killed += processes[i].exitcode == -signal.SIGKILL
+    return min(num_killed, at_most)
+
+
+def _finish(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.join(FINISH_TIMEOUT_S)
+        if process.exitcode != 0:
+            process.kill()
+            raise RuntimeError(f"a worker that nobody killed ended with {process.exitcode}")
+
+
+def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers: int, seconds: float) -> CrashResult:
+    from shared.catalog import Catalog
+    from teacher_cache.commits import read_sample_ids
+    from teacher_cache.verify import find_orphans, verify_cache
+
+    catalog = Catalog(cache)
+    found = [one for file in catalog.chains.files() for one in read_sample_ids(catalog.chains.path_of(file))]
+    expected = {request.sample_id for request in requests}
+    report = verify_cache(cache)
+    for problem in report.problems:
+        note(f"{problem.file}: {problem.problem}")
+    return CrashResult(
+        kills=num_kills,
+        workers=num_workers,
+        rows_expected=len(expected),
+        rows_found=len(found),
+        lost=len(expected - set(found)),
+        duplicated=len(found) - len(set(found)),
+        orphans=sum(len(find_orphans(table)) for table in (catalog.chains, catalog.failures)),
+        num_shards=len(catalog.chains.files()),
+        verify_ok=not report.problems,
+        seconds=round(seconds, 1),
+    )
+
+
+if __name__ == "__main__":
+    main()
