@@ -21,6 +21,9 @@ from teacher_cache.token_charts import token_figures
 MAX_VALUES = 50_000
 """Histograms of chains draw so many at most; their shares do not change for that."""
 
+MIN_COMPARED = 20
+"""Right and wrong chains are compared from so many of each on: fewer say little of the rest."""
+
 MAX_BARS = 20
 NUM_TIME_BINS = 60
 PAUSE_S = 600
@@ -39,7 +42,7 @@ def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> lis
         sample = sample_signals(catalog)
         pieces: dict[str, list[Piece]] = {
             "The cache": [_overview(stats), *_runs(session)],
-            "Chains": [*_lengths(session, stats), *_pass_rates(stats), *_truncation(stats)],
+            "Chains": [*_lengths(session, stats), *pass_rate_figures(stats), *_truncation(stats)],
             "How sure the teacher was": _certainty(catalog, sample),
             "Building it": [*_throughput(session), *_cost(session, stats, price_per_hour), *_failures(stats)],
             "Where the bytes are": _storage(session, stats),
@@ -60,7 +63,7 @@ def _overview(stats: CacheStats) -> Piece:
             Number(
                 "truncated", _percent(_ratio(stats.num_truncated, stats.num_chains)), f"{stats.num_truncated:,} chains"
             ),
-            Number("mean entropy", _unit(stats.mean_entropy, "nats", 2), "of the teacher, a token"),
+            Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats a token"),
             Number("mean tail mass", _percent(stats.mean_tail_mass, 2), "outside the stored support"),
             Number("bytes a token", _unit(stats.bytes_per_token, "B", 1), signals),
             Number("on disk", format_bytes(stats.shard_bytes), f"{stats.num_shards:,} shards"),
@@ -95,7 +98,7 @@ def _lengths(session: Session, stats: CacheStats) -> list[Piece]:
         .to_numpy()
         for verdict, condition in (("right", "correct"), ("wrong", "NOT correct"), ("", "true"))
     }
-    groups = [Group(name, values) for name, values in lengths.items() if name and len(values)]
+    groups = [Group(name, values) for name, values in lengths.items() if name and len(values) >= MIN_COMPARED]
     if len(groups) == 2:
         right, wrong = (float(np.median(group.values)) for group in groups)
         title = f"Right chains are {_compared(right, wrong)}: median {right:,.0f} tokens against {wrong:,.0f}"
@@ -112,14 +115,22 @@ def _compared(right: float, wrong: float) -> str:
     return "longer" if right > 1.05 * wrong else "about as long as wrong ones"
 
 
-def _pass_rates(stats: CacheStats) -> list[Piece]:
+def pass_rate_figures(stats: CacheStats) -> list[Figure]:
+    """Pass rates by source, the best first; nothing where nothing is judged."""
     rates = {name: counts for name, counts in stats.by_source.items() if counts.pass_rate is not None}
     ordered = sorted(rates.items(), key=lambda item: -(item[1].pass_rate or 0))
     if not ordered:
         return []
     (best, top), (worst, bottom) = ordered[0], ordered[-1]
+    num_last = sum(counts.pass_rate == bottom.pass_rate for _, counts in ordered)
     title = f"{best}: {_percent(top.pass_rate)} right"
-    if len(ordered) > 1:
+    if num_last == len(ordered) > 1:
+        title = f"All {num_last} sources have {_percent(top.pass_rate)} right"
+    elif num_last > 1:
+        title = (
+            f"{best} is easiest ({_percent(top.pass_rate)} right), {num_last} sources have {_percent(bottom.pass_rate)}"
+        )
+    elif len(ordered) > 1:
         title = f"{best} is easiest ({_percent(top.pass_rate)} right), {worst} hardest ({_percent(bottom.pass_rate)})"
     shown = ordered if len(ordered) <= MAX_BARS else [*ordered[: MAX_BARS // 2], *ordered[-MAX_BARS // 2 :]]
     note = "" if shown is ordered else f"The best and worst {MAX_BARS // 2} of {len(ordered)} sources."
@@ -280,7 +291,7 @@ def _small_percent(share: float) -> str:
 
 
 def _unit(value: float | None, unit: str, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f} {unit}"
+    return "-" if value is None else f"{value:.{digits}f} {unit}".rstrip()
 
 
 def _mean_length(stats: CacheStats) -> str:

@@ -17,9 +17,10 @@ from shared.errors import ConfigError, DataError
 from shared.reader import open_cache
 from shared.report import Figure, Number, Numbers, Section, Table, Text, write_report
 from student_train.report import student_sections, write_student_report
-from teacher_cache.report import cache_sections, write_cache_report
+from teacher_cache.report import cache_sections, pass_rate_figures, write_cache_report
 from teacher_cache.show_page import write_chain_page
 from teacher_cache.signal_sample import sample_signals
+from teacher_cache.stats import cache_stats
 from tests.caches import make_cache
 
 NASTY = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
@@ -127,13 +128,13 @@ def assert_self_contained(page: str) -> None:
 
 @pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
 def test_a_cache_report_says_what_the_cache_holds(tmp_path: Path, codec: str) -> None:
-    made = make_cache(tmp_path / "cache", num_chains=60, codec=codec, max_tokens=200)
+    made = make_cache(tmp_path / "cache", num_chains=100, codec=codec, max_tokens=200, unfinished_frac=0.0)
     write_cache_report(made.catalog, tmp_path / "report.html", price_per_hour=2.0)
     page = (tmp_path / "report.html").read_text()
     assert_self_contained(page)
     found = outline(tmp_path / "report.html")
     tokens = sum(len(chain.token_ids) for chain in made.chains)
-    assert "60" in found.texts["dd"]
+    assert "100" in found.texts["dd"]
     assert any(f"{tokens / 1000:.1f}k" in text for text in found.texts["dd"])
     titles = " ".join(found.texts["h3"])
     assert re.search(r"Right chains are (shorter|longer|about as long)", titles)
@@ -142,6 +143,31 @@ def test_a_cache_report_says_what_the_cache_holds(tmp_path: Path, codec: str) ->
     assert "of the bytes" in titles
     assert found.texts["text"].count("completion tokens of a chain") == 1
     assert "synthetic-teacher" in " ".join(found.texts["td"])
+
+
+def test_a_title_claims_nothing_from_a_handful_of_chains(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "cache", num_chains=12)
+    write_cache_report(made.catalog, tmp_path / "report.html")
+    titles = " ".join(outline(tmp_path / "report.html").texts["h3"])
+    assert "Right chains" not in titles
+    assert "Half of the chains have" in titles
+
+
+@pytest.mark.parametrize(
+    ("rates", "title"),
+    [
+        ({"a": 0.9, "b": 0.2}, "a is easiest (90% right), b hardest (20%)"),
+        ({"a": 0.1, "b": 0.0, "c": 0.0}, "a is easiest (10% right), 2 sources have 0%"),
+        ({"a": 0.0, "b": 0.0}, "All 2 sources have 0% right"),
+        ({"a": 0.5}, "a: 50% right"),
+    ],
+)
+def test_ties_of_sources_are_told_as_such(tmp_path: Path, rates: dict[str, float], title: str) -> None:
+    stats = cache_stats(make_cache(tmp_path / "cache", num_chains=4).catalog)
+    one = next(iter(stats.by_source.values()))
+    sources = {name: one.model_copy(update={"pass_rate": rate, "num_judged": 50}) for name, rate in rates.items()}
+    (figure,) = pass_rate_figures(stats.model_copy(update={"by_source": sources}))
+    assert figure.title == title
 
 
 def test_an_empty_cache_has_a_report(tmp_path: Path) -> None:
