@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from schemas.manifest import RunManifest
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
-from shared.errors import CacheConflict, CorruptError, DataError
+from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
 
 HASH_CHARS = 32
@@ -89,7 +89,12 @@ class Table:
 
     def refresh(self) -> None:
         """Moves on to the latest version."""
-        self._delta.update_incremental()
+        from deltalake.exceptions import DeltaError
+
+        try:
+            self._delta.update_incremental()
+        except (DeltaError, OSError) as error:
+            raise CorruptError(f"{self.folder}/_delta_log cannot be read: {_first_line(error)}") from error
 
     def files(self) -> list[DataFile]:
         """Visible files of this version, ordered by path."""
@@ -234,7 +239,11 @@ def check_hash(path: Path) -> None:
         raise CorruptError(f"{path} is not named <worker>-<sequence>-<hash>.parquet: this cache did not write it")
     if not path.exists():
         raise CorruptError(f"{path} is registered but missing")
-    if sha256_of(path)[:HASH_CHARS] != match["hash"]:
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise StillroomError(f"{path} cannot be read: {error.strerror}") from error
+    if found[:HASH_CHARS] != match["hash"]:
         raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 is not the one in its name")
 
 

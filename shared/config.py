@@ -59,7 +59,7 @@ def read_yaml(path: Path) -> Json:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if data is None:
         return {}
@@ -75,7 +75,7 @@ def apply_override(data: Json, override: str) -> None:
         raise ConfigError(f"--set {override!r} is not of the form key=value, for example sampling.temperature=0.6")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     *parents, last = dotted.split(".")
     node: Any = data

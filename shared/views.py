@@ -150,7 +150,8 @@ def _select(
         field.name if present is None or field.name in present else f"NULL::{_sql_type(field.type)} AS {field.name}"
         for field in schema
     ]
-    options = "".join(f", {name} = true" for name in virtual)
+    # Otherwise a folder named column=value anywhere on the cache's path would replace that column.
+    options = "".join(f", {name} = true" for name in virtual) + ", hive_partitioning = false"
     return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
 
 

@@ -25,7 +25,7 @@ from teacher_cache.generate import Loop, Pending
 from teacher_cache.interrupt import stop_on_signals
 from teacher_cache.locks import worker_lock
 from teacher_cache.metrics import MetricsLog
-from teacher_cache.recorder import Recorded, Recorder
+from teacher_cache.recorder import Recorded, Recorder, explained
 from teacher_cache.requests import Engine, EngineInfo, Request
 from teacher_cache.rows import RowMaker
 from teacher_cache.sources import LoadFailure
@@ -115,7 +115,10 @@ class Build:
         self._locks.close()
 
     def _generate(self, engine: Engine, pending: Pending, num_total: int, stop: threading.Event) -> BuildResult:
-        self._describe_run(engine.info)
+        try:
+            self._describe_run(engine.info)
+        except OSError as error:
+            raise explained(error) from error
         rows = RowMaker(self.teacher.tokenizer, self.config.capture, self.config.reasoning, self.run_id, self.worker)
         header = self._header(engine.info)
         started_s = time.monotonic()

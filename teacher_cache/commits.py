@@ -8,6 +8,7 @@ says.
 
 import os
 import random
+import secrets
 import time
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class Committer:
 
     def temp_path(self) -> Path:
         """Where the next file is written until it is finished."""
-        return self._folder / f".{self._worker}-{self.next_sequence:06d}{TEMP_SUFFIX}"
+        # The token keeps two processes apart that are the same worker where the file system has no locks.
+        return self._folder / f".{self._worker}-{self.next_sequence:06d}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
 
     def commit(self, temp: Path, num_rows: int) -> int:
         """Publishes a finished file and makes its rows visible, except those that are already. Returns how many were
@@ -112,7 +114,7 @@ class Committer:
         try:
             check_hash(path)
             num_rows = pq.read_metadata(path).num_rows
-        except (CorruptError, pa.ArrowException, OSError) as error:
+        except (CorruptError, pa.ArrowException) as error:
             warn(f"{path} is damaged and was never visible, its chains are generated again ({error})")
             path.unlink()
             return 0

@@ -1,11 +1,13 @@
 """A worker's figures as JSON lines, for those who watch many workers: `runs/<run_id>.<worker>.metrics.jsonl`."""
 
+import contextlib
 import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from shared.log import warn
 from teacher_cache.recorder import Recorded
 
 METRICS_INTERVAL_S = 10.0
@@ -19,6 +21,7 @@ class MetricsLog:
         self._started_s = time.monotonic()
         self._written_s = 0.0
         self._last: dict[str, object] | None = None
+        self._broken = False
 
     def __enter__(self) -> Self:
         return self
@@ -26,7 +29,8 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         if self._last is not None:
             self._append(self._last)
-        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
     def write(self, done: int, total: int, num_tokens: int, recorded: Recorded) -> None:
         """Takes the state; writes it when the interval is over."""
@@ -46,5 +50,12 @@ class MetricsLog:
             self._written_s = seconds
 
     def _append(self, line: dict[str, object]) -> None:
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        if self._broken:
+            return
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            # Who watches sees less; what is generated matters more.
+            self._broken = True
+            warn(f"{self._stream.name} is not written any more: {error.strerror}")

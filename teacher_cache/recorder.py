@@ -26,7 +26,7 @@ from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import ShardConfig
 from teacher_cache.judging import JudgedSample, commit_verdicts, judge_chain, judge_of
 from teacher_cache.requests import Failed, Finished
-from teacher_cache.rows import RowMaker
+from teacher_cache.rows import ChainRow, RowMaker
 from teacher_cache.shard import ShardFile
 from teacher_cache.sources import LoadFailure
 
@@ -115,7 +115,7 @@ class Recorder:
                     self._close_shard()
             self._close_shard()
         except BaseException as error:  # noqa: BLE001 - it is raised again in the engine's thread
-            self._error = _explained(error)
+            self._error = explained(error)
             if self._shard is not None:
                 self._shard.discard()
         finally:
@@ -128,17 +128,26 @@ class Recorder:
             self._failed.append(outcome)
             self.recorded.num_failures += 1
             return
-        row = self._rows.row(outcome)
+        try:
+            row = self._rows.row(outcome)
+            judged = self._judgement(outcome, row)
+        except BaseException:
+            # What is finished is good; only this outcome is not.
+            self._close_shard()
+            raise
         if self._shard is None:
             self._shard = ShardFile(self._chains.temp_path(), self._header, self._config.row_group_tokens)
         self._shard.add(row)
         self.recorded.num_chains += 1
         self.recorded.num_tokens += row.num_tokens
-        prompt = outcome.request.prompt
+        if judged is not None:
+            self._judged.append(judged)
+
+    def _judgement(self, finished: Finished, row: ChainRow) -> JudgedSample | None:
+        prompt = finished.request.prompt
         kind = judge_of(prompt)
         verdict = judge_chain(self._judge, prompt, row.columns["answer"])
-        if kind is not None and verdict is not None:
-            self._judged.append(JudgedSample(row.sample_id, kind, verdict))
+        return None if kind is None or verdict is None else JudgedSample(row.sample_id, kind, verdict)
 
     def _is_due(self) -> bool:
         if self._shard is None and not self._failed:
@@ -258,14 +267,14 @@ def _num_tokens(outcome: Recordable) -> int:
     return len(outcome.capture.token_ids_T) if isinstance(outcome, Finished) else 1
 
 
-def _explained(error: BaseException) -> BaseException:
+def explained(error: BaseException) -> BaseException:
     """A full disk or a vanished mount in one line; everything else as it is."""
     if isinstance(error, OSError) and not isinstance(error, StillroomError):
         problem = " ".join(str(error).split())
-        explained = StillroomError(
+        told = StillroomError(
             f"the cache cannot be written: {problem}: mend that and start the same command again, it goes on from the "
             "last closed shard"
         )
-        explained.__cause__ = error
-        return explained
+        told.__cause__ = error
+        return told
     return error

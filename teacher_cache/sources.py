@@ -97,7 +97,7 @@ def _jsonl(source: JsonlSource) -> Iterator[Draft | LoadFailure]:
 def _jsonl_row(source: JsonlSource, where: str, line: bytes, number: int) -> Draft | LoadFailure:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return malformed(source.name, where, f"not JSON: {error}")
     if not isinstance(row, dict):
         return malformed(source.name, where, f"holds a {type(row).__name__}, a row is a JSON object")
@@ -113,7 +113,10 @@ def _parquet_rows(source: ParquetSource) -> Iterator[tuple[str, Json, int]]:
         _check_columns(source, file.schema_arrow.names, str(path))
         batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=_fields(source))
         rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"{path}:{number}", row, number) for number, row in enumerate(rows))
+        try:
+            yield from ((f"{path}:{number}", row, number) for number, row in enumerate(rows))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"source {source.name}: {path} is damaged: {_one_line(error)}") from error
 
 
 def _huggingface_rows(source: HuggingFaceSource) -> Iterator[tuple[str, Json, int]]:
@@ -165,7 +168,20 @@ def _draft(source: FieldsBase, where: str, row: Json, place: Json) -> Draft | Lo
     if source.judge is not None:
         metadata["judge"] = source.judge
     reference = _reference(row.get(source.reference_field)) if source.reference_field is not None else None
-    return Draft(where, messages, reference, metadata)
+    draft = Draft(where, messages, reference, metadata)
+    if _has_half_characters(draft):
+        return malformed(source.name, where, "holds half of a character (a lone surrogate), which is no text")
+    return draft
+
+
+def _has_half_characters(draft: Draft) -> bool:
+    """Whether some text cannot be written as UTF-8: JSON may hold half of an emoji, tables may not."""
+    texts = [text for message in draft.messages for text in (message.role, message.content)]
+    try:
+        "".join([*texts, draft.reference or "", json.dumps(draft.metadata, ensure_ascii=False)]).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _messages(source: FieldsBase, row: Json) -> tuple[Message, ...]:

@@ -1,5 +1,7 @@
 """Every sample once: resumption, failures, signals, kills, two workers at once."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ from shared.errors import CacheConflict, DataError, StillroomError
 from teacher_cache.build import Build
 from teacher_cache.commits import read_sample_ids
 from teacher_cache.fake import FakeEngine
+from teacher_cache.metrics import MetricsLog
 from teacher_cache.requests import Finished, Outcome
 from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 
@@ -203,3 +206,35 @@ def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(
     catalog = Catalog(cache)
     for file in catalog.chains.files():
         check_hash(catalog.chains.path_of(file))
+
+
+def test_a_judge_that_fails_costs_no_finished_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error ends the build, the chains before it are visible."""
+    judged: list[str] = []
+
+    def judge(*_: object) -> None:
+        judged.append("")
+        if len(judged) == 8:
+            raise StillroomError("the judge does not start")
+
+    monkeypatch.setattr("teacher_cache.recorder.judge_chain", judge)
+    with pytest.raises(StillroomError, match="the judge does not start"):
+        run_build(make_config(tmp_path / "c"), make_requests(40))
+    assert len(visible_ids(tmp_path / "c")) == 7
+
+
+def test_a_metrics_file_that_cannot_be_written_ends_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        name = "metrics.jsonl"
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(log: MetricsLog, path: Path) -> None:
+        start(log, path)
+        log._stream.close()
+        log._stream = Full()  # type: ignore[assignment]
+
+    start = MetricsLog.__init__
+    monkeypatch.setattr(MetricsLog, "__init__", opened)
+    assert run_build(make_config(tmp_path / "c"), make_requests(20)).recorded.num_committed == 20

@@ -43,6 +43,7 @@ def test_overrides_reach_nested_keys_and_list_items(path: Path) -> None:
         ("cache", "is not of the form key=value"),
         ("run.name=x", "holds a plain value"),
         ("sampling={", "the value is not YAML"),
+        ("teacher.revision=2024-13-01", "the value is not YAML"),
     ],
 )
 def test_mistakes_are_named(path: Path, override: str, message: str) -> None:

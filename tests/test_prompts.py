@@ -336,3 +336,16 @@ def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
 def test_settings_without_effect_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config({"kind": "jsonl", "name": "a", "path": "a.jsonl", "prompt_field": "q", **change})
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_half_a_character_makes_a_row_malformed(tmp_path: Path, field: str) -> None:
+    """JSON may hold half of an emoji, which no table can; it must not come up hours later, when a shard is written."""
+    path = tmp_path / "a.jsonl"
+    row = {"question": "1+1?", "answer": "2", field: "HALF"}
+    path.write_text(json.dumps(row).replace("HALF", "\\ud83d") + '\n{"question": "2+2?", "answer": "4"}\n')
+    source = {"kind": "jsonl", "name": "a", "path": path, "prompt_field": "question", "reference_field": "answer"}
+    loaded = load(source)
+    assert len(loaded.prompts) == 1
+    (failure,) = loaded.failures
+    assert "half of a character" in failure.message

@@ -417,3 +417,12 @@ def test_every_probability_is_one(session: Session) -> None:
     (row,) = rows(session, query)
     assert math.isclose(float(str(row["low"])), 1, abs_tol=0.1)
     assert math.isclose(float(str(row["high"])), 1, abs_tol=0.1)
+
+
+def test_a_folder_named_like_a_column_changes_nothing(tmp_path: Path) -> None:
+    """DuckDB would take `source=zzz` on the path for a partition, and its value for that of every row."""
+    made = make_cache(tmp_path / "source=zzz" / "split=none" / "cache", 6)
+    with open_cache(made.catalog) as session:
+        rows = session.arrow("SELECT DISTINCT source, split FROM chains").to_pylist()
+    assert {row["source"] for row in rows} == {chain.source for chain in made.chains}
+    assert {row["split"] for row in rows} <= {"train", "heldout"}
