@@ -1,18 +1,24 @@
-"""What keeping distributions costs: vLLM alone, vLLM with its own log probabilities, and the builder with Parquet.
+"""What capturing distributions costs: vLLM alone, vLLM's own log probabilities, and the whole builder.
 
-    python -m benchmarks.capture --json [--config benchmarks/demo/teacher.yaml] [--prompts 96] [--rounds 2]
+    python -m benchmarks.capture [--teacher FOLDER] [--prompts N] [--max-tokens T] [--json]
 
-All three generate the same chains: same model, same engine arguments, same prompts, same seeds. Each runs in a process
-of its own, one after the other, in turn for every round; a few chains are generated before the clock starts.
-`frontend` is CPU time in vLLM's output processing.
+On one teacher (the demo's, when `make demo` has made it; a tiny one with random weights is measured as well) the same
+seeded requests are generated, each mode in a fresh process after a warm-up:
+
+    bare            no log probabilities, vLLM in this process; and in processes of its own, for the faster of the two
+    vllm_logprobs   `logprobs=64`, vLLM's default dictionaries
+    builder         requests to committed Parquet shards
+
+Tokens a second are completion tokens over the wall clock of generation. `frontend_us_per_token` is CPU time that the
+engine's caller spends on outputs (vLLM's output processor, and for the builder the arrays' way to a Capture);
+`writer_us_per_token` the CPU time of the builder's second thread: rows, codec, Parquet, commits. Peak memory is that of
+builds of 1,000 and 10,000 chains with a fake engine, in MiB. The last line is one JSON object; with --json it is the
+only one.
 """
 
 import argparse
 import json
-import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,173 +27,219 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.config import load_config
-from teacher_cache.config import BuildConfig
-from teacher_cache.prompts import load_prompts, requests
+from shared.log import note
 from teacher_cache.requests import Request
-from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 
-MODES = ("bare", "vllm_logprobs", "builder")
-NUM_WARM_UP = 2
+DEMO_TEACHER = Path("runs/demo/teacher")
+K = 64
+MODES = ("bare", "bare_own_process", "vllm_logprobs", "builder")
+MAX_NUM_SEQS = 32
+
+Result = dict[str, Any]
 
 
 def main() -> None:
-    """Runs the rounds and prints medians and ratios; the last line is one JSON object with --json."""
-    options = _options()
-    if options.mode is not None:
-        config = load_config(options.config, [f"cache={options.cache}"] if options.cache else [], BuildConfig)
-        print(json.dumps(_measure(options.mode, config, options.prompts)))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--teacher", type=Path, default=DEMO_TEACHER)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part is not None:
+        print(json.dumps(_run_part(options.part, options.teacher, options.prompts, options.max_tokens)))
         return
-    runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
-    for number in range(options.rounds):
-        for mode in MODES:
-            runs[mode].append(_in_a_process(mode, options))
-            print(f"round {number} {mode}: {runs[mode][-1]}", file=sys.stderr, flush=True)
-    result = _summary(runs)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:28} {value}")
+    if not options.teacher.is_dir():
+        parser.error(f"{options.teacher} does not exist: run `make demo` once, or name a Hugging Face folder")
+    say: Callable[[str], None] = (lambda line: None) if options.json else note
+    result = _measure_teacher(options.teacher, options, say)
+    with tempfile.TemporaryDirectory(prefix="stillroom-tiny-") as folder:
+        from tests.tiny import make_tiny_teacher
+
+        make_tiny_teacher(Path(folder))
+        result |= {f"tiny_{name}": value for name, value in _measure_teacher(Path(folder), options, say).items()}
+    for num_rows in (1_000, 10_000):
+        peak = _part(f"memory:{num_rows}", options.teacher, options)["peak_mib"]
+        say(f"memory  {num_rows} chains: {peak:.0f} MiB at the peak")
+        result[f"peak_mib_{num_rows // 1000}k_rows"] = peak
+    print(json.dumps(result))
 
 
-def _summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    def median(mode: str, name: str) -> float:
-        return statistics.median(run[name] for run in runs[mode])
-
-    def ratio(mode: str) -> float:
-        pairs = zip(runs[mode], runs["bare"], strict=True)
-        return statistics.median(run["tokens_per_s"] / bare["tokens_per_s"] for run, bare in pairs)
-
+def _measure_teacher(teacher: Path, options: argparse.Namespace, say: Callable[[str], None]) -> Result:
+    modes = {}
+    for mode in MODES:
+        modes[mode] = _part(mode, teacher, options)
+        rate, cost = modes[mode]["tokens_per_s"], modes[mode]["frontend_us_per_token"]
+        say(f"{teacher.name}  {mode}: {rate:.1f} tok/s, front end {cost:.1f} us/token")
+    bare = max(modes["bare"]["tokens_per_s"], modes["bare_own_process"]["tokens_per_s"])
     return {
-        "bare_tokens_per_s": round(median("bare", "tokens_per_s"), 1),
-        "vllm_logprobs_tokens_per_s": round(median("vllm_logprobs", "tokens_per_s"), 1),
-        "builder_tokens_per_s": round(median("builder", "tokens_per_s"), 1),
-        "vllm_logprobs_vs_bare": round(ratio("vllm_logprobs"), 3),
-        "builder_vs_bare": round(ratio("builder"), 3),
-        "frontend_us_per_token": round(median("builder", "frontend_us_per_token"), 1),
-        "vllm_logprobs_frontend_us_per_token": round(median("vllm_logprobs", "frontend_us_per_token"), 1),
-        "num_tokens": runs["bare"][0]["num_tokens"],
-        "rounds": len(runs["bare"]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "bare_tokens_per_s": bare,
+        "bare_own_process_tokens_per_s": modes["bare_own_process"]["tokens_per_s"],
+        "vllm_logprobs_tokens_per_s": modes["vllm_logprobs"]["tokens_per_s"],
+        "builder_tokens_per_s": modes["builder"]["tokens_per_s"],
+        "builder_over_bare": round(modes["builder"]["tokens_per_s"] / bare, 3),
+        "frontend_us_per_token": modes["builder"]["frontend_us_per_token"],
+        "vllm_logprobs_frontend_us_per_token": modes["vllm_logprobs"]["frontend_us_per_token"],
+        "bare_frontend_us_per_token": modes["bare"]["frontend_us_per_token"],
+        "writer_us_per_token": modes["builder"]["writer_us_per_token"],
+        "bytes_per_token": modes["builder"]["bytes_per_token"],
+        "num_tokens": modes["builder"]["num_tokens"],
     }
 
 
-def _in_a_process(mode: str, options: argparse.Namespace) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.capture", "--mode", mode, "--config", str(options.config)]
-        command += ["--prompts", str(options.prompts), "--cache", folder]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return found
+def _part(part: str, teacher: Path, options: argparse.Namespace) -> Result:
+    """One measurement in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.capture", "--part", part, "--teacher", str(teacher)]
+    command += ["--prompts", str(options.prompts), "--max-tokens", str(options.max_tokens)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        sys.exit(f"the measurement of {part} failed:\n{ended.stderr[-3000:]}")
+    result: Result = json.loads(ended.stdout.splitlines()[-1])
+    return result
 
 
-def _measure(mode: str, config: BuildConfig, num_prompts: int) -> dict[str, float]:
-    teacher = identify_teacher(config.teacher)
-    prompts = load_prompts(config.prompts).prompts[: num_prompts + NUM_WARM_UP]
-    wanted = requests(config, prompts, teacher.tokenizer, teacher.record.fingerprint)
-    asked = [request for request in wanted if isinstance(request, Request)]
-    warm, measured = asked[:NUM_WARM_UP], asked[NUM_WARM_UP:]
-    run = _builder if mode == "builder" else _vllm_alone(with_logprobs=mode == "vllm_logprobs")
-    return run(config, teacher, warm, measured)
+def _run_part(part: str, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
+    if part.startswith("memory:"):
+        return _memory(int(part.partition(":")[2]))
+    return _generate(part, teacher, num_prompts, max_tokens)
 
 
-Runner = Callable[[BuildConfig, IdentifiedTeacher, Sequence[Request], Sequence[Request]], dict[str, float]]
+def _memory(num_rows: int) -> Result:
+    """Peak resident memory of a whole build of `num_rows` chains."""
+    from tests.fake_builds import make_config, make_engine, make_requests, run_build
+
+    with tempfile.TemporaryDirectory(prefix="stillroom-memory-") as folder:
+        run_build(make_config(Path(folder) / "c", shard={"max_mb": 2}), make_requests(num_rows), make_engine)
+    return {"peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
 
 
-def _builder(
-    config: BuildConfig, teacher: IdentifiedTeacher, warm: Sequence[Request], measured: Sequence[Request]
-) -> dict[str, float]:
-    from teacher_cache.build import Build
+def _generate(mode: str, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
+    from teacher_cache.config import BuildConfig, EngineConfig
     from teacher_cache.engine import EmbeddedEngine
+    from teacher_cache.prompts import load_prompts, requests
+    from teacher_cache.teacher import identify_teacher
 
-    engine = EmbeddedEngine(config.teacher, config.engine, config.capture.max_support)
-    for request in warm:
-        engine.submit(request)
-    while engine.num_unfinished:
-        engine.step()
-    frontend = _Stopwatch()
-    build = Build(config, teacher, "w0")
-    started_s = time.perf_counter()
-    result = build.run(measured, len(measured), lambda: engine)
-    seconds = time.perf_counter() - started_s
-    build.close()
-    return _rates(result.recorded.num_tokens, seconds, frontend)
-
-
-def _vllm_alone(*, with_logprobs: bool) -> Runner:
-    def run(
-        config: BuildConfig, teacher: IdentifiedTeacher, warm: Sequence[Request], measured: Sequence[Request]
-    ) -> dict[str, float]:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM, SamplingParams
-
-        from teacher_cache.engine import engine_args
-
-        llm = LLM(**engine_args(config.teacher, config.engine, config.capture.max_support, on_cpu=True))
-
-        def generate(batch: Sequence[Request]) -> int:
-            params = [
-                SamplingParams(
-                    temperature=request.sampling.get("temperature", 1.0),
-                    top_p=request.sampling.get("top_p", 1.0),
-                    seed=request.seed,
-                    max_tokens=request.max_tokens,
-                    logprobs=config.capture.max_support if with_logprobs else None,
-                )
-                for request in batch
-            ]
-            prompts: Any = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in batch]
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-        generate(warm)
-        frontend = _Stopwatch()
-        started_s = time.perf_counter()
-        num_tokens = generate(measured)
-        return _rates(num_tokens, time.perf_counter() - started_s, frontend)
-
-    return run
+    with tempfile.TemporaryDirectory(prefix="stillroom-capture-") as folder:
+        config = BuildConfig.model_validate(_config(Path(folder) / "cache", teacher, num_prompts, max_tokens))
+        identified = identify_teacher(config.teacher)
+        loaded = load_prompts(config.prompts).prompts
+        stream = requests(config, loaded, identified.tokenizer, identified.record.fingerprint)
+        wanted = [one for one in stream if isinstance(one, Request)]
+        own_process = mode == "bare_own_process"
+        settings = EngineConfig.model_validate({**config.engine.model_dump(), "in_process": not own_process})
+        engine = EmbeddedEngine(config.teacher, settings, K)
+        frontend = _FrontEnd(engine)
+        try:
+            _raw(engine, wanted[:4], mode)
+            frontend.seconds = 0.0
+            if mode == "builder":
+                return _timed_build(config, identified, engine, wanted, frontend)
+            started_s = time.perf_counter()
+            num_tokens = _raw(engine, wanted, mode)
+            return _rates(num_tokens, time.perf_counter() - started_s, frontend.seconds)
+        finally:
+            engine.close()
 
 
-class _Stopwatch:
-    """Counts this process's CPU time in vLLM's output processing, from now on."""
+def _config(cache: Path, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
+    source = {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": num_prompts, "seed": 1}
+    return {
+        "cache": cache,
+        "run": "bench",
+        "teacher": {"model": str(teacher)},
+        "prompts": {"sources": [source]},
+        "sampling": {"temperature": 0.6, "top_p": 1.0, "max_tokens": max_tokens},
+        "engine": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": MAX_NUM_SEQS, "kv_cache_gb": 1},
+    }
 
-    def __init__(self) -> None:
-        from vllm.v1.engine.output_processor import OutputProcessor
 
+class _FrontEnd:
+    """CPU seconds that this thread spends on vLLM's outputs, measured around its output processor and capture_of."""
+
+    def __init__(self, engine: Any) -> None:
         self.seconds = 0.0
-        process_outputs = OutputProcessor.process_outputs
+        processor = engine._engine.output_processor
+        processor.process_outputs = self._timed(processor.process_outputs)
+        engine._outcome = self._timed(engine._outcome)
 
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            started_s = time.thread_time()
+            before_s = time.thread_time()
             try:
-                return process_outputs(*arguments, **named)
+                return function(*arguments, **named)
             finally:
-                self.seconds += time.thread_time() - started_s
+                self.seconds += time.thread_time() - before_s
 
-        setattr(OutputProcessor, "process_outputs", timed)  # noqa: B010 - mypy refuses the plain form
+        return timed
 
 
-def _rates(num_tokens: int, seconds: float, frontend: _Stopwatch) -> dict[str, float]:
+def _raw(engine: Any, wanted: Sequence[Request], mode: str) -> int:
+    """Generates with vLLM alone; completion tokens."""
+    from vllm.inputs.engine import tokens_input
+
+    inner = engine._engine
+    for number, request in enumerate(wanted):
+        params = engine._sampling_params(request)
+        params.flat_logprobs = mode == "builder"
+        params.detokenize = mode == "vllm_logprobs"
+        if mode.startswith("bare"):
+            params.logprobs = None
+        inner.add_request(str(number), tokens_input(list(request.prompt_token_ids)), params)
+    num_tokens = 0
+    while inner.has_unfinished_requests():
+        num_tokens += sum(len(output.outputs[0].token_ids) for output in inner.step() if output.finished)
+    return num_tokens
+
+
+def _timed_build(config: Any, teacher: Any, engine: Any, wanted: Sequence[Request], frontend: _FrontEnd) -> Result:
+    from teacher_cache.build import Build
+    from teacher_cache.recorder import Recorder
+
+    writer_s: list[float] = []
+    run = Recorder._run
+
+    def timed_run(self: Recorder) -> None:
+        before_s = time.thread_time()
+        run(self)
+        writer_s.append(time.thread_time() - before_s)
+
+    Recorder._run = timed_run  # type: ignore[method-assign]
+    build = Build(config, teacher, "w0")
+    result = build.run(wanted, len(wanted), lambda: _Kept(engine))
+    build.close()
+    num_tokens = result.recorded.num_tokens
+    return {
+        **_rates(num_tokens, result.seconds, frontend.seconds),
+        "writer_us_per_token": round(1e6 * sum(writer_s) / num_tokens, 1),
+        "bytes_per_token": round(result.recorded.bytes_per_token or 0.0, 1),
+    }
+
+
+class _Kept:
+    """The engine, which the build must not close: it was warmed up and is closed by who started it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.info, self.has_room, self.submit, self.step = engine.info, engine.has_room, engine.submit, engine.step
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._engine.num_tokens)
+
+    @property
+    def num_unfinished(self) -> int:
+        return int(self._engine.num_unfinished)
+
+    def close(self) -> None:
+        pass
+
+
+def _rates(num_tokens: int, seconds: float, frontend_s: float) -> Result:
     return {
         "num_tokens": num_tokens,
-        "seconds": round(seconds, 2),
-        "tokens_per_s": num_tokens / seconds,
-        "frontend_us_per_token": 1e6 * frontend.seconds / num_tokens,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "tokens_per_s": round(num_tokens / seconds, 1),
+        "frontend_us_per_token": round(1e6 * frontend_s / num_tokens, 1),
     }
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Cost of capture against vLLM alone.")
-    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
-    parser.add_argument("--config", type=Path, default=Path("benchmarks/demo/teacher.yaml"))
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
-    parser.add_argument("--cache", help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
