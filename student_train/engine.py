@@ -10,6 +10,7 @@ accumulation, and each rank's loss is multiplied by the number of ranks, so that
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import logging
 import os
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import StillroomError
+from shared.errors import ConfigError, StillroomError
 from student_train.config import EngineConfig, StageConfig
 from student_train.divergences import LossMix
 from student_train.losses import LossSums
@@ -33,6 +34,8 @@ from student_train.pack import TorchPack
 from student_train.token_metrics import TokenMetrics
 
 ADAM_EPS = 1e-8
+JOIN_TIMEOUT = datetime.timedelta(hours=24)
+"""The first rank may freeze or retokenise a large cache while the others wait."""
 RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -107,6 +110,10 @@ def _join() -> Ranks:
     alone = "RANK" not in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}: start one rank a GPU"
+        )
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if use_cuda else "gloo"
@@ -116,7 +123,7 @@ def _join() -> Ranks:
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     else:
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=JOIN_TIMEOUT)
         except ValueError as error:
             raise StillroomError(
                 f"the launcher's variables do not name a world to join: {_first_line(error)}"

@@ -27,7 +27,8 @@ def evaluate_config(config: TrainConfig, where: str | None, which: str) -> Json:
     if config.eval is None and where is None:
         raise ConfigError("the configuration has no eval block: set one, or say --where")
     run = RunFolder(config.run)
-    wanted = config.eval if config.eval is not None and where is None else EvalConfig(where=where or HELDOUT)
+    asked = config.eval or EvalConfig()
+    wanted = asked if where is None else asked.updated(where=where)
     if which == "initial":
         model = load_causal(config.student.model, config.student, config.engine.precision)
         name = config.student.model

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from shared.errors import ConfigError
+from shared.log import warn
 from student_train.config import DataConfig, StageConfig, TrainConfig, accumulation_of, packs_per_step
 from student_train.data import (
     Vocabulary,
@@ -92,9 +96,35 @@ def prepare(
         for index, (stage, accumulation) in enumerate(zip(config.stages, accumulations, strict=True))
     ]
     heldout = None if config.eval is None else opened(run.heldout_path, eval_request(config.data, config.eval))
+    if heldout is not None and is_first:
+        _warn_of_seen(stages, heldout)
+    _require_one_teacher_vocabulary([*(stage.selection for stage in stages), *([heldout] if heldout else [])])
     caches = [cache.path for cache in config.data.caches]
     vocabulary = check_vocabulary(config.student, stages[0].selection, caches)
     return RunPlan(stages, heldout, vocabulary)
+
+
+def _require_one_teacher_vocabulary(selections: list[Selection]) -> None:
+    found = {
+        (*selection.header.tokenizer_fingerprints, str(selection.header.vocab_size))
+        for selection in selections
+        if not selection.is_text
+    }
+    if len(found) > 1:
+        shown = " and ".join(sorted(" ".join(one) for one in found))
+        raise ConfigError(
+            f"stages and eval select chains of different vocabularies (tokenizer, logits): {shown}: select one"
+        )
+
+
+def _warn_of_seen(stages: list[StagePlan], heldout: Selection) -> None:
+    for stage in stages:
+        num_seen = len(np.intersect1d(stage.selection.key_R, heldout.key_R))
+        if num_seen:
+            warn(
+                f"stage {stage.config.name} trains on {num_seen} of the {len(np.unique(heldout.key_R))} chains that it "
+                "is evaluated on: add split <> 'heldout' to data.where"
+            )
 
 
 def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: Selection) -> StagePlan:
@@ -124,6 +154,8 @@ def _num_steps(
     if num_epochs is None:
         assert stage.max_steps is not None
         return stage.max_steps
+    if plans.total_packs() == 0:
+        raise ConfigError(f"stage {stage.name!r} reads no chain in {num_epochs} epochs: raise data.caches.weight")
     # The last step of a stage may be short; epochs in between follow each other without a gap.
     num_steps = -(-plans.total_packs() // packs_per_step(stage, data))
     return num_steps if stage.max_steps is None else min(num_steps, stage.max_steps)

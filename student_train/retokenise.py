@@ -206,8 +206,8 @@ def _tokenise(rows: Sequence[Mapping[str, Any]], tokenizer: TextTokenizer, marke
     prompts = [tokenizer.render(row["messages"]) for row in rows]
     texts = [completion_text(row, prompt, markers[row["run_id"]]) for row, prompt in zip(rows, prompts, strict=True)]
     prompt_ids, token_ids = tokenizer.encode_prompts(prompts), tokenizer.encode_completions(texts)
-    # Cut-off chains end in the middle: nothing there is the teacher's end of sequence.
-    ends = [[] if row["finish_reason"] == "length" else [tokenizer.eos_id] for row in rows]
+    # Cut-off chains end in the middle, and of scored text nobody knows: nothing there is the teacher's end of sequence.
+    ends = [[tokenizer.eos_id] if row["finish_reason"] == "stop" else [] for row in rows]
     whole = [ids + end for ids, end in zip(token_ids, ends, strict=True)]
     kept = [number for number in range(len(rows)) if whole[number] and prompt_ids[number]]
     return pa.Table.from_pydict(

@@ -53,8 +53,9 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
         for stage in plan.stages:
             if state is None or state.stage < stage.index or not (state.stage > stage.index or state.stage_is_done):
                 state = _StageRun(config, plan, stage, state, ranks, stop).run()
-            if stop.is_set and not (state.stage_is_done and stage.index == len(plan.stages) - 1):
-                raise KeyboardInterrupt
+                # A stage ends early only by a stop that all ranks agreed on; what one rank knows decides nothing.
+                if not state.stage_is_done:
+                    raise KeyboardInterrupt
     return summarise(run, config)
 
 
