@@ -105,11 +105,16 @@ def _run_part(part: str, teacher: Path, num_prompts: int, max_tokens: int) -> Re
 
 
 def _memory(num_rows: int) -> Result:
-    """Peak resident memory of a whole build of `num_rows` chains."""
-    from tests.fake_builds import make_config, make_engine, make_requests, run_build
+    """Peak resident memory of a whole build of `num_rows` chains, whose requests come one by one as from a file."""
+    from teacher_cache.build import Build
+    from tests.fake_builds import make_config, make_engine, make_requests, make_teacher
 
     with tempfile.TemporaryDirectory(prefix="stillroom-memory-") as folder:
-        run_build(make_config(Path(folder) / "c", shard={"max_mb": 2}), make_requests(num_rows), make_engine)
+        # Small shards, so that the shorter build closes several as well.
+        build = Build(make_config(Path(folder) / "c", shard={"max_mb": 0.2}), make_teacher(), "w0")
+        stream = (request for number in range(num_rows) for request in make_requests(number + 1, number))
+        build.run(stream, num_rows, make_engine)
+        build.close()
     return {"peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
 
 

@@ -33,6 +33,8 @@ class ShardHeader(_Record):
     codec: str
     max_support: int = Field(description="largest support a token can have in this shard")
     nucleus: float | None = Field(description="mass at which the support stops; None keeps max_support entries")
+    draws: int = Field(default=0, description="draws from the tail of a token whose support was cut short; 0: none")
+    temperatures: list[float] = Field(default=[], description="of the stored log-partitions, in their order")
     entropy: str = Field(description="'exact' over the whole vocabulary or 'support': of the captured top-k and tail")
     vocab_size: int
     run_id: str

@@ -1,7 +1,7 @@
 """What flows between the stages: a prompt, what the engine captured for one completion, and the signals a codec stores.
 
-Shape legend: T completion tokens, K captured candidates a token, N stored candidates of all tokens (ragged, flat), R
-rows. Log probabilities are natural logarithms of the teacher's own distribution at temperature 1, before penalties and
+Shape legend: T completion tokens, K captured candidates a token, M draws a token, S temperatures besides 1, N stored
+candidates and D stored draws of all tokens (ragged, flat), R rows. Log probabilities are natural logarithms of the teacher's own distribution at temperature 1, before penalties and
 truncation.
 """
 
@@ -46,8 +46,10 @@ class Capture:
     """The teacher's view of one completion as the engine gives it, nothing cut off yet.
 
     token_ids_T int32, sampled_logprob_T float32, sampled_rank_T int32 (1 is the most probable token), topk_ids_TK int32
-    and topk_logprobs_TK float32 by falling probability; entropy_T float32 in nats where the engine computed it over the
-    whole vocabulary, else None.
+    and topk_logprobs_TK float32 by falling probability. What only an engine with the sampler's plugin gives is None
+    elsewhere: entropy_T float32 in nats over the whole vocabulary; draw_ids_TM int32 and draw_logprobs_TM float32, M
+    draws with replacement from the distribution outside the K candidates, each with the teacher's own log probability;
+    log_partitions_TS float32, log sum_v p_v^(1/tau_s) for each of S temperatures.
     """
 
     token_ids_T: Int32
@@ -56,6 +58,37 @@ class Capture:
     topk_ids_TK: Int32
     topk_logprobs_TK: Float32
     entropy_T: Float32 | None = None
+    draw_ids_TM: Int32 | None = None
+    draw_logprobs_TM: Float32 | None = None
+    log_partitions_TS: Float32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Sampled tails of T tokens: token t owns the next `n_T[t]` entries of the flat arrays.
+
+    n_T int32 (>= 0), ids_D int32, logprobs_D float32 (the teacher's own, at temperature 1). Drawn with replacement from
+    the distribution outside the support, so each entry stands for the tail's mass over n_T[t] and ids may repeat
+    (Sparse Logit Sampling, arXiv 2503.16870).
+    """
+
+    n_T: Int32
+    ids_D: Int32
+    logprobs_D: Float32
+
+    def slice(self, start: int, stop: int) -> "Draws":
+        """Draws of tokens start..stop-1, as views."""
+        first = int(self.n_T[:start].sum(dtype=np.int64))
+        last = first + int(self.n_T[start:stop].sum(dtype=np.int64))
+        return Draws(self.n_T[start:stop], self.ids_D[first:last], self.logprobs_D[first:last])
+
+    def dense(self, m: int) -> tuple[Int32, Float32]:
+        """ids_TM int32 and logprobs_TM float32; slots past a token's draws hold id 0 and -inf.
+
+        `m` must not be below the largest n_T: a draw left out would bias the rest.
+        """
+        assert self.n_T.max(initial=0) <= m
+        return ragged_to_dense(self.n_T, self.ids_D, self.logprobs_D, m)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +97,9 @@ class Signals:
 
     topk_n_T int32 (>= 1), topk_ids_N int32 by falling probability, topk_logprobs_N float32, tail_logmass_T float32
     (log of the mass outside the support, -inf when there is none), sampled_logprob_T float32, sampled_rank_T int32
-    (1-based over the whole vocabulary), entropy_T float32 in nats.
+    (1-based over the whole vocabulary), entropy_T float32 in nats. `draws`: draws from that tail, None where the cache
+    stores none; log_partitions_TS float32, log sum_v p_v^(1/tau_s) for the S temperatures of the shard's header, None
+    where it has none.
     """
 
     topk_n_T: Int32
@@ -74,6 +109,8 @@ class Signals:
     sampled_logprob_T: Float32
     sampled_rank_T: Int32
     entropy_T: Float32
+    draws: Draws | None = None
+    log_partitions_TS: Float32 | None = None
 
     def slice(self, start: int, stop: int) -> "Signals":
         """Signals of tokens start..stop-1, as views."""
@@ -87,6 +124,8 @@ class Signals:
             sampled_logprob_T=self.sampled_logprob_T[start:stop],
             sampled_rank_T=self.sampled_rank_T[start:stop],
             entropy_T=self.entropy_T[start:stop],
+            draws=None if self.draws is None else self.draws.slice(start, stop),
+            log_partitions_TS=None if self.log_partitions_TS is None else self.log_partitions_TS[start:stop],
         )
 
     def dense(self, k: int) -> tuple[Int32, Float32]:
@@ -95,19 +134,23 @@ class Signals:
         Tokens with more than k entries are cut to their first k (the tail does not grow for that: pass k >= max
         support).
         """
-        num_tokens, num_entries = len(self.topk_n_T), len(self.topk_ids_N)
-        ids_TK = np.zeros((num_tokens, k), np.int32)
-        logprobs_TK = np.full((num_tokens, k), -np.inf, np.float32)
-        starts_T = np.cumsum(self.topk_n_T, dtype=np.int64) - self.topk_n_T
-        # Entry i of token t has rank i - starts_T[t], so it goes to slot t k + rank of the flattened array.
-        slot_N = np.arange(num_entries) + np.repeat(np.arange(num_tokens) * k - starts_T, self.topk_n_T)
-        entries_N, logprobs_N = self.topk_ids_N, self.topk_logprobs_N
-        if self.topk_n_T.max(initial=0) > k:
-            kept_N = np.arange(num_entries) - np.repeat(starts_T, self.topk_n_T) < k
-            slot_N, entries_N, logprobs_N = slot_N[kept_N], entries_N[kept_N], logprobs_N[kept_N]
-        ids_TK.reshape(-1)[slot_N] = entries_N
-        logprobs_TK.reshape(-1)[slot_N] = logprobs_N
-        return ids_TK, logprobs_TK
+        return ragged_to_dense(self.topk_n_T, self.topk_ids_N, self.topk_logprobs_N, k)
+
+
+def ragged_to_dense(n_T: Int32, ids_N: Int32, logprobs_N: Float32, k: int) -> tuple[Int32, Float32]:
+    """ids_TK int32 and logprobs_TK float32 of flat entries, `n_T` a token; empty slots hold id 0 and -inf."""
+    num_tokens, num_entries = len(n_T), len(ids_N)
+    ids_TK = np.zeros((num_tokens, k), np.int32)
+    logprobs_TK = np.full((num_tokens, k), -np.inf, np.float32)
+    starts_T = np.cumsum(n_T, dtype=np.int64) - n_T
+    # Entry i of token t has rank i - starts_T[t], so it goes to slot t k + rank of the flattened array.
+    slot_N = np.arange(num_entries) + np.repeat(np.arange(num_tokens) * k - starts_T, n_T)
+    if n_T.max(initial=0) > k:
+        kept_N = np.arange(num_entries) - np.repeat(starts_T, n_T) < k
+        slot_N, ids_N, logprobs_N = slot_N[kept_N], ids_N[kept_N], logprobs_N[kept_N]
+    ids_TK.reshape(-1)[slot_N] = ids_N
+    logprobs_TK.reshape(-1)[slot_N] = logprobs_N
+    return ids_TK, logprobs_TK
 
 
 def stable_hash(*parts: object) -> str:

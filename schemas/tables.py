@@ -2,6 +2,8 @@
 
 import pyarrow as pa
 
+from schemas import FORMAT_VERSION
+
 CODECS = ("topk-u8", "topk-f32")
 """Codec names a reader of this version understands."""
 
@@ -59,21 +61,29 @@ TOKEN_FIELDS = [
     pa.field("entropy", list_of(pa.float32()), nullable=False),
 ]
 
+EXTRA_FIELDS = [
+    pa.field("draw_n", list_of(pa.int16()), nullable=False),
+    pa.field("log_partitions", list_of(pa.float32()), nullable=False),
+]
+"""Columns of the signals that shards of format version 1 do not have."""
+
 SIGNAL_FIELDS = {
     "topk-u8": [
         pa.field("topk_ids", list_of(pa.int32()), nullable=False),
         pa.field("topk_codes", list_of(pa.int16()), nullable=False),
         pa.field("topk_n", list_of(pa.int16()), nullable=False),
         pa.field("tail_codes", list_of(pa.int16()), nullable=False),
+        *EXTRA_FIELDS,
     ],
     "topk-f32": [
         pa.field("topk_ids", list_of(pa.int32()), nullable=False),
         pa.field("topk_logprobs", list_of(pa.float32()), nullable=False),
         pa.field("topk_n", list_of(pa.int16()), nullable=False),
         pa.field("tail_logmass", list_of(pa.float32()), nullable=False),
+        *EXTRA_FIELDS,
     ],
 }
-"""Columns that only one codec has."""
+"""Columns that depend on the codec, in the newest format version."""
 
 CHAIN_FIELDS = [*IDENTITY_FIELDS, *PROMPT_FIELDS, *COMPLETION_FIELDS, *SCALAR_FIELDS, *TOKEN_FIELDS]
 """Columns of every chain whatever the codec."""
@@ -111,9 +121,15 @@ VOCAB_SCHEMA = pa.schema(
 )
 
 
-def chain_schema(codec: str) -> pa.Schema:
+def signal_fields(codec: str, format_version: int = FORMAT_VERSION) -> list[pa.Field]:
+    """Signal columns of `codec` (a name of CODECS) as shards of that format version have them."""
+    fields = SIGNAL_FIELDS[codec]
+    return fields if format_version >= 2 else [one for one in fields if one not in EXTRA_FIELDS]
+
+
+def chain_schema(codec: str, format_version: int = FORMAT_VERSION) -> pa.Schema:
     """The Parquet schema of a shard of `codec` (a name of CODECS)."""
-    return pa.schema([*CHAIN_FIELDS, *SIGNAL_FIELDS[codec]])
+    return pa.schema([*CHAIN_FIELDS, *signal_fields(codec, format_version)])
 
 
 def table_schema() -> pa.Schema:
