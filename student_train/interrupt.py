@@ -1,35 +1,5 @@
-"""A polite end: the first Ctrl-C or SIGTERM asks for it, the second one stops at once."""
+"""A polite end of training: see shared.interrupt."""
 
-import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from shared.interrupt import StopRequest
 
-from shared.log import note
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class StopRequest:
-    """While entered, turns the first signal into `is_set`; the second raises KeyboardInterrupt. Main thread only."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {one: signal.signal(one, self._on_signal) for one in SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-        note("stopping: the step that is being computed is finished and saved first (again to stop at once)")
+__all__ = ["StopRequest"]

@@ -6,7 +6,6 @@ return.
 """
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from schemas.records import stable_hash
 from shared.catalog import SHARD_NAME, Catalog
 from shared.config import plain
 from shared.errors import CacheConflict, DataError, StillroomError
+from shared.interrupt import StopRequest
 from shared.log import Progress, note
 from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import BuildConfig
 from teacher_cache.generate import Loop, Pending
-from teacher_cache.interrupt import stop_on_signals
 from teacher_cache.locks import worker_lock
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.recorder import Recorded, Recorder, explained
@@ -105,7 +104,7 @@ class Build:
             )
         engine = start_engine()
         try:
-            with stop_on_signals() as stop:
+            with StopRequest() as stop:
                 return self._generate(engine, pending, num_total, stop)
         finally:
             engine.close()
@@ -114,7 +113,7 @@ class Build:
         """Gives the worker's lock back."""
         self._locks.close()
 
-    def _generate(self, engine: Engine, pending: Pending, num_total: int, stop: threading.Event) -> BuildResult:
+    def _generate(self, engine: Engine, pending: Pending, num_total: int, stop: StopRequest) -> BuildResult:
         try:
             self._describe_run(engine.info)
         except OSError as error:
@@ -135,7 +134,7 @@ class Build:
             if loop.stopped is not None:
                 note(f"{loop.stopped}: making visible what is finished")
         seconds = time.monotonic() - started_s
-        if loop.stopped is not None and not stop.is_set():
+        if loop.stopped is not None and not stop.is_set:
             raise StillroomError(loop.stopped)
         return BuildResult(
             self.run_id,

@@ -2,11 +2,11 @@
 counted.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from shared.errors import StillroomError
+from shared.interrupt import StopRequest
 from teacher_cache.recorder import Recorder
 from teacher_cache.requests import Engine, Failed, Outcome, Request
 from teacher_cache.sources import LoadFailure
@@ -52,7 +52,7 @@ class Loop:
         pending: Pending,
         recorder: Recorder,
         max_consecutive: int | None,
-        stop: threading.Event,
+        stop: StopRequest,
     ) -> None:
         self.stopped: str | None = None
         self._engine, self._pending, self._recorder = engine, pending, recorder
@@ -86,10 +86,10 @@ class Loop:
             outcomes = self._engine.step()
         except StillroomError:
             # Ctrl-C reaches the engine's processes too: that they are gone is no news then.
-            if not self._stop.is_set():
+            if not self._stop.is_set:
                 raise
             outcomes = []
-        if self._stop.is_set():
+        if self._stop.is_set:
             self.stopped = "interrupted"
         return outcomes
 
