@@ -12,15 +12,22 @@ STDERR = 2
 
 
 class StopRequest:
-    """While entered, turns the first signal into `is_set`; the second raises KeyboardInterrupt. Main thread only."""
+    """While entered, turns the first signal into `is_set`; the second raises KeyboardInterrupt. Main thread only.
 
-    def __init__(self) -> None:
+    With `at_once` the first one raises already, until `finish_first` says that there is something to finish; whatever
+    else goes wrong on the way out (a library left half imported) is then a KeyboardInterrupt too.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
         self.is_set = False
+        self._at_once = at_once
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._on_signal) for one in SIGNALS}
+            # A program may be started with them blocked, so that none arrives before this can answer it.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(
@@ -29,9 +36,16 @@ class StopRequest:
         for one, handler in self._before.items():
             signal.signal(one, handler)
         self._before = {}
+        if self._at_once and self.is_set and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
+
+    def finish_first(self) -> None:
+        """From here on the first signal lets what is at hand be finished."""
+        self._at_once = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
+        if self.is_set or self._at_once:
+            self.is_set = True
             raise KeyboardInterrupt
         self.is_set = True
         try:

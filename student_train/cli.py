@@ -92,19 +92,22 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train, or go on from the last checkpoint of the same run."""
+    from shared.interrupt import StopRequest
     from student_train.launch import end_with_parent, launch
 
     if nproc > 1:
-        raise typer.Exit(launch(nproc, _arguments_of_a_rank(sys.argv[1:])))
+        rank = [sys.executable, "-m", "student_train.cli", *_arguments_of_a_rank(sys.argv[1:])]
+        raise typer.Exit(launch(nproc, rank))
     end_with_parent()
-    config = _config(config_path, overrides)
-    from student_train.engine import joined_ranks
-    from student_train.interrupt import StopRequest
-    from student_train.show import run_lines
-    from student_train.train import train
+    # From here on, before seconds of imports: Ctrl-C ends at once until there are steps to save.
+    with StopRequest(at_once=True) as stop:
+        config = _config(config_path, overrides)
+        from student_train.engine import joined_ranks
+        from student_train.show import run_lines
+        from student_train.train import train
 
-    with StopRequest() as stop, joined_ranks() as ranks:
-        summary = train(config, ranks, stop)
+        with joined_ranks() as ranks:
+            summary = train(config, ranks, stop)
     if ranks.is_first:
         _result(summary, run_lines(summary), as_json)
 

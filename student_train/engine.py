@@ -28,6 +28,7 @@ from torch import Tensor
 from shared.errors import ConfigError, StillroomError
 from student_train.config import EngineConfig, StageConfig
 from student_train.divergences import LossMix
+from student_train.launch import RanksLost
 from student_train.losses import LossSums
 from student_train.model import Student, use_cpu_where_there_is_no_gpu
 from student_train.pack import TorchPack
@@ -77,8 +78,8 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """Joins the ranks that a launcher started (its RANK, WORLD_SIZE, ... variables), or makes a world of one.
 
-    Raises StillroomError where they cannot be joined, and in the place of what torch raises when a rank is lost or a
-    GPU's memory is exhausted.
+    Raises StillroomError where they cannot be joined, and in the place of what torch raises when a GPU's memory is
+    exhausted; RanksLost when another rank is gone.
     """
     environ_before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
@@ -93,7 +94,7 @@ def joined_ranks() -> Iterator[Ranks]:
         ) from error
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise StillroomError(f"the ranks lost each other, one of them ended: {_first_line(error)}") from error
+            raise RanksLost(f"the ranks lost each other, one of them ended: {_first_line(error)}") from error
         raise
     finally:
         # So that torch does not warn at exit.

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from schemas.records import stable_hash
+from shared.interrupt import StopRequest
 from student_train.divergences import LossMix
 from student_train.engine import Engine, Ranks
 from student_train.evaluate import to_device
-from student_train.interrupt import StopRequest
 from student_train.metrics_log import StepRecord
 from student_train.pack import Pack
 from student_train.prepare import StagePlan

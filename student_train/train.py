@@ -14,6 +14,7 @@ import time
 
 from shared.config import Json
 from shared.errors import StillroomError
+from shared.interrupt import StopRequest
 from shared.log import Progress, note
 from student_train import checkpoint
 from student_train.checkpoint import Best, CheckpointState
@@ -22,7 +23,6 @@ from student_train.data import eval_spec
 from student_train.engine import Engine, Ranks
 from student_train.evaluate import EvalResult, evaluate
 from student_train.export import export_stage, initial_folder
-from student_train.interrupt import StopRequest
 from student_train.metrics_log import MetricsLog, require_tensorboard
 from student_train.model import load_student
 from student_train.prepare import RunPlan, StagePlan, prepare
@@ -106,6 +106,7 @@ class _StageRun:
                 stack.enter_context(Progress(label, stage.num_steps, "steps", self._step)) if ranks.is_first else None
             )
             num_tokens = 0
+            self._stop.finish_first()
             while self._step < stage.num_steps:
                 result = self._take_step()
                 num_tokens += result.record.num_tokens

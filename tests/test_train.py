@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from shared.config import Json
 from shared.errors import CacheConflict, ConfigError, StillroomError
+from shared.interrupt import StopRequest
 from student_train.checkpoint import find_state, tags
 from student_train.config import TrainConfig
 from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config, evaluate_model
-from student_train.interrupt import StopRequest
 from student_train.runfolder import RunFolder
 from student_train.train import train
 from tests.caches import Chain, SyntheticCache
