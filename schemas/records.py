@@ -1,8 +1,8 @@
 """What flows between the stages: a prompt, what the engine captured for one completion, and the signals a codec stores.
 
 Shape legend: T completion tokens, K captured candidates a token, M draws a token, S temperatures besides 1, N stored
-candidates and D stored draws of all tokens (ragged, flat), R rows. Log probabilities are natural logarithms of the teacher's own distribution at temperature 1, before penalties and
-truncation.
+candidates and D stored draws of all tokens (ragged, flat), R rows. Log probabilities are natural logarithms of the
+teacher's own distribution at temperature 1, before penalties and truncation.
 """
 
 import hashlib
@@ -81,6 +81,20 @@ class Draws:
         first = int(self.n_T[:start].sum(dtype=np.int64))
         last = first + int(self.n_T[start:stop].sum(dtype=np.int64))
         return Draws(self.n_T[start:stop], self.ids_D[first:last], self.logprobs_D[first:last])
+
+    @staticmethod
+    def none(num_tokens: int) -> "Draws":
+        """No draw for any of `num_tokens` tokens."""
+        return Draws(np.zeros(num_tokens, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+    @staticmethod
+    def concat(parts: Sequence["Draws"]) -> "Draws":
+        """One after the other; at least one."""
+        return Draws(
+            n_T=np.concatenate([part.n_T for part in parts]),
+            ids_D=np.concatenate([part.ids_D for part in parts]),
+            logprobs_D=np.concatenate([part.logprobs_D for part in parts]),
+        )
 
     def dense(self, m: int) -> tuple[Int32, Float32]:
         """ids_TM int32 and logprobs_TM float32; slots past a token's draws hold id 0 and -inf.

@@ -8,7 +8,7 @@ file's bytes can be checked against its own name wherever it was copied.
 
     CACHE/chains/<run>/<worker>-<sequence>-<sha256, 32 hex>.parquet     + chains/_delta_log/
     CACHE/verdicts/..., CACHE/failures/...                               the same manner
-    CACHE/runs/<run_id>.json, CACHE/vocab/<tokenizer fingerprint>.parquet
+    CACHE/runs/<run_id>.json, CACHE/vocab/<tokenizer fingerprint>.parquet, CACHE/receipts/ (shared.receipts)
 """
 
 import json
@@ -25,6 +25,7 @@ from schemas.manifest import RunManifest
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
+from shared.receipts import Receipt, write_receipt
 
 HASH_CHARS = 32
 SHARD_NAME = re.compile(
@@ -80,7 +81,27 @@ class Table:
             except DeltaError as error:
                 if not DeltaTable.is_deltatable(str(folder)):
                     raise CacheConflict(f"cannot create the table {folder}: {_first_line(error)}") from error
-        return cls(folder)
+        table = cls(folder)
+        table._add_columns(schema)
+        return table
+
+    def _add_columns(self, schema: pa.Schema) -> None:
+        """Adds the nullable columns of a newer format to an older table; its files stay as they are."""
+        from deltalake import Field, Schema
+        from deltalake.exceptions import DeltaError
+
+        known = {one.name for one in self._delta.schema().fields}
+        missing = [one for one in schema if one.name not in known]
+        if not missing:
+            return
+        fields: list[Field] = Schema.from_arrow(pa.schema(missing)).fields
+        try:
+            self._delta.alter.add_columns(fields)
+        except DeltaError as error:
+            # Another worker may have been first.
+            self.refresh()
+            if not {one.name for one in missing} <= {one.name for one in self._delta.schema().fields}:
+                raise CacheConflict(f"cannot add columns to {self.folder}: {_first_line(error)}") from error
 
     @property
     def version(self) -> int:
@@ -116,20 +137,27 @@ class Table:
         """Number of the last transaction that `application` committed, None before the first."""
         return self._delta.transaction_version(application)
 
-    def commit(self, files: Sequence[DataFile], application: str, sequence: int) -> None:
+    def commit(
+        self, files: Sequence[DataFile], application: str, sequence: int, removed: Sequence[DataFile] = ()
+    ) -> None:
         """Makes `files` visible as transaction `sequence` of `application`, on exactly the version last refreshed to.
 
+        Files in `removed` leave the table in the same transaction; they stay on the disk for older versions.
         Every file must exist with the stated size. Raises CacheConflict when another commit came first (refresh, look
         again at what is visible, and retry) or when the sequence was committed already.
         """
         from deltalake import CommitProperties
         from deltalake.exceptions import CommitFailedError, DeltaError
-        from deltalake.transaction import Transaction
+        from deltalake.transaction import RemoveAction, Transaction
 
         last = self.last_sequence(application)
         if last is not None and sequence <= last:
             raise CacheConflict(f"transaction {sequence} of {application} is committed already (last is {last})")
-        adds = [self._add_action(file) for file in files]
+        now_ms = int(time.time() * 1000)
+        actions = [
+            *(self._add_action(file) for file in files),
+            *(RemoveAction(file.path, True, now_ms, file.size_bytes, {}) for file in removed),
+        ]
         properties = CommitProperties(
             # With retries two handles could both commit the same rows; without, the second must look again.
             max_commit_retries=0,
@@ -137,7 +165,7 @@ class Table:
         )
         try:
             self._delta.create_write_transaction(
-                adds, mode="append", schema=self._delta.schema(), commit_properties=properties
+                actions, mode="append", schema=self._delta.schema(), commit_properties=properties
             )
         except CommitFailedError as error:
             raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
@@ -146,6 +174,7 @@ class Table:
                 raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
             raise
         self.refresh()
+        write_receipt(self.folder, Receipt(application, sequence, self.version))
 
     def _add_action(self, file: DataFile) -> Any:
         from deltalake.transaction import AddAction

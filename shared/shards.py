@@ -55,7 +55,7 @@ def read_signals(
     file: pq.ParquetFile, header: ShardHeader, index: int, columns: Sequence[str], where: str
 ) -> tuple[pa.Table, Signals, Int64]:
     """Row group `index`: the asked columns, its decoded signals, and row offsets [R+1] into the signals' tokens."""
-    needed = list(dict.fromkeys([*columns, "token_ids", *signal_columns(header.codec)]))
+    needed = list(dict.fromkeys([*columns, "token_ids", *signal_columns(header)]))
     table = read_row_group(file, index, needed, where)
     signals, offsets = decode(table, header, f"{where}: row group {index}")
     return table.select(list(columns)), signals, offsets

@@ -23,7 +23,7 @@ from shared.catalog import Catalog, DataFile, Table
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
 from shared.shards import open_shard
-from shared.views import CacheFiles, quote, view_statements
+from shared.views import CacheFiles, Layout, quote, view_statements
 
 if TYPE_CHECKING:
     import duckdb
@@ -281,24 +281,24 @@ def _files_of(catalog: Catalog) -> CacheFiles:
         return [str(table.path_of(file).absolute()) for file in table.files()]
 
     return CacheFiles(
-        chains=_by_codec(catalog),
+        chains=_by_layout(catalog),
         verdicts=visible(catalog.verdicts),
         failures=visible(catalog.failures),
         vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
     )
 
 
-def _by_codec(catalog: Catalog) -> dict[str, list[str]]:
-    """Shards by codec. All shards of a run have one, so a shard of each is opened and not all of them."""
+def _by_layout(catalog: Catalog) -> dict[Layout, list[str]]:
+    """Shards by layout. All shards of a run have one, so a shard of each is opened and not all of them."""
     by_run: dict[str, list[DataFile]] = {}
     for file in catalog.chains.files():
         by_run.setdefault(file.path.partition("/")[0], []).append(file)
-    by_codec: dict[str, list[str]] = {}
+    by_layout: dict[Layout, list[str]] = {}
     for files in by_run.values():
         _, header = open_shard(catalog.chains.path_of(files[0]))
         paths = [str(catalog.chains.path_of(file).absolute()) for file in files]
-        by_codec.setdefault(header.codec, []).extend(paths)
-    return by_codec
+        by_layout.setdefault((header.codec, header.format_version), []).extend(paths)
+    return by_layout
 
 
 def _create_runs(connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest]) -> None:

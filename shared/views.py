@@ -3,7 +3,7 @@
 chains      one row a chain, readable columns, with its latest verdict
 prompts     one row a prompt: samples, pass rate, mean length
 tokens      one row a completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
-topk        one row a stored candidate: rank, piece, probability
+topk        one row a stored candidate: rank, piece, probability; those drawn from the tail have no rank
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
 storage     one row a column of a shard: bytes in Parquet
 chain_places, chain_rows  chains, with the file and row where each lies; its row group, which costs reading all footers
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from schemas.tables import CHAIN_FIELDS, FAILURE_SCHEMA, SIGNAL_FIELDS, VERDICT_SCHEMA, VOCAB_SCHEMA, table_schema
+from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
 from shared.codec import LOGPROB_RANGE_NATS, MAX_CODE
 
 VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage")
@@ -34,11 +34,15 @@ SQL_TYPES = {
 }
 
 
+Layout = tuple[str, int]
+"""Codec and format version of a shard, which decide its columns."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheFiles:
-    """Paths of the Parquet files that the views of one cache read; those of `chains` by codec."""
+    """Paths of the Parquet files that the views of one cache read; those of `chains` by the columns they have."""
 
-    chains: Mapping[str, Sequence[str]]
+    chains: Mapping[Layout, Sequence[str]]
     verdicts: Sequence[str]
     failures: Sequence[str]
     vocab: Sequence[str]
@@ -47,6 +51,10 @@ class CacheFiles:
         """Every file."""
         for group in (*self.chains.values(), self.verdicts, self.failures, self.vocab):
             yield from group
+
+
+ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, i: n + draw_n[i]) ELSE topk_n END"
+"""Entries of each token: its support and its draws."""
 
 
 def quote(text: str) -> str:
@@ -103,37 +111,40 @@ def view_statements(files: CacheFiles) -> list[str]:
              count(*) FILTER (truncated) AS num_truncated
            FROM chains GROUP BY prompt_id""",
         f"""CREATE VIEW tokens AS SELECT t.sample_id, t.source, t.position, t.token_id, v.piece, t.logprob, t.rank,
-             t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support,
+             t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support, t.draws,
              CASE WHEN t.reasoning_end IS NULL OR t.position < t.reasoning_end THEN 'reasoning' ELSE 'answer' END AS
              part
            FROM (SELECT sample_id, source, run_id, reasoning_end, unnest(range(len(token_ids))) AS position,
                unnest(token_ids) AS token_id, unnest(sampled_logprob) AS logprob, unnest(sampled_rank) AS rank,
-               unnest(entropy) AS entropy, unnest(topk_n) AS support, unnest(tail_codes) AS tail_code,
+               unnest(entropy) AS entropy, unnest(topk_n) AS support, unnest(draw_n) AS draws,
+               unnest(tail_codes) AS tail_code,
                unnest(tail_logmass) AS tail_logmass, unnest(list_where(topk_codes, is_first)) AS top1_code,
                unnest(list_where(topk_logprobs, is_first)) AS top1_logprob
-             FROM (SELECT *, flatten(list_transform(topk_n, lambda n: list_resize([true], n, false))) AS is_first
+             FROM (SELECT *, flatten(list_transform({ENTRY_N}, lambda n: list_resize([true], n, false))) AS is_first
                    FROM shards)) t
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
-        f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob
+        f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob,
+             t.rank IS NULL AS drawn
            FROM (SELECT sample_id, run_id,
-               unnest(flatten(list_transform(topk_n, lambda n, i: list_resize([i - 1], n, i - 1)))) AS position,
-               unnest(flatten(list_transform(topk_n, lambda n: range(1, n + 1)))) AS rank,
+               unnest(flatten(list_transform(entry_n, lambda n, i: list_resize([i - 1], n, i - 1)))) AS position,
+               unnest(flatten(list_transform(entry_n, lambda n, i: list_resize(range(1, topk_n[i] + 1), n)))) AS rank,
                unnest(topk_ids) AS token_id, unnest(topk_codes) AS topk_codes, unnest(topk_logprobs) AS topk_logprobs
-             FROM shards) t
+             FROM (SELECT *, {ENTRY_N} AS entry_n FROM shards)) t
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
     ]
 
 
-def _shards(files: Mapping[str, Sequence[str]]) -> str:
-    """The rows of all codecs, each with NULL for the columns of the others.
+def _shards(files: Mapping[Layout, Sequence[str]]) -> str:
+    """The rows of all layouts, each with NULL for the columns of the others.
 
-    Files of one codec have one schema, so DuckDB need not open all of them before it answers (as `union_by_name` does).
+    Files of one layout have one schema, so DuckDB need not open all of them before it answers, as
+    `union_by_name` does.
     """
     groups = []
-    for codec, paths in files.items():
-        own = {field.name for field in [*CHAIN_FIELDS, *SIGNAL_FIELDS[codec]]}
+    for layout, paths in files.items():
+        own = set(chain_schema(*layout).names)
         groups.append(_select(table_schema(), paths, ("filename", "file_row_number"), own))
     return " UNION ALL ".join(groups) or _select(table_schema(), [], ("filename", "file_row_number"))
 
@@ -155,7 +166,7 @@ def _select(
     return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
 
 
-def _parquet_columns(files: Mapping[str, Sequence[str]]) -> str:
+def _parquet_columns(files: Mapping[Layout, Sequence[str]]) -> str:
     """One row a column chunk, out of the shards' footers."""
     paths = [path for group in files.values() for path in group]
     columns = {"file_name": "VARCHAR", "path_in_schema": "VARCHAR"} | dict.fromkeys(

@@ -132,6 +132,9 @@ class StageConfig(StrictModel):
         min_length=1,
     )
     """Losses by name, with their weights."""
+    temperature: float | ScheduleConfig = Field(default=1.0)
+    """At which the losses on distributions compare teacher and student, times its square (cross-entropies stay at 1).
+    Other temperatures than 1 are those that the cache holds (`capture.temperatures`); a schedule steps through them."""
     focal_gamma: float | None = Field(default=None, gt=0)
     """Hard tokens count more: weight times (1 - q(sampled token))^gamma. None is off."""
     where: str | None = None
@@ -167,6 +170,12 @@ class StageConfig(StrictModel):
     def _has_effect(self) -> "StageConfig":
         if self.lora is not None and self.trainable != "lora":
             raise ValueError(f"lora has no effect with trainable: {self.trainable}")
+        tau = self.temperature
+        low = tau if isinstance(tau, float) else min(one for one in (tau.start, tau.end) if one is not None)
+        if low <= 0:
+            raise ValueError(f"temperature {low} must be above 0")
+        if tau != 1.0 and all(name.startswith("cross_entropy") for name in self.losses):
+            raise ValueError("temperature has no effect on cross-entropies: drop it or add a loss on distributions")
         return self
 
 

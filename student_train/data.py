@@ -91,10 +91,10 @@ def eval_spec(data: DataConfig) -> PlanSpec:
 def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None:
     """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
     for term in mix.terms:
-        if term.needs_draws:
+        if term.needs_draws and not selection.header.draws:
             raise ConfigError(
-                f"stages: {term.name} of {stage.name!r} needs draws from the tail, which codec "
-                f"{', '.join(selection.header.codecs)} does not hold: use forward_kl_tail_bucket"
+                f"stages: {term.name} of {stage.name!r} needs draws from the tail, which not every selected shard "
+                "holds: use forward_kl_tail_bucket, or build a cache with capture.draws"
             )
         if term.needs_reference:
             raise ConfigError(
@@ -105,6 +105,25 @@ def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None
             raise ConfigError(
                 f"stages: {term.name} of {stage.name!r} needs distributions: set data.kind: distributions"
             )
+
+
+def check_temperature(selection: Selection, stage: StageConfig) -> None:
+    """Raises ConfigError where the cache lacks the log-partition of the stage's temperature, or of a schedule's end."""
+    asked = stage.temperature
+    held = selection.header.temperatures
+    if asked == 1.0 or (isinstance(asked, float) and asked in held):
+        return
+    names = ", ".join(f"{one:g}" for one in held) or "none besides 1"
+    if isinstance(asked, float):
+        raise ConfigError(
+            f"stages: temperature {asked:g} of {stage.name!r} needs the teacher's log-partition at it; the selected "
+            f"chains hold {names}: use one of them, or build a cache with capture.temperatures: [{asked:g}]"
+        )
+    if not held:
+        raise ConfigError(
+            f"stages: the temperature of {stage.name!r} is a schedule, but the selected chains hold no other "
+            "temperature than 1: build a cache with capture.temperatures"
+        )
 
 
 def check_vocabulary(student: StudentConfig, selection: Selection, caches: Sequence[Path]) -> Vocabulary:

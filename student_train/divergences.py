@@ -12,7 +12,8 @@ With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q
     forward_kl_renormalised         sum_S p' log(p'/q), p' = p / sum_S p
         says that the tail has no mass: an over-confident student (Sparse Logit Sampling, arXiv 2503.16870)
     forward_kl_sampled_tail         sum_S p log(p/q) + sum_draws w log(p/q)
-        an unbiased estimate of the dense KL from draws that stand for w of the tail each (arXiv 2503.16870)
+        an unbiased estimate of the dense KL from draws that stand for w of the tail each (arXiv 2503.16870); a token
+        without draws, whose tail the cache leaves as a mass, has the tail bucket's term
     reverse_kl_tail_bucket          sum_S q log(q/p) + q_r log(q_r/r)
         a lower bound; a cache gives no upper one (MiniLLM, arXiv 2306.08543)
     jsd_tail_bucket                 beta KL(p | m) + (1 - beta) KL(q | m), m = beta p + (1 - beta) q
@@ -219,10 +220,14 @@ def forward_kl_sampled_tail(
     """Exact KL terms on the support, the tail's estimated from draws, [N] nats (arXiv 2503.16870).
 
     `weights_NM` is the mass that each draw stands for, `student_NM` and `teacher_NM` its log probabilities. Without the
-    teacher's, the tail adds its cross-entropy: same gradient, value larger by the constant entropy of the tail.
+    teacher's, the tail adds its cross-entropy: same gradient, value larger by the constant entropy of the tail. A token
+    whose weights are all 0 has no draws, and the tail bucket's term.
     """
     tail_NM = -student_NM if teacher_NM is None else teacher_NM - student_NM
-    return forward_kl_truncated(teacher_NB, student_NB) + (weights_NM * tail_NM).sum(dim=1)
+    drawn_N = (weights_NM * tail_NM).sum(dim=1)
+    bucket_N = forward_kl_tail_bucket(teacher_NB[:, -1:], student_NB[:, -1:])
+    has_draws_N = (weights_NM > 0.0).any(dim=1)
+    return forward_kl_truncated(teacher_NB, student_NB) + torch.where(has_draws_N, drawn_N, bucket_N)
 
 
 def jsd_tail_bucket(teacher_NB: Tensor, student_NB: Tensor, beta: float = DEFAULT_JSD_BETA) -> Tensor:

@@ -18,10 +18,10 @@ from shared.log import Progress
 from student_train.engine import Ranks
 from student_train.epoch_plan import PlanSpec
 from student_train.model import Student
-from student_train.pack import Pack, TorchPack, empty_pack, to_torch
+from student_train.pack import PLAIN_VIEW, Pack, TargetView, TorchPack, empty_pack, to_torch
 from student_train.selection import Selection
 from student_train.stream import PackStream
-from student_train.targets import SparseTargets
+from student_train.targets import SparseTargets, TailDraws
 from student_train.token_metrics import TokenMetrics
 
 
@@ -100,10 +100,16 @@ def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
     return metrics_of
 
 
-def to_device(pack: Pack, device: torch.device, *, with_signals: bool) -> TorchPack:
+def to_device(
+    pack: Pack,
+    device: torch.device,
+    *,
+    with_signals: bool,
+    view: TargetView = PLAIN_VIEW,
+) -> TorchPack:
     """The pack as tensors. An empty one becomes one token of weight 0, so that a rank without data computes along."""
     if pack.num_loss_tokens:
-        return to_torch(pack, device)
+        return to_torch(pack, device, view)
     placeholder = to_torch(empty_pack(with_signals=with_signals), device)
     zero_1 = torch.zeros(1, dtype=torch.int64, device=device)
     support = 1 if with_signals else 0
@@ -113,9 +119,20 @@ def to_device(pack: Pack, device: torch.device, *, with_signals: bool) -> TorchP
         tail_logmass_N=torch.full((1,), -torch.inf, device=device),
         sampled_ids_N=zero_1,
         weights_N=torch.zeros(1, device=device),
+        draws=_one_draw(device) if view.with_draws else None,
+        temperature=view.temperature,
+        log_partition_N=None if view.temperature == 1.0 else torch.zeros(1, device=device),
     )
     return TorchPack(
         placeholder.input_ids_1L, placeholder.position_ids_1L, placeholder.document_ids_1L, zero_1, None, targets
+    )
+
+
+def _one_draw(device: torch.device) -> TailDraws:
+    return TailDraws(
+        torch.zeros(1, 1, dtype=torch.int64, device=device),
+        torch.zeros(1, 1, device=device),
+        torch.full((1, 1), -torch.inf, device=device),
     )
 
 

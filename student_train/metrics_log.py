@@ -24,9 +24,13 @@ class StepRecord:
     """Mean of each loss by name, nats a token, before its weight."""
     weights: dict[str, float]
     """Weight of each loss at this step."""
+    temperature: float
+    """At which distributions are compared."""
     learning_rate: float
     grad_norm: float | None
-    """Norm of the gradient before clipping; None at ZeRO stage 0, where DeepSpeed does not report it."""
+    """Norm of the whole gradient before clipping; None where the step was skipped."""
+    skipped: bool
+    """Whether float16 overflowed, so that nothing was learnt; the loss scale is lower from then on."""
     num_tokens: int
     """Tokens that the model read, over all ranks."""
     num_loss_tokens: int
@@ -81,6 +85,7 @@ class MetricsLog:
             "train/loss": record.loss,
             **{f"train/{name}": value for name, value in record.parts.items()},
             "train/learning_rate": record.learning_rate,
+            "train/temperature": record.temperature,
             "speed/tokens_per_s": record.tokens_per_s,
             "speed/stall_frac": record.stall_frac,
             "memory/max(GiB)": record.memory_gib,

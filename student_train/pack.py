@@ -5,7 +5,7 @@ In: decoded rows and which of their tokens to take. Out: numpy arrays of one pac
 The hidden state at position i of a document predicts its token i + 1, so the first completion token is predicted by the
 last prompt token, and the last completion token's own hidden state predicts nothing. Prompts have no loss.
 
-    L tokens of the pack, N loss tokens, K largest support in the pack
+    L tokens of the pack, N loss tokens, K largest support in the pack, M most draws of a token in it, S temperatures
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from schemas.records import Float32, Int32, Int64, Signals
+from schemas.records import Draws, Float32, Int32, Int64, Signals
 from student_train.rows import RowBlock
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Pack:
     sampled_ids_N: the tokens to predict. weights_N: the chain's weight. row_N and token_N: key of each loss token, the
     chain's number in the selection and the token's place in the completion.
     ids_NK, logprobs_NK (padding: id 0 and -inf), tail_logmass_N, sampled_logprob_N, entropy_N (nats): the teacher's
-    word; for text alone K is 0 and the other three are None.
+    word; for text alone K is 0 and the other three are None. draw_ids_NM, draw_logprobs_NM, draw_weights_NM (padding:
+    id 0, -inf, 0) where the cache holds draws; log_partitions_NS where it holds other temperatures.
     """
 
     input_ids_L: Int32
@@ -66,6 +67,10 @@ class Pack:
     tail_logmass_N: Float32 | None
     sampled_logprob_N: Float32 | None
     entropy_N: Float32 | None
+    draw_ids_NM: Int32 | None = None
+    draw_logprobs_NM: Float32 | None = None
+    draw_weights_NM: Float32 | None = None
+    log_partitions_NS: Float32 | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +111,7 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     first_token_D = np.array([_first_loss_token(piece) for piece in pieces], np.int32)
     signals = _signals(pieces)
     ids_NK, logprobs_NK = _dense(signals) if signals is not None else _no_support(len(document_N), 0)
+    draw_ids_NM, draw_logprobs_NM, draw_weights_NM = _draws(signals)
     return Pack(
         input_ids_L=input_ids_L,
         position_ids_L=position_ids_L,
@@ -120,6 +126,10 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         tail_logmass_N=signals.tail_logmass_T if signals is not None else None,
         sampled_logprob_N=signals.sampled_logprob_T if signals is not None else None,
         entropy_N=signals.entropy_T if signals is not None else None,
+        draw_ids_NM=draw_ids_NM,
+        draw_logprobs_NM=draw_logprobs_NM,
+        draw_weights_NM=draw_weights_NM,
+        log_partitions_NS=signals.log_partitions_TS if signals is not None else None,
     )
 
 
@@ -146,11 +156,26 @@ def empty_pack(*, with_signals: bool) -> Pack:
     )
 
 
-def to_torch(pack: Pack, device: torch.device | str) -> TorchPack:
-    """The pack as tensors on `device`."""
+@dataclass(frozen=True, slots=True)
+class TargetView:
+    """What a mix of losses wants of the targets.
+
+    `partition`: column of `temperature` in Pack.log_partitions_NS, None at temperature 1.
+    """
+
+    with_draws: bool = False
+    temperature: float = 1.0
+    partition: int | None = None
+
+
+PLAIN_VIEW = TargetView()
+
+
+def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VIEW) -> TorchPack:
+    """The pack as tensors on `device`, its targets as `view` wants them."""
     import torch
 
-    from student_train.targets import SparseTargets
+    from student_train.targets import SparseTargets, TailDraws
 
     def tensor(array: Int32 | Int64 | Float32) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -160,7 +185,24 @@ def to_torch(pack: Pack, device: torch.device | str) -> TorchPack:
         targets = SparseTargets.text_alone(sampled_ids_N, weights_N)
     else:
         tail_logmass_N = tensor(pack.tail_logmass_N)
-        targets = SparseTargets(tensor(pack.ids_NK), tensor(pack.logprobs_NK), tail_logmass_N, sampled_ids_N, weights_N)
+        draws = None
+        if view.with_draws:
+            assert pack.draw_ids_NM is not None
+            assert pack.draw_weights_NM is not None
+            assert pack.draw_logprobs_NM is not None
+            draws = TailDraws(tensor(pack.draw_ids_NM), tensor(pack.draw_weights_NM), tensor(pack.draw_logprobs_NM))
+        targets = SparseTargets(
+            tensor(pack.ids_NK),
+            tensor(pack.logprobs_NK),
+            tail_logmass_N,
+            sampled_ids_N,
+            weights_N,
+            draws=draws,
+        )
+        if view.partition is not None:
+            assert pack.log_partitions_NS is not None
+            column_N = np.ascontiguousarray(pack.log_partitions_NS[:, view.partition])
+            targets = targets.at_temperature(view.temperature, tensor(column_N))
     return TorchPack(
         input_ids_1L=tensor(pack.input_ids_L).long().unsqueeze(0),
         position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
@@ -198,7 +240,31 @@ def _signals(pieces: Sequence[PackedPiece]) -> Signals | None:
         sampled_logprob_T=np.concatenate([part.sampled_logprob_T for part in parts]),
         sampled_rank_T=np.concatenate([part.sampled_rank_T for part in parts]),
         entropy_T=np.concatenate([part.entropy_T for part in parts]),
+        draws=_all_draws(parts),
+        log_partitions_TS=_all_partitions(parts),
     )
+
+
+def _all_draws(parts: Sequence[Signals]) -> Draws | None:
+    """Of a selection either every shard holds draws or none of them is used."""
+    found = [part.draws for part in parts if part.draws is not None]
+    return Draws.concat(found) if len(found) == len(parts) else None
+
+
+def _all_partitions(parts: Sequence[Signals]) -> Float32 | None:
+    found = [part.log_partitions_TS for part in parts if part.log_partitions_TS is not None]
+    return np.concatenate(found) if len(found) == len(parts) else None
+
+
+def _draws(signals: Signals | None) -> tuple[Int32, Float32, Float32] | tuple[None, None, None]:
+    """(ids_NM, logprobs_NM, weights_NM): each draw of a token stands for an equal share of the tail's mass."""
+    if signals is None or signals.draws is None:
+        return None, None, None
+    n_N = signals.draws.n_T
+    ids_NM, logprobs_NM = signals.draws.dense(max(1, int(n_N.max(initial=0))))
+    share_N = np.exp(signals.tail_logmass_T) / np.maximum(n_N, 1)
+    weights_NM = np.where(np.isfinite(logprobs_NM), share_N[:, None], 0.0).astype(np.float32)
+    return ids_NM, logprobs_NM, weights_NM
 
 
 def _dense(signals: Signals) -> tuple[Int32, Float32]:

@@ -9,9 +9,12 @@ from typing import Any
 from shared.config import Json
 from shared.errors import DataError
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig, TrainConfig
+from student_train.data import eval_request
+from student_train.heldout import kept_or_temporary
 from student_train.metrics_log import require_tensorboard
 from student_train.prepare import StagePlan, prepare
 from student_train.runfolder import RunFolder
+from student_train.schedule import temperature_steps
 
 GIB = 2**30
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -43,8 +46,16 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
     if run.config_path.exists():
         run.refuse_other_meaning(config)
     with tempfile.TemporaryDirectory(prefix="student-train-plan-") as temp:
+        wanted = None if config.eval is None else eval_request(config.data, config.eval)
         folder = config.run if run.config_path.exists() else Path(temp)
-        plan = prepare(config, folder, num_ranks, is_first=True, barrier=lambda: None)
+        plan = prepare(
+            config,
+            folder,
+            num_ranks,
+            is_first=True,
+            barrier=lambda: None,
+            heldout_path=kept_or_temporary(run.heldout_path, wanted, Path(temp)),
+        )
         shape = _shape(config.student, plan.vocabulary.num_ids)
         stages = [_stage(stage, config, shape, num_ranks) for stage in plan.stages]
         heldout = plan.heldout
@@ -66,7 +77,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int)
         plans = stream.plans
         counts = plans.counts
         packs = plans.num_packs(0)
-        piece_tokens = int(plans.pieces.num_tokens_P.sum(dtype="int64"))
+        packed_tokens = int(plans.pieces.num_tokens_P[plans.plan(0).items_I].sum(dtype="int64"))
     return {
         "name": stage.config.name,
         "where": header.where,
@@ -79,11 +90,12 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int)
         "num_split": counts.num_split,
         "num_tokens_lost": counts.num_tokens_lost,
         "packs_per_epoch": packs,
-        "pack_fill": piece_tokens / (packs * config.data.pack_tokens) if len(header.caches) == 1 else None,
+        "pack_fill": packed_tokens / (packs * config.data.pack_tokens) if packs else None,
         "packs_per_step": stage.packs_per_step,
         "accumulation": stage.accumulation,
         "steps_per_epoch": -(-packs // stage.packs_per_step),
         "num_steps": stage.num_steps,
+        "temperatures": temperature_steps(stage.config, header.temperatures, stage.num_steps),
         "trainable": stage.config.trainable,
         "memory_gib_per_rank": _memory_gib(stage.config, config, shape, num_ranks),
     }

@@ -10,10 +10,18 @@ import numpy as np
 
 from shared.errors import ConfigError
 from shared.log import warn
-from student_train.config import DataConfig, StageConfig, TrainConfig, accumulation_of, packs_per_step
+from student_train.config import (
+    DataConfig,
+    StageConfig,
+    StudentConfig,
+    TrainConfig,
+    accumulation_of,
+    packs_per_step,
+)
 from student_train.data import (
     Vocabulary,
     check_losses,
+    check_temperature,
     check_vocabulary,
     eval_request,
     open_data,
@@ -22,12 +30,15 @@ from student_train.data import (
     train_request,
 )
 from student_train.epoch_plan import PlanSpec
+from student_train.heldout import open_heldout
 from student_train.plans import EpochPlans
 from student_train.runfolder import RunFolder
 from student_train.schedule import check_mixes
 from student_train.select import SelectionRequest
 from student_train.selection import Selection
 from student_train.stream import PackStream
+
+Opener = Callable[[Path, SelectionRequest, DataConfig, StudentConfig], Selection]
 
 
 @dataclass(frozen=True)
@@ -74,18 +85,25 @@ class RunPlan:
 
 
 def prepare(
-    config: TrainConfig, folder: Path, num_ranks: int, *, is_first: bool, barrier: Callable[[], None]
+    config: TrainConfig,
+    folder: Path,
+    num_ranks: int,
+    *,
+    is_first: bool,
+    barrier: Callable[[], None],
+    heldout_path: Path | None = None,
 ) -> RunPlan:
     """Freezes the selections below `folder`, or opens those that are there, and checks everything against them.
 
-    The first rank writes, the others read after the barrier. Raises ConfigError, DataError, CorruptError.
+    `heldout_path` is where the held-out one is, if not there. The first rank writes, the others read after the barrier.
+    Raises ConfigError, DataError, CorruptError.
     """
     run = RunFolder(folder)
     accumulations = [accumulation_of(stage, config.data, num_ranks) for stage in config.stages]
 
-    def opened(path: Path, request: SelectionRequest) -> Selection:
+    def opened(path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
         if is_first:
-            selection = open_data(path, request, config.data, config.student)
+            selection = open_here(path, request, config.data, config.student)
         barrier()
         return selection if is_first else reopen_data(path, request)
 
@@ -95,7 +113,9 @@ def prepare(
         )
         for index, (stage, accumulation) in enumerate(zip(config.stages, accumulations, strict=True))
     ]
-    heldout = None if config.eval is None else opened(run.heldout_path, eval_request(config.data, config.eval))
+    heldout = None
+    if config.eval is not None:
+        heldout = opened(heldout_path or run.heldout_path, eval_request(config.data, config.eval), open_heldout)
     if heldout is not None and is_first:
         _warn_of_seen(stages, heldout)
     _require_one_teacher_vocabulary([*(stage.selection for stage in stages), *([heldout] if heldout else [])])
@@ -134,6 +154,7 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
     num_steps = _num_steps(selection, spec, num_epochs, stage, config.data)
     mix = check_mixes(stage, num_steps)
     check_losses(mix, selection, stage)
+    check_temperature(selection, stage)
     return StagePlan(
         index=index,
         config=stage,

@@ -8,7 +8,7 @@ Cost: the files are read about once; memory is bounded by a budget whatever the 
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.records import Int32, Int64, Signals
+from schemas.manifest import ShardHeader
+from schemas.records import Draws, Int32, Int64, Signals
 from shared.codec import decode, signal_columns
 from shared.errors import CorruptError
 from shared.shards import open_shard, read_row_group
@@ -31,7 +32,8 @@ class RowBlock:
 
     rows_R int64 numbers in the selection, ascending; prompt_ids int32 and prompt_offsets int64 [R+1] into it;
     token_ids_T int32 and token_offsets int64 [R+1]; signals of the same T tokens with entry_offsets_T int64 [T+1] into
-    their flat arrays, both None where only the text is read.
+    their flat arrays, both None where only the text is read; draw_offsets_T the same for the draws where there are any.
+    The columns of log_partitions_TS are those of the selection's temperatures.
     """
 
     rows_R: Int64
@@ -41,6 +43,7 @@ class RowBlock:
     token_offsets: Int64
     signals: Signals | None
     entry_offsets_T: Int64 | None
+    draw_offsets_T: Int64 | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -56,6 +59,10 @@ class RowBlock:
             one = self.signals
             arrays += [one.topk_n_T, one.topk_ids_N, one.topk_logprobs_N, one.tail_logmass_T, one.sampled_logprob_T]
             arrays += [one.sampled_rank_T, one.entropy_T, self.entry_offsets_T]
+            if one.draws is not None and self.draw_offsets_T is not None:
+                arrays += [one.draws.n_T, one.draws.ids_D, one.draws.logprobs_D, self.draw_offsets_T]
+            if one.log_partitions_TS is not None:
+                arrays.append(one.log_partitions_TS)
         return sum(array.nbytes for array in arrays)
 
     def prompt_of(self, index: int) -> Int32:
@@ -72,6 +79,10 @@ class RowBlock:
             return None
         first, last = int(self.token_offsets[index]) + start, int(self.token_offsets[index]) + stop
         tokens, entries = slice(first, last), slice(self.entry_offsets_T[first], self.entry_offsets_T[last])
+        all_draws, draws, partitions_TS = self.signals.draws, None, self.signals.log_partitions_TS
+        if all_draws is not None and self.draw_offsets_T is not None:
+            drawn = slice(self.draw_offsets_T[first], self.draw_offsets_T[last])
+            draws = Draws(all_draws.n_T[tokens], all_draws.ids_D[drawn], all_draws.logprobs_D[drawn])
         return Signals(
             topk_n_T=self.signals.topk_n_T[tokens],
             topk_ids_N=self.signals.topk_ids_N[entries],
@@ -80,6 +91,8 @@ class RowBlock:
             sampled_logprob_T=self.signals.sampled_logprob_T[tokens],
             sampled_rank_T=self.signals.sampled_rank_T[tokens],
             entropy_T=self.signals.entropy_T[tokens],
+            draws=draws,
+            log_partitions_TS=None if partitions_TS is None else partitions_TS[tokens],
         )
 
 
@@ -107,11 +120,13 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
             bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of another length than was selected"
         )
     signals = decode_signals(table) if decode_signals is not None else None
-    entry_offsets_T = None
+    entry_offsets_T = draw_offsets_T = None
     if signals is not None:
-        entry_offsets_T = np.zeros(len(token_ids_T) + 1, np.int64)
-        np.cumsum(signals.topk_n_T, out=entry_offsets_T[1:])
-    return RowBlock(rows_R, prompt_ids, prompt_offsets, token_ids_T, token_offsets, signals, entry_offsets_T)
+        entry_offsets_T = _offsets(signals.topk_n_T)
+        draw_offsets_T = None if signals.draws is None else _offsets(signals.draws.n_T)
+    return RowBlock(
+        rows_R, prompt_ids, prompt_offsets, token_ids_T, token_offsets, signals, entry_offsets_T, draw_offsets_T
+    )
 
 
 class RowBuffer:
@@ -182,11 +197,30 @@ def _read_table(
         columns = KEY_COLUMNS
     else:
         file, header = open_shard(path)
-        columns = [*KEY_COLUMNS, *(signal_columns(header.codec) if with_signals else [])]
+        columns = [*KEY_COLUMNS, *(signal_columns(header) if with_signals else [])]
     with file:
         _require(index < file.num_row_groups, where, "does not exist in this file")
         table = read_row_group(file, index, columns, str(path))
-    return table, (lambda taken: decode(taken, header, where)[0]) if with_signals else None
+    if not with_signals:
+        return table, None
+    return table, lambda taken: _common(decode(taken, header, where)[0], header, selection)
+
+
+def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Signals:
+    """What every shard of the selection has: draws or none, and the log-partitions of the selection's temperatures."""
+    partitions_TS, temperatures = signals.log_partitions_TS, selection.header.temperatures
+    columns = [header.temperatures.index(temperature) for temperature in temperatures]
+    return replace(
+        signals,
+        draws=signals.draws if selection.header.draws else None,
+        log_partitions_TS=None if partitions_TS is None or not columns else partitions_TS[:, columns],
+    )
+
+
+def _offsets(n_T: Int32) -> Int64:
+    offsets_T = np.zeros(len(n_T) + 1, np.int64)
+    np.cumsum(n_T, out=offsets_T[1:])
+    return offsets_T
 
 
 def _open_text(selection: Selection, group: int) -> pq.ParquetFile:

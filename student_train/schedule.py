@@ -4,9 +4,11 @@ Steps of a stage count from 0; `num_steps` is how many the stage has.
 """
 
 import math
+from collections.abc import Sequence
 
 from student_train.config import ScheduleConfig, StageConfig
 from student_train.divergences import LossMix, LossTerm
+from student_train.pack import TargetView
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
@@ -53,6 +55,35 @@ def mix_at(stage: StageConfig, step: int, num_steps: int) -> LossMix:
         for name, loss in stage.losses.items()
     )
     return LossMix(terms, stage.focal_gamma)
+
+
+def target_view(stage: StageConfig, stored: Sequence[float], mix: LossMix, step: int, num_steps: int) -> TargetView:
+    """How the stage's losses look at the targets of one step; `stored`: temperatures whose log-partitions they hold."""
+    temperature = temperature_at(stage, stored, step, num_steps)
+    partition = None if temperature == 1.0 else list(stored).index(temperature)
+    return TargetView(any(term.needs_draws for term in mix.terms), temperature, partition)
+
+
+def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:
+    """The temperature of one step: a constant as it is; a schedule's value moved to the nearest that the cache holds.
+
+    Nearest by ratio, among `stored` and 1. Between stored temperatures there is no exact distribution: interpolated
+    log-partitions err by 0.03 nats at best.
+    """
+    if not isinstance(stage.temperature, ScheduleConfig):
+        return stage.temperature
+    wanted = scheduled(stage.temperature, step, num_steps)
+    return min([1.0, *stored], key=lambda one: abs(math.log(one / wanted)))
+
+
+def temperature_steps(stage: StageConfig, stored: Sequence[float], num_steps: int) -> list[tuple[int, float]]:
+    """(first step, temperature) of each stretch of equal temperature."""
+    found: list[tuple[int, float]] = []
+    for step in range(num_steps):
+        temperature = temperature_at(stage, stored, step, num_steps)
+        if not found or found[-1][1] != temperature:
+            found.append((step, temperature))
+    return found
 
 
 def check_mixes(stage: StageConfig, num_steps: int) -> LossMix:

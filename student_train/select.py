@@ -125,6 +125,8 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
         codecs=sorted({one.codec for one in headers.values()}),
         vocab_size=max(one.vocab_size for one in headers.values()),
         max_support=max(one.max_support for one in headers.values()),
+        draws=min(one.draws for one in headers.values()),
+        temperatures=sorted(set.intersection(*(set(one.temperatures) for one in headers.values()))),
         **totals_of(rows),
     )
     return write_selection(path, rows, header)

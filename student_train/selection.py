@@ -81,6 +81,10 @@ class SelectionHeader(_Frozen):
     """Every token id and stored id is below it."""
     max_support: int
     """Entries a token's stored distribution has at most; 0 for text."""
+    draws: int = 0
+    """Draws that every shard holds of a token whose support was cut short; 0: not every shard holds any."""
+    temperatures: list[float] = []
+    """Temperatures whose log-partition every shard holds, ascending."""
     hash: str = ""
     """Of the rows and of everything above except where the caches lie."""
 

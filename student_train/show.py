@@ -37,6 +37,8 @@ def run_lines(summary: Result) -> list[str]:
         f"trained    {format_count(summary['num_loss_tokens'])} loss tokens in {format_duration(summary['train_s'])}, "
         f"{summary['tokens_per_s']:.0f} tok/s, {100 * summary['stall_frac']:.1f}% waiting for data"
     )
+    if summary["num_skipped_steps"]:
+        lines.append(f"skipped    {summary['num_skipped_steps']} steps: float16 overflowed, their packs taught nothing")
     for label, name in (("before", "heldout_before"), ("after", "heldout_after")):
         if summary[name] is not None:
             lines.append(f"{label:10} {_metrics(summary[name])}")
@@ -69,8 +71,15 @@ def _stage_lines(stage: Result) -> list[str]:
         f"selection  {stage['num_chains']} chains, {completion} completion tokens, {prompt} prompt tokens{cut}",
         f"batch      {stage['packs_per_step']} packs: {stage['accumulation']} a rank",
         f"length     {epoch}, {stage['num_steps']} steps in all",
+        *_temperature_lines(stage["temperatures"]),
         f"memory     about {memory['total']:.1f} GiB a rank ({parts})",
     ]
+
+
+def _temperature_lines(steps: list[tuple[int, float]]) -> list[str]:
+    if [temperature for _, temperature in steps] == [1.0]:
+        return []
+    return ["temperature " + ", ".join(f"{temperature:g} from step {step + 1}" for step, temperature in steps)]
 
 
 def _metrics(result: Result) -> str:

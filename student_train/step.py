@@ -17,9 +17,9 @@ from student_train.divergences import LossMix
 from student_train.engine import Engine, Ranks
 from student_train.evaluate import to_device
 from student_train.metrics_log import StepRecord
-from student_train.pack import Pack
+from student_train.pack import Pack, TargetView
 from student_train.prepare import StagePlan
-from student_train.schedule import learning_rate, mix_at
+from student_train.schedule import learning_rate, mix_at, target_view
 from student_train.stream import PackStream
 
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
@@ -39,9 +39,11 @@ class StepResult:
         return {
             "loss": f"{record.loss:.4f}",
             **(parts if len(parts) > 1 else {}),
+            **({"tau": f"{record.temperature:g}"} if record.temperature != 1.0 else {}),
             "lr": f"{record.learning_rate:.2e}",
             "stall": f"{100 * record.stall_frac:.0f}%",
             "mem": f"{record.memory_gib:.1f} GiB",
+            **({"skipped:": "float16 overflowed"} if record.skipped else {}),
         }
 
 
@@ -65,8 +67,9 @@ def take_step(
     mix = mix_at(stage.config, step, stage.num_steps)
     # Known before the first backward pass, so that every micro-step can be divided by the whole batch's weight.
     total_weight = ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])[0]
-    sums = _accumulate(engine, packs, mix, total_weight, ranks, with_signals=stage.with_signals)
-    engine.step(rate)
+    view = target_view(stage.config, stage.selection.header.temperatures, mix, step, stage.num_steps)
+    sums = _accumulate(engine, packs, mix, view, total_weight, ranks, with_signals=stage.with_signals)
+    skipped = not engine.step(rate)
     num_tokens, num_loss_tokens = sum(_num_read(pack) for pack in packs), sum(pack.num_loss_tokens for pack in packs)
     totals = ranks.sum([*sums, float(num_tokens), float(num_loss_tokens), float(stop.is_set)])
     worst_stall_s, memory_gib = ranks.max([stall_s, memory_used_gib(ranks.device)])
@@ -79,8 +82,10 @@ def take_step(
         loss=totals[0] / total_weight,
         parts={name: total / total_weight for name, total in zip(mix.names, totals[1:-3], strict=True)},
         weights={term.name: term.weight for term in mix.terms},
+        temperature=view.temperature,
         learning_rate=rate,
-        grad_norm=engine.grad_norm,
+        grad_norm=None if skipped else engine.grad_norm,
+        skipped=skipped,
         num_tokens=int(totals[-3]),
         num_loss_tokens=int(totals[-2]),
         tokens_per_s=totals[-3] / step_s,
@@ -108,12 +113,19 @@ def memory_used_gib(device: torch.device) -> float:
 
 
 def _accumulate(
-    engine: Engine, packs: list[Pack], mix: LossMix, total_weight: float, ranks: Ranks, *, with_signals: bool
+    engine: Engine,
+    packs: list[Pack],
+    mix: LossMix,
+    view: TargetView,
+    total_weight: float,
+    ranks: Ranks,
+    *,
+    with_signals: bool,
 ) -> list[float]:
     """This rank's sums: the loss, then each term."""
     sums = torch.zeros(1 + len(mix.terms), dtype=torch.float64, device=ranks.device)
     for number, pack in enumerate(packs):
-        losses = engine.loss(to_device(pack, ranks.device, with_signals=with_signals), mix)
+        losses = engine.loss(to_device(pack, ranks.device, with_signals=with_signals, view=view), mix)
         sums += torch.stack([losses.loss_sum.detach(), *losses.term_sums.values()]).double()
         engine.backward(losses.loss_sum, total_weight, is_last=number == len(packs) - 1)
     return [float(value) for value in sums.tolist()]

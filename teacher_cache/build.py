@@ -22,7 +22,7 @@ from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import BuildConfig
 from teacher_cache.generate import Loop, Pending
-from teacher_cache.locks import worker_lock
+from teacher_cache.locks import lock_path, worker_lock
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.recorder import Recorded, Recorder, explained
 from teacher_cache.requests import Engine, EngineInfo, Request
@@ -69,10 +69,10 @@ class Build:
         with contextlib.ExitStack() as locks:
             try:
                 self.catalog = Catalog.create(config.cache)
-                locks.enter_context(worker_lock(self._lock_path(worker), OWN_LOCK_WAIT_S))
+                own_abandoned_s = locks.enter_context(worker_lock(self._lock_path(worker), OWN_LOCK_WAIT_S))
                 self._chains = VisibleSamples(self.catalog.chains)
                 self._failures = VisibleSamples(self.catalog.failures)
-                self.num_adopted = self._recover()
+                self.num_adopted = self._recover(own_abandoned_s)
                 self._chains.refresh()
                 self._failures.refresh()
             except OSError as error:
@@ -147,18 +147,19 @@ class Build:
             loop.stopped,
         )
 
-    def _recover(self) -> int:
+    def _recover(self, own_abandoned_s: float) -> int:
         """Adopts files that any worker of this run published and did not commit, if that worker is not at work."""
         num_rows = 0
         for worker in sorted({self.worker, *self._workers_with_files()}):
+            abandoned_s = own_abandoned_s
             with contextlib.ExitStack() as stack:
                 if worker != self.worker:
                     try:
-                        stack.enter_context(worker_lock(self._lock_path(worker), 0.0))
+                        abandoned_s = stack.enter_context(worker_lock(self._lock_path(worker), 0.0))
                     except CacheConflict:
                         continue
                 for table, visible in ((self.catalog.chains, self._chains), (self.catalog.failures, self._failures)):
-                    num_rows += Committer(table, visible, self.run_id, worker).recover()
+                    num_rows += Committer(table, visible, self.run_id, worker).recover(abandoned_s)
         if num_rows:
             note(f"adopted {num_rows} rows that were written but not yet registered when the last process ended")
         return num_rows
@@ -174,7 +175,7 @@ class Build:
         return found
 
     def _lock_path(self, worker: str) -> Path:
-        return self.config.cache / "runs" / f"{self.run_id}.{worker}.lock"
+        return lock_path(self.config.cache, self.run_id, worker)
 
     def _describe_run(self, info: EngineInfo) -> None:
         """Writes manifest and vocabulary, before the first row refers to them."""
@@ -205,6 +206,8 @@ class Build:
             codec=capture.codec,
             max_support=min(capture.max_support, info.vocab_size),
             nucleus=capture.nucleus,
+            draws=capture.draws,
+            temperatures=capture.temperatures,
             entropy=info.entropy,
             vocab_size=info.vocab_size,
             run_id=self.run_id,

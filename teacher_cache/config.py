@@ -1,9 +1,11 @@
 """What a cache build is asked to do: the YAML of `teacher-cache plan`, `build` and `score`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from shared.config import StrictModel
 
@@ -181,9 +183,23 @@ class CaptureConfig(StrictModel):
     """Entries a token at most, and the k asked of the engine."""
     nucleus: float | None = Field(default=0.999, gt=0, lt=1)
     """Keep the smallest prefix with this mass; None keeps max_support entries always."""
+    draws: int = Field(default=0, ge=0, le=256)
+    """Tokens drawn from the tail where max_support ends before the nucleus: unbiased targets (arXiv 2503.16870)."""
+    temperatures: list[float] = Field(default_factory=list, max_length=8)
+    """Temperatures besides 1 whose log-partition is kept, so that losses at them are exact."""
+
+    @field_validator("temperatures")
+    @classmethod
+    def _usable_temperatures(cls, value: list[float]) -> list[float]:
+        bad = [one for one in value if not 0.05 <= one <= 100 or one == 1.0]
+        if bad:
+            raise ValueError(f"{bad[0]:g} is no temperature to keep: take numbers from 0.05 to 100 other than 1")
+        if len(set(value)) < len(value):
+            raise ValueError("a temperature stands there twice")
+        return sorted(value)
 
 
-class EngineConfig(StrictModel):
+class EmbeddedConfig(StrictModel):
     """vLLM in this program. Numbers that are None are vLLM's own defaults."""
 
     kind: Literal["embedded"] = "embedded"
@@ -212,6 +228,67 @@ class EngineConfig(StrictModel):
     """Requests handed to the engine beyond those it generates at once, so that it never idles."""
 
 
+class ServerConfig(StrictModel):
+    """vLLM servers over HTTP (`vllm serve`), which load the model and choose its precision and parallelism themselves."""
+
+    kind: Literal["server"]
+    endpoints: list[str] = Field(min_length=1)
+    """Addresses such as http://gpu-1:8000: every one serves the same model, and shares the work."""
+    model: str | None = None
+    """Name under which the model is served; None: the only one there."""
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the API key. The key itself is written nowhere."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and completion together; None: what the servers have, which must then be the same."""
+    max_in_flight: int = Field(default=256, ge=1)
+    """Chains that an endpoint generates at once; above its --max-num-seqs they wait there and count as stalled."""
+    max_attempts: int = Field(default=5, ge=1)
+    """How often a chain is asked for when endpoints break down over it; then it is one failure."""
+    stall_s: float = Field(default=600.0, gt=0)
+    """Seconds without a byte of a chain after which it is asked for again."""
+    give_up_minutes: float = Field(default=10.0, gt=0)
+    """Stop when no endpoint was usable for so long, at the start (a server loads for minutes) or later."""
+
+    @field_validator("endpoints")
+    @classmethod
+    def _plain_addresses(cls, value: list[str]) -> list[str]:
+        # .../v1 is what OpenAI clients are given: both mean the same server.
+        addresses = [one.rstrip("/").removesuffix("/v1") for one in value]
+        for given, address in zip(value, addresses, strict=True):
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(f"{given!r} is no address of a server: it looks like http://host:8000")
+            if parts.username is not None or parts.password is not None:
+                raise ValueError(f"the address of {parts.hostname} holds a password: use api_key_env")
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("an endpoint stands there twice")
+        return addresses
+
+
+def _engine_kind(value: Any) -> str:
+    """Embedded where nothing is said."""
+    return str(value.get("kind", "embedded")) if isinstance(value, Mapping) else str(value.kind)
+
+
+EngineConfig = Annotated[
+    Annotated[EmbeddedConfig, Tag("embedded")] | Annotated[ServerConfig, Tag("server")],
+    Discriminator(
+        _engine_kind,
+        custom_error_type="engine_kind",
+        custom_error_message="kind is 'embedded' (vLLM in this program) or 'server' (vLLM over HTTP)",
+    ),
+]
+
+
+def require_signals(engine: EngineConfig, capture: CaptureConfig) -> None:
+    """Raises ValueError where a server is asked for more than its answers hold."""
+    if isinstance(engine, ServerConfig) and (capture.draws or capture.temperatures):
+        asked = "draws" if capture.draws else "temperatures"
+        raise ValueError(
+            f"capture.{asked} needs engine.kind: embedded: a server's answers hold the most probable tokens alone"
+        )
+
+
 class ShardConfig(StrictModel):
     """When a shard closes. A crash costs at most the open shard."""
 
@@ -238,9 +315,14 @@ class BuildConfig(StrictModel):
     sampling: SamplingConfig = SamplingConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     capture: CaptureConfig = CaptureConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EmbeddedConfig()
     shard: ShardConfig = ShardConfig()
     failures: FailureConfig = FailureConfig()
+
+    @model_validator(mode="after")
+    def _signals_of_a_server(self) -> "BuildConfig":
+        require_signals(self.engine, self.capture)
+        return self
 
     @model_validator(mode="after")
     def _greedy_source_repeats(self) -> "BuildConfig":

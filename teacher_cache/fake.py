@@ -8,9 +8,10 @@ Shape legend: T completion tokens, K candidates, C contexts, P candidates a cont
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.records import Capture, Float32, Int32
 from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request, refusal
@@ -35,16 +36,19 @@ class FakeEngine:
         max_model_len: int = 4096,
         mean_tokens: int = 200,
         eos_id: int | None = None,
+        draws: int = 0,
+        temperatures: Sequence[float] = (),
         step_s: float = 0.0,
         refuse: Callable[[Request], str | None] | None = None,
     ) -> None:
-        """`eos_id` ends chains that stop; `step_s` is slept every step; `refuse` gives a message for a request that is
-        to fail. `vocab_size` must be at least 8 k.
+        """`draws` and `temperatures` as in CaptureConfig; `eos_id` ends chains that stop; `step_s` is slept every step;
+        `refuse` gives a message for a request that is to fail. `vocab_size` must be at least 8 k.
         """
         if vocab_size < 2 * CANDIDATES_PER_CONTEXT * k:
             raise ValueError(f"vocab_size={vocab_size} is too small for k={k}: it must be at least 8 k")
         self._k, self._mean_tokens, self._eos_id = k, mean_tokens, eos_id
         self._step_s, self._refuse = step_s, refuse
+        self._vocab_size, self._draws, self._temperatures = vocab_size, draws, tuple(temperatures)
         self._queue: deque[Request] = deque()
         self._num_tokens = 0
         self._contexts_CP = _contexts(vocab_size, CANDIDATES_PER_CONTEXT * k)
@@ -113,13 +117,44 @@ class FakeEngine:
         if ends:
             column_T[-1] = 0
         tokens = np.arange(num_tokens)
+        draw_ids_TM, draw_logprobs_TM = self._tail_draws(rng, ids_TK, probs_TK)
         return Capture(
             token_ids_T=ids_TK[tokens, column_T],
             sampled_logprob_T=logprobs_TK[tokens, column_T],
             sampled_rank_T=(column_T + 1).astype(np.int32),
             topk_ids_TK=ids_TK,
             topk_logprobs_TK=logprobs_TK,
+            draw_ids_TM=draw_ids_TM,
+            draw_logprobs_TM=draw_logprobs_TM,
+            log_partitions_TS=self._log_partitions(probs_TK),
         )
+
+    def _tail_draws(
+        self, rng: np.random.Generator, ids_TK: Int32, probs_TK: npt.NDArray[np.float64]
+    ) -> tuple[Int32, Float32] | tuple[None, None]:
+        """Draws from a tail that is spread evenly over all other ids."""
+        if not self._draws:
+            return None, None
+        num_others = self._vocab_size - self._k
+        places_TM = rng.integers(0, num_others, (len(ids_TK), self._draws))
+        # The j-th id that is not among the k: past every stored id that is not above it, in rising order.
+        ids_TM = places_TM.astype(np.int32)
+        for column_T in np.sort(ids_TK, axis=1).T:
+            ids_TM += ids_TM >= column_T[:, None]
+        logprob_T = np.log(np.maximum(1.0 - probs_TK.sum(axis=1), 1e-30) / num_others)
+        return ids_TM, np.repeat(logprob_T[:, None], self._draws, axis=1).astype(np.float32)
+
+    def _log_partitions(self, probs_TK: npt.NDArray[np.float64]) -> Float32 | None:
+        """log sum_v p_v^(1/tau) of the same distribution."""
+        if not self._temperatures:
+            return None
+        num_others = self._vocab_size - self._k
+        other_T = np.maximum(1.0 - probs_TK.sum(axis=1), 1e-30) / num_others
+        sums = [
+            np.log((probs_TK ** (1 / tau)).sum(axis=1) + num_others * other_T ** (1 / tau))
+            for tau in self._temperatures
+        ]
+        return np.stack(sums, axis=1).astype(np.float32)
 
     def _candidates(self, rng: np.random.Generator, num_tokens: int) -> Int32:
         """Distinct ids of each token: a walk through one of the contexts."""

@@ -49,6 +49,7 @@ class RowMaker:
         request, capture = finished.request, finished.capture
         token_ids = capture.token_ids_T
         _require_aligned(finished)
+        self._require_asked(finished)
         signals = support_of(capture, self._capture.max_support, self._capture.nucleus)
         reasoning_end = split_reasoning(token_ids, request.prompt_token_ids, self._start_id, self._end_id)
         reasoning, answer = self._split_text(token_ids.tolist(), reasoning_end)
@@ -80,6 +81,17 @@ class RowMaker:
             **scalars_of(signals),
         }
         return ChainRow(columns, signals)
+
+    def _require_asked(self, finished: Finished) -> None:
+        """An engine that leaves out what the shard's header promises would make every reader guess."""
+        capture, asked = finished.capture, self._capture
+        num_draws = 0 if capture.draw_ids_TM is None else capture.draw_ids_TM.shape[1]
+        num_temperatures = 0 if capture.log_partitions_TS is None else capture.log_partitions_TS.shape[1]
+        if (num_draws, num_temperatures) != (asked.draws, len(asked.temperatures)):
+            raise StillroomError(
+                f"sample {finished.request.sample_id}: the engine gave {num_draws} draws and {num_temperatures} "
+                f"log-partitions a token, {asked.draws} and {len(asked.temperatures)} were asked for"
+            )
 
     def _split_text(self, ids: list[int], reasoning_end: int | None) -> tuple[str | None, str | None]:
         """Reasoning and answer. The tokens that open and close the reasoning belong to neither text."""

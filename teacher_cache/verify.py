@@ -1,15 +1,14 @@
 """`teacher-cache verify`: does a cache hold what was written into it, and does what was written make sense?
 
-    logs       every entry of the three Delta logs is there and readable
+    logs       every entry of the three Delta logs is there and readable, the newest by the writers' receipts
     files      every registered file exists with its size, and its SHA-256 is the one in its name
     shards     header, page checksums, every row group decoded, rows as the log counts them, rows checked (row_checks)
     cache      sample ids are unique, every shard has its run's manifest and its tokenizer's vocabulary
 
-Files that no log names are orphans: left by a crash, never read, and no error.
+Files that no log names are orphans: left by a crash, never read, and no error (`teacher-cache gc` sees to them).
 """
 
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.manifest import ShardHeader
-from schemas.tables import CHAIN_FIELDS, FAILURE_SCHEMA, SIGNAL_FIELDS, VERDICT_SCHEMA, VOCAB_SCHEMA
+from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema
 from shared.catalog import Catalog, DataFile, Table, check_hash
+from shared.delta_log import log_problems
 from shared.errors import DataError, StillroomError
 from shared.log import Progress, format_bytes
 from shared.shards import open_shard, read_signals
+from teacher_cache.leftovers import Leftover, find_leftovers, receipt_problems
 from teacher_cache.row_checks import COLUMNS, SAMPLE_ID, check_rows
 
-LOG_ENTRY = re.compile(r"^(\d{20})\.json$")
-LOG_CHECKPOINT = re.compile(r"^(\d{20})\.checkpoint.*\.parquet$")
 TABLES = ("chains", "verdicts", "failures")
 
 PackedIds = npt.NDArray[np.void]
@@ -44,24 +43,19 @@ class Problem:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
-class Orphan:
-    """A file below a table that its log does not name."""
-
-    file: str
-    size_bytes: int
-
-
 @dataclass(slots=True)
 class VerifyReport:
-    """What was found. `num_chains`, `num_tokens` and `size_bytes` count the shards that could be read."""
+    """What was found. `num_chains`, `num_tokens` and `size_bytes` count the shards that could be read; `orphans` no
+    version names, `removed` files only older versions.
+    """
 
     num_shards: int = 0
     num_chains: int = 0
     num_tokens: int = 0
     size_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
-    orphans: list[Orphan] = field(default_factory=list)
+    orphans: list[Leftover] = field(default_factory=list)
+    removed: list[Leftover] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -100,37 +94,21 @@ def verify_cache(root: Path, num_threads: int | None = None) -> VerifyReport:
     for table, schema in ((catalog.verdicts, VERDICT_SCHEMA), (catalog.failures, FAILURE_SCHEMA)):
         report.problems += _verify_small(table, schema)
     for table in (catalog.chains, catalog.verdicts, catalog.failures):
-        report.orphans += find_orphans(table)
+        _verify_log(table, report)
     return report
 
 
-def log_problems(folder: Path) -> list[str]:
-    """Entries that are missing between the first version that must be there and the last that is."""
-    if not folder.is_dir():
-        return ["is missing"]
-    names = [path.name for path in folder.iterdir()]
-    entries = {int(match[1]) for match in map(LOG_ENTRY.match, names) if match}
-    checkpoints = {int(match[1]) for match in map(LOG_CHECKPOINT.match, names) if match}
-    if not entries and not checkpoints:
-        return ["holds no entry: no file of this table can be told from an orphan"]
-    first = max(checkpoints) + 1 if checkpoints else 0
-    last = max(entries | checkpoints)
-    missing = [version for version in range(first, last + 1) if version not in entries]
-    return [
-        f"entry {version:020d}.json is missing: restore it from a copy; the shards it registered are still there"
-        for version in missing
-    ]
-
-
-def find_orphans(table: Table) -> list[Orphan]:
-    """Files below the table's folder that this version of it does not name, temporary ones included."""
-    visible = {table.path_of(file) for file in table.files()}
-    orphans = []
-    for path in sorted(table.folder.rglob("*")):
-        inside_log = "_delta_log" in path.relative_to(table.folder).parts
-        if path.is_file() and not inside_log and path not in visible:
-            orphans.append(Orphan(f"{table.folder.name}/{path.relative_to(table.folder)}", path.stat().st_size))
-    return orphans
+def _verify_log(table: Table, report: VerifyReport) -> None:
+    """The log against the writers' receipts, and against the files that lie there."""
+    try:
+        problems = receipt_problems(table)
+        leftovers = find_leftovers(table)
+    except StillroomError as error:
+        report.problems.append(Problem(f"{table.folder.name}/_delta_log", str(error)))
+        return
+    report.problems += [Problem(f"{table.folder.name}/_delta_log", problem) for problem in problems]
+    report.removed += [one for one in leftovers if one.kind == "removed"]
+    report.orphans += [one for one in leftovers if one.kind != "removed"]
 
 
 def verify_shard(table: Table, file: DataFile) -> ShardFindings:
@@ -157,7 +135,7 @@ def _read_shard(path: Path, findings: ShardFindings) -> None:
     parquet, header = open_shard(path)
     with parquet:
         findings.header = header
-        expected = pa.schema([*CHAIN_FIELDS, *SIGNAL_FIELDS[header.codec]])
+        expected = chain_schema(header.codec, header.format_version)
         if not parquet.schema_arrow.equals(expected):
             findings.problems.append(f"has not the columns of codec {header.codec}: {_difference(parquet, expected)}")
             return
@@ -279,5 +257,8 @@ def summary_of(report: VerifyReport) -> str:
     """One line for a person."""
     found = f"{report.num_chains} chains, {report.num_tokens} tokens, {format_bytes(report.size_bytes)}"
     state = "nothing is wrong" if report.ok else f"{len(report.problems)} problems"
-    orphans = f", {len(report.orphans)} orphans ({format_bytes(sum(o.size_bytes for o in report.orphans))})"
-    return f"{report.num_shards} shards, {found}: {state}{orphans if report.orphans else ''}"
+    sizes = [(len(items), sum(one.size_bytes for one in items)) for items in (report.orphans, report.removed)]
+    (num_orphans, orphan_bytes), (num_removed, removed_bytes) = sizes
+    orphans = f", {num_orphans} orphans ({format_bytes(orphan_bytes)})" if num_orphans else ""
+    removed = f", {num_removed} files that older versions need ({format_bytes(removed_bytes)})" if num_removed else ""
+    return f"{report.num_shards} shards, {found}: {state}{orphans}{removed}"

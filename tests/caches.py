@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 
 from schemas.manifest import SHARD_METADATA_KEY, RunManifest, ShardHeader, Teacher
 from schemas.records import (
+    Draws,
+    Float32,
     Int32,
     Message,
     Signals,
@@ -89,6 +92,8 @@ class CacheShape:
     unfinished_frac: float = 0.15
     judged: bool = True
     tokenizer: str = "synthetic"
+    draws: int = 0
+    temperatures: tuple[float, ...] = ()
     id_skew: float | None = None
     """None writes the identity ids; a number draws them, those near 0 the commoner, for sizes and speeds."""
 
@@ -209,6 +214,7 @@ def _signals(shape: CacheShape, row: int, num_tokens: int, rng: np.random.Genera
     inside_T = sampled_rank_T <= n_T
     sampled_N = starts_T + np.where(inside_T, sampled_rank_T - 1, 0)
     sampled_logprob_T = np.where(inside_T, np.log(prob_N[sampled_N]), np.log(tail_T) - 1)
+    draws, log_partitions_TS = _extras(shape, n_T, tail_T, rng)
     return Signals(
         topk_n_T=n_T,
         topk_ids_N=ids_N.astype(np.int32),
@@ -217,7 +223,26 @@ def _signals(shape: CacheShape, row: int, num_tokens: int, rng: np.random.Genera
         sampled_logprob_T=sampled_logprob_T.astype(np.float32),
         sampled_rank_T=sampled_rank_T.astype(np.int32),
         entropy_T=entropy_T.astype(np.float32),
+        draws=draws,
+        log_partitions_TS=log_partitions_TS,
     )
+
+
+def _extras(
+    shape: CacheShape, n_T: Int32, tail_T: np.ndarray[Any, np.dtype[np.float64]], rng: np.random.Generator
+) -> tuple[Draws | None, Float32 | None]:
+    """Draws for tokens of full support, with ids above all support ids; log-partitions that tell the token."""
+    # Nothing is drawn where the shape asks for nothing, so that older tests keep their numbers.
+    draws = partitions_TS = None
+    if shape.draws:
+        draw_n_T = np.where(n_T == shape.max_support, shape.draws, 0).astype(np.int32)
+        token_D = np.repeat(np.arange(len(n_T)), draw_n_T)
+        ids_D = (shape.vocab_size - 1 - rng.integers(0, 50, len(token_D))).astype(np.int32)
+        logprobs_D = np.log(tail_T[token_D] / 50).astype(np.float32)
+        draws = Draws(draw_n_T, ids_D, logprobs_D)
+    if shape.temperatures:
+        partitions_TS = np.add.outer(np.arange(len(n_T)) / 64.0, np.asarray(shape.temperatures)).astype(np.float32)
+    return draws, partitions_TS
 
 
 def _sample(shape: CacheShape, signals: Signals, rng: np.random.Generator) -> Int32:
@@ -253,6 +278,8 @@ def _write_shard(table: Table, shape: CacheShape, run: RunManifest, worker: str,
         codec=shape.codec,
         max_support=shape.max_support,
         nucleus=None,
+        draws=shape.draws,
+        temperatures=list(shape.temperatures),
         entropy="support",
         vocab_size=shape.vocab_size,
         run_id=run.run_id,

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.manifest import ShardHeader
-from schemas.records import Capture, Signals
+from schemas.records import Capture, Message, Prompt, Signals
 from schemas.tables import CODECS, list_of
 from shared.codec import decode, encode, scalars_of, support_of
 from shared.errors import ConfigError, CorruptError
+from teacher_cache.fake import FakeEngine
+from teacher_cache.requests import Finished, Request
 
 
 def capture_of(rng: np.random.Generator, num_tokens: int, k: int, vocab_size: int, scale: float = 4.0) -> Capture:
@@ -148,7 +150,7 @@ def test_any_rows_round_trip(lengths: list[int], seed: int, codec: str) -> None:
     [
         ("topk_n", 0, 0, "column topk_n"),
         ("topk_n", 0, 65, "column topk_n"),
-        ("topk_n", 1, 3, "adds up to"),
+        ("topk_n", 1, 3, "add up to"),
         ("topk_codes", 2, 256, "0..255"),
         ("topk_codes", 2, -1, "0..255"),
         ("tail_codes", 0, 300, "0..255"),
@@ -210,3 +212,67 @@ def test_dense_view_pads_with_no_mass() -> None:
         np.testing.assert_array_equal(ids_TK[t, :n], part.topk_ids_N)
         np.testing.assert_array_equal(logprobs_TK[t, :n], part.topk_logprobs_N)
         assert np.isneginf(logprobs_TK[t, n:]).all()
+
+
+def captured_with_draws(
+    num_tokens: int, vocab_size: int, k: int, draws: int, temperatures: tuple[float, ...]
+) -> Capture:
+    engine = FakeEngine(vocab_size, k, draws=draws, temperatures=temperatures, mean_tokens=num_tokens)
+    prompt = Prompt("p", (Message("user", "?"),), "s", "train")
+    engine.submit(Request(prompt, [1], 0, 7, {}, 4000, "0" * 32))
+    (outcome,) = engine.step()
+    assert isinstance(outcome, Finished)
+    return outcome.capture
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_draws_and_log_partitions_round_trip_beside_the_support(codec: str) -> None:
+    capture = captured_with_draws(300, 2000, 4, 3, (0.5, 2.0))
+    written = support_of(capture, 4, 0.9)
+    assert written.draws is not None
+    bare = dataclasses.replace(capture, draw_ids_TM=None, draw_logprobs_TM=None, log_partitions_TS=None)
+    plain = support_of(bare, 4, 0.9)
+    own = header(codec).model_copy(update={"draws": 3, "temperatures": [0.5, 2.0]})
+    rows = [written.slice(0, 7), written.slice(7, 7), written.slice(7, len(written.topk_n_T))]
+    read, offsets = decode(table_of(codec, rows), own, "shard")
+    assert offsets[-1] == len(written.topk_n_T)
+    assert read.draws is not None
+    np.testing.assert_array_equal(read.draws.n_T, written.draws.n_T)
+    np.testing.assert_array_equal(read.draws.ids_D, written.draws.ids_D)
+    np.testing.assert_allclose(read.draws.logprobs_D, written.draws.logprobs_D, atol=0.1 if codec == "topk-u8" else 0)
+    np.testing.assert_allclose(read.log_partitions_TS, written.log_partitions_TS, rtol=1e-4)
+    # The support decodes as if there were no draws: their mass is the tail's and counts once.
+    alone, _ = decode(table_of(codec, [plain]), header(codec), "shard")
+    np.testing.assert_array_equal(read.topk_ids_N, alone.topk_ids_N)
+    np.testing.assert_array_equal(read.topk_logprobs_N, alone.topk_logprobs_N)
+    np.testing.assert_array_equal(read.tail_logmass_T, alone.tail_logmass_T)
+
+
+def test_draws_are_kept_where_the_support_was_cut_short_of_the_nucleus() -> None:
+    capture = captured_with_draws(400, 2000, 4, 3, ())
+    mass_T = np.exp(capture.topk_logprobs_TK.astype(np.float64)).sum(axis=1)
+    signals = support_of(capture, 4, 0.9)
+    assert signals.draws is not None
+    np.testing.assert_array_equal(signals.draws.n_T > 0, mass_T < 0.9)
+    assert 0 < (signals.draws.n_T > 0).mean() < 1
+    everywhere = support_of(capture, 4, None)
+    assert everywhere.draws is not None
+    assert (everywhere.draws.n_T == 3).all()
+
+
+@pytest.mark.parametrize(("column", "value"), [("draw_n", 4), ("draw_n", -1), ("draw_n", 1)])
+def test_lying_draw_counts_are_named(column: str, value: int) -> None:
+    capture = captured_with_draws(40, 2000, 4, 3, ())
+    table = table_of("topk-u8", [support_of(capture, 4, None)])
+    lists = table.column(column).to_pylist()
+    lists[0][0] = value
+    broken = table.set_column(table.column_names.index(column), column, pa.array(lists, table.column(column).type))
+    with pytest.raises(CorruptError, match=r"row 0, column (draw_n|topk_ids)"):
+        decode(broken, header("topk-u8").model_copy(update={"draws": 3}), "s")
+
+
+def test_log_partitions_of_another_count_are_named() -> None:
+    capture = captured_with_draws(40, 2000, 4, 0, (2.0,))
+    table = table_of("topk-u8", [support_of(capture, 4, None)])
+    with pytest.raises(CorruptError, match="row 0, column log_partitions has not 2 entries"):
+        decode(table, header("topk-u8").model_copy(update={"temperatures": [2.0, 3.0]}), "s")

@@ -16,30 +16,35 @@ from tests.golden.make import captures, golden_header, golden_table
 
 GOLDEN = Path(__file__).parent / "golden"
 HASHES = {
-    "topk-u8": "f380104962c868331d3d80f475c4b4c3b9a6324e4ae9cffa0ff1f6a699b6480b",
-    "topk-f32": "f78c9e35d351cb509f7b95e00a6a01b054be4486cafb923e5b9b2211d480626f",
+    "v1-topk-u8": "f380104962c868331d3d80f475c4b4c3b9a6324e4ae9cffa0ff1f6a699b6480b",
+    "v1-topk-f32": "f78c9e35d351cb509f7b95e00a6a01b054be4486cafb923e5b9b2211d480626f",
+    "v2-topk-u8": "0c68799e57c827368d5d9d0360ea386bdd2e1e836d580cafc83dee14c8c3157c",
+    "v2-topk-f32": "7e18ff057449316979c4433e3742ccc260daa112f0fd19c1ead427bab61e65f1",
 }
 SAMPLE_IDS = ["bfdef3aeb594a39fbff79daae30acd5f", "ee4de6f57127653d59892aa563f9c0b6"]
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_golden_bytes_are_untouched(codec: str) -> None:
-    assert hashlib.sha256((GOLDEN / f"v1-{codec}.parquet").read_bytes()).hexdigest() == HASHES[codec]
+@pytest.mark.parametrize("name", HASHES)
+def test_golden_bytes_are_untouched(name: str) -> None:
+    assert hashlib.sha256((GOLDEN / f"{name}.parquet").read_bytes()).hexdigest() == HASHES[name]
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_golden_shards_hold_what_this_version_would_write(codec: str) -> None:
-    file, header = open_shard(GOLDEN / f"v1-{codec}.parquet")
+    file, header = open_shard(GOLDEN / f"v2-{codec}.parquet")
     assert header == golden_header(codec)
     assert file.read().equals(golden_table(codec))
     assert file.read(["sample_id"]).column(0).to_pylist() == SAMPLE_IDS
 
 
-def test_golden_u8_decodes_to_the_numbers_in_the_format() -> None:
-    file, header = open_shard(GOLDEN / "v1-topk-u8.parquet")
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_u8_decodes_to_the_numbers_in_the_format(version: int) -> None:
+    file, header = open_shard(GOLDEN / f"v{version}-topk-u8.parquet")
+    assert header.format_version == version
     table, signals, offsets = read_signals(file, header, 0, ["topk_codes", "tail_codes", "topk_n"], "golden")
     assert offsets.tolist() == [0, 3, 5]
-    assert table["topk_codes"].to_pylist() == [[32, 49, 68, 1, 43, 49, 68], [0, 38, 53, 65]]
+    drawn = [115, 115] if version == 2 else []
+    assert table["topk_codes"].to_pylist() == [[32, 49, 68, 1, 43, 49, 68, *drawn], [0, 38, 53, 65, *drawn]]
     assert table["topk_n"].to_pylist() == [[3, 1, 3], [1, 3]]
     assert table["tail_codes"].to_pylist() == [[137, 118, 57], [254, 65]]
     np.testing.assert_allclose(np.exp(signals.slice(0, 1).topk_logprobs_N), [0.595938, 0.302623, 0.101343], atol=2e-6)
@@ -47,12 +52,31 @@ def test_golden_u8_decodes_to_the_numbers_in_the_format() -> None:
     assert signals.sampled_logprob_T[4] == -14.25
 
 
-def test_golden_f32_decodes_exactly() -> None:
-    file, header = open_shard(GOLDEN / "v1-topk-f32.parquet")
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_f32_decodes_exactly(version: int) -> None:
+    file, header = open_shard(GOLDEN / f"v{version}-topk-f32.parquet")
     _, signals, _ = read_signals(file, header, 0, [], "golden")
     written = [support_of(capture, 3, 0.999) for capture in captures()]
     np.testing.assert_array_equal(signals.topk_logprobs_N, np.concatenate([w.topk_logprobs_N for w in written]))
     np.testing.assert_array_equal(signals.tail_logmass_T, np.concatenate([w.tail_logmass_T for w in written]))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_version_2_holds_draws_and_log_partitions(codec: str) -> None:
+    file, header = open_shard(GOLDEN / f"v2-{codec}.parquet")
+    _, signals, _ = read_signals(file, header, 0, [], "golden")
+    assert signals.draws is not None
+    assert signals.draws.n_T.tolist() == [0, 0, 2, 0, 2]
+    assert signals.draws.ids_D.tolist() == [150_000] * 4
+    np.testing.assert_allclose(signals.draws.logprobs_D, -6.5, atol=0.08 if codec == "topk-u8" else 0)
+    assert header.temperatures == [0.5, 2.0]
+    np.testing.assert_allclose(signals.log_partitions_TS, [[-0.4, 1.7]] * 5, atol=1e-4)
+
+
+def test_version_1_has_neither() -> None:
+    file, header = open_shard(GOLDEN / "v1-topk-u8.parquet")
+    _, signals, _ = read_signals(file, header, 0, [], "golden")
+    assert (signals.draws, signals.log_partitions_TS, header.draws, header.temperatures) == (None, None, 0, [])
 
 
 def test_the_worked_identity_of_the_format() -> None:
@@ -61,7 +85,7 @@ def test_the_worked_identity_of_the_format() -> None:
 
 
 def test_newer_formats_and_unknown_codecs_are_refused_with_the_remedy() -> None:
-    for change, message in (({"format_version": 2}, "format version 2"), ({"codec": "topk-u4"}, "codec 'topk-u4'")):
+    for change, message in (({"format_version": 3}, "format version 3"), ({"codec": "topk-u4"}, "codec 'topk-u4'")):
         raw = json.dumps({**golden_header("topk-u8").model_dump(), **change}).encode()
         with pytest.raises(DataError, match=f"shard.*{message}.*upgrade"):
             header_of({b"stillroom": raw}, "shard")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from schemas.tables import CODECS
@@ -83,6 +84,32 @@ def test_topk_are_the_candidates_in_rank_order(cache: SyntheticCache, session: S
         assert table.column("rank").to_pylist() == [rank + 1 for n in n_T for rank in range(n)]
         probs = table.column("prob").to_numpy()
         np.testing.assert_allclose(probs, np.exp(chain.signals.topk_logprobs_N), rtol=tolerance, atol=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
+def test_drawn_tails_are_told_from_the_support(tmp_path: Path, codec: str) -> None:
+    cache = make_cache(tmp_path, num_chains=6, codec=codec, max_support=3, draws=2, temperatures=(2.0,))
+    with open_cache(cache.catalog) as session:
+        for chain in cache.chains:
+            signals, draws = chain.signals, chain.signals.draws
+            assert draws is not None
+            named = f"WHERE sample_id = '{chain.sample_id}'"
+            entries = session.arrow(f"SELECT * FROM topk {named} ORDER BY drawn, position, rank, token_id")
+            drawn = entries.filter(pc.field("drawn"))
+            positions = np.repeat(np.arange(len(draws.n_T)), draws.n_T).tolist()
+            wanted = sorted(zip(positions, draws.ids_D.tolist(), strict=True))
+            found = zip(drawn.column("position").to_pylist(), drawn.column("token_id").to_pylist(), strict=True)
+            assert list(found) == wanted
+            assert set(drawn.column("rank").to_pylist()) <= {None}
+            np.testing.assert_allclose(drawn.column("prob").to_numpy(), np.exp(draws.logprobs_D), rtol=0.1)
+            kept = entries.filter(~pc.field("drawn"))
+            assert kept.column("token_id").to_pylist() == signals.topk_ids_N.tolist()
+            assert kept.column("rank").to_pylist() == [rank + 1 for n in signals.topk_n_T for rank in range(n)]
+            tokens = session.arrow(f"SELECT * FROM tokens {named} ORDER BY position")
+            assert tokens.column("draws").to_pylist() == draws.n_T.tolist()
+            starts_T = np.cumsum(signals.topk_n_T) - signals.topk_n_T
+            top1_T = np.exp(signals.topk_logprobs_N[starts_T])
+            np.testing.assert_allclose(tokens.column("top1_prob").to_numpy(), top1_T, rtol=0.03)
 
 
 def test_prompts_have_pass_rates_and_lengths(cache: SyntheticCache, session: Session) -> None:
@@ -389,7 +416,8 @@ def test_damage_is_told_from_a_wrong_query(tmp_path: Path) -> None:
 
 def test_a_damaged_page_is_corrupt_or_told(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", num_chains=12)
-    damage(next((cache.root / "chains").rglob("*.parquet")), 0.999)
+    # The last byte: the magic of the footer.
+    damage(next((cache.root / "chains").rglob("*.parquet")), 0.99999)
     with pytest.raises(CorruptError), open_cache(cache.catalog) as session:
         session.arrow("SELECT * FROM chains")
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.manifest import SHARD_METADATA_KEY, ShardHeader
-from schemas.records import Capture, Message, chain_id_of, prompt_id_of, sample_id_of
+from schemas.records import Capture, Float32, Int32, Message, chain_id_of, prompt_id_of, sample_id_of
 from schemas.tables import CHAIN_FIELDS, CODECS, TOKEN_FIELDS, chain_schema
 from shared.codec import encode, scalars_of, support_of
 
@@ -39,8 +39,18 @@ def captures() -> list[Capture]:
         rows = np.arange(len(rank_T))
         sampled_T = np.where(inside_T, logprobs_TK[rows, column_T], np.float32(-14.25)).astype(np.float32)
         token_T = np.where(inside_T, ids_TK[rows, column_T], 99_999).astype(np.int32)
-        found.append(Capture(token_T, sampled_T, rank_T, ids_TK, logprobs_TK))
+        found.append(Capture(token_T, sampled_T, rank_T, ids_TK, logprobs_TK, *_extras(len(token_T))))
     return found
+
+
+def _extras(num_tokens: int) -> tuple[Float32, Int32, Float32, Float32]:
+    """Exact entropies, two draws a token (one id twice) and log-partitions at 0.5 and 2."""
+    entropy_T = np.linspace(0.5, 1.5, num_tokens).astype(np.float32)
+    draw_ids_TM = np.tile(np.array([[150_000, 150_000]], np.int32), (num_tokens, 1))
+    draw_ids_TM[0, 1] = 13
+    draw_logprobs_TM = np.full((num_tokens, 2), -6.5, np.float32)
+    partitions_TS = np.tile(np.array([[-0.4, 1.7]], np.float32), (num_tokens, 1))
+    return entropy_T, draw_ids_TM, draw_logprobs_TM, partitions_TS
 
 
 def golden_table(codec: str) -> pa.Table:
@@ -89,13 +99,15 @@ def golden_table(codec: str) -> pa.Table:
 
 
 def golden_header(codec: str) -> ShardHeader:
-    """The golden shards' header, format version 1."""
+    """The golden shards' header, format version 2."""
     return ShardHeader(
-        format_version=1,
+        format_version=2,
         codec=codec,
         max_support=3,
         nucleus=0.999,
-        entropy="support",
+        draws=2,
+        temperatures=[0.5, 2.0],
+        entropy="exact",
         vocab_size=VOCAB_SIZE,
         run_id="golden_00000000",
         worker="w0",
@@ -107,4 +119,4 @@ def golden_header(codec: str) -> ShardHeader:
 
 if __name__ == "__main__":
     for name in CODECS:
-        pq.write_table(golden_table(name), FOLDER / f"v1-{name}.parquet", compression="zstd", write_page_checksum=True)
+        pq.write_table(golden_table(name), FOLDER / f"v2-{name}.parquet", compression="zstd", write_page_checksum=True)
