@@ -130,7 +130,7 @@ def _finish(processes: Sequence[BaseProcess]) -> None:
 def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers: int, seconds: float) -> CrashResult:
     from shared.catalog import Catalog
     from teacher_cache.commits import read_sample_ids
-    from teacher_cache.verify import find_orphans, verify_cache
+    from teacher_cache.verify import verify_cache
 
     catalog = Catalog(cache)
     found = [one for file in catalog.chains.files() for one in read_sample_ids(catalog.chains.path_of(file))]
@@ -145,7 +145,7 @@ def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers
         rows_found=len(found),
         lost=len(expected - set(found)),
         duplicated=len(found) - len(set(found)),
-        orphans=sum(len(find_orphans(table)) for table in (catalog.chains, catalog.failures)),
+        orphans=len(report.orphans),
         num_shards=len(catalog.chains.files()),
         verify_ok=not report.problems,
         seconds=round(seconds, 1),

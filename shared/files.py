@@ -44,6 +44,16 @@ def sync_folder(path: Path) -> None:
     sync_file(path)
 
 
+def file_clock_s(folder: Path) -> float:
+    """What the file system of `folder` takes for now: ages of files must not depend on this machine's clock."""
+    probe = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

@@ -126,6 +126,34 @@ def judge(
 
 
 @app.command()
+def gc(
+    cache: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0, help="Leave files alone that are younger.")] = 24.0,
+    drop_run: Annotated[
+        list[str] | None, typer.Option("--drop-run", metavar="RUN", help="Take a run, by name or id, out of the cache.")
+    ] = None,
+    delete_removed: Annotated[
+        bool, typer.Option("--delete-removed", help="Delete files that only older versions hold.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adopt or sweep what crashes left; drop runs on request. No row that could be read is lost unless you ask."""
+    from dataclasses import asdict
+
+    from teacher_cache.gc import gc_cache, gc_lines
+
+    report = gc_cache(
+        cache,
+        dry_run=dry_run,
+        grace_s=3600 * grace_hours,
+        drop_runs=drop_run or [],
+        delete_removed=delete_removed,
+    )
+    _result({**asdict(report), "freed_bytes": report.freed_bytes}, gc_lines(report), as_json)
+
+
+@app.command()
 def sql(
     cache: CachePath,
     query: Annotated[

@@ -10,6 +10,7 @@ import os
 import random
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,11 +19,12 @@ import pyarrow.parquet as pq
 
 from shared.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
 from shared.errors import CacheConflict, CorruptError
-from shared.files import TEMP_SUFFIX
+from shared.files import TEMP_SUFFIX, file_clock_s
 from shared.log import warn
 from shared.shards import header_of
 from teacher_cache.shard import parquet_options
 
+CARE_APPLICATION = "stillroom/care/removals"
 MAX_ATTEMPTS = 200
 MAX_PAUSE_S = 0.5
 
@@ -83,14 +85,16 @@ class Committer:
         """
         return self._commit(publish(temp, self._table.folder, self._stem(), num_rows))
 
-    def recover(self) -> int:
+    def recover(self, abandoned_s: float = 0.0) -> int:
         """Adopts files of this worker that were published but not committed, sweeps temporary ones; rows adopted.
 
-        A file whose transaction is over and that is not visible was taken out of the table on purpose: it stays.
+        Files younger than `abandoned_s` seconds are left alone. A file whose transaction is over and that is not
+        visible was taken out of the table on purpose: it stays.
         """
         self._table.refresh()
         for temp in self._folder.glob(f".{self._worker}-*{TEMP_SUFFIX}"):
-            temp.unlink()
+            if self._is_abandoned(temp, abandoned_s):
+                temp.unlink(missing_ok=True)
         known = {file.path for file in self._table.files()}
         next_sequence = self.next_sequence
         num_adopted = 0
@@ -99,18 +103,15 @@ class Committer:
             relative = path.relative_to(self._table.folder).as_posix()
             if name is None or name["worker"] != self._worker or relative in known:
                 continue
-            if int(name["sequence"]) >= next_sequence:
-                num_adopted += self._adopt(path, relative)
+            if int(name["sequence"]) >= next_sequence and self._is_abandoned(path, abandoned_s):
+                num_adopted += self.adopt(path)
         return num_adopted
 
-    @property
-    def _folder(self) -> Path:
-        return self._table.folder / self._run_id
-
-    def _stem(self) -> str:
-        return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
-
-    def _adopt(self, path: Path, relative: str) -> int:
+    def adopt(self, path: Path) -> int:
+        """Makes the rows of a published file visible that are not yet; removes it where it is damaged. How many rows
+        were new.
+        """
+        relative = path.relative_to(self._table.folder).as_posix()
         try:
             check_hash(path)
             num_rows = pq.read_metadata(path).num_rows
@@ -119,6 +120,16 @@ class Committer:
             path.unlink()
             return 0
         return self._commit(DataFile(relative, path.stat().st_size, num_rows))
+
+    def _is_abandoned(self, path: Path, abandoned_s: float) -> bool:
+        return not abandoned_s or file_clock_s(self._folder) - path.stat().st_mtime >= abandoned_s
+
+    @property
+    def _folder(self) -> Path:
+        return self._table.folder / self._run_id
+
+    def _stem(self) -> str:
+        return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
 
     def _commit(self, file: DataFile) -> int:
         for attempt in range(MAX_ATTEMPTS):
@@ -164,6 +175,27 @@ class Committer:
                     if kept.num_rows:
                         writer.write_table(kept)
         return publish(temp, self._table.folder, self._stem(), pc.sum(keep).as_py())
+
+
+def take_out(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]:
+    """Takes the visible files that `choose` wants out of the latest version, in one transaction; returns them.
+
+    They stay on the disk, where older versions find them. Raises CacheConflict when others commit without a pause.
+    """
+    jitter = random.Random(os.getpid())
+    for attempt in range(MAX_ATTEMPTS):
+        table.refresh()
+        chosen = [file for file in table.files() if choose(file)]
+        if not chosen:
+            return []
+        last = table.last_sequence(CARE_APPLICATION)
+        try:
+            table.commit([], CARE_APPLICATION, 0 if last is None else last + 1, chosen)
+        except CacheConflict:
+            time.sleep(jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
+        else:
+            return chosen
+    raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again later")
 
 
 def read_sample_ids(path: Path) -> list[str]:

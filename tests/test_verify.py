@@ -11,7 +11,8 @@ import pytest
 
 from shared.catalog import Catalog, Table, publish
 from shared.errors import DataError
-from teacher_cache.verify import VerifyReport, find_orphans, summary_of, verify_cache
+from teacher_cache.leftovers import find_leftovers
+from teacher_cache.verify import VerifyReport, summary_of, verify_cache
 from tests.caches import damage, make_cache
 
 
@@ -79,13 +80,33 @@ def test_a_missing_log_entry_is_named(root: Path, entry: int) -> None:
     ]
 
 
-def test_a_missing_last_log_entry_leaves_orphans(root: Path) -> None:
+@pytest.mark.parametrize("num_lost", [1, 2])
+def test_a_lost_newest_log_entry_is_known_from_the_receipts(root: Path, num_lost: int) -> None:
     entries = sorted((root / "chains" / "_delta_log").glob("*.json"))
-    entries[-1].unlink()
+    for entry in entries[-num_lost:]:
+        entry.unlink()
     report = verify_cache(root)
-    assert report.ok
-    assert len(report.orphans) == 1
-    assert "1 orphans" in summary_of(report)
+    assert len(report.problems) == num_lost
+    assert all("chains/_delta_log" in one.file and "is missing: transaction" in one.problem for one in report.problems)
+    assert [one.kind for one in report.orphans] == ["unregistered"] * num_lost
+    assert f"{num_lost} orphans" in summary_of(report)
+
+
+def test_a_lost_entry_shows_though_another_took_its_number(root: Path, shard: Path) -> None:
+    table = Catalog(root).chains
+    sorted((root / "chains" / "_delta_log").glob("*.json"))[-1].unlink()
+    extra = pq.read_table(shard).slice(0, 0)
+    register(Catalog(root).chains, extra, "w7")
+    assert Catalog(root).chains.version == table.version
+    assert any("is missing: transaction" in text for _, text in problems(verify_cache(root)))
+
+
+def test_entries_below_a_checkpoint_are_missed_too(root: Path) -> None:
+    log = root / "chains" / "_delta_log"
+    Catalog(root).chains._delta.create_checkpoint()
+    (log / f"{1:020d}.json").unlink()
+    (found,) = problems(verify_cache(root))
+    assert "versions before the checkpoint 3 can no longer be read" in found[1]
 
 
 def test_an_unreadable_log_is_a_problem(root: Path) -> None:
@@ -102,7 +123,7 @@ def test_orphans_are_listed_and_no_error(root: Path, shard: Path) -> None:
     report = verify_cache(root)
     assert report.ok
     assert [(orphan.file.endswith(".tmp"), orphan.size_bytes) for orphan in report.orphans] == [(True, 12)]
-    assert find_orphans(Catalog(root).verdicts) == []
+    assert find_leftovers(Catalog(root).verdicts) == []
 
 
 def test_rows_that_are_visible_twice_are_named(root: Path, shard: Path) -> None:
