@@ -237,6 +237,8 @@ def test_draws_and_log_partitions_round_trip_beside_the_support(codec: str) -> N
     read, offsets = decode(table_of(codec, rows), own, "shard")
     assert offsets[-1] == len(written.topk_n_T)
     assert read.draws is not None
+    assert read.log_partitions_TS is not None
+    assert written.log_partitions_TS is not None
     np.testing.assert_array_equal(read.draws.n_T, written.draws.n_T)
     np.testing.assert_array_equal(read.draws.ids_D, written.draws.ids_D)
     np.testing.assert_allclose(read.draws.logprobs_D, written.draws.logprobs_D, atol=0.1 if codec == "topk-u8" else 0)

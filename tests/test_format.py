@@ -70,6 +70,7 @@ def test_version_2_holds_draws_and_log_partitions(codec: str) -> None:
     assert signals.draws.ids_D.tolist() == [150_000] * 4
     np.testing.assert_allclose(signals.draws.logprobs_D, -6.5, atol=0.08 if codec == "topk-u8" else 0)
     assert header.temperatures == [0.5, 2.0]
+    assert signals.log_partitions_TS is not None
     np.testing.assert_allclose(signals.log_partitions_TS, [[-0.4, 1.7]] * 5, atol=1e-4)
 
 
