@@ -34,6 +34,8 @@ class Best(_Record):
 
     tag: str
     loss: float
+    selection: str
+    """Hash of the held-out selection that it was measured on."""
 
 
 class CheckpointState(_Record):

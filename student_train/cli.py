@@ -121,15 +121,19 @@ def evaluate(
     where: Annotated[str | None, typer.Option(help="SQL condition over chains; default: split = 'heldout'.")] = None,
     initial: Annotated[bool, typer.Option("--initial", help="The student before its training.")] = False,
     checkpoint: WhichCheckpoint = "last",
+    max_chains: Annotated[int | None, typer.Option(min=1, help="With --model: chains at most; default 512.")] = None,
+    pack_tokens: Annotated[int | None, typer.Option(min=16, help="With --model: tokens a pack; default 4096.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a student with its teacher on held-out chains."""
-    from student_train.eval_command import evaluate_config, evaluate_model
+    from student_train.eval_command import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
     from student_train.show import eval_lines
 
     if config_path is not None:
         if (model, cache) != (None, None):
             raise ConfigError("CONFIG and --model, --cache exclude each other")
+        if (max_chains, pack_tokens) != (None, None):
+            raise ConfigError("--max-chains and --pack-tokens need --model: --set eval.max_chains=N with a CONFIG")
         config = _config(config_path, overrides)
         result = evaluate_config(config, where, "initial" if initial else checkpoint)
     else:
@@ -137,7 +141,9 @@ def evaluate(
             raise ConfigError("name a CONFIG, or --model and --cache")
         if initial or checkpoint != "last" or overrides:
             raise ConfigError("--initial, --checkpoint and --set need a CONFIG")
-        result = evaluate_model(model, cache, where)
+        result = evaluate_model(
+            model, cache, where, max_chains=max_chains or DEFAULT_CHAINS, pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS
+        )
     _result(result, eval_lines(result), as_json)
 
 

@@ -15,8 +15,12 @@ from student_train.engine import Ranks
 from student_train.evaluate import evaluate, student_metrics
 from student_train.export import trained_model
 from student_train.head import fuse_head
+from student_train.heldout import kept_or_temporary
 from student_train.model import Student, load_causal, widen_vocab
 from student_train.runfolder import RunFolder
+
+DEFAULT_CHAINS = 512
+DEFAULT_PACK_TOKENS = 4096
 
 
 def evaluate_config(config: TrainConfig, where: str | None, which: str) -> Json:
@@ -35,15 +39,22 @@ def evaluate_config(config: TrainConfig, where: str | None, which: str) -> Json:
     else:
         state = find_state(run.checkpoints, which)
         model, name = trained_model(config, state, merged=True), state.tag
-    kept = run.heldout_path if where is None and run.heldout_path.exists() else None
+    kept = run.heldout_path if where is None else None
     return {"model": name, **_evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens)}
 
 
-def evaluate_model(model: str, caches: Sequence[Path], where: str | None) -> Json:
+def evaluate_model(
+    model: str,
+    caches: Sequence[Path],
+    where: str | None,
+    *,
+    max_chains: int | None = DEFAULT_CHAINS,
+    pack_tokens: int = DEFAULT_PACK_TOKENS,
+) -> Json:
     """Evaluates a Hugging Face folder or hub id. Raises ConfigError, DataError, CorruptError."""
     student = StudentConfig(model=model)
-    data = DataConfig(caches=[CacheConfig(path=path) for path in caches])
-    wanted = EvalConfig(where=where or HELDOUT)
+    data = DataConfig(caches=[CacheConfig(path=path) for path in caches], pack_tokens=pack_tokens)
+    wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
     return {"model": model, **_evaluate(load_causal(model, student, precision), student, data, wanted, None, None)}
 
@@ -58,8 +69,11 @@ def _evaluate(
 ) -> Json:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
-        path = kept if kept is not None else Path(temp) / "heldout.selection.parquet"
-        selection = open_data(path, eval_request(data, wanted), data, student)
+        request = eval_request(data, wanted)
+        path = Path(temp) / "heldout.selection.parquet"
+        if kept is not None:
+            path = kept_or_temporary(kept, request, Path(temp))
+        selection = open_data(path, request, data, student)
         vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
         widen_vocab(model, vocabulary.num_ids)
         fuse_head(model)  # type: ignore[arg-type]

@@ -57,6 +57,7 @@ def export(
 
 def export_stage(config: TrainConfig, state: CheckpointState) -> Path:
     """The model at the end of a stage, as the folder from which the next one begins; made once."""
+    assert state.stage_is_done
     folder = RunFolder(config.run).model_after(state.stage_name)
     if not folder.exists():
         with atomic_folder(folder) as temp:
@@ -76,7 +77,8 @@ def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) 
     stage = config.stages[state.stage]
     run = RunFolder(config.run)
     model = load_causal(initial_folder(config, state.stage), config.student, config.engine.precision)
-    selection = load_selection(run.selection_path(stage.name))
+    # What the run trained on: the vocabulary of its first stage, which is that of all of them.
+    selection = load_selection(run.selection_path(config.stages[0].name))
     caches = [cache.path for cache in config.data.caches]
     widen_vocab(model, check_vocabulary(config.student, selection, caches).num_ids)
     if stage.trainable == "lora":

@@ -9,6 +9,7 @@ from schemas.manifest import RunManifest
 from shared.config import plain
 from student_train.checkpoint import CheckpointState
 from student_train.config import TrainConfig
+from student_train.heldout import before_and_after
 from student_train.runfolder import RunFolder
 from student_train.selection import Selection
 
@@ -69,13 +70,14 @@ def _stage_line(config: TrainConfig, number: int) -> str:
 def _evaluation(config: TrainConfig, state: CheckpointState) -> str:
     reached = (state.stage, state.step)
     entries = [one for one in RunFolder(config.run).read_evals() if (one["stage_number"], one["step"]) <= reached]
-    if not entries or config.eval is None:
+    if not entries:
         return "## Evaluation\n\nNot evaluated."
-    before, after = entries[0], entries[-1]
+    before, after = before_and_after(entries)
+    assert after is not None
     rows = [
-        f"| {label} | {before[name]:.4f} | {after[name]:.4f} |"
+        f"| {label} | {'-' if before is None else format(before[name], '.4f')} | {after[name]:.4f} |"
         for name, label in EVAL_ROWS.items()
-        if before[name] is not None
+        if after[name] is not None
     ]
     table = "\n".join(["| | before | after |", "|---|---|---|", *rows])
-    return f"## Evaluation\n\n{after['num_tokens']} held-out tokens (`{config.eval.where}`):\n\n{table}"
+    return f"## Evaluation\n\n{after['num_tokens']} held-out tokens (`{after['where']}`):\n\n{table}"

@@ -17,6 +17,7 @@ from shared.config import Json
 from shared.errors import ConfigError, DataError
 from shared.log import format_count, format_duration
 from shared.report import Figure, Number, Numbers, Piece, Section, Table, write_report
+from student_train.heldout import before_and_after
 from student_train.runfolder import RunFolder
 
 Array = npt.NDArray[Any]
@@ -128,7 +129,9 @@ def _tokens(one: Json) -> str:
 def _heldout_change(run: _Run) -> list[Piece]:
     if len(run.evals) < 2:
         return []
-    before, after = run.evals[0], run.evals[-1]
+    before, after = before_and_after(run.evals)
+    if before is None or after is None:
+        return []
     changes = []
     for name, words, unit, _ in MEASURES:
         first, last = before.get(name), after.get(name)

@@ -3,6 +3,7 @@
 from shared.config import Json
 from student_train.checkpoint import latest_state
 from student_train.config import TrainConfig
+from student_train.heldout import before_and_after
 from student_train.runfolder import RunFolder
 
 
@@ -10,6 +11,7 @@ def summarise(run: RunFolder, config: TrainConfig) -> Json:
     """Counts, speed, losses, and held-out numbers before and after."""
     records, evals, state = run.read_metrics(), run.read_evals(), latest_state(run.checkpoints)
     assert state is not None
+    before, after = before_and_after(evals)
     train_s = sum(record["step_s"] for record in records)
     num_tokens = sum(record["num_tokens"] for record in records)
     return {
@@ -18,14 +20,15 @@ def summarise(run: RunFolder, config: TrainConfig) -> Json:
         "best_checkpoint": None if state.best is None else state.best.tag,
         "stages": [_stage(records, stage.name) for stage in config.stages],
         "num_steps": len(records),
+        "num_skipped_steps": sum(record["skipped"] for record in records),
         "num_tokens": num_tokens,
         "num_loss_tokens": sum(record["num_loss_tokens"] for record in records),
         "train_s": train_s,
         "tokens_per_s": num_tokens / train_s if train_s else 0.0,
         "stall_frac": sum(one["stall_frac"] * one["step_s"] for one in records) / train_s if train_s else 0.0,
         "memory_gib": max((record["memory_gib"] for record in records), default=0.0),
-        "heldout_before": evals[0] if evals else None,
-        "heldout_after": evals[-1] if evals else None,
+        "heldout_before": before,
+        "heldout_after": after,
     }
 
 

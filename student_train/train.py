@@ -27,6 +27,7 @@ from student_train.metrics_log import MetricsLog, require_tensorboard
 from student_train.model import load_student
 from student_train.prepare import RunPlan, StagePlan, prepare
 from student_train.runfolder import RunFolder
+from student_train.selection import Selection
 from student_train.step import StepResult, take_step
 from student_train.summary import summarise
 
@@ -84,7 +85,7 @@ class _StageRun:
             self._stream.load_state_dict(here.stream)
         self._step = here.step if here is not None else 0
         self._saved_step = here.step if here is not None else None
-        self._best = state.best if state is not None else None
+        self._best = self._comparable(state.best) if state is not None else None
         self._num_loss_tokens = state.num_loss_tokens if state is not None else 0
         self._train_s = state.train_s if state is not None else 0.0
 
@@ -148,21 +149,31 @@ class _StageRun:
         if evaluates:
             loss = self._evaluate(log).loss
             if self._best is None or loss < self._best.loss:
-                self._best = Best(tag=self._state().tag, loss=loss)
+                self._best = Best(tag=self._state().tag, loss=loss, selection=self._heldout.header.hash)
         if evaluates or self._step % config.checkpoint.every_steps == 0:
             self._save()
 
     def _evaluate(self, log: MetricsLog | None) -> EvalResult:
-        heldout = self._plan.heldout
-        assert heldout is not None
+        heldout = self._heldout
         result = evaluate(self._engine.metrics, heldout, eval_spec(self._config.data), self._ranks)
         if log is not None:
             values = result.model_dump()
             stage = {"stage": self._stage.config.name, "stage_number": self._stage.index, "step": self._step}
-            self._run.add_eval({**stage, **values})
+            self._run.add_eval({**stage, "where": heldout.header.where, "selection": heldout.header.hash, **values})
             log.write_eval(self._step, values)
             note(f"held-out after step {self._step} of {self._stage.config.name}: {result.line()}")
         return result
+
+    @property
+    def _heldout(self) -> Selection:
+        assert self._plan.heldout is not None
+        return self._plan.heldout
+
+    def _comparable(self, best: Best | None) -> Best | None:
+        """The best so far, unless `eval` has chosen other chains since."""
+        if best is None or self._plan.heldout is None or best.selection == self._heldout.header.hash:
+            return best
+        return None
 
     def _save(self) -> CheckpointState:
         state = self._state()
