@@ -119,7 +119,7 @@ def _memory(num_rows: int) -> Result:
 
 
 def _generate(mode: str, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
-    from teacher_cache.config import BuildConfig, EngineConfig
+    from teacher_cache.config import BuildConfig, EmbeddedConfig
     from teacher_cache.engine import EmbeddedEngine
     from teacher_cache.prompts import load_prompts, requests
     from teacher_cache.teacher import identify_teacher
@@ -131,7 +131,7 @@ def _generate(mode: str, teacher: Path, num_prompts: int, max_tokens: int) -> Re
         stream = requests(config, loaded, identified.tokenizer, identified.record.fingerprint)
         wanted = [one for one in stream if isinstance(one, Request)]
         own_process = mode == "bare_own_process"
-        settings = EngineConfig.model_validate({**config.engine.model_dump(), "in_process": not own_process})
+        settings = EmbeddedConfig.model_validate({**config.engine.model_dump(), "in_process": not own_process})
         engine = EmbeddedEngine(config.teacher, settings, K)
         frontend = _FrontEnd(engine)
         try:

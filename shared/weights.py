@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from schemas.records import stable_hash
 from shared.errors import DataError
@@ -34,17 +35,21 @@ def fingerprint_weights(model: str, revision: str | None = None) -> tuple[str, s
 
 def fingerprint_folder(folder: Path) -> str:
     """Fingerprint of a Hugging Face folder; the same wherever the folder lies."""
-    config = folder / "config.json"
+    kept = _settings(folder)
     weights = _weight_files(folder)
-    if not config.exists() or not weights:
-        missing = "weights" if config.exists() else "config.json"
-        raise DataError(f"{folder} holds no {missing}: name a Hugging Face model folder")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{config} is not JSON: {error}") from error
-    kept = {key: value for key, value in settings.items() if key not in VOLATILE_CONFIG_KEYS}
+    if not weights:
+        raise DataError(f"{folder} holds no weights: name a Hugging Face model folder")
     return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
+
+
+def fingerprint_served(folder: Path, served_name: str) -> str:
+    """Fingerprint of a model whose config.json alone is here: other weights served under the same name look equal."""
+    return stable_hash("served", _settings(folder), served_name)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weight files."""
+    return bool(_weight_files(folder))
 
 
 def resolve_revision(model: str, revision: str | None) -> str:
@@ -64,6 +69,18 @@ def resolve_revision(model: str, revision: str | None) -> str:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{model} is neither a folder nor a hub id that can be reached: {reason}") from error
     return Path(path).parent.name
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """config.json without what says nothing of the model."""
+    config = folder / "config.json"
+    if not config.exists():
+        raise DataError(f"{folder} holds no config.json: name a Hugging Face model folder")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{config} is not JSON: {error}") from error
+    return {key: value for key, value in settings.items() if key not in VOLATILE_CONFIG_KEYS}
 
 
 def _weight_files(folder: Path) -> list[Path]:

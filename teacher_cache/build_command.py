@@ -1,15 +1,16 @@
 """What `teacher-cache build` does before and after the build itself: prompts, teacher, engine, and the result."""
 
+import functools
 import itertools
 
 from shared.config import Json
 from shared.log import format_bytes, format_count, format_duration, note
 from teacher_cache.build import Build, BuildResult
-from teacher_cache.config import BuildConfig
+from teacher_cache.config import BuildConfig, ServerConfig
 from teacher_cache.judging import require_judges
 from teacher_cache.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
 from teacher_cache.requests import Engine
-from teacher_cache.teacher import identify_teacher
+from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 
 
 def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
@@ -19,17 +20,9 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
     loaded = load_prompts(config.prompts)
     _say_loaded(loaded)
     require_judges(loaded.prompts)
-    teacher = identify_teacher(config.teacher)
+    teacher = identify_teacher(config.teacher, config.engine)
     build = Build(config, teacher, worker_name(share))
-
-    def start_engine() -> Engine:
-        from teacher_cache.engine import EmbeddedEngine
-
-        note(f"loading {config.teacher.model}")
-        # The commit that was identified, should a branch have moved on meanwhile.
-        pinned = config.teacher.updated(revision=teacher.record.revision)
-        return EmbeddedEngine(pinned, config.engine, config.capture.max_support)
-
+    start_engine = functools.partial(_start_engine, config, teacher)
     try:
         # Malformed rows are nobody's share: the first worker records them.
         failures = loaded.failures if share.index == 0 else []
@@ -38,6 +31,21 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
         return build.run(itertools.chain(failures, wanted), num_total, start_engine, retry_failures=retry_failures)
     finally:
         build.close()
+
+
+def _start_engine(config: BuildConfig, teacher: IdentifiedTeacher) -> Engine:
+    engine, max_support = config.engine, config.capture.max_support
+    if isinstance(engine, ServerConfig):
+        from teacher_cache.server import ServerEngine
+
+        note(f"asking {', '.join(engine.endpoints)}")
+        return ServerEngine(engine, teacher.record, teacher.tokenizer, max_support)
+    from teacher_cache.engine import EmbeddedEngine
+
+    note(f"loading {config.teacher.model}")
+    # The commit that was identified, should a branch have moved on meanwhile.
+    pinned = config.teacher.updated(revision=teacher.record.revision)
+    return EmbeddedEngine(pinned, engine, max_support)
 
 
 def worker_name(share: WorkerShare) -> str:

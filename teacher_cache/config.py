@@ -229,7 +229,7 @@ class EmbeddedConfig(StrictModel):
 
 
 class ServerConfig(StrictModel):
-    """vLLM servers over HTTP (`vllm serve`), which load the model and choose its precision and parallelism themselves."""
+    """vLLM servers over HTTP (`vllm serve`): they load the model and choose precision and parallelism themselves."""
 
     kind: Literal["server"]
     endpoints: list[str] = Field(min_length=1)

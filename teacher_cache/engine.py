@@ -20,7 +20,7 @@ import numpy as np
 from shared.errors import ConfigError, StillroomError
 from shared.log import warn
 from teacher_cache.children import die_with_parent
-from teacher_cache.config import EngineConfig, TeacherConfig
+from teacher_cache.config import EmbeddedConfig, TeacherConfig
 from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request, refusal
 
 FREE_MEMORY_FRAC = 0.25
@@ -37,7 +37,7 @@ QUIET_ENVIRONMENT = {
 class EmbeddedEngine:
     """A vLLM engine that this program starts, feeds and stops. Implements teacher_cache.requests.Engine."""
 
-    def __init__(self, teacher: TeacherConfig, config: EngineConfig, max_support: int) -> None:
+    def __init__(self, teacher: TeacherConfig, config: EmbeddedConfig, max_support: int) -> None:
         """Loads the model: seconds to minutes. `max_support` candidates a token are captured, or the vocabulary's size.
 
         Raises ConfigError where vLLM refuses the model or a setting, StillroomError where it fails to start.
@@ -55,7 +55,7 @@ class EmbeddedEngine:
         self._num_finished_tokens = 0
         self._closed = False
 
-    def _start(self, teacher: TeacherConfig, config: EngineConfig, max_support: int) -> None:
+    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, max_support: int) -> None:
         try:
             import vllm
             from vllm.engine.arg_utils import EngineArgs
@@ -207,7 +207,7 @@ class EmbeddedEngine:
         return Finished(request, capture, completion.finish_reason)
 
 
-def engine_args(teacher: TeacherConfig, config: EngineConfig, max_support: int, on_cpu: bool) -> dict[str, Any]:
+def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, max_support: int, on_cpu: bool) -> dict[str, Any]:
     """Arguments of vLLM's EngineArgs. What the configuration leaves None is left to vLLM."""
     asked: Mapping[str, Any] = {
         "revision": teacher.revision,
@@ -245,7 +245,7 @@ def engine_args(teacher: TeacherConfig, config: EngineConfig, max_support: int, 
     return arguments
 
 
-def _allow_whole_prompts(vllm_config: Any, config: EngineConfig) -> None:
+def _allow_whole_prompts(vllm_config: Any, config: EmbeddedConfig) -> None:
     """Without chunks a step must take the longest prompt whole."""
     scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     if config.max_num_batched_tokens is not None and config.max_num_batched_tokens < max_model_len:

@@ -1,8 +1,8 @@
 """One chain to be generated, what comes of it, and what the build asks of any engine.
 
 Prompts become Requests; an engine takes them one by one and answers each with a Finished or a Failed, in the order in
-which they end. EmbeddedEngine (teacher_cache.engine) is vLLM in this program; FakeEngine (teacher_cache.fake) invents
-the chains.
+which they end. EmbeddedEngine (teacher_cache.engine) is vLLM in this program, ServerEngine (teacher_cache.server) vLLM
+over HTTP; FakeEngine (teacher_cache.fake) invents the chains.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,20 +18,23 @@ class Request:
 
     `sampling` holds temperature, top_p, top_k (None is off), min_p, repetition_penalty and max_tokens; what is missing
     takes its neutral value. `max_tokens` is the limit of completion tokens. `sample_id` names the row to be.
+
+    Where `completion_token_ids` is not None nothing is generated: these tokens are scored, and have no seed.
     """
 
     prompt: Prompt
     prompt_token_ids: Sequence[int]
     sample_index: int
-    seed: int
+    seed: int | None
     sampling: Mapping[str, Any]
     max_tokens: int
     sample_id: str
+    completion_token_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A completion and the teacher's view of it. `finish_reason` is `stop` or `length`."""
+    """A completion and the teacher's view of it. `finish_reason` is `stop`, `length` or `scored`."""
 
     request: Request
     capture: Capture
@@ -42,8 +45,8 @@ class Finished:
 class Failed:
     """A request that came to nothing. `reason` is a short name to count by, `message` one line for a person.
 
-    Reasons: empty_prompt, too_long, vocabulary, refused (by the engine, before it starts), engine_error (while it
-    generates), not_finite (the model's log probabilities hold NaN).
+    Reasons: empty_prompt, empty_completion, too_long, vocabulary, refused (by the engine, before it starts),
+    engine_error (while it generates), not_finite (the model's log probabilities hold NaN).
     """
 
     request: Request
@@ -98,15 +101,30 @@ class Engine(Protocol):
 
 
 def refusal(request: Request, info: EngineInfo) -> Failed | None:
-    """Why no engine could generate this request, or None."""
-    ids = request.prompt_token_ids
+    """Why no engine could generate or score this request, or None."""
+    ids, completion = request.prompt_token_ids, request.completion_token_ids
     if not ids:
         return Failed(request, "empty_prompt", "the prompt has no tokens")
+    if completion is not None:
+        return _unscorable(request, [*ids, *completion], info)
     if len(ids) >= info.max_model_len:
         limit = f"engine.max_model_len={info.max_model_len} leaves no room for a completion"
         return Failed(request, "too_long", f"the prompt has {len(ids)} tokens: {limit}")
+    return _outside(request, ids, info.vocab_size)
+
+
+def _unscorable(request: Request, ids: Sequence[int], info: EngineInfo) -> Failed | None:
+    if not request.completion_token_ids:
+        return Failed(request, "empty_completion", "the completion has no tokens")
+    if len(ids) > info.max_model_len:
+        limit = f"more than engine.max_model_len={info.max_model_len}"
+        return Failed(request, "too_long", f"prompt and completion have {len(ids)} tokens, {limit}")
+    return _outside(request, ids, info.vocab_size)
+
+
+def _outside(request: Request, ids: Sequence[int], vocab_size: int) -> Failed | None:
     low, high = min(ids), max(ids)
-    if low < 0 or high >= info.vocab_size:
+    if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
-        return Failed(request, "vocabulary", f"prompt token {bad} is outside the vocabulary of {info.vocab_size}")
+        return Failed(request, "vocabulary", f"token {bad} is outside the vocabulary of {vocab_size}")
     return None

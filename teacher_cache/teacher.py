@@ -1,13 +1,15 @@
 """Who the teacher is: its tokenizer and the record of its fingerprints, known without loading the model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from schemas.manifest import Teacher
 from schemas.records import stable_hash
+from shared.errors import ConfigError
 from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer, vocab_size_of
-from shared.weights import fingerprint_weights
-from teacher_cache.config import TeacherConfig
+from shared.weights import fingerprint_served, fingerprint_weights, has_weights
+from teacher_cache.config import EmbeddedConfig, EngineConfig, ServerConfig, TeacherConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +20,14 @@ class IdentifiedTeacher:
     tokenizer: Any
 
 
-def identify_teacher(config: TeacherConfig) -> IdentifiedTeacher:
-    """Raises DataError where the folder or hub id lacks a tokenizer, config.json or weights."""
-    weights, revision = fingerprint_weights(config.model, config.revision)
+def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfig()) -> IdentifiedTeacher:  # noqa: B008
+    """Raises DataError where the folder or hub id lacks a tokenizer or config.json, or weights to be loaded here.
+
+    With a server the weights are elsewhere. Where the folder holds them all the same, or the hub has the model, the
+    identity is the same as for the embedded engine, so that one cache may be filled by both; else the name under which
+    the model is served stands in for the weights.
+    """
+    weights, revision = _weights(config, engine)
     tokenizer = load_tokenizer(config.model, revision, config.trust_remote_code)
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
     template = fingerprint_template(tokenizer)
@@ -34,3 +41,15 @@ def identify_teacher(config: TeacherConfig) -> IdentifiedTeacher:
         vocab_size=vocab_size_of(config.model, revision, config.trust_remote_code),
     )
     return IdentifiedTeacher(record, tokenizer)
+
+
+def _weights(config: TeacherConfig, engine: EngineConfig) -> tuple[str, str | None]:
+    folder = Path(config.model)
+    if not isinstance(engine, ServerConfig) or not folder.is_dir() or has_weights(folder):
+        return fingerprint_weights(config.model, config.revision)
+    if engine.model is None:
+        raise ConfigError(
+            f"{config.model} holds no weights: set engine.model, the name under which they are served, to tell this "
+            "teacher from others"
+        )
+    return fingerprint_served(folder, engine.model), None

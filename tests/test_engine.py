@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from schemas.records import Capture
-from teacher_cache.config import EngineConfig, TeacherConfig
+from teacher_cache.config import EmbeddedConfig, TeacherConfig
 from teacher_cache.requests import Failed
 from tests.tiny import VOCAB_SIZE
 from tests.vllm_session import NUM_CHAINS, K, Session, capture_of_dicts, finished, make_requests, run_session
@@ -94,9 +94,9 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
     from teacher_cache.engine import engine_args
 
     teacher = TeacherConfig(model="m")
-    bare = engine_args(teacher, EngineConfig(), 64, on_cpu=False)
+    bare = engine_args(teacher, EmbeddedConfig(), 64, on_cpu=False)
     assert bare["max_logprobs"] == 64
     assert not {"max_model_len", "quantization", "kv_cache_memory_bytes", "enable_chunked_prefill"} & set(bare)
-    on_cpu = engine_args(teacher, EngineConfig(kv_cache_gb=2), 64, on_cpu=True)
+    on_cpu = engine_args(teacher, EmbeddedConfig(kv_cache_gb=2), 64, on_cpu=True)
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30

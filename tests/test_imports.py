@@ -24,6 +24,7 @@ HOMES = {
     "deepspeed": {"student_train/engine.py"},
     "deltalake": {"shared/catalog.py"},
     "duckdb": {"shared/sql.py"},
+    "httpx2": {"teacher_cache/http_client.py"},
 }
 ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb"}
 
@@ -39,7 +40,7 @@ IMPORT_NAMES = {"pyyaml": "yaml"}
 CLIS = ("teacher_cache.cli", "student_train.cli")
 SLOW_TO_IMPORT = {
     *("torch", "transformers", "vllm", "deepspeed", "peft", "datasets", "reasoning_gym", "math_verify", "tensorboard"),
-    *("duckdb", "deltalake", "matplotlib"),
+    *("duckdb", "deltalake", "matplotlib", "httpx2"),
 }
 
 
@@ -95,7 +96,7 @@ def test_every_library_is_declared() -> None:
     everything = base.union(*extras.values())
     imports = [item for item in imports_of(ROOT) if item.package not in {*PACKAGES, *sys.stdlib_module_names}]
     assert {item.package for item in imports} - everything == set()
-    eager = [item for item in imports if item.is_eager and item.file not in HOMES["vllm"]]
+    eager = [item for item in imports if item.is_eager and item.file not in HOMES["vllm"] | HOMES["httpx2"]]
     assert {item.package for item in eager if not item.file.startswith("student_train/")} - base == set()
     assert {item.package for item in eager if item.file.startswith("student_train/")} - base - extras[
         "student"

@@ -73,11 +73,11 @@ def _request(sample_id: str, ids: list[int], sampling: dict[str, float], index: 
 
 def main() -> None:
     from teacher_cache.capture import install_arrays, uninstall_arrays
-    from teacher_cache.config import EngineConfig, TeacherConfig
+    from teacher_cache.config import EmbeddedConfig, TeacherConfig
     from teacher_cache.engine import EmbeddedEngine
 
     folder = Path(sys.argv[1])
-    config = EngineConfig(
+    config = EmbeddedConfig(
         dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, kv_cache_gb=0.05
     )
     engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, K)
