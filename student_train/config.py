@@ -183,7 +183,8 @@ class EngineConfig(StrictModel):
     """How the arithmetic is spread over the machine (DeepSpeed)."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of weights and activations; the optimizer keeps float32 copies. float32 is the faster one on most CPUs."""
+    """Of weights and activations; the optimizer keeps float32 copies. float32 is the faster one on most CPUs; float16
+    (ZeRO 1 to 3) scales the loss, and skips steps that overflow."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO spreads over the ranks: 1 optimizer state, 2 and gradients, 3 and weights."""
     offload_optimizer: bool = False
@@ -201,6 +202,9 @@ class EngineConfig(StrictModel):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3")
+        if self.precision == "float16" and self.zero_stage == 0:
+            # DeepSpeed 0.19.8 divides gradients by a loss scale there that it never multiplied the loss by.
+            raise ValueError("precision float16 needs zero_stage 1, 2 or 3: DeepSpeed scales no loss without ZeRO")
         return self
 
 

@@ -47,13 +47,14 @@ def sources_of(data: DataConfig) -> list[CacheSource]:
 
 def train_request(data: DataConfig, stage: StageConfig) -> SelectionRequest:
     """What a stage learns from."""
-    return SelectionRequest(sources_of(data), stage.where or data.where, data.weight, data.max_chains)
+    key = "data.where" if stage.where is None else f"where of stage {stage.name!r},"
+    return SelectionRequest(sources_of(data), stage.where or data.where, data.weight, data.max_chains, key=key)
 
 
 def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
     """What the student is evaluated on; cache weights do not count there."""
     sources = [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
-    return SelectionRequest(sources, config.where, None, config.max_chains)
+    return SelectionRequest(sources, config.where, None, config.max_chains, key="eval.where")
 
 
 def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:

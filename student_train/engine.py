@@ -149,9 +149,12 @@ class Engine:
         self._ranks = ranks
         self._accumulation = accumulation
         self._student = student
+        self._is_plain = config.zero_stage == 0 and config.precision == "float32"
+        self._plain_norm: Tensor | None = None
         with _quiet():
             import deepspeed
 
+            _refuse_precision(config.precision, deepspeed.accelerator.get_accelerator())
             optimizer = torch.optim.AdamW(
                 _parameter_groups(student, stage.weight_decay),
                 lr=stage.learning_rate,
@@ -164,6 +167,9 @@ class Engine:
                 config=deepspeed_config(stage, config, ranks.num_ranks, accumulation, universal=universal),
                 dist_init_required=False,
             )
+        if config.zero_stage == 0 and config.precision != "float32":
+            # DeepSpeed makes Adam's moments by a step on zero gradients, which its bias correction would count.
+            self._deepspeed.optimizer.optimizer.state.clear()
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
         """Sums of one pack's losses, with gradient."""
@@ -190,22 +196,26 @@ class Engine:
         if not is_last:
             self._deepspeed.step()
 
-    def step(self, learning_rate: float) -> None:
-        """Clips and applies the gradient that was added up."""
+    def step(self, learning_rate: float) -> bool:
+        """Clips and applies the gradient that was added up; False where float16 overflowed and the step was skipped."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+        skipped_before = int(self._deepspeed.skipped_steps)
+        self._plain_norm = self._norm_without_zero()
         self._deepspeed.step()
+        return int(self._deepspeed.skipped_steps) == skipped_before
 
     @property
-    def grad_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping; None where DeepSpeed did not compute it."""
-        norm = self._deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient before clipping."""
+        return float(self._deepspeed.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that float16 skipped because their gradient overflowed."""
-        return int(self._deepspeed.skipped_steps)
+    def _norm_without_zero(self) -> Tensor | None:
+        """Of gradients that lie whole in their parameters, for which DeepSpeed keeps no norm: ZeRO 0 in float32."""
+        if not self._is_plain:
+            return None
+        grads = [parameter.grad for parameter in self._student.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
 
     def save(self, folder: Path, tag: str) -> None:
         """Writes trained weights and optimizer state below `folder/tag`; frozen weights are where they came from."""
@@ -223,6 +233,20 @@ class Engine:
     def close(self) -> None:
         """Frees what DeepSpeed holds; the engine is of no use afterwards."""
         self._deepspeed.destroy()
+
+
+def _refuse_precision(precision: str, accelerator: Any) -> None:
+    """Raises ConfigError for a precision that the machine's accelerator does not have."""
+    supported = {
+        "float32": True,
+        "bfloat16": accelerator.is_bf16_supported(),
+        "float16": accelerator.is_fp16_supported(),
+    }
+    if not supported[precision]:
+        possible = ", ".join(name for name, has in supported.items() if has)
+        raise ConfigError(
+            f"engine.precision={precision} cannot be trained on this {accelerator.device_name()}: take {possible}"
+        )
 
 
 def deepspeed_config(

@@ -55,6 +55,8 @@ class SelectionRequest:
     """Keep so many of them, those with the smallest sample ids (which are hashes, so a fair sample); None keeps all."""
     any_tokenizer: bool = False
     """Do not refuse shards of several tokenizers: only the text will be read."""
+    key: str = "data.where"
+    """What `where` is called in the configuration, for messages."""
 
 
 def open_selection(path: Path, request: SelectionRequest) -> Selection:
@@ -94,13 +96,13 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     catalogs = [Catalog(source.root, source.chains_version, source.verdicts_version) for source in request.sources]
     rows = pa.concat_tables([_query(catalog, number, request) for number, catalog in enumerate(catalogs)])
     if not rows.num_rows:
-        raise ConfigError(_empty_message(catalogs, request.where))
+        raise ConfigError(_empty_message(catalogs, request))
     weights = rows.column("weight").to_numpy()
     _check_weights(weights, request.weight)
     usable = (rows.column("num_tokens").to_numpy() > 0) & (rows.column("num_prompt_tokens").to_numpy() > 0)
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
     if not rows.num_rows:
-        raise ConfigError(f"data.where {request.where!r} selects only chains that are empty or of weight 0: widen it")
+        raise ConfigError(f"{request.key} {request.where!r} selects only chains that are empty or weigh 0: widen it")
     rows, headers = _locate(catalogs, rows)
     if not request.any_tokenizer:
         check_one_tokenizer(headers)
@@ -160,13 +162,13 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> pa.Table
     condition = f"WHERE (\n{where}\n)" if where is not None else ""
     expression = f"(\n{weight}\n)" if weight is not None else "1"
     with open_cache(catalog) as session:
-        _dry_run(session, "data.where", where, f"SELECT 1 FROM chains {condition} LIMIT 0")
+        _dry_run(session, request.key, where, f"SELECT 1 FROM chains {condition} LIMIT 0")
         _dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
         query = (
             f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
             f"CAST({expression} AS FLOAT) AS weight FROM chain_places {condition} ORDER BY file, row_in_file"
         )
-        rows = _run(session, "data.where or data.weight", f"{where} / {weight}", query)
+        rows = _run(session, f"{request.key} or data.weight", f"{where} / {weight}", query)
     # A NULL weight reads as nan and is refused with the other bad weights.
     filled = rows.column("weight").fill_null(float("nan"))
     return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled)
@@ -191,13 +193,14 @@ def _first_by_id(rows: pa.Table, max_chains: int | None) -> pa.Table:
     return rows.take(pa.array(np.sort(order[:max_chains])))
 
 
-def _empty_message(catalogs: Sequence[Catalog], where: str | None) -> str:
+def _empty_message(catalogs: Sequence[Catalog], request: SelectionRequest) -> str:
     names = ", ".join(str(catalog.root) for catalog in catalogs)
     total = sum(file.num_rows for catalog in catalogs for file in catalog.chains.files())
     if not total:
         return f"{names} holds no chains yet: build some first with `teacher-cache build`"
     return (
-        f"data.where {where!r} selects none of the {total} chains of {names}: widen it (`teacher-cache sql` tries it)"
+        f"{request.key} {request.where!r} selects none of the {total} chains of {names}: widen it (`teacher-cache sql` "
+        "tries it)"
     )
 
 

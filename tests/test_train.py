@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,11 +15,14 @@ from student_train.config import TrainConfig
 from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config, evaluate_model
 from student_train.runfolder import RunFolder
+from student_train.show import run_lines
+from student_train.summary import summarise
 from student_train.train import train
 from tests.caches import Chain, SyntheticCache
 from tests.students import make_student
 from tests.training import (
     IGNORE_LIBRARY_WARNINGS,
+    StopAfter,
     cache,
     losses_of,
     make_config,
@@ -60,8 +64,110 @@ def test_step_equals_dense_mean_over_unpacked_chains(
     assert record["parts"]["forward_kl_tail_bucket"] == pytest.approx(kl, rel=1e-5)
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
     assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(cache))
-    if zero_stage > 0:
-        assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+    assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 3},
+        {"zero_stage": 0, "precision": "bfloat16"},
+        {"zero_stage": 2, "precision": "bfloat16"},
+        {"zero_stage": 1, "precision": "float16"},
+        {"zero_stage": 2, "precision": "float16"},
+    ],
+)
+def test_every_precision_takes_the_same_steps(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Json,
+) -> None:
+    """Losses after several steps, and so the steps, are those of float32 at ZeRO 2 within the precision's rounding."""
+    # torch computes float16 on any CPU, DeepSpeed asks for one that is fast at it.
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    expected = train_run(make_config(tmp_path / "whole", cache, student, {"max_steps": 5}, eval=None), ranks)
+    records = train_run(
+        make_config(tmp_path / "run", cache, student, {"max_steps": 5}, eval=None, engine=engine), ranks
+    )
+    half = engine.get("precision") is not None
+    assert losses_of(records) == pytest.approx(losses_of(expected), rel=2e-3 if half else 1e-5)
+    norms, expected_norms = ([one["grad_norm"] for one in run] for run in (records, expected))
+    assert norms == pytest.approx(expected_norms, rel=3e-2 if half else 1e-3)
+    assert not any(one["skipped"] for one in records)
+
+
+def test_a_step_that_overflows_is_shown_and_learns_nothing(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    # A weight of this size makes the scaled gradient of the first steps too large for float16.
+    stage: Json = {"epochs": 9, "max_steps": 25, "losses": {"cross_entropy": 50.0}}
+    config = make_config(tmp_path / "run", cache, student, stage, engine={"precision": "float16"}, eval=None)
+    summary = train(config, ranks, StopRequest())
+    records = RunFolder(config.run).read_metrics()
+    skipped = [one["skipped"] for one in records]
+    assert skipped[0]
+    assert not skipped[-1]
+    assert [one["grad_norm"] is None for one in records] == skipped
+    assert summary["num_skipped_steps"] == sum(skipped)
+    assert any("float16 overflowed" in line for line in run_lines(summary))
+
+
+def test_a_precision_that_the_machine_lacks_is_refused(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: False)
+    config = make_config(tmp_path / "run", cache, student, engine={"precision": "float16"}, eval=None)
+    with pytest.raises(ConfigError, match=r"precision=float16 cannot be trained on this cpu: take float32, bfloat16"):
+        train(config, ranks, StopRequest())
+    with pytest.raises(ConfigError, match="float16 needs zero_stage 1, 2 or 3"):
+        make_config(tmp_path / "run", cache, student, engine={"precision": "float16", "zero_stage": 0})
+
+
+def test_held_out_chains_may_change_between_resumptions(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    """Eval turned on late and then changed: evaluated on what is asked, and compared with nothing else."""
+    run = RunFolder(tmp_path / "run")
+
+    def resume(steps: int, evaluation: Json | None) -> Json:
+        config = make_config(run.root, cache, student, {"epochs": 3}, eval=evaluation)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, ranks, StopAfter(steps))
+        return summarise(run, config)
+
+    assert resume(2, None)["heldout_after"] is None
+    late = resume(2, {"max_chains": 5, "every_steps": 2})
+    assert late["heldout_before"] is None
+    assert late["heldout_after"]["num_chains"] == 5
+    assert late["best_checkpoint"] == "distill-000004"
+    other = resume(2, {"max_chains": 3, "where": "split = 'heldout' AND source = 'stories'", "every_steps": 2})
+    assert other["heldout_after"]["num_chains"] == 3
+    assert other["heldout_after"]["where"] == "split = 'heldout' AND source = 'stories'"
+    # The best on other chains is no rival of what is measured now.
+    assert other["best_checkpoint"] == "distill-000006"
+
+
+def test_held_out_numbers_before_and_after_are_of_the_same_chains(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = make_config(run.root, cache, student)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, ranks, StopAfter(2))
+    assert summarise(run, config)["heldout_before"]["step"] == 0
+    changed = make_config(run.root, cache, student, eval={"max_chains": 4})
+    summary = train(changed, ranks, StopRequest())
+    assert summary["heldout_before"] is None
+    assert summary["heldout_after"]["num_chains"] == 4
 
 
 @pytest.mark.parametrize(
