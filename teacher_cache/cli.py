@@ -85,16 +85,19 @@ def build(
 
 
 @app.command()
-def verify(cache: CachePath, as_json: AsJson = False) -> None:
-    """Check every file: hashes, counts, decoding, uniqueness; exit 3 when something is wrong."""
-    from dataclasses import asdict
+def verify(
+    cache: CachePath,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Take damaged files out of the cache, so that the rest is usable.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file: hashes, counts, decoding, uniqueness; exit 3 when something is wrong and stays so."""
+    from teacher_cache.verify_command import verify_command
 
-    from teacher_cache.verify import summary_of, verify_cache
-
-    report = verify_cache(cache)
-    lines = [*(f"{problem.file}: {problem.problem}" for problem in report.problems), summary_of(report)]
-    _result({**asdict(report), "ok": report.ok}, lines, as_json)
-    if not report.ok:
+    result, lines = verify_command(cache, quarantine=quarantine)
+    _result(result, lines, as_json)
+    if not result["ok"]:
         raise typer.Exit(DAMAGED)
 
 

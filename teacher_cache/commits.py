@@ -10,13 +10,13 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from schemas.manifest import SHARD_METADATA_KEY
 from shared.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
 from shared.errors import CacheConflict, CorruptError
 from shared.files import TEMP_SUFFIX, file_clock_s
@@ -63,13 +63,13 @@ class Committer:
         self._table = table
         self._visible = visible
         self._run_id, self._worker = run_id, worker
-        self._application = f"stillroom/{run_id}/{worker}"
-        self._jitter = random.Random(f"{self._application} {os.getpid()}")
+        self.application = f"stillroom/{run_id}/{worker}"
+        self._jitter = random.Random(f"{self.application} {os.getpid()}")
 
     @property
     def next_sequence(self) -> int:
         """Number of the next transaction."""
-        last = self._table.last_sequence(self._application)
+        last = self._table.last_sequence(self.application)
         return 0 if last is None else last + 1
 
     def temp_path(self) -> Path:
@@ -83,7 +83,11 @@ class Committer:
 
         Raises CacheConflict when others commit without a pause for minutes.
         """
-        return self._commit(publish(temp, self._table.folder, self._stem(), num_rows))
+        return self._commit(self.publish(temp, num_rows))
+
+    def publish(self, temp: Path, num_rows: int) -> DataFile:
+        """Gives a finished file its name; it is visible only once it is committed."""
+        return publish(temp, self._table.folder, self._stem(), num_rows)
 
     def recover(self, abandoned_s: float = 0.0) -> int:
         """Adopts files of this worker that were published but not committed, sweeps temporary ones; rows adopted.
@@ -142,7 +146,7 @@ class Committer:
                 return 0
             file = reduced
             try:
-                self._table.commit([file], self._application, self.next_sequence)
+                self._table.commit([file], self.application, self.next_sequence)
             except CacheConflict:
                 # Others committed in between; many workers that retry in step would collide again.
                 time.sleep(self._jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
@@ -156,25 +160,61 @@ class Committer:
         fresh = [sample_id not in self._visible for sample_id in read_sample_ids(path)]
         if all(fresh):
             return file
-        smaller = self._rewrite(path, pa.array(fresh)) if any(fresh) else None
+        smaller = self._rewrite(path) if any(fresh) else None
         path.unlink()
         return smaller
 
-    def _rewrite(self, path: Path, keep: pa.Array) -> DataFile:
+    def _rewrite(self, path: Path) -> DataFile:
+        def is_fresh(rows: pa.Table) -> list[bool]:
+            return [sample_id not in self._visible for sample_id in rows.column("sample_id").to_pylist()]
+
         temp = self.temp_path()
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            is_shard = self._table.folder.name == "chains"
-            vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
-            with pq.ParquetWriter(temp, schema, **parquet_options(schema, vocab_size)) as writer:
-                start = 0
-                for index in range(file.num_row_groups):
-                    group = file.read_row_group(index)
-                    kept = group.filter(keep.slice(start, group.num_rows))
-                    start += group.num_rows
-                    if kept.num_rows:
-                        writer.write_table(kept)
-        return publish(temp, self._table.folder, self._stem(), pc.sum(keep).as_py())
+        num_rows = rewrite(path, temp, is_fresh)
+        return self.publish(temp, num_rows)
+
+
+def rewrite(
+    path: Path, temp: Path, keep: Callable[[pa.Table], Sequence[bool]], groups: Collection[int] | None = None
+) -> int:
+    """Writes the rows that `keep` wants of each row group to `temp`, encoded as the format says; how many there were.
+
+    `groups` None reads all row groups; others are not even looked at. Page checksums are verified on the way.
+    """
+    num_rows = 0
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        schema = file.schema_arrow
+        is_shard = SHARD_METADATA_KEY in (schema.metadata or {})
+        vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
+        with pq.ParquetWriter(temp, schema, **parquet_options(schema, vocab_size)) as writer:
+            for index in range(file.num_row_groups):
+                if groups is not None and index not in groups:
+                    continue
+                group = file.read_row_group(index)
+                kept = group.filter(pa.array(keep(group), pa.bool_()))
+                num_rows += kept.num_rows
+                if kept.num_rows:
+                    writer.write_table(kept)
+    return num_rows
+
+
+def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path, num_rows: int) -> bool:
+    """Puts a finished file in the place of `old` in one transaction; False where `old` is no longer visible.
+
+    The caller makes sure that the file's rows are among those of `old`. `old` stays on the disk for older versions.
+    """
+    new = committer.publish(temp, num_rows)
+    for attempt in range(MAX_ATTEMPTS):
+        table.refresh()
+        if old not in table.files():
+            table.path_of(new).unlink()
+            return False
+        try:
+            table.commit([new], committer.application, committer.next_sequence, [old])
+        except CacheConflict:
+            time.sleep(min(MAX_PAUSE_S, 0.01 * 2**attempt))
+        else:
+            return True
+    raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again later")
 
 
 def take_out(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]:

@@ -15,24 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.manifest import ShardHeader
-from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema
+from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
 from shared.catalog import Catalog, DataFile, Table, check_hash
 from shared.delta_log import log_problems
-from shared.errors import DataError, StillroomError
+from shared.errors import CorruptError, DataError, StillroomError
 from shared.log import Progress, format_bytes
-from shared.shards import open_shard, read_signals
 from teacher_cache.leftovers import Leftover, find_leftovers, receipt_problems
-from teacher_cache.row_checks import COLUMNS, SAMPLE_ID, check_rows
+from teacher_cache.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
 
 TABLES = ("chains", "verdicts", "failures")
-
-PackedIds = npt.NDArray[np.void]
-"""Sample ids as 16 raw bytes each: 160 MB for ten million chains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +48,7 @@ class VerifyReport:
     num_tokens: int = 0
     size_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
+    damages: list[Damage] = field(default_factory=list)
     orphans: list[Leftover] = field(default_factory=list)
     removed: list[Leftover] = field(default_factory=list)
 
@@ -61,18 +56,6 @@ class VerifyReport:
     def ok(self) -> bool:
         """Nothing is wrong."""
         return not self.problems
-
-
-@dataclass(slots=True)
-class ShardFindings:
-    """What one shard holds and what is wrong with it."""
-
-    file: DataFile
-    header: ShardHeader | None = None
-    num_chains: int = 0
-    num_tokens: int = 0
-    sample_ids: PackedIds = field(default_factory=lambda: _packed([]))
-    problems: list[str] = field(default_factory=list)
 
 
 def verify_cache(root: Path, num_threads: int | None = None) -> VerifyReport:
@@ -91,8 +74,11 @@ def verify_cache(root: Path, num_threads: int | None = None) -> VerifyReport:
         return report
     findings = _verify_shards(catalog, num_threads or os.cpu_count() or 1, report)
     _verify_together(catalog, findings, report)
+    report.damages += [damage for one in findings if (damage := one.damage()) is not None]
     for table, schema in ((catalog.verdicts, VERDICT_SCHEMA), (catalog.failures, FAILURE_SCHEMA)):
-        report.problems += _verify_small(table, schema)
+        for problem, damage in _verify_small(table, schema):
+            report.problems.append(problem)
+            report.damages += [damage] if damage is not None else []
     for table in (catalog.chains, catalog.verdicts, catalog.failures):
         _verify_log(table, report)
     return report
@@ -109,50 +95,6 @@ def _verify_log(table: Table, report: VerifyReport) -> None:
     report.problems += [Problem(f"{table.folder.name}/_delta_log", problem) for problem in problems]
     report.removed += [one for one in leftovers if one.kind == "removed"]
     report.orphans += [one for one in leftovers if one.kind != "removed"]
-
-
-def verify_shard(table: Table, file: DataFile) -> ShardFindings:
-    """Everything that one shard can be asked."""
-    findings = ShardFindings(file)
-    path = table.path_of(file)
-    try:
-        size_bytes = path.stat().st_size if path.exists() else None
-        if size_bytes is not None and size_bytes != file.size_bytes:
-            findings.problems.append(f"has {size_bytes} bytes, {file.size_bytes} were registered")
-        check_hash(path)
-    except StillroomError as error:
-        findings.problems.append(_without_path(str(error), path))
-    if not path.exists():
-        return findings
-    try:
-        _read_shard(path, findings)
-    except StillroomError as error:
-        findings.problems.append(_without_path(str(error), path))
-    return findings
-
-
-def _read_shard(path: Path, findings: ShardFindings) -> None:
-    parquet, header = open_shard(path)
-    with parquet:
-        findings.header = header
-        expected = chain_schema(header.codec, header.format_version)
-        if not parquet.schema_arrow.equals(expected):
-            findings.problems.append(f"has not the columns of codec {header.codec}: {_difference(parquet, expected)}")
-            return
-        if parquet.metadata.num_rows != findings.file.num_rows:
-            findings.problems.append(f"has {parquet.metadata.num_rows} rows, {findings.file.num_rows} were registered")
-        for index in range(parquet.num_row_groups):
-            try:
-                table, signals, offsets = read_signals(parquet, header, index, COLUMNS, "")
-            except StillroomError as error:
-                findings.problems.append(str(error).removeprefix(": "))
-                continue
-            problems = check_rows(table, signals, offsets, header)
-            findings.problems += [f"row group {index}: {problem}" for problem in problems]
-            ids = [one for one in table.column("sample_id").to_pylist() if SAMPLE_ID.match(one)]
-            findings.sample_ids = np.concatenate([findings.sample_ids, _packed(ids)])
-            findings.num_tokens += len(signals.topk_n_T)
-            findings.num_chains += table.num_rows
 
 
 def _verify_shards(catalog: Catalog, num_threads: int, report: VerifyReport) -> list[ShardFindings]:
@@ -188,7 +130,7 @@ def _verify_together(catalog: Catalog, findings: list[ShardFindings], report: Ve
 
 def _duplicates(findings: list[ShardFindings]) -> Iterator[Problem]:
     """Rows whose sample id an earlier row has already."""
-    ids = np.concatenate([one.sample_ids for one in findings]) if findings else _packed([])
+    ids = np.concatenate([one.sample_ids for one in findings]) if findings else packed([])
     _, first = np.unique(ids, return_index=True)
     repeated = np.ones(len(ids), bool)
     repeated[first] = False
@@ -196,12 +138,10 @@ def _duplicates(findings: list[ShardFindings]) -> Iterator[Problem]:
     for place in np.flatnonzero(repeated):
         shard = int(np.searchsorted(ends, place, side="right"))
         row = int(place) - (int(ends[shard - 1]) if shard else 0)
-        problem = f"row {row}, column sample_id: {bytes(ids[place]).hex()} is visible more than once"
+        sample_id = bytes(ids[place]).hex()
+        findings[shard].repeated[sample_id] += 1
+        problem = f"row {row}, column sample_id: {sample_id} is visible more than once"
         yield Problem(f"chains/{findings[shard].file.path}", problem)
-
-
-def _packed(sample_ids: list[str]) -> PackedIds:
-    return np.array([bytes.fromhex(sample_id) for sample_id in sample_ids], dtype="V16")
 
 
 def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
@@ -219,38 +159,32 @@ def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
         yield Problem(name, "has not the columns token_id, piece and is_special")
 
 
-def _verify_small(table: Table, schema: pa.Schema) -> Iterator[Problem]:
+def _verify_small(table: Table, schema: pa.Schema) -> Iterator[tuple[Problem, Damage | None]]:
     """Files of the verdicts or failures table: hash, columns, rows."""
     for file in table.files():
-        name = f"{table.folder.name}/{file.path}"
-        path = table.path_of(file)
         try:
-            check_hash(path)
-            content = pq.read_table(path)
+            problem = _small_problem(table.path_of(file), file, schema)
+        except CorruptError as error:
+            problem = without_path(str(error), table.path_of(file))
         except StillroomError as error:
-            yield Problem(name, _without_path(str(error), path))
-        except (pa.ArrowException, OSError) as error:
-            yield Problem(name, f"is not a readable Parquet file: {str(error).splitlines()[0]}")
-        else:
-            if not content.schema.equals(schema):
-                yield Problem(name, f"has not the columns of {table.folder.name}")
-            elif content.num_rows != file.num_rows:
-                yield Problem(name, f"has {content.num_rows} rows, {file.num_rows} were registered")
+            yield Problem(f"{table.folder.name}/{file.path}", without_path(str(error), table.path_of(file))), None
+            continue
+        if problem is not None:
+            found = Problem(f"{table.folder.name}/{file.path}", problem)
+            yield found, Damage(table.folder.name, file, [problem])
 
 
-def _difference(parquet: pq.ParquetFile, expected: pa.Schema) -> str:
-    for one in expected:
-        place = parquet.schema_arrow.get_field_index(one.name)
-        if place < 0:
-            return f"{one.name} is missing"
-        found = parquet.schema_arrow.field(place)
-        if not found.equals(one):
-            return f"{one.name} is {found.type}{'' if found.nullable else ' not null'}, not {one.type}"
-    return "their order differs, or there are more"
-
-
-def _without_path(message: str, path: Path) -> str:
-    return message.removeprefix(f"{path}").removeprefix(":").strip()
+def _small_problem(path: Path, file: DataFile, schema: pa.Schema) -> str | None:
+    check_hash(path)
+    try:
+        content = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        return f"is not a readable Parquet file: {str(error).splitlines()[0]}"
+    if not content.schema.equals(schema):
+        return "has not the columns of its table"
+    if content.num_rows != file.num_rows:
+        return f"has {content.num_rows} rows, {file.num_rows} were registered"
+    return None
 
 
 def summary_of(report: VerifyReport) -> str:
