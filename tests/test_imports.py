@@ -20,12 +20,18 @@ MAY_IMPORT = {
 OUTSIDE_THE_PACKAGES = {"benchmarks", "tests", "tools"}
 
 HOMES = {
-    "vllm": {"teacher_cache/engine.py", "teacher_cache/capture.py", "teacher_cache/sampler.py"},
+    "vllm": {
+        *("teacher_cache/engine.py", "teacher_cache/capture.py"),
+        # The sampler's plugin, which vLLM loads.
+        *("teacher_cache/sampler.py", "teacher_cache/sampler_v1.py", "teacher_cache/sampler_v2.py"),
+    },
     "deepspeed": {"student_train/engine.py"},
     "deltalake": {"shared/catalog.py"},
     "duckdb": {"shared/sql.py"},
     "httpx2": {"teacher_cache/http_client.py"},
 }
+INSIDE_VLLM = HOMES["vllm"] | {"teacher_cache/sampler_batch.py", "teacher_cache/sampler_signals.py"}
+"""Imported where vllm is, and therefore torch."""
 ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb"}
 
 NEVER_IN = {
