@@ -123,26 +123,46 @@ def evaluate(
     checkpoint: WhichCheckpoint = "last",
     max_chains: Annotated[int | None, typer.Option(min=1, help="With --model: chains at most; default 512.")] = None,
     pack_tokens: Annotated[int | None, typer.Option(min=16, help="With --model: tokens a pack; default 4096.")] = None,
+    generate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also generate answers to N held-out prompts and judge them.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --generate: tokens of an answer at most; default 1024.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="With --generate: of sampling; default 0, the most likely token.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a student with its teacher on held-out chains."""
+    """Compare a student with its teacher on held-out chains, and its answers with the truth."""
     from student_train.eval_command import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
+    from student_train.generate import DEFAULT_NEW_TOKENS, GenerateConfig
     from student_train.show import eval_lines
 
+    answers = None
+    if generate is not None:
+        answers = GenerateConfig(generate, max_new_tokens or DEFAULT_NEW_TOKENS, temperature or 0.0)
+    elif (max_new_tokens, temperature) != (None, None):
+        raise ConfigError("--max-new-tokens and --temperature have no effect without --generate")
     if config_path is not None:
         if (model, cache) != (None, None):
             raise ConfigError("CONFIG and --model, --cache exclude each other")
         if (max_chains, pack_tokens) != (None, None):
             raise ConfigError("--max-chains and --pack-tokens need --model: --set eval.max_chains=N with a CONFIG")
         config = _config(config_path, overrides)
-        result = evaluate_config(config, where, "initial" if initial else checkpoint)
+        result = evaluate_config(config, where, "initial" if initial else checkpoint, answers)
     else:
         if model is None or not cache:
             raise ConfigError("name a CONFIG, or --model and --cache")
         if initial or checkpoint != "last" or overrides:
             raise ConfigError("--initial, --checkpoint and --set need a CONFIG")
         result = evaluate_model(
-            model, cache, where, max_chains=max_chains or DEFAULT_CHAINS, pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS
+            model,
+            cache,
+            where,
+            max_chains=max_chains or DEFAULT_CHAINS,
+            pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS,
+            generate=answers,
         )
     _result(result, eval_lines(result), as_json)
 

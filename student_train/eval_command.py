@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,20 +14,24 @@ from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, S
 from student_train.data import check_vocabulary, eval_request, eval_spec, open_data
 from student_train.engine import Ranks
 from student_train.evaluate import evaluate, student_metrics
-from student_train.export import trained_model
+from student_train.export import adopt_tokens, cache_tokenizer, trained_model
+from student_train.generate import GenerateConfig, generate_and_judge, heldout_prompts
 from student_train.head import fuse_head
 from student_train.heldout import kept_or_temporary
 from student_train.model import Student, load_causal, widen_vocab
+from student_train.retokenise import HuggingFaceText
 from student_train.runfolder import RunFolder
+from student_train.selection import Selection
 
 DEFAULT_CHAINS = 512
 DEFAULT_PACK_TOKENS = 4096
 
 
-def evaluate_config(config: TrainConfig, where: str | None, which: str) -> Json:
+def evaluate_config(config: TrainConfig, where: str | None, which: str, generate: GenerateConfig | None = None) -> Json:
     """Evaluates checkpoint `which` of a run, or with `initial` the student before its training.
 
-    Without `where` on the held-out selection of the run. Raises ConfigError, DataError, CorruptError.
+    Without `where` on the held-out selection of the run; with `generate` also by the answers that it gives. Raises
+    ConfigError, DataError, CorruptError.
     """
     if config.eval is None and where is None:
         raise ConfigError("the configuration has no eval block: set one, or say --where")
@@ -40,7 +45,8 @@ def evaluate_config(config: TrainConfig, where: str | None, which: str) -> Json:
         state = find_state(run.checkpoints, which)
         model, name = trained_model(config, state, merged=True), state.tag
     kept = run.heldout_path if where is None else None
-    return {"model": name, **_evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens)}
+    result = _evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens, generate)
+    return {"model": name, **result}
 
 
 def evaluate_model(
@@ -50,22 +56,25 @@ def evaluate_model(
     *,
     max_chains: int | None = DEFAULT_CHAINS,
     pack_tokens: int = DEFAULT_PACK_TOKENS,
+    generate: GenerateConfig | None = None,
 ) -> Json:
     """Evaluates a Hugging Face folder or hub id. Raises ConfigError, DataError, CorruptError."""
     student = StudentConfig(model=model)
     data = DataConfig(caches=[CacheConfig(path=path) for path in caches], pack_tokens=pack_tokens)
     wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    return {"model": model, **_evaluate(load_causal(model, student, precision), student, data, wanted, None, None)}
+    loaded = load_causal(model, student, precision)
+    return {"model": model, **_evaluate(loaded, student, data, wanted, None, None, generate)}
 
 
 def _evaluate(
-    model: torch.nn.Module,
+    model: Any,
     student: StudentConfig,
     data: DataConfig,
     wanted: EvalConfig,
     kept: Path | None,
     chunk_tokens: int | None,
+    generate: GenerateConfig | None,
 ) -> Json:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
@@ -76,7 +85,24 @@ def _evaluate(
         selection = open_data(path, request, data, student)
         vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
         widen_vocab(model, vocabulary.num_ids)
-        fuse_head(model)  # type: ignore[arg-type]
+        fuse_head(model)
         metrics_of = student_metrics(Student(model, chunk_tokens).to(device))
         result = evaluate(metrics_of, selection, eval_spec(data), Ranks(0, 1, device))
-    return {"where": wanted.where, **result.model_dump()}
+        answers = None
+        if generate is not None:
+            answers = _answers(model, student, data, selection, wanted.where, generate)
+    return {"where": wanted.where, **result.model_dump(), "generation": answers}
+
+
+def _answers(
+    model: Any, student: StudentConfig, data: DataConfig, selection: Selection, where: str, config: GenerateConfig
+) -> Json:
+    tokenizer = cache_tokenizer(student, selection, None)
+    adopt_tokens(model, tokenizer)
+    text = HuggingFaceText(tokenizer, selection.header.vocab_size) if selection.is_text else None
+    pinned = [
+        cache.model_copy(update={"root": str(source.path)})
+        for cache, source in zip(selection.header.caches, data.caches, strict=True)
+    ]
+    prompts = heldout_prompts(pinned, where, config.num_prompts, text)
+    return generate_and_judge(model, tokenizer, prompts, config).model_dump()

@@ -16,7 +16,7 @@ from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import write_text_atomic
 from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer
 from student_train.checkpoint import CheckpointState
-from student_train.config import LoraConfig, TrainConfig
+from student_train.config import LoraConfig, StudentConfig, TrainConfig
 from student_train.data import check_vocabulary
 from student_train.engine import saved_weights
 from student_train.folders import atomic_folder, save_model
@@ -40,7 +40,7 @@ def export(
         raise ConfigError(f"--adapter-only needs a LoRA checkpoint: {state.tag} trained {stage.trainable}")
     selection = load_selection(run.selection_path(stage.name))
     with atomic_folder(out) as temp:
-        found = cache_tokenizer(config, selection, tokenizer)
+        found = cache_tokenizer(config.student, selection, tokenizer)
         model = trained_model(config, state, merged=not adapter_only)
         if not adapter_only:
             adopt_tokens(model, found)
@@ -93,12 +93,12 @@ def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) 
     return model.eval()
 
 
-def cache_tokenizer(config: TrainConfig, selection: Selection, named: str | None) -> Any:
+def cache_tokenizer(config: StudentConfig, selection: Selection, named: str | None) -> Any:
     """The tokenizer that the student learnt: of `named`, else the student's or the teacher's, whichever is the cache's.
 
     Raises DataError where none of them is.
     """
-    student = load_tokenizer(config.student.model, config.student.revision, config.student.trust_remote_code)
+    student = load_tokenizer(config.model, config.revision, config.trust_remote_code)
     if selection.is_text or _is_cached(student, selection):
         return student
     if named is not None:

@@ -49,7 +49,16 @@ def run_lines(summary: Result) -> list[str]:
 def eval_lines(result: Result) -> list[str]:
     """`eval`: the metrics."""
     count = f"{result['num_chains']} chains, {format_count(result['num_tokens'])} tokens"
-    return [f"{result['model']} on {count}: {result['where']}", _metrics(result)]
+    lines = [f"{result['model']} on {count}: {result['where']}", _metrics(result)]
+    answers = result["generation"]
+    if answers is not None:
+        accuracy, teacher = (_share(answers[name]) for name in ("accuracy", "teacher_accuracy"))
+        lines.append(
+            f"answers: {accuracy} right on {answers['num_prompts']} prompts (teacher {teacher})  undecided "
+            f"{answers['num_undecided']}  cut off {answers['truncated_frac']:.1%}  {answers['mean_tokens']:.0f} tokens "
+            f"an answer  {answers['tokens_per_s']:.0f} tok/s"
+        )
+    return lines
 
 
 def export_lines(result: Result) -> list[str]:
@@ -80,6 +89,10 @@ def _temperature_lines(steps: list[tuple[int, float]]) -> list[str]:
     if [temperature for _, temperature in steps] == [1.0]:
         return []
     return ["temperature " + ", ".join(f"{temperature:g} from step {step + 1}" for step, temperature in steps)]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _metrics(result: Result) -> str:

@@ -1,6 +1,7 @@
 """Runs that end in the middle: killed, interrupted, resumed, on one rank or two; checkpoints that cannot be used."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from shared.config import Json, plain
 from shared.errors import CorruptError, DataError
 from student_train.checkpoint import find_state, latest_state
 from student_train.config import TrainConfig
-from student_train.engine import RANK_VARIABLES, Ranks
+from student_train.engine import RANK_VARIABLES, Ranks, saved_weights
 from student_train.runfolder import RunFolder
 from tests.caches import SyntheticCache
 from tests.training import IGNORE_LIBRARY_WARNINGS, cache, losses_of, make_config, ranks, student, train_run
@@ -26,22 +27,67 @@ ROOT = Path(__file__).parent.parent
 LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 20}
 
 
-def test_killed_run_goes_on_bit_for_bit(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
-    """SIGKILL at some step, with dropout; the same command again gives the losses of a run that nothing happened to."""
-    config = make_config(tmp_path / "run", cache, student, LORA, eval=None)
-    process = _start(config)
-    _wait_for_steps(config, 8, process)
-    process.kill()
-    process.communicate()
-    reached = latest_state(RunFolder(config.run).checkpoints)
-    assert reached is not None
-    assert 0 < reached.step < reached.num_steps
-    resumed = _start(config)
-    _, said = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, said
+@pytest.mark.parametrize(("num_ranks", "stage", "kills"), [(1, LORA, (5, 20)), (2, {"epochs": 20}, (8,))])
+def test_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    num_ranks: int,
+    stage: Json,
+    kills: tuple[int, ...],
+) -> None:
+    """SIGKILL at random times, with a checkpoint every step, so that many hit one being written; then to the end."""
+    options = ("--nproc", str(num_ranks))
+    whole = make_config(tmp_path / "whole", cache, student, stage, eval=None)
+    if num_ranks == 1:
+        train_run(whole, ranks)
+    else:
+        assert _run(whole, *options)[0] == 0
+    config = make_config(tmp_path / "run", cache, student, stage, eval=None, checkpoint={"every_steps": 1})
+    random_delay = random.Random(num_ranks)
+    for num_steps in kills:
+        process = _start(config, *options)
+        _wait_for_steps(config, num_steps, process)
+        time.sleep(random_delay.uniform(0.0, 0.2))
+        process.kill()
+        process.communicate()
+        reached = latest_state(RunFolder(config.run).checkpoints)
+        assert reached is not None
+        assert 0 < reached.step < reached.num_steps
+    code, said = _run(config, *options)
+    assert code == 0, said
     assert f"going on after step {reached.step} of {reached.num_steps}" in said
-    whole = make_config(tmp_path / "whole", cache, student, LORA, eval=None)
-    assert losses_of(RunFolder(config.run).read_metrics()) == losses_of(train_run(whole, ranks))
+    assert losses_of(RunFolder(config.run).read_metrics()) == losses_of(RunFolder(whole.run).read_metrics())
+    assert _trained_bytes(config) == _trained_bytes(whole)
+
+
+def test_two_ranks_go_on_from_one(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    """The other way round, with the weights spread too: ZeRO 3."""
+    engine: Json = {"zero_stage": 3}
+    whole = losses_of(train_run(make_config(tmp_path / "whole", cache, student, engine=engine), ranks))
+    config = make_config(tmp_path / "run", cache, student, engine=engine)
+    train_run(config, ranks, stop_after=4)
+    code, said = _run(config, "--nproc", "2")
+    assert code == 0, said
+    assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [(), ("--nproc", "2")])
+def test_interrupted_before_the_first_step_ends_at_once(
+    tmp_path: Path, cache: SyntheticCache, student: Path, options: tuple[str, ...]
+) -> None:
+    config = make_config(tmp_path / "run", cache, student)
+    process = _start(config, *options)
+    while not (config.run / ".lock").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "this goes on: student-train run" in said
+    assert not RunFolder(config.run).read_metrics()
 
 
 def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
@@ -86,6 +132,14 @@ def test_checkpoints_are_found_by_name(tmp_path: Path) -> None:
         find_state(tmp_path, "last")
 
 
+def _trained_bytes(config: TrainConfig) -> list[bytes]:
+    """The trained weights of the last checkpoint, to the bit."""
+    checkpoints = RunFolder(config.run).checkpoints
+    state = find_state(checkpoints, "last")
+    weights = saved_weights(checkpoints, state.tag, state.zero_stage)
+    return [weights[name].numpy().tobytes() for name in sorted(weights)]
+
+
 def _start(config: TrainConfig, *options: str) -> "subprocess.Popen[str]":
     path = config.run.parent / "config.yaml"
     path.write_text(yaml.safe_dump(plain(config)))
@@ -98,6 +152,12 @@ def _start(config: TrainConfig, *options: str) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _run(config: TrainConfig, *options: str) -> tuple[int, str]:
+    process = _start(config, *options)
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said
 
 
 def _wait_for_steps(config: TrainConfig, num_steps: int, process: "subprocess.Popen[str]") -> None:

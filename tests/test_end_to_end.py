@@ -129,6 +129,15 @@ def test_the_student_learns(line: Line) -> None:
     assert line.results["eval"]["forward_kl"] == pytest.approx(trained["heldout_after"]["forward_kl"], rel=1e-5)
 
 
+def test_the_students_answers_are_judged_beside_the_teachers(line: Line) -> None:
+    answers = line.results["answers"]["generation"]
+    assert answers["num_prompts"] == 5
+    assert answers["num_correct"] + answers["num_wrong"] == 5
+    assert answers["accuracy"] == answers["num_correct"] / 5
+    assert 0 <= answers["teacher_accuracy"] <= 1
+    assert 0 < answers["mean_tokens"] <= 8
+
+
 def test_the_export_opens_in_transformers_and_is_the_trained_student(line: Line, chains: list[Chain]) -> None:
     folder = line.folder / "runs/demo/export"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -93,7 +93,7 @@ def test_tokenizer_that_nobody_has_is_refused(
         export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
     selection = load_selection(RunFolder(config.run).selection_path("distill"))
     with pytest.raises(ConfigError, match="is not the cache's"):
-        cache_tokenizer(config, selection, str(student))
+        cache_tokenizer(config.student, selection, str(student))
     with pytest.raises(ConfigError, match="--adapter-only needs a LoRA checkpoint"):
         export(config, _last(config), tmp_path / "out", adapter_only=True, tokenizer=None)
     assert not (tmp_path / "out").exists()
