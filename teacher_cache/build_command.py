@@ -34,18 +34,18 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
 
 
 def _start_engine(config: BuildConfig, teacher: IdentifiedTeacher) -> Engine:
-    engine, max_support = config.engine, config.capture.max_support
+    engine = config.engine
     if isinstance(engine, ServerConfig):
         from teacher_cache.server import ServerEngine
 
         note(f"asking {', '.join(engine.endpoints)}")
-        return ServerEngine(engine, teacher.record, teacher.tokenizer, max_support)
+        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture.max_support)
     from teacher_cache.engine import EmbeddedEngine
 
     note(f"loading {config.teacher.model}")
     # The commit that was identified, should a branch have moved on meanwhile.
     pinned = config.teacher.updated(revision=teacher.record.revision)
-    return EmbeddedEngine(pinned, engine, max_support)
+    return EmbeddedEngine(pinned, engine, config.capture)
 
 
 def worker_name(share: WorkerShare) -> str:

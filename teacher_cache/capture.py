@@ -25,6 +25,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from schemas.records import Capture, Float32, Int32
 from shared.errors import StillroomError
+from teacher_cache.wide_rows import Layout, capture_of_rows
 
 VLLM_VERSION = "0.32.0"
 """The version whose private classes were read and tested. Others are checked by shape and may fall back."""
@@ -118,30 +119,24 @@ def uninstall_arrays() -> None:
     output_processor.LogprobsProcessor = LogprobsProcessor  # type: ignore[attr-defined]
 
 
-def capture_of(logprobs: object, token_ids: Sequence[int], k: int) -> Capture:
-    """One completion's Capture out of what vLLM returned for a request with `logprobs=k, flat_logprobs=True`.
+def capture_of(logprobs: object, token_ids: Sequence[int], k: int, layout: Layout | None = None) -> Capture:
+    """One completion's Capture out of what vLLM returned for a request with `flat_logprobs=True` and `logprobs` of k,
+    or of the layout's width.
 
-    Raises StillroomError where the rows do not belong to the tokens: an engine that shifts them must not fill a cache.
+    Raises StillroomError where the rows do not belong to the tokens or to the layout: an engine that shifts them must
+    not fill a cache.
     """
+    ids, values, ranks_T = rows_of(logprobs, k if layout is None else layout.width)
+    return capture_of_rows(ids, values, ranks_T, token_ids, k, layout)
+
+
+def rows_of(logprobs: object, width: int) -> tuple[Int32, Float32, Int32]:
+    """ids and log probabilities [T, W+1], ranks [T] out of what vLLM returned for a request with `logprobs=width`."""
     if isinstance(logprobs, TokenArrays):
-        ids, values, ranks_T = logprobs.arrays()
-    elif isinstance(logprobs, FlatLogprobs):
-        ids, values, ranks_T = _flat_arrays(logprobs, k)
-    else:
-        raise StillroomError(f"vLLM returned {type(logprobs).__name__} where log probabilities were asked for")
-    token_ids_T = np.asarray(token_ids, np.int32)
-    if len(ids) != len(token_ids_T):
-        raise StillroomError(f"vLLM gave distributions of {len(ids)} tokens for a completion of {len(token_ids_T)}")
-    if not np.array_equal(ids[:, 0], token_ids_T):
-        first = int(np.flatnonzero(ids[:, 0] != token_ids_T)[0])
-        raise StillroomError(f"vLLM's distributions do not belong to its tokens: token {first} differs")
-    return Capture(
-        token_ids_T=token_ids_T,
-        sampled_logprob_T=values[:, 0],
-        sampled_rank_T=ranks_T,
-        topk_ids_TK=ids[:, 1:],
-        topk_logprobs_TK=values[:, 1:],
-    )
+        return logprobs.arrays()
+    if isinstance(logprobs, FlatLogprobs):
+        return _flat_arrays(logprobs, width)
+    raise StillroomError(f"vLLM returned {type(logprobs).__name__} where log probabilities were asked for")
 
 
 def _empty_block(width: int) -> tuple[Int32, Float32, Int32]:

@@ -20,11 +20,14 @@ import numpy as np
 from shared.errors import ConfigError, StillroomError
 from shared.log import warn
 from teacher_cache.children import die_with_parent
-from teacher_cache.config import EmbeddedConfig, TeacherConfig
+from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request, refusal
+from teacher_cache.wide_rows import Layout, is_marked
 
 FREE_MEMORY_FRAC = 0.25
 """Of a CPU's free memory, what the key-value cache gets when nothing is said. vLLM itself would take nine tenths."""
+
+PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and leave VLLM_PLUGINS unset or name stillroom in it"
 
 QUIET_ENVIRONMENT = {
     # stdout is for results. vLLM reads these when it is imported; whoever set one already gets what they set.
@@ -37,10 +40,12 @@ QUIET_ENVIRONMENT = {
 class EmbeddedEngine:
     """A vLLM engine that this program starts, feeds and stops. Implements teacher_cache.requests.Engine."""
 
-    def __init__(self, teacher: TeacherConfig, config: EmbeddedConfig, max_support: int) -> None:
-        """Loads the model: seconds to minutes. `max_support` candidates a token are captured, or the vocabulary's size.
+    def __init__(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig) -> None:
+        """Loads the model: seconds to minutes. `capture.max_support` candidates a token are captured, or the
+        vocabulary's size.
 
-        Raises ConfigError where vLLM refuses the model or a setting, StillroomError where it fails to start.
+        Raises ConfigError where vLLM refuses the model or a setting, or cannot give what `capture` asks for;
+        StillroomError where it fails to start.
         """
         for name, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -48,14 +53,14 @@ class EmbeddedEngine:
         with _stdout_to_stderr(), _library_paths_kept(), warnings.catch_warnings():
             # vLLM's own use of what torch will remove is nothing that our user can mend.
             warnings.simplefilter("ignore")
-            self._start(teacher, config, max_support)
+            self._start(teacher, config, capture)
         self._requests: dict[str, Request] = {}
         self._refused: list[Outcome] = []
         self._num_submitted = 0
         self._num_finished_tokens = 0
         self._closed = False
 
-    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, max_support: int) -> None:
+    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig) -> None:
         try:
             import vllm
             from vllm.engine.arg_utils import EngineArgs
@@ -63,6 +68,7 @@ class EmbeddedEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             from teacher_cache.capture import ArrayLogprobs, install_arrays
+            from teacher_cache.sampler import register
         except ImportError as error:
             raise ConfigError(
                 f"the embedded engine needs vllm ({error}): pip install 'stillroom[teacher]', "
@@ -74,8 +80,11 @@ class EmbeddedEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         if on_cpu and config.enforce_eager:
             _compile_nothing()
+        misfit = register()
+        if misfit is not None:
+            _do_without_plugin(capture, misfit)
         try:
-            vllm_config = EngineArgs(**engine_args(teacher, config, max_support, on_cpu)).create_engine_config()
+            vllm_config = EngineArgs(**engine_args(teacher, config, capture, on_cpu)).create_engine_config()
             if on_cpu:
                 _allow_whole_prompts(vllm_config, config)
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
@@ -87,14 +96,15 @@ class EmbeddedEngine:
         if fallback is not None:
             warn(f"log probabilities take vLLM's slower flat path, the fast one does not fit this vLLM: {fallback}")
         self._arrays = None if fallback is not None else ArrayLogprobs
-        self._tokens_before = ArrayLogprobs.num_tokens
         model = vllm_config.model_config
-        self._k = min(max_support, model.get_vocab_size())
+        self._k = min(capture.max_support, model.get_vocab_size())
+        self._layout = self._working_layout(capture) if misfit is None else None
+        self._tokens_before = ArrayLogprobs.num_tokens
         self._max_in_flight = vllm_config.scheduler_config.max_num_seqs + config.max_waiting
         self._info = EngineInfo(
             vocab_size=model.get_vocab_size(),
             max_model_len=model.max_model_len,
-            entropy="support",
+            entropy="support" if self._layout is None else "exact",
             software={"vllm": vllm.__version__, **_versions("torch", "transformers")},
             settings={
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -103,8 +113,32 @@ class EmbeddedEngine:
                 "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
                 "in_process": in_process,
                 "capture": "flat" if fallback is not None else "arrays",
+                "sampler": "vllm" if self._layout is None else "plugin",
             },
         )
+
+    def _working_layout(self, capture: CaptureConfig) -> Layout | None:
+        """The layout of rows that the workers, perhaps in processes of their own, turn out to answer with."""
+        layout = Layout(self._k, capture.draws, tuple(capture.temperatures))
+        if self._workers_know(layout):
+            return layout
+        if _needs_plugin(capture):
+            self._engine.engine_core.shutdown()
+        _do_without_plugin(capture, PLUGIN_MISSING)
+        return None
+
+    def _workers_know(self, layout: Layout) -> bool:
+        from vllm.inputs.engine import tokens_input
+
+        from teacher_cache.capture import rows_of
+
+        params = self._params(layout, {"temperature": 0.0}, seed=0, max_tokens=1)
+        self._engine.add_request("probe", tokens_input([0]), params)
+        outputs: list[Any] = []
+        while self._engine.has_unfinished_requests():
+            outputs += self._engine.step()
+        ids, logprobs, _ = rows_of(outputs[-1].outputs[0].logprobs, layout.width)
+        return is_marked(ids, logprobs, layout)
 
     @property
     def info(self) -> EngineInfo:
@@ -176,18 +210,21 @@ class EmbeddedEngine:
             cleanup_dist_env_and_memory()
 
     def _sampling_params(self, request: Request) -> Any:
+        return self._params(self._layout, request.sampling, request.seed, request.max_tokens)
+
+    def _params(self, layout: Layout | None, sampling: Mapping[str, Any], seed: int | None, max_tokens: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        sampling = request.sampling
         return SamplingParams(
             temperature=sampling.get("temperature", 1.0),
             top_p=sampling.get("top_p", 1.0),
             top_k=sampling.get("top_k") or 0,
             min_p=sampling.get("min_p", 0.0),
             repetition_penalty=sampling.get("repetition_penalty", 1.0),
-            seed=request.seed,
-            max_tokens=request.max_tokens,
-            logprobs=self._k,
+            seed=seed,
+            max_tokens=max_tokens,
+            logprobs=self._k if layout is None else layout.width,
+            extra_args=None if layout is None else layout.extra_args(),
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -201,13 +238,13 @@ class EmbeddedEngine:
         self._num_finished_tokens += len(completion.token_ids)
         if completion.finish_reason not in ("stop", "length"):
             return Failed(request, "engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
-        capture = capture_of(completion.logprobs, completion.token_ids, self._k)
+        capture = capture_of(completion.logprobs, completion.token_ids, self._k, self._layout)
         if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
             return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
         return Finished(request, capture, completion.finish_reason)
 
 
-def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, max_support: int, on_cpu: bool) -> dict[str, Any]:
+def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
     """Arguments of vLLM's EngineArgs. What the configuration leaves None is left to vLLM."""
     asked: Mapping[str, Any] = {
         "revision": teacher.revision,
@@ -228,7 +265,7 @@ def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, max_support: int
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "enable_expert_parallel": config.enable_expert_parallel,
         "enforce_eager": config.enforce_eager,
-        "max_logprobs": max_support,
+        "max_logprobs": Layout(capture.max_support, capture.draws, tuple(capture.temperatures)).width,
         # The teacher's own distribution: before penalties, temperature and truncation.
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
@@ -243,6 +280,18 @@ def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, max_support: int
         # vLLM's CPU sampler cannot draw with a request's own seed while a prompt is cut into chunks.
         arguments["enable_chunked_prefill"] = False
     return arguments
+
+
+def _needs_plugin(capture: CaptureConfig) -> bool:
+    return capture.draws > 0 or bool(capture.temperatures)
+
+
+def _do_without_plugin(capture: CaptureConfig, reason: str) -> None:
+    """Top candidates can be had from vLLM itself; what only the sampler sees cannot."""
+    if _needs_plugin(capture):
+        asked = "draws" if capture.draws else "temperatures"
+        raise ConfigError(f"capture.{asked} needs stillroom's plugin in vLLM's sampler, which is not at work: {reason}")
+    warn(f"vLLM's own top-k is used, slower and without exact entropies: the sampler plugin is not at work: {reason}")
 
 
 def _allow_whole_prompts(vllm_config: Any, config: EmbeddedConfig) -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from schemas.records import Capture
-from teacher_cache.config import EmbeddedConfig, TeacherConfig
+from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.requests import Failed
+from teacher_cache.wide_rows import Layout
 from tests.tiny import VOCAB_SIZE
-from tests.vllm_session import NUM_CHAINS, K, Session, capture_of_dicts, finished, make_requests, run_session
+from tests.vllm_session import CAPTURE, NUM_CHAINS, K, Session, capture_of_dicts, finished, make_requests, run_session
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,45 @@ def test_captured_distributions_are_the_teachers_own(session: Session) -> None:
         assert (low_T == high_T).mean() > 0.95, "ties are rare, so that ranks are really compared"
 
 
+def test_what_only_the_sampler_sees_agrees_with_a_dense_computation(session: Session) -> None:
+    """Entropy and log-partitions within rounding; draws are those that the reference's own logits give."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from teacher_cache.sampler_signals import signal_rows
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(session.teacher, dtype=torch.float32)
+    layout = Layout(K, CAPTURE.draws, tuple(CAPTURE.temperatures))
+    num_same = num_draws = 0
+    for chain in finished(session.arrays).values():
+        capture, prompt = chain.capture, list(chain.request.prompt_token_ids)
+        assert capture.entropy_T is not None
+        assert capture.draw_ids_TM is not None
+        assert capture.draw_logprobs_TM is not None
+        assert capture.log_partitions_TS is not None
+        tokens = capture.token_ids_T.tolist()
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        dense_TV = torch.log_softmax(logits_TV.double(), dim=-1)
+        entropy_T = -(dense_TV.exp() * dense_TV).sum(dim=-1)
+        np.testing.assert_allclose(capture.entropy_T, entropy_T, atol=1e-3)
+        for column, tau in enumerate(CAPTURE.temperatures):
+            partition_T = (dense_TV / tau).logsumexp(dim=-1)
+            np.testing.assert_allclose(capture.log_partitions_TS[:, column], partition_T, atol=2e-3)
+        drawn_TM = np.take_along_axis(dense_TV.numpy(), capture.draw_ids_TM, axis=1)
+        np.testing.assert_allclose(capture.draw_logprobs_TM, drawn_TM, atol=1e-3)
+        assert not (capture.draw_ids_TM[:, :, None] == capture.topk_ids_TK[:, None, :]).any(), "draws are from the tail"
+        assert chain.request.seed is not None
+        places_T = torch.arange(len(prompt), len(prompt) + len(tokens))
+        seeds_T = torch.full_like(places_T, chain.request.seed)
+        own = signal_rows(logits_TV, torch.tensor(tokens), layout, seeds_T, places_T).ids[:, 1 + K : 1 + K + 6]
+        num_same += int((own.numpy() == capture.draw_ids_TM).sum())
+        num_draws += own.numel()
+    # A draw within rounding of the border between two tokens may fall on either side.
+    assert num_same > 0.995 * num_draws > 1000
+
+
 def test_every_token_has_its_row_the_last_one_included(session: Session) -> None:
     reasons = set()
     for chain in finished(session.arrays).values():
@@ -62,6 +102,7 @@ def test_arrays_flat_and_default_path_agree(session: Session) -> None:
     assert arrays.keys() == flat.keys() == session.dicts.keys()
     for name, chain in arrays.items():
         _assert_equal(chain.capture, flat[name].capture)
+        _assert_same_signals(chain.capture, flat[name].capture)
         _assert_equal(chain.capture, capture_of_dicts(session.dicts[name], K))
 
 
@@ -72,6 +113,15 @@ def _assert_equal(one: Capture, other: Capture) -> None:
     np.testing.assert_array_equal(one.sampled_rank_T, other.sampled_rank_T)
     np.testing.assert_array_equal(one.topk_ids_TK, other.topk_ids_TK)
     np.testing.assert_allclose(one.topk_logprobs_TK, other.topk_logprobs_TK, atol=2e-4)
+
+
+def _assert_same_signals(one: Capture, other: Capture) -> None:
+    assert one.entropy_T is not None
+    assert other.entropy_T is not None
+    np.testing.assert_allclose(one.entropy_T, other.entropy_T, atol=2e-4)
+    assert one.draw_ids_TM is not None
+    assert other.draw_ids_TM is not None
+    assert (one.draw_ids_TM == other.draw_ids_TM).mean() > 0.99
 
 
 def test_bad_prompts_fail_alone_and_say_why(session: Session) -> None:
@@ -85,8 +135,8 @@ def test_bad_prompts_fail_alone_and_say_why(session: Session) -> None:
 
 def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Session) -> None:
     assert session.stdout == ""
-    assert (session.info.vocab_size, session.info.entropy) == (VOCAB_SIZE, "support")
-    assert session.info.settings["capture"] == "arrays"
+    assert (session.info.vocab_size, session.info.entropy) == (VOCAB_SIZE, "exact")
+    assert (session.info.settings["capture"], session.info.settings["sampler"]) == ("arrays", "plugin")
     assert session.num_tokens == sum(len(chain.capture.token_ids_T) for chain in finished(session.arrays).values())
 
 
@@ -94,9 +144,9 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
     from teacher_cache.engine import engine_args
 
     teacher = TeacherConfig(model="m")
-    bare = engine_args(teacher, EmbeddedConfig(), 64, on_cpu=False)
-    assert bare["max_logprobs"] == 64
+    bare = engine_args(teacher, EmbeddedConfig(), CaptureConfig(), on_cpu=False)
+    assert bare["max_logprobs"] == 66
     assert not {"max_model_len", "quantization", "kv_cache_memory_bytes", "enable_chunked_prefill"} & set(bare)
-    on_cpu = engine_args(teacher, EmbeddedConfig(kv_cache_gb=2), 64, on_cpu=True)
+    on_cpu = engine_args(teacher, EmbeddedConfig(kv_cache_gb=2), CaptureConfig(), on_cpu=True)
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30

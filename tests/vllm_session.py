@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from schemas.records import Capture, Message, Prompt, prompt_id_of
+from teacher_cache.config import CaptureConfig
 from teacher_cache.requests import EngineInfo, Finished, Outcome, Request
 from tests.tiny import VOCAB_SIZE, make_tiny_teacher
 
 K = 12
+CAPTURE = CaptureConfig(max_support=K, draws=6, temperatures=[0.5, 2.0])
 NUM_CHAINS = 10
 MAX_MODEL_LEN = 128
 ROOT = Path(__file__).parents[1]
@@ -80,7 +82,7 @@ def main() -> None:
     config = EmbeddedConfig(
         dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, kv_cache_gb=0.05
     )
-    engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, K)
+    engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
     arrays = _generate(engine)
     num_tokens = engine.num_tokens
     uninstall_arrays()
@@ -110,7 +112,8 @@ def _default_path(engine) -> dict[str, list[dict[int, tuple[float, int]]]]:  # t
     for request in make_requests():
         if request.sample_id.startswith("good"):
             params = engine._sampling_params(request)
-            params.flat_logprobs = False
+            # The top candidates as vLLM itself computes them.
+            params.flat_logprobs, params.logprobs, params.extra_args = False, K, None
             inner.add_request(request.sample_id, tokens_input(list(request.prompt_token_ids)), params)
     found = {}
     while inner.has_unfinished_requests():
