@@ -27,7 +27,7 @@ from teacher_cache.wide_rows import Layout, is_marked
 FREE_MEMORY_FRAC = 0.25
 """Of a CPU's free memory, what the key-value cache gets when nothing is said. vLLM itself would take nine tenths."""
 
-PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and leave VLLM_PLUGINS unset or name stillroom in it"
+PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
 
 QUIET_ENVIRONMENT = {
     # stdout is for results. vLLM reads these when it is imported; whoever set one already gets what they set.
