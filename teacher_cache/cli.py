@@ -129,6 +129,28 @@ def judge(
 
 
 @app.command()
+def copy(
+    caches: Annotated[list[Path], typer.Argument(metavar="SRC... DEST", help="Caches, and the one they go into.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy or merge caches: visible shards alone, hashes checked, no row twice; the same command resumes."""
+    from dataclasses import asdict
+
+    from teacher_cache.copy_cache import copy_caches, copy_lines
+
+    *sources, dest = caches
+    if not sources:
+        raise ConfigError("copy needs at least two folders: SRC... DEST")
+    try:
+        report = copy_caches(sources, dest)
+    except OSError as error:
+        raise StillroomError(f"{error}: mend that and start the same command again, it goes on") from error
+    _result(asdict(report), copy_lines(report, dest), as_json)
+    if report.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
 def gc(
     cache: CachePath,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -265,7 +287,7 @@ def main() -> None:
         console.print(f"teacher-cache: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == INTERRUPTED and sys.argv[1:2] == ["build"]:
+        if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"]):
             note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
         raise
 

@@ -102,13 +102,25 @@ def commit_verdicts(table: Table, samples: Sequence[JudgedSample], run_id: str, 
         "score": [sample.verdict.score for sample in samples],
         "judged_at": [now] * len(samples),
     }
+    temp = verdict_temp(table, worker)
+    pq.write_table(
+        pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA), temp, compression="zstd", write_page_checksum=True
+    )
+    commit_verdict_file(table, temp, len(samples), run_id, worker)
+
+
+def verdict_temp(table: Table, worker: str) -> Path:
+    """Where a file of verdicts is written until it is finished."""
+    return table.folder / f".{worker}-0.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+
+
+def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, worker: str) -> None:
+    """Makes a finished file of verdicts visible. Raises CacheConflict when others commit without a pause for it."""
     application = f"stillroom/{run_id}/{worker}"
     table.refresh()
     sequence = _next_sequence(table, application)
-    temp = table.folder / f".{worker}-{sequence}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
     try:
-        pq.write_table(pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA), temp, compression="zstd")
-        file = publish(temp, table.folder, f"{run_id}/{worker}-{sequence:06d}", len(samples))
+        file = publish(temp, table.folder, f"{run_id}/{worker}-{sequence:06d}", num_rows)
     finally:
         temp.unlink(missing_ok=True)
     for _ in range(MAX_COMMIT_ATTEMPTS):
