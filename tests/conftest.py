@@ -1,11 +1,22 @@
 """Fixtures that several test files share."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.line import Line, run_line
+from tests.vllm_server import serve
 
 
 @pytest.fixture(scope="session")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
     """The whole line, run once a session."""
     return run_line(tmp_path_factory.mktemp("line"))
+
+
+@pytest.fixture(scope="session")
+def vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real vLLM server of the line's teacher, started once a session."""
+    folder = tmp_path_factory.mktemp("server")
+    with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "65") as url:
+        yield url
