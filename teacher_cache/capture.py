@@ -78,32 +78,41 @@ class TokenArrays:
 class ArrayLogprobs(LogprobsProcessor):
     """vLLM's per-request collector of log probabilities, keeping arrays for requests with `flat_logprobs=True`.
 
-    The TokenArrays arrive as `outputs[0].logprobs`. Other requests are vLLM's business as before.
+    The TokenArrays arrive as `outputs[0].logprobs`, those of prompts that are scored as `prompt_logprobs`. Other
+    requests are vLLM's business as before.
     """
 
     num_tokens: ClassVar[int] = 0
     """Tokens captured by this process, unfinished completions included: what progress is measured by."""
 
     arrays: TokenArrays | None = None
+    prompt_arrays: TokenArrays | None = None
 
     @classmethod
     def from_new_request(cls, tokenizer: Any, request: EngineCoreRequest) -> "ArrayLogprobs":
         processor = super().from_new_request(tokenizer, request)
         assert isinstance(processor, cls)
         params = request.sampling_params
-        wanted = params is not None and params.flat_logprobs and params.prompt_logprobs is None
-        if params is not None and wanted and params.num_logprobs is not None:
+        if params is not None and params.flat_logprobs and params.num_logprobs is not None:
             processor.arrays = TokenArrays(params.num_logprobs)
             processor.logprobs = processor.arrays  # type: ignore[assignment]
+            if params.prompt_logprobs is not None:
+                processor.prompt_arrays = TokenArrays(params.prompt_logprobs)
+                processor.prompt_logprobs = processor.prompt_arrays  # type: ignore[assignment]
         return processor
 
     def update_from_output(self, output: EngineCoreOutput) -> None:
         if self.arrays is None:
             super().update_from_output(output)
-        elif output.new_logprobs is not None:
+            return
+        if output.new_logprobs is not None:
             new = output.new_logprobs
             self.arrays.append(new.logprob_token_ids, new.logprobs, new.sampled_token_ranks)
             ArrayLogprobs.num_tokens += len(new.logprobs)
+        if self.prompt_arrays is not None and output.new_prompt_logprobs_tensors is not None:
+            ids, logprobs, ranks, *_ = output.new_prompt_logprobs_tensors
+            self.prompt_arrays.append(ids.numpy(), logprobs.numpy(), ranks.numpy())
+            ArrayLogprobs.num_tokens += len(ids)
 
 
 def install_arrays() -> str | None:
@@ -130,6 +139,21 @@ def capture_of(logprobs: object, token_ids: Sequence[int], k: int, layout: Layou
     return capture_of_rows(ids, values, ranks_T, token_ids, k, layout)
 
 
+def capture_of_scores(
+    prompt_logprobs: object, logprobs: object, token_ids: Sequence[int], k: int, layout: Layout | None = None
+) -> Capture:
+    """The Capture of tokens that were given: all but the last as the end of the prompt, the last one generated (no
+    other was allowed). `prompt_logprobs` and `logprobs` are what vLLM returned, both asked for as in `capture_of`.
+    """
+    width = k if layout is None else layout.width
+    read, written = rows_of(prompt_logprobs, width), rows_of(logprobs, width)
+    num_read = len(token_ids) - 1
+    # A prompt of P tokens has P - 1 rows: nothing predicts its first token.
+    last = [part[len(part) - num_read :] for part in read]
+    ids, values, ranks_T = (np.concatenate(pair) for pair in zip(last, written, strict=True))
+    return capture_of_rows(ids, values, ranks_T, token_ids, k, layout)
+
+
 def rows_of(logprobs: object, width: int) -> tuple[Int32, Float32, Int32]:
     """ids and log probabilities [T, W+1], ranks [T] out of what vLLM returned for a request with `logprobs=width`."""
     if isinstance(logprobs, TokenArrays):
@@ -149,8 +173,11 @@ def _empty_block(width: int) -> tuple[Int32, Float32, Int32]:
 
 
 def _flat_arrays(flat: FlatLogprobs, k: int) -> tuple[Int32, Float32, Int32]:
-    """A position holds the sampled token and then the top k: the sampled one stands twice where it is among them."""
-    num_tokens = len(flat.start_indices)
+    """A position holds the sampled token and then the top k: the sampled one stands twice where it is among them.
+
+    The first position of a prompt is empty.
+    """
+    num_tokens = sum(end > start for start, end in zip(flat.start_indices, flat.end_indices, strict=True))
     if len(flat.token_ids) != num_tokens * (k + 1):
         raise StillroomError(f"vLLM gave {len(flat.token_ids)} entries for {num_tokens} tokens with {k} candidates")
     ids = np.array(flat.token_ids, np.int32).reshape(num_tokens, k + 1)

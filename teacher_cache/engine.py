@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from schemas.records import stable_hash
 from shared.errors import ConfigError, StillroomError
 from shared.log import warn
 from teacher_cache.children import die_with_parent
@@ -29,6 +30,9 @@ FREE_MEMORY_FRAC = 0.25
 
 PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
 
+SCORING_CHUNK_TOKENS = 2048
+"""Tokens a step when completions are scored and nothing is said: 1.2 GB of logits at a vocabulary of 150,000."""
+
 QUIET_ENVIRONMENT = {
     # stdout is for results. vLLM reads these when it is imported; whoever set one already gets what they set.
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -40,9 +44,11 @@ QUIET_ENVIRONMENT = {
 class EmbeddedEngine:
     """A vLLM engine that this program starts, feeds and stops. Implements teacher_cache.requests.Engine."""
 
-    def __init__(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig) -> None:
+    def __init__(
+        self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, *, scores: bool = False
+    ) -> None:
         """Loads the model: seconds to minutes. `capture.max_support` candidates a token are captured, or the
-        vocabulary's size.
+        vocabulary's size. `scores` is for completions that exist already.
 
         Raises ConfigError where vLLM refuses the model or a setting, or cannot give what `capture` asks for;
         StillroomError where it fails to start.
@@ -53,14 +59,14 @@ class EmbeddedEngine:
         with _stdout_to_stderr(), _library_paths_kept(), warnings.catch_warnings():
             # vLLM's own use of what torch will remove is nothing that our user can mend.
             warnings.simplefilter("ignore")
-            self._start(teacher, config, capture)
+            self._start(teacher, config, capture, scores)
         self._requests: dict[str, Request] = {}
         self._refused: list[Outcome] = []
         self._num_submitted = 0
         self._num_finished_tokens = 0
         self._closed = False
 
-    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig) -> None:
+    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, scores: bool) -> None:
         try:
             import vllm
             from vllm.engine.arg_utils import EngineArgs
@@ -84,8 +90,11 @@ class EmbeddedEngine:
         if misfit is not None:
             _do_without_plugin(capture, misfit)
         try:
-            vllm_config = EngineArgs(**engine_args(teacher, config, capture, on_cpu)).create_engine_config()
-            if on_cpu:
+            arguments = engine_args(teacher, config, capture, on_cpu)
+            if scores:
+                arguments |= _scoring_args(config)
+            vllm_config = EngineArgs(**arguments).create_engine_config()
+            if on_cpu and not scores:
                 _allow_whole_prompts(vllm_config, config)
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         except ValueError as error:
@@ -147,7 +156,9 @@ class EmbeddedEngine:
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens so far; where arrays are not captured, those of finished chains only."""
+        """Tokens so far, those of prompts that are scored included; where arrays are not captured, completion tokens of
+        finished chains only.
+        """
         if self._arrays is None:
             return self._num_finished_tokens
         return self._arrays.num_tokens - self._tokens_before
@@ -173,7 +184,7 @@ class EmbeddedEngine:
         request_id = str(self._num_submitted)
         self._num_submitted += 1
         try:
-            prompt = tokens_input(list(request.prompt_token_ids))
+            prompt = tokens_input([*request.prompt_token_ids, *(request.completion_token_ids or ())[:-1]])
             self._engine.add_request(request_id, prompt, self._sampling_params(request))
         except (VLLMValidationError, ValueError) as error:
             self._refused.append(Failed(request, "refused", _one_line(error)))
@@ -210,7 +221,14 @@ class EmbeddedEngine:
             cleanup_dist_env_and_memory()
 
     def _sampling_params(self, request: Request) -> Any:
-        return self._params(self._layout, request.sampling, request.seed, request.max_tokens)
+        if request.completion_token_ids is None:
+            return self._params(self._layout, request.sampling, request.seed, request.max_tokens)
+        # Tokens are given, draws are not: the same chain has the same ones.
+        params = self._params(self._layout, {"temperature": 0.0}, _seed_of_draws(request), max_tokens=1)
+        # The last token is written rather than read: a chain that fills the model's length has room for no other.
+        params.allowed_token_ids = [request.completion_token_ids[-1]]
+        params.prompt_logprobs = params.logprobs
+        return params
 
     def _params(self, layout: Layout | None, sampling: Mapping[str, Any], seed: int | None, max_tokens: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -231,17 +249,22 @@ class EmbeddedEngine:
         )
 
     def _outcome(self, output: Any) -> Outcome:
-        from teacher_cache.capture import capture_of
+        from teacher_cache.capture import capture_of, capture_of_scores
 
         request = self._requests.pop(output.request_id)
         completion = output.outputs[0]
-        self._num_finished_tokens += len(completion.token_ids)
+        given = request.completion_token_ids
+        self._num_finished_tokens += len(completion.token_ids if given is None else given)
         if completion.finish_reason not in ("stop", "length"):
             return Failed(request, "engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
-        capture = capture_of(completion.logprobs, completion.token_ids, self._k, self._layout)
+        if given is None:
+            capture, reason = capture_of(completion.logprobs, completion.token_ids, self._k, self._layout), None
+        else:
+            rows = (output.prompt_logprobs, completion.logprobs)
+            capture, reason = capture_of_scores(*rows, given, self._k, self._layout), "scored"
         if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
             return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
-        return Finished(request, capture, completion.finish_reason)
+        return Finished(request, capture, reason or completion.finish_reason)
 
 
 def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
@@ -280,6 +303,16 @@ def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: Capture
         # vLLM's CPU sampler cannot draw with a request's own seed while a prompt is cut into chunks.
         arguments["enable_chunked_prefill"] = False
     return arguments
+
+
+def _scoring_args(config: EmbeddedConfig) -> dict[str, Any]:
+    """Prompts in chunks, also on a CPU: scoring draws no tokens, and holds the logits of a whole chunk."""
+    num_tokens = config.max_num_batched_tokens or SCORING_CHUNK_TOKENS
+    return {"enable_chunked_prefill": True, "max_num_batched_tokens": num_tokens}
+
+
+def _seed_of_draws(request: Request) -> int:
+    return int(stable_hash("draws", request.sample_id)[:15], 16)
 
 
 def _needs_plugin(capture: CaptureConfig) -> bool:

@@ -10,7 +10,17 @@ from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.requests import Failed
 from teacher_cache.wide_rows import Layout
 from tests.tiny import VOCAB_SIZE
-from tests.vllm_session import CAPTURE, NUM_CHAINS, K, Session, capture_of_dicts, finished, make_requests, run_session
+from tests.vllm_session import (
+    CAPTURE,
+    MAX_MODEL_LEN,
+    NUM_CHAINS,
+    K,
+    Session,
+    capture_of_dicts,
+    finished,
+    make_requests,
+    run_session,
+)
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +132,33 @@ def _assert_same_signals(one: Capture, other: Capture) -> None:
     assert one.draw_ids_TM is not None
     assert other.draw_ids_TM is not None
     assert (one.draw_ids_TM == other.draw_ids_TM).mean() > 0.99
+
+
+def test_scoring_a_chain_gives_what_its_generation_gave(session: Session) -> None:
+    chains = finished(session.arrays)
+    for scores in (finished(session.scores), finished(session.flat_scores)):
+        assert scores.keys() == {*chains, "full", "single"}
+        for name, chain in chains.items():
+            one, other = scores[name].capture, chain.capture
+            assert scores[name].finish_reason == "scored"
+            np.testing.assert_array_equal(one.token_ids_T, other.token_ids_T)
+            np.testing.assert_allclose(one.sampled_logprob_T, other.sampled_logprob_T, atol=2e-4)
+            np.testing.assert_allclose(one.topk_logprobs_TK, other.topk_logprobs_TK, atol=2e-4)
+            assert (one.topk_ids_TK == other.topk_ids_TK).mean() > 0.99
+            assert (one.sampled_rank_T == other.sampled_rank_T).mean() > 0.99
+            assert one.entropy_T is not None
+            assert other.entropy_T is not None
+            np.testing.assert_allclose(one.entropy_T, other.entropy_T, atol=2e-4)
+            assert one.log_partitions_TS is not None
+            assert other.log_partitions_TS is not None
+            np.testing.assert_allclose(one.log_partitions_TS, other.log_partitions_TS, atol=2e-4)
+
+
+def test_chains_of_any_length_that_fits_are_scored(session: Session) -> None:
+    assert len(finished(session.scores)["full"].capture.token_ids_T) == MAX_MODEL_LEN - 2
+    assert finished(session.scores)["single"].capture.token_ids_T.tolist() == [1]
+    reasons = {name: one.reason for name, one in session.scores.items() if isinstance(one, Failed)}
+    assert reasons == {"nothing": "empty_completion", "too long": "too_long", "vocabulary": "vocabulary"}
 
 
 def test_bad_prompts_fail_alone_and_say_why(session: Session) -> None:

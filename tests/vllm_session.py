@@ -27,13 +27,17 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Session:
-    """`arrays` and `flat` map sample ids to what came back; `dicts` to vLLM's default: a list of {id: (lp, rank)}."""
+    """`arrays` and `flat` map sample ids to what came back; `dicts` to vLLM's default: a list of {id: (lp, rank)}.
+    `scores` and `flat_scores` are of the same chains, given as completions, and of those that `make_scored` adds.
+    """
 
     teacher: Path
     info: EngineInfo
     arrays: dict[str, Outcome]
     flat: dict[str, Outcome]
     dicts: dict[str, list[dict[int, tuple[float, int]]]]
+    scores: dict[str, Outcome]
+    flat_scores: dict[str, Outcome]
     num_tokens: int
     stdout: str
 
@@ -50,8 +54,8 @@ def run_session(folder: Path) -> Session:
     command = [sys.executable, "-m", "tests.vllm_session", str(folder)]
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    info, arrays, flat, dicts, num_tokens = pickle.loads((folder / "session.pickle").read_bytes())
-    return Session(folder / "teacher", info, arrays, flat, dicts, num_tokens, ended.stdout)
+    results = pickle.loads((folder / "session.pickle").read_bytes())
+    return Session(folder / "teacher", *results, stdout=ended.stdout)
 
 
 def make_requests() -> list[Request]:
@@ -65,6 +69,22 @@ def make_requests() -> list[Request]:
         _request("refused", [5, 6], {"top_p": 7.0}, 0),
     ]
     return [*good[:5], *bad, *good[5:]]
+
+
+def make_scored(chains: dict[str, Finished]) -> list[Request]:
+    """Requests that score these chains, one that fills the model's length, one of a token, and bad ones."""
+    given = [
+        (name, chain.request.prompt_token_ids, chain.capture.token_ids_T.tolist()) for name, chain in chains.items()
+    ]
+    given += [
+        ("full", [5, 6], [7] * (MAX_MODEL_LEN - 2)),
+        ("single", [5], [1]),
+        ("nothing", [5], []),
+        ("too long", [5, 6], [7] * (MAX_MODEL_LEN - 1)),
+        ("vocabulary", [5], [6, VOCAB_SIZE]),
+    ]
+    prompt = make_requests()[0].prompt
+    return [Request(prompt, ids, 0, None, {}, len(tokens), name, tokens) for name, ids, tokens in given]
 
 
 def _request(sample_id: str, ids: list[int], sampling: dict[str, float], index: int) -> Request:
@@ -83,20 +103,22 @@ def main() -> None:
         dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, kv_cache_gb=0.05
     )
     engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
-    arrays = _generate(engine)
+    arrays = _generate(engine, make_requests())
     num_tokens = engine.num_tokens
+    scores = _generate(engine, make_scored(finished(arrays)))
     uninstall_arrays()
-    flat = _generate(engine)
+    flat = _generate(engine, make_requests())
+    flat_scores = _generate(engine, make_scored(finished(arrays)))
     dicts = _default_path(engine)
     assert install_arrays() is None
     engine.close()
     engine.close()
-    (folder / "session.pickle").write_bytes(pickle.dumps((engine.info, arrays, flat, dicts, num_tokens)))
+    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens)
+    (folder / "session.pickle").write_bytes(pickle.dumps(results))
 
 
-def _generate(engine) -> dict[str, Outcome]:  # type: ignore[no-untyped-def]
+def _generate(engine, requests: list[Request]) -> dict[str, Outcome]:  # type: ignore[no-untyped-def]
     outcomes: dict[str, Outcome] = {}
-    requests = make_requests()
     while requests or engine.num_unfinished:
         while requests and engine.has_room():
             engine.submit(requests.pop(0))
