@@ -38,6 +38,21 @@ class Best(_Record):
     """Hash of the held-out selection that it was measured on."""
 
 
+class HeldoutProgress(_Record):
+    """How far the held-out loss has come in a stage, for weights that follow it."""
+
+    selection: str
+    """Hash of the held-out selection."""
+    start: float
+    """When the stage began, or at its first evaluation."""
+    now: float
+
+    @property
+    def remaining(self) -> float:
+        """What is left of the loss, 1 where it has not fallen."""
+        return min(1.0, self.now / self.start) if self.start > 0 else 1.0
+
+
 class CheckpointState(_Record):
     """Where a run stands after `step` optimizer steps of stage number `stage`."""
 
@@ -53,6 +68,7 @@ class CheckpointState(_Record):
     train_s: float
     """Seconds of optimizer steps so far, over all stages."""
     best: Best | None = None
+    heldout: HeldoutProgress | None = None
 
     @property
     def tag(self) -> str:

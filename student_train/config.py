@@ -40,6 +40,7 @@ class CacheConfig(StrictModel):
     """One cache to read from."""
 
     path: Path
+    """A folder, or the URL of a prefix in an object store: s3://, gs:// or az://BUCKET/PREFIX."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this cache's chains an epoch: 2 shows each chain twice, 0.5 every other one."""
     chains_version: int | None = Field(default=None, ge=0)
@@ -52,7 +53,7 @@ class DataConfig(StrictModel):
     """What the student reads."""
 
     caches: list[CacheConfig] = Field(min_length=1)
-    """Folders of caches; an item may be a path alone."""
+    """Caches; an item may be a path or a URL alone."""
     kind: Literal["distributions", "text"] = "distributions"
     """`text` retokenises the chains for the student and learns from the text alone (losses: cross_entropy)."""
     where: str | None = None
@@ -77,12 +78,16 @@ class DataConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """A number that changes over a stage, from its first optimizer step to its last."""
+    """A number that changes over a stage, from its first optimizer step to its last.
 
-    kind: Literal["linear", "cosine", "exponential"]
+    `elastic` (weights of losses alone) follows what the student has learnt instead of the step: the value is `end` +
+    (`start` - `end`) x the held-out loss as a share of what it was when the stage began, at most 1.
+    """
+
+    kind: Literal["linear", "cosine", "exponential", "elastic"]
     start: float = Field(ge=0)
     end: float | None = Field(default=None, ge=0)
-    """Value at the last step."""
+    """Value at the last step; of an elastic weight, where the held-out loss would be 0."""
     factor: float | None = Field(default=None, gt=0)
     """`exponential` alone, instead of `end`: step n has start * factor^n."""
 
@@ -105,6 +110,25 @@ class LossConfig(StrictModel):
     """jsd_tail_bucket: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
     alpha: float | None = None
     """Skewed KLs: share of the divergence's own side in the mixture, between 0 and 1; None is 0.1."""
+
+
+class TokenWeightsConfig(StrictModel):
+    """What each token counts in the losses, by what the teacher's distribution was like there.
+
+    The loss is a mean by these weights: only their ratios matter.
+    """
+
+    entropy: float | None = None
+    """Weight x (1 + the teacher's entropy in nats)^entropy: above 0 stresses the forks of a chain, where the teacher
+    itself was unsure, below 0 the tokens that it was sure of."""
+    tail: float | None = Field(default=None, gt=0)
+    """Weight x (1 - tail mass)^tail: tokens whose distribution the cache holds only in part count less."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "TokenWeightsConfig":
+        if self.entropy is None and self.tail is None:
+            raise ValueError("sets neither entropy nor tail and has no effect: set one or leave it out")
+        return self
 
 
 class LoraConfig(StrictModel):
@@ -136,7 +160,9 @@ class StageConfig(StrictModel):
     """At which the losses on distributions compare teacher and student, times its square (cross-entropies stay at 1).
     Other temperatures than 1 are those that the cache holds (`capture.temperatures`); a schedule steps through them."""
     focal_gamma: float | None = Field(default=None, gt=0)
-    """Hard tokens count more: weight times (1 - q(sampled token))^gamma. None is off."""
+    """Hard tokens count more: weight times (1 - q(sampled token))^gamma, q the student at this step. None is off."""
+    token_weights: TokenWeightsConfig | None = None
+    """None counts all tokens of a chain alike."""
     where: str | None = None
     """SQL condition of this stage; None takes `data.where`."""
     epochs: int | None = Field(default=None, ge=1)
@@ -171,6 +197,8 @@ class StageConfig(StrictModel):
         if self.lora is not None and self.trainable != "lora":
             raise ValueError(f"lora has no effect with trainable: {self.trainable}")
         tau = self.temperature
+        if isinstance(tau, ScheduleConfig) and tau.kind == "elastic":
+            raise ValueError("temperature cannot be elastic: give it a linear, cosine or exponential schedule")
         low = tau if isinstance(tau, float) else min(one for one in (tau.start, tau.end) if one is not None)
         if low <= 0:
             raise ValueError(f"temperature {low} must be above 0")
@@ -255,6 +283,16 @@ class TrainConfig(StrictModel):
                     f"stages: batch_tokens={stage.batch_tokens} of {stage.name!r} is no multiple of "
                     f"data.pack_tokens={self.data.pack_tokens}: take {_nearest_multiple(stage, self.data)}"
                 )
+            if self.data.kind == "text" and stage.token_weights is not None:
+                raise ValueError(
+                    f"stages: token_weights of {stage.name!r} weigh by distributions, but data.kind: text holds none: "
+                    "leave them out (data.weight weighs whole chains, focal_gamma by the student)"
+                )
+            if _is_elastic(stage) and (self.eval is None or self.eval.every_steps is None):
+                raise ValueError(
+                    f"stages: a loss of {stage.name!r} has an elastic weight, which follows the held-out loss: set "
+                    "eval.every_steps"
+                )
             if self.data.kind == "text" and list(stage.losses) != ["cross_entropy"]:
                 raise ValueError(
                     f"stages: {stage.name!r} has losses {list(stage.losses)}, but data.kind: text holds no "
@@ -280,8 +318,14 @@ def accumulation_of(stage: StageConfig, data: DataConfig, num_ranks: int) -> int
 
 
 def meaning_of(config: TrainConfig) -> Json:
-    """Dotted keys and values of everything that decides what is learnt."""
-    return _flat({key: value for key, value in config.model_dump(mode="json").items() if key not in RUN_KEYS})
+    """Dotted keys and values of everything that decides what is learnt; elastic weights follow `eval`, so it counts."""
+    free = set(RUN_KEYS) - ({"eval"} if any(_is_elastic(stage) for stage in config.stages) else set())
+    return _flat({key: value for key, value in config.model_dump(mode="json").items() if key not in free})
+
+
+def _is_elastic(stage: StageConfig) -> bool:
+    weights = [loss.weight for loss in stage.losses.values()]
+    return any(isinstance(weight, ScheduleConfig) and weight.kind == "elastic" for weight in weights)
 
 
 def _flat(value: Any, prefix: str = "") -> Json:

@@ -56,7 +56,7 @@ class StagePlan:
     packs_per_step: int
     num_steps: int
     with_signals: bool
-    """Whether a loss of the stage needs distributions; else only token ids are read."""
+    """Whether a loss or a weight of the stage needs distributions; else only token ids are read."""
 
     def stream(self, rank: int, num_ranks: int) -> PackStream:
         """This rank's packs from the beginning of the stage."""
@@ -164,7 +164,7 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
         accumulation=accumulation,
         packs_per_step=packs_per_step(stage, config.data),
         num_steps=num_steps,
-        with_signals=any(term.needs_distribution for term in mix.terms),
+        with_signals=stage.token_weights is not None or any(term.needs_distribution for term in mix.terms),
     )
 
 

@@ -1,6 +1,7 @@
 """What changes from one optimizer step to the next: learning rate and loss weights, as pure functions of the step.
 
-Steps of a stage count from 0; `num_steps` is how many the stage has.
+Steps of a stage count from 0; `num_steps` is how many the stage has. Elastic weights follow `remaining` instead: the
+held-out loss as a share, from 0 to 1, of what it was when the stage began.
 """
 
 import math
@@ -30,13 +31,18 @@ def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
     return stage.learning_rate * (low + (1.0 - low) * share)
 
 
-def scheduled(value: float | ScheduleConfig, step: int, num_steps: int) -> float:
-    """Value of one step of a constant or a schedule; `start` at the first step, `end` at the last."""
+def scheduled(value: float | ScheduleConfig, step: int, num_steps: int, remaining: float = 1.0) -> float:
+    """Value of one step of a constant or a schedule; `start` at the first step, `end` at the last.
+
+    Of an elastic one `start` where all remains to be learnt, `end` where nothing does.
+    """
     if not isinstance(value, ScheduleConfig):
         return value
     if value.factor is not None:
         return value.start * value.factor**step
     assert value.end is not None
+    if value.kind == "elastic":
+        return value.end + (value.start - value.end) * remaining
     progress = step / max(1, num_steps - 1)
     if value.kind == "linear":
         return value.start + (value.end - value.start) * progress
@@ -45,13 +51,13 @@ def scheduled(value: float | ScheduleConfig, step: int, num_steps: int) -> float
     return float(value.start * (value.end / value.start) ** progress)
 
 
-def mix_at(stage: StageConfig, step: int, num_steps: int) -> LossMix:
-    """The stage's losses with their weights of one step.
+def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0) -> LossMix:
+    """The stage's losses with their weights of one step, and of what remains to be learnt.
 
     Raises ConfigError for an unknown loss, a parameter that a loss does not have, or weights that are all 0.
     """
     terms = tuple(
-        LossTerm(name, scheduled(loss.weight, step, num_steps), loss.beta, loss.alpha)  # type: ignore[arg-type]
+        LossTerm(name, scheduled(loss.weight, step, num_steps, remaining), loss.beta, loss.alpha)  # type: ignore[arg-type]
         for name, loss in stage.losses.items()
     )
     return LossMix(terms, stage.focal_gamma)
@@ -89,4 +95,6 @@ def temperature_steps(stage: StageConfig, stored: Sequence[float], num_steps: in
 def check_mixes(stage: StageConfig, num_steps: int) -> LossMix:
     """The mix of the first step, after the last one was checked too: schedules are monotonic, so these are extremes."""
     mix_at(stage, num_steps - 1, num_steps)
+    mix_at(stage, num_steps - 1, num_steps, remaining=0.0)
+    mix_at(stage, 0, num_steps, remaining=0.0)
     return mix_at(stage, 0, num_steps)

@@ -19,8 +19,9 @@ from student_train.evaluate import to_device
 from student_train.metrics_log import StepRecord
 from student_train.pack import Pack, TargetView
 from student_train.prepare import StagePlan
-from student_train.schedule import learning_rate, mix_at, target_view
+from student_train.schedule import learning_rate, target_view
 from student_train.stream import PackStream
+from student_train.token_weights import weighed
 
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
 
@@ -51,6 +52,7 @@ def take_step(
     engine: Engine,
     stream: PackStream,
     stage: StagePlan,
+    mix: LossMix,
     step: int,
     seed: int,
     ranks: Ranks,
@@ -61,10 +63,9 @@ def take_step(
     started_s, stall_before_s = time.perf_counter(), stream.stats.stall_s
     seed_generators(seed, stage.index, step, ranks.rank)
     epoch = int(stream.state_dict()["epoch"])
-    packs = [next(stream) for _ in range(stage.accumulation)]
+    packs = [weighed(next(stream), stage.config.token_weights) for _ in range(stage.accumulation)]
     stall_s = stream.stats.stall_s - stall_before_s
     rate = learning_rate(stage.config, step, stage.num_steps)
-    mix = mix_at(stage.config, step, stage.num_steps)
     # Known before the first backward pass, so that every micro-step can be divided by the whole batch's weight.
     total_weight = ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])[0]
     view = target_view(stage.config, stage.selection.header.temperatures, mix, step, stage.num_steps)

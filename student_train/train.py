@@ -17,7 +17,7 @@ from shared.errors import StillroomError
 from shared.interrupt import StopRequest
 from shared.log import Progress, note
 from student_train import checkpoint
-from student_train.checkpoint import Best, CheckpointState
+from student_train.checkpoint import Best, CheckpointState, HeldoutProgress
 from student_train.config import TrainConfig
 from student_train.data import eval_spec
 from student_train.engine import Engine, Ranks
@@ -27,6 +27,7 @@ from student_train.metrics_log import MetricsLog, require_tensorboard
 from student_train.model import load_student
 from student_train.prepare import RunPlan, StagePlan, prepare
 from student_train.runfolder import RunFolder
+from student_train.schedule import mix_at
 from student_train.selection import Selection
 from student_train.step import StepResult, take_step
 from student_train.summary import summarise
@@ -86,6 +87,7 @@ class _StageRun:
         self._step = here.step if here is not None else 0
         self._saved_step = here.step if here is not None else None
         self._best = self._comparable(state.best) if state is not None else None
+        self._progress = self._progress_from(state)
         self._num_loss_tokens = state.num_loss_tokens if state is not None else 0
         self._train_s = state.train_s if state is not None else 0.0
 
@@ -121,10 +123,13 @@ class _StageRun:
 
     def _take_step(self) -> StepResult:
         started_s = time.perf_counter()
+        stage = self._stage
+        remaining = self._progress.remaining if self._progress is not None else 1.0
         result = take_step(
             self._engine,
             self._stream,
-            self._stage,
+            stage,
+            mix_at(stage.config, self._step, stage.num_steps, remaining),
             self._step,
             self._config.seed,
             self._ranks,
@@ -156,6 +161,9 @@ class _StageRun:
     def _evaluate(self, log: MetricsLog | None) -> EvalResult:
         heldout = self._heldout
         result = evaluate(self._engine.metrics, heldout, eval_spec(self._config.data), self._ranks)
+        known = self._progress
+        start = known.start if known is not None else result.loss
+        self._progress = HeldoutProgress(selection=heldout.header.hash, start=start, now=result.loss)
         if log is not None:
             values = result.model_dump()
             stage = {"stage": self._stage.config.name, "stage_number": self._stage.index, "step": self._step}
@@ -174,6 +182,14 @@ class _StageRun:
         if best is None or self._plan.heldout is None or best.selection == self._heldout.header.hash:
             return best
         return None
+
+    def _progress_from(self, state: CheckpointState | None) -> HeldoutProgress | None:
+        """Held-out progress as the stage goes on with it: a stage begins where the one before it ended."""
+        known = state.heldout if state is not None else None
+        if known is None or self._plan.heldout is None or known.selection != self._heldout.header.hash:
+            return None
+        assert state is not None
+        return known if state.stage == self._stage.index else known.model_copy(update={"start": known.now})
 
     def _save(self) -> CheckpointState:
         state = self._state()
@@ -194,6 +210,7 @@ class _StageRun:
             num_loss_tokens=self._num_loss_tokens,
             train_s=self._train_s,
             best=self._best,
+            heldout=self._progress,
         )
 
     def _make_engine(self, here: CheckpointState | None) -> Engine:

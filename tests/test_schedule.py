@@ -56,6 +56,16 @@ def test_weights_by_step(schedule: Json, expected: list[float]) -> None:
     assert mix_at(stage, 1, 3).terms[0].weight == pytest.approx(expected[1])
 
 
+def test_elastic_weights_follow_what_remains() -> None:
+    stage = schedule_of({"kind": "elastic", "start": 0.9, "end": 0.5})
+    weights = [mix_at(stage, step, 10, remaining).terms[0].weight for step, remaining in ((0, 1.0), (7, 0.25), (9, 0))]
+    assert weights == pytest.approx([0.9, 0.6, 0.5])
+    with pytest.raises(ConfigError, match="no term has a weight above 0"):
+        check_mixes(schedule_of({"kind": "elastic", "start": 1.0, "end": 0.0}), 10)
+    with pytest.raises(ConfigError, match="temperature cannot be elastic"):
+        stage_of(temperature={"kind": "elastic", "start": 2.0, "end": 1.0})
+
+
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [

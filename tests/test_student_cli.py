@@ -90,6 +90,11 @@ def test_plan_counts_without_leaving_a_trace(
         ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
         ("stages.0.losses={kl: 1}", "loss 'kl' is unknown"),
         ("data.kind=text", "losses must be {cross_entropy: 1}"),
+        ("stages.0.token_weights={}", "sets neither entropy nor tail"),
+        (
+            "stages.0.losses={cross_entropy: {weight: {kind: elastic, start: 1, end: 2}}}",
+            "has an elastic weight, which follows the held-out loss: set eval.every_steps",
+        ),
         ("stages.0.lora={}", "lora has no effect with trainable: all"),
         ("engine={zero_stage: 2, offload_parameters: true}", "offload_parameters needs zero_stage 3"),
     ],

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -65,6 +66,55 @@ def test_step_equals_dense_mean_over_unpacked_chains(
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
     assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(cache))
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+def test_token_weights_make_the_loss_a_weighted_mean(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    """Loss and gradient against dense sums with (1 + entropy)^2 (1 - tail)^3 on every token."""
+    config = make_config(
+        tmp_path / "run",
+        cache,
+        student,
+        {"epochs": 1, "batch_tokens": 8192, "clip_norm": None, "token_weights": {"entropy": 2.0, "tail": 3.0}},
+    )
+    (record,) = train_run(config, ranks)
+    loss, kl, ce, grad_norm = _dense_reference(cache, student, entropy=2.0, tail=3.0)
+    plain_loss = _dense_reference(cache, student)[0]
+    assert abs(loss - plain_loss) > 1e-3
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["parts"]["forward_kl_tail_bucket"] == pytest.approx(kl, rel=1e-5)
+    assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+def test_elastic_weights_follow_the_held_out_loss(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    elastic: Json = {
+        "forward_kl_tail_bucket": {"weight": {"kind": "elastic", "start": 0.9, "end": 0.1}},
+        "cross_entropy": {"weight": {"kind": "elastic", "start": 0.1, "end": 0.9}},
+    }
+    stages: list[Json] = [{"name": "one", "losses": elastic}, {"name": "two", "losses": elastic, "epochs": 1}]
+    evaluation: Json = {"max_chains": 5, "every_steps": 2}
+    whole = make_config(tmp_path / "whole", cache, student, *stages, eval=evaluation)
+    parted = make_config(tmp_path / "parted", cache, student, *stages, eval=evaluation)
+    records = train_run(whole, ranks)
+    evals = RunFolder(whole.run).read_evals()
+    for record in records:
+        here = (record["stage_number"], record["step"])
+        before = [one["forward_kl"] for one in evals if (one["stage_number"], one["step"]) < here]
+        # A stage begins where the one before it ended.
+        start = [one["forward_kl"] for one in evals if (one["stage_number"], one["step"]) < (here[0], 1)][-1]
+        remaining = min(1.0, before[-1] / start)
+        assert record["weights"]["forward_kl_tail_bucket"] == pytest.approx(0.1 + 0.8 * remaining)
+        assert record["weights"]["cross_entropy"] == pytest.approx(0.9 - 0.8 * remaining)
+    assert records[0]["weights"]["cross_entropy"] == pytest.approx(0.1) < records[6]["weights"]["cross_entropy"]
+    train_run(parted, ranks, stop_after=5)
+    assert losses_of(train_run(parted, ranks)) == losses_of(records)
+    changed = make_config(parted.run, cache, student, *stages, eval={**evaluation, "every_steps": 3})
+    with pytest.raises(ConfigError, match=r"was begun with eval\.every_steps=2, now it is 3"):
+        train(changed, ranks, StopRequest())
 
 
 @pytest.mark.parametrize(
@@ -298,37 +348,44 @@ def _train_chains(cache: SyntheticCache) -> list[Chain]:
     return [chain for chain in cache.chains if chain.split == "train"]
 
 
-def _dense_reference(cache: SyntheticCache, student: Path) -> tuple[float, float, float, float]:
-    """(loss, KL, CE, norm of the loss's gradient), each chain alone, from full float64 softmaxes."""
+def _dense_reference(
+    cache: SyntheticCache, student: Path, entropy: float = 0.0, tail: float = 0.0
+) -> tuple[float, float, float, float]:
+    """(loss, KL, CE, norm of the loss's gradient), each chain alone, from full float64 softmaxes.
+
+    Means by weights (1 + entropy)^a (1 - tail mass)^b of the tokens.
+    """
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     kl_sum = torch.zeros((), dtype=torch.float64)
     ce_sum = torch.zeros((), dtype=torch.float64)
-    num_tokens = 0
+    weight_sum = 0.0
     for chain in _train_chains(cache):
+        held_T = 1 - np.exp(chain.signals.tail_logmass_T.astype(np.float64))
+        weights_T = torch.from_numpy((1 + chain.signals.entropy_T.astype(np.float64)) ** entropy * held_T**tail)
         ids = torch.tensor([*chain.prompt_ids, *chain.token_ids])
         logits = model(ids[None]).logits[0].double()
         logprobs_TV = logits[len(chain.prompt_ids) - 1 : -1].log_softmax(dim=-1)
         sampled_T = torch.tensor(chain.token_ids, dtype=torch.int64)
-        ce_sum = ce_sum - logprobs_TV.gather(1, sampled_T[:, None]).sum()
+        ce_sum = ce_sum - (weights_T * logprobs_TV.gather(1, sampled_T[:, None])[:, 0]).sum()
         start = 0
         for token, count in enumerate(chain.signals.topk_n_T.tolist()):
             support = torch.tensor(chain.signals.topk_ids_N[start : start + count], dtype=torch.int64)
             teacher = torch.tensor(chain.signals.topk_logprobs_N[start : start + count]).double()
-            tail = torch.tensor(float(chain.signals.tail_logmass_T[token]), dtype=torch.float64)
+            teacher_tail = torch.tensor(float(chain.signals.tail_logmass_T[token]), dtype=torch.float64)
             outside = torch.ones(logprobs_TV.shape[1], dtype=torch.bool)
             outside[support] = False
             student_tail = logprobs_TV[token][outside].logsumexp(0)
-            kl_sum = kl_sum + (teacher.exp() * (teacher - logprobs_TV[token, support])).sum()
-            kl_sum = kl_sum + tail.exp() * (tail - student_tail)
+            kl = (teacher.exp() * (teacher - logprobs_TV[token, support])).sum()
+            kl_sum = kl_sum + weights_T[token] * (kl + teacher_tail.exp() * (teacher_tail - student_tail))
             start += count
-        num_tokens += len(chain.token_ids)
-    loss = (0.9 * kl_sum + 0.1 * ce_sum) / num_tokens
+        weight_sum += float(weights_T.sum())
+    loss = (0.9 * kl_sum + 0.1 * ce_sum) / weight_sum
     loss.backward()
     norms = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None])
     return (
         float(loss.detach()),
-        float(kl_sum.detach()) / num_tokens,
-        float(ce_sum.detach()) / num_tokens,
+        float(kl_sum.detach()) / weight_sum,
+        float(ce_sum.detach()) / weight_sum,
         float(norms.norm()),
     )
 
