@@ -21,7 +21,7 @@ from student_train.init import init_student
 from student_train.train import train
 
 CHAINS_PER_STEP = 6
-LEARNING_RATES = {"scratch": 5e-3, "cut": 2e-3}
+LEARNING_RATES = {"scratch": 3e-3, "cut": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def train_student(
                     "epochs": epochs,
                     "batch_tokens": pack_tokens,
                     "learning_rate": LEARNING_RATES[kind],
+                    "warmup_frac": 0.1,
                     "weight_decay": 0.1,
                 }
             ],
