@@ -9,6 +9,10 @@
 Messages are one line: what, where, the rule, the remedy. A command prints them without a traceback.
 """
 
+import re
+
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+
 
 class StillroomError(Exception):
     """Base of every error meant for a user's eyes."""
@@ -36,3 +40,8 @@ class CorruptError(StillroomError):
 
 class CacheConflict(StillroomError):
     """Another process holds or changed what this one needs."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, without line breaks and terminal colours; its type where it says nothing."""
+    return " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__

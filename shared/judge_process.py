@@ -80,6 +80,12 @@ class JudgeProcess:
         with self._lock:
             self._stop()
 
+    def kill(self) -> None:
+        """Ends the process at once, from any thread: a check that is running comes back undecided."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def _prepare(self, kind: str) -> None:
         if kind in self._prepared and self._process is not None and self._process.poll() is None:
             return

@@ -15,7 +15,7 @@ from schemas.manifest import RunManifest, ShardHeader, Teacher
 from schemas.records import stable_hash
 from shared.catalog import SHARD_NAME, Catalog
 from shared.config import plain
-from shared.errors import CacheConflict, DataError, StillroomError
+from shared.errors import CacheConflict, DataError, StillroomError, one_line
 from shared.interrupt import StopRequest
 from shared.log import Progress, note
 from shared.tokens import write_vocab
@@ -76,8 +76,7 @@ class Build:
                 self._chains.refresh()
                 self._failures.refresh()
             except OSError as error:
-                problem = " ".join(str(error).split())
-                raise DataError(f"{config.cache} cannot be opened for writing: {problem}") from error
+                raise DataError(f"{config.cache} cannot be opened for writing: {one_line(error)}") from error
             self._locks = locks.pop_all()
 
     def is_done(self, sample_id: str, *, retry_failures: bool) -> bool:
@@ -122,7 +121,9 @@ class Build:
         header = self._header(engine.info)
         started_s = time.monotonic()
         with (
-            Recorder(self.catalog, header, self.config.shard, rows, self._chains, self._failures) as recorder,
+            Recorder(
+                self.catalog, header, self.config.shard, rows, self._chains, self._failures, self.config.judging
+            ) as recorder,
             Progress("build", num_total, "chains", done_before=pending.num_skipped) as progress,
             MetricsLog(self.config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
         ):
@@ -133,7 +134,11 @@ class Build:
                 metrics.write(done, num_total, engine.num_tokens, recorder.recorded)
             if loop.stopped is not None:
                 note(f"{loop.stopped}: making visible what is finished")
-        seconds = time.monotonic() - started_s
+            recorder.finish(stop)
+        seconds = (recorder.closed_s or time.monotonic()) - started_s
+        if recorder.recorded.num_unjudged:
+            num = recorder.recorded.num_unjudged
+            note(f"{num} chains have no verdict yet: teacher-cache judge {self.config.cache}")
         if loop.stopped is not None and not stop.is_set:
             raise StillroomError(loop.stopped)
         return BuildResult(

@@ -297,6 +297,13 @@ class ShardConfig(StrictModel):
     row_group_tokens: int = Field(default=65536, ge=1)
 
 
+class JudgingConfig(StrictModel):
+    """How answers are checked while the cache is built. Verdicts change nothing of what is generated."""
+
+    processes: int = Field(default=1, ge=1)
+    """Checks at a time; unit tests of code may take half a minute each."""
+
+
 class FailureConfig(StrictModel):
     """What happens when the engine refuses a prompt."""
 
@@ -317,6 +324,7 @@ class BuildConfig(StrictModel):
     capture: CaptureConfig = CaptureConfig()
     engine: EngineConfig = EmbeddedConfig()
     shard: ShardConfig = ShardConfig()
+    judging: JudgingConfig = JudgingConfig()
     failures: FailureConfig = FailureConfig()
 
     @model_validator(mode="after")

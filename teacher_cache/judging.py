@@ -84,12 +84,6 @@ def require_judges(prompts: Iterable[Prompt]) -> None:
         require_judge(kind)
 
 
-def judge_chain(judge: JudgeProcess, prompt: Prompt, answer: str | None) -> Verdict | None:
-    """The verdict of the prompt's own judge on the text after the reasoning; None where the prompt has no judge."""
-    kind = judge_of(prompt)
-    return None if kind is None else judge.judge(kind, answer, prompt.reference, prompt.metadata)
-
-
 def commit_verdicts(table: Table, samples: Sequence[JudgedSample], run_id: str, worker: str) -> None:
     """Makes the verdicts visible, all or none. Raises CacheConflict when others commit without a pause for it."""
     if not samples:

@@ -1,8 +1,9 @@
-"""Outcomes to visible rows, in a thread beside generation: rows, judging, shards, commits.
+"""Outcomes to visible rows, in a thread beside generation: rows, shards, commits; answers to their judges.
 
 The engine's thread puts outcomes into a bounded queue and goes on; here they become rows, a shard that closes by size
-or by time, a commit. Whatever fails here is raised in the engine's thread at its next call. A crash costs what the
-open shard held, at most `shard.max_minutes` of work.
+or by time, a commit. Judges work beside this (teacher_cache.judge_queue). Whatever fails here is raised in the engine's
+thread at its next call. A crash costs what the open shard held, at most `shard.max_minutes` of work, and the verdicts
+that were not committed: `teacher-cache judge` makes up for those.
 """
 
 import datetime
@@ -20,13 +21,15 @@ import pyarrow.parquet as pq
 from schemas.manifest import ShardHeader
 from schemas.tables import FAILURE_SCHEMA
 from shared.catalog import Catalog
-from shared.errors import StillroomError
-from shared.judge_process import JudgeProcess
+from shared.errors import StillroomError, one_line
+from shared.interrupt import StopRequest
+from shared.log import note
 from teacher_cache.commits import Committer, VisibleSamples
-from teacher_cache.config import ShardConfig
-from teacher_cache.judging import JudgedSample, commit_verdicts, judge_chain, judge_of
+from teacher_cache.config import JudgingConfig, ShardConfig
+from teacher_cache.judge_queue import JudgeQueue
+from teacher_cache.judging import commit_verdicts
 from teacher_cache.requests import Failed, Finished
-from teacher_cache.rows import ChainRow, RowMaker
+from teacher_cache.rows import RowMaker
 from teacher_cache.shard import ShardFile
 from teacher_cache.sources import LoadFailure
 
@@ -42,7 +45,9 @@ Recordable = Finished | Failed | LoadFailure
 
 @dataclass(slots=True)
 class Recorded:
-    """Counts of this process. Committed rows are visible; the others are in the open shard or its queue."""
+    """Counts of this process. Committed rows are visible; the others are in the open shard or its queue. `num_unjudged`
+    chains have a judge and were left to `teacher-cache judge`.
+    """
 
     num_chains: int = 0
     num_tokens: int = 0
@@ -51,6 +56,7 @@ class Recorded:
     num_shards: int = 0
     committed_bytes: int = 0
     committed_tokens: int = 0
+    num_unjudged: int = 0
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -69,8 +75,11 @@ class Recorder:
         rows: RowMaker,
         chains: VisibleSamples,
         failures: VisibleSamples,
+        judging: JudgingConfig,
     ) -> None:
         self.recorded = Recorded()
+        self.closed_s: float | None = None
+        """When the last shard was closed, by the monotonic clock; None until then."""
         self._catalog, self._header, self._config, self._rows = catalog, header, config, rows
         self._chains = Committer(catalog.chains, chains, header.run_id, header.worker)
         self._failures = Committer(catalog.failures, failures, header.run_id, header.worker)
@@ -79,8 +88,7 @@ class Recorder:
         self._shard: ShardFile | None = None
         self._opened_s = 0.0
         self._failed: list[Failed | LoadFailure] = []
-        self._judged: list[JudgedSample] = []
-        self._judge = JudgeProcess()
+        self._judges = JudgeQueue(judging.processes)
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def __enter__(self) -> Self:
@@ -91,8 +99,10 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._queue.end()
+        if error is not None:
+            self._judges.hurry()
         self._thread.join()
-        self._judge.close()
+        self._judges.close()
         if error is None:
             self._raise()
 
@@ -100,6 +110,20 @@ class Recorder:
         """Hands over one outcome; waits while too many tokens are queued. Raises what the thread died of."""
         self._queue.put(outcome)
         self._raise()
+
+    def finish(self, stop: StopRequest) -> None:
+        """Waits until everything is visible and judged; with `stop` set, what is not judged by then is left to
+        `teacher-cache judge`.
+        """
+        self._queue.end()
+        told = False
+        while self._thread.is_alive():
+            if stop.is_set:
+                self._judges.hurry()
+            self._thread.join(WAKE_S)
+            if self.closed_s is not None and not told:
+                note("all chains are visible; answers are being judged (Ctrl-C leaves them to `teacher-cache judge`)")
+                told = True
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -114,6 +138,10 @@ class Recorder:
                 if self._is_due():
                     self._close_shard()
             self._close_shard()
+            self.closed_s = time.monotonic()
+            self._judges.wait()
+            self._commit_verdicts()
+            self.recorded.num_unjudged = self._judges.num_left
         except BaseException as error:  # noqa: BLE001 - it is raised again in the engine's thread
             self._error = explained(error)
             if self._shard is not None:
@@ -130,7 +158,6 @@ class Recorder:
             return
         try:
             row = self._rows.row(outcome)
-            judged = self._judgement(outcome, row)
         except BaseException:
             # What is finished is good; only this outcome is not.
             self._close_shard()
@@ -140,14 +167,7 @@ class Recorder:
         self._shard.add(row)
         self.recorded.num_chains += 1
         self.recorded.num_tokens += row.num_tokens
-        if judged is not None:
-            self._judged.append(judged)
-
-    def _judgement(self, finished: Finished, row: ChainRow) -> JudgedSample | None:
-        prompt = finished.request.prompt
-        kind = judge_of(prompt)
-        verdict = judge_chain(self._judge, prompt, row.columns["answer"])
-        return None if kind is None or verdict is None else JudgedSample(row.sample_id, kind, verdict)
+        self._judges.put(row.sample_id, outcome.request.prompt, row.columns["answer"])
 
     def _is_due(self) -> bool:
         if self._shard is None and not self._failed:
@@ -156,14 +176,7 @@ class Recorder:
         return is_old or (self._shard is not None and self._shard.num_bytes >= 1e6 * self._config.max_mb)
 
     def _close_shard(self) -> None:
-        """Makes everything taken so far visible: verdicts, then their chains, then failures.
-
-        A crash in between leaves verdicts whose chains are not there yet, which is harmless; chains without verdicts
-        would have to be judged again.
-        """
-        if self._judged:
-            commit_verdicts(self._catalog.verdicts, self._judged, self._header.run_id, self._header.worker)
-            self._judged = []
+        """Makes everything taken so far visible: chains, failures, and the verdicts that have come."""
         if self._shard is not None:
             self._shard.close()
             self.recorded.num_committed += self._chains.commit(self._shard.temp, self._shard.num_rows)
@@ -178,6 +191,11 @@ class Recorder:
             pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
             self._failures.commit(temp, len(self._failed))
             self._failed = []
+        self._commit_verdicts()
+
+    def _commit_verdicts(self) -> None:
+        while judged := self._judges.finished():
+            commit_verdicts(self._catalog.verdicts, judged, self._header.run_id, self._header.worker)
 
 
 class _Queue:
@@ -270,7 +288,7 @@ def _num_tokens(outcome: Recordable) -> int:
 def explained(error: BaseException) -> BaseException:
     """A full disk or a vanished mount in one line; everything else as it is."""
     if isinstance(error, OSError) and not isinstance(error, StillroomError):
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
         told = StillroomError(
             f"the cache cannot be written: {problem}: mend that and start the same command again, it goes on from the "
             "last closed shard"

@@ -1,5 +1,6 @@
 """Every sample once: resumption, failures, signals, kills, two workers at once."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +19,14 @@ import pytest
 from schemas.records import Capture
 from shared.catalog import Catalog, check_hash
 from shared.errors import CacheConflict, DataError, StillroomError
+from shared.judge import Verdict
+from shared.judge_process import JudgeProcess
 from teacher_cache.build import Build
 from teacher_cache.commits import read_sample_ids
 from teacher_cache.fake import FakeEngine
+from teacher_cache.judging import judge_cache
 from teacher_cache.metrics import MetricsLog
-from teacher_cache.requests import Finished, Outcome
+from teacher_cache.requests import Finished, Outcome, Request
 from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 
 ROOT = Path(__file__).parents[1]
@@ -208,19 +213,79 @@ def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(
         check_hash(catalog.chains.path_of(file))
 
 
+def judged_requests(num_prompts: int) -> list[Request]:
+    made = []
+    for request in make_requests(num_prompts):
+        prompt = dataclasses.replace(request.prompt, metadata={**request.prompt.metadata, "judge": "exact"})
+        made.append(dataclasses.replace(request, prompt=prompt))
+    return made
+
+
 def test_a_judge_that_fails_costs_no_finished_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error ends the build, the chains before it are visible."""
+    """The error ends the build, the chains and verdicts before it are visible."""
     judged: list[str] = []
 
-    def judge(*_: object) -> None:
+    def judge(*_: object) -> Verdict:
         judged.append("")
         if len(judged) == 8:
             raise StillroomError("the judge does not start")
+        return Verdict(True, 1.0)
 
-    monkeypatch.setattr("teacher_cache.recorder.judge_chain", judge)
+    monkeypatch.setattr(JudgeProcess, "judge", judge)
     with pytest.raises(StillroomError, match="the judge does not start"):
-        run_build(make_config(tmp_path / "c"), make_requests(40))
-    assert len(visible_ids(tmp_path / "c")) == 7
+        run_build(make_config(tmp_path / "c"), judged_requests(40))
+    assert 8 <= len(visible_ids(tmp_path / "c")) <= 40
+    assert sum(file.num_rows for file in Catalog(tmp_path / "c").verdicts.files()) >= 7
+
+
+def test_every_judged_chain_has_its_verdict_at_the_end(tmp_path: Path) -> None:
+    result = run_build(make_config(tmp_path / "c"), judged_requests(40))
+    assert result.recorded.num_unjudged == 0
+    table = Catalog(tmp_path / "c").verdicts
+    assert sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file))) == sorted(
+        visible_ids(tmp_path / "c")
+    )
+
+
+def test_a_judge_that_hangs_holds_no_chain_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All chains are visible while the first check is still running; who interrupts then waits for no check."""
+    started, cache = threading.Event(), tmp_path / "c"
+
+    def hang(judge: JudgeProcess, *_: object) -> Verdict:
+        started.set()
+        killed.wait(60)
+        return Verdict(None, None)
+
+    killed = threading.Event()
+    monkeypatch.setattr(JudgeProcess, "judge", hang)
+    monkeypatch.setattr(JudgeProcess, "kill", lambda _: killed.set())
+
+    class InterruptedEngine(FakeEngine):
+        """Answers everything, waits until all is visible, and is then interrupted."""
+
+        def step(self) -> list[Outcome]:
+            if self._queue:
+                return super().step()
+            assert started.wait(60)
+            for _ in range(1200):
+                if len(visible_ids(cache)) == 40:
+                    break
+                time.sleep(0.05)
+            seen.append(len(visible_ids(cache)))
+            os.kill(os.getpid(), signal.SIGTERM)
+            return []
+
+        @property
+        def num_unfinished(self) -> int:
+            return max(1 - len(seen), len(self._queue))
+
+    seen: list[int] = []
+    engine = InterruptedEngine(400, 8, mean_tokens=40)
+    config = make_config(cache, shard={"row_group_tokens": 200, "max_mb": 50, "max_minutes": 0.001})
+    result = run_build(config, judged_requests(40), lambda: engine)
+    assert (seen, result.stopped, result.recorded.num_unjudged) == ([40], "interrupted", 40)
+    monkeypatch.undo()
+    assert judge_cache(cache).by_judge["exact"].num_chains == 40
 
 
 def test_a_metrics_file_that_cannot_be_written_ends_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 
 import teacher_cache.judging
-from schemas.records import Message, Prompt
 from shared.catalog import Catalog
 from shared.errors import CacheConflict, ConfigError
 from shared.judge import Verdict
-from shared.judge_process import JudgeProcess
 from shared.sql import open_cache
-from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache, judge_chain
+from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache
 from tests.caches import SyntheticCache, make_cache
 
 
@@ -110,12 +108,3 @@ def test_two_judges_commit_at_once(cache: SyntheticCache, monkeypatch: pytest.Mo
     monkeypatch.setattr(one, "commit", conflict)
     with pytest.raises(CacheConflict, match="try again"):
         commit_verdicts(one, [JudgedSample(sample_ids[0], "exact", Verdict(True, 1.0))], "judge", "j0")
-
-
-def test_a_prompt_names_its_own_judge() -> None:
-    messages = (Message("user", "2+3?"),)
-    with JudgeProcess() as judge:
-        asked = Prompt("id", messages, "s", "train", reference="5", metadata={"judge": "exact"})
-        assert judge_chain(judge, asked, "5") == Verdict(True, 1.0)
-        assert judge_chain(judge, asked, None) == Verdict(False, 0.0)
-        assert judge_chain(judge, Prompt("id", messages, "s", "train", reference="5"), "5") is None
