@@ -31,6 +31,8 @@ HASH_CHARS = 32
 SHARD_NAME = re.compile(
     rf"^(?P<worker>[A-Za-z0-9_.]+)-(?P<sequence>\d{{6,}})-(?P<hash>[0-9a-f]{{{HASH_CHARS}}})\.parquet$"
 )
+TWICE_DECODED = re.compile(r"%[0-9A-Fa-f]{2}")
+"""deltalake 1.6 reads such a path with the two digits decoded once too often, and finds nothing there."""
 TABLE_CONFIGURATION = {
     # Without this, entries older than 30 days vanish at checkpoints and pinned versions with them.
     "delta.enableExpiredLogCleanup": "false",
@@ -202,6 +204,7 @@ class Catalog:
         verdicts_version: int | None = None,
     ) -> None:
         """Opens an existing cache, at pinned versions where given. Raises DataError where there is none."""
+        _require_openable(str(root.absolute()))
         if not (root / "chains" / "_delta_log").is_dir():
             raise DataError(
                 f"{root} is not a cache: it has no chains/_delta_log (build one with `teacher-cache build`)"
@@ -214,6 +217,7 @@ class Catalog:
     @classmethod
     def create(cls, root: Path) -> "Catalog":
         """Opens the cache, making it first where there is none."""
+        _require_openable(str(root.absolute()))
         # chains comes last: its log is what tells a cache from a folder.
         for name, schema in (
             ("failures", FAILURE_SCHEMA),
@@ -274,6 +278,11 @@ def check_hash(path: Path) -> None:
         raise StillroomError(f"{path} cannot be read: {error.strerror}") from error
     if found[:HASH_CHARS] != match["hash"]:
         raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 is not the one in its name")
+
+
+def _require_openable(path: str) -> None:
+    if TWICE_DECODED.search(path):
+        raise DataError(f"{path} holds a % before two hex digits, which deltalake cannot open: give it another name")
 
 
 def _first_line(error: BaseException) -> str:
