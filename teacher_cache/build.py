@@ -1,4 +1,4 @@
-"""`teacher-cache build`: requests through an engine into a cache; the same command resumes.
+"""`teacher-cache build` and `score`: requests through an engine into a cache; the same command resumes.
 
 What is visible is skipped, what was published but not committed is adopted, the rest is generated. One process a
 worker; workers meet only in the Delta log. SIGINT and SIGTERM finish nothing new, make visible what is finished, and
@@ -14,7 +14,7 @@ from pathlib import Path
 from schemas.manifest import RunManifest, ShardHeader, Teacher
 from schemas.records import stable_hash
 from shared.catalog import SHARD_NAME, Catalog
-from shared.config import plain
+from shared.config import Json, plain
 from shared.errors import CacheConflict, DataError, StillroomError, one_line
 from shared.interrupt import StopRequest
 from shared.log import Progress, note
@@ -28,6 +28,7 @@ from teacher_cache.recorder import Recorded, Recorder, explained
 from teacher_cache.requests import Engine, EngineInfo, Request
 from teacher_cache.rows import RowMaker
 from teacher_cache.sources import LoadFailure
+from teacher_cache.score_config import ScoreConfig
 from teacher_cache.teacher import IdentifiedTeacher
 
 OWN_LOCK_WAIT_S = 20.0
@@ -58,7 +59,7 @@ class BuildResult:
 class Build:
     """One worker's build of one cache: open it, look at what is left, run it."""
 
-    def __init__(self, config: BuildConfig, teacher: IdentifiedTeacher, worker: str) -> None:
+    def __init__(self, config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, worker: str) -> None:
         """Opens or makes the cache and takes this worker's lock until `close`; recovers what a crash left behind.
 
         Raises CacheConflict when another process works as this worker, DataError when the cache cannot be written,
@@ -190,13 +191,13 @@ class Build:
             RunManifest(
                 run_id=self.run_id,
                 name=config.run,
-                kind="generate",
+                kind="generate" if isinstance(config, BuildConfig) else "score",
                 created_at=known.created_at if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 teacher=teacher.model_copy(update={"vocab_size": info.vocab_size}),
-                sampling=plain(config.sampling),
+                sampling=_sampling(config),
                 capture=plain(config.capture),
                 engine={**plain(config.engine), **info.settings},
-                prompts=plain(config.prompts),
+                prompts=plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
                 reasoning=plain(config.reasoning),
                 software=dict(info.software),
             )
@@ -223,16 +224,21 @@ class Build:
         )
 
 
-def run_id_of(config: BuildConfig, teacher: Teacher) -> str:
-    """`<run>_<8 hex>`: another teacher, capture, reasoning or sampling is another run; more prompts or samples are
-    not.
+def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
+    """`<run>_<8 hex>`: another teacher, capture, reasoning or sampling is another run, and so is scoring; more prompts,
+    samples or completions are not.
     """
-    sampling = {key: value for key, value in plain(config.sampling).items() if key != "samples"}
-    meaning = [teacher.fingerprint, plain(config.capture), plain(config.reasoning), sampling]
+    sampling = {key: value for key, value in _sampling(config).items() if key != "samples"}
+    how = sampling if isinstance(config, BuildConfig) else "score"
+    meaning = [teacher.fingerprint, plain(config.capture), plain(config.reasoning), how]
     return f"{config.run}_{stable_hash('run', *meaning)[:8]}"
 
 
 def _notes(recorded: Recorded) -> dict[str, str]:
+def _sampling(config: BuildConfig | ScoreConfig) -> Json:
+    return plain(config.sampling) if isinstance(config, BuildConfig) else {}
+
+
     notes = {"failed": str(recorded.num_failures)}
     if recorded.bytes_per_token is not None:
         return {"": f"{recorded.bytes_per_token:.0f} B/token", **notes}

@@ -1,15 +1,20 @@
-"""What `teacher-cache build` does before and after the build itself: prompts, teacher, engine, and the result."""
+"""What `teacher-cache build` and `score` do before and after the build itself: prompts or completions, teacher, engine,
+and the result.
+"""
 
 import functools
 import itertools
 
+from schemas.records import Prompt
 from shared.config import Json
 from shared.log import format_bytes, format_count, format_duration, note
 from teacher_cache.build import Build, BuildResult
+from teacher_cache.completions import Completions
 from teacher_cache.config import BuildConfig, ServerConfig
 from teacher_cache.judging import require_judges
 from teacher_cache.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
 from teacher_cache.requests import Engine
+from teacher_cache.score_config import ScoreConfig
 from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 
 
@@ -33,7 +38,27 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
         build.close()
 
 
-def _start_engine(config: BuildConfig, teacher: IdentifiedTeacher) -> Engine:
+def score_cache(config: ScoreConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
+    """Fills the cache with the completions of this share that are not scored yet. Raises StillroomError for all that a
+    user can mend.
+    """
+    teacher = identify_teacher(config.teacher, config.engine)
+    with Completions(config, teacher) as completions:
+        num_total = completions.count(share)
+        note(f"{num_total} completions")
+        require_judges(Prompt(kind, (), "", "", metadata={"judge": kind}) for kind in completions.judges())
+        build = Build(config, teacher, worker_name(share))
+        start_engine = functools.partial(_start_engine, config, teacher)
+        try:
+            result = build.run(completions.requests(share), num_total, start_engine, retry_failures=retry_failures)
+        finally:
+            build.close()
+        if completions.contaminated:
+            note(f"{len(completions.contaminated)} completions left out whose prompts resemble the evaluation set")
+        return result
+
+
+def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> Engine:
     engine = config.engine
     if isinstance(engine, ServerConfig):
         from teacher_cache.server import ServerEngine
@@ -45,7 +70,7 @@ def _start_engine(config: BuildConfig, teacher: IdentifiedTeacher) -> Engine:
     note(f"loading {config.teacher.model}")
     # The commit that was identified, should a branch have moved on meanwhile.
     pinned = config.teacher.updated(revision=teacher.record.revision)
-    return EmbeddedEngine(pinned, engine, config.capture)
+    return EmbeddedEngine(pinned, engine, config.capture, scores=isinstance(config, ScoreConfig))
 
 
 def worker_name(share: WorkerShare) -> str:
@@ -53,7 +78,7 @@ def worker_name(share: WorkerShare) -> str:
     return "w0" if share.count == 1 else f"w{share.index}of{share.count}"
 
 
-def result_json(config: BuildConfig, result: BuildResult) -> Json:
+def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
     """The result for programs. Totals are of the whole cache, rates of this process."""
     from shared.catalog import Catalog
     from teacher_cache.stats import cache_stats

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.errors import ConfigError, StillroomError
-from shared.log import console, note, warn
+from shared.log import note, warn
 
 if TYPE_CHECKING:
     from shared.config import Json
     from teacher_cache.config import BuildConfig
+    from teacher_cache.score_config import ScoreConfig
 
 FAILED, DAMAGED, INTERRUPTED = 1, 3, 130
 
@@ -37,7 +38,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. sampling.samples=4.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Worker = Annotated[str, typer.Option(metavar="I/N", help="Take share I (from 0) of N of the prompts.")]
+Worker = Annotated[str, typer.Option(metavar="I/N", help="Take share I (from 0) of N of the work.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,12 +53,17 @@ def _main(
 
 @app.command()
 def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a build has left to do and what it will take; loads no model."""
+    """Say what a build, or a score, has left to do and what it will take; loads no model."""
     from dataclasses import asdict
 
+    from shared.config import read_yaml
     from teacher_cache.plan import disk_warning, plan_build, plan_lines
+    from teacher_cache.score_plan import plan_score
 
-    planned = plan_build(_config(config_path, overrides))
+    if "completions" in read_yaml(config_path):
+        planned = plan_score(_score_config(config_path, overrides))
+    else:
+        planned = plan_build(_config(config_path, overrides))
     _result(asdict(planned), plan_lines(planned), as_json)
     warning = disk_warning(planned)
     if warning is not None:
@@ -78,6 +84,26 @@ def build(
 
     config = _config(config_path, overrides)
     result = build_cache(config, parse_worker(worker), retry_failures=retry_failures)
+    printed = result_json(config, result)
+    _result(printed, result_lines(printed, str(config.cache)), as_json)
+    if result.stopped is not None:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def score(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    worker: Worker = "0/1",
+    retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Score failed completions again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Capture what the teacher thinks of completions that exist already; the same command resumes."""
+    from teacher_cache.build_command import result_json, result_lines, score_cache
+    from teacher_cache.prompts import parse_worker
+
+    config = _score_config(config_path, overrides)
+    result = score_cache(config, parse_worker(worker), retry_failures=retry_failures)
     printed = result_json(config, result)
     _result(printed, result_lines(printed, str(config.cache)), as_json)
     if result.stopped is not None:
@@ -284,19 +310,30 @@ def main() -> None:
     try:
         app(prog_name="teacher-cache")
     except StillroomError as error:
-        console.print(f"teacher-cache: {error}", markup=False, soft_wrap=True)
+        note(f"teacher-cache: {error}")
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"]):
+        if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["score"]):
             note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
         raise
 
 
 def _config(path: Path, overrides: list[str] | None) -> "BuildConfig":
-    from shared.config import load_config
+    from shared.config import load_config, read_yaml
     from teacher_cache.config import BuildConfig
 
+    if "completions" in read_yaml(path):
+        raise ConfigError(f"{path} names completions that exist already: teacher-cache score {path}")
     return load_config(path, overrides or [], BuildConfig)
+
+
+def _score_config(path: Path, overrides: list[str] | None) -> "ScoreConfig":
+    from shared.config import load_config, read_yaml
+    from teacher_cache.score_config import ScoreConfig
+
+    if "prompts" in read_yaml(path):
+        raise ConfigError(f"{path} names prompts for which chains are generated: teacher-cache build {path}")
+    return load_config(path, overrides or [], ScoreConfig)
 
 
 def _result(result: "Json", lines: list[str], as_json: bool) -> None:

@@ -1,8 +1,8 @@
-"""What a cache build is asked to do: the YAML of `teacher-cache plan`, `build` and `score`."""
+"""What a cache build is asked to do: the YAML of `teacher-cache plan` and `build`."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -122,6 +122,13 @@ class DecontaminateConfig(StrictModel):
     """Words in a row that a prompt and an evaluation text must share; shorter evaluation texts count whole."""
 
 
+def require_distinct(names: list[str]) -> None:
+    """Raises ValueError where two sources have the same name."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two sources are named {twice[0]!r}: names tell them apart in SQL")
+
+
 class PromptsConfig(StrictModel):
     """Where questions come from, their order and their held-out part."""
 
@@ -135,10 +142,7 @@ class PromptsConfig(StrictModel):
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "PromptsConfig":
-        names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are named {twice[0]!r}: names tell them apart in SQL")
+        require_distinct([source.name for source in self.sources])
         return self
 
 
@@ -280,15 +284,6 @@ EngineConfig = Annotated[
 ]
 
 
-def require_signals(engine: EngineConfig, capture: CaptureConfig) -> None:
-    """Raises ValueError where a server is asked for more than its answers hold."""
-    if isinstance(engine, ServerConfig) and (capture.draws or capture.temperatures):
-        asked = "draws" if capture.draws else "temperatures"
-        raise ValueError(
-            f"capture.{asked} needs engine.kind: embedded: a server's answers hold the most probable tokens alone"
-        )
-
-
 class ShardConfig(StrictModel):
     """When a shard closes. A crash costs at most the open shard."""
 
@@ -311,15 +306,13 @@ class FailureConfig(StrictModel):
     """Stop the build after so many failures in a row; None never stops."""
 
 
-class BuildConfig(StrictModel):
-    """`teacher-cache plan` and `build`."""
+class RunConfig(StrictModel):
+    """What generating and scoring have in common."""
 
     cache: Path
     run: str = Field(pattern=r"^[A-Za-z0-9_]+$")
     """Name of the run; letters, digits and underscores."""
     teacher: TeacherConfig
-    prompts: PromptsConfig
-    sampling: SamplingConfig = SamplingConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     capture: CaptureConfig = CaptureConfig()
     engine: EngineConfig = EmbeddedConfig()
@@ -328,9 +321,20 @@ class BuildConfig(StrictModel):
     failures: FailureConfig = FailureConfig()
 
     @model_validator(mode="after")
-    def _signals_of_a_server(self) -> "BuildConfig":
-        require_signals(self.engine, self.capture)
+    def _signals_of_a_server(self) -> Self:
+        if isinstance(self.engine, ServerConfig) and (self.capture.draws or self.capture.temperatures):
+            asked = "draws" if self.capture.draws else "temperatures"
+            raise ValueError(
+                f"capture.{asked} needs engine.kind: embedded: a server's answers hold the most probable tokens alone"
+            )
         return self
+
+
+class BuildConfig(RunConfig):
+    """`teacher-cache plan` and `build`."""
+
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
     def _greedy_source_repeats(self) -> "BuildConfig":

@@ -96,6 +96,11 @@ class FakeEngine:
         message = None if self._refuse is None else self._refuse(request)
         if message is not None:
             return Failed(request, "refused", message)
+        given = request.completion_token_ids
+        if given is not None:
+            capture = self._capture(np.random.default_rng(list(given)), len(given), ends=False, given=given)
+            self._num_tokens += len(given)
+            return Finished(request, capture, "scored")
         rng = np.random.default_rng(request.seed)
         room = min(request.max_tokens, self.info.max_model_len - len(request.prompt_token_ids))
         wanted = max(1, int(self._mean_tokens * rng.lognormal(-0.125, 0.5)))
@@ -104,7 +109,9 @@ class FakeEngine:
         self._num_tokens += len(capture.token_ids_T)
         return Finished(request, capture, "stop" if stops else "length")
 
-    def _capture(self, rng: np.random.Generator, num_tokens: int, *, ends: bool) -> Capture:
+    def _capture(
+        self, rng: np.random.Generator, num_tokens: int, *, ends: bool, given: Sequence[int] | None = None
+    ) -> Capture:
         ids_TK = self._candidates(rng, num_tokens)
         if ends and self._eos_id is not None:
             # Wherever the id stands already, the candidate that it takes the first place from goes.
@@ -117,6 +124,11 @@ class FakeEngine:
         if ends:
             column_T[-1] = 0
         tokens = np.arange(num_tokens)
+        if given is not None:
+            # Where a given token stands already, it changes places with the one drawn.
+            drawn_ids_T, given_T = ids_TK[tokens, column_T], np.array(given, np.int32)
+            ids_TK = np.where(ids_TK == given_T[:, None], drawn_ids_T[:, None], ids_TK)
+            ids_TK[tokens, column_T] = given_T
         draw_ids_TM, draw_logprobs_TM = self._tail_draws(rng, ids_TK, probs_TK)
         return Capture(
             token_ids_T=ids_TK[tokens, column_T],

@@ -8,8 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-import httpx2
 from pydantic_core import from_json
+
+from shared.errors import ConfigError
+
+try:
+    import httpx2
+except ModuleNotFoundError as missing:
+    raise ConfigError("engine.kind: server needs httpx2: pip install 'stillroom[teacher-server]'") from missing
 
 CONNECT_TIMEOUT_S = 10.0
 REFUSING_STATUS = {400, 413, 422}

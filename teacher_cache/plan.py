@@ -18,8 +18,10 @@ from shared.log import Progress, format_bytes, format_count, format_duration
 from shared.sql import open_cache
 from teacher_cache.build import run_id_of
 from teacher_cache.commits import VisibleSamples
-from teacher_cache.config import BuildConfig
+from teacher_cache.config import BuildConfig, RunConfig, ServerConfig
 from teacher_cache.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
+from teacher_cache.requests import Request
+from teacher_cache.score_config import ScoreConfig
 from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 
@@ -32,6 +34,15 @@ METRICS_FRESH_S = 3600.0
 
 NUM_SHOWN = 3
 """Examples of rows that were left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointLook:
+    """What an endpoint of a server engine turned out to be; `max_model_len` None where it does not fit."""
+
+    url: str
+    told: str
+    max_model_len: int | None
 
 
 @dataclass(slots=True)
@@ -80,22 +91,44 @@ class BuildPlan:
     fits: bool = True
     sources: list[SourcePlan] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
+    endpoints: list[EndpointLook] = field(default_factory=list)
 
 
 def plan_build(config: BuildConfig) -> BuildPlan:
     """Raises DataError or ConfigError as `build` would before it loads the model."""
     loaded = load_prompts(config.prompts)
-    teacher = identify_teacher(config.teacher)
-    plan = BuildPlan(run_id=run_id_of(config, teacher.record), cache=str(config.cache))
+    teacher = identify_teacher(config.teacher, config.engine)
+    plan = begin_plan(config, teacher)
     sources = {source.name: SourcePlan(source.name) for source in config.prompts.sources}
     plan.sources = list(sources.values())
-    catalog = Catalog(config.cache) if (config.cache / "chains" / "_delta_log").is_dir() else None
+    catalog = existing_catalog(config.cache)
     _count_prompts(plan, sources, loaded)
     if catalog is not None:
-        _measure(plan, sources, catalog, teacher.record.fingerprint)
+        measure(plan, sources, catalog, teacher.record.fingerprint)
     _count_requests(plan, sources, config, loaded, teacher, catalog)
-    _predict(plan, config, catalog)
+    predict(plan, config, catalog)
     return plan
+
+
+def begin_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> BuildPlan:
+    """A plan that counts nothing yet, with a look at the endpoints of a server engine."""
+    plan = BuildPlan(run_id=run_id_of(config, teacher.record), cache=str(config.cache))
+    if isinstance(config.engine, ServerConfig):
+        from teacher_cache.endpoint_look import look_at_endpoints
+
+        plan.endpoints = look_at_endpoints(config.engine, teacher, config.capture.max_support)
+    return plan
+
+
+def existing_catalog(cache: Path) -> Catalog | None:
+    """The cache, None where there is none yet."""
+    return Catalog(cache) if (cache / "chains" / "_delta_log").is_dir() else None
+
+
+def max_model_len_of(plan: BuildPlan, config: RunConfig) -> int | None:
+    """Tokens that a chain may take: as configured, or as the endpoints tell; None where only the model knows."""
+    told = [look.max_model_len for look in plan.endpoints if look.max_model_len is not None]
+    return config.engine.max_model_len or min(told, default=None)
 
 
 def plan_lines(plan: BuildPlan) -> list[str]:
@@ -122,6 +155,7 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     else:
         speed = f"{plan.tokens_per_s:.0f} tok/s, as the last build"
         lines.append(f"time     {format_duration(3600 * plan.hours_left)} at {speed}")
+    lines += [f"server   {look.url} {look.told}" for look in plan.endpoints]
     return lines
 
 
@@ -151,7 +185,7 @@ def _count_prompts(plan: BuildPlan, sources: Mapping[str, SourcePlan], loaded: L
     ]
 
 
-def _measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalog, teacher: str) -> None:
+def measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalog, teacher: str) -> None:
     """Lengths by source and bytes a token, from this run's chains, or else from those of the same teacher."""
     query = (
         "SELECT c.source, c.run_id = '{run}' AS own, avg(c.num_tokens) AS mean FROM chains c JOIN runs r USING (run_id)"
@@ -178,8 +212,9 @@ def _count_requests(
     teacher: IdentifiedTeacher,
     catalog: Catalog | None,
 ) -> None:
-    visible, failed = (_visible(catalog, name) for name in ("chains", "failures"))
+    visible, failed = (visible_samples(catalog, name) for name in ("chains", "failures"))
     by_name = {source.name: source for source in config.prompts.sources}
+    max_model_len = max_model_len_of(plan, config)
     total = num_requests(config, loaded.prompts)
     with Progress("plan", total, "chains") as progress:
         stream = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
@@ -192,13 +227,18 @@ def _count_requests(
                 one.num_done += 1
             elif request.sample_id in failed:
                 one.num_failed += 1
-            elif isinstance(request, LoadFailure) or _room(config, len(request.prompt_token_ids)) < 1:
+            elif isinstance(request, LoadFailure) or _room(max_model_len, request) < 1:
                 one.num_unusable += 1
             else:
                 one.num_left += 1
                 limit = sampling_of(config.sampling, by_name[name])["max_tokens"]
-                longest = min(limit, _room(config, len(request.prompt_token_ids)))
+                longest = min(limit, _room(max_model_len, request))
                 one.tokens_left += longest if one.mean_num_tokens is None else min(longest, one.mean_num_tokens)
+    add_up(plan)
+
+
+def add_up(plan: BuildPlan) -> None:
+    """Sums of the sources."""
     for one in plan.sources:
         plan.num_chains += one.num_chains
         plan.num_done += one.num_done
@@ -209,13 +249,12 @@ def _count_requests(
         plan.tokens_left_measured &= one.mean_num_tokens is not None or not one.num_left
 
 
-def _room(config: BuildConfig, num_prompt_tokens: int) -> float:
-    if config.engine.max_model_len is None:
-        return float("inf")
-    return config.engine.max_model_len - num_prompt_tokens
+def _room(max_model_len: int | None, request: Request) -> float:
+    return float("inf") if max_model_len is None else max_model_len - len(request.prompt_token_ids)
 
 
-def _visible(catalog: Catalog | None, name: str) -> VisibleSamples | frozenset[str]:
+def visible_samples(catalog: Catalog | None, name: str) -> VisibleSamples | frozenset[str]:
+    """Ids of the samples of a table, `chains` or `failures`; none where there is no cache yet."""
     if catalog is None:
         return frozenset()
     samples = VisibleSamples(catalog.chains if name == "chains" else catalog.failures)
@@ -223,7 +262,8 @@ def _visible(catalog: Catalog | None, name: str) -> VisibleSamples | frozenset[s
     return samples
 
 
-def _predict(plan: BuildPlan, config: BuildConfig, catalog: Catalog | None) -> None:
+def predict(plan: BuildPlan, config: RunConfig, catalog: Catalog | None) -> None:
+    """Bytes, hours, and whether the disk is large enough."""
     capture = config.capture
     if not plan.bytes_per_token_measured:
         plan.bytes_per_token = DEFAULT_BYTES_PER_TOKEN[capture.codec] * capture.max_support / DEFAULT_SUPPORT

@@ -178,7 +178,7 @@ def _sort_in(
     where = f"{source.name} {draft.where}"
     # The draft, not the finished prompt: an instruction that all prompts share is no overlap.
     against = None if evaluation is None else evaluation.overlap(draft.messages)
-    prompt = _prompt(source, draft, heldout_frac)
+    prompt = prompt_of(draft, source.name, source.system, source.instruction, heldout_frac)
     if against is not None:
         loaded.contaminated.append(Contaminated(where, against))
     elif prompt.prompt_id in places:
@@ -188,14 +188,15 @@ def _sort_in(
         loaded.prompts.append(prompt)
 
 
-def _prompt(source: Source, draft: Draft, heldout_frac: float) -> Prompt:
-    messages = _dressed(draft.messages, source.system, source.instruction)
+def prompt_of(draft: Draft, source: str, system: str | None, instruction: str | None, heldout_frac: float) -> Prompt:
+    """The draft with its system message and instruction, and the split that its hash decides."""
+    messages = _dressed(draft.messages, system, instruction)
     prompt_id = prompt_id_of(messages)
     heldout = _uniform_64("split", prompt_id) < heldout_frac * 2.0**64
     return Prompt(
         prompt_id=prompt_id,
         messages=messages,
-        source=source.name,
+        source=source,
         split="heldout" if heldout else "train",
         reference=draft.reference,
         metadata=draft.metadata,

@@ -14,15 +14,9 @@ from typing import Any
 from schemas.manifest import Teacher
 from shared.errors import ConfigError
 from teacher_cache.config import ServerConfig
+from teacher_cache.endpoint_pool import EndpointPool, Job
+from teacher_cache.handshake import Expected
 from teacher_cache.requests import EngineInfo, Outcome, Request, refusal
-
-try:
-    from teacher_cache.endpoint_pool import EndpointPool, Job
-    from teacher_cache.handshake import Expected
-except ModuleNotFoundError as missing:
-    if missing.name != "httpx2":
-        raise
-    raise ConfigError("engine.kind: server needs httpx2: pip install 'stillroom[teacher-server]'") from missing
 
 STEP_S = 0.2
 """The longest that a step waits for a chain."""
@@ -37,16 +31,9 @@ class ServerEngine:
         Raises ConfigError where one serves something else or lacks a flag, StillroomError where none answers within
         `give_up_minutes`.
         """
-        api_key = _api_key(config)
+        api_key = api_key_of(config)
+        expected = expected_of(config, teacher, tokenizer, max_support)
         self._config = config
-        expected = Expected(
-            model=config.model,
-            api_key_env=config.api_key_env,
-            max_model_len=config.max_model_len,
-            k=min(max_support, teacher.vocab_size),
-            vocab_size=teacher.vocab_size,
-            tokenizer=tokenizer,
-        )
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._num_open = 0
@@ -136,7 +123,20 @@ class ServerEngine:
             timeout_s = 0.0
 
 
-def _api_key(config: ServerConfig) -> str | None:
+def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, max_support: int) -> Expected:
+    """What every endpoint must serve."""
+    return Expected(
+        model=config.model,
+        api_key_env=config.api_key_env,
+        max_model_len=config.max_model_len,
+        k=min(max_support, teacher.vocab_size),
+        vocab_size=teacher.vocab_size,
+        tokenizer=tokenizer,
+    )
+
+
+def api_key_of(config: ServerConfig) -> str | None:
+    """The key, None where none is named. Raises ConfigError where the variable is not set."""
     if config.api_key_env is None:
         return None
     key = os.environ.get(config.api_key_env, "").strip()

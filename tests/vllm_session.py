@@ -55,7 +55,7 @@ def run_session(folder: Path) -> Session:
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     results = pickle.loads((folder / "session.pickle").read_bytes())
-    return Session(folder / "teacher", *results, stdout=ended.stdout)
+    return Session(folder / "teacher", *results, ended.stdout)
 
 
 def make_requests() -> list[Request]:
