@@ -27,8 +27,8 @@ from teacher_cache.metrics import MetricsLog
 from teacher_cache.recorder import Recorded, Recorder, explained
 from teacher_cache.requests import Engine, EngineInfo, Request
 from teacher_cache.rows import RowMaker
-from teacher_cache.sources import LoadFailure
 from teacher_cache.score_config import ScoreConfig
+from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher
 
 OWN_LOCK_WAIT_S = 20.0
@@ -234,11 +234,11 @@ def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
     return f"{config.run}_{stable_hash('run', *meaning)[:8]}"
 
 
-def _notes(recorded: Recorded) -> dict[str, str]:
 def _sampling(config: BuildConfig | ScoreConfig) -> Json:
     return plain(config.sampling) if isinstance(config, BuildConfig) else {}
 
 
+def _notes(recorded: Recorded) -> dict[str, str]:
     notes = {"failed": str(recorded.num_failures)}
     if recorded.bytes_per_token is not None:
         return {"": f"{recorded.bytes_per_token:.0f} B/token", **notes}
