@@ -146,9 +146,20 @@ class PromptsConfig(StrictModel):
         return self
 
 
+SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
+    "r1": {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768},
+    "qwen3": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0, "max_tokens": 32768},
+    "greedy": {"temperature": 0.0, "top_p": 1.0},
+}
+"""What the makers of a model recommend in its model card for answers with reasoning; `greedy` is argmax."""
+
+
 class SamplingConfig(StrictModel):
     """How the teacher draws its tokens. Stored distributions are at temperature 1 whatever stands here."""
 
+    # Not part of what is dumped: its values are, and they alone make a run's and a sample's identity.
+    preset: Literal["r1", "qwen3", "greedy"] | None = Field(default=None, exclude=True)
+    """Recommended values for a family of models, in the place of the defaults below; keys beside it override it."""
     temperature: float = Field(default=0.6, ge=0)
     """DeepSeek recommends 0.6 (0.5 to 0.7) for R1; 0 takes the most probable token."""
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -160,6 +171,13 @@ class SamplingConfig(StrictModel):
     samples: int = Field(default=1, ge=1)
     """Chains a prompt, each with a seed of its own."""
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("preset"), str):
+            return {**SAMPLING_PRESETS.get(data["preset"], {}), **data}
+        return data
 
     @model_validator(mode="after")
     def _greedy_repeats(self) -> "SamplingConfig":

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from shared.config import load_config
+from shared.config import load_config, plain
 from shared.errors import ConfigError
-from teacher_cache.config import BuildConfig
+from teacher_cache.config import BuildConfig, SamplingConfig
 
 MINIMAL: dict[str, Any] = {
     "cache": "cache",
@@ -74,3 +75,15 @@ def test_configurations_are_frozen(path: Path) -> None:
     config = load_config(path, [], BuildConfig)
     with pytest.raises(ValueError, match="frozen"):
         config.run = "other"  # type: ignore[misc]
+
+
+def test_a_sampling_preset_fills_in_and_is_overridden() -> None:
+    assert SamplingConfig.model_validate({"preset": "r1"}) == SamplingConfig(preset="r1")
+    qwen = SamplingConfig.model_validate({"preset": "qwen3", "temperature": 0.7})
+    assert (qwen.temperature, qwen.top_p, qwen.top_k, qwen.max_tokens) == (0.7, 0.95, 20, 32768)
+    # The values make the identity of a run, not the name.
+    assert plain(SamplingConfig.model_validate({"preset": "r1"})) == plain(SamplingConfig())
+    assert "preset" not in plain(qwen)
+    assert qwen.updated(samples=4).top_k == 20
+    with pytest.raises(ValidationError, match="preset"):
+        SamplingConfig.model_validate({"preset": "r2"})

@@ -2,18 +2,22 @@
 written.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from schemas.manifest import ShardHeader
+from schemas.records import Int32
 from shared.catalog import Catalog
 from shared.codec import support_of
 from shared.shards import open_shard, read_signals
 from teacher_cache.config import CaptureConfig, ReasoningConfig
-from teacher_cache.requests import Finished
+from teacher_cache.requests import Finished, Request
 from teacher_cache.rows import ChainRow, RowMaker
 from teacher_cache.shard import ShardFile
 from tests.fake_builds import VOCAB_SIZE, K, make_config, make_engine, make_requests, make_teacher, run_build
@@ -120,6 +124,32 @@ def test_reasoning_is_split_on_its_token(tmp_path: Path) -> None:
     assert split(closed) == ("hello", "5", len(hello) + 2, len(hello) + 2)
     assert split([start, *hello]) == ("hello", None, None, len(hello) + 1)
     assert split(five) == (None, "5", 0, 0)
+
+
+def test_reasoning_that_the_template_opened_is_found_and_an_unfinished_one_is_marked() -> None:
+    """R1's template ends the prompt with <think>: the completion begins in the middle of the reasoning."""
+    teacher = make_teacher()
+    start, end = teacher.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    maker = RowMaker(teacher.tokenizer, CaptureConfig(max_support=K), ReasoningConfig(), "fake_0", "w0")
+    (finished,) = make_finished(1)
+    capture = finished.capture
+    plain = np.where(np.isin(capture.token_ids_T, [start, end]), 65, capture.token_ids_T).astype(np.int32)
+    closed = plain.copy()
+    closed[5] = end
+    opened = dataclasses.replace(finished.request, prompt_token_ids=[*finished.request.prompt_token_ids, start])
+    silent = dataclasses.replace(finished.request, prompt_token_ids=[*finished.request.prompt_token_ids, start, end])
+
+    def columns(request: Request, token_ids: Int32, reason: str) -> Mapping[str, Any]:
+        return maker.row(Finished(request, dataclasses.replace(capture, token_ids_T=token_ids), reason)).columns
+
+    row = columns(opened, closed, "stop")
+    assert (row["reasoning_end"], row["num_reasoning_tokens"]) == (6, 6)
+    assert row["reasoning"] is not None
+    assert row["answer"] is not None
+    row = columns(opened, plain, "length")
+    assert (row["reasoning_end"], row["answer"], row["num_reasoning_tokens"]) == (None, None, len(plain))
+    assert row["reasoning"] is not None
+    assert columns(silent, plain, "stop")["reasoning_end"] == 0
 
 
 def test_memory_of_the_writer_is_one_row_group(tmp_path: Path) -> None:
