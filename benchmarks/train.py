@@ -1,0 +1,277 @@
+"""Training on cached distributions against cross-entropy alone and against online distillation, by the same trainer.
+
+    python -m benchmarks.train [--json] [--steps N] [--rounds N] [--vocab V] [--hidden H] [--layers L] ...
+
+Three sides, each a real run of student_train on the same synthetic chains, in a fresh process, taking turns:
+
+    kd       0.9 forward KL with a tail bucket + 0.1 cross-entropy on distributions of up to 64 entries from the cache
+    ce       cross-entropy alone: token ids alone are read
+    online   the losses of kd, with the distributions computed by a teacher in the same process: its forward pass over
+             the pack, logits by chunks, exact top 64 and tail (the cheapest way of doing it that loses nothing)
+
+Speed is tokens that the student reads over the time of a step, the median step after the first; `..._cpu` is the same
+by CPU seconds of the process, which a busy machine disturbs less. `online_promise` is what arithmetic says of
+kd_vs_online: a student costs 6 floating point operations a token and parameter (the embedding's lookup costs none),
+the teacher's forward pass 2. Memory is the largest resident set of the process, or the GPU allocator's. The last line
+is one JSON object, the only one with --json.
+
+    N loss tokens, V vocabulary, H hidden, K support, C tokens of a chunk
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.loss import hardware
+from shared.config import Json, validate_config
+from shared.interrupt import StopRequest
+from student_train.config import TrainConfig
+from student_train.engine import joined_ranks
+from student_train.evaluate import to_device
+from student_train.model import use_cpu_where_there_is_no_gpu
+from student_train.pack import Pack, TorchPack
+from student_train.runfolder import RunFolder
+from student_train.step import take_step
+from student_train.targets import SparseTargets
+from student_train.train import train
+from tests.caches import make_cache
+from tests.students import make_tokenizer
+
+SIDES = ("kd", "ce", "online")
+SUPPORT = 64
+CHUNK_TOKENS = 128
+KD_LOSSES = {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured. The teacher has `teacher_scale` times the student's width and layers."""
+
+    steps: int = 6
+    rounds: int = 2
+    vocab: int = 16_384
+    hidden: int = 384
+    layers: int = 4
+    teacher_scale: int = 2
+    pack_tokens: int = 1024
+    packs: int = 2
+
+
+def main() -> None:
+    """Runs the sides and prints their ratios."""
+    use_cpu_where_there_is_no_gpu()
+    setting, json_only, side, folder = _arguments()
+    if side is not None:
+        print(json.dumps(run_side(side, setting, folder)))
+        return
+    log = sys.stderr if json_only else sys.stdout
+    with tempfile.TemporaryDirectory(prefix="stillroom-train-") as name:
+        root = Path(name)
+        sizes = prepare(root, setting)
+        rounds = [{one: _measure(one, setting, root) for one in SIDES} for _ in range(setting.rounds)]
+    result = ratios(rounds, sizes)
+    for one in SIDES:
+        speeds = ", ".join(f"{turn[one]['tokens_per_s']:.0f}" for turn in rounds)
+        print(f"{one:8} {speeds} tok/s   {rounds[0][one]['peak_mib']:.0f} MiB", file=log)
+    for key, value in result.items():
+        print(f"{key:18} {value}", file=log)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(json.dumps({**result, "rounds": rounds, "setting": asdict(setting), "hardware": _machine(device)}))
+
+
+def prepare(root: Path, setting: Setting) -> dict[str, int]:
+    """Writes cache, student and teacher; returns the parameters of a token's matrix products, of both."""
+    tokens = setting.steps * setting.packs * setting.pack_tokens
+    make_cache(
+        root / "cache",
+        num_chains=2 + 2 * tokens // 500,
+        codec="topk-u8",
+        vocab_size=setting.vocab,
+        max_support=SUPPORT,
+        min_tokens=200,
+        max_tokens=800,
+        max_prompt_tokens=100,
+        rows_per_group=32,
+        id_skew=4.0,
+        heldout_frac=0.0,
+    )
+    scale = setting.teacher_scale
+    return {
+        "student": _write_model(root / "student", setting.vocab, setting.hidden, setting.layers),
+        "teacher": _write_model(root / "teacher", setting.vocab, scale * setting.hidden, scale * setting.layers),
+    }
+
+
+def run_side(side: str, setting: Setting, root: Path) -> Json:
+    """One run in this process: tokens a second, share of waiting, peak memory."""
+    config = _config(side, setting, root)
+    cpu_s: list[float] = []
+
+    def timed(*arguments: Any) -> Any:
+        started_s = time.process_time()
+        result = take_step(*arguments)
+        cpu_s.append(time.process_time() - started_s)
+        return result
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(mock.patch("student_train.train.take_step", timed))
+        stop, ranks = stack.enter_context(StopRequest()), stack.enter_context(joined_ranks())
+        if side == "online":
+            teacher = OnlineTeacher(root / "teacher", ranks.device)
+            stack.enter_context(mock.patch("student_train.step.to_device", teacher.to_device))
+        train(config, ranks, stop)
+    records = RunFolder(config.run).read_metrics()
+    later = list(zip(records, cpu_s, strict=True))[1:]
+    return {
+        "tokens_per_s": statistics.median(record["num_tokens"] / record["step_s"] for record, _ in later),
+        "tokens_per_cpu_s": statistics.median(record["num_tokens"] / seconds for record, seconds in later),
+        "stall_frac": sum(one["stall_frac"] * one["step_s"] for one in records) / sum(one["step_s"] for one in records),
+        "peak_mib": 1024 * max(record["memory_gib"] for record in records),
+    }
+
+
+class OnlineTeacher:
+    """Distributions of a teacher for packs, in the place of cached ones."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype())
+        self._model = loaded.to(device).eval()
+
+    @torch.no_grad()
+    def to_device(self, pack: Pack, device: torch.device, **options: Any) -> TorchPack:
+        """The pack with the teacher's own top 64 and tail as targets."""
+        found = to_device(pack, device, **options)
+        hidden_LH = self._model.model(
+            input_ids=found.input_ids_1L, position_ids=found.position_ids_1L, use_cache=False
+        ).last_hidden_state[0]
+        parts = [self._support(chunk) for chunk in hidden_LH[found.predict_positions_N].split(CHUNK_TOKENS)]
+        ids_NK, logprobs_NK, tail_N = (torch.cat(part) for part in zip(*parts, strict=True))
+        targets: SparseTargets = replace(
+            found.targets, ids_NK=ids_NK, logprobs_NK=logprobs_NK, tail_logmass_N=tail_N, draws=None
+        )
+        return replace(found, targets=targets)
+
+    def _support(self, hidden_CH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_CV = self._model.lm_head(hidden_CH).float()
+        top_CK, ids_CK = logits_CV.topk(SUPPORT, dim=1)
+        logsumexp_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+        tail_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(dim=1) - logsumexp_C1.squeeze(1)
+        return ids_CK, top_CK - logsumexp_C1, tail_C
+
+
+def ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
+    """Medians over rounds of ratios within a round."""
+
+    def ratio(one: str, other: str, key: str) -> float:
+        return round(float(statistics.median(turn[one][key] / turn[other][key] for turn in rounds)), 3)
+
+    def median(side: str, key: str) -> float:
+        return round(float(statistics.median(turn[side][key] for turn in rounds)), 4)
+
+    student, teacher = sizes["student"], sizes["teacher"]
+    return {
+        "kd_vs_ce": ratio("kd", "ce", "tokens_per_s"),
+        "kd_vs_online": ratio("kd", "online", "tokens_per_s"),
+        "kd_vs_ce_cpu": ratio("kd", "ce", "tokens_per_cpu_s"),
+        "kd_vs_online_cpu": ratio("kd", "online", "tokens_per_cpu_s"),
+        "online_promise": round((6 * student + 2 * teacher) / (6 * student), 3),
+        "stall_frac": median("kd", "stall_frac"),
+        **{f"{side}_peak_mib": round(median(side, "peak_mib")) for side in SIDES},
+        "student_parameters": student,
+        "teacher_parameters": teacher,
+    }
+
+
+def _measure(side: str, setting: Setting, root: Path) -> Json:
+    options = [word for name, value in asdict(setting).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "benchmarks.train", "--side", side, "--folder", str(root), *options]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"benchmarks.train: {side} failed:\n{ended.stderr[-2000:]}")
+    measured: Json = json.loads(ended.stdout.splitlines()[-1])
+    return measured
+
+
+def _config(side: str, setting: Setting, root: Path) -> TrainConfig:
+    run = tempfile.mkdtemp(dir=root, prefix=f"run-{side}-")
+    given: Json = {
+        "run": f"{run}/run",
+        "student": {"model": str(root / "student")},
+        "data": {"caches": [str(root / "cache")], "pack_tokens": setting.pack_tokens},
+        "stages": [
+            {
+                "losses": {"cross_entropy": 1.0} if side == "ce" else KD_LOSSES,
+                "max_steps": setting.steps,
+                "epochs": 2,
+                "batch_tokens": setting.packs * setting.pack_tokens,
+                "learning_rate": 1e-4,
+            }
+        ],
+        "engine": {"precision": "bfloat16" if torch.cuda.is_available() else "float32"},
+        "eval": None,
+        "checkpoint": {"every_steps": 10_000},
+    }
+    return validate_config(given, TrainConfig, "benchmarks.train")
+
+
+def _write_model(folder: Path, vocab: int, hidden: int, layers: int) -> int:
+    """A Llama with random weights and a tied head; returns the parameters of a token's matrix products."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    make_tokenizer(vocab).save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def _machine(device: str) -> str:
+    from benchmarks.loss import Setting as LossSetting
+
+    return hardware(LossSetting(device=device))
+
+
+def _arguments() -> tuple[Setting, bool, str | None, Path]:
+    """(setting, whether to print JSON alone, the side that this process is to run, the folder prepared for it)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON object on stdout")
+    for name, value in asdict(Setting()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path(), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    setting = Setting(**{name: vars(arguments)[name] for name in asdict(Setting())})
+    return setting, arguments.json, arguments.side, arguments.folder
+
+
+if __name__ == "__main__":
+    main()
