@@ -14,6 +14,8 @@ With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q
     forward_kl_sampled_tail         sum_S p log(p/q) + sum_draws w log(p/q)
         an unbiased estimate of the dense KL from draws that stand for w of the tail each (arXiv 2503.16870); a token
         without draws, whose tail the cache leaves as a mass, has the tail bucket's term
+    forward_kl_stored_tail          the tail as the cache holds it: drawn where it holds draws, else in one bucket
+        the default: what the two above are, for any cache
     reverse_kl_tail_bucket          sum_S q log(q/p) + q_r log(q_r/r)
         a lower bound; a cache gives no upper one (MiniLLM, arXiv 2306.08543)
     jsd_tail_bucket                 beta KL(p | m) + (1 - beta) KL(q | m), m = beta p + (1 - beta) q
@@ -50,6 +52,7 @@ LossName = Literal[
     "forward_kl_truncated",
     "forward_kl_renormalised",
     "forward_kl_sampled_tail",
+    "forward_kl_stored_tail",
     "reverse_kl_tail_bucket",
     "jsd_tail_bucket",
     "skewed_forward_kl_tail_bucket",
@@ -112,12 +115,17 @@ class LossTerm:
     @property
     def needs_tail(self) -> bool:
         """Whether the cache must hold the mass outside the support."""
-        return self.name.endswith("_tail_bucket")
+        return self.name.endswith(("_tail_bucket", "_stored_tail"))
 
     @property
     def needs_draws(self) -> bool:
         """Whether the cache must hold draws from the tail."""
         return self.name == "forward_kl_sampled_tail"
+
+    @property
+    def uses_draws(self) -> bool:
+        """Whether draws from the tail are read where the cache holds them."""
+        return self.name in ("forward_kl_sampled_tail", "forward_kl_stored_tail")
 
     @property
     def needs_reference(self) -> bool:
@@ -157,7 +165,7 @@ class LossMix:
         return tuple(term.name for term in self.terms)
 
 
-DEFAULT_MIX = LossMix((LossTerm("forward_kl_tail_bucket", 0.9), LossTerm("cross_entropy", 0.1)))
+DEFAULT_MIX = LossMix((LossTerm("forward_kl_stored_tail", 0.9), LossTerm("cross_entropy", 0.1)))
 
 
 def weighted_sum(mix: LossMix, values_XJ: Tensor) -> Tensor:
@@ -172,7 +180,7 @@ def bucket_loss(term: LossTerm, teacher_NB: Tensor, student_NB: Tensor) -> Tenso
     Both sides are natural log probabilities in buckets, NO_MASS where neither has any.
     """
     match term.name:
-        case "forward_kl_tail_bucket":
+        case "forward_kl_tail_bucket" | "forward_kl_stored_tail":
             return forward_kl_tail_bucket(teacher_NB, student_NB)
         case "forward_kl_truncated":
             return forward_kl_truncated(teacher_NB, student_NB)

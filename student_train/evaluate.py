@@ -74,9 +74,10 @@ def evaluate(
         selection, spec, packs_per_step=ranks.num_ranks, rank=ranks.rank, world=ranks.num_ranks, num_epochs=1
     )
     num_packs = stream.plans.total_packs()
+    view = TargetView(with_draws=selection.header.draws > 0)
     with stream, Progress("evaluate", num_packs, "packs") if ranks.is_first else nullcontext() as progress:
         for number, pack in enumerate(stream):
-            metrics = metrics_of(to_device(pack, ranks.device, with_signals=not selection.is_text))
+            metrics = metrics_of(to_device(pack, ranks.device, with_signals=not selection.is_text, view=view))
             if pack.num_loss_tokens:
                 sums += torch.stack([values.double().sum() for values in _fields(metrics)])
                 num_tokens += pack.num_loss_tokens

@@ -104,9 +104,9 @@ def refuse_missing(mix: LossMix, targets: SparseTargets) -> None:
             )
         if term.needs_draws and draws is None:
             raise ConfigError(
-                f"{term.name} needs draws from the tail, which this cache does not hold: use forward_kl_tail_bucket"
+                f"{term.name} needs draws from the tail, which this cache does not hold: use forward_kl_stored_tail"
             )
-        if term.needs_draws and draws is not None and draws.logprobs_NM is None and targets.temperature != 1.0:
+        if term.uses_draws and draws is not None and draws.logprobs_NM is None and targets.temperature != 1.0:
             raise ConfigError(
                 f"{term.name} at temperature {targets.temperature} needs the log probabilities of the drawn tokens, "
                 "which this cache does not hold: use temperature 1"

@@ -63,11 +63,13 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
     return LossMix(terms, stage.focal_gamma)
 
 
-def target_view(stage: StageConfig, stored: Sequence[float], mix: LossMix, step: int, num_steps: int) -> TargetView:
+def target_view(
+    stage: StageConfig, stored: Sequence[float], mix: LossMix, step: int, num_steps: int, *, has_draws: bool
+) -> TargetView:
     """How the stage's losses look at the targets of one step; `stored`: temperatures whose log-partitions they hold."""
     temperature = temperature_at(stage, stored, step, num_steps)
     partition = None if temperature == 1.0 else list(stored).index(temperature)
-    return TargetView(any(term.needs_draws for term in mix.terms), temperature, partition)
+    return TargetView(has_draws and any(term.uses_draws for term in mix.terms), temperature, partition)
 
 
 def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:

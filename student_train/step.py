@@ -68,7 +68,8 @@ def take_step(
     rate = learning_rate(stage.config, step, stage.num_steps)
     # Known before the first backward pass, so that every micro-step can be divided by the whole batch's weight.
     total_weight = ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])[0]
-    view = target_view(stage.config, stage.selection.header.temperatures, mix, step, stage.num_steps)
+    header = stage.selection.header
+    view = target_view(stage.config, header.temperatures, mix, step, stage.num_steps, has_draws=header.draws > 0)
     sums = _accumulate(engine, packs, mix, view, total_weight, ranks, with_signals=stage.with_signals)
     skipped = not engine.step(rate)
     num_tokens, num_loss_tokens = sum(_num_read(pack) for pack in packs), sum(pack.num_loss_tokens for pack in packs)
@@ -137,4 +138,5 @@ def _num_read(pack: Pack) -> int:
 
 
 def _short(name: str) -> str:
-    return {"forward_kl_tail_bucket": "kl", "cross_entropy": "ce"}.get(name, name.removesuffix("_tail_bucket"))
+    short = {"forward_kl_stored_tail": "kl", "forward_kl_tail_bucket": "kl", "cross_entropy": "ce"}
+    return short.get(name, name.removesuffix("_tail_bucket"))

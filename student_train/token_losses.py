@@ -87,8 +87,7 @@ def _term_loss(term: LossTerm, targets: SparseTargets, soft: OpenChunk | None, h
         return -_hard_logprobs(term.name, targets, hard)
     assert soft is not None
     teacher_CB, student_CB = _buckets(targets, soft)
-    if term.name == "forward_kl_sampled_tail":
-        assert targets.draws is not None
+    if term.uses_draws and targets.draws is not None:
         draw_weights_CM, teacher_CM = draws_at_temperature(targets, targets.draws, student_CB.dtype)
         student_CM = soft.student_extra_CE[:, : draw_weights_CM.shape[1]]
         value_C = forward_kl_sampled_tail(teacher_CB, student_CB, draw_weights_CM, student_CM, teacher_CM)

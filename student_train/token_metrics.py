@@ -22,7 +22,7 @@ from student_train.token_losses import chunk_losses
 _MIX = LossMix(
     (
         LossTerm("cross_entropy"),
-        LossTerm("forward_kl_tail_bucket"),
+        LossTerm("forward_kl_stored_tail"),
         LossTerm("reverse_kl_tail_bucket"),
         LossTerm("jsd_tail_bucket"),
     )
@@ -35,7 +35,8 @@ class TokenMetrics:
 
     Attributes:
         cross_entropy_N: -log q of the sampled token, nats.
-        forward_kl_N: KL(teacher | student) over support and tail, nats; at most the dense KL.
+        forward_kl_N: KL(teacher | student), nats: over support and tail, at most the dense KL; where the targets hold
+        draws from the tail, an unbiased estimate of it.
         reverse_kl_N: KL(student | teacher) over support and tail, nats.
         jsd_N: Jensen-Shannon divergence over support and tail, nats, in [0, log 2] ("knowledge retention").
         agreement_N: 1 where the student's most likely token is the teacher's rank-0 token, else 0.

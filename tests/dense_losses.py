@@ -88,8 +88,7 @@ def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: Spa
     if name == "forward_kl_renormalised":
         mass_N1 = (mask_NV * p_NV).sum(dim=1, keepdim=True)
         return tau**2 * (mask_NV * (p_NV / mass_N1) * (log_p_NV - mass_N1.log() - log_q_NV)).sum(dim=1)
-    if name == "forward_kl_sampled_tail":
-        assert targets.draws is not None
+    if name in ("forward_kl_sampled_tail", "forward_kl_stored_tail") and targets.draws is not None:
         ids_NM = targets.draws.ids_NM
         ratio_NM = (log_p_NV - dense_NV).gather(1, ids_NM).exp()
         in_tail_NM = (log_p_NV - log_q_NV).gather(1, ids_NM)
@@ -112,7 +111,7 @@ def merged_divergence(name: LossName, p_B: Tensor, q_B: Tensor) -> Tensor:
         return (left_B * (left_B / right_B).log())[left_B > 0].sum()
 
     match name:
-        case "forward_kl_tail_bucket":
+        case "forward_kl_tail_bucket" | "forward_kl_stored_tail":
             return kl(p_B, q_B)
         case "reverse_kl_tail_bucket":
             return kl(q_B, p_B)

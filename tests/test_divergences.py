@@ -112,6 +112,7 @@ def test_terms_say_what_they_need() -> None:
     }
     assert needs["forward_kl_tail_bucket"] == (True, True, False, False)
     assert needs["forward_kl_truncated"] == (True, False, False, False)
+    assert needs["forward_kl_stored_tail"] == (True, True, False, False)
     assert needs["forward_kl_sampled_tail"] == (True, False, True, False)
     assert needs["cross_entropy"] == (False, False, False, False)
     assert needs["cross_entropy_argmax"] == (True, False, False, False)

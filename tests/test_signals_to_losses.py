@@ -102,7 +102,7 @@ def test_a_schedule_steps_through_stored_temperatures() -> None:
     assert values == [4.0, 4.0, 4.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0]
     assert temperature_steps(stage, stored, 9) == [(0, 4.0), (3, 2.0), (7, 1.0)]
     mix = mix_at(stage, 0, 9)
-    views = [target_view(stage, stored, mix, step, 9) for step in (0, 3, 8)]
+    views = [target_view(stage, stored, mix, step, 9, has_draws=False) for step in (0, 3, 8)]
     assert [view.partition for view in views] == [1, 0, None]
 
 

@@ -88,7 +88,7 @@ def test_missing_targets_are_refused() -> None:
     cases: list[tuple[LossName, SparseTargets, str]] = [
         ("forward_kl_tail_bucket", text, "hold none: use cross_entropy"),
         ("cross_entropy_argmax", text, "hold none: use cross_entropy"),
-        ("forward_kl_sampled_tail", targets, "does not hold: use forward_kl_tail_bucket"),
+        ("forward_kl_sampled_tail", targets, "does not hold: use forward_kl_stored_tail"),
         ("forward_kl_sampled_tail", unknown, "use temperature 1"),
         ("cross_entropy_reference", targets, "needs a reference text"),
     ]
