@@ -150,7 +150,7 @@ class StageConfig(StrictModel):
     """Only with `trainable: lora`; None takes its defaults."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
-            "forward_kl_tail_bucket": LossConfig(weight=0.9),
+            "forward_kl_stored_tail": LossConfig(weight=0.9),
             "cross_entropy": LossConfig(weight=0.1),
         },
         min_length=1,

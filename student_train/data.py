@@ -95,7 +95,7 @@ def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None
         if term.needs_draws and not selection.header.draws:
             raise ConfigError(
                 f"stages: {term.name} of {stage.name!r} needs draws from the tail, which not every selected shard "
-                "holds: use forward_kl_tail_bucket, or build a cache with capture.draws"
+                "holds: use forward_kl_stored_tail, or build a cache with capture.draws"
             )
         if term.needs_reference:
             raise ConfigError(
