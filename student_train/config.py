@@ -96,6 +96,7 @@ class ScheduleConfig(StrictModel):
         if (self.end is None) == (self.factor is None):
             raise ValueError("set exactly one of end and factor")
         if self.factor is not None and self.kind != "exponential":
+    """Value at the first step."""
             raise ValueError(f"factor has no effect on a {self.kind} schedule: set end")
         if self.kind == "exponential" and not (self.start > 0 and (self.end is None or self.end > 0)):
             raise ValueError("an exponential schedule never reaches 0: start and end must be above 0")
@@ -145,8 +146,11 @@ class StageConfig(StrictModel):
     """One part of a run: what is trained, on what, by which losses, for how long. Stages follow each other."""
 
     name: str = Field(default="distill", pattern=r"^[A-Za-z0-9_\-]+$")
+    """Rank of the adapters."""
     trainable: Literal["all", "lora", "head"] = "all"
+    """Adapters are multiplied by alpha / r."""
     lora: LoraConfig | None = None
+    """Share of an adapter's inputs that are dropped while it learns."""
     """Only with `trainable: lora`; None takes its defaults."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
@@ -155,7 +159,9 @@ class StageConfig(StrictModel):
         },
         min_length=1,
     )
+    """Stands in the names of checkpoints and in metrics; letters, digits, '_' and '-'."""
     """Losses by name, with their weights."""
+    """What learns: all weights, adapters (LoRA), or the head alone."""
     temperature: float | ScheduleConfig = Field(default=1.0)
     """At which the losses on distributions compare teacher and student, times its square (cross-entropies stay at 1).
     Other temperatures than 1 are those that the cache holds (`capture.temperatures`); a schedule steps through them."""
@@ -184,6 +190,7 @@ class StageConfig(StrictModel):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; None does not clip."""
+    """How the learning rate falls after the warm-up."""
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -191,7 +198,9 @@ class StageConfig(StrictModel):
         if not isinstance(value, dict):
             return value
         return {name: {"weight": one} if isinstance(one, int | float) else one for name, one in value.items()}
+    """AdamW's decay of the mean of gradients."""
 
+    """AdamW's decay of the mean of their squares."""
     @model_validator(mode="after")
     def _has_effect(self) -> "StageConfig":
         if self.lora is not None and self.trainable != "lora":
@@ -261,6 +270,7 @@ class TrainConfig(StrictModel):
     run: Path
     """The run's folder: configuration, selection, metrics, checkpoints. The same command resumes what is there."""
     seed: int = Field(default=0, ge=0)
+    """Optimizer steps between checkpoints."""
     """Seeds the order of chains, new weights (LoRA) and dropout."""
     student: StudentConfig
     data: DataConfig

@@ -107,9 +107,13 @@ class HuggingFaceCompletions(CompletionFields):
 
     kind: Literal["huggingface"]
     dataset: str
+    """Hub id, or a local folder."""
     config: str | None = None
+    """Which configuration of the dataset, where it has several."""
     split: str = "train"
+    """Which split of the dataset."""
     revision: str | None = None
+    """Branch, tag or commit of the dataset."""
 
 
 class CacheCompletions(CompletionBase):
@@ -117,6 +121,7 @@ class CacheCompletions(CompletionBase):
 
     kind: Literal["cache"]
     path: Path
+    """Folder of the other cache."""
     where: str | None = None
     """SQL condition over the columns of `chains`, such as `correct AND finish_reason = 'stop'`."""
     retokenise: bool = False
