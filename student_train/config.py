@@ -86,6 +86,7 @@ class ScheduleConfig(StrictModel):
 
     kind: Literal["linear", "cosine", "exponential", "elastic"]
     start: float = Field(ge=0)
+    """Value at the first step."""
     end: float | None = Field(default=None, ge=0)
     """Value at the last step; of an elastic weight, where the held-out loss would be 0."""
     factor: float | None = Field(default=None, gt=0)
@@ -96,7 +97,6 @@ class ScheduleConfig(StrictModel):
         if (self.end is None) == (self.factor is None):
             raise ValueError("set exactly one of end and factor")
         if self.factor is not None and self.kind != "exponential":
-    """Value at the first step."""
             raise ValueError(f"factor has no effect on a {self.kind} schedule: set end")
         if self.kind == "exponential" and not (self.start > 0 and (self.end is None or self.end > 0)):
             raise ValueError("an exponential schedule never reaches 0: start and end must be above 0")
@@ -136,8 +136,11 @@ class LoraConfig(StrictModel):
     """Low-rank adapters (peft) instead of full weights."""
 
     r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
     alpha: float = Field(default=32, gt=0)
+    """Adapters are multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are dropped while it learns."""
     targets: list[str] | None = Field(default=None, min_length=1)
     """Names of the linear layers that get an adapter, e.g. [q_proj, v_proj]; None is all but the head."""
 
@@ -146,11 +149,10 @@ class StageConfig(StrictModel):
     """One part of a run: what is trained, on what, by which losses, for how long. Stages follow each other."""
 
     name: str = Field(default="distill", pattern=r"^[A-Za-z0-9_\-]+$")
-    """Rank of the adapters."""
+    """Stands in the names of checkpoints and in metrics; letters, digits, '_' and '-'."""
     trainable: Literal["all", "lora", "head"] = "all"
-    """Adapters are multiplied by alpha / r."""
+    """What learns: all weights, adapters (LoRA), or the head alone."""
     lora: LoraConfig | None = None
-    """Share of an adapter's inputs that are dropped while it learns."""
     """Only with `trainable: lora`; None takes its defaults."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
@@ -159,9 +161,7 @@ class StageConfig(StrictModel):
         },
         min_length=1,
     )
-    """Stands in the names of checkpoints and in metrics; letters, digits, '_' and '-'."""
     """Losses by name, with their weights."""
-    """What learns: all weights, adapters (LoRA), or the head alone."""
     temperature: float | ScheduleConfig = Field(default=1.0)
     """At which the losses on distributions compare teacher and student, times its square (cross-entropies stay at 1).
     Other temperatures than 1 are those that the cache holds (`capture.temperatures`); a schedule steps through them."""
@@ -180,6 +180,7 @@ class StageConfig(StrictModel):
     learning_rate: float = Field(gt=0)
     """Peak. LoRA takes about ten times the rate of full weights."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
     """Share of the stage's steps over which the rate rises from 0."""
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
@@ -187,10 +188,11 @@ class StageConfig(StrictModel):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (AdamW) of matrices; norms and biases have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the mean of gradients."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's decay of the mean of their squares."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; None does not clip."""
-    """How the learning rate falls after the warm-up."""
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -198,9 +200,7 @@ class StageConfig(StrictModel):
         if not isinstance(value, dict):
             return value
         return {name: {"weight": one} if isinstance(one, int | float) else one for name, one in value.items()}
-    """AdamW's decay of the mean of gradients."""
 
-    """AdamW's decay of the mean of their squares."""
     @model_validator(mode="after")
     def _has_effect(self) -> "StageConfig":
         if self.lora is not None and self.trainable != "lora":
@@ -260,6 +260,7 @@ class CheckpointConfig(StrictModel):
     """When the run's state is saved, and what is kept. The last step of a stage and an interruption always save."""
 
     every_steps: int = Field(default=200, ge=1)
+    """Optimizer steps between checkpoints."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep, besides the one with the lowest held-out loss."""
 
@@ -270,7 +271,6 @@ class TrainConfig(StrictModel):
     run: Path
     """The run's folder: configuration, selection, metrics, checkpoints. The same command resumes what is there."""
     seed: int = Field(default=0, ge=0)
-    """Optimizer steps between checkpoints."""
     """Seeds the order of chains, new weights (LoRA) and dropout."""
     student: StudentConfig
     data: DataConfig

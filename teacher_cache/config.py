@@ -90,14 +90,14 @@ class HuggingFaceSource(FieldsBase):
 
     kind: Literal["huggingface"]
     dataset: str
-    config: str | None = None
     """Hub id such as openai/gsm8k, or a local folder."""
-    split: str = "train"
+    config: str | None = None
     """Which configuration of the dataset, where it has several."""
-    revision: str | None = None
+    split: str = "train"
     """Which split of the dataset."""
-
+    revision: str | None = None
     """Branch, tag or commit of the dataset."""
+
 
 class ReasoningGymSource(SourceBase):
     """Seeded reasoning tasks with their own answer checkers."""
@@ -106,10 +106,10 @@ class ReasoningGymSource(SourceBase):
     task: str
     """Name of a reasoning-gym dataset, such as chain_sum or gsm_symbolic."""
     size: int = Field(ge=1)
-    seed: int = 0
     """How many tasks are made."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
     """Of the tasks: the same seed makes the same ones."""
+    options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the task's own configuration."""
 
 
@@ -169,20 +169,20 @@ class SamplingConfig(StrictModel):
     temperature: float = Field(default=0.6, ge=0)
     """DeepSeek recommends 0.6 (0.5 to 0.7) for R1; 0 takes the most probable token."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
     """Draw from the smallest set of tokens with this mass; 1 is off."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
     """Draw from the so many most probable tokens."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
     """Leave out tokens less probable than this share of the most probable one; 0 is off."""
-    max_tokens: int = Field(default=32768, ge=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides the scores of tokens that stand in the chain already; 1 is off."""
+    max_tokens: int = Field(default=32768, ge=1)
     """Completion tokens a chain."""
     samples: int = Field(default=1, ge=1)
     """Chains a prompt, each with a seed of its own."""
     seed: int = 0
-
     """Of the draws; each chain has its own, by hash of this, its prompt and its number."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
@@ -212,8 +212,8 @@ class CaptureConfig(StrictModel):
     """What is kept of each token's distribution."""
 
     codec: str = "topk-u8"
-    max_support: int = Field(default=64, ge=1, le=1024)
     """How distributions are stored: topk-u8 (8-bit codes), topk-f32 (exact) or another of FORMAT.md."""
+    max_support: int = Field(default=64, ge=1, le=1024)
     """Entries a token at most, and the k asked of the engine."""
     nucleus: float | None = Field(default=0.999, gt=0, lt=1)
     """Keep the smallest prefix with this mass; None keeps max_support entries always."""
@@ -238,31 +238,31 @@ class EmbeddedConfig(StrictModel):
 
     kind: Literal["embedded"] = "embedded"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=1)
     """Of weights and activations; auto is the model's own."""
+    max_model_len: int | None = Field(default=None, ge=1)
     """Tokens of prompt and completion together."""
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Chains generated at once."""
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Tokens that one step of the engine computes at most."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Share of each GPU's memory for weights and key-value cache."""
     kv_cache_gb: float | None = Field(default=None, gt=0)
     """Gigabytes (2^30 bytes) of key-value cache; None: on a GPU by gpu_memory_utilization, on a CPU a quarter of what
     is free."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    pipeline_parallel_size: int = Field(default=1, ge=1)
     """GPUs that each layer is spread over."""
-    enable_expert_parallel: bool = False
+    pipeline_parallel_size: int = Field(default=1, ge=1)
     """Groups of GPUs that the layers are dealt to."""
-    distributed_executor_backend: Literal["mp", "ray"] | None = None
+    enable_expert_parallel: bool = False
     """Spread whole experts of a mixture over the GPUs instead of cutting each."""
-    quantization: str | None = None
+    distributed_executor_backend: Literal["mp", "ray"] | None = None
     """How workers of several GPUs are started; ray spans machines."""
-    kv_cache_dtype: str | None = None
+    quantization: str | None = None
     """vLLM's name of a quantisation to load weights with, such as fp8; null is the model's own."""
-    enforce_eager: bool = False
+    kv_cache_dtype: str | None = None
     """Of the key-value cache, such as fp8."""
+    enforce_eager: bool = False
     """Compile nothing: starts sooner, generates more slowly on a GPU."""
     in_process: bool | None = None
     """Run the engine's loop in this process; None: on a CPU yes, on a GPU in a process of its own."""
@@ -326,12 +326,12 @@ class ShardConfig(StrictModel):
     """When a shard closes. A crash costs at most the open shard."""
 
     max_mb: float = Field(default=512.0, gt=0)
-    max_minutes: float = Field(default=10.0, gt=0)
     """Megabytes (10^6 bytes) of a shard, about."""
-    row_group_tokens: int = Field(default=65536, ge=1)
+    max_minutes: float = Field(default=10.0, gt=0)
     """Minutes after which a shard closes however small it is."""
-
+    row_group_tokens: int = Field(default=65536, ge=1)
     """Completion tokens of a row group, which is what a reader loads at a time."""
+
 
 class JudgingConfig(StrictModel):
     """How answers are checked while the cache is built. Verdicts change nothing of what is generated."""
