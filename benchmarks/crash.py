@@ -4,13 +4,15 @@
 
 Real processes build one cache with a fake engine: everything but the model is real. Each round starts W of them at
 once, every third round with one that has all prompts, so that shares overlap, and kills each with SIGKILL at a random
-moment: while it starts, generates, encodes, renames or commits. Then W workers finish, and one more looks after them.
+moment: while it starts, generates, encodes, renames or commits. Beside them `gc` without any grace adopts and sweeps,
+and is killed like the others. Then W workers finish, and one more looks after them.
 `lost` are expected rows that are not visible, `duplicated` visible rows beyond the first of their sample, `orphans`
 files that no log names. Exit code 1 unless nothing is lost, nothing is duplicated and `verify` finds no fault. The
 last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,12 +21,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from shared.errors import StillroomError
 from shared.log import note
+from teacher_cache.gc import gc_cache
 from teacher_cache.requests import Request
 from tests.fake_builds import make_config, make_engine, make_requests, run_build
 
@@ -83,7 +87,13 @@ def crash(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bo
         shares = [(index, num_workers) for index in range(num_workers)]
         if rounds % 3 == 0:
             shares[-1] = (0, 1)
-        killed += _kill_all([_start(cache, requests, *share) for share in shares], rng, num_kills - killed)
+        processes = [_start(cache, requests, *share) for share in shares]
+        sweeper = _fork(_sweep, cache)
+        killed += _kill_all(processes, rng, num_kills - killed)
+        sweeper.kill()
+        sweeper.join()
+        if sweeper.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"gc beside builders ended by itself, with {sweeper.exitcode}")
         if not quiet and rounds % 10 == 0:
             note(f"{killed}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
     for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
@@ -92,15 +102,32 @@ def crash(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bo
 
 
 def _start(cache: Path, requests: Sequence[Request], index: int, count: int) -> BaseProcess:
+    return _fork(_work, cache, requests, index, count)
+
+
+def _fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
     # Forked, because an interpreter that starts anew spends its seconds on imports, where a kill shows nothing.
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(cache, requests, index, count))
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     return process
 
 
-def _work(cache: Path, requests: Sequence[Request], index: int, count: int) -> None:
+def _sweep(cache: Path) -> None:
+    _silence()
+    while True:
+        # There is no cache yet, or a worker that is about to start holds what this wants.
+        with contextlib.suppress(StillroomError):
+            gc_cache(cache, dry_run=False, grace_s=0.0)
+        time.sleep(STEP_S)
+
+
+def _silence() -> None:
     with open(os.devnull, "w") as sink:  # noqa: PTH123 - a descriptor is what counts here
         os.dup2(sink.fileno(), 2)
+
+
+def _work(cache: Path, requests: Sequence[Request], index: int, count: int) -> None:
+    _silence()
     config = make_config(cache, shard={"row_group_tokens": 400, "max_mb": 0.03, "max_minutes": 0.02})
     run_build(config, requests[index::count], lambda: make_engine(STEP_S), f"w{index}of{count}")
 

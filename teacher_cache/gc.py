@@ -189,16 +189,22 @@ def _clean_worker(
         report.kept += [_item(one, "not a file of this program") for one in files]
         return
     root = table.folder.parent
-    young = [one for one in files if now_s - (root / one.file).stat().st_mtime < grace_s]
+    young = [one for one in files if now_s - one.modified_s < grace_s]
     old = [one for one in files if one not in young]
     report.kept += [_item(one, "younger than the grace") for one in young]
-    lock = lock_path(root, run_id, worker)
-    if is_at_work(lock):
-        report.kept += [_item(one, "its worker is at work") for one in old]
-        return
+    # What lies beside the run's folders (verdicts in the making) may be any run's.
+    beside = run_id == table.folder.name
+    locks = [*(root / "runs").glob(f"*.{worker}.lock")] if beside else [lock_path(root, run_id, worker)]
     with contextlib.ExitStack() as stack:
-        if old and not report.dry_run and lock.exists():
-            stack.enter_context(worker_lock(lock, 0.0))
+        try:
+            for lock in locks if old else []:
+                if is_at_work(lock):
+                    raise CacheConflict(f"{lock} is locked")
+                if not report.dry_run and lock.exists():
+                    stack.enter_context(worker_lock(lock, 0.0))
+        except CacheConflict:
+            report.kept += [_item(one, "its worker is at work") for one in old]
+            return
         for one in old:
             if one.kind == "temporary":
                 _sweep(root, one, "was never finished", report)
@@ -220,7 +226,10 @@ def _adopt(table: Table, run_id: str, worker: str, one: Leftover, report: GcRepo
 def _sweep_companions(root: Path, report: GcReport, now_s: float, grace_s: float) -> None:
     """Unfinished files of manifests, vocabularies and receipts."""
     for path in sorted(path for name in COMPANION_FOLDERS for path in (root / name).rglob(f".*{TEMP_SUFFIX}")):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
         is_young = now_s - stat.st_mtime < grace_s
         why = "younger than the grace" if is_young else "was never finished"
         (report.kept if is_young else report.swept).append(Item(str(path.relative_to(root)), stat.st_size, why))

@@ -15,11 +15,12 @@ class Leftover:
     """A file that readers of the latest version never see.
 
     `removed`: an older version holds it. `unregistered`: finished, but no version ever named it; its worker's next
-    build adopts it. `temporary`: never finished. `file` is relative to the cache.
+    build adopts it. `temporary`: never finished. `file` is relative to the cache, `modified_s` by its disk's clock.
     """
 
     file: str
     size_bytes: int
+    modified_s: float
     kind: Literal["removed", "unregistered", "temporary"]
 
 
@@ -41,7 +42,12 @@ def find_leftovers(table: Table, history: Mapping[str, Sequence[Span]] | None = 
         kind: Literal["removed", "unregistered", "temporary"] = (
             "removed" if name in spans else "temporary" if is_temporary else "unregistered"
         )
-        found.append(Leftover(f"{table.folder.name}/{name}", path.stat().st_size, kind))
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            # Its worker was quicker.
+            continue
+        found.append(Leftover(f"{table.folder.name}/{name}", stat.st_size, stat.st_mtime, kind))
     return found
 
 
@@ -51,7 +57,10 @@ def receipt_problems(table: Table) -> list[str]:
     Raises CorruptError for a receipt that cannot be read.
     """
     problems = []
-    for receipt in read_receipts(table.folder):
+    receipts = read_receipts(table.folder)
+    # After the receipts: what was committed since this table was opened is no loss.
+    table.refresh()
+    for receipt in receipts:
         last = table.last_sequence(receipt.application)
         if last is None or last < receipt.sequence:
             problems.append(

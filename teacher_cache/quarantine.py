@@ -22,11 +22,13 @@ from shared.errors import CorruptError
 from shared.files import write_text_atomic
 from shared.shards import open_shard
 from teacher_cache.commits import Committer, VisibleSamples, replace_file, rewrite, take_out
+from teacher_cache.locks import lock_path, worker_lock
 from teacher_cache.shard_checks import Damage
 from teacher_cache.verify import VerifyReport
 
 MENDER = "mended"
 """Stands in the file names of shards with what was sound, where others have their worker."""
+LOCK_WAIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +103,14 @@ def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
 
     committer = Committer(table, VisibleSamples(table), run_id, MENDER)
     temp = committer.temp_path()
-    try:
-        num_rows = rewrite(table.path_of(damage.file), temp, is_sound, frozenset(damage.good_groups))
-        if not num_rows or not replace_file(table, committer, damage.file, temp, num_rows):
-            return 0
-    finally:
-        temp.unlink(missing_ok=True)
+    # Without the lock a build that starts now would take the new file for an orphan, all of whose rows are visible.
+    with worker_lock(lock_path(catalog.root, run_id, MENDER), LOCK_WAIT_S):
+        try:
+            num_rows = rewrite(table.path_of(damage.file), temp, is_sound, frozenset(damage.good_groups))
+            if not num_rows or not replace_file(table, committer, damage.file, temp, num_rows):
+                return 0
+        finally:
+            temp.unlink(missing_ok=True)
     return num_rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,13 +11,14 @@ from typer.testing import CliRunner
 from schemas import FORMAT_VERSION
 from schemas.manifest import SHARD_METADATA_KEY
 from shared.catalog import Catalog, Table
+from teacher_cache.build import Build
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
 from teacher_cache.gc import gc_cache
 from teacher_cache.quarantine import MENDER, quarantine
 from teacher_cache.verify import verify_cache
 from tests.caches import damage
-from tests.fake_builds import make_config, make_engine, make_requests, run_build
+from tests.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
 from tests.test_verify import register
 
 NUM_ROWS = 60
@@ -169,3 +171,19 @@ def test_a_crash_before_the_commit_leaves_the_table_as_it_was(root: Path, monkey
     run_build(make_config(root), make_requests(NUM_ROWS))
     assert sorted(visible(root)) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
     assert verify_cache(root).ok
+
+
+def test_a_build_that_starts_meanwhile_leaves_the_new_shard_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would see a published file of which every row is visible in the damaged shard, and remove it."""
+    lost = damage_group(largest(root), 1)
+    commit = Table.commit
+
+    def build_first(self: Table, *arguments: Any) -> None:
+        monkeypatch.setattr(Table, "commit", commit)
+        Build(make_config(root), make_teacher(), "w1").close()
+        commit(self, *arguments)
+
+    monkeypatch.setattr(Table, "commit", build_first)
+    (taken,) = quarantine(Catalog(root), verify_cache(root))
+    assert taken.num_rows - taken.num_kept == len(lost)
+    assert len(visible(root)) == NUM_ROWS - len(lost)

@@ -11,7 +11,7 @@ import pytest
 
 from shared.catalog import Catalog, Table, publish
 from shared.errors import DataError
-from teacher_cache.leftovers import find_leftovers
+from teacher_cache.leftovers import find_leftovers, receipt_problems
 from teacher_cache.verify import VerifyReport, summary_of, verify_cache
 from tests.caches import damage, make_cache
 
@@ -245,3 +245,9 @@ def test_columns_counts_and_companions_are_checked(root: Path, shard: Path) -> N
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a cache"):
         verify_cache(tmp_path)
+
+
+def test_what_is_committed_meanwhile_is_no_lost_entry(root: Path, shard: Path) -> None:
+    opened_before = Catalog(root).chains
+    register(Catalog(root).chains, pq.read_table(shard).slice(0, 0), "w7")
+    assert receipt_problems(opened_before) == []
