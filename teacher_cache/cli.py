@@ -56,14 +56,12 @@ def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson =
     """Say what a build, or a score, has left to do and what it will take; loads no model."""
     from dataclasses import asdict
 
-    from shared.config import read_yaml
+    from teacher_cache.config import BuildConfig
     from teacher_cache.plan import disk_warning, plan_build, plan_lines
     from teacher_cache.score_plan import plan_score
 
-    if "completions" in read_yaml(config_path):
-        planned = plan_score(_score_config(config_path, overrides))
-    else:
-        planned = plan_build(_config(config_path, overrides))
+    config = _any_config(config_path, overrides)
+    planned = plan_build(config) if isinstance(config, BuildConfig) else plan_score(config)
     _result(asdict(planned), plan_lines(planned), as_json)
     warning = disk_warning(planned)
     if warning is not None:
@@ -294,12 +292,20 @@ def report(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    config_path: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Look also at this configuration's teacher and servers.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what is installed, what it can do here, what is missing and the command that mends it."""
     from shared.doctor import diagnosis_lines
     from teacher_cache.doctor import diagnose
 
-    found = diagnose()
+    if config_path is None and overrides:
+        raise ConfigError("--set has no effect without a CONFIG: name one, or leave it out")
+    found = diagnose(None if config_path is None else _any_config(config_path, overrides))
     _result(found, diagnosis_lines(found), as_json)
     if not found["ok"]:
         raise typer.Exit(FAILED)
@@ -316,6 +322,12 @@ def main() -> None:
         if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["score"]):
             note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
         raise
+
+
+def _any_config(path: Path, overrides: list[str] | None) -> "BuildConfig | ScoreConfig":
+    from shared.config import read_yaml
+
+    return _score_config(path, overrides) if "completions" in read_yaml(path) else _config(path, overrides)
 
 
 def _config(path: Path, overrides: list[str] | None) -> "BuildConfig":

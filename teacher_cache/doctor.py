@@ -1,6 +1,7 @@
 """What this machine has of what a teacher needs: `teacher-cache doctor`. Loads none of it, so it works anywhere."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from shared.config import Json
 from shared.doctor import (
@@ -18,42 +19,70 @@ from shared.doctor import (
 from shared.errors import StillroomError
 from shared.sandbox import check_isolation
 
+if TYPE_CHECKING:
+    from teacher_cache.config import BuildConfig
+    from teacher_cache.score_config import ScoreConfig
+
 READING = ("pyarrow", "deltalake", "duckdb")
 """Without these a cache cannot be read."""
 
 BUILDING = ("transformers", "torch")
+ASKING = ("transformers", "httpx2")
+"""What a server engine needs."""
 OPTIONAL = {
+    "httpx2": "engine.kind: server",
     "datasets": "prompts of kind huggingface",
     "reasoning-gym": "prompts of kind reasoning_gym",
     "math-verify": "the judge math",
 }
 INSTALL_GPU = "pip install 'stillroom[teacher]'"
+INSTALL_SERVER = "pip install 'stillroom[teacher-server]'"
 INSTALL_CPU = "pip install 'stillroom[teacher-cpu]'"
 VLLM_VERSION = "0.32.0"
 LOW_DISK_GB = 50.0
 
 
-def diagnose() -> Json:
-    """All findings, `ok` unless something is missing that `build` needs, and what the machine can do."""
+def diagnose(config: "BuildConfig | ScoreConfig | None" = None) -> Json:
+    """All findings, `ok` unless something is missing that `build` needs, and what the machine can do.
+
+    With a configuration also its teacher and endpoints; where these do the work, vLLM and torch need not be here.
+    """
     gpus = find_gpus()
     has_gpu = any(gpu.state == "ok" for gpu in gpus)
     install = INSTALL_GPU if has_gpu else INSTALL_CPU
+    building = _building(config, has_gpu, install)
+    known = {one.name for one in building}
     findings = [
         find_python(),
         *(find_package(name, "missing", "pip install stillroom") for name in READING),
-        _vllm(has_gpu, install),
-        *(find_package(name, "missing", install) for name in BUILDING),
-        *(_optional(name, use) for name, use in OPTIONAL.items()),
+        *building,
+        *(_optional(name, use) for name, use in OPTIONAL.items() if name not in known),
         *gpus,
         find_compiler("vLLM compiles its kernels"),
         find_headers("vLLM compiles its kernels"),
         _isolation(),
         find_cpu(),
         find_disk(LOW_DISK_GB, "a million tokens take about 0.13 GB, a model its weights"),
+        *_configured(config),
     ]
     can_read = all(one.state == "ok" for one in findings if one.name in READING)
     found = diagnosis(findings)
     return {**found, "can_read": can_read, "can_build": found["ok"]}
+
+
+def _building(config: "BuildConfig | ScoreConfig | None", has_gpu: bool, install: str) -> list[Finding]:
+    """What loads the teacher here, or asks for it over HTTP."""
+    if config is not None and config.engine.kind == "server":
+        return [find_package(name, "missing", INSTALL_SERVER) for name in ASKING]
+    return [_vllm(has_gpu, install), *(find_package(name, "missing", install) for name in BUILDING)]
+
+
+def _configured(config: "BuildConfig | ScoreConfig | None") -> list[Finding]:
+    if config is None:
+        return []
+    from teacher_cache.config_doctor import find_configured
+
+    return find_configured(config)
 
 
 def _vllm(has_gpu: bool, install: str) -> Finding:

@@ -1,17 +1,26 @@
 """A look at the endpoints of a server engine, without a build: for `plan` and `doctor`."""
 
 import asyncio
+from dataclasses import dataclass
 
 from shared.errors import ConfigError
 from teacher_cache.config import ServerConfig
 from teacher_cache.handshake import Expected, shake_hands
 from teacher_cache.http_client import HttpClient, Unavailable
-from teacher_cache.plan import EndpointLook
 from teacher_cache.server import api_key_of, expected_of
 from teacher_cache.teacher import IdentifiedTeacher
 
 MAX_SILENCE_S = 20.0
 """A server that is loading or has much to do may take its time; a plan does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointLook:
+    """What an endpoint of a server engine turned out to be; `max_model_len` None where it does not fit."""
+
+    url: str
+    told: str
+    max_model_len: int | None
 
 
 def look_at_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, max_support: int) -> list[EndpointLook]:

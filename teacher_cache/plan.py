@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.catalog import Catalog
 from shared.log import Progress, format_bytes, format_count, format_duration
@@ -25,6 +25,9 @@ from teacher_cache.score_config import ScoreConfig
 from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 
+if TYPE_CHECKING:
+    from teacher_cache.endpoint_look import EndpointLook
+
 DEFAULT_BYTES_PER_TOKEN = {"topk-u8": 130.0, "topk-f32": 450.0}
 """At most, measured at max_support 64 and a vocabulary of 129,280; used in proportion where the cache tells nothing."""
 DEFAULT_SUPPORT = 64
@@ -34,15 +37,6 @@ METRICS_FRESH_S = 3600.0
 
 NUM_SHOWN = 3
 """Examples of rows that were left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointLook:
-    """What an endpoint of a server engine turned out to be; `max_model_len` None where it does not fit."""
-
-    url: str
-    told: str
-    max_model_len: int | None
 
 
 @dataclass(slots=True)
@@ -91,7 +85,7 @@ class BuildPlan:
     fits: bool = True
     sources: list[SourcePlan] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
-    endpoints: list[EndpointLook] = field(default_factory=list)
+    endpoints: "list[EndpointLook]" = field(default_factory=list)
 
 
 def plan_build(config: BuildConfig) -> BuildPlan:

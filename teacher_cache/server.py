@@ -7,6 +7,7 @@ Needs neither vllm nor torch.
 import asyncio
 import os
 import queue
+import resource
 import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from teacher_cache.config import ServerConfig
 from teacher_cache.endpoint_pool import EndpointPool, Job
 from teacher_cache.handshake import Expected
 from teacher_cache.requests import EngineInfo, Outcome, Request, refusal
+
+NUM_OTHER_FILES = 256
+"""Shards, libraries, the judge's pipes."""
 
 STEP_S = 0.2
 """The longest that a step waits for a chain."""
@@ -33,6 +37,7 @@ class ServerEngine:
         """
         api_key = api_key_of(config)
         expected = expected_of(config, teacher, tokenizer, max_support)
+        _allow_connections(config)
         self._config = config
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -133,6 +138,20 @@ def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, max_supp
         vocab_size=teacher.vocab_size,
         tokenizer=tokenizer,
     )
+
+
+def _allow_connections(config: ServerConfig) -> None:
+    """A chain in flight is an open connection; many systems let a program have 1024 unless it asks for more."""
+    needed = config.max_in_flight * len(config.endpoints) + NUM_OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"engine.max_in_flight={config.max_in_flight} on {len(config.endpoints)} endpoints needs {needed} open "
+            f"files, this system allows {hard}: lower it or raise ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def api_key_of(config: ServerConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -407,6 +408,18 @@ def test_closing_breaks_off_what_is_under_way(server: FakeServer) -> None:
     engine.close()
     engine.close()
     assert time.monotonic() - started_s < 20
+
+
+def test_more_connections_than_the_system_allows_are_refused(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    make_engine(server, max_in_flight=1000).close()
+    assert raised == [(1256, 4096)]
+    with pytest.raises(ConfigError, match=r"max_in_flight=4000 on 1 endpoints needs 4256 open files.*allows 4096"):
+        make_engine(server, max_in_flight=4000)
 
 
 def test_the_vocabulary_of_the_fake_is_the_teachers() -> None:

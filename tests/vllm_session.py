@@ -55,7 +55,8 @@ def run_session(folder: Path) -> Session:
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     results = pickle.loads((folder / "session.pickle").read_bytes())
-    return Session(folder / "teacher", *results, ended.stdout)
+    info, arrays, flat, dicts, scores, flat_scores, num_tokens = results
+    return Session(folder / "teacher", info, arrays, flat, dicts, scores, flat_scores, num_tokens, ended.stdout)
 
 
 def make_requests() -> list[Request]:
