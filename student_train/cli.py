@@ -25,7 +25,6 @@ app = typer.Typer(
     name="student-train",
     help="Train students from the distributions that a teacher left in a cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -27,7 +27,6 @@ app = typer.Typer(
     name="teacher-cache",
     help="Run a teacher once and keep what it said: chains, and the distribution of every token.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

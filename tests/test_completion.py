@@ -1,0 +1,51 @@
+"""Both programs complete their commands and options in a shell, and say which version they are."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = {"teacher-cache": "teacher_cache.cli", "student-train": "student_train.cli"}
+
+
+def run(program: str, *arguments: str, **environ: str) -> str:
+    script = f"from {PROGRAMS[program]} import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "offered"),
+    [
+        ("teacher-cache", "teacher-cache ver", ["verify"]),
+        ("teacher-cache", "teacher-cache sql --exp", ["--export-views"]),
+        ("student-train", "student-train ex", ["export"]),
+        ("student-train", "student-train run --np", ["--nproc"]),
+    ],
+)
+def test_bash_is_offered_what_fits(program: str, typed: str, offered: list[str]) -> None:
+    variable = f"_{program.upper().replace('-', '_')}_COMPLETE"
+    number = str(len(typed.split()) - 1)
+    said = run(program, **{variable: "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": number})
+    assert said.split() == offered
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_each_shell_is_shown(program: str, shell: str) -> None:
+    said = run(program, "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert f"_{program.upper().replace('-', '_')}_COMPLETE=complete_{shell}" in said
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_version_is_that_of_the_project(program: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    if not list(distributions(name="stillroom")):
+        pytest.skip("stillroom is not installed here")
+    assert run(program, "--version").strip() == project["version"]
