@@ -8,13 +8,14 @@ import json
 import os
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shared.errors import ConfigError, StillroomError
-from shared.log import console, note
+from shared.log import note
 
 if TYPE_CHECKING:
     from student_train.config import TrainConfig
@@ -36,6 +37,15 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or the name of a checkpoint.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if show_version:
+        print(version("stillroom"))
+        raise typer.Exit
 
 
 @app.command()
@@ -219,7 +229,7 @@ def main() -> None:
     try:
         app(prog_name="student-train")
     except StillroomError as error:
-        console.print(f"student-train: {error}", markup=False, soft_wrap=True)
+        note(f"student-train: {error}")
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED and sys.argv[1:2] == ["run"] and os.environ.get("RANK") is None:
