@@ -1,24 +1,33 @@
 """What capturing distributions costs: vLLM alone, vLLM's own log probabilities, and the whole builder.
 
-    python -m benchmarks.capture [--teacher FOLDER] [--prompts N] [--max-tokens T] [--json]
+    python -m benchmarks.capture [--teacher FOLDER] [--prompts N] [--max-tokens T] [--rounds R] [--json]
 
 On one teacher (the demo's, when `make demo` has made it; a tiny one with random weights is measured as well) the same
-seeded requests are generated, each mode in a fresh process after a warm-up:
+seeded requests are generated in several ways, in rounds that alternate on one warm engine, so that whatever else the
+machine does hits all of them. Ratios are medians over the rounds.
 
-    bare            no log probabilities, vLLM in this process; and in processes of its own, for the faster of the two
+    bare            no log probabilities
     vllm_logprobs   `logprobs=64`, vLLM's default dictionaries
-    builder         requests to committed Parquet shards
+    plain           the builder on vLLM's own top 64, without the sampler's plugin
+    builder         the builder: requests to committed Parquet shards, top 64 and exact entropy
+    signals         the builder with 8 draws and 2 temperatures more
+
+Vllm alone is also measured with its engine in a process of its own, and the faster of the two is what the builder is
+compared with. The engine's start-up is outside every figure, and so are judges, which work in processes of their own.
 
 Tokens a second are completion tokens over the wall clock of generation. `frontend_us_per_token` is CPU time that the
 engine's caller spends on outputs (vLLM's output processor, and for the builder the arrays' way to a Capture);
-`writer_us_per_token` the CPU time of the builder's second thread: rows, codec, Parquet, commits. Peak memory is that of
-builds of 1,000 and 10,000 chains with a fake engine, in MiB. The last line is one JSON object; with --json it is the
-only one.
+`writer_us_per_token` the CPU time of the builder's second thread: rows, codec, Parquet, commits;
+`process_us_per_token` the CPU time of the whole process, all threads. Peak memory is that of builds of 1,000 and 10,000
+chains with a fake engine, in MiB. The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +41,9 @@ from teacher_cache.requests import Request
 
 DEMO_TEACHER = Path("runs/demo/teacher")
 K = 64
-MODES = ("bare", "bare_own_process", "vllm_logprobs", "builder")
+MODES = ("bare", "builder", "signals", "plain", "vllm_logprobs")
+BUILDS = ("builder", "signals", "plain")
+SIGNALS = {"draws": 8, "temperatures": [0.5, 2.0]}
 MAX_NUM_SEQS = 32
 
 Result = dict[str, Any]
@@ -41,13 +52,14 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--teacher", type=Path, default=DEMO_TEACHER)
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part is not None:
-        print(json.dumps(_run_part(options.part, options.teacher, options.prompts, options.max_tokens)))
+        print(json.dumps(_run_part(options.part, options)))
         return
     if not options.teacher.is_dir():
         parser.error(f"{options.teacher} does not exist: run `make demo` once, or name a Hugging Face folder")
@@ -66,24 +78,44 @@ def main() -> None:
 
 
 def _measure_teacher(teacher: Path, options: argparse.Namespace, say: Callable[[str], None]) -> Result:
-    modes = {}
+    paired = _part("paired", teacher, options)
+    own_process = _part("own_process", teacher, options)["bare"][0]
+    rates = {mode: statistics.median(one["tokens_per_s"] for one in paired[mode]) for mode in MODES}
+    faster = max(1.0, own_process["tokens_per_s"] / rates["bare"])
     for mode in MODES:
-        modes[mode] = _part(mode, teacher, options)
-        rate, cost = modes[mode]["tokens_per_s"], modes[mode]["frontend_us_per_token"]
-        say(f"{teacher.name}  {mode}: {rate:.1f} tok/s, front end {cost:.1f} us/token")
-    bare = max(modes["bare"]["tokens_per_s"], modes["bare_own_process"]["tokens_per_s"])
+        cpu = statistics.median(one["process_us_per_token"] for one in paired[mode])
+        front = statistics.median(one["frontend_us_per_token"] for one in paired[mode])
+        say(f"{teacher.name}  {mode}: {rates[mode]:.1f} tok/s, front end {front:.1f}, all CPU {cpu:.0f} us/token")
+    say(f"{teacher.name}  bare, in a process of its own: {own_process['tokens_per_s']:.1f} tok/s")
+
+    def median(mode: str, name: str) -> float:
+        values: list[float] = [one[name] for one in paired[mode]]
+        return statistics.median(values)
+
+    def over_bare(mode: str, name: str = "tokens_per_s") -> float:
+        pairs = zip(paired[mode], paired["bare"], strict=True)
+        ratios: list[float] = [one[name] / bare[name] for one, bare in pairs]
+        return round(statistics.median(ratios), 3)
+
     return {
-        "bare_tokens_per_s": bare,
-        "bare_own_process_tokens_per_s": modes["bare_own_process"]["tokens_per_s"],
-        "vllm_logprobs_tokens_per_s": modes["vllm_logprobs"]["tokens_per_s"],
-        "builder_tokens_per_s": modes["builder"]["tokens_per_s"],
-        "builder_over_bare": round(modes["builder"]["tokens_per_s"] / bare, 3),
-        "frontend_us_per_token": modes["builder"]["frontend_us_per_token"],
-        "vllm_logprobs_frontend_us_per_token": modes["vllm_logprobs"]["frontend_us_per_token"],
-        "bare_frontend_us_per_token": modes["bare"]["frontend_us_per_token"],
-        "writer_us_per_token": modes["builder"]["writer_us_per_token"],
-        "bytes_per_token": modes["builder"]["bytes_per_token"],
-        "num_tokens": modes["builder"]["num_tokens"],
+        "bare_tokens_per_s": round(max(rates["bare"], own_process["tokens_per_s"]), 1),
+        "bare_own_process_tokens_per_s": own_process["tokens_per_s"],
+        "vllm_logprobs_tokens_per_s": rates["vllm_logprobs"],
+        "builder_tokens_per_s": rates["builder"],
+        "builder_over_bare": round(over_bare("builder") / faster, 3),
+        "signals_over_bare": round(over_bare("signals") / faster, 3),
+        "plain_over_bare": round(over_bare("plain") / faster, 3),
+        "vllm_logprobs_over_bare": round(over_bare("vllm_logprobs") / faster, 3),
+        "builder_cpu_over_bare": over_bare("builder", "process_us_per_token"),
+        "signals_cpu_over_bare": over_bare("signals", "process_us_per_token"),
+        "plain_cpu_over_bare": over_bare("plain", "process_us_per_token"),
+        "frontend_us_per_token": median("builder", "frontend_us_per_token"),
+        "vllm_logprobs_frontend_us_per_token": median("vllm_logprobs", "frontend_us_per_token"),
+        "bare_frontend_us_per_token": median("bare", "frontend_us_per_token"),
+        "writer_us_per_token": median("builder", "writer_us_per_token"),
+        "bytes_per_token": median("builder", "bytes_per_token"),
+        "num_tokens": paired["builder"][0]["num_tokens"],
+        "num_rounds": len(paired["builder"]),
     }
 
 
@@ -91,6 +123,7 @@ def _part(part: str, teacher: Path, options: argparse.Namespace) -> Result:
     """One measurement in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.capture", "--part", part, "--teacher", str(teacher)]
     command += ["--prompts", str(options.prompts), "--max-tokens", str(options.max_tokens)]
+    command += ["--rounds", str(options.rounds)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         sys.exit(f"the measurement of {part} failed:\n{ended.stderr[-3000:]}")
@@ -98,10 +131,12 @@ def _part(part: str, teacher: Path, options: argparse.Namespace) -> Result:
     return result
 
 
-def _run_part(part: str, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
+def _run_part(part: str, options: argparse.Namespace) -> Result:
     if part.startswith("memory:"):
         return _memory(int(part.partition(":")[2]))
-    return _generate(part, teacher, num_prompts, max_tokens)
+    if part == "paired":
+        return _paired(options, MODES, in_process=True)
+    return _paired(options, ("bare",), in_process=False)
 
 
 def _memory(num_rows: int) -> Result:
@@ -118,42 +153,85 @@ def _memory(num_rows: int) -> Result:
     return {"peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
 
 
-def _generate(mode: str, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
+def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bool) -> Result:
+    """Rounds of every mode on one engine: a list of measurements a mode."""
     from teacher_cache.config import BuildConfig, EmbeddedConfig
     from teacher_cache.engine import EmbeddedEngine
     from teacher_cache.prompts import load_prompts, requests
     from teacher_cache.teacher import identify_teacher
 
     with tempfile.TemporaryDirectory(prefix="stillroom-capture-") as folder:
-        config = BuildConfig.model_validate(_config(Path(folder) / "cache", teacher, num_prompts, max_tokens))
+        configs = {
+            mode: BuildConfig.model_validate(_config(Path(folder), options, SIGNALS if mode == "signals" else {}))
+            for mode in MODES
+        }
+        config = configs["signals"]
         identified = identify_teacher(config.teacher)
         loaded = load_prompts(config.prompts).prompts
         stream = requests(config, loaded, identified.tokenizer, identified.record.fingerprint)
         wanted = [one for one in stream if isinstance(one, Request)]
-        own_process = mode == "bare_own_process"
-        settings = EmbeddedConfig.model_validate({**config.engine.model_dump(), "in_process": not own_process})
-        engine = EmbeddedEngine(config.teacher, settings, K)
+        settings = EmbeddedConfig.model_validate({**config.engine.model_dump(), "in_process": in_process})
+        engine = EmbeddedEngine(config.teacher, settings, config.capture)
         frontend = _FrontEnd(engine)
-        try:
-            _raw(engine, wanted[:4], mode)
-            frontend.seconds = 0.0
-            if mode == "builder":
-                return _timed_build(config, identified, engine, wanted, frontend)
-            started_s = time.perf_counter()
-            num_tokens = _raw(engine, wanted, mode)
-            return _rates(num_tokens, time.perf_counter() - started_s, frontend.seconds)
-        finally:
-            engine.close()
+        measured: dict[str, list[Result]] = {mode: [] for mode in modes}
+        writer_s = _timed_writer()
+        with contextlib.closing(engine):
+            _raw(engine, wanted[:4], "bare")
+            for number in range(options.rounds):
+                for mode in modes:
+                    _ask_for(engine, configs[mode], mode)
+                    frontend.seconds, writer_s[:] = 0.0, []
+                    before_s, cpu_s = time.perf_counter(), time.process_time()
+                    if mode in BUILDS:
+                        cache = Path(folder) / f"{mode}{number}"
+                        one = _build(configs[mode].updated(cache=cache), identified, engine, wanted)
+                    else:
+                        one = {"num_tokens": _raw(engine, wanted, mode), "seconds": time.perf_counter() - before_s}
+                    cpu_s = time.process_time() - cpu_s
+                    measured[mode].append(_rates(one, frontend.seconds, sum(writer_s), cpu_s))
+        return measured
 
 
-def _config(cache: Path, teacher: Path, num_prompts: int, max_tokens: int) -> Result:
-    source = {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": num_prompts, "seed": 1}
+def _ask_for(engine: Any, config: Any, mode: str) -> None:
+    """Sets what the engine asks vLLM for: the rows of this mode's capture, or without the plugin vLLM's own top k."""
+    from teacher_cache.wide_rows import Layout
+
+    capture = config.capture
+    own = Layout(engine._k, capture.draws, tuple(capture.temperatures))
+    engine._layout = own if mode in ("builder", "signals") else None
+    engine._info = dataclasses.replace(engine._info, entropy="support" if engine._layout is None else "exact")
+
+
+def _timed_writer() -> list[float]:
+    """Filled with the CPU seconds of each build's writer thread."""
+    from teacher_cache.recorder import Recorder
+
+    writer_s: list[float] = []
+    run = Recorder._run
+
+    def timed_run(self: Recorder) -> None:
+        before_s = time.thread_time()
+        run(self)
+        writer_s.append(time.thread_time() - before_s)
+
+    Recorder._run = timed_run  # type: ignore[method-assign]
+    return writer_s
+
+
+def _config(folder: Path, options: argparse.Namespace, capture: Result) -> Result:
+    prompts = folder / "prompts.jsonl"
+    lines = [
+        json.dumps({"prompt": f"Explain step by step why {i} + {i + 7} = {2 * i + 7}."}) for i in range(options.prompts)
+    ]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    source = {"kind": "jsonl", "name": "sums", "path": prompts, "prompt_field": "prompt"}
     return {
-        "cache": cache,
+        "cache": folder / "cache",
         "run": "bench",
-        "teacher": {"model": str(teacher)},
+        "teacher": {"model": str(options.teacher)},
         "prompts": {"sources": [source]},
-        "sampling": {"temperature": 0.6, "top_p": 1.0, "max_tokens": max_tokens},
+        "sampling": {"temperature": 0.6, "top_p": 1.0, "max_tokens": options.max_tokens},
+        "capture": capture,
         "engine": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": MAX_NUM_SEQS, "kv_cache_gb": 1},
     }
 
@@ -185,7 +263,7 @@ def _raw(engine: Any, wanted: Sequence[Request], mode: str) -> int:
     inner = engine._engine
     for number, request in enumerate(wanted):
         params = engine._sampling_params(request)
-        params.flat_logprobs = mode == "builder"
+        params.flat_logprobs = False
         params.detokenize = mode == "vllm_logprobs"
         if mode.startswith("bare"):
             params.logprobs = None
@@ -196,26 +274,14 @@ def _raw(engine: Any, wanted: Sequence[Request], mode: str) -> int:
     return num_tokens
 
 
-def _timed_build(config: Any, teacher: Any, engine: Any, wanted: Sequence[Request], frontend: _FrontEnd) -> Result:
+def _build(config: Any, teacher: Any, engine: Any, wanted: Sequence[Request]) -> Result:
     from teacher_cache.build import Build
-    from teacher_cache.recorder import Recorder
 
-    writer_s: list[float] = []
-    run = Recorder._run
-
-    def timed_run(self: Recorder) -> None:
-        before_s = time.thread_time()
-        run(self)
-        writer_s.append(time.thread_time() - before_s)
-
-    Recorder._run = timed_run  # type: ignore[method-assign]
-    build = Build(config, teacher, "w0")
-    result = build.run(wanted, len(wanted), lambda: _Kept(engine))
-    build.close()
-    num_tokens = result.recorded.num_tokens
+    with contextlib.closing(Build(config, teacher, "w0")) as build:
+        result = build.run(wanted, len(wanted), lambda: _Kept(engine))
     return {
-        **_rates(num_tokens, result.seconds, frontend.seconds),
-        "writer_us_per_token": round(1e6 * sum(writer_s) / num_tokens, 1),
+        "num_tokens": result.recorded.num_tokens,
+        "seconds": result.seconds,
         "bytes_per_token": round(result.recorded.bytes_per_token or 0.0, 1),
     }
 
@@ -239,11 +305,14 @@ class _Kept:
         pass
 
 
-def _rates(num_tokens: int, seconds: float, frontend_s: float) -> Result:
+def _rates(one: Result, frontend_s: float, writer_s: float, cpu_s: float) -> Result:
+    num_tokens = one["num_tokens"]
     return {
-        "num_tokens": num_tokens,
-        "tokens_per_s": round(num_tokens / seconds, 1),
+        **one,
+        "tokens_per_s": round(num_tokens / one["seconds"], 1),
         "frontend_us_per_token": round(1e6 * frontend_s / num_tokens, 1),
+        "writer_us_per_token": round(1e6 * writer_s / num_tokens, 1),
+        "process_us_per_token": round(1e6 * cpu_s / num_tokens, 1),
     }
 
 
