@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from schemas.records import Capture
+from shared.errors import ConfigError
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.requests import Failed
 from teacher_cache.wide_rows import Layout
@@ -187,3 +188,16 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
     on_cpu = engine_args(teacher, EmbeddedConfig(kv_cache_gb=2), CaptureConfig(), on_cpu=True)
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30
+
+
+def test_without_the_plugin_candidates_come_from_vllm_and_what_only_it_sees_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from teacher_cache.engine import _do_without_plugin
+
+    _do_without_plugin(CaptureConfig(), "another version")
+    assert "vLLM's own top-k is used" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"capture\.draws needs stillroom's plugin .* another version"):
+        _do_without_plugin(CaptureConfig(draws=2), "another version")
+    with pytest.raises(ConfigError, match=r"capture\.temperatures needs"):
+        _do_without_plugin(CaptureConfig(temperatures=[2.0]), "another version")
