@@ -58,7 +58,7 @@ def test_exported_folder_is_the_student_that_the_run_saw(
     assert list(out.glob("*.safetensors"))
     assert AutoTokenizer.from_pretrained(out).chat_template == make_tokenizer().chat_template
     card = (out / "README.md").read_text()
-    for said in ("synthetic-teacher", "split = 'train'", "forward_kl_tail_bucket", "KL(teacher, student)"):
+    for said in ("synthetic-teacher", "split = 'train'", "forward_kl_stored_tail", "KL(teacher, student)"):
         assert said in card
     seen = RunFolder(config.run).read_evals()[-1]
     tolerance = 1e-2 if engine.get("precision") == "bfloat16" else 1e-5
