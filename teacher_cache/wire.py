@@ -234,10 +234,10 @@ def _ranked(entries: list[Any], rank: int | None, k: int) -> list[Any]:
 
 
 def _rank_among(values: Sequence[float | None]) -> int:
-    """Rank of the first among all, behind its equals as vLLM counts it."""
+    """Rank of the first among all, behind its equals as vLLM counts it; 1 where it is no number."""
     own = values[0]
     if own is None:
-        return UNKNOWN_RANK
+        return 1
     return sum(value is None or value >= own for value in values)
 
 
