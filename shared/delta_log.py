@@ -34,7 +34,13 @@ def log_problems(log: Path) -> list[str]:
         return ["holds no entry: no file of this table can be told from an orphan"]
     last, bridged = max(entries | checkpoints), max(checkpoints, default=-1)
     missing = [version for version in range(last + 1) if version not in entries]
+    hinted = _hinted_checkpoint(log)
+    lost = [] if hinted is None or hinted in checkpoints else [hinted]
     return [
+        f"checkpoint {version} is missing, to which _last_checkpoint points: restore it from a copy, or remove "
+        "_last_checkpoint, which loses nothing while every entry is there"
+        for version in lost
+    ] + [
         f"entry {version:020d}.json is missing: restore it from a copy; "
         + (
             f"versions before the checkpoint {bridged} can no longer be read"
@@ -85,6 +91,17 @@ def _versions(log: Path) -> tuple[set[int], set[int]]:
     entries = {int(match[1]) for match in map(LOG_ENTRY.match, names) if match}
     checkpoints = {int(match[1]) for match in map(LOG_CHECKPOINT.match, names) if match}
     return entries, checkpoints
+
+
+def _hinted_checkpoint(log: Path) -> int | None:
+    hint = log / "_last_checkpoint"
+    if not hint.exists():
+        return None
+    try:
+        return int(json.loads(hint.read_text(encoding="utf-8"))["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # deltalake looks for checkpoints by itself then.
+        return None
 
 
 def _actions(entry: Path) -> list[dict[str, dict[str, str]]]:

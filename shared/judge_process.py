@@ -45,6 +45,7 @@ class JudgeProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._killed = False
         self._prepared: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -71,8 +72,9 @@ class JudgeProcess:
         request = {"kind": kind, "answer": answer, "reference": reference, "metadata": dict(metadata)}
         deadline_s = TOTAL_TIMEOUT_S + DEADLINE_S if kind == "code" else DEADLINE_S
         with self._lock:
-            self._prepare(kind)
-            reply = self._ask(request, deadline_s)
+            if not self._killed:
+                self._prepare(kind)
+            reply = None if self._killed else self._ask(request, deadline_s)
         return UNDECIDED if reply is None else Verdict(reply["correct"], reply["score"])
 
     def close(self) -> None:
@@ -81,7 +83,8 @@ class JudgeProcess:
             self._stop()
 
     def kill(self) -> None:
-        """Ends the process at once, from any thread: a check that is running comes back undecided."""
+        """Ends the process for good, from any thread: a check that is running, or comes later, is undecided."""
+        self._killed = True
         process = self._process
         if process is not None:
             process.kill()
@@ -90,6 +93,8 @@ class JudgeProcess:
         if kind in self._prepared and self._process is not None and self._process.poll() is None:
             return
         reply = self._ask({"prepare": kind}, START_TIMEOUT_S)
+        if reply is None and self._killed:
+            return
         if reply is None:
             raise StillroomError(f"judge {kind} does not start within {START_TIMEOUT_S:.0f} s")
         if reply["error"] is not None:
@@ -129,6 +134,9 @@ class JudgeProcess:
             # A Ctrl-C is for the parent, which then ends this one.
             start_new_session=True,
         )
+        if self._killed:
+            # It was said while this one started.
+            self._process.kill()
         return self._process
 
     def _stop(self) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from shared.catalog import SHARD_NAME, Catalog, DataFile, Table
 from shared.config import nearest_name
 from shared.delta_log import Span, file_history, merged_ranges
-from shared.errors import CacheConflict, ConfigError, CorruptError
+from shared.errors import CacheConflict, ConfigError, CorruptError, DataError, one_line
 from shared.files import TEMP_SUFFIX, file_clock_s
 from shared.log import format_bytes
 from teacher_cache.commits import Committer, VisibleSamples, take_out
@@ -76,17 +76,23 @@ def gc_cache(
 
     `drop_runs` names runs (by name or id) whose shards, failures and verdicts leave the latest version; their files
     stay for older versions until `delete_removed`, which deletes what the latest version does not hold.
-    Raises CorruptError while a log is damaged, ConfigError for an unknown run, CacheConflict for a run at work.
+    Raises CorruptError while a log is damaged, ConfigError for an unknown run, CacheConflict for a run at work,
+    DataError where the cache cannot be written.
     """
-    catalog = Catalog(root)
+    try:
+        return _gc(Catalog(root), GcReport(dry_run), grace_s, drop_runs, delete_removed)
+    except OSError as error:
+        raise DataError(f"{root} cannot be written: {one_line(error)}") from error
+
+
+def _gc(catalog: Catalog, report: GcReport, grace_s: float, drop_runs: Sequence[str], delete_removed: bool) -> GcReport:
+    root, dry_run = catalog.root, report.dry_run
     tables = (catalog.chains, catalog.verdicts, catalog.failures)
     for table in tables:
         problems = receipt_problems(table)
         if problems:
             raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is swept from a damaged cache")
-    report = GcReport(dry_run)
-    run_ids = _runs_named(catalog, drop_runs)
-    for run_id in run_ids:
+    for run_id in _runs_named(catalog, drop_runs):
         report.dropped.append(_drop_run(catalog, run_id, dry_run))
     now_s = time.time() if dry_run else file_clock_s(root / "runs")
     for table in tables:

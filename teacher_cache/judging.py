@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from schemas.records import Prompt
 from schemas.tables import VERDICT_SCHEMA
 from shared.catalog import Catalog, Table, publish
-from shared.errors import CacheConflict, ConfigError
+from shared.errors import CacheConflict, ConfigError, StillroomError, one_line
 from shared.files import TEMP_SUFFIX
 from shared.judge import KINDS, Verdict, check_kind, require_judge
 from shared.judge_process import JudgeProcess
@@ -97,9 +97,14 @@ def commit_verdicts(table: Table, samples: Sequence[JudgedSample], run_id: str, 
         "judged_at": [now] * len(samples),
     }
     temp = verdict_temp(table, worker)
-    pq.write_table(
-        pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA), temp, compression="zstd", write_page_checksum=True
-    )
+    verdicts = pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA)
+    try:
+        pq.write_table(verdicts, temp, compression="zstd", write_page_checksum=True)
+    except OSError as error:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        problem = f"{table.folder} cannot be written: {one_line(error)}"
+        raise StillroomError(f"{problem}: mend that and judge again") from error
     commit_verdict_file(table, temp, len(samples), run_id, worker)
 
 

@@ -121,7 +121,7 @@ class Recorder:
             if stop.is_set:
                 self._judges.hurry()
             self._thread.join(WAKE_S)
-            if self.closed_s is not None and not told:
+            if self.closed_s is not None and self._thread.is_alive() and not told:
                 note("all chains are visible; answers are being judged (Ctrl-C leaves them to `teacher-cache judge`)")
                 told = True
 

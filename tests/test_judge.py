@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -205,3 +206,14 @@ def test_a_process_that_was_killed_is_started_anew() -> None:
 def test_unknown_kinds_are_refused(judge: JudgeProcess) -> None:
     with pytest.raises(ConfigError, match="judge 'maths' is unknown: did you mean 'math'"):
         judge.judge("maths", "1", "1", {})
+
+
+def test_a_judge_that_was_killed_says_nothing_more() -> None:
+    with JudgeProcess() as judge:
+        asked: tuple[Any, ...] = ("code", "while True: pass", '[{"input": "", "output": "5"}]', {})
+        hanging = threading.Thread(target=judge.judge, args=asked)
+        hanging.start()
+        judge.kill()
+        hanging.join(10)
+        assert not hanging.is_alive()
+        assert judge.judge("exact", "5", "5", {}) == UNDECIDED
