@@ -84,11 +84,19 @@ def require_judges(prompts: Iterable[Prompt]) -> None:
         require_judge(kind)
 
 
-def commit_verdicts(table: Table, samples: Sequence[JudgedSample], run_id: str, worker: str) -> None:
-    """Makes the verdicts visible, all or none. Raises CacheConflict when others commit without a pause for it."""
+def commit_verdicts(
+    table: Table, samples: Sequence[JudgedSample], run_id: str, worker: str, after: datetime.datetime | None = None
+) -> None:
+    """Makes the verdicts visible, all or none, as given later than `after`.
+
+    Raises CacheConflict when others commit without a pause for it.
+    """
     if not samples:
         return
     now = datetime.datetime.now(datetime.UTC)
+    if after is not None and now <= after:
+        # The clock was set back, or another machine's was ahead: the latest verdict must count all the same.
+        now = after + datetime.timedelta(microseconds=1)
     columns: dict[str, list[Any]] = {
         "sample_id": [sample.sample_id for sample in samples],
         "judge": [sample.judge for sample in samples],
@@ -153,7 +161,8 @@ def judge_cache(
             judge.prepare(kinds)
         progress = stack.enter_context(Progress("judge", total, "chains"))
         # Runs also when this is interrupted: what was judged need not be judged again.
-        pending = stack.enter_context(_Uncommitted(catalog.verdicts))
+        latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
+        pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest))
         for sample in _judged(session, _query("sample_id, answer, reference, metadata", kind, where, again), judges):
             report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict)
             pending.add(sample)
@@ -164,8 +173,8 @@ def judge_cache(
 class _Uncommitted:
     """Verdicts on their way to the table: committed every COMMIT_ROWS, and at the end however that comes."""
 
-    def __init__(self, table: Table) -> None:
-        self._table = table
+    def __init__(self, table: Table, after: datetime.datetime | None) -> None:
+        self._table, self._after = table, after
         self._samples: list[JudgedSample] = []
 
     def __enter__(self) -> Self:
@@ -183,7 +192,7 @@ class _Uncommitted:
 
     def _commit(self) -> None:
         samples, self._samples = self._samples, []
-        commit_verdicts(self._table, samples, "judge", "j0")
+        commit_verdicts(self._table, samples, "judge", "j0", self._after)
 
 
 def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[JudgedSample]:

@@ -1,5 +1,6 @@
 """Judging a cache again: verdicts are added beside the shards, the latest one counts."""
 
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,13 @@ def test_two_judges_commit_at_once(cache: SyntheticCache, monkeypatch: pytest.Mo
     monkeypatch.setattr(one, "commit", conflict)
     with pytest.raises(CacheConflict, match="try again"):
         commit_verdicts(one, [JudgedSample(sample_ids[0], "exact", Verdict(True, 1.0))], "judge", "j0")
+
+
+def test_the_latest_verdict_counts_though_the_clock_was_set_back(cache: SyntheticCache) -> None:
+    future = datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC)
+    sample_id = cache.chains[0].sample_id
+    old = [JudgedSample(sample_id, "regex", Verdict(None, None))]
+    commit_verdicts(Catalog(cache.root).verdicts, old, "run", "w0", after=future)
+    assert judge_cache(cache.root, kind="regex", again=True).by_judge["regex"].num_chains == 24
+    expected = "42" in cache.chains[0].text[len(cache.chains[0].text) // 2 :]
+    assert verdicts(cache.root)[sample_id, "regex"] is expected
