@@ -218,12 +218,17 @@ def sql(
     export_views: Annotated[
         Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views for the plain duckdb program.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="First read every file and compare it with the hash in its name.")
+    ] = False,
 ) -> None:
     """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
     from shared.sql import Session
-    from teacher_cache.query import check_out, open_caches, read_stdin, run_query, write_views
+    from teacher_cache.query import check_files, check_out, open_caches, read_stdin, run_query, write_views
 
     catalogs = open_caches(cache, attach or [])
+    if check:
+        check_files(catalogs.values())
     if export_views is not None:
         if query is not None or out is not None or output_format is not None:
             raise ConfigError("--export-views writes a database and answers no query: leave QUERY, --out, --format out")

@@ -8,16 +8,17 @@ written by this module, never by the query.
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.catalog import Catalog
+from shared.catalog import Catalog, check_hash
 from shared.errors import ConfigError, DataError
 from shared.files import atomic_path
-from shared.log import note
+from shared.log import Progress, note
 from shared.sql import Session, export_views
 from shared.terminal import harmless
 from teacher_cache.results import Shown, csv_text, json_text, markdown_text, table_text
@@ -67,6 +68,18 @@ def run_query(
         with atomic_path(out) as temp, temp.open("w", encoding="utf-8", newline="") as stream:
             stream.writelines(_text(reader, chosen, max_rows, None, shown))
         _say_rest(shown)
+
+
+def check_files(catalogs: Iterable[Catalog]) -> None:
+    """Reads every file of the caches and compares it with the hash in its name: DuckDB does not verify page checksums.
+
+    Raises CorruptError naming the first file that is damaged.
+    """
+    tables = [table for one in catalogs for table in (one.chains, one.verdicts, one.failures)]
+    paths = [table.path_of(file) for table in tables for file in table.files()]
+    with ThreadPoolExecutor() as pool, Progress("check", len(paths), "files") as progress:
+        for number, _ in enumerate(pool.map(check_hash, paths), start=1):
+            progress.update(number, 0)
 
 
 def check_out(out: Path, caches: Sequence[Catalog]) -> None:

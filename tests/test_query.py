@@ -16,14 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from typer.testing import CliRunner
 
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, CorruptError, DataError
 from shared.sql import Session
 from shared.terminal import cut, harmless, one_line, pad, width_of
-from teacher_cache.query import check_out, open_caches, run_query
+from teacher_cache.cli import app
+from teacher_cache.query import check_files, check_out, open_caches, run_query
 from teacher_cache.results import Shown, table_text
 from teacher_cache.sql_shell import SqlShell, is_complete
-from tests.caches import SyntheticCache, make_cache
+from tests.caches import SyntheticCache, damage, make_cache
 
 EVERY_TYPE = """
     SELECT 1 AS i, 1.5::DOUBLE AS f, 'NaN'::FLOAT AS nan, true AS b, NULL AS n, '' AS e, 'a,"b' || chr(10) || 'c' AS s,
@@ -292,3 +294,16 @@ def test_ctrl_c_ends_a_query_on_a_real_terminal_and_ctrl_d_leaves(cache: Synthet
         finally:
             process.kill()
             os.close(terminal)
+
+
+@pytest.mark.parametrize("table", ["chains", "verdicts"])
+def test_a_check_finds_the_byte_that_duckdb_reads_over(tmp_path: Path, table: str) -> None:
+    cache = make_cache(tmp_path / "cache", num_chains=20)
+    arguments = ["sql", str(cache.root), "SELECT count(*) AS n FROM chains", "--format", "csv"]
+    assert CliRunner().invoke(app, [*arguments, "--check"]).stdout == '"n"\n20\n'
+    path = next((cache.root / table).glob("*/*.parquet"))
+    damage(path)
+    with pytest.raises(CorruptError, match=path.name):
+        check_files([cache.catalog])
+    failed = CliRunner().invoke(app, [*arguments, "--check"])
+    assert isinstance(failed.exception, CorruptError)
