@@ -27,6 +27,7 @@ from teacher_cache.fake import FakeEngine
 from teacher_cache.judging import judge_cache
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.requests import Finished, Outcome, Request
+from teacher_cache.verify import verify_cache
 from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +212,28 @@ def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(
     catalog = Catalog(cache)
     for file in catalog.chains.files():
         check_hash(catalog.chains.path_of(file))
+
+
+def test_the_number_of_workers_may_change_between_runs_and_while_another_is_at_work(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """One of three is killed, one of two starts beside another of three; then four finish, and nobody is left over."""
+    cache, num_prompts = tmp_path / "c", 240
+    first = worker(cache, "0/3", num_prompts, 0.05)
+    processes.append(first)
+    _wait_for_shards(cache, 2)
+    first.kill()
+    first.wait()
+    num_before = len(visible_ids(cache))
+    assert 0 < num_before < num_prompts // 3
+    processes.extend(worker(cache, share, num_prompts, 0.01) for share in ("1/3", "0/2"))
+    assert [process.wait(120) for process in processes[1:]] == [0, 0]
+    requests = make_requests(num_prompts)
+    config = make_config(cache, shard={"row_group_tokens": 200, "max_mb": 0.01})
+    results = [run_build(config, requests[index::4], worker=f"w{index}of4") for index in range(4)]
+    assert sum(result.num_total for result in results) == num_prompts
+    assert sorted(visible_ids(cache)) == sorted(request.sample_id for request in requests)
+    assert verify_cache(cache).ok
 
 
 def judged_requests(num_prompts: int) -> list[Request]:
