@@ -179,7 +179,7 @@ def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Sessio
 
 
 def test_what_is_not_configured_is_left_to_vllm() -> None:
-    from teacher_cache.engine import engine_args
+    from teacher_cache.engine_args import engine_args
 
     teacher = TeacherConfig(model="m")
     bare = engine_args(teacher, EmbeddedConfig(), CaptureConfig(), on_cpu=False)
