@@ -18,5 +18,5 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 def vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real vLLM server of the line's teacher, started once a session."""
     folder = tmp_path_factory.mktemp("server")
-    with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "65") as url:
-        yield url
+    with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "65") as server:
+        yield server.url

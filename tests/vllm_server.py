@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -23,9 +24,17 @@ FLAGS = (
 )
 
 
+@dataclass(frozen=True)
+class Server:
+    """`pid` is of the process that speaks HTTP; the engine is another."""
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
-def serve(model: Path, folder: Path, *flags: str) -> Iterator[str]:
-    """Starts a server of `model` with its log in `folder`, and yields its address when it answers; ends it after."""
+def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """Starts a server of `model` with its log in `folder`, and yields it when it answers; ends it after."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,7 +46,7 @@ def serve(model: Path, folder: Path, *flags: str) -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url, process, folder / "serve.log")
-        yield url
+        yield Server(url, process.pid)
     finally:
         _end(process)
 

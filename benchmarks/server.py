@@ -1,0 +1,153 @@
+"""What a teacher costs over HTTP: bytes on the wire and processor time at both ends, by both ways into a vLLM server.
+
+    python -m benchmarks.server --teacher FOLDER [--k K] [--chains N] [--tokens T] [--json]
+
+Starts a real `vllm serve` on the loopback, generates chains, and scores the same chains, with the server engine alone:
+no rows, no shards. `client_us` is this process, `front_end_us` the server's process that speaks HTTP (its engine core
+is another), both in microseconds of processor time a completion token; scoring a chain also reads its prompt. The last
+line is one JSON object; with --json it is the only one.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from schemas.records import Message, Prompt
+from teacher_cache import handshake, http_client
+from teacher_cache.config import ServerConfig, TeacherConfig
+from teacher_cache.http_client import HttpClient
+from teacher_cache.requests import Finished, Request
+from teacher_cache.server import ServerEngine
+from teacher_cache.teacher import identify_teacher
+from teacher_cache.wire import Api, CompletionsApi, GenerateApi
+from tests.vllm_server import Server, serve
+
+NUM_AT_ONCE = 16
+FIRST_PROMPT_TOKEN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One way of asking. `bytes_per_token` counts what comes in, a completion token."""
+
+    path: str
+    work: str
+    num_tokens: int
+    tokens_per_s: float
+    bytes_per_token: float
+    client_us: float
+    front_end_us: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server")
+    parser.add_argument("--teacher", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--chains", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--enable-scale-out", "--max-logprobs", str(asked.k + 1))
+        with serve(asked.teacher.absolute(), Path(folder), *flags) as server:
+            costs = [cost for api in (GenerateApi(), CompletionsApi()) for cost in measure(server, api, asked)]
+    if not asked.json:
+        for cost in costs:
+            print(
+                f"{cost.work:8} {cost.path:24} {cost.num_tokens} tokens at {cost.tokens_per_s:.0f} tok/s, "
+                f"{cost.bytes_per_token:.0f} B, client {cost.client_us:.0f} µs, front end {cost.front_end_us:.0f} µs"
+            )
+    print(json.dumps({"k": asked.k, "costs": [asdict(cost) for cost in costs]}))
+    return 0
+
+
+def measure(server: Server, api: Api, asked: argparse.Namespace) -> Iterator[Cost]:
+    """Generates chains by one way, then scores them by it."""
+    config = ServerConfig(kind="server", endpoints=[server.url], max_in_flight=NUM_AT_ONCE)
+    teacher = identify_teacher(TeacherConfig(model=str(asked.teacher)), config)
+    with _by(api), _counted_bytes() as counted:
+        engine = ServerEngine(config, teacher.record, teacher.tokenizer, asked.k)
+        try:
+            requests = [_request(number, asked.tokens) for number in range(asked.chains)]
+            chains: list[Finished] = []
+            for work in ("generate", "score"):
+                counted.clear()
+                before = (time.process_time(), _processor_s(server.pid), time.monotonic())
+                chains = _answers(engine, requests)
+                after = (time.process_time(), _processor_s(server.pid), time.monotonic())
+                client_s, front_end_s, seconds = (end - start for start, end in zip(before, after, strict=True))
+                num = sum(len(chain.capture.token_ids_T) for chain in chains)
+                costs = (sum(counted) / num, 1e6 * client_s / num, 1e6 * front_end_s / num)
+                yield Cost(api.path, work, num, num / seconds, *costs)
+                requests = [_scored(chain) for chain in chains]
+        finally:
+            engine.close()
+
+
+def _answers(engine: ServerEngine, requests: Sequence[Request]) -> list[Finished]:
+    for request in requests:
+        engine.submit(request)
+    chains: list[Finished] = []
+    while engine.num_unfinished:
+        for outcome in engine.step():
+            assert isinstance(outcome, Finished), outcome
+            chains.append(outcome)
+    return chains
+
+
+def _request(number: int, num_tokens: int) -> Request:
+    prompt = Prompt("benchmark", (Message("user", "benchmark"),), "benchmark", "train")
+    ids = [FIRST_PROMPT_TOKEN, FIRST_PROMPT_TOKEN + number, FIRST_PROMPT_TOKEN]
+    return Request(prompt, ids, 0, number, {"temperature": 1.0}, num_tokens, str(number))
+
+
+def _scored(chain: Finished) -> Request:
+    request, ids = chain.request, chain.capture.token_ids_T.tolist()
+    return Request(request.prompt, request.prompt_token_ids, 0, None, {}, len(ids), request.sample_id, ids)
+
+
+@contextmanager
+def _by(api: Api) -> Iterator[None]:
+    """Servers are met as if they had this way alone."""
+    found = handshake._api
+
+    async def only(http: HttpClient, model: str) -> Api:
+        return api
+
+    handshake._api = only
+    try:
+        yield
+    finally:
+        handshake._api = found
+
+
+@contextmanager
+def _counted_bytes() -> Iterator[list[int]]:
+    """Sizes of all JSON that comes in."""
+    parsed, sizes = http_client._parsed, list[int]()
+
+    def counting(content: bytes) -> http_client.Json:
+        sizes.append(len(content))
+        return parsed(content)
+
+    http_client._parsed = counting
+    try:
+        yield sizes
+    finally:
+        http_client._parsed = parsed
+
+
+def _processor_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
