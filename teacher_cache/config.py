@@ -213,12 +213,13 @@ class CaptureConfig(StrictModel):
 
     codec: str = "topk-u8"
     """How distributions are stored: topk-u8 (8-bit codes), topk-f32 (exact) or another of FORMAT.md."""
-    max_support: int = Field(default=64, ge=1, le=1024)
-    """Entries a token at most, and the k asked of the engine."""
+    max_support: int = Field(default=8, ge=1, le=1024)
+    """Exact entries a token at most: the teacher's most probable tokens with their probabilities."""
     nucleus: float | None = Field(default=0.999, gt=0, lt=1)
     """Keep the smallest prefix with this mass; None keeps max_support entries always."""
-    draws: int = Field(default=0, ge=0, le=256)
-    """Tokens drawn from the tail where max_support ends before the nucleus: unbiased targets (arXiv 2503.16870)."""
+    draws: int = Field(default=8, ge=0, le=256)
+    """Tokens drawn from the tail where max_support ends before the nucleus: unbiased targets (arXiv 2503.16870).
+    8 exact entries and 8 draws teach more than 64 exact ones, in two fifths of the bytes (docs/performance.md)."""
     temperatures: list[float] = Field(default_factory=list, max_length=8)
     """Temperatures besides 1 whose log-partition is kept, so that losses at them are exact."""
 

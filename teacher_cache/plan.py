@@ -28,9 +28,11 @@ from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 if TYPE_CHECKING:
     from teacher_cache.endpoint_look import EndpointLook
 
-DEFAULT_BYTES_PER_TOKEN = {"topk-u8": 130.0, "topk-f32": 450.0}
-"""At most, measured at max_support 64 and a vocabulary of 129,280; used in proportion where the cache tells nothing."""
-DEFAULT_SUPPORT = 64
+BYTES_PER_TOKEN = 20.0
+BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0}
+"""At most, with every support full: measured at 16 and 64 entries and a vocabulary of 129,280. Used where the cache
+tells nothing.
+"""
 
 METRICS_FRESH_S = 3600.0
 """Workers whose last metrics are older than the newest by more than this do not count as running together."""
@@ -260,7 +262,8 @@ def predict(plan: BuildPlan, config: RunConfig, catalog: Catalog | None) -> None
     """Bytes, hours, and whether the disk is large enough."""
     capture = config.capture
     if not plan.bytes_per_token_measured:
-        plan.bytes_per_token = DEFAULT_BYTES_PER_TOKEN[capture.codec] * capture.max_support / DEFAULT_SUPPORT
+        num_entries = capture.max_support + capture.draws
+        plan.bytes_per_token = BYTES_PER_TOKEN + BYTES_PER_ENTRY[capture.codec] * num_entries
     plan.gb_left = plan.tokens_left * plan.bytes_per_token / 1e9
     plan.disk_free_gb = shutil.disk_usage(_existing(config.cache)).free / 1e9
     plan.fits = plan.gb_left < plan.disk_free_gb

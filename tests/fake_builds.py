@@ -35,7 +35,7 @@ def make_config(cache: Path, **blocks: object) -> BuildConfig:
             "run": "fake",
             "teacher": {"model": "fake"},
             "prompts": {"sources": [{"kind": "jsonl", "name": "fake", "path": "none.jsonl", "prompt_field": "text"}]},
-            "capture": {"max_support": K},
+            "capture": {"max_support": K, "draws": 0},
             "shard": {"row_group_tokens": 500, "max_mb": 0.05},
             **blocks,
         }

@@ -109,7 +109,7 @@ TEACHER: dict[str, Any] = {
         ],
     },
     "sampling": {"temperature": 0.7, "top_p": 0.9, "max_tokens": 24, "samples": 2},
-    "capture": {"codec": "topk-f32", "max_support": 64, "nucleus": None},
+    "capture": {"codec": "topk-f32", "max_support": 64, "nucleus": None, "draws": 0},
     "engine": {"dtype": "float32", "max_num_seqs": 16, "enforce_eager": True, "kv_cache_gb": 0.25},
     "shard": {"row_group_tokens": 300},
 }

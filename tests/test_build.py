@@ -53,7 +53,10 @@ def test_a_build_writes_every_request_once_and_a_second_one_starts_no_engine(tmp
 
 def test_rows_are_what_the_engine_gave(tmp_path: Path) -> None:
     requests = make_requests(20)
-    run_build(make_config(tmp_path / "c", capture={"max_support": 8, "codec": "topk-f32", "nucleus": None}), requests)
+    run_build(
+        make_config(tmp_path / "c", capture={"max_support": 8, "codec": "topk-f32", "nucleus": None, "draws": 0}),
+        requests,
+    )
     engine, captures = make_engine(), {}
     for request in requests:
         engine.submit(request)

@@ -46,7 +46,7 @@ def served(tmp_path: Path, folder: Path, url: str, **engine: Any) -> dict[str, A
             "sources": [{"kind": "jsonl", "name": "q", "path": str(tmp_path / "q.jsonl"), "prompt_field": "q"}]
         },
         "sampling": {"max_tokens": 40},
-        "capture": {"max_support": 8},
+        "capture": {"max_support": 8, "draws": 0},
         "engine": {"kind": "server", "endpoints": [url], "model": "tiny", "give_up_minutes": 0.01, **engine},
     }
 

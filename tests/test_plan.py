@@ -82,6 +82,7 @@ def config_of(folder: Path, num_sums: int = 6, num_words: int = 4, **more: Any) 
         "teacher": {"model": str(folder / "model")},
         "prompts": {"sources": sources, "heldout_frac": 0.5},
         "sampling": {"max_tokens": 100},
+        "capture": {"max_support": 16, "draws": 0},
         **more,
     }
     return validate_config(data, BuildConfig, "test")
@@ -105,8 +106,8 @@ def test_without_a_cache_everything_is_left_and_bounded(folder: Path) -> None:
     assert 0 < plan.num_heldout < 10
     assert (plan.num_chains, plan.num_done, plan.num_left) == (14, 0, 14)
     assert (plan.tokens_left, plan.tokens_left_measured) == (1400, False)
-    assert (plan.bytes_per_token, plan.bytes_per_token_measured) == (130.0, False)
-    assert plan.gb_left == pytest.approx(1400 * 130 / 1e9)
+    assert (plan.bytes_per_token, plan.bytes_per_token_measured) == (20.0 + 1.8 * 16, False)
+    assert plan.gb_left == pytest.approx(1400 * (20 + 1.8 * 16) / 1e9)
     assert plan.hours_left is None
     assert plan.fits
     assert disk_warning(plan) is None
@@ -159,7 +160,7 @@ def test_a_small_disk_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert not plan.fits
     warning = disk_warning(plan)
     assert warning is not None
-    assert "has 1.0 kB free and the build needs up to 182.0 kB" in warning
+    assert "has 1.0 kB free and the build needs up to 68.3 kB" in warning
 
 
 def test_speed_is_that_of_the_workers_at_work_together(tmp_path: Path) -> None:

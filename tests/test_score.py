@@ -51,7 +51,7 @@ def make_score(cache: Path, *sources: dict[str, Any], **blocks: Any) -> ScoreCon
             "run": "scored",
             "teacher": {"model": "fake"},
             "completions": {"sources": named, **blocks.pop("completions", {})},
-            "capture": {"max_support": K},
+            "capture": {"max_support": K, "draws": 0},
             "shard": {"row_group_tokens": 500, "max_mb": 0.05},
             **blocks,
         },

@@ -33,7 +33,7 @@ def make_finished(num_rows: int) -> list[Finished]:
 
 
 def make_rows(finished: list[Finished]) -> list[ChainRow]:
-    maker = RowMaker(make_teacher().tokenizer, CaptureConfig(max_support=K), ReasoningConfig(), "fake_0", "w0")
+    maker = RowMaker(make_teacher().tokenizer, CaptureConfig(max_support=K, draws=0), ReasoningConfig(), "fake_0", "w0")
     return [maker.row(one) for one in finished]
 
 
@@ -103,7 +103,7 @@ def test_reasoning_is_split_on_its_token(tmp_path: Path) -> None:
     teacher = make_teacher()
     start, end = teacher.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     hello, five = (teacher.tokenizer.encode(text, add_special_tokens=False) for text in ("hello", "5"))
-    maker = RowMaker(teacher.tokenizer, CaptureConfig(max_support=K), ReasoningConfig(), "fake_0", "w0")
+    maker = RowMaker(teacher.tokenizer, CaptureConfig(max_support=K, draws=0), ReasoningConfig(), "fake_0", "w0")
     (finished,) = make_finished(1)
 
     def split(token_ids: list[int]) -> tuple[object, ...]:
@@ -130,7 +130,7 @@ def test_reasoning_that_the_template_opened_is_found_and_an_unfinished_one_is_ma
     """R1's template ends the prompt with <think>: the completion begins in the middle of the reasoning."""
     teacher = make_teacher()
     start, end = teacher.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    maker = RowMaker(teacher.tokenizer, CaptureConfig(max_support=K), ReasoningConfig(), "fake_0", "w0")
+    maker = RowMaker(teacher.tokenizer, CaptureConfig(max_support=K, draws=0), ReasoningConfig(), "fake_0", "w0")
     (finished,) = make_finished(1)
     capture = finished.capture
     plain = np.where(np.isin(capture.token_ids_T, [start, end]), 65, capture.token_ids_T).astype(np.int32)
