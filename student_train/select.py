@@ -17,6 +17,7 @@ from schemas.manifest import ShardHeader
 from schemas.records import Float32, Int64
 from shared.catalog import Catalog
 from shared.errors import ConfigError
+from shared.filter_columns import check_filter_columns
 from shared.shards import open_shard
 from shared.sql import Session, open_cache
 from student_train.selection import (
@@ -161,6 +162,7 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> pa.Table
     # The newline lets a condition end in a `--` comment.
     condition = f"WHERE (\n{where}\n)" if where is not None else ""
     expression = f"(\n{weight}\n)" if weight is not None else "1"
+    check_filter_columns(catalog, f"{where} {weight}")
     with open_cache(catalog) as session:
         _dry_run(session, request.key, where, f"SELECT 1 FROM chains {condition} LIMIT 0")
         _dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")

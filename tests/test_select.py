@@ -191,3 +191,30 @@ def test_damage_is_found(cache: SyntheticCache, tmp_path: Path) -> None:
         except CorruptError:
             num_found += 1
     assert num_found > 20
+
+
+@pytest.mark.parametrize("column", ["split", "num_tokens", "text"])
+def test_a_changed_byte_selects_nothing(tmp_path: Path, column: str) -> None:
+    """DuckDB would read over it, and a held-out chain could come into training."""
+    cache = make_cache(tmp_path / "cache", num_chains=12, groups_per_shard=100)
+    path = next(cache.root.glob("chains/*/*.parquet"))
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    chunk = next(one for one in map(group.column, range(group.num_columns)) if one.path_in_schema == column)
+    # The last byte of the chunk belongs to its last page.
+    place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x10
+    path.write_bytes(bytes(data))
+    condition = f"split = 'train' AND num_tokens > 0 AND {column} IS NOT NULL"
+    with pytest.raises(CorruptError, match=rf"{path.name}.*row group 1"):
+        freeze(tmp_path / "selection.parquet", ask(cache, condition))
+    if column == "text":
+        # Of a column that no condition names nothing depends on it here.
+        assert len(freeze(tmp_path / "selection.parquet", ask(cache, "num_tokens > 0")).key_R) == 12
+
+
+def test_damaged_verdicts_select_nothing(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", num_chains=12)
+    damage(next((cache.root / "verdicts").glob("*/*.parquet")))
+    with pytest.raises(CorruptError, match="does not have the bytes"):
+        freeze(tmp_path / "selection.parquet", ask(cache, "correct"))
