@@ -1,8 +1,9 @@
 """SQL over a cache: time to the first answer, the cookbook's queries, and the bytes read by a question about lengths.
 
-    python -m benchmarks.sql [--json] [--tokens N]
+    python -m benchmarks.sql [--json] [--tokens N] [--cache FOLDER]
 
-A cache of synthetic chains (topk-u8, vocabulary 129,280, row groups of 65,536 tokens) is written. First answer: a new
+A cache is built with the fake engine (topk-u8, nucleus 0.999 of at most 64, vocabulary 129,280, mean length 1,500, row
+groups of 65,536 tokens), in FOLDER, where it stays for another run, or in a temporary folder. First answer: a new
 process of `teacher-cache sql` counts the chains, wall clock, best of three. Queries: every SQL block of docs/sql.md in
 one session, wall clock and CPU seconds of one run each, with the cache attached to itself as the second teacher.
 Bytes: what the process read (rchar of /proc/self/io) for one query about lengths in a new session, footers included.
@@ -10,6 +11,7 @@ The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
+import datetime
 import json
 import re
 import subprocess
@@ -19,12 +21,30 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.catalog import Catalog
-from shared.sql import Session, open_cache
-from tests.caches import make_cache
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from schemas.records import Message, Prompt, prompt_id_of, sample_id_of
+from schemas.tables import VERDICT_SCHEMA
+from shared.catalog import Catalog, publish
+from shared.sql import Session, open_cache
+from shared.storage import spool
+from teacher_cache.build import Build
+from teacher_cache.fake import FakeEngine
+from teacher_cache.prompts import seed_of
+from teacher_cache.requests import Request
+from teacher_cache.teacher import IdentifiedTeacher
+from tests.fake_builds import make_config, make_teacher
+
+VOCAB_SIZE = 129_280
+SUPPORT = 64
 MEAN_TOKENS = 1500
-GROUP_TOKENS = 65_536
+MAX_TOKENS = 4096
+SAMPLES, NUM_SOURCES = 4, 6
+EOS_ID, THINK_END_ID = 1, 150
+SAMPLING = {"temperature": 0.6, "top_p": 0.95, "max_tokens": MAX_TOKENS}
 COOKBOOK = Path(__file__).parent.parent / "docs" / "sql.md"
 LENGTHS = "SELECT source, avg(num_tokens) FROM chains GROUP BY source"
 
@@ -34,14 +54,17 @@ Result = dict[str, object]
 def main() -> None:
     """Runs the measurements and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="completion tokens of the cache")
+    parser.add_argument("--tokens", type=int, default=10_400_000, help="completion tokens of the cache, about")
     parser.add_argument("--json", action="store_true", help="print the result as JSON alone")
+    parser.add_argument("--cache", type=Path, help="where the cache is, or is to be made")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillroom-sql-benchmark-") as name:
-        catalog = _write_cache(Path(name) / "cache", arguments.tokens)
-        shard_bytes = sum(file.size_bytes for file in catalog.chains.files())
-        result: Result = {"tokens": arguments.tokens, "shard_bytes": shard_bytes}
-        result["first_answer_s"] = min(_first_answer_s(catalog.root) for _ in range(3))
+        root = arguments.cache or Path(name) / "cache"
+        if not root.exists():
+            _write_cache(root, arguments.tokens)
+        catalog = Catalog(root)
+        result = _shape(catalog)
+        result["first_answer_s"] = round(min(_first_answer_s(root) for _ in range(3)), 3)
         result["length_bytes_read"] = _bytes_read(catalog)
         result["queries"] = list(_time_queries(catalog))
     if not arguments.json:
@@ -49,21 +72,78 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _write_cache(root: Path, num_tokens: int) -> Catalog:
-    made = make_cache(
+def _write_cache(root: Path, num_tokens: int) -> None:
+    """Builds with the fake engine, as `teacher-cache build` does with a real one; then a verdict for every chain."""
+    config = make_config(
         root,
-        num_chains=num_tokens // MEAN_TOKENS,
-        codec="topk-u8",
-        vocab_size=129_280,
-        max_support=64,
-        min_tokens=MEAN_TOKENS // 3,
-        max_tokens=MEAN_TOKENS * 5 // 3,
-        max_prompt_tokens=200,
-        rows_per_group=GROUP_TOKENS // MEAN_TOKENS,
-        groups_per_shard=6,
-        id_skew=4.0,
+        capture={"max_support": SUPPORT},
+        shard={"max_mb": 64.0, "row_group_tokens": 65_536},
     )
-    return made.catalog
+    tokenizer, teacher = _tokenizer(), make_teacher()
+    record = teacher.record.model_copy(update={"vocab_size": VOCAB_SIZE})
+    build = Build(config, IdentifiedTeacher(record, tokenizer), "w0")
+    num_chains = num_tokens // MEAN_TOKENS
+    try:
+        build.run(_requests(num_chains), num_chains, _engine)
+    finally:
+        build.close()
+    _write_verdicts(Catalog(root))
+
+
+def _engine() -> FakeEngine:
+    return FakeEngine(VOCAB_SIZE, SUPPORT, max_model_len=MAX_TOKENS + 256, mean_tokens=MEAN_TOKENS, eos_id=EOS_ID)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Made-up words, the commonest first, as FakeEngine draws them; among them those of the cookbook's questions."""
+    words = {
+        0: "<unk>",
+        EOS_ID: "<eos>",
+        2: "<think>",
+        100: "▁wait",
+        120: "▁but",
+        140: "▁hmm",
+        THINK_END_ID: "</think>",
+    }
+    vocab = {words.get(token, f"▁w{token}"): token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def _requests(num_chains: int) -> Iterator[Request]:
+    """Prompts of NUM_SOURCES sources with SAMPLES chains each."""
+    for number in range(num_chains):
+        question, index = divmod(number, SAMPLES)
+        messages = (Message("user", f"question {question}: " + "what is known of it? " * 20),)
+        source, split = f"source {question % NUM_SOURCES}", "heldout" if question % 50 == 0 else "train"
+        prompt = Prompt(prompt_id_of(messages), messages, source, split, reference="5")
+        prompt_ids = [3, *range(1000, 1100), 1000 + question % 50_000]
+        seed = seed_of(0, prompt.prompt_id, index)
+        sample_id = sample_id_of("f" * 32, prompt_ids, SAMPLING, seed, index)
+        yield Request(prompt, prompt_ids, index, seed, SAMPLING, MAX_TOKENS, sample_id)
+
+
+def _write_verdicts(catalog: Catalog) -> None:
+    """Right by the hash of the sample, more often in the later sources."""
+    with open_cache(catalog) as session:
+        rows = session.arrow(
+            "SELECT sample_id, 'exact' AS judge,"
+            " hash(sample_id) % 10 < 2 + split_part(source, ' ', 2)::INTEGER AS correct FROM chains"
+        ).to_pylist()
+    now = datetime.datetime.now(datetime.UTC)
+    verdicts = [{**row, "score": float(row["correct"]), "judged_at": now} for row in rows]
+    temp = spool(catalog.verdicts.folder) / ".verdicts.tmp"
+    pq.write_table(pa.Table.from_pylist(verdicts, schema=VERDICT_SCHEMA), temp)
+    file = publish(temp, catalog.verdicts.folder, "judge/w0-000001", len(verdicts))
+    catalog.verdicts.commit([file], "stillroom/judge/w0", 1)
+
+
+def _shape(catalog: Catalog) -> Result:
+    files = catalog.chains.files()
+    with open_cache(catalog) as session:
+        (row,) = session.arrow("SELECT count(*) AS chains, sum(num_tokens)::BIGINT AS tokens FROM chains").to_pylist()
+    return {**row, "shards": len(files), "shard_bytes": sum(file.size_bytes for file in files)}
 
 
 def _first_answer_s(root: Path) -> float:
@@ -101,6 +181,7 @@ def _time_queries(catalog: Catalog) -> Iterator[Result]:
 
 
 def _show(result: Result) -> None:
+    print(f"{result['chains']:,} chains, {result['tokens']:,} tokens, {result['shards']} shards")
     print(f"first answer {result['first_answer_s']:.2f} s, lengths read {result['length_bytes_read']:,} bytes")
     print(f"of {result['shard_bytes']:,} bytes of shards")
     queries = result["queries"]
