@@ -159,8 +159,9 @@ def through_codec(signals: Signals, codec: str, layout: Layout, vocab_size: int)
         tokenizer_fingerprint="k",
         template_fingerprint="c",
     )
-    tokens = pa.array([np.zeros(len(signals.topk_n_T), np.int32)])
-    return decode(pa.table({"token_ids": tokens, **encode(codec, [signals])}), header, "memory")[0]
+    token_ids = [np.zeros(len(signals.topk_n_T), np.int32)]
+    columns = encode(codec, [signals], token_ids)
+    return decode(pa.table({"token_ids": pa.array(token_ids), **columns}), header, "memory")[0]
 
 
 def targets_of(signals: Signals, completion: list[int]) -> SparseTargets:

@@ -4,8 +4,11 @@ import pyarrow as pa
 
 from schemas import FORMAT_VERSION
 
-CODECS = ("topk-u8", "topk-f32")
+CODECS = ("topk-u8", "topk-f32", "archive")
 """Codec names a reader of this version understands."""
+
+SQL_CODECS = ("topk-u8", "topk-f32")
+"""Those whose distributions SQL can read."""
 
 MESSAGE_TYPE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
@@ -81,6 +84,11 @@ SIGNAL_FIELDS = {
         pa.field("topk_n", list_of(pa.int16()), nullable=False),
         pa.field("tail_logmass", list_of(pa.float32()), nullable=False),
         *EXTRA_FIELDS,
+    ],
+    "archive": [
+        pa.field("archive_model", pa.binary(), nullable=False),
+        pa.field("archive", pa.binary(), nullable=False),
+        EXTRA_FIELDS[1],
     ],
 }
 """Columns that depend on the codec, in the newest format version."""

@@ -1,7 +1,7 @@
 """Captured distributions to stored columns and back: the only place that knows how signals become numbers on disk.
 
-In: a Capture (rank-ordered [T, K] arrays from the engine). Out: Signals (ragged support, tail mass) and Arrow list
-columns, one list a chain. Everything is vectorised over tokens; no Python object a token or candidate.
+In: a Capture (rank-ordered [T, K] arrays from the engine). Out: Signals (ragged support, tail mass) and Arrow columns,
+one value a chain. Everything is vectorised over tokens; no Python object a token or candidate.
 
 Shape legend: T tokens, K captured candidates, M draws a token, S temperatures, R rows (chains); N stored candidates, D
 stored draws and E both of all tokens (flat).
@@ -14,6 +14,7 @@ count them.
             (support and tail), so every decoded distribution sums to one. Scalars a token keep 10 mantissa bits.
             A draw's code is that of its own log probability; what it weighs is the tail's mass over `draw_n`.
 `topk-f32`  everything as float32, exact.
+`archive`   what `topk-u8` holds, entropy coded (shared.archive): its rows cannot be decoded or moved one by one.
 """
 
 from collections.abc import Sequence
@@ -25,24 +26,23 @@ import pyarrow as pa
 
 from schemas.manifest import ShardHeader
 from schemas.records import Capture, Draws, Float32, Int32, Int64, Signals
-from schemas.tables import SIGNAL_FIELDS, TOKEN_FIELDS, list_of, signal_fields
+from schemas.tables import SIGNAL_FIELDS, TOKEN_FIELDS, signal_fields
+from shared.archive_columns import BLOBS, pack, unpack
 from shared.errors import ConfigError, CorruptError
+from shared.list_columns import list_column, read_lists, require_rows, require_values
+from shared.quantise import (
+    MAX_CODE,
+    PARTITION_MANTISSA_BITS,
+    SCALAR_MANTISSA_BITS,
+    codes_of,
+    logprobs_of,
+    round_mantissa,
+    tail_codes_of,
+)
 
 Array = npt.NDArray[Any]
 
-LOGPROB_RANGE_NATS = 32.0
-"""Log probabilities below minus this are stored as minus this by `topk-u8`."""
-
-MAX_CODE = 255
-SCALAR_MANTISSA_BITS = 10
-PARTITION_MANTISSA_BITS = 14
-"""An error of a log-partition is a factor on every probability at its temperature: 2e-4 nats at worst below 8."""
-
 _PER_ENTRY = ("topk_ids", "topk_codes", "topk_logprobs")
-
-_CODE_LOGPROB = (-LOGPROB_RANGE_NATS * (np.arange(MAX_CODE + 1) / MAX_CODE) ** 2).astype(np.float32)
-_CODE_PROB = np.exp(_CODE_LOGPROB.astype(np.float64))
-_TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
 
 
 def check_codec(codec: str) -> None:
@@ -86,46 +86,25 @@ def support_of(capture: Capture, max_support: int, nucleus: float | None) -> Sig
     )
 
 
-def encode(codec: str, rows: Sequence[Signals]) -> dict[str, pa.Array]:
-    """Token and signal columns of `rows`, one list a row, typed as schemas.tables says.
+def encode(codec: str, rows: Sequence[Signals], token_ids: Sequence[Int32]) -> dict[str, pa.Array]:
+    """Token and signal columns of `rows`, one value a row, typed as schemas.tables says; `token_ids` are the rows'
+    completions. All rows of a row group belong in one call: `archive` codes them as one block.
 
-    Raises ConfigError for an unknown codec.
+    Raises ConfigError for an unknown codec or one whose packages are missing.
     """
     check_codec(codec)
     n_T = _concat([row.topk_n_T for row in rows], np.int32)
     tokens_R = np.array([len(row.topk_n_T) for row in rows], np.int64)
-    draws = _concat_draws(rows)
-    ids_E = _concat([row.topk_ids_N for row in rows], np.int32)
-    logprobs_E = _concat([row.topk_logprobs_N for row in rows], np.float32)
-    entries_R = np.array([len(row.topk_ids_N) for row in rows], np.int64)
-    if draws is not None:
-        ids_E, logprobs_E = _interleave(n_T, draws, (ids_E, draws.ids_D), (logprobs_E, draws.logprobs_D))
-        entries_R = entries_R + np.array([0 if row.draws is None else len(row.draws.ids_D) for row in rows], np.int64)
-    tail_T = _concat([row.tail_logmass_T for row in rows], np.float32)
-    sampled_T = _concat([row.sampled_logprob_T for row in rows], np.float32)
-    entropy_T = _concat([row.entropy_T for row in rows], np.float32)
-    partitions = _concat([_flat_partitions(row) for row in rows], np.float32)
+    values = _flat_values(codec, rows, n_T)
+    entries_R = np.array([_num_entries(row) for row in rows], np.int64)
     partitions_R = np.array([len(_flat_partitions(row)) for row in rows], np.int64)
-    draw_n_T = np.zeros(len(n_T), np.int32) if draws is None else draws.n_T
-    columns = {
-        "sampled_rank": _lists(_concat([row.sampled_rank_T for row in rows], np.int32), tokens_R),
-        "topk_ids": _lists(ids_E, entries_R),
-        "topk_n": _lists(n_T.astype(np.int16), tokens_R),
-        "draw_n": _lists(draw_n_T.astype(np.int16), tokens_R),
-    }
-    if codec == "topk-u8":
-        columns["sampled_logprob"] = _lists(_round_mantissa(sampled_T, SCALAR_MANTISSA_BITS), tokens_R)
-        columns["entropy"] = _lists(_round_mantissa(entropy_T, SCALAR_MANTISSA_BITS), tokens_R)
-        columns["log_partitions"] = _lists(_round_mantissa(partitions, PARTITION_MANTISSA_BITS), partitions_R)
-        columns["topk_codes"] = _lists(_codes(logprobs_E), entries_R)
-        columns["tail_codes"] = _lists(_tail_codes(tail_T), tokens_R)
-    else:
-        columns["sampled_logprob"] = _lists(sampled_T, tokens_R)
-        columns["entropy"] = _lists(entropy_T, tokens_R)
-        columns["log_partitions"] = _lists(partitions, partitions_R)
-        columns["topk_logprobs"] = _lists(logprobs_E, entries_R)
-        columns["tail_logmass"] = _lists(tail_T, tokens_R)
-    return columns
+    packed: dict[str, pa.Array] = {}
+    if codec == "archive":
+        values["token_ids"] = _concat(token_ids, np.int32)
+        packed = pack(values, tokens_R)
+        values = {name: values[name] for name in ("sampled_rank", "sampled_logprob", "entropy", "log_partitions")}
+    lengths = dict.fromkeys(_PER_ENTRY, entries_R) | {"log_partitions": partitions_R}
+    return {name: list_column(flat, lengths.get(name, tokens_R)) for name, flat in values.items()} | packed
 
 
 def signal_columns(header: ShardHeader) -> list[str]:
@@ -140,14 +119,17 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     `table` holds `token_ids` and `signal_columns(header)`. Raises CorruptError naming `where` (the shard), the row and
     the column when lengths, counts, codes or ids contradict the format.
     """
-    values, lengths = _read_lists(table, ["token_ids", *signal_columns(header)], where)
+    lists = ["token_ids", *(name for name in signal_columns(header) if name not in BLOBS)]
+    values, lengths = read_lists(table, lists, where)
     tokens_R = lengths["token_ids"]
     for name in lengths:
         if name not in (*_PER_ENTRY, "log_partitions"):
-            _require(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
+            require_rows(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
     row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
+    if header.codec == "archive":
+        values, lengths = unpack(table, values, lengths, row_offsets, header, where)
     n_T = values["topk_n"].astype(np.int32)
-    _require_tokens((n_T >= 1) & (n_T <= header.max_support), row_offsets, where, "topk_n", "is outside 1..max_support")
+    require_values((n_T >= 1) & (n_T <= header.max_support), row_offsets, where, "topk_n", "is outside 1..max_support")
     draw_n_T = _draw_counts(values, header, row_offsets, where)
     entry_n_T = n_T if draw_n_T is None else n_T + draw_n_T
     _check_entries(entry_n_T, lengths, row_offsets, where)
@@ -157,7 +139,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
         row = int(np.searchsorted(np.cumsum(lengths["topk_ids"]), np.flatnonzero(bad_E)[0], side="right"))
         raise CorruptError(f"{where}: row {row}, column topk_ids: id outside the vocabulary of {header.vocab_size}")
     drawn_E = None if draw_n_T is None else _drawn(n_T, draw_n_T)
-    if header.codec == "topk-u8":
+    if "topk_codes" in values:
         logprobs_E, tail_T = _decode_codes(values, entry_n_T, drawn_E, lengths, row_offsets, where)
     else:
         logprobs_E, tail_T = values["topk_logprobs"], values["tail_logmass"]
@@ -177,6 +159,33 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
         log_partitions_TS=_partitions(values, lengths, header, tokens_R, where),
     )
     return signals, row_offsets
+
+
+def decode_rows(table: pa.Table, rows: Int64, header: ShardHeader, where: str) -> Signals:
+    """Signals of rows `rows`, ascending, of a row group; raises as `decode`. Only `archive` decodes all rows for it."""
+    if len(rows) == table.num_rows:
+        return decode(table, header, where)[0]
+    if header.codec != "archive":
+        return decode(table.take(pa.array(rows)), header, where)[0]
+    signals, offsets = decode(table, header, where)
+    kept_R = np.zeros(table.num_rows, np.bool_)
+    kept_R[rows] = True
+    return signals.keep(np.repeat(kept_R, np.diff(offsets)))
+
+
+def filter_rows(table: pa.Table, kept_R: npt.NDArray[np.bool_], header: ShardHeader, where: str) -> pa.Table:
+    """The kept rows of a row group with all its columns; those of `archive` are coded anew. Raises as `decode`."""
+    kept = table.filter(pa.array(kept_R))
+    if header.codec != "archive" or kept_R.all():
+        return kept
+    signals, offsets = decode(table, header, where)
+    rows = [signals.slice(int(offsets[row]), int(offsets[row + 1])) for row in np.flatnonzero(kept_R)]
+    token_ids = [ids.as_py() for ids in kept.column("token_ids")]
+    columns = encode(header.codec, rows, [np.asarray(ids, np.int32) for ids in token_ids])
+    for name in BLOBS:
+        place = kept.schema.get_field_index(name)
+        kept = kept.set_column(place, kept.schema.field(place), columns[name])
+    return kept
 
 
 def scalars_of(signals: Signals) -> dict[str, float]:
@@ -239,6 +248,39 @@ def _interleave(n_T: Int32, draws: Draws, *pairs: tuple[Array, Array]) -> list[A
     return merged
 
 
+def _flat_values(codec: str, rows: Sequence[Signals], n_T: Int32) -> dict[str, Array]:
+    """Flat values of the columns of a codec whose rows stand alone; those of `topk-u8` for `archive`."""
+    draws = _concat_draws(rows)
+    ids_E = _concat([row.topk_ids_N for row in rows], np.int32)
+    logprobs_E = _concat([row.topk_logprobs_N for row in rows], np.float32)
+    if draws is not None:
+        ids_E, logprobs_E = _interleave(n_T, draws, (ids_E, draws.ids_D), (logprobs_E, draws.logprobs_D))
+    tail_T = _concat([row.tail_logmass_T for row in rows], np.float32)
+    sampled_T = _concat([row.sampled_logprob_T for row in rows], np.float32)
+    entropy_T = _concat([row.entropy_T for row in rows], np.float32)
+    partitions = _concat([_flat_partitions(row) for row in rows], np.float32)
+    values: dict[str, Array] = {
+        "sampled_rank": _concat([row.sampled_rank_T for row in rows], np.int32),
+        "topk_ids": ids_E,
+        "topk_n": n_T.astype(np.int16),
+        "draw_n": (np.zeros(len(n_T), np.int32) if draws is None else draws.n_T).astype(np.int16),
+    }
+    if codec == "topk-f32":
+        exact = {"sampled_logprob": sampled_T, "entropy": entropy_T, "log_partitions": partitions}
+        return values | exact | {"topk_logprobs": logprobs_E, "tail_logmass": tail_T}
+    return values | {
+        "sampled_logprob": round_mantissa(sampled_T, SCALAR_MANTISSA_BITS),
+        "entropy": round_mantissa(entropy_T, SCALAR_MANTISSA_BITS),
+        "log_partitions": round_mantissa(partitions, PARTITION_MANTISSA_BITS),
+        "topk_codes": codes_of(logprobs_E),
+        "tail_codes": tail_codes_of(tail_T),
+    }
+
+
+def _num_entries(row: Signals) -> int:
+    return len(row.topk_ids_N) + (0 if row.draws is None else len(row.draws.ids_D))
+
+
 def _flat_partitions(row: Signals) -> Float32:
     return np.zeros(0, np.float32) if row.log_partitions_TS is None else row.log_partitions_TS.reshape(-1)
 
@@ -249,7 +291,7 @@ def _draw_counts(values: dict[str, Array], header: ShardHeader, row_offsets: Int
         return None
     draw_n_T = values["draw_n"].astype(np.int32)
     good_T = (draw_n_T >= 0) & (draw_n_T <= header.draws)
-    _require_tokens(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
+    require_values(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
     return draw_n_T if header.draws else None
 
 
@@ -260,7 +302,7 @@ def _partitions(
     if "log_partitions" not in values:
         return None
     good_R = lengths["log_partitions"] == tokens_R * num_temperatures
-    _require(good_R, where, "log_partitions", f"has not {num_temperatures} entries a token, one a temperature")
+    require_rows(good_R, where, "log_partitions", f"has not {num_temperatures} entries a token, one a temperature")
     if not num_temperatures:
         return None
     partitions_TS: Float32 = values["log_partitions"].reshape(-1, num_temperatures)
@@ -272,49 +314,8 @@ def _log(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.log(x)
 
 
-def _codes(logprobs: Float32) -> npt.NDArray[np.int16]:
-    scaled = np.sqrt(np.clip(-logprobs, 0.0, LOGPROB_RANGE_NATS) / LOGPROB_RANGE_NATS)
-    codes: npt.NDArray[np.int16] = np.rint(MAX_CODE * scaled).astype(np.int16)
-    return codes
-
-
-def _tail_codes(logmass: Float32) -> npt.NDArray[np.int16]:
-    """Codes of tails; however small, a tail that is there never becomes the code for none."""
-    codes = np.where(np.isneginf(logmass), MAX_CODE, np.minimum(_codes(logmass), MAX_CODE - 1))
-    return codes.astype(np.int16)
-
-
-def _round_mantissa(x: Float32, num_bits: int) -> Float32:
-    """Rounds float32 half up to `num_bits` explicit bits of mantissa, so that the others compress to almost nothing."""
-    dropped = 23 - num_bits
-    bits = x.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
-    return ((bits >> dropped) << dropped).astype(np.uint32).view(np.float32)
-
-
 def _concat(parts: Sequence[Array], dtype: type[Any]) -> Array:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
-
-
-def _lists(values: Array, lengths_R: Int64) -> pa.Array:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int32))
-    array = pa.array(values)
-    return pa.ListArray.from_arrays(offsets, array, type=list_of(array.type))
-
-
-def _read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[str, Array], dict[str, Int64]]:
-    values, lengths = {}, {}
-    for name in names:
-        if name not in table.column_names:
-            raise CorruptError(f"{where}: column {name} is missing: the file is not what its header says")
-        column = table.column(name).combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-        flat = column.flatten()
-        if column.null_count or flat.null_count:
-            raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")
-        values[name] = flat.to_numpy(zero_copy_only=False)
-        lengths[name] = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    return values, lengths
 
 
 def _check_entries(n_T: Int32, lengths: dict[str, Int64], row_offsets: Int64, where: str) -> None:
@@ -322,7 +323,9 @@ def _check_entries(n_T: Int32, lengths: dict[str, Int64], row_offsets: Int64, wh
     entries_R = total_T[row_offsets[1:]] - total_T[row_offsets[:-1]]
     for name in _PER_ENTRY:
         if name in lengths:
-            _require(lengths[name] == entries_R, where, name, "has not the number of entries that the counts add up to")
+            require_rows(
+                lengths[name] == entries_R, where, name, "has not the number of entries that the counts add up to"
+            )
 
 
 def _decode_codes(
@@ -336,28 +339,6 @@ def _decode_codes(
     """Log probabilities of all entries, `n_T` a token, and tails; the draws' mass is the tail's, not counted twice."""
     codes_E, tails_T = values["topk_codes"], values["tail_codes"]
     entry_offsets = np.concatenate([[0], np.cumsum(lengths["topk_codes"])]).astype(np.int64)
-    _require_tokens((codes_E >= 0) & (codes_E <= MAX_CODE), entry_offsets, where, "topk_codes", "is outside 0..255")
-    _require_tokens((tails_T >= 0) & (tails_T <= MAX_CODE), row_offsets, where, "tail_codes", "is outside 0..255")
-    if not len(n_T):
-        return np.zeros(0, np.float32), np.zeros(0, np.float32)
-    starts_T = np.cumsum(n_T, dtype=np.int64) - n_T
-    probs_E = _CODE_PROB[codes_E]
-    if drawn_E is not None:
-        probs_E[drawn_E] = 0.0
-    mass_T = np.add.reduceat(probs_E, starts_T) + _TAIL_PROB[tails_T]
-    log_mass_T = np.log(mass_T).astype(np.float32)
-    logprobs_E = _CODE_LOGPROB[codes_E] - np.repeat(log_mass_T, n_T)
-    tail_T = np.where(tails_T == MAX_CODE, np.float32(-np.inf), _CODE_LOGPROB[tails_T] - log_mass_T)
-    return logprobs_E, tail_T.astype(np.float32)
-
-
-def _require(good_R: npt.NDArray[np.bool_], where: str, column: str, problem: str) -> None:
-    if not good_R.all():
-        row = int(np.flatnonzero(~good_R)[0])
-        raise CorruptError(f"{where}: row {row}, column {column} {problem}")
-
-
-def _require_tokens(good: npt.NDArray[np.bool_], offsets: Int64, where: str, column: str, problem: str) -> None:
-    if not good.all():
-        row = int(np.searchsorted(offsets[1:], np.flatnonzero(~good)[0], side="right"))
-        raise CorruptError(f"{where}: row {row}, column {column}: a value {problem}")
+    require_values((codes_E >= 0) & (codes_E <= MAX_CODE), entry_offsets, where, "topk_codes", "is outside 0..255")
+    require_values((tails_T >= 0) & (tails_T <= MAX_CODE), row_offsets, where, "tail_codes", "is outside 0..255")
+    return logprobs_of(codes_E, tails_T, n_T, drawn_E)

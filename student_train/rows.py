@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from schemas.manifest import ShardHeader
 from schemas.records import Draws, Int32, Int64, Signals
-from shared.codec import decode, signal_columns
+from shared.codec import decode_rows, signal_columns
 from shared.errors import CorruptError
 from shared.shards import open_shard, read_row_group
 from student_train.selection import Selection, keys_of
@@ -106,8 +106,9 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
     with_signals = with_signals and not selection.is_text
     table, decode_signals = _read_table(selection, group, with_signals)
     _require(int(selection.row_in_group_R[rows_R].max()) < table.num_rows, where, "has fewer rows than were selected")
+    places_R, whole = selection.row_in_group_R[rows_R], table
     if len(rows_R) < table.num_rows:
-        table = table.take(pa.array(selection.row_in_group_R[rows_R]))
+        table = table.take(pa.array(places_R))
     same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
     _require(bool(same_R.all()), where, "holds another chain than was selected (sample_id differs)")
     prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)
@@ -119,7 +120,7 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         _require(
             bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of another length than was selected"
         )
-    signals = decode_signals(table) if decode_signals is not None else None
+    signals = decode_signals(whole, places_R.astype(np.int64)) if decode_signals is not None else None
     entry_offsets_T = draw_offsets_T = None
     if signals is not None:
         entry_offsets_T = _offsets(signals.topk_n_T)
@@ -189,8 +190,8 @@ class RowBuffer:
 
 def _read_table(
     selection: Selection, group: int, with_signals: bool
-) -> tuple[pa.Table, Callable[[pa.Table], Signals] | None]:
-    """The needed columns of a row group, and how to decode its signals. The one place that opens a data file."""
+) -> tuple[pa.Table, Callable[[pa.Table, Int64], Signals] | None]:
+    """The needed columns of a row group, and how to decode signals of some rows; nothing else opens a data file."""
     path, index, where = selection.path_of(group), int(selection.row_group_G[group]), selection.where(group)
     if selection.is_text:
         file = _open_text(selection, group)
@@ -203,7 +204,7 @@ def _read_table(
         table = read_row_group(file, index, columns, str(path))
     if not with_signals:
         return table, None
-    return table, lambda taken: _common(decode(taken, header, where)[0], header, selection)
+    return table, lambda whole, rows: _common(decode_rows(whole, rows, header, where), header, selection)
 
 
 def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Signals:

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from schemas.manifest import ShardHeader
 from schemas.records import Int64, Message, Signals, chain_id_of, prompt_id_of
-from shared.codec import LOGPROB_RANGE_NATS, scalars_of
+from shared.codec import scalars_of
+from shared.quantise import LOGPROB_RANGE_NATS
 
 COLUMNS = (
     "sample_id",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -83,7 +84,8 @@ class ShardFile:
 
 def rows_to_table(codec: str, rows: Sequence[ChainRow], schema: pa.Schema) -> pa.Table:
     """Rows as the columns of a shard."""
-    coded = encode(codec, [row.signals for row in rows])
+    token_ids = [np.asarray(row.columns["token_ids"], np.int32) for row in rows]
+    coded = encode(codec, [row.signals for row in rows], token_ids)
     plain = {
         field.name: pa.array([row.columns[field.name] for row in rows], field.type)
         for field in CHAIN_FIELDS
@@ -111,7 +113,8 @@ def parquet_options(schema: pa.Schema, vocab_size: int) -> dict[str, Any]:
 
 def signal_leaves(codec: str) -> list[str]:
     """Leaf paths of the columns that hold distributions, for counting their bytes."""
-    return [_leaf(field) for field in [*TOKEN_FIELDS, *SIGNAL_FIELDS[codec]]]
+    fields = [*TOKEN_FIELDS, *SIGNAL_FIELDS[codec]]
+    return [_leaf(field) if pa.types.is_list(field.type) else field.name for field in fields]
 
 
 def _leaf(field: pa.Field) -> str:

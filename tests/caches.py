@@ -271,6 +271,15 @@ def _ranks(n_T: Int32) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.arange(int(n_T.sum())) - np.repeat(starts_T, n_T)
 
 
+def _encoded(shape: CacheShape, chains: Sequence[Chain]) -> dict[str, pa.Array]:
+    """Signal columns, encoded row group by row group."""
+    parts = []
+    for first in range(0, len(chains), shape.rows_per_group):
+        group = chains[first : first + shape.rows_per_group]
+        parts.append(encode(shape.codec, [chain.signals for chain in group], [chain.token_ids for chain in group]))
+    return {name: pa.concat_arrays([part[name] for part in parts]) for name in parts[0]}
+
+
 def _write_shard(table: Table, shape: CacheShape, run: RunManifest, worker: str, chains: Sequence[Chain]) -> None:
     application = f"stillroom/{run.run_id}/{worker}"
     sequence = (table.last_sequence(application) or 0) + 1
@@ -290,7 +299,7 @@ def _write_shard(table: Table, shape: CacheShape, run: RunManifest, worker: str,
     )
     schema = chain_schema(shape.codec).with_metadata({SHARD_METADATA_KEY: header.model_dump_json().encode()})
     plain = pa.Table.from_pylist([_row(chain, run.run_id, worker) for chain in chains])
-    signals = encode(shape.codec, [chain.signals for chain in chains])
+    signals = _encoded(shape, chains)
     token_ids = {
         "token_ids": pa.array([chain.token_ids for chain in chains], list_of(pa.int32())),
         "prompt_token_ids": pa.array([chain.prompt_ids for chain in chains], list_of(pa.int32())),

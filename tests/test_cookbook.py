@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.tables import CODECS
+from schemas.tables import SQL_CODECS
 from shared.sql import Session
 from shared.views import VIEWS
 from tests.caches import SyntheticCache, make_cache
@@ -15,7 +15,7 @@ QUERIES = re.findall(r"^```sql\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module", params=CODECS)
+@pytest.fixture(scope="module", params=SQL_CODECS)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
     return make_cache(tmp_path_factory.mktemp("cache"), codec=request.param, num_chains=60)
 

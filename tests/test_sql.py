@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from schemas.tables import CODECS
+from schemas.tables import SQL_CODECS
 from shared.catalog import Catalog
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.sql import Session, export_views, open_cache
@@ -23,7 +23,7 @@ from tests.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache
 SLOW = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = -3"
 
 
-@pytest.fixture(scope="module", params=CODECS)
+@pytest.fixture(scope="module", params=SQL_CODECS)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
     return make_cache(tmp_path_factory.mktemp("cache"), codec=request.param, num_runs=2, num_workers=2)
 
