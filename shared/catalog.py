@@ -26,6 +26,7 @@ from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
 from shared.receipts import Receipt, write_receipt
+from shared.storage import Location, ObjectPath, check_reachable, delta_options, explained, matching
 
 HASH_CHARS = 32
 SHARD_NAME = re.compile(
@@ -52,14 +53,14 @@ class DataFile:
 class Table:
     """One Delta log and the folder of Parquet files it speaks of. Reads are of one version until `refresh`."""
 
-    def __init__(self, folder: Path, version: int | None = None) -> None:
+    def __init__(self, folder: Location, version: int | None = None) -> None:
         """Opens an existing table. Raises DataError where there is none, CorruptError for a log that cannot be read."""
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
         self.folder = folder
         try:
-            self._delta: DeltaTable = DeltaTable(str(folder))
+            self._delta: DeltaTable = DeltaTable(str(folder), storage_options=delta_options(folder))
             latest = self._delta.version()
             if version is not None and not 0 <= version <= latest:
                 raise DataError(f"{folder} has no version {version}: the latest is {latest}")
@@ -68,20 +69,23 @@ class Table:
         except TableNotFoundError as error:
             raise DataError(f"{folder} holds no Delta table: name the folder of a cache") from error
         except (DeltaError, OSError, ValueError) as error:
-            raise CorruptError(f"{folder}/_delta_log cannot be read: {_first_line(error)}") from error
+            raise _log_error(folder, error) from error
 
     @classmethod
-    def create(cls, folder: Path, schema: pa.Schema) -> "Table":
+    def create(cls, folder: Location, schema: pa.Schema) -> "Table":
         """Opens the table, making it first where there is none; safe when several workers do so at once."""
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
-        if not DeltaTable.is_deltatable(str(folder)):
+        options = delta_options(folder)
+        if not DeltaTable.is_deltatable(str(folder), options):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                DeltaTable.create(str(folder), schema, mode="error", configuration=TABLE_CONFIGURATION)
+                DeltaTable.create(
+                    str(folder), schema, mode="error", configuration=TABLE_CONFIGURATION, storage_options=options
+                )
             except DeltaError as error:
-                if not DeltaTable.is_deltatable(str(folder)):
+                if not DeltaTable.is_deltatable(str(folder), options):
                     raise CacheConflict(f"cannot create the table {folder}: {_first_line(error)}") from error
         table = cls(folder)
         table._add_columns(schema)
@@ -117,7 +121,7 @@ class Table:
         try:
             self._delta.update_incremental()
         except (DeltaError, OSError) as error:
-            raise CorruptError(f"{self.folder}/_delta_log cannot be read: {_first_line(error)}") from error
+            raise _log_error(self.folder, error) from error
 
     def files(self) -> list[DataFile]:
         """Visible files of this version, ordered by path."""
@@ -131,7 +135,7 @@ class Table:
         )
         return sorted((DataFile(path, size, num or 0) for path, size, num in rows), key=lambda file: file.path)
 
-    def path_of(self, file: DataFile) -> Path:
+    def path_of(self, file: DataFile) -> Location:
         """Where a visible file lies."""
         return self.folder / file.path
 
@@ -199,11 +203,15 @@ class Catalog:
 
     def __init__(
         self,
-        root: Path,
+        root: Location,
         chains_version: int | None = None,
         verdicts_version: int | None = None,
     ) -> None:
-        """Opens an existing cache, at pinned versions where given. Raises DataError where there is none."""
+        """Opens an existing cache, at pinned versions where given.
+
+        Raises DataError where there is none or its store refuses access, StillroomError where that cannot be reached.
+        """
+        check_reachable(root)
         _require_openable(str(root.absolute()))
         if not (root / "chains" / "_delta_log").is_dir():
             raise DataError(
@@ -215,8 +223,9 @@ class Catalog:
         self.failures = Table(root / "failures")
 
     @classmethod
-    def create(cls, root: Path) -> "Catalog":
+    def create(cls, root: Location) -> "Catalog":
         """Opens the cache, making it first where there is none."""
+        check_reachable(root)
         _require_openable(str(root.absolute()))
         # chains comes last: its log is what tells a cache from a folder.
         for name, schema in (
@@ -230,7 +239,7 @@ class Catalog:
     def runs(self) -> dict[str, RunManifest]:
         """Manifests by run id. Raises CorruptError naming the file that cannot be read."""
         found = {}
-        for path in sorted((self.root / "runs").glob("*.json")):
+        for path in matching(self.root / "runs", "*.json"):
             try:
                 manifest = RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -242,30 +251,36 @@ class Catalog:
         """Writes `runs/<run_id>.json` whole."""
         write_text_atomic(self.root / "runs" / f"{manifest.run_id}.json", manifest.model_dump_json(indent=2) + "\n")
 
-    def vocab_path(self, tokenizer_fingerprint: str) -> Path:
+    def vocab_path(self, tokenizer_fingerprint: str) -> Location:
         """Where the pieces of a tokenizer are kept."""
         return self.root / "vocab" / f"{tokenizer_fingerprint}.parquet"
 
-    def vocab_paths(self) -> list[Path]:
+    def vocab_paths(self) -> list[Location]:
         """All vocabularies of the cache."""
-        return sorted((self.root / "vocab").glob("*.parquet"))
+        return matching(self.root / "vocab", "*.parquet")
 
 
-def publish(temp: Path, folder: Path, relative_stem: str, num_rows: int) -> DataFile:
+def publish(temp: Path, folder: Location, relative_stem: str, num_rows: int) -> DataFile:
     """Gives a finished temporary file its final, hash-bearing name below `folder`; the file is then ready to commit.
 
     `relative_stem` is `<run>/<worker>-<sequence>`. The rename is atomic and flushed to the disk before this returns.
+    For an object store it is one put, and the local file is removed.
     """
     sync_file(temp)
     path = f"{relative_stem}-{sha256_of(temp)[:HASH_CHARS]}.parquet"
     target = folder / path
+    if not isinstance(target, Path):
+        target.upload(temp)
+        size_bytes = temp.stat().st_size
+        temp.unlink()
+        return DataFile(path, size_bytes, num_rows)
     target.parent.mkdir(parents=True, exist_ok=True)
     temp.replace(target)
     sync_folder(target.parent)
     return DataFile(path, target.stat().st_size, num_rows)
 
 
-def check_hash(path: Path) -> None:
+def check_hash(path: Location) -> None:
     """Raises CorruptError unless the file's bytes have the SHA-256 that its name carries."""
     match = SHARD_NAME.match(path.name)
     if match is None:
@@ -283,6 +298,13 @@ def check_hash(path: Path) -> None:
 def _require_openable(path: str) -> None:
     if TWICE_DECODED.search(path):
         raise DataError(f"{path} holds a % before two hex digits, which deltalake cannot open: give it another name")
+
+
+def _log_error(folder: Location, error: Exception) -> StillroomError:
+    # Of a store an OSError is the way to it, not what lies there.
+    if isinstance(folder, ObjectPath) and isinstance(error, OSError):
+        return explained(error, folder)
+    return CorruptError(f"{folder}/_delta_log cannot be read: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

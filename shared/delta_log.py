@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
 from shared.errors import CorruptError
+from shared.storage import Location
 
 LOG_ENTRY = re.compile(r"^(\d{20})\.json$")
 LOG_CHECKPOINT = re.compile(r"^(\d{20})\.checkpoint.*\.parquet$")
@@ -25,7 +25,7 @@ class Span:
     removed: int | None
 
 
-def log_problems(log: Path) -> list[str]:
+def log_problems(log: Location) -> list[str]:
     """Entries of the folder `log` that are missing between the first and the last that is there, one line each."""
     if not log.is_dir():
         return ["is missing"]
@@ -51,7 +51,7 @@ def log_problems(log: Path) -> list[str]:
     ]
 
 
-def file_history(log: Path) -> dict[str, list[Span]]:
+def file_history(log: Location) -> dict[str, list[Span]]:
     """Every file that an entry adds, by path relative to the table, with the versions that hold it.
 
     Raises CorruptError where an entry is missing or no JSON: what cannot be read may have named any file.
@@ -86,14 +86,14 @@ def merged_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
     return merged
 
 
-def _versions(log: Path) -> tuple[set[int], set[int]]:
+def _versions(log: Location) -> tuple[set[int], set[int]]:
     names = [path.name for path in log.iterdir()]
     entries = {int(match[1]) for match in map(LOG_ENTRY.match, names) if match}
     checkpoints = {int(match[1]) for match in map(LOG_CHECKPOINT.match, names) if match}
     return entries, checkpoints
 
 
-def _hinted_checkpoint(log: Path) -> int | None:
+def _hinted_checkpoint(log: Location) -> int | None:
     hint = log / "_last_checkpoint"
     if not hint.exists():
         return None
@@ -104,7 +104,7 @@ def _hinted_checkpoint(log: Path) -> int | None:
         return None
 
 
-def _actions(entry: Path) -> list[dict[str, dict[str, str]]]:
+def _actions(entry: Location) -> list[dict[str, dict[str, str]]]:
     try:
         return [json.loads(line) for line in entry.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

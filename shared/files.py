@@ -4,15 +4,27 @@ import contextlib
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from shared.storage import Location, parts_of
 
 TEMP_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling to write to; on success it is fsynced and renamed to `path`, on error removed."""
+def atomic_path(path: Location) -> Iterator[Path]:
+    """Yields a temporary sibling to write to; on success it is fsynced and renamed to `path`, on error removed.
+
+    For an object store it is a local file, put whole on success.
+    """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="stillroom-put-") as folder:
+            local = Path(folder) / path.name
+            yield local
+            path.upload(local)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
     try:
@@ -24,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temp.unlink(missing_ok=True)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Location, text: str) -> None:
     """Writes UTF-8 text so that readers see the old file or the new one, never a part."""
     with atomic_path(path) as temp:
         temp.write_text(text, encoding="utf-8")
@@ -44,8 +56,15 @@ def sync_folder(path: Path) -> None:
     sync_file(path)
 
 
-def file_clock_s(folder: Path) -> float:
+def file_clock_s(folder: Location) -> float:
     """What the file system of `folder` takes for now: ages of files must not depend on this machine's clock."""
+    if not isinstance(folder, Path):
+        stamp = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+        try:
+            stamp.write_bytes(b"")
+            return stamp.stat().st_mtime
+        finally:
+            stamp.unlink(missing_ok=True)
     probe = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
     try:
         probe.touch()
@@ -54,7 +73,9 @@ def file_clock_s(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Location) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for part in parts_of(path):
+        digest.update(part)
+    return digest.hexdigest()

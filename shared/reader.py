@@ -28,6 +28,7 @@ from shared.catalog import Catalog
 from shared.errors import DataError
 from shared.shards import open_shard, read_signals
 from shared.sql import Session
+from shared.storage import ObjectPath, location, open_parquet
 from shared.views import quote
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ MAX_NAMED = 5
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def open_cache(root: str | Path, chains_version: int | None = None, verdicts_version: int | None = None) -> "Cache":
+def open_cache(
+    root: str | Path | ObjectPath, chains_version: int | None = None, verdicts_version: int | None = None
+) -> "Cache":
     """Opens a cache at its latest version, or at pinned ones. Raises DataError where there is none."""
-    return Cache(Catalog(Path(root), chains_version, verdicts_version))
+    return Cache(Catalog(location(root), chains_version, verdicts_version))
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Cache:
     def sample(self, sample_id: str) -> Sample:
         """The chain whose `sample_id` begins so, decoded. Raises DataError where none or several do."""
         found = self._find(sample_id)
-        path = Path(found["filename"])
+        path = location(found["filename"])
         shard, header = open_shard(path)
         group, row = _row_group(shard, found["file_row_number"])
         table, signals, offsets = read_signals(shard, header, group, ["token_ids", "messages"], str(path))
@@ -129,7 +132,8 @@ class Cache:
         path = self.catalog.vocab_path(tokenizer_fingerprint)
         if path.exists():
             wanted = pa.array(sorted(ids), pa.int32())
-            table = pq.read_table(path, columns=["token_id", "piece"])
+            with open_parquet(path) as file:
+                table = file.read(columns=["token_id", "piece"])
             table = table.filter(pc.is_in(table.column("token_id"), wanted))
             pieces |= dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
         return pieces

@@ -8,11 +8,11 @@ still knows of it.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from shared.errors import CorruptError
+from shared.errors import CorruptError, StillroomError
 from shared.files import write_text_atomic
 from shared.log import warn
+from shared.storage import Location, matching
 
 FOLDER = "receipts"
 
@@ -26,20 +26,20 @@ class Receipt:
     version: int
 
 
-def write_receipt(table: Path, receipt: Receipt) -> None:
+def write_receipt(table: Location, receipt: Receipt) -> None:
     """Notes a commit to the table in folder `table`. A receipt that cannot be written undoes no commit: it warns."""
     path = table.parent / FOLDER / f"{table.name}.{receipt.application.replace('/', '.')}.json"
     content = {"application": receipt.application, "sequence": receipt.sequence, "version": receipt.version}
     try:
         write_text_atomic(path, json.dumps(content) + "\n")
-    except OSError as error:
-        warn(f"{path} cannot be written ({error.strerror}): the commit stands")
+    except (OSError, StillroomError) as error:
+        warn(f"{path} cannot be written ({error}): the commit stands")
 
 
-def read_receipts(table: Path) -> list[Receipt]:
+def read_receipts(table: Location) -> list[Receipt]:
     """Receipts of the table in folder `table`. Raises CorruptError naming one that cannot be read."""
     receipts = []
-    for path in sorted((table.parent / FOLDER).glob(f"{table.name}.*.json")):
+    for path in matching(table.parent / FOLDER, f"{table.name}.*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             receipts.append(Receipt(content["application"], int(content["sequence"]), int(content["version"])))

@@ -1,7 +1,6 @@
 """Reads chain shards: header, row groups, decoded signals. A reader configures itself from the shard alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,13 +10,14 @@ from schemas.manifest import SHARD_METADATA_KEY, ShardHeader
 from schemas.records import Int64, Signals
 from schemas.tables import SIGNAL_FIELDS
 from shared.codec import decode, signal_columns
-from shared.errors import CorruptError, DataError
+from shared.errors import CorruptError, DataError, StillroomError
+from shared.storage import Location, is_store_error, open_parquet
 
 
-def open_shard(path: Path) -> tuple[pq.ParquetFile, ShardHeader]:
+def open_shard(path: Location) -> tuple[pq.ParquetFile, ShardHeader]:
     """Opens a shard with page checksums verified. Raises CorruptError or, for a newer format, DataError."""
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False)
+        file = open_parquet(path)
     except FileNotFoundError as error:
         raise CorruptError(f"{path} is registered but missing: `teacher-cache verify` lists what is wrong") from error
     except (pa.ArrowException, OSError) as error:
@@ -48,7 +48,8 @@ def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], whe
     try:
         return file.read_row_group(index, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{where}: row group {index} cannot be read: {str(error).splitlines()[0]}") from error
+        problem = f"{where}: row group {index} cannot be read: {str(error).splitlines()[0]}"
+        raise (StillroomError if is_store_error(error) else CorruptError)(problem) from error
 
 
 def read_signals(

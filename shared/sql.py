@@ -23,6 +23,7 @@ from shared.catalog import Catalog, DataFile, Table
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
 from shared.shards import open_shard
+from shared.storage import ObjectPath
 from shared.views import CacheFiles, Layout, quote, view_statements
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Session:
         try:
             paths = _create_database(database, catalogs)
             self.connection = duckdb.connect(str(database), read_only=True)
+            self._schemes = _register_stores(self.connection, catalogs)
             _lock(self.connection, paths)
         except BaseException:
             self._folder.cleanup()
@@ -135,6 +137,8 @@ class Session:
     def close(self) -> None:
         """Closes the connection and removes the session's database."""
         self._thread.shutdown()
+        for scheme in self._schemes:
+            self.connection.unregister_filesystem(scheme)
         self.connection.close()
         self._folder.cleanup()
 
@@ -181,6 +185,7 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
     paths: list[str] = []
     try:
         with duckdb.connect(str(path)) as connection:
+            _register_stores(connection, catalogs)
             for name, catalog in catalogs.items():
                 files = _files_of(catalog)
                 _create_views(connection, name, files, catalog.runs())
@@ -188,6 +193,17 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
     except duckdb.Error as error:
         raise query_error(error) from error
     return paths
+
+
+def _register_stores(connection: "duckdb.DuckDBPyConnection", catalogs: Mapping[str, Catalog]) -> list[str]:
+    """Lets the connection read the object stores that caches lie in; their schemes."""
+    schemes = sorted({one.root.scheme for one in catalogs.values() if isinstance(one.root, ObjectPath)})
+    if schemes:
+        from shared.object_files import ObjectFiles
+
+        for scheme in schemes:
+            connection.register_filesystem(ObjectFiles(scheme))
+    return schemes
 
 
 def _create_views(

@@ -22,6 +22,7 @@ from schemas.records import stable_hash
 from schemas.tables import VOCAB_SCHEMA
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
+from shared.storage import Location, local_copy
 
 VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
 """Of tokenizer.json: what a saved copy may say differently. The post-processor only wraps plain text, never templates.
@@ -82,7 +83,7 @@ def fingerprint_template(tokenizer: Any) -> str:
     return stable_hash("template", tokenizer.chat_template)
 
 
-def write_vocab(path: Path, tokenizer: Any) -> None:
+def write_vocab(path: Location, tokenizer: Any) -> None:
     """Writes every token of the tokenizer in schemas.tables.VOCAB_SCHEMA, ordered by id."""
     pieces = pieces_of(tokenizer)
     special = _special_ids(tokenizer)
@@ -159,7 +160,7 @@ class VocabDifference:
         return not self.ordinary
 
 
-def compare_vocab(cached: Path, tokenizer: Any) -> VocabDifference:
+def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
     """Compares a cache's vocabulary file with a tokenizer, id by id.
 
     A difference is special when the id is special, or missing, on both sides: control tokens and markers such as
@@ -167,7 +168,8 @@ def compare_vocab(cached: Path, tokenizer: Any) -> VocabDifference:
     neither. Raises CorruptError where the file cannot be read.
     """
     try:
-        table = pq.read_table(cached, schema=VOCAB_SCHEMA)
+        with local_copy(cached) as path:
+            table = pq.read_table(path, schema=VOCAB_SCHEMA)
     except (pa.ArrowException, OSError) as error:
         raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
     rows = zip(*(table.column(name).to_pylist() for name in ("token_id", "piece", "is_special")), strict=True)

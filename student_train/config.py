@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.config import Json, StrictModel
 from shared.errors import ConfigError
+from shared.storage import CacheRoot
 
 HELDOUT = "split = 'heldout'"
 RUN_KEYS = ("run", "checkpoint", "eval", "tensorboard")
@@ -39,7 +40,7 @@ class StudentConfig(StrictModel):
 class CacheConfig(StrictModel):
     """One cache to read from."""
 
-    path: Path
+    path: CacheRoot
     """A folder, or the URL of a prefix in an object store: s3://, gs:// or az://BUCKET/PREFIX."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this cache's chains an epoch: 2 shows each chain twice, 0.5 every other one."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared.catalog import Catalog
 from shared.errors import ConfigError
+from shared.storage import Location
 from shared.tokens import (
     compare_vocab,
     fingerprint_template,
@@ -127,7 +128,7 @@ def check_temperature(selection: Selection, stage: StageConfig) -> None:
         )
 
 
-def check_vocabulary(student: StudentConfig, selection: Selection, caches: Sequence[Path]) -> Vocabulary:
+def check_vocabulary(student: StudentConfig, selection: Selection, caches: Sequence[Location]) -> Vocabulary:
     """Compares the student's tokenizer with the cache's.
 
     Equal fingerprints are fine. Otherwise ordinary ids must agree; special tokens may differ, and so may the number of
@@ -160,7 +161,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
     return Vocabulary(num_ids, notes, same_tokenizer=False)
 
 
-def _vocab_path(caches: Sequence[Path], fingerprint: str) -> Path:
+def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:
     paths = [Catalog(root).vocab_path(fingerprint) for root in caches]
     for path in paths:
         if path.exists():

@@ -14,6 +14,7 @@ from shared.catalog import Catalog
 from shared.config import Json
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import write_text_atomic
+from shared.storage import location
 from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer
 from student_train.checkpoint import CheckpointState
 from student_train.config import LoraConfig, StudentConfig, TrainConfig
@@ -134,7 +135,7 @@ def adopt_tokens(model: Any, tokenizer: Any) -> None:
 
 def manifests_of(selection: Selection) -> list[RunManifest]:
     """Manifests of the runs in the selection's caches; none where the caches lie elsewhere by now."""
-    roots = [Path(cache.root) for cache in selection.header.caches]
+    roots = [location(cache.root) for cache in selection.header.caches]
     found = [manifest for root in roots if root.is_dir() for manifest in Catalog(root).runs().values()]
     return [one for one in found if one.teacher.fingerprint in selection.header.teacher_fingerprints]
 

@@ -20,6 +20,7 @@ from shared.errors import ConfigError
 from shared.filter_columns import check_filter_columns
 from shared.shards import open_shard
 from shared.sql import Session, open_cache
+from shared.storage import Location
 from student_train.selection import (
     SCHEMA,
     PinnedCache,
@@ -39,7 +40,7 @@ HEADER_THREADS = 16
 class CacheSource:
     """A cache to select from. `weight`: how often an epoch reads each of its chains; version None: the latest."""
 
-    root: Path
+    root: Location
     weight: float = 1.0
     chains_version: int | None = None
     verdicts_version: int | None = None
@@ -237,7 +238,7 @@ def _locate(catalogs: Sequence[Catalog], rows: pa.Table) -> tuple[pa.Table, dict
     return pa.Table.from_pydict({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA), headers
 
 
-def _footer(path: Path) -> tuple[ShardHeader, Int64]:
+def _footer(path: Location) -> tuple[ShardHeader, Int64]:
     """A shard's header and the number of the first row of each of its row groups."""
     file, header = open_shard(path)
     with file:

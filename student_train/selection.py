@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from schemas.records import Float32, Int32
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
+from shared.storage import Location, location
 
 SELECTION_FORMAT = 1
 METADATA_KEY = b"stillroom-selection"
@@ -99,7 +100,7 @@ class Selection:
     """
 
     header: SelectionHeader
-    folders: list[Path]
+    folders: list[Location]
     files: list[str]
     cache_G: Int32
     file_G: Int32
@@ -120,7 +121,7 @@ class Selection:
         """Whether rows are retokenised text, without distributions."""
         return self.header.text is not None
 
-    def path_of(self, group: int) -> Path:
+    def path_of(self, group: int) -> Location:
         """The file that row group number `group` lies in."""
         return self.folders[int(self.cache_G[group])] / self.files[int(self.file_G[group])]
 
@@ -149,7 +150,7 @@ def write_selection(path: Path, rows: pa.Table, header: SelectionHeader) -> Sele
     return selection
 
 
-def load_selection(path: Path, roots: Sequence[Path] | None = None) -> Selection:
+def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selection:
     """Reads a frozen selection; `roots` says where its caches lie now, None takes where they lay.
 
     Raises DataError where there is none or a newer program wrote it, CorruptError when it is not what was written.
@@ -197,12 +198,12 @@ def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
 
 
 def _selection(
-    path: Path, column: Callable[[str], pa.ChunkedArray], header: SelectionHeader, roots: Sequence[Path] | None
+    path: Path, column: Callable[[str], pa.ChunkedArray], header: SelectionHeader, roots: Sequence[Location] | None
 ) -> Selection:
-    places = list(roots) if roots is not None else [Path(cache.root) for cache in header.caches]
-    folders = (
-        [path.parent / header.text] * len(places) if header.text is not None else [root / "chains" for root in places]
-    )
+    places = list(roots) if roots is not None else [location(cache.root) for cache in header.caches]
+    folders: list[Location] = [root / "chains" for root in places]
+    if header.text is not None:
+        folders = [path.parent / header.text for _ in places]
     cache_R, row_group_R = _numbers(column("cache")), _numbers(column("row_group"))
     names = _array(column("file").cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries())
     # Rows come ordered by file and row group, so one begins wherever a number changes.

@@ -9,7 +9,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from schemas.manifest import RunManifest, ShardHeader, Teacher
 from schemas.records import stable_hash
@@ -18,6 +17,7 @@ from shared.config import Json, plain
 from shared.errors import CacheConflict, DataError, StillroomError, one_line
 from shared.interrupt import StopRequest
 from shared.log import Progress, note
+from shared.storage import Location, matching, relative_name
 from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import BuildConfig
@@ -174,13 +174,13 @@ class Build:
         found = set()
         for table in (self.catalog.chains, self.catalog.failures):
             known = {file.path for file in table.files()}
-            for path in (table.folder / self.run_id).glob("*.parquet"):
+            for path in matching(table.folder / self.run_id, "*.parquet"):
                 name = SHARD_NAME.match(path.name)
-                if name is not None and path.relative_to(table.folder).as_posix() not in known:
+                if name is not None and relative_name(path, table.folder) not in known:
                     found.add(name["worker"])
         return found
 
-    def _lock_path(self, worker: str) -> Path:
+    def _lock_path(self, worker: str) -> Location:
         return lock_path(self.config.cache, self.run_id, worker)
 
     def _describe_run(self, info: EngineInfo) -> None:

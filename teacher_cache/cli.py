@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the build.")]
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
+CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache, or s3://BUCKET/PREFIX.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. sampling.samples=4.")
 ]
@@ -116,9 +116,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every file: hashes, counts, decoding, uniqueness; exit 3 when something is wrong and stays so."""
+    from shared.storage import location
     from teacher_cache.verify_command import verify_command
 
-    result, lines = verify_command(cache, quarantine=quarantine)
+    result, lines = verify_command(location(cache), quarantine=quarantine)
     _result(result, lines, as_json)
     if not result["ok"]:
         raise typer.Exit(DAMAGED)
@@ -138,9 +139,10 @@ def judge(
     """Check answers; verdicts are added beside the shards."""
     from dataclasses import asdict
 
+    from shared.storage import location
     from teacher_cache.judging import judge_cache
 
-    report = judge_cache(cache, kind, where, again, processes)
+    report = judge_cache(location(cache), kind, where, again, processes)
     lines = [
         f"{name}: {one.num_chains} judged, {one.num_correct} right, {one.num_wrong} wrong, "
         f"{one.num_undecided} undecided"
@@ -153,15 +155,16 @@ def judge(
 
 @app.command()
 def copy(
-    caches: Annotated[list[Path], typer.Argument(metavar="SRC... DEST", help="Caches, and the one they go into.")],
+    caches: Annotated[list[str], typer.Argument(metavar="SRC... DEST", help="Caches, and the one they go into.")],
     as_json: AsJson = False,
 ) -> None:
     """Copy or merge caches: visible shards alone, hashes checked, no row twice; the same command resumes."""
     from dataclasses import asdict
 
+    from shared.storage import location
     from teacher_cache.copy_cache import copy_caches, copy_lines
 
-    *sources, dest = caches
+    *sources, dest = (location(one) for one in caches)
     if not sources:
         raise ConfigError("copy needs at least two folders: SRC... DEST")
     try:
@@ -189,10 +192,11 @@ def gc(
     """Adopt or sweep what crashes left; drop runs on request. No row that could be read is lost unless you ask."""
     from dataclasses import asdict
 
+    from shared.storage import location
     from teacher_cache.gc import gc_cache, gc_lines
 
     report = gc_cache(
-        cache,
+        location(cache),
         dry_run=dry_run,
         grace_s=3600 * grace_hours,
         drop_runs=drop_run or [],
@@ -224,9 +228,10 @@ def sql(
 ) -> None:
     """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
     from shared.sql import Session
+    from shared.storage import location
     from teacher_cache.query import check_files, check_out, open_caches, read_stdin, run_query, write_views
 
-    catalogs = open_caches(cache, attach or [])
+    catalogs = open_caches(location(cache), attach or [])
     if check:
         check_files(catalogs.values())
     if export_views is not None:
@@ -275,9 +280,10 @@ def show(
 def stats(cache: CachePath, as_json: AsJson = False) -> None:
     """Count what is there: chains, tokens, bytes, truncated, right, failed."""
     from shared.catalog import Catalog
+    from shared.storage import location
     from teacher_cache.stats import cache_stats, stats_text
 
-    found = cache_stats(Catalog(cache))
+    found = cache_stats(Catalog(location(cache)))
     _result(found.model_dump(mode="json"), [stats_text(found).rstrip("\n")], as_json)
 
 
@@ -289,9 +295,10 @@ def report(
 ) -> None:
     """Write one HTML page about the cache, with plots."""
     from shared.catalog import Catalog
+    from shared.storage import location
     from teacher_cache.report import write_cache_report
 
-    write_cache_report(Catalog(cache), out, price_per_hour)
+    write_cache_report(Catalog(location(cache)), out, price_per_hour)
     print(out)
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from shared.config import StrictModel
+from shared.storage import CacheRoot
 
 
 class TeacherConfig(StrictModel):
@@ -351,7 +352,8 @@ class FailureConfig(StrictModel):
 class RunConfig(StrictModel):
     """What generating and scoring have in common."""
 
-    cache: Path
+    cache: CacheRoot
+    """Folder to build in, or the URL of a prefix in an object store: s3://, gs:// or az://BUCKET/PREFIX."""
     run: str = Field(pattern=r"^[A-Za-z0-9_]+$")
     """Name of the run; letters, digits and underscores."""
     teacher: TeacherConfig

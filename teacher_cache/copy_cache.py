@@ -20,6 +20,7 @@ from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
 from shared.interrupt import StopRequest
 from shared.log import Progress, format_bytes, warn
+from shared.storage import Location, check_reachable, local_copy, parts_of
 from teacher_cache.commits import Committer, VisibleSamples, read_sample_ids
 from teacher_cache.judging import commit_verdict_file, verdict_temp
 from teacher_cache.leftovers import receipt_problems
@@ -27,7 +28,6 @@ from teacher_cache.locks import lock_path, worker_lock
 
 COPIER = "copied"
 """Stands in the names of copied files where others have their worker; rows keep theirs."""
-CHUNK_BYTES = 1 << 22
 CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine"}
 
 
@@ -44,7 +44,7 @@ class CopyReport:
     stopped: bool = False
 
 
-def copy_caches(sources: Sequence[Path], dest: Path) -> CopyReport:
+def copy_caches(sources: Sequence[Location], dest: Location) -> CopyReport:
     """Copies what `sources` show into `dest`, a cache or a folder that is empty or not there yet.
 
     Raises ConfigError for caches that may not be mixed or lie in each other, DataError where one is none or of a newer
@@ -52,6 +52,7 @@ def copy_caches(sources: Sequence[Path], dest: Path) -> CopyReport:
     """
     _require_apart(sources, dest)
     catalogs = [_open_source(source) for source in sources]
+    check_reachable(dest)
     others = {path.name for path in dest.iterdir()} - CACHE_FOLDERS if dest.exists() else set()
     if others and not (dest / "chains" / "_delta_log").is_dir():
         raise DataError(f"{dest} holds other things ({min(others)}): name a cache, or a folder that is not there yet")
@@ -74,22 +75,22 @@ def copy_caches(sources: Sequence[Path], dest: Path) -> CopyReport:
     return report
 
 
-def copy_lines(report: CopyReport, dest: Path) -> list[str]:
+def copy_lines(report: CopyReport, dest: Location) -> list[str]:
     """The result for a person."""
     known = f"; {report.num_known} were there already" if report.num_known else ""
     shards = f"{report.num_chains} chains in {report.num_shards} shards, {format_bytes(report.size_bytes)}"
     return [f"{dest}: {shards}, {report.num_verdicts} verdicts, {report.num_failures} failures{known}"]
 
 
-def _require_apart(sources: Sequence[Path], dest: Path) -> None:
+def _require_apart(sources: Sequence[Location], dest: Location) -> None:
     folders = [path.resolve() for path in (*sources, dest)]
     for i, one in enumerate(folders):
         for other in folders[i + 1 :]:
-            if one == other or one in other.parents or other in one.parents:
+            if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
                 raise ConfigError(f"{one} and {other} are the same folder or lie in each other: name separate caches")
 
 
-def _open_source(root: Path) -> Catalog:
+def _open_source(root: Location) -> Catalog:
     catalog = Catalog(root)
     for table in (catalog.chains, catalog.verdicts, catalog.failures):
         problems = log_problems(table.folder / "_delta_log") or receipt_problems(table)
@@ -109,7 +110,7 @@ def _open_source(root: Path) -> Catalog:
 
 def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
     """A run id stands for a teacher, a capture and a sampling; in one cache it must stand for one of each."""
-    seen: dict[str, tuple[Path, dict[str, object]]] = {}
+    seen: dict[str, tuple[Location, dict[str, object]]] = {}
     for catalog in catalogs:
         for run_id, run in catalog.runs().items():
             root, meaning = seen.setdefault(run_id, (catalog.root, _meaning(run)))
@@ -137,6 +138,8 @@ def _meaning(run: RunManifest) -> dict[str, object]:
 
 def _warn_of_space(sources: Sequence[Catalog], target: Catalog) -> None:
     size_bytes = sum(file.size_bytes for source in sources for file in source.chains.files())
+    if not isinstance(target.root, Path):
+        return
     free_bytes = shutil.disk_usage(target.root).free
     if size_bytes > free_bytes:
         warn(
@@ -149,8 +152,8 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
     """Vocabularies and manifests, before the first row refers to them."""
     for path in source.vocab_paths():
         if not (target.root / "vocab" / path.name).exists():
-            with atomic_path(target.root / "vocab" / path.name) as temp:
-                shutil.copyfile(path, temp)
+            with atomic_path(target.root / "vocab" / path.name) as temp, local_copy(path) as local:
+                shutil.copyfile(local, temp)
     known = target.runs()
     for run_id, run in source.runs().items():
         if run_id not in known:
@@ -203,11 +206,11 @@ def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None
         report.num_verdicts += file.num_rows
 
 
-def _copy_checked(path: Path, temp: Path) -> None:
+def _copy_checked(path: Location, temp: Path) -> None:
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream, temp.open("wb") as out:
-            while chunk := stream.read(CHUNK_BYTES):
+        with temp.open("wb") as out:
+            for chunk in parts_of(path):
                 digest.update(chunk)
                 out.write(chunk)
         name = SHARD_NAME.match(path.name)

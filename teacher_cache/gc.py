@@ -21,6 +21,7 @@ from shared.delta_log import Span, file_history, merged_ranges
 from shared.errors import CacheConflict, ConfigError, CorruptError, DataError, one_line
 from shared.files import TEMP_SUFFIX, file_clock_s
 from shared.log import format_bytes
+from shared.storage import Location, files_below, matching, relative_name
 from teacher_cache.commits import Committer, VisibleSamples, take_out
 from teacher_cache.leftovers import Leftover, find_leftovers, receipt_problems
 from teacher_cache.locks import is_at_work, lock_path, worker_lock
@@ -70,7 +71,7 @@ class GcReport:
 
 
 def gc_cache(
-    root: Path, *, dry_run: bool, grace_s: float, drop_runs: Sequence[str] = (), delete_removed: bool = False
+    root: Location, *, dry_run: bool, grace_s: float, drop_runs: Sequence[str] = (), delete_removed: bool = False
 ) -> GcReport:
     """Cleans the cache at `root`; files younger than `grace_s` seconds stay.
 
@@ -145,7 +146,7 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
         return file.path.startswith(f"{run_id}/")
 
     with contextlib.ExitStack() as locks:
-        for path in sorted((catalog.root / "runs").glob(f"{run_id}.*.lock")):
+        for path in matching(catalog.root / "runs", f"{run_id}.*.lock"):
             if is_at_work(path):
                 raise CacheConflict(f"run {run_id} is being built ({path} is locked): stop its workers first")
             if not dry_run:
@@ -170,7 +171,7 @@ def _clean_table(table: Table, report: GcReport, now_s: float, grace_s: float, d
         removed += [(table.path_of(file), file.size_bytes) for file in files]
     spans: list[Span] = []
     for path, size_bytes in removed:
-        relative = path.relative_to(table.folder).as_posix()
+        relative = relative_name(path, table.folder)
         item = Item(f"{table.folder.name}/{relative}", size_bytes, "only older versions hold it")
         (report.deleted if delete_removed else report.removed).append(item)
         spans += [span if span.removed else Span(span.added, table.version + 1) for span in history[relative]]
@@ -200,7 +201,7 @@ def _clean_worker(
     report.kept += [_item(one, "younger than the grace") for one in young]
     # What lies beside the run's folders (verdicts in the making) may be any run's.
     beside = run_id == table.folder.name
-    locks = [*(root / "runs").glob(f"*.{worker}.lock")] if beside else [lock_path(root, run_id, worker)]
+    locks = matching(root / "runs", f"*.{worker}.lock") if beside else [lock_path(root, run_id, worker)]
     with contextlib.ExitStack() as stack:
         try:
             for lock in locks if old else []:
@@ -229,16 +230,18 @@ def _adopt(table: Table, run_id: str, worker: str, one: Leftover, report: GcRepo
         report.swept.append(_item(one, "was damaged, or its rows are visible elsewhere"))
 
 
-def _sweep_companions(root: Path, report: GcReport, now_s: float, grace_s: float) -> None:
+def _sweep_companions(root: Location, report: GcReport, now_s: float, grace_s: float) -> None:
     """Unfinished files of manifests, vocabularies and receipts."""
-    for path in sorted(path for name in COMPANION_FOLDERS for path in (root / name).rglob(f".*{TEMP_SUFFIX}")):
+    for path in (one for name in COMPANION_FOLDERS for one in files_below(root / name)):
+        if not (path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX)):
+            continue
         try:
             stat = path.stat()
         except FileNotFoundError:
             continue
         is_young = now_s - stat.st_mtime < grace_s
         why = "younger than the grace" if is_young else "was never finished"
-        (report.kept if is_young else report.swept).append(Item(str(path.relative_to(root)), stat.st_size, why))
+        (report.kept if is_young else report.swept).append(Item(relative_name(path, root), stat.st_size, why))
         if not is_young and not report.dry_run:
             path.unlink(missing_ok=True)
 
@@ -253,7 +256,7 @@ def _by_worker(files: Sequence[Leftover]) -> dict[tuple[str, str | None], list[L
     return grouped
 
 
-def _sweep(root: Path, one: Leftover, why: str, report: GcReport) -> None:
+def _sweep(root: Location, one: Leftover, why: str, report: GcReport) -> None:
     report.swept.append(_item(one, why))
     if not report.dry_run:
         (root / one.file).unlink(missing_ok=True)

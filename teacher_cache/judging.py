@@ -30,6 +30,7 @@ from shared.judge import KINDS, Verdict, check_kind, require_judge
 from shared.judge_process import JudgeProcess
 from shared.log import Progress
 from shared.sql import Session, open_cache
+from shared.storage import Location, spool
 
 COMMIT_ROWS = 20_000
 """Verdicts committed at once: at most so many are judged again after a crash."""
@@ -118,7 +119,7 @@ def commit_verdicts(
 
 def verdict_temp(table: Table, worker: str) -> Path:
     """Where a file of verdicts is written until it is finished."""
-    return table.folder / f".{worker}-0.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+    return spool(table.folder) / f".{worker}-0.{secrets.token_hex(4)}{TEMP_SUFFIX}"
 
 
 def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, worker: str) -> None:
@@ -142,7 +143,7 @@ def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, wo
 
 
 def judge_cache(
-    root: Path, kind: str | None = None, where: str | None = None, again: bool = False, num_processes: int = 1
+    root: Location, kind: str | None = None, where: str | None = None, again: bool = False, num_processes: int = 1
 ) -> JudgeReport:
     """Judges chains of a cache and commits the verdicts as it goes.
 

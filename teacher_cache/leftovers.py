@@ -8,6 +8,7 @@ from shared.catalog import Table
 from shared.delta_log import Span, file_history
 from shared.files import TEMP_SUFFIX
 from shared.receipts import read_receipts
+from shared.storage import files_below, relative_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,9 @@ def find_leftovers(table: Table, history: Mapping[str, Sequence[Span]] | None = 
     table.refresh()
     visible = {file.path for file in table.files()}
     found = []
-    for path in sorted(table.folder.rglob("*")):
-        relative = path.relative_to(table.folder)
-        name = relative.as_posix()
-        if relative.parts[0] == "_delta_log" or name in visible or not path.is_file():
+    for path in files_below(table.folder):
+        name = relative_name(path, table.folder)
+        if name.startswith("_delta_log/") or name in visible:
             continue
         is_temporary = path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX)
         kind: Literal["removed", "unregistered", "temporary"] = (

@@ -10,26 +10,28 @@ from typing import IO
 
 from shared.errors import CacheConflict
 from shared.log import warn
+from shared.storage import Location, spool
 
 NO_LOCKS_GRACE_S = 86400.0
 """Where nothing says whether a worker is at work, its unfinished files count as abandoned after so long."""
 
 
-def lock_path(cache: Path, run_id: str, worker: str) -> Path:
+def lock_path(cache: Location, run_id: str, worker: str) -> Location:
     """The file that a worker of a run keeps locked."""
     return cache / "runs" / f"{run_id}.{worker}.lock"
 
 
 @contextlib.contextmanager
-def worker_lock(path: Path, wait_s: float) -> Iterator[float]:
+def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
     """Holds an exclusive lock that ends with the process. Raises CacheConflict when another keeps it over `wait_s`.
 
     Yields the age in seconds from which on the worker's unfinished files are nobody's: 0 under a lock, and
-    NO_LOCKS_GRACE_S where the file system has none, so that a second process as this worker leaves the first one's
-    alone.
+    NO_LOCKS_GRACE_S where the file system or the store has none, so that a second process as this worker leaves the
+    first one's alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
+    # A store has no locks: there this one keeps apart the processes of one machine.
+    with (spool(path.parent) / path.name).open("a") as stream:
         deadline_s = time.monotonic() + wait_s
         while (abandoned_s := _try_lock(stream, path)) is None:
             if time.monotonic() >= deadline_s:
@@ -38,13 +40,13 @@ def worker_lock(path: Path, wait_s: float) -> Iterator[float]:
                     "own share with --worker I/N"
                 )
             time.sleep(0.1)
-        yield abandoned_s
+        yield abandoned_s if isinstance(path, Path) else NO_LOCKS_GRACE_S
 
 
-def is_at_work(path: Path) -> bool:
+def is_at_work(path: Location) -> bool:
     """Whether a process holds this lock. Writes nothing, so it works on a cache that is read-only."""
     try:
-        with path.open("r") as stream:
+        with (spool(path.parent) / path.name).open("r") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -54,7 +56,7 @@ def is_at_work(path: Path) -> bool:
     return False
 
 
-def _try_lock(stream: IO[str], path: Path) -> float | None:
+def _try_lock(stream: IO[str], path: Location) -> float | None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

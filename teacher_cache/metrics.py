@@ -7,17 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from shared.errors import StillroomError, one_line
 from shared.log import warn
+from shared.storage import Location, spool
 from teacher_cache.recorder import Recorded
 
 METRICS_INTERVAL_S = 10.0
+STORE_INTERVAL_S = 60.0
 
 
 class MetricsLog:
     """Appends one line every METRICS_INTERVAL_S and one at the end, as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("a", encoding="utf-8")
+    def __init__(self, path: Location) -> None:
+        """A store takes no appended line: there the whole log is put again, at longer intervals."""
+        self._path, self._local = path, spool(path.parent) / path.name
+        if not isinstance(path, Path) and path.exists():
+            self._local.write_text(path.read_text(), encoding="utf-8")
+        self._stream = self._local.open("a", encoding="utf-8")
+        self._interval_s = METRICS_INTERVAL_S if isinstance(path, Path) else STORE_INTERVAL_S
         self._started_s = time.monotonic()
         self._written_s = 0.0
         self._last: dict[str, object] | None = None
@@ -45,7 +53,7 @@ class MetricsLog:
             "bytes_per_token": recorded.bytes_per_token,
             **asdict(recorded),
         }
-        if seconds - self._written_s >= METRICS_INTERVAL_S:
+        if seconds - self._written_s >= self._interval_s:
             self._append(self._last)
             self._written_s = seconds
 
@@ -55,7 +63,9 @@ class MetricsLog:
         try:
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
-        except OSError as error:
+            if not isinstance(self._path, Path):
+                self._path.upload(self._local)
+        except (OSError, StillroomError) as error:
             # Who watches sees less; what is generated matters more.
             self._broken = True
-            warn(f"{self._stream.name} is not written any more: {error.strerror}")
+            warn(f"{self._path} is not written any more: {one_line(error)}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shared.catalog import Catalog
 from shared.log import Progress, format_bytes, format_count, format_duration
 from shared.sql import open_cache
+from shared.storage import Location, check_reachable, matching
 from teacher_cache.build import run_id_of
 from teacher_cache.commits import VisibleSamples
 from teacher_cache.config import BuildConfig, RunConfig, ServerConfig
@@ -83,7 +84,8 @@ class BuildPlan:
     gb_left: float = 0.0
     tokens_per_s: float | None = None
     hours_left: float | None = None
-    disk_free_gb: float = 0.0
+    disk_free_gb: float | None = None
+    """None where the cache lies in an object store."""
     fits: bool = True
     sources: list[SourcePlan] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
@@ -116,8 +118,9 @@ def begin_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) ->
     return plan
 
 
-def existing_catalog(cache: Path) -> Catalog | None:
+def existing_catalog(cache: Location) -> Catalog | None:
     """The cache, None where there is none yet."""
+    check_reachable(cache)
     return Catalog(cache) if (cache / "chains" / "_delta_log").is_dir() else None
 
 
@@ -143,7 +146,8 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     lines.append(f"tokens   {bound}{format_count(plan.tokens_left)}")
     known = "as in this cache" if plan.bytes_per_token_measured else "assumed"
     lines.append(f"disk     {format_bytes(1e9 * plan.gb_left)} ({plan.bytes_per_token:.0f} B/token, {known})")
-    lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
+    if plan.disk_free_gb is not None:
+        lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
     if plan.hours_left is None:
         lines.append(
             "time     unknown until a build of this run has generated something: start it, stop it, plan again"
@@ -157,7 +161,7 @@ def plan_lines(plan: BuildPlan) -> list[str]:
 
 def disk_warning(plan: BuildPlan) -> str | None:
     """What to say where the disk is too small."""
-    if plan.fits:
+    if plan.fits or plan.disk_free_gb is None:
         return None
     bound = "" if plan.tokens_left_measured else "up to "
     return (
@@ -265,17 +269,18 @@ def predict(plan: BuildPlan, config: RunConfig, catalog: Catalog | None) -> None
         num_entries = capture.max_support + capture.draws
         plan.bytes_per_token = BYTES_PER_TOKEN + BYTES_PER_ENTRY[capture.codec] * num_entries
     plan.gb_left = plan.tokens_left * plan.bytes_per_token / 1e9
-    plan.disk_free_gb = shutil.disk_usage(_existing(config.cache)).free / 1e9
-    plan.fits = plan.gb_left < plan.disk_free_gb
+    if isinstance(config.cache, Path):
+        plan.disk_free_gb = shutil.disk_usage(_existing(config.cache)).free / 1e9
+        plan.fits = plan.gb_left < plan.disk_free_gb
     plan.tokens_per_s = None if catalog is None else _last_speed(config.cache, plan.run_id)
     if plan.tokens_per_s:
         plan.hours_left = plan.tokens_left / plan.tokens_per_s / 3600
 
 
-def _last_speed(cache: Path, run_id: str) -> float | None:
+def _last_speed(cache: Location, run_id: str) -> float | None:
     """Tokens a second of all workers of the run that were last at work together."""
     lasts: list[dict[str, Any]] = []
-    for path in (cache / "runs").glob(f"{run_id}.*.metrics.jsonl"):
+    for path in matching(cache / "runs", f"{run_id}.*.metrics.jsonl"):
         lines = path.read_text(encoding="utf-8").splitlines()
         if lines:
             lasts.append(json.loads(lines[-1]))

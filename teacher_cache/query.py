@@ -20,6 +20,7 @@ from shared.errors import ConfigError, DataError
 from shared.files import atomic_path
 from shared.log import Progress, note
 from shared.sql import Session, export_views
+from shared.storage import Location, location
 from shared.terminal import harmless
 from teacher_cache.results import Shown, csv_text, json_text, markdown_text, table_text
 
@@ -29,7 +30,7 @@ DEFAULT_MAX_ROWS = 40
 ROWS_PER_GROUP = 65536
 
 
-def open_caches(cache: Path, attach: Sequence[str]) -> dict[str, Catalog]:
+def open_caches(cache: Location, attach: Sequence[str]) -> dict[str, Catalog]:
     """The cache as `main` and those of `attach`, each `NAME=CACHE`, as schemas of their names."""
     catalogs = {"main": Catalog(cache)}
     for item in attach:
@@ -38,7 +39,7 @@ def open_caches(cache: Path, attach: Sequence[str]) -> dict[str, Catalog]:
             raise ConfigError(f"--attach {item!r} is not of the form NAME=CACHE, for example r1=/data/r1-cache")
         if name in catalogs:
             raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
-        catalogs[name] = Catalog(Path(folder))
+        catalogs[name] = Catalog(location(folder))
     return catalogs
 
 
@@ -85,7 +86,8 @@ def check_files(catalogs: Iterable[Catalog]) -> None:
 def check_out(out: Path, caches: Sequence[Catalog]) -> None:
     """Raises ConfigError where a result would be written into a cache, DataError where it cannot be written."""
     for catalog in caches:
-        if out.resolve().is_relative_to(catalog.root.resolve()):
+        root = catalog.root
+        if isinstance(root, Path) and out.resolve().is_relative_to(root.resolve()):
             raise ConfigError(f"--out {out} lies in the cache {catalog.root}, which is read-only here: write elsewhere")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise DataError(f"--out {out}: name a file in a folder that exists")

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from schemas.tables import chain_schema
 from shared.catalog import DataFile, Table, check_hash
 from shared.errors import CorruptError, StillroomError
 from shared.shards import open_shard, read_signals
+from shared.storage import Location
 from teacher_cache.row_checks import COLUMNS, SAMPLE_ID, check_rows
 
 PackedIds = npt.NDArray[np.void]
@@ -81,12 +81,12 @@ def verify_shard(table: Table, file: DataFile) -> ShardFindings:
     return findings
 
 
-def _add_error(findings: ShardFindings, error: StillroomError, path: Path) -> None:
+def _add_error(findings: ShardFindings, error: StillroomError, path: Location) -> None:
     findings.problems.append(without_path(str(error), path))
     findings.is_damaged &= isinstance(error, CorruptError)
 
 
-def _read_shard(path: Path, findings: ShardFindings) -> None:
+def _read_shard(path: Location, findings: ShardFindings) -> None:
     parquet, header = open_shard(path)
     with parquet:
         findings.header = header
@@ -119,7 +119,7 @@ def packed(sample_ids: list[str]) -> PackedIds:
     return np.array([bytes.fromhex(sample_id) for sample_id in sample_ids], dtype="V16")
 
 
-def without_path(message: str, path: Path) -> str:
+def without_path(message: str, path: Location) -> str:
     """An error's message without the file that it begins with."""
     return message.removeprefix(f"{path}").removeprefix(":").strip()
 

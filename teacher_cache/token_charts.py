@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from shared.catalog import Catalog
 from shared.charts import Group, Line, bars, histogram, line_chart
 from shared.report import Figure
+from shared.storage import open_parquet
 from teacher_cache.signal_sample import SignalSample
 
 Array = npt.NDArray[Any]
@@ -133,7 +133,8 @@ def _pieces(catalog: Catalog) -> dict[int, str]:
     if len(paths) != 1:
         # Ids of several tokenizers mean several things: no one name would be right.
         return {}
-    table = pq.read_table(paths[0], columns=["token_id", "piece"])
+    with open_parquet(paths[0]) as file:
+        table = file.read(columns=["token_id", "piece"])
     return dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
 
 

@@ -12,17 +12,16 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
 from shared.catalog import Catalog, DataFile, Table, check_hash
 from shared.delta_log import log_problems
 from shared.errors import CorruptError, DataError, StillroomError
 from shared.log import Progress, format_bytes
+from shared.storage import Location, check_reachable, open_parquet
 from teacher_cache.leftovers import Leftover, find_leftovers, receipt_problems
 from teacher_cache.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
 
@@ -58,8 +57,9 @@ class VerifyReport:
         return not self.problems
 
 
-def verify_cache(root: Path, num_threads: int | None = None) -> VerifyReport:
+def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport:
     """Checks everything, `num_threads` shards at a time (None: one a core). Raises DataError where no cache is."""
+    check_reachable(root)
     if not (root / "chains" / "_delta_log").is_dir():
         raise DataError(f"{root} is not a cache: it has no chains/_delta_log")
     report = VerifyReport()
@@ -151,7 +151,8 @@ def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
         yield Problem(name, "is missing: tokens have no text in SQL")
         return
     try:
-        schema = pq.read_table(path).schema
+        with open_parquet(path) as file:
+            schema = file.read().schema
     except (pa.ArrowException, OSError) as error:
         yield Problem(name, f"is not a readable Parquet file: {str(error).splitlines()[0]}")
         return
@@ -174,10 +175,11 @@ def _verify_small(table: Table, schema: pa.Schema) -> Iterator[tuple[Problem, Da
             yield found, Damage(table.folder.name, file, [problem])
 
 
-def _small_problem(path: Path, file: DataFile, schema: pa.Schema) -> str | None:
+def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | None:
     check_hash(path)
     try:
-        content = pq.read_table(path)
+        with open_parquet(path) as opened:
+            content = opened.read()
     except (pa.ArrowException, OSError) as error:
         return f"is not a readable Parquet file: {str(error).splitlines()[0]}"
     if not content.schema.equals(schema):

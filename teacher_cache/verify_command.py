@@ -1,17 +1,17 @@
 """What `teacher-cache verify` prints: what is wrong, what was taken out, and one line that sums up."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 from shared.catalog import Catalog
 from shared.config import Json
 from shared.errors import DataError
+from shared.storage import Location
 from teacher_cache.quarantine import quarantine as take_out_damaged
 from teacher_cache.quarantine import quarantine_lines
 from teacher_cache.verify import summary_of, verify_cache
 
 
-def verify_command(root: Path, *, quarantine: bool) -> tuple[Json, list[str]]:
+def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]]:
     """Verifies and, if asked, quarantines; the result for programs and its lines for a person.
 
     `ok` means that nothing is wrong any more: problems that were quarantined are no longer the cache's.

@@ -32,6 +32,7 @@ from schemas.records import (
 from schemas.tables import VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, list_of
 from shared.catalog import Catalog, Table, publish
 from shared.codec import encode, scalars_of
+from shared.storage import Location, spool
 
 EOS_ID = 1
 THINK_END_ID = 2
@@ -127,8 +128,15 @@ def write_cache(root: Path, shape: CacheShape) -> SyntheticCache:
     return SyntheticCache(root, chains, manifests)
 
 
-def damage(path: Path, at_frac: float = 0.5) -> None:
+def on_disk(path: Location) -> Path:
+    """The path of a cache that lies in a folder."""
+    assert isinstance(path, Path)
+    return path
+
+
+def damage(path: Location, at_frac: float = 0.5) -> None:
     """Flips one byte inside a file."""
+    path = on_disk(path)
     data = bytearray(path.read_bytes())
     data[int(len(data) * at_frac)] ^= 0xFF
     path.write_bytes(bytes(data))
@@ -306,7 +314,7 @@ def _write_shard(table: Table, shape: CacheShape, run: RunManifest, worker: str,
     }
     columns = {**{name: plain.column(name) for name in plain.column_names}, **token_ids, **signals}
     data = pa.Table.from_arrays([_typed(columns[field.name], field.type) for field in schema], schema=schema)
-    temp = table.folder / f".{worker}-{sequence}.tmp"
+    temp = spool(table.folder) / f".{worker}-{sequence}.tmp"
     dictionary = [f"{name}.list.element" for name in columns if name.startswith(("topk_", "tail_"))]
     pq.write_table(
         data,
@@ -368,7 +376,7 @@ def _write_verdicts(table: Table, chains: Sequence[Chain]) -> None:
         }
         for chain in judged
     ]
-    temp = table.folder / ".verdicts.tmp"
+    temp = spool(table.folder) / ".verdicts.tmp"
     pq.write_table(pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA), temp)
     sequence = (table.last_sequence("stillroom/judge/w0") or 0) + 1
     file = publish(temp, table.folder, f"judge/w0-{sequence:06d}", len(rows))

@@ -6,12 +6,12 @@ As a program (`python -m tests.fake_builds CACHE I/N NUM_PROMPTS STEP_S`) it is 
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from schemas.manifest import Teacher
 from schemas.records import Message, Prompt, prompt_id_of, sample_id_of
+from shared.storage import Location, location
 from teacher_cache.build import Build, BuildResult
 from teacher_cache.config import BuildConfig
 from teacher_cache.fake import FakeEngine
@@ -27,7 +27,7 @@ MAX_TOKENS = 60
 SAMPLING = {"temperature": 0.6, "max_tokens": MAX_TOKENS}
 
 
-def make_config(cache: Path, **blocks: object) -> BuildConfig:
+def make_config(cache: Location, **blocks: object) -> BuildConfig:
     """A configuration whose prompts block is for the manifest alone: requests come from `make_requests`."""
     return BuildConfig.model_validate(
         {
@@ -94,7 +94,7 @@ def main() -> None:
     cache, share, num_prompts, step_s = sys.argv[1:]
     index, count = map(int, share.split("/"))
     requests = make_requests(int(num_prompts), index, count)
-    config = make_config(Path(cache), shard={"row_group_tokens": 200, "max_mb": 0.01})
+    config = make_config(location(cache), shard={"row_group_tokens": 200, "max_mb": 0.01})
     result = run_build(config, requests, lambda: make_engine(float(step_s)), f"w{index}of{count}")
     # 130 as the command itself would end.
     sys.stdout.flush()

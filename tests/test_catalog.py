@@ -9,11 +9,12 @@ import pytest
 from schemas.tables import FAILURE_SCHEMA
 from shared.catalog import Catalog, DataFile, Table, check_hash, publish
 from shared.errors import CacheConflict, CorruptError, DataError
+from tests.caches import on_disk
 
 
 def written(table: Table, stem: str, num_rows: int = 0) -> DataFile:
     """A published file of the failures table, not committed."""
-    temp = table.folder / f"{stem.replace('/', '-')}.tmp"
+    temp = on_disk(table.folder / f"{stem.replace('/', '-')}.tmp")
     row: dict[str, object] = {**dict.fromkeys(FAILURE_SCHEMA.names, "x"), "sample_index": 0, "failed_at": 0}
     rows = [row] * num_rows
     pq.write_table(pa.Table.from_pylist(rows, schema=FAILURE_SCHEMA), temp)
@@ -79,7 +80,7 @@ def test_a_file_that_is_missing_or_short_is_not_committed(catalog: Catalog) -> N
 
 
 def test_names_carry_the_hash_of_the_bytes(catalog: Catalog) -> None:
-    path = catalog.failures.path_of(written(catalog.failures, "run/w0-000000"))
+    path = on_disk(catalog.failures.path_of(written(catalog.failures, "run/w0-000000")))
     check_hash(path)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -115,6 +116,6 @@ def test_a_log_that_lost_an_entry_is_named(catalog: Catalog) -> None:
 
 def test_a_manifest_that_cannot_be_read_is_named(catalog: Catalog) -> None:
     (catalog.root / "runs").mkdir()
-    (catalog.root / "runs" / "broken.json").write_text("{")
+    on_disk(catalog.root / "runs" / "broken.json").write_text("{")
     with pytest.raises(CorruptError, match=r"broken\.json is not a run manifest"):
         catalog.runs()

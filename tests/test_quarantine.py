@@ -17,7 +17,7 @@ from teacher_cache.commits import read_sample_ids
 from teacher_cache.gc import gc_cache
 from teacher_cache.quarantine import MENDER, quarantine
 from teacher_cache.verify import verify_cache
-from tests.caches import damage
+from tests.caches import damage, on_disk
 from tests.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
 from tests.test_verify import register
 
@@ -35,7 +35,7 @@ def largest(root: Path) -> Path:
     table = Catalog(root).chains
     path = max((table.path_of(file) for file in table.files()), key=lambda one: one.stat().st_size)
     assert pq.ParquetFile(path).num_row_groups > 2
-    return path
+    return on_disk(path)
 
 
 def damage_group(path: Path, index: int) -> list[str]:

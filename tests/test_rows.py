@@ -11,7 +11,7 @@ from shared.errors import CorruptError
 from student_train.rows import RowBlock, RowBuffer, read_rows
 from student_train.select import CacheSource, SelectionRequest, freeze
 from student_train.selection import Selection
-from tests.caches import make_cache
+from tests.caches import make_cache, on_disk
 
 
 @pytest.mark.parametrize("codec", ["topk-f32", "topk-u8"])
@@ -79,7 +79,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def one_file(tmp_path: Path) -> tuple[Selection, Path]:
     cache = make_cache(tmp_path / "cache", num_chains=12, groups_per_shard=100)
     selection = freeze(tmp_path / "selection.parquet", SelectionRequest([CacheSource(cache.root)]))
-    return selection, selection.path_of(0)
+    return selection, on_disk(selection.path_of(0))
 
 
 def fake_block(rows: Int64) -> RowBlock:

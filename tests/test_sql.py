@@ -18,7 +18,7 @@ from shared.catalog import Catalog
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.sql import Session, export_views, open_cache
 from shared.views import VIEWS
-from tests.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache
+from tests.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache, on_disk
 
 SLOW = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = -3"
 
@@ -190,7 +190,7 @@ def test_the_latest_verdict_counts(tmp_path: Path) -> None:
         "judged_at": later,
     }
     table = cache.catalog.verdicts
-    temp = table.folder / ".again.tmp"
+    temp = on_disk(table.folder / ".again.tmp")
     pq.write_table(pa.Table.from_pylist([row], schema=VERDICT_SCHEMA), temp)
     table.commit([publish(temp, table.folder, "judge/w0-000002", 1)], "again", 1)
     with open_cache(Catalog(cache.root)) as session:

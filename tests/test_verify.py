@@ -13,7 +13,7 @@ from shared.catalog import Catalog, Table, publish
 from shared.errors import DataError
 from teacher_cache.leftovers import find_leftovers, receipt_problems
 from teacher_cache.verify import VerifyReport, summary_of, verify_cache
-from tests.caches import damage, make_cache
+from tests.caches import damage, make_cache, on_disk
 
 
 @pytest.fixture(params=["topk-f32", "topk-u8"])
@@ -24,7 +24,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def shard(root: Path) -> Path:
     catalog = Catalog(root)
-    return catalog.chains.path_of(catalog.chains.files()[0])
+    return on_disk(catalog.chains.path_of(catalog.chains.files()[0]))
 
 
 def problems(report: VerifyReport) -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def problems(report: VerifyReport) -> list[tuple[str, str]]:
 
 def register(table: Table, content: pa.Table, worker: str, row_group_size: int = 4) -> str:
     """Adds a shard with any content and a right name."""
-    temp = table.folder / ".test.tmp"
+    temp = on_disk(table.folder / ".test.tmp")
     pq.write_table(content, temp, row_group_size=row_group_size, write_page_checksum=True)
     file = publish(temp, table.folder, f"test/{worker}-000001", content.num_rows)
     table.commit([file], f"test/{worker}", 1)
