@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -48,7 +49,7 @@ class Target:
 
 
 def _top(k: int, losses: Json, label: str) -> Target:
-    return Target(f"{label} {k}", {"max_support": k, "nucleus": None}, losses)
+    return Target(f"{label} {k}", {"max_support": k, "nucleus": None, "draws": 0}, losses)
 
 
 def _hybrid(exact: int, draws: int) -> Target:
@@ -59,11 +60,11 @@ def _hybrid(exact: int, draws: int) -> Target:
 TOP_MASS_KS = (1, 4, 8, 16, 64)
 
 TARGETS = (
-    Target(DENSE, {"codec": "topk-f32", "max_support": VOCAB_SIZE, "nucleus": None}, TAIL_BUCKET),
-    Target("cross-entropy", {"max_support": 1, "nucleus": None}, {"cross_entropy": 1.0}),
+    Target(DENSE, {"codec": "topk-f32", "max_support": VOCAB_SIZE, "nucleus": None, "draws": 0}, TAIL_BUCKET),
+    Target("cross-entropy", {"max_support": 1, "nucleus": None, "draws": 0}, {"cross_entropy": 1.0}),
     *(_top(k, RENORMALISED, "renormalised") for k in (4, 8, 16, 64)),
     *(_top(k, TAIL_BUCKET, "tail bucket") for k in (4, 8, 16, 64)),
-    Target("tail bucket nucleus 64", {"max_support": 64, "nucleus": 0.999}, TAIL_BUCKET),
+    Target("tail bucket nucleus 64", {"max_support": 64, "nucleus": 0.999, "draws": 0}, TAIL_BUCKET),
     *(_hybrid(m, n) for m, n in ((1, 8), (2, 2), (4, 4), (8, 8), (12, 4), (16, 16), (32, 16))),
 )
 
@@ -106,7 +107,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     teacher = ensure_teacher(folder / "teacher", Training(num_steps=arguments.teacher_steps))
     tokenizer: Any = AutoTokenizer.from_pretrained(teacher)
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
-    chains = Chains(*write_chains(model, tokenizer, NUM_TRAIN + NUM_HELDOUT, seed=1), NUM_HELDOUT)
+    chains = _chains(folder / "chains.npz", model, tokenizer)
     targets = [target for target in TARGETS if target.name in {DENSE, *arguments.targets}]
     sizes = {target.name: _cache(folder, target, teacher, model, chains) for target in targets}
     rows: list[Json] = []
@@ -142,6 +143,15 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
         "summary": _summary(rows, sizes),
         "seconds": round(time.monotonic() - started_s, 1),
     }
+
+
+def _chains(path: Path, model: Any, tokenizer: Any) -> Chains:
+    """What the teacher writes, kept: its prompts come from the installed packages, which may change between two calls."""
+    if not path.exists():
+        prompts_RP, completions_RT = write_chains(model, tokenizer, NUM_TRAIN + NUM_HELDOUT, seed=1)
+        np.savez(path, prompts=prompts_RP.numpy(), completions=completions_RT.numpy())
+    with np.load(path) as kept:
+        return Chains(torch.from_numpy(kept["prompts"]), torch.from_numpy(kept["completions"]), NUM_HELDOUT)
 
 
 @torch.no_grad()
