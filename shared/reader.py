@@ -51,7 +51,7 @@ class Sample:
     """One chain with its decoded distributions.
 
     `chain` is its row of the view `chains`, `messages` the prompt, token_ids_T int32 the completion; `signals` the
-    stored distributions, `header` what the shard says of them; `piece_of` the text of every token and candidate alone.
+    stored distributions, `header` what the shard says of them; `piece_of` the text of every token, candidate and draw alone.
     """
 
     chain: dict[str, Any]
@@ -116,6 +116,8 @@ class Cache:
         token_ids_T = table.column("token_ids")[row].values.to_numpy()
         own = signals.slice(start, stop)
         ids = {*token_ids_T.tolist(), *own.topk_ids_N.tolist()}
+        if own.draws is not None:
+            ids.update(own.draws.ids_D.tolist())
         (chain,) = self.arrow(f"SELECT * FROM chains WHERE sample_id = {quote(found['sample_id'])}").to_pylist()
         return Sample(
             chain=chain,

@@ -26,6 +26,9 @@ MIN_COMPARED = 20
 
 MAX_BARS = 20
 NUM_TIME_BINS = 60
+SHOWN_ID = 12
+"""Characters of a sample's id: `show` takes how one begins."""
+
 PAUSE_S = 600
 """A worker that finished no chain for longer was not running."""
 
@@ -44,7 +47,7 @@ def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> lis
             "The cache": [_overview(stats), *_runs(session)],
             "Chains": [*_lengths(session, stats), *pass_rate_figures(stats), *_truncation(stats)],
             "How sure the teacher was": _certainty(catalog, sample),
-            "Building it": [*_throughput(session), *_cost(session, stats, price_per_hour), *_failures(stats)],
+            "Building it": [*_throughput(session), *_cost(session, stats, price_per_hour), *_failures(session, stats)],
             "Where the bytes are": _storage(session, stats),
             "Chains to look at": _examples(session, catalog),
         }
@@ -58,7 +61,7 @@ def _overview(stats: CacheStats) -> Piece:
     return Numbers(
         [
             Number("chains", f"{stats.num_chains:,}", f"of {stats.num_prompts:,} prompts"),
-            Number("completion tokens", format_count(stats.num_tokens), _mean_length(stats)),
+            Number("tokens", format_count(stats.num_tokens), f"of completions{_mean_length(stats)}"),
             Number("answers right", _percent(stats.pass_rate), judged),
             Number(
                 "truncated", _percent(_ratio(stats.num_truncated, stats.num_chains)), f"{stats.num_truncated:,} chains"
@@ -226,9 +229,13 @@ def _cost(session: Session, stats: CacheStats, price_per_hour: float | None) -> 
     return [Numbers(numbers)]
 
 
-def _failures(stats: CacheStats) -> list[Piece]:
-    rows = [[reason, f"{num:,}"] for reason, num in stats.failures.items()]
-    return [Table("Requests that failed", ["reason", "samples"], rows, right=frozenset({1}))] if rows else []
+def _failures(session: Session, stats: CacheStats) -> list[Piece]:
+    if not stats.failures:
+        return []
+    told = session.arrow("SELECT reason, min(message) AS message FROM failures GROUP BY reason").to_pylist()
+    messages = {row["reason"]: row["message"] for row in told}
+    rows = [[reason, f"{num:,}", _shortened(messages[reason])] for reason, num in stats.failures.items()]
+    return [Table("Requests that failed", ["reason", "samples", "for example"], rows, right=frozenset({1}))]
 
 
 def _storage(session: Session, stats: CacheStats) -> list[Piece]:
@@ -268,14 +275,18 @@ def _examples(session: Session, catalog: Catalog) -> list[Piece]:
         ).to_pylist()
         for row in found:
             verdict = {True: "right", False: "wrong", None: "not judged"}[row["correct"]]
-            prompt = " ".join((row["prompt"] or "").split())
             rows.append(
                 [words, row["source"], f"{row['num_tokens']:,}", f"{row['mean_entropy']:.3f}", verdict,
-                 prompt[:90] + ("…" if len(prompt) > 90 else ""), row["sample_id"]]
+                 _shortened(row["prompt"]), row["sample_id"][:SHOWN_ID]]
             )  # fmt: skip
     columns = ["", "source", "tokens", "entropy (nats)", "verdict", "prompt", "sample"]
     note = f"teacher-cache show {catalog.root} SAMPLE shows one token by token."
     return [Table("By their scalars", columns, rows, note, right=frozenset({2, 3}))] if rows else []
+
+
+def _shortened(text: str | None) -> str:
+    line = " ".join((text or "").split())
+    return line[:90] + ("…" if len(line) > 90 else "")
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -295,4 +306,4 @@ def _unit(value: float | None, unit: str, digits: int) -> str:
 
 
 def _mean_length(stats: CacheStats) -> str:
-    return "" if stats.mean_num_tokens is None else f"{stats.mean_num_tokens:,.0f} a chain"
+    return "" if stats.mean_num_tokens is None else f", {stats.mean_num_tokens:,.0f} a chain"

@@ -7,6 +7,7 @@ Shape legend: T completion tokens.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,26 +87,37 @@ def header_lines(chain: dict[str, Any]) -> list[str]:
 
 
 def candidate_lines(sample: Sample, position: int) -> list[str]:
-    """The candidates of one token, the drawn one marked, then what is outside the support."""
+    """The candidates of one token, the sampled one marked; what is outside the support and what was drawn there."""
     signals = sample.signals.slice(position, position + 1)
     num_shown = min(len(signals.topk_ids_N), MAX_CANDIDATES)
     ids = signals.topk_ids_N[:num_shown].tolist()
     pieces = [repr_piece(sample.piece_of[token]) for token in ids]
     probs = np.exp(signals.topk_logprobs_N, dtype=np.float64)
     width = max(map(width_of, (*pieces, "outside the support")))
-    drawn = int(sample.token_ids_T[position])
+    sampled = int(sample.token_ids_T[position])
     lines = []
     for rank, (token, prob, piece) in enumerate(zip(ids, probs, pieces, strict=False), 1):
-        mark = "◀ drawn" if token == drawn else ""
+        mark = "◀ sampled" if token == sampled else ""
         bar = "█" * round(BAR_WIDTH * float(prob))
         lines.append(f"{rank:>4}  {pad(piece, width)}  {prob:8.4f}  {bar} {mark}".rstrip())
     tail = float(np.exp(signals.tail_logmass_T[0]))
     lines.append(f"      {pad('outside the support', width)}  {tail:8.4f}")
     if len(probs) > num_shown:
         lines.append(f"      {pad(f'{len(probs) - num_shown} more candidates', width)}  {probs[num_shown:].sum():8.4f}")
-    if drawn not in signals.topk_ids_N:
-        lines.append(f"      the drawn token, rank {signals.sampled_rank_T[0]}, is outside the support")
+    if (drawn := draws_of(sample, position)) is not None:
+        lines.append(f"      drawn from there: {drawn}")
+    if sampled not in signals.topk_ids_N:
+        lines.append(f"      the sampled token, rank {signals.sampled_rank_T[0]}, is outside the support")
     return lines
+
+
+def draws_of(sample: Sample, position: int) -> str | None:
+    """The tokens drawn from the tail at one position, with how often; None where there are none."""
+    draws = sample.signals.slice(position, position + 1).draws
+    if draws is None or not len(draws.ids_D):
+        return None
+    times = Counter(draws.ids_D.tolist())
+    return ", ".join(repr_piece(sample.piece_of[token]) + (f" ×{n}" if n > 1 else "") for token, n in times.items())
 
 
 def top1_prob_of(sample: Sample) -> Float32:
@@ -150,7 +162,7 @@ def _legend() -> Text:
     for style, words in zip(STYLES, ends, strict=True):
         text.append(words, style=style or None)
         text.append("  ")
-    text.append("another token was drawn", style="underline")
+    text.append("another token was sampled", style="underline")
     return text
 
 

@@ -16,7 +16,7 @@ from shared.files import write_text_atomic
 from shared.reader import Sample, readable
 from shared.report import TEMPLATES, render_page
 from shared.terminal import harmless, one_line
-from teacher_cache.show import MAX_CANDIDATES, check_position, header_lines, levels_of, parts_of, top1_prob_of
+from teacher_cache.show import MAX_CANDIDATES, check_position, draws_of, header_lines, levels_of, parts_of, top1_prob_of
 
 SMOOTHED_POINTS = 200
 """A longer chain's entropy is drawn as means over so many windows."""
@@ -75,7 +75,7 @@ def _data(sample: Sample) -> dict[str, Any]:
         rest = float(np.exp(signals.topk_logprobs_N[shown.stop : end], dtype=np.float64).sum())
         tokens.append(
             {
-                "drawn": number_of(int(sample.token_ids_T[at])),
+                "sampled": number_of(int(sample.token_ids_T[at])),
                 "rank": int(signals.sampled_rank_T[at]),
                 "prob": round(float(np.exp(signals.sampled_logprob_T[at])), 6),
                 "entropy": round(float(signals.entropy_T[at]), 4),
@@ -83,6 +83,7 @@ def _data(sample: Sample) -> dict[str, Any]:
                 "probs": [round(prob, 5) for prob in probs.tolist()],
                 "more": n - len(probs),
                 "rest": round(rest, 5),
+                "draws": draws_of(sample, at),
                 "tail": round(float(np.exp(signals.tail_logmass_T[at])), 5),
             }
         )

@@ -22,8 +22,9 @@ MAX_TOKENS = 2_000_000
 class SignalSample:
     """Arrays over the sampled tokens, and what part of the cache they are of.
 
-    token_ids_T, position_T (0 is the first token of its chain), entropy_T in nats, top1_prob_T, tail_mass_T, support_T;
-    num_tokens_R the lengths of the chains. `entropy` is the shards' word on what it is of: `exact` or `support`.
+    token_ids_T, position_T (0 is the first token of its chain), entropy_T in nats, top1_prob_T, tail_mass_T, support_T,
+    draws_T (tokens drawn from the tail); num_tokens_R the lengths of the chains. `entropy` is the shards' word on what
+    it is of: `exact` or `support`.
     """
 
     token_ids_T: Int32
@@ -32,6 +33,7 @@ class SignalSample:
     top1_prob_T: Float32
     tail_mass_T: Float32
     support_T: Int32
+    draws_T: Int32
     num_tokens_R: Int64
     max_support: int
     entropy: str
@@ -68,6 +70,7 @@ def sample_signals(catalog: Catalog, max_tokens: int = MAX_TOKENS) -> SignalSamp
                     "top1_prob_T": np.exp(signals.topk_logprobs_N[starts_T]),
                     "tail_mass_T": np.exp(signals.tail_logmass_T),
                     "support_T": signals.topk_n_T,
+                    "draws_T": np.zeros_like(signals.topk_n_T) if signals.draws is None else signals.draws.n_T,
                     "num_tokens_R": lengths_R,
                 }
             )

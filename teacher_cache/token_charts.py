@@ -65,9 +65,11 @@ def _tail_along(sample: SignalSample, bins_T: Array, centers_B: Array) -> Iterat
     mean = float(np.mean(sample.tail_mass_T))
     lines = [Line("mean", x, 100 * quantiles["mean"]), Line("90th percentile", x, 100 * quantiles["p90"])]
     svg = line_chart(lines, "position in the chain (tokens)", "mass outside the support (%)", from_zero=True)
-    yield Figure(
-        f"The stored candidates hold {1 - mean:.2%} of the probability", svg, "What the cache keeps only as a sum."
-    )
+    note = "What the cache keeps only as a sum."
+    if len(draws_T := sample.draws_T[sample.draws_T > 0]):
+        share = len(draws_T) / len(sample.draws_T)
+        note = f"What the cache keeps as a sum; on {share:.0%} of the tokens also {draws_T.mean():.0f} draws from it."
+    yield Figure(f"The stored candidates hold {1 - mean:.2%} of the probability", svg, note)
 
 
 def _top1(sample: SignalSample) -> Figure:

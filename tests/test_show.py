@@ -49,7 +49,7 @@ def test_the_whole_chain_is_printed_in_parts(sample: Sample, capsys: pytest.Capt
     assert "\x1b" not in text
 
 
-def test_a_token_lists_its_candidates_and_marks_the_drawn_one(
+def test_a_token_lists_its_candidates_and_marks_the_sampled_one(
     sample: Sample, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for position in range(len(sample.token_ids_T)):
@@ -57,13 +57,27 @@ def test_a_token_lists_its_candidates_and_marks_the_drawn_one(
         signals = sample.signals.slice(position, position + 1)
         rank, support = int(signals.sampled_rank_T[0]), int(signals.topk_n_T[0])
         if rank <= support:
-            assert [number for number, line in enumerate(lines, 1) if "drawn" in line] == [rank]
+            assert [number for number, line in enumerate(lines, 1) if "sampled" in line] == [rank]
         assert "outside the support" in lines[support]
     print_token(sample, 3)
     assert "token 3 of" in capsys.readouterr().out
     for position in (-1, len(sample.token_ids_T)):
         with pytest.raises(ConfigError, match="tokens 0 to"):
             print_token(sample, position)
+
+
+def test_draws_from_the_tail_are_named(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "cache", num_chains=8, codec="topk-u8", draws=3)
+    with open_cache(made.root) as cache:
+        sample = cache.sample(made.chains[0].sample_id)
+    draws = sample.signals.draws
+    assert draws is not None
+    position = int(np.argmax(draws.n_T > 0))
+    named = {sample.piece_of[int(token)] for token in draws.slice(position, position + 1).ids_D}
+    (line,) = [line for line in candidate_lines(sample, position) if "drawn from there" in line]
+    assert all(f"'{piece}'" in line for piece in named)
+    write_chain_page(sample, tmp_path / "chain.html")
+    assert "Drawn from the tail" in (tmp_path / "chain.html").read_text()
 
 
 def test_certainty_is_that_of_the_first_choice(sample: Sample) -> None:

@@ -25,15 +25,16 @@
     const at = Number(element.dataset.at);
     const token = data.tokens[at];
     panel.replaceChildren();
-    add(panel, "h3", "Token " + at + ": “" + data.pieces[token.drawn] + "”");
+    add(panel, "h3", "Token " + at + ": “" + data.pieces[token.sampled] + "”");
     add(panel, "p", "rank " + token.rank + ", probability " + percent(token.prob) + ", entropy " + token.entropy.toFixed(2) + " nats", "note");
     const table = add(panel, "table");
     token.ids.forEach((id, index) => {
-      const drawn = id === token.drawn && index + 1 === token.rank;
-      row(table, "“" + data.pieces[id] + "”" + (drawn ? " drawn" : ""), token.probs[index], drawn ? "drawn" : "");
+      const sampled = id === token.sampled && index + 1 === token.rank;
+      row(table, "“" + data.pieces[id] + "”" + (sampled ? " sampled" : ""), token.probs[index], sampled ? "sampled" : "");
     });
     if (token.more > 0) row(table, token.more + " more", token.rest, "muted");
     row(table, "outside the support", token.tail, "muted");
+    if (token.draws) add(panel, "p", "Drawn from the tail: " + token.draws, "note");
   };
   const chain = document.getElementById("chain");
   const element = (at) => chain.querySelector('.t[data-at="' + Number(at) + '"]');
