@@ -4,7 +4,8 @@ Environment variables and home folders in values are not expanded: an experiment
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -14,6 +15,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from shared.errors import ConfigError
 
 Json = dict[str, Any]
+
+SECRETS = {
+    "an address with a password": re.compile(r"[a-z][a-z0-9+.\-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE),
+    "an address with a token": re.compile(r"https?://[^/\s:@]+@", re.IGNORECASE),
+    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
+    "an API key": re.compile(r"\bsk-[A-Za-z0-9_\-]{20,}"),
+    "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+}
+"""What a configuration must not hold: it is copied into manifests, run folders, reports and model cards."""
 
 
 class StrictModel(BaseModel):
@@ -91,6 +101,13 @@ def apply_override(data: Json, override: str) -> None:
 
 def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> Model:
     """Validates `data`. Raises ConfigError with the first problem, and how many more there are."""
+    for key, text in _texts(data):
+        for name, pattern in SECRETS.items():
+            if pattern.search(text):
+                raise ConfigError(
+                    f"{where}: {key} holds {name}, and a configuration is copied into manifests and reports: leave it "
+                    "to the environment (HF_TOKEN, AWS_..., engine.api_key_env, ~/.netrc)"
+                )
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -98,6 +115,18 @@ def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> 
         text = "; ".join(_problem(one) for one in problems[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ConfigError(f"{where}: {text}{more}") from error
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and texts of everything inside."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _texts(one, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            yield from _texts(one, f"{key}.{number}")
+    elif isinstance(value, str | Path):
+        yield key, str(value)
 
 
 def _child(node: Any, part: str, override: str) -> Any:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from shared.terminal import harmless
+
 PLAIN_INTERVAL_S = 10.0
 RATE_WINDOW_S = 30.0
 
@@ -112,12 +114,12 @@ class Progress:
 
 def warn(message: str) -> None:
     """One line on stderr that something needs attention, without stopping."""
-    console.print(f"warning: {message}", markup=False, soft_wrap=True)
+    note(f"warning: {message}")
 
 
 def note(message: str) -> None:
-    """One line on stderr for the person who watches."""
-    console.print(message, markup=False, soft_wrap=True)
+    """One line on stderr for the person who watches; what a cache brings along cannot act on the terminal."""
+    console.print(harmless(message), markup=False, soft_wrap=True)
 
 
 def format_count(number: float) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.files import write_text_atomic
+from shared.terminal import harmless
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -79,12 +80,16 @@ def write_report(path: Path, title: str, sections: Sequence[Section], subtitle: 
 
 
 def render_page(template: str, **values: object) -> str:
-    """A template of this package with every value escaped, except SVG marked as such by the template."""
+    """A template of this package with every value escaped, except SVG marked as such by the template.
+
+    Control characters and turns of the direction of writing are written out, in SVG too.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        finalize=lambda value: type(value)(harmless(value)) if isinstance(value, str) else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

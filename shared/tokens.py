@@ -46,7 +46,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(f"{model} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"{model} has no tokenizer that can be loaded: {_reason(error)}") from error
 
 
 def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
@@ -57,7 +57,15 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         return int(config.get_text_config().vocab_size)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        raise DataError(f"{model} has no usable config.json: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"{model} has no usable config.json: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line; for a model with code of its own, which transformers refuses to run unasked, what to do about it."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it ships Python code of its own, which runs only with trust_remote_code: true; trust it as a program"
+    return text[:300]
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

@@ -19,13 +19,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import ConfigError, StillroomError
+from shared.errors import ConfigError, CorruptError, StillroomError
 from student_train.config import EngineConfig, StageConfig
 from student_train.divergences import LossMix
 from student_train.launch import RanksLost
@@ -37,6 +38,7 @@ from student_train.token_metrics import TokenMetrics
 ADAM_EPS = 1e-8
 JOIN_TIMEOUT = datetime.timedelta(hours=24)
 """The first rank may freeze or retokenise a large cache while the others wait."""
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -225,8 +227,8 @@ class Engine:
             )
 
     def load(self, folder: Path, tag: str) -> None:
-        """Takes back what `save` wrote."""
-        with _quiet():
+        """Takes back what `save` wrote. Raises CorruptError for files that hold more than tensors and plain values."""
+        with _quiet(), _tensors_only(folder / tag):
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         assert path is not None
 
@@ -276,10 +278,13 @@ def deepspeed_config(
 
 
 def make_universal(source: Path, target: Path) -> None:
-    """Converts a saved ZeRO state to DeepSpeed's universal form, which any number of ranks loads; one process only."""
+    """Converts a saved ZeRO state to DeepSpeed's universal form, which any number of ranks loads; one process only.
+
+    Raises CorruptError as `Engine.load` does.
+    """
     from argparse import Namespace
 
-    with _quiet():
+    with _quiet(), _tensors_only(source):
         from deepspeed.checkpoint import ds_to_universal
 
         ds_to_universal.main(
@@ -296,15 +301,18 @@ def make_universal(source: Path, target: Path) -> None:
 
 
 def saved_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
-    """Trained weights of a saved state by parameter name of the Hugging Face (or peft) model, on the CPU."""
-    with _quiet():
+    """Trained weights of a saved state by parameter name of the Hugging Face (or peft) model, on the CPU.
+
+    Raises CorruptError as `Engine.load` does.
+    """
+    with _quiet(), _tensors_only(folder / tag):
         if zero_stage == 3:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
         else:
             path = folder / tag / "mp_rank_00_model_states.pt"
-            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+            state = torch.load(path, map_location="cpu", weights_only=True)["module"]
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
@@ -331,6 +339,33 @@ def _universal_info() -> dict[str, Any]:
 
     # ds_to_universal refuses a state that does not say which version of its rules it follows.
     return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+
+
+@contextlib.contextmanager
+def _tensors_only(folder: Path) -> Iterator[None]:
+    """Makes DeepSpeed load tensors, plain values and four small classes of its own, and nothing that runs code.
+
+    It asks torch for unrestricted pickle, in which a file from elsewhere could run any program; torch's variable
+    overrides that. Raises CorruptError, naming `folder`, for a file that holds anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except UnpicklingError as error:
+        raise CorruptError(
+            f"{folder} holds more than tensors, so it is not loaded (it could run code): {_first_line(error)}"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The README of an exported student: what it is, what it learnt from whom, by which losses, and how close it came."""
 
+import html
 import json
 from collections.abc import Sequence
 
@@ -26,7 +27,8 @@ def model_card(
     config: TrainConfig, state: CheckpointState, selection: Selection, manifests: Sequence[RunManifest]
 ) -> str:
     """Markdown with the YAML head that model hubs read."""
-    teachers = sorted({manifest.teacher.model for manifest in manifests})
+    # The name comes out of a cache: it stays text, on one line.
+    teachers = sorted({html.escape(" ".join(manifest.teacher.model.split())) for manifest in manifests})
     base = config.student.init.teacher if config.student.init is not None else config.student.model
     head = {
         "library_name": "transformers",
