@@ -3,12 +3,15 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ANNOUNCEMENT = b"\nstopping: what is at hand is finished and saved first (again to stop at once)\n"
 STDERR = 2
+TOGETHER_S = 1.0
+"""Signals so close are one: a scheduler signals all processes of a job, and a launcher among them passes it on."""
 
 
 class StopRequest:
@@ -21,6 +24,7 @@ class StopRequest:
     def __init__(self, *, at_once: bool = False) -> None:
         self.is_set = False
         self._at_once = at_once
+        self._asked_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -44,10 +48,12 @@ class StopRequest:
         self._at_once = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set or self._at_once:
-            self.is_set = True
+        was_set, now_s = self.is_set, time.monotonic()
+        if was_set and now_s - self._asked_s < TOGETHER_S:
+            return
+        self.is_set, self._asked_s = True, now_s
+        if was_set or self._at_once:
             raise KeyboardInterrupt
-        self.is_set = True
         try:
             # Not print: the signal may have come in the middle of one, which Python refuses to enter again.
             os.write(STDERR, ANNOUNCEMENT)

@@ -57,6 +57,9 @@ class DataConfig(StrictModel):
     """Caches; an item may be a path or a URL alone."""
     kind: Literal["distributions", "text"] = "distributions"
     """`text` retokenises the chains for the student and learns from the text alone (losses: cross_entropy)."""
+    text: Literal["chain", "reference"] = "chain"
+    """What `kind: text` learns: what the teacher said, or the prompt's reference answer (chains without one are left
+    out)."""
     where: str | None = None
     """SQL condition over `chains` that selects what to learn from, e.g. `split = 'train' and correct`; None is all."""
     weight: str | None = None
@@ -69,6 +72,12 @@ class DataConfig(StrictModel):
     """Tokens (prompt and completion) of a chain at most; None is pack_tokens."""
     long_chains: Literal["truncate", "skip", "split"] = "truncate"
     """What happens to longer chains. Truncated ones never teach an end of sequence."""
+
+    @model_validator(mode="after")
+    def _text_has_effect(self) -> "DataConfig":
+        if self.text != "chain" and self.kind != "text":
+            raise ValueError(f"text: {self.text} has no effect with kind: {self.kind}: set kind: text")
+        return self
 
     @field_validator("caches", mode="before")
     @classmethod

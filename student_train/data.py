@@ -66,7 +66,7 @@ def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: 
 
     tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
     width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
-    return open_text_selection(path, request, HuggingFaceText(tokenizer, width))
+    return open_text_selection(path, request, HuggingFaceText(tokenizer, width), data.text)
 
 
 def reopen_data(path: Path, request: SelectionRequest) -> Selection:
@@ -100,8 +100,8 @@ def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None
             )
         if term.needs_reference:
             raise ConfigError(
-                f"stages: {term.name} of {stage.name!r} needs reference texts as tokens, which caches do not hold: "
-                "use cross_entropy"
+                f"stages: {term.name} of {stage.name!r} needs a reference beside every token, which caches do not "
+                "hold: learn reference answers with data: {kind: text, text: reference}"
             )
         if term.needs_distribution and selection.is_text:
             raise ConfigError(

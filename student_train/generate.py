@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from shared.judge import Verdict, require_judge
 from shared.judge_process import JudgeProcess
 from shared.log import Progress
 from shared.sql import open_cache
+from shared.storage import location
 from shared.tokens import reasoning_ids, split_reasoning
 from student_train.retokenise import HuggingFaceText
 from student_train.selection import PinnedCache
@@ -165,7 +165,7 @@ def answer_of(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> str | 
 def _prompts_of(
     cache: PinnedCache, where: str, num_prompts: int, text: HuggingFaceText | None
 ) -> Iterator[AskedPrompt]:
-    catalog = Catalog(Path(cache.root), cache.chains_version, cache.verdicts_version)
+    catalog = Catalog(location(cache.root), cache.chains_version, cache.verdicts_version)
     query = (
         "SELECT a.prompt_id, any_value(s.messages) AS messages, any_value(s.prompt_token_ids) AS ids, "
         "any_value(s.reference) AS reference, any_value(s.metadata) AS metadata, any_value(s.run_id) AS run_id, "

@@ -8,7 +8,7 @@ A chain that the teacher ended gets the student's end of sequence; one that was 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,11 @@ from student_train.select import SelectionRequest, check_request, open_selection
 from student_train.selection import SCHEMA, Selection, keys_of, load_selection, totals_of, write_selection
 
 TEXT_METADATA_KEY = b"stillroom-text"
-TEXT_COLUMNS = ["sample_id", "run_id", "messages", "text", "reasoning", "answer", "finish_reason"]
+TEXT_COLUMNS = ["sample_id", "run_id", "messages", "reference", "text", "reasoning", "answer", "finish_reason"]
+
+Completion = Literal["chain", "reference"]
+"""What is learnt: what the teacher said, or the reference answer of the prompt."""
+
 TEXT_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -105,14 +109,16 @@ class Markers:
     end: str | None
 
 
-def open_text_selection(path: Path, request: SelectionRequest, tokenizer: TextTokenizer) -> Selection:
+def open_text_selection(
+    path: Path, request: SelectionRequest, tokenizer: TextTokenizer, completion: Completion = "chain"
+) -> Selection:
     """The text selection kept at `path`, or a new one: frozen, then retokenised into a folder beside it.
 
     Goes on where an interrupted call stopped. Raises ConfigError where `path` answers another request or tokenizer.
     """
     if not path.exists():
         source = open_selection(path.with_name(f"{path.stem}.source.parquet"), replace(request, any_tokenizer=True))
-        return retokenise(path, source, tokenizer)
+        return retokenise(path, source, tokenizer, completion)
     selection = load_selection(path, [one.root for one in request.sources])
     check_request(path, selection.header, request)
     if selection.header.tokenizer_fingerprints != [tokenizer.fingerprint]:
@@ -120,7 +126,7 @@ def open_text_selection(path: Path, request: SelectionRequest, tokenizer: TextTo
     return selection
 
 
-def retokenise(path: Path, source: Selection, tokenizer: TextTokenizer) -> Selection:
+def retokenise(path: Path, source: Selection, tokenizer: TextTokenizer, completion: Completion = "chain") -> Selection:
     """Tokenises the chains of `source` and writes a selection of the results to `path`, with files in `<path's
     stem>-text`.
 
@@ -134,9 +140,9 @@ def retokenise(path: Path, source: Selection, tokenizer: TextTokenizer) -> Selec
         for groups in groups_of_file:
             target = folder / f"{source.cache_G[groups[0]]}-{source.path_of(groups[0]).stem}.parquet"
             rows = np.flatnonzero((source.group_R >= groups[0]) & (source.group_R <= groups[-1]))
-            request_hash = stable_hash(tokenizer.fingerprint, source.key_R[rows].tolist())
+            request_hash = stable_hash(tokenizer.fingerprint, completion, source.key_R[rows].tolist())
             if _hash_of(target) != request_hash:
-                _write_file(target, request_hash, source, groups, tokenizer, markers)
+                _write_file(target, request_hash, source, groups, tokenizer, markers, completion)
             part = _rows_of(target, source, rows)
             parts.append(part)
             done, num_tokens = done + len(rows), num_tokens + int(part.column("num_tokens").to_numpy().sum())
@@ -182,6 +188,7 @@ def _write_file(
     groups: Int64,
     tokenizer: TextTokenizer,
     markers: Mapping[str, Markers],
+    completion: Completion,
 ) -> None:
     schema = TEXT_SCHEMA.with_metadata({TEXT_METADATA_KEY: request_hash.encode()})
     path = source.path_of(groups[0])
@@ -197,14 +204,24 @@ def _write_file(
             table = table.take(pa.array(source.row_in_group_R[rows]))
             if not (keys_of(table.column("sample_id"), source.where(group)) == source.key_R[rows]).all():
                 raise CorruptError(f"{source.where(group)} holds another chain than was selected (sample_id differs)")
-            tokenised = _tokenise(table.to_pylist(), tokenizer, markers)
+            tokenised = _tokenise(table.to_pylist(), tokenizer, markers, completion)
             # An empty row group keeps the numbering of groups that is the source's.
             writer.write_table(tokenised, row_group_size=max(tokenised.num_rows, 1))
 
 
-def _tokenise(rows: Sequence[Mapping[str, Any]], tokenizer: TextTokenizer, markers: Mapping[str, Markers]) -> pa.Table:
+def _tokenise(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: TextTokenizer,
+    markers: Mapping[str, Markers],
+    completion: Completion,
+) -> pa.Table:
+    if completion == "reference":
+        rows = [{**row, "finish_reason": "stop"} for row in rows if row["reference"]]
     prompts = [tokenizer.render(row["messages"]) for row in rows]
-    texts = [completion_text(row, prompt, markers[row["run_id"]]) for row, prompt in zip(rows, prompts, strict=True)]
+    if completion == "reference":
+        texts = [str(row["reference"]) for row in rows]
+    else:
+        texts = [completion_text(row, one, markers[row["run_id"]]) for row, one in zip(rows, prompts, strict=True)]
     prompt_ids, token_ids = tokenizer.encode_prompts(prompts), tokenizer.encode_completions(texts)
     # Cut-off chains end in the middle, and of scored text nobody knows: nothing there is the teacher's end of sequence.
     ends = [[tokenizer.eos_id] if row["finish_reason"] == "stop" else [] for row in rows]

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ def test_killed_run_goes_on_bit_for_bit(
         assert _run(whole, *options)[0] == 0
     config = make_config(tmp_path / "run", cache, student, stage, eval=None, checkpoint={"every_steps": 1})
     random_delay = random.Random(num_ranks)
+    place = ""
     for num_steps in kills:
         process = _start(config, *options)
         _wait_for_steps(config, num_steps, process)
@@ -55,9 +57,10 @@ def test_killed_run_goes_on_bit_for_bit(
         reached = latest_state(RunFolder(config.run).checkpoints)
         assert reached is not None
         assert 0 < reached.step < reached.num_steps
+        place = f"{reached.step} of {reached.num_steps}"
     code, said = _run(config, *options)
     assert code == 0, said
-    assert f"going on after step {reached.step} of {reached.num_steps}" in said
+    assert f"going on after step {place}" in said
     assert losses_of(RunFolder(config.run).read_metrics()) == losses_of(RunFolder(whole.run).read_metrics())
     assert _trained_bytes(config) == _trained_bytes(whole)
 
@@ -113,6 +116,48 @@ def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
     assert losses_of(train_run(config, ranks)) == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--node-rank", "0", "-m"],
+        ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", "--module"],
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_ranks_of_other_launchers_give_the_losses_of_one(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, launcher: list[str]
+) -> None:
+    stage: Json = {"max_steps": 2}
+    whole = losses_of(train_run(make_config(tmp_path / "whole", cache, student, stage, eval=None), ranks))
+    config = make_config(tmp_path / "run", cache, student, stage, eval=None)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    module, *options = launcher
+    place = ["--master-addr" if "torch" in module else "--master_addr", "127.0.0.1"]
+    place += ["--master-port" if "torch" in module else "--master_port", port]
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            module,
+            *options[:-1],
+            *place,
+            options[-1],
+            "student_train.cli",
+            "run",
+            _written(config),
+        ],
+        env={**_environ(), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-4)
+
+
 def test_a_mistake_under_several_ranks_is_one_line(tmp_path: Path, cache: SyntheticCache, student: Path) -> None:
     config = make_config(tmp_path / "run", cache, student)
     process = _start(config, "--nproc", "3")
@@ -140,14 +185,21 @@ def _trained_bytes(config: TrainConfig) -> list[bytes]:
     return [weights[name].numpy().tobytes() for name in sorted(weights)]
 
 
-def _start(config: TrainConfig, *options: str) -> "subprocess.Popen[str]":
+def _written(config: TrainConfig) -> str:
     path = config.run.parent / "config.yaml"
     path.write_text(yaml.safe_dump(plain(config)))
+    return str(path)
+
+
+def _environ() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environ = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def _start(config: TrainConfig, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "student_train.cli", "run", str(path), *options],
-        env=environ,
+        [sys.executable, "-m", "student_train.cli", "run", _written(config), *options],
+        env=_environ(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,20 @@ from schemas.records import Signals
 from shared.catalog import Catalog
 from shared.shards import open_shard, read_signals
 from shared.sql import open_cache
-from tests.line import Line
+from tests.line import FAST_ENGINE, Line
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::transformers")
+
+
+NUM_GREEDY = 16
+GENERATE_BY_VLLM = f"""
+import json, sys
+from vllm import LLM, SamplingParams
+engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=50_000_000)
+prompts = [{{"prompt_token_ids": ids}} for ids in json.loads(sys.argv[2])]
+outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens={NUM_GREEDY}), use_tqdm=False)
+print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
 
 
 @dataclasses.dataclass
@@ -150,6 +164,42 @@ def test_the_export_opens_in_transformers_and_is_the_trained_student(line: Line,
     )
     assert evaluated["forward_kl"] == pytest.approx(line.results["eval"]["forward_kl"], rel=1e-4)
     assert model.config.num_hidden_layers == 1
+
+
+def test_a_teacher_is_its_own_perfect_student(line: Line) -> None:
+    """Self-distillation is a matter of configuration: its starting point has nothing to learn."""
+    command = ["student-train", "eval", "--model", "runs/demo/teacher", "--cache", "runs/demo/cache", "--json"]
+    result = json.loads(line.program(*command).stdout)
+    assert abs(result["forward_kl"]) < 1e-4
+    assert result["top1_agreement"] > 0.99
+
+
+def test_the_export_says_in_vllm_what_it_says_in_transformers(line: Line) -> None:
+    """Greedy continuations of the real engine, with the folder's own template, against transformers'."""
+    folder = line.folder / "runs/demo/export"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    questions = ["What is 2+3?", "hello", "How many letters are in world?"]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in questions
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", GENERATE_BY_VLLM, str(folder), json.dumps(prompts)],
+        env={**os.environ, **FAST_ENGINE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    answers = json.loads(ended.stdout.splitlines()[-1])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_GREEDY, do_sample=False)[0, len(prompt) :]
+        assert answer == expected.tolist()
+        assert len(answer) > 1
 
 
 def test_sql_counts_what_was_built(line: Line, chains: list[Chain]) -> None:

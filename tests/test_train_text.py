@@ -1,6 +1,7 @@
 """Training on chains as text (a student of another vocabulary), and on chains that are longer than the limit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.config import Json
+from shared.errors import ConfigError
 from student_train.checkpoint import find_state
 from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config
@@ -45,7 +47,9 @@ def test_text_alone_trains_a_student_of_another_vocabulary(
     (record,) = train_run(config, ranks)
     tokenizer = AutoTokenizer.from_pretrained(foreign)
     chains = [chain for chain in cache.chains if chain.split == "train"]
-    expected, num_tokens = _mean_cross_entropy(foreign, [_as_text(chain, tokenizer) for chain in chains])
+    # A synthetic chain reasons through the first half of its text; the decoder left out both marks.
+    said = [replace(chain, text=_with_marks(chain.text)) for chain in chains]
+    expected, num_tokens = _mean_cross_entropy(foreign, [_as_text(chain, tokenizer) for chain in said])
     assert record["num_loss_tokens"] == num_tokens
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     before, after = RunFolder(config.run).read_evals()
@@ -55,6 +59,21 @@ def test_text_alone_trains_a_student_of_another_vocabulary(
     state = find_state(RunFolder(config.run).checkpoints, "last")
     export(config, state, tmp_path / "out", adapter_only=False, tokenizer=None)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+def test_reference_answers_may_be_learnt_instead(
+    tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks
+) -> None:
+    data: Json = {"kind": "text", "text": "reference", "pack_tokens": 512}
+    config = make_config(tmp_path / "run", cache, foreign, ONE_STEP, data=data, eval=None)
+    (record,) = train_run(config, ranks)
+    tokenizer = AutoTokenizer.from_pretrained(foreign)
+    chains = [replace(chain, text="42", finish_reason="stop") for chain in cache.chains if chain.split == "train"]
+    expected, num_tokens = _mean_cross_entropy(foreign, [_as_text(chain, tokenizer) for chain in chains])
+    assert record["num_loss_tokens"] == num_tokens
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigError, match="text: reference has no effect with kind: distributions"):
+        make_config(tmp_path / "run", cache, foreign, data={"text": "reference"})
 
 
 def test_text_run_goes_on_bit_for_bit(tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks) -> None:
@@ -95,13 +114,18 @@ def test_long_chains_are_cut_as_the_configuration_says(
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def _with_marks(text: str) -> str:
+    half = len(text) // 2
+    return f"<think>\n{text[:half]}</think>{text[half:]}"
+
+
 def _as_text(chain: Chain, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Prompt and completion as another vocabulary's student reads them: the end only where the teacher ended."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": chain.prompt}], tokenize=False, add_generation_prompt=True
     )
     end = [tokenizer.eos_token_id] if chain.finish_reason == "stop" else []
-    answer = tokenizer(chain.text, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(chain.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return tokenizer(prompt, add_special_tokens=False)["input_ids"], [*answer, *end]
 
 
