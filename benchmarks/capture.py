@@ -10,7 +10,8 @@ machine does hits all of them. Ratios are medians over the rounds.
     vllm_logprobs   `logprobs=64`, vLLM's default dictionaries
     plain           the builder on vLLM's own top 64, without the sampler's plugin
     builder         the builder: requests to committed Parquet shards, top 64 and exact entropy
-    signals         the builder with 8 draws and 2 temperatures more
+    preset          the builder as it is configured by default
+    signals         the builder with top 64, 8 draws and 2 temperatures
 
 Vllm alone is also measured with its engine in a process of its own, and the faster of the two is what the builder is
 compared with. The engine's start-up is outside every figure, and so are judges, which work in processes of their own.
@@ -41,9 +42,14 @@ from teacher_cache.requests import Request
 
 DEMO_TEACHER = Path("runs/demo/teacher")
 K = 64
-MODES = ("bare", "builder", "signals", "plain", "vllm_logprobs")
-BUILDS = ("builder", "signals", "plain")
-SIGNALS = {"draws": 8, "temperatures": [0.5, 2.0]}
+CAPTURES: dict[str, dict[str, Any]] = {
+    "builder": {"max_support": K, "draws": 0},
+    "preset": {},
+    "signals": {"max_support": K, "draws": 8, "temperatures": [0.5, 2.0]},
+    "plain": {"max_support": K, "draws": 0},
+}
+"""`capture` of the modes that build."""
+MODES = ("bare", *CAPTURES, "vllm_logprobs")
 MAX_NUM_SEQS = 32
 
 Result = dict[str, Any]
@@ -103,10 +109,12 @@ def _measure_teacher(teacher: Path, options: argparse.Namespace, say: Callable[[
         "vllm_logprobs_tokens_per_s": rates["vllm_logprobs"],
         "builder_tokens_per_s": rates["builder"],
         "builder_over_bare": round(over_bare("builder") / faster, 3),
+        "preset_over_bare": round(over_bare("preset") / faster, 3),
         "signals_over_bare": round(over_bare("signals") / faster, 3),
         "plain_over_bare": round(over_bare("plain") / faster, 3),
         "vllm_logprobs_over_bare": round(over_bare("vllm_logprobs") / faster, 3),
         "builder_cpu_over_bare": over_bare("builder", "process_us_per_token"),
+        "preset_cpu_over_bare": over_bare("preset", "process_us_per_token"),
         "signals_cpu_over_bare": over_bare("signals", "process_us_per_token"),
         "plain_cpu_over_bare": over_bare("plain", "process_us_per_token"),
         "frontend_us_per_token": median("builder", "frontend_us_per_token"),
@@ -162,8 +170,8 @@ def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bo
 
     with tempfile.TemporaryDirectory(prefix="stillroom-capture-") as folder:
         configs = {
-            mode: BuildConfig.model_validate(_config(Path(folder), options, SIGNALS if mode == "signals" else {}))
-            for mode in MODES
+            mode: BuildConfig.model_validate(_config(Path(folder), options, capture))
+            for mode, capture in CAPTURES.items()
         }
         config = configs["signals"]
         identified = identify_teacher(config.teacher)
@@ -179,10 +187,10 @@ def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bo
             _raw(engine, wanted[:4], "bare")
             for number in range(options.rounds):
                 for mode in modes:
-                    _ask_for(engine, configs[mode], mode)
+                    _ask_for(engine, configs.get(mode), mode)
                     frontend.seconds, writer_s[:] = 0.0, []
                     before_s, cpu_s = time.perf_counter(), time.process_time()
-                    if mode in BUILDS:
+                    if mode in CAPTURES:
                         cache = Path(folder) / f"{mode}{number}"
                         one = _build(configs[mode].updated(cache=cache), identified, engine, wanted)
                     else:
@@ -196,9 +204,10 @@ def _ask_for(engine: Any, config: Any, mode: str) -> None:
     """Sets what the engine asks vLLM for: the rows of this mode's capture, or without the plugin vLLM's own top k."""
     from teacher_cache.wide_rows import Layout
 
-    capture = config.capture
-    own = Layout(engine._k, capture.draws, tuple(capture.temperatures))
-    engine._layout = own if mode in ("builder", "signals") else None
+    engine._layout = None
+    if config is not None and mode != "plain":
+        capture = config.capture
+        engine._layout = Layout(capture.max_support, capture.draws, tuple(capture.temperatures))
     engine._info = dataclasses.replace(engine._info, entropy="support" if engine._layout is None else "exact")
 
 

@@ -183,7 +183,7 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
 
     teacher = TeacherConfig(model="m")
     bare = engine_args(teacher, EmbeddedConfig(), CaptureConfig(), on_cpu=False)
-    assert bare["max_logprobs"] == 66
+    assert bare["max_logprobs"] == 18
     assert not {"max_model_len", "quantization", "kv_cache_memory_bytes", "enable_chunked_prefill"} & set(bare)
     on_cpu = engine_args(teacher, EmbeddedConfig(kv_cache_gb=2), CaptureConfig(), on_cpu=True)
     assert on_cpu["enable_chunked_prefill"] is False
@@ -195,7 +195,7 @@ def test_without_the_plugin_candidates_come_from_vllm_and_what_only_it_sees_is_r
 ) -> None:
     from teacher_cache.engine import _do_without_plugin
 
-    _do_without_plugin(CaptureConfig(), "another version")
+    _do_without_plugin(CaptureConfig(draws=0), "another version")
     assert "vLLM's own top-k is used" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"capture\.draws needs stillroom's plugin .* another version"):
         _do_without_plugin(CaptureConfig(draws=2), "another version")
