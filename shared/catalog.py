@@ -26,7 +26,8 @@ from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
 from shared.receipts import Receipt, write_receipt
-from shared.storage import Location, ObjectPath, check_reachable, delta_options, explained, matching
+from shared.storage import Location, ObjectPath, check_reachable, delta_options, matching
+from shared.stores import explained
 
 HASH_CHARS = 32
 SHARD_NAME = re.compile(
@@ -303,7 +304,7 @@ def _require_openable(path: str) -> None:
 def _log_error(folder: Location, error: Exception) -> StillroomError:
     # Of a store an OSError is the way to it, not what lies there.
     if isinstance(folder, ObjectPath) and isinstance(error, OSError):
-        return explained(error, folder)
+        return explained(error, str(folder), folder.scheme)
     return CorruptError(f"{folder}/_delta_log cannot be read: {_first_line(error)}")
 
 

@@ -61,6 +61,7 @@ class ObjectFile:
     """One object, open for reading. Threads that share it have a position each: DuckDB seeks and then reads."""
 
     def __init__(self, path: ObjectPath) -> None:
+        self._path = path
         self._file: pa.NativeFile = path.open_file()
         self.size: int = self._file.size()
         self._place = threading.local()
@@ -76,7 +77,8 @@ class ObjectFile:
     def read(self, num_bytes: int = -1) -> bytes:
         offset = self.tell()
         wanted = self.size - offset if num_bytes < 0 else min(num_bytes, self.size - offset)
-        content: bytes = self._file.read_at(wanted, offset)
+        with self._path.explained():
+            content: bytes = self._file.read_at(wanted, offset)
         self._place.offset = offset + len(content)
         return content
 

@@ -11,7 +11,8 @@ from schemas.records import Int64, Signals
 from schemas.tables import SIGNAL_FIELDS
 from shared.codec import decode, signal_columns
 from shared.errors import CorruptError, DataError, StillroomError
-from shared.storage import Location, is_store_error, open_parquet
+from shared.storage import Location, open_parquet
+from shared.stores import is_store_error
 
 
 def open_shard(path: Location) -> tuple[pq.ParquetFile, ShardHeader]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from schemas.manifest import RunManifest
 from shared.catalog import Catalog, DataFile, Table
-from shared.errors import ConfigError, CorruptError, DataError
+from shared.errors import ConfigError, CorruptError, DataError, StillroomError
 from shared.files import atomic_path
 from shared.shards import open_shard
 from shared.storage import ObjectPath
@@ -172,6 +172,10 @@ def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
 def query_error(error: Exception) -> Exception:
     """DuckDB's error as one line for the user: a damaged file is a CorruptError, anything else the query's fault."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Traceback"):
+        # The only Python that DuckDB calls is shared.object_files; its error is the last line.
+        kind, _, problem = lines[-1].partition(": ")
+        return CorruptError(f"{problem} is missing") if kind == "FileNotFoundError" else StillroomError(problem)
     text = " ".join(lines[:2]) if lines else type(error).__name__
     if any(sign in text for sign in DAMAGE_SIGNS):
         return CorruptError(f"{text} (`teacher-cache verify` lists what is wrong)")

@@ -4,16 +4,10 @@ A folder is a `pathlib.Path` and stays exactly that. `s3://bucket/prefix`, `gs:/
 `az://container/prefix` are an ObjectPath, which answers those of Path's questions that the project asks, through the
 file systems of pyarrow. An object appears whole or not at all when its upload ends: one put takes the place of
 temporary name, fsync and rename.
-
-Credentials, endpoint and region are facts of the machine and come from where the vendors' tools take them
-(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME, ...); they are never written anywhere.
 """
 
 import contextlib
-import datetime
 import fnmatch
-import functools
 import hashlib
 import os
 import re
@@ -25,34 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-from shared.errors import ConfigError, DataError, StillroomError, one_line
+from shared import stores
+from shared.errors import ConfigError, DataError, StillroomError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-SCHEMES = ("s3", "gs", "az")
-CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 30.0
-PROBE_ATTEMPTS = 2
-"""A wrong endpoint is told at once."""
-PATIENT_ATTEMPTS = 6
-"""A store that answered before may rest for some seconds: a run goes on."""
 STREAM_BYTES = 8 << 20
 """What one request of a sequential read or write carries."""
 
-_URL = re.compile(rf"^({'|'.join(SCHEMES)})://(.*)$")
+_URL = re.compile(rf"^({'|'.join(stores.SCHEMES)})://(.*)$")
 _OTHER_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*://")
-_REFUSED = re.compile(
-    r"ACCESS_DENIED|AccessKeyId|SIGNATURE|privileges|Forbidden|Unauthorized|credential|access token", re.I
-)
-_UNREACHED = re.compile(r"NETWORK_CONNECTION|curlCode|timed? ?out|error sending request|new connection", re.I)
-_ELSEWHERE = re.compile(r"HTTP status 30[17]|PermanentRedirect|AuthorizationHeaderMalformed", re.I)
-_KEYS_OF_SCHEME = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +110,18 @@ class ObjectPath:
 
     def parts(self) -> Iterator[bytes]:
         """The object's bytes in order, STREAM_BYTES at a time."""
-        with _explained(self), self._store().open_input_stream(self.key) as stream:
+        with self.explained(), self._store().open_input_stream(self.key) as stream:
             while part := stream.read(STREAM_BYTES):
                 yield part
 
     def open_file(self) -> "pa.NativeFile":
         """The object for random access. Each read is a request."""
-        with _explained(self):
+        with self.explained():
             return self._store().open_input_file(self.key)
 
     def read_bytes(self) -> bytes:
         """The whole object. Raises FileNotFoundError where there is none."""
-        with _explained(self), self._store().open_input_stream(self.key) as stream:
+        with self.explained(), self._store().open_input_stream(self.key) as stream:
             content: bytes = stream.read()
             return content
 
@@ -152,7 +130,7 @@ class ObjectPath:
 
     def write_bytes(self, content: bytes | bytearray) -> None:
         """Puts the whole object; readers see the old one or the new one."""
-        with _explained(self), self._store().open_output_stream(self.key) as stream:
+        with self.explained(), self._store().open_output_stream(self.key) as stream:
             stream.write(content)
 
     def upload(self, local: Path) -> None:
@@ -161,13 +139,13 @@ class ObjectPath:
         Raises OSError where the file cannot be read.
         """
         with local.open("rb") as source:
-            with _explained(self):
+            with self.explained():
                 stream = self._store().open_output_stream(self.key)
             try:
                 while part := source.read(STREAM_BYTES):
-                    with _explained(self):
+                    with self.explained():
                         stream.write(part)
-                with _explained(self):
+                with self.explained():
                     stream.close()
             except BaseException:
                 # Closing is the only way to let go of an upload, and it may make visible what there is of it.
@@ -179,26 +157,36 @@ class ObjectPath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object. Raises FileNotFoundError where there is none and that is not ok."""
         try:
-            with _explained(self):
+            with self.explained():
                 self._store().delete_file(self.key)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises errors of the store as one line that names this path."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise stores.explained(error, str(self), self.scheme) from error
+
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing to do: a prefix exists as soon as an object has it."""
 
     def _store(self) -> Any:
-        return _file_system(self.scheme, PATIENT_ATTEMPTS, _facts())
+        return stores.file_system(self.scheme)
 
     def _info(self) -> Any:
-        with _explained(self):
+        with self.explained():
             return self._store().get_file_info(self.key)
 
     def _below(self, recursive: bool) -> list["ObjectPath"]:
         from pyarrow.fs import FileSelector
 
-        with _explained(self):
+        with self.explained():
             found = self._store().get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive))
         return sorted(
             ObjectPath(self.scheme, info.path) for info in found if not recursive or info.type == _file_type().File
@@ -306,12 +294,14 @@ def check_reachable(root: Location) -> None:
     if isinstance(root, Path):
         return
     bucket = root.key.partition("/")[0]
-    probe = _file_system(root.scheme, PROBE_ATTEMPTS, _facts())
-    with _explained(root):
+    probe = stores.file_system(root.scheme, stores.PROBE_ATTEMPTS)
+    with root.explained():
         # A key may be allowed the prefix and not the bucket, so that is asked only where there is no prefix.
         missing = all(probe.get_file_info(key).type == _file_type().NotFound for key in (root.key, bucket))
     if missing:
-        raise DataError(f"{root}: there is no bucket {bucket!r} at {_endpoint(root.scheme)}: make it, or mend the name")
+        raise DataError(
+            f"{root}: there is no bucket {bucket!r} at {stores.endpoint_of(root.scheme)}: make it, or mend the name"
+        )
 
 
 def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
@@ -324,102 +314,27 @@ def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
 
     if isinstance(path, Path):
         return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, **options)
-    with _explained(path):
+    try:
         return pq.ParquetFile(
-            path.key, filesystem=path._store(), page_checksum_verification=True, pre_buffer=True, **options
+            path.key,
+            filesystem=stores.file_system(path.scheme),
+            page_checksum_verification=True,
+            pre_buffer=True,
+            **options,
         )
+    except OSError as error:
+        # A footer that is damaged is an OSError as well.
+        if not stores.is_store_error(error):
+            raise
+        raise stores.explained(error, str(path), path.scheme) from error
 
 
 def delta_options(root: Location) -> dict[str, str] | None:
-    """What deltalake must be told besides what it takes from the environment itself; None for a folder."""
-    if isinstance(root, Path):
-        return None
-    options = {
-        "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
-        "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
-        "max_retries": str(PATIENT_ATTEMPTS - 1),
-        "retry_timeout": "60s",
-    }
-    if root.scheme == "s3":
-        # A commit is a put that fails where another came first: without it two workers could both make one version.
-        options["aws_conditional_put"] = "etag"
-        if (endpoint := _s3_endpoint()) is not None:
-            options["aws_endpoint_url"] = endpoint
-            options["allow_http"] = str(endpoint.startswith("http://")).lower()
-    return options
-
-
-def is_store_error(error: BaseException) -> bool:
-    """Whether reading failed because of the store or the way to it, so that nothing is said of the bytes."""
-    text = str(error)
-    return "AWS Error" in text or "Azure" in text or "google::cloud" in text
-
-
-def _endpoint(scheme: str) -> str:
-    """What to call the store in a message, without a password that its URL might hold."""
-    if scheme != "s3":
-        return {"gs": "Google Cloud Storage", "az": "Azure"}[scheme]
-    endpoint = _s3_endpoint()
-    return "AWS (AWS_ENDPOINT_URL names another store)" if endpoint is None else re.sub("//[^/@]*@", "//", endpoint)
-
-
-def _s3_endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-def _facts() -> tuple[str | None, ...]:
-    """Of the environment, what the constructors below are told by us."""
-    names = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
-    return (_s3_endpoint(), *(os.environ.get(name) for name in names))
-
-
-@functools.cache
-def _file_system(scheme: str, max_attempts: int, facts: tuple[str | None, ...]) -> Any:
-    """pyarrow's file system of the scheme; `facts` tells apart what the environment said when it was made."""
-    from pyarrow import fs
-
-    if scheme == "s3":
-        return fs.S3FileSystem(
-            endpoint_override=facts[0],
-            connect_timeout=CONNECT_TIMEOUT_S,
-            request_timeout=REQUEST_TIMEOUT_S,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=max_attempts),
-        )
-    if scheme == "gs":
-        return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=CONNECT_TIMEOUT_S * max_attempts))
-    account, key, token = facts[1:]
-    if account is None:
-        raise ConfigError("az:// needs AZURE_STORAGE_ACCOUNT_NAME in the environment")
-    return fs.AzureFileSystem(account, account_key=key, sas_token=token)
+    """What deltalake must be told to open a table in `root`; None for a folder."""
+    return None if isinstance(root, Path) else stores.delta_options(root.scheme)
 
 
 def _file_type() -> Any:
     from pyarrow.fs import FileType
 
     return FileType
-
-
-@contextlib.contextmanager
-def _explained(path: ObjectPath) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise explained(error, path) from error
-
-
-def explained(error: BaseException, path: Location) -> StillroomError:
-    """The error of a store as one line for the user, without anything that was sent to it."""
-    text = one_line(error)
-    scheme = "s3" if isinstance(path, Path) else path.scheme
-    if _UNREACHED.search(text):
-        reason = text.rpartition("Details: ")[2].rpartition("operation: ")[2]
-        return StillroomError(f"{path}: {_endpoint(scheme)} cannot be reached: {reason[:200]}")
-    if _ELSEWHERE.search(text):
-        return DataError(f"{path}: the bucket lies in another region: set AWS_REGION to it")
-    if _REFUSED.search(text):
-        return DataError(
-            f"{path}: {_endpoint(scheme)} refuses access: check the key in the environment ({_KEYS_OF_SCHEME[scheme]})"
-        )
-    return StillroomError(f"{path}: the store failed: {text.rpartition('operation: ')[2][:200]}")

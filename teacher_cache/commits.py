@@ -20,10 +20,12 @@ import pyarrow.parquet as pq
 from schemas.manifest import SHARD_METADATA_KEY
 from shared.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
 from shared.codec import filter_rows
-from shared.errors import CacheConflict, CorruptError
+from shared.errors import CacheConflict, CorruptError, StillroomError
 from shared.files import TEMP_SUFFIX, file_clock_s
 from shared.log import warn
 from shared.shards import header_of
+from shared.storage import Location, matching, open_parquet, relative_name, spool
+from shared.stores import is_store_error
 from teacher_cache.shard import parquet_options
 
 CARE_APPLICATION = "stillroom/care/removals"
@@ -77,7 +79,7 @@ class Committer:
     def temp_path(self) -> Path:
         """Where the next file is written until it is finished."""
         # The token keeps two processes apart that are the same worker where the file system has no locks.
-        return self._folder / f".{self._worker}-{self.next_sequence:06d}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+        return spool(self._folder) / f".{self._worker}-{self.next_sequence:06d}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
 
     def commit(self, temp: Path, num_rows: int) -> int:
         """Publishes a finished file and makes its rows visible, except those that are already. Returns how many were
@@ -98,40 +100,41 @@ class Committer:
         visible was taken out of the table on purpose: it stays.
         """
         self._table.refresh()
-        for temp in self._folder.glob(f".{self._worker}-*{TEMP_SUFFIX}"):
+        for temp in spool(self._folder).glob(f".{self._worker}-*{TEMP_SUFFIX}"):
             if self._is_abandoned(temp, abandoned_s):
                 temp.unlink(missing_ok=True)
         known = {file.path for file in self._table.files()}
         next_sequence = self.next_sequence
         num_adopted = 0
-        for path in sorted(self._folder.glob(f"{self._worker}-*.parquet")):
+        for path in matching(self._folder, f"{self._worker}-*.parquet"):
             name = SHARD_NAME.match(path.name)
-            relative = path.relative_to(self._table.folder).as_posix()
+            relative = relative_name(path, self._table.folder)
             if name is None or name["worker"] != self._worker or relative in known:
                 continue
             if int(name["sequence"]) >= next_sequence and self._is_abandoned(path, abandoned_s):
                 num_adopted += self.adopt(path)
         return num_adopted
 
-    def adopt(self, path: Path) -> int:
+    def adopt(self, path: Location) -> int:
         """Makes the rows of a published file visible that are not yet; removes it where it is damaged. How many rows
         were new.
         """
-        relative = path.relative_to(self._table.folder).as_posix()
+        relative = relative_name(path, self._table.folder)
         try:
             check_hash(path)
-            num_rows = pq.read_metadata(path).num_rows
+            with open_parquet(path) as file:
+                num_rows = file.metadata.num_rows
         except (CorruptError, pa.ArrowException) as error:
             warn(f"{path} is damaged and was never visible, its chains are generated again ({error})")
             path.unlink()
             return 0
         return self._commit(DataFile(relative, path.stat().st_size, num_rows))
 
-    def _is_abandoned(self, path: Path, abandoned_s: float) -> bool:
-        return not abandoned_s or file_clock_s(self._folder) - path.stat().st_mtime >= abandoned_s
+    def _is_abandoned(self, path: Location, abandoned_s: float) -> bool:
+        return not abandoned_s or file_clock_s(path.parent) - path.stat().st_mtime >= abandoned_s
 
     @property
-    def _folder(self) -> Path:
+    def _folder(self) -> Location:
         return self._table.folder / self._run_id
 
     def _stem(self) -> str:
@@ -166,7 +169,7 @@ class Committer:
         path.unlink()
         return smaller
 
-    def _rewrite(self, path: Path) -> DataFile:
+    def _rewrite(self, path: Location) -> DataFile:
         def is_fresh(rows: pa.Table) -> list[bool]:
             return [sample_id not in self._visible for sample_id in rows.column("sample_id").to_pylist()]
 
@@ -176,14 +179,14 @@ class Committer:
 
 
 def rewrite(
-    path: Path, temp: Path, keep: Callable[[pa.Table], Sequence[bool]], groups: Collection[int] | None = None
+    path: Location, temp: Path, keep: Callable[[pa.Table], Sequence[bool]], groups: Collection[int] | None = None
 ) -> int:
     """Writes the rows that `keep` wants of each row group to `temp`, encoded as the format says; how many there were.
 
     `groups` None reads all row groups; others are not even looked at. Page checksums are verified on the way.
     """
     num_rows = 0
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with open_parquet(path) as file:
         schema = file.schema_arrow
         is_shard = SHARD_METADATA_KEY in (schema.metadata or {})
         header = header_of(schema.metadata, str(path)) if is_shard else None
@@ -245,14 +248,14 @@ def take_out(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]
     raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again later")
 
 
-def read_sample_ids(path: Path) -> list[str]:
+def read_sample_ids(path: Location) -> list[str]:
     """The `sample_id` column of a file of any table. Raises CorruptError where it cannot be read."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with open_parquet(path) as file:
             ids: list[str] = file.read(columns=["sample_id"], use_threads=False).column(0).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        problem = str(error).splitlines()[0]
-        raise CorruptError(f"{path} cannot be read, `teacher-cache verify` lists what is wrong: {problem}") from error
+        problem = f"{path} cannot be read, `teacher-cache verify` lists what is wrong: {str(error).splitlines()[0]}"
+        raise (StillroomError if is_store_error(error) else CorruptError)(problem) from error
     return ids
 
 

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from shared import stores
 from shared.catalog import Catalog, DataFile, Table
 from shared.config import validate_config
 from shared.errors import CacheConflict, ConfigError, CorruptError, DataError, StillroomError
 from shared.reader import open_cache
+from shared.shards import open_shard
 from shared.storage import Location, ObjectPath, location, spool
 from student_train.config import CacheConfig
 from student_train.epoch_plan import PlanSpec
 from student_train.pack import Pack
+from student_train.rows import read_rows
 from student_train.select import CacheSource, SelectionRequest, freeze
 from student_train.selection import load_selection
 from student_train.stream import PackStream
@@ -294,6 +297,32 @@ def test_a_store_that_cannot_be_used_is_one_line(
         assert not {ACCESS_KEY, SECRET_KEY, "wrong", "pass@"} & set(str(caught.value).split())
         assert "pass@" not in str(caught.value)
     assert time.monotonic() - started_s < 60, "told at once, not after minutes of patience"
+
+
+def test_a_file_that_is_gone_is_damage_and_a_store_that_is_gone_is_not(
+    local: SyntheticCache, store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(local.root, store)
+    selection = freeze(tmp_path / "selection.parquet", SelectionRequest([CacheSource(store)]))
+    with open_cache(store) as cache:
+        path = store / "chains" / Catalog(store).chains.files()[-1].path
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CorruptError, match=path.name):
+            cache.arrow("SELECT sum(entropy) FROM tokens")
+        path.write_bytes(content[:-9])
+        with pytest.raises(CorruptError, match=path.name):
+            open_shard(path)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setattr(stores, "PATIENT_ATTEMPTS", 2)
+        for ask in (
+            lambda: cache.arrow("SELECT sum(tail_mass) FROM tokens"),
+            lambda: open_shard(path),
+            lambda: read_rows(selection, 0, np.array([0]), with_signals=True),
+        ):
+            with pytest.raises(StillroomError, match="cannot be reached") as caught:
+                ask()
+            assert (type(caught.value), "\n" in str(caught.value)) == (StillroomError, False)
 
 
 def test_a_prefix_without_a_cache_says_so(store: ObjectPath) -> None:
