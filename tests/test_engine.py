@@ -200,4 +200,4 @@ def test_without_the_plugin_candidates_come_from_vllm_and_what_only_it_sees_is_r
     with pytest.raises(ConfigError, match=r"capture\.draws needs stillroom's plugin .* another version"):
         _do_without_plugin(CaptureConfig(draws=2), "another version")
     with pytest.raises(ConfigError, match=r"capture\.temperatures needs"):
-        _do_without_plugin(CaptureConfig(temperatures=[2.0]), "another version")
+        _do_without_plugin(CaptureConfig(draws=0, temperatures=[2.0]), "another version")
