@@ -177,6 +177,30 @@ def copy(
 
 
 @app.command()
+def recode(
+    cache: CachePath,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where the new cache goes.")],
+    codec: Annotated[str, typer.Option(help="archive or topk-u8.")],
+    lossy: Annotated[bool, typer.Option("--lossy", help="Round exact distributions to 8-bit codes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a cache anew in another codec; the same command resumes."""
+    from dataclasses import asdict
+
+    from shared.storage import location
+    from teacher_cache.copy_cache import copy_lines
+    from teacher_cache.recode import recode_cache
+
+    try:
+        report = recode_cache(location(cache), location(dest), codec, lossy=lossy)
+    except OSError as error:
+        raise StillroomError(f"{error}: mend that and start the same command again, it goes on") from error
+    _result(asdict(report), copy_lines(report, location(dest)), as_json)
+    if report.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
 def gc(
     cache: CachePath,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -330,7 +354,7 @@ def main() -> None:
         note(f"teacher-cache: {error}")
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["score"]):
+        if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["recode"], ["score"]):
             note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
         raise
 

@@ -8,7 +8,7 @@ goes on after a kill. Builds may go on in sources and destination meanwhile.
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,10 @@ COPIER = "copied"
 CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine"}
 
 
+Rewrite = Callable[[Path, Path], None]
+"""Writes the shard at the first path anew to the second."""
+
+
 @dataclass(slots=True)
 class CopyReport:
     """What came into the destination; `num_known` rows were there already. `stopped`: it was interrupted."""
@@ -44,8 +48,9 @@ class CopyReport:
     stopped: bool = False
 
 
-def copy_caches(sources: Sequence[Location], dest: Location) -> CopyReport:
-    """Copies what `sources` show into `dest`, a cache or a folder that is empty or not there yet.
+def copy_caches(sources: Sequence[Location], dest: Location, rewrite: Rewrite | None = None) -> CopyReport:
+    """Copies what `sources` show into `dest`, a cache or a folder that is empty or not there yet; `rewrite` makes each
+    shard's file out of the checked copy.
 
     Raises ConfigError for caches that may not be mixed or lie in each other, DataError where one is none or of a newer
     format, CorruptError naming a shard or log that is damaged, CacheConflict while another copy into `dest` runs.
@@ -67,7 +72,7 @@ def copy_caches(sources: Sequence[Location], dest: Location) -> CopyReport:
         progress = stack.enter_context(Progress("copy", total, "chains"))
         for source in catalogs:
             _copy_companions(source, target)
-            for _ in _copy_one(source, target, report):
+            for _ in _copy_one(source, target, report, rewrite):
                 progress.update(report.num_chains + report.num_known, 0, {"": format_bytes(report.size_bytes)})
                 if stop.is_set:
                     report.stopped = True
@@ -160,15 +165,15 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
             target.write_run(run)
 
 
-def _copy_one(source: Catalog, target: Catalog, report: CopyReport) -> Iterator[None]:
+def _copy_one(source: Catalog, target: Catalog, report: CopyReport, rewrite: Rewrite | None) -> Iterator[None]:
     """Comes back after every file, so that a caller may show progress or stop."""
     _copy_verdicts(source, target, report)
     yield
-    yield from _copy_rows(source.failures, target.failures, report)
-    yield from _copy_rows(source.chains, target.chains, report)
+    yield from _copy_rows(source.failures, target.failures, report, None)
+    yield from _copy_rows(source.chains, target.chains, report, rewrite)
 
 
-def _copy_rows(source: Table, target: Table, report: CopyReport) -> Iterator[None]:
+def _copy_rows(source: Table, target: Table, report: CopyReport, rewrite: Rewrite | None) -> Iterator[None]:
     visible = VisibleSamples(target)
     committers: dict[str, Committer] = {}
     is_chains = target.folder.name == "chains"
@@ -178,20 +183,36 @@ def _copy_rows(source: Table, target: Table, report: CopyReport) -> Iterator[Non
             committers[run_id] = Committer(target, visible, run_id, COPIER)
             committers[run_id].recover()
             visible.refresh()
+        size_bytes = 0
         num_fresh = sum(sample_id not in visible for sample_id in read_sample_ids(source.path_of(file)))
         if num_fresh:
             temp = committers[run_id].temp_path()
             temp.parent.mkdir(parents=True, exist_ok=True)
             _copy_checked(source.path_of(file), temp)
+            if rewrite is not None:
+                temp = _rewritten(temp, committers[run_id].temp_path(), rewrite)
+            size_bytes = temp.stat().st_size
             num_fresh = committers[run_id].commit(temp, file.num_rows)
         if is_chains:
             report.num_shards += bool(num_fresh)
             report.num_chains += num_fresh
             report.num_known += file.num_rows - num_fresh
-            report.size_bytes += file.size_bytes if num_fresh else 0
+            report.size_bytes += size_bytes if num_fresh else 0
         else:
             report.num_failures += num_fresh
         yield
+
+
+def _rewritten(copied: Path, temp: Path, rewrite: Rewrite) -> Path:
+    """What `rewrite` makes of the copy, which goes."""
+    try:
+        rewrite(copied, temp)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    finally:
+        copied.unlink(missing_ok=True)
+    return temp
 
 
 def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None:

@@ -21,6 +21,8 @@ from teacher_cache.rows import ChainRow
 PAGE_BYTES = 8 << 20
 """One page a column and row group in most cases: zstd then sees the whole column (5% smaller than 1 MB pages)."""
 MIN_DICTIONARY_BYTES = 1 << 20
+ZSTD_LEVEL = 9
+"""Distributions take 3% less than at level 3; writing stays several times faster than encoding needs to be."""
 
 _TEXT_DICTIONARY = ["run_id", "worker", "source", "split", "finish_reason"]
 _STATISTICS = [field.name for field in SCALAR_FIELDS] + ["sample_id", "prompt_id", "source", "split", "created_at"]
@@ -100,7 +102,7 @@ def parquet_options(schema: pa.Schema, vocab_size: int) -> dict[str, Any]:
     integers = [_leaf(field) for field in schema if pa.types.is_list(field.type) and _is_integer(field)]
     return {
         "compression": "zstd",
-        "compression_level": 3,
+        "compression_level": ZSTD_LEVEL,
         # For list columns the name alone would silently do nothing: the path of the leaf is what counts.
         "use_dictionary": [*integers, *_TEXT_DICTIONARY],
         "column_encoding": dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),

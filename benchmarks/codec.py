@@ -1,0 +1,289 @@
+"""Bytes, fidelity and speed of the codecs on anybody's distributions.
+
+    python -m benchmarks.codec [--input FILE.npz] [--json] [--repeat N]
+
+FILE.npz holds `ids` int32 [T, K] by rank, `logprobs` float32 [T, K] (natural, of the whole vocabulary), `sampled` int32
+[T], `lengths` int32 (tokens of each chain, adding up to T) and `vocab_size`; `rank`, `sampled_logprob` and `entropy`
+[T] are used where they are there. Without it the demo's cache is read (runs/demo/cache): its codes are the original.
+Supports are cut at nucleus 0.999 and 64 entries for every codec, and written as `teacher-cache build` writes them, with
+empty texts. bytes_per_token is the whole file over T; KL is of stored against original, the tail one outcome, in nats.
+Speeds are of CPU seconds of this process, best of N, one thread: encode from captured arrays to a closed file, decode
+from file to arrays. `naive` is Parquet as one would write it: nested lists of int32 and float32, snappy.
+
+The last line is one JSON object; with --json it is the only one.
+"""
+
+import argparse
+import datetime
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.manifest import ShardHeader
+from schemas.records import Capture, Float32, Int32, Int64, Message, Signals, chain_id_of, prompt_id_of, stable_hash
+from schemas.tables import CODECS
+from shared.catalog import Catalog
+from shared.codec import scalars_of, support_of
+from shared.errors import ConfigError, DataError, StillroomError
+from shared.shards import open_shard, read_signals
+from teacher_cache.rows import ChainRow
+from teacher_cache.shard import ShardFile
+
+DEMO_CACHE = Path("runs/demo/cache")
+MAX_SUPPORT, NUCLEUS = 64, 0.999
+ROW_GROUP_TOKENS = 65_536
+HASH = "0" * 32
+
+Result = dict[str, float]
+
+
+def main() -> None:
+    """Measures every codec and prints a table and the JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codec")
+    parser.add_argument("--input", type=Path, help="npz file; default: the demo's cache")
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of which the fastest counts")
+    options = parser.parse_args()
+    pa.set_cpu_count(1)
+    try:
+        capture, lengths_R, vocab_size = load(options.input) if options.input else load_cache(DEMO_CACHE)
+        with tempfile.TemporaryDirectory(prefix="stillroom-codec-") as name:
+            results = measure(capture, lengths_R, vocab_size, Path(name), options.repeat)
+    except StillroomError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+    if not options.json:
+        print(f"{len(capture.token_ids_T)} tokens, {len(lengths_R)} chains, vocabulary {vocab_size}")
+        for codec, one in results.items():
+            print(f"{codec:10}", "  ".join(f"{key} {value:.4g}" for key, value in one.items()))
+    print(json.dumps({"num_tokens": len(capture.token_ids_T), "codecs": results}))
+
+
+def load(path: Path) -> tuple[Capture, Int64, int]:
+    """The file's arrays. Raises DataError where it lacks one or they do not fit together."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no npz file: {error}") from error
+    missing = {"ids", "logprobs", "sampled", "lengths", "vocab_size"} - arrays.keys()
+    if missing:
+        raise DataError(f"{path} lacks {min(missing)}: it needs ids, logprobs, sampled, lengths and vocab_size")
+    ids_TK, logprobs_TK = arrays["ids"].astype(np.int32), arrays["logprobs"].astype(np.float32)
+    sampled_T, lengths_R = arrays["sampled"].astype(np.int32), arrays["lengths"].astype(np.int64)
+    if ids_TK.ndim != 2 or ids_TK.shape != logprobs_TK.shape or len(ids_TK) != len(sampled_T):
+        raise DataError(
+            f"{path}: ids {ids_TK.shape}, logprobs {logprobs_TK.shape} and sampled {sampled_T.shape} differ"
+        )
+    if lengths_R.sum() != len(sampled_T) or (lengths_R < 1).any():
+        raise DataError(f"{path}: lengths add up to {lengths_R.sum()}, there are {len(sampled_T)} tokens")
+    hit_TK = ids_TK == sampled_T[:, None]
+    place_T, inside_T = hit_TK.argmax(axis=1), hit_TK.any(axis=1)
+    found_T = np.take_along_axis(logprobs_TK, place_T[:, None], axis=1)[:, 0]
+    capture = Capture(
+        token_ids_T=sampled_T,
+        sampled_logprob_T=arrays.get("sampled_logprob", np.where(inside_T, found_T, logprobs_TK[:, -1])),
+        sampled_rank_T=arrays.get("rank", np.where(inside_T, place_T + 1, ids_TK.shape[1] + 1)),
+        topk_ids_TK=ids_TK,
+        topk_logprobs_TK=logprobs_TK,
+        entropy_T=arrays.get("entropy"),
+    )
+    return capture, lengths_R, int(arrays["vocab_size"])
+
+
+def load_cache(root: Path) -> tuple[Capture, Int64, int]:
+    """Stored distributions of a cache as if they had been captured; past a support there is no mass."""
+    if not root.exists():
+        raise ConfigError(f"{root} does not exist: run `make demo` once, or name a file with --input FILE.npz")
+    catalog = Catalog(root)
+    parts: list[Signals] = []
+    tokens: list[Int32] = []
+    lengths: list[Int64] = []
+    vocab_size = 0
+    for file in catalog.chains.files():
+        shard, header = open_shard(catalog.chains.path_of(file))
+        vocab_size = header.vocab_size
+        for group in range(shard.num_row_groups):
+            table, signals, offsets = read_signals(shard, header, group, ["token_ids"], file.path)
+            parts.append(signals)
+            tokens.append(table.column("token_ids").combine_chunks().flatten().to_numpy())
+            lengths.append(np.diff(offsets))
+    dense = [one.dense(MAX_SUPPORT) for one in parts]
+    capture = Capture(
+        token_ids_T=np.concatenate(tokens),
+        sampled_logprob_T=np.concatenate([one.sampled_logprob_T for one in parts]),
+        sampled_rank_T=np.concatenate([one.sampled_rank_T for one in parts]),
+        topk_ids_TK=np.concatenate([ids for ids, _ in dense]),
+        topk_logprobs_TK=np.concatenate([logprobs for _, logprobs in dense]),
+        entropy_T=np.concatenate([one.entropy_T for one in parts]),
+    )
+    return capture, np.concatenate(lengths), vocab_size
+
+
+def measure(capture: Capture, lengths_R: Int64, vocab_size: int, folder: Path, repeat: int) -> dict[str, Result]:
+    """Every codec's figures, and the naive layout's."""
+    captures = list(_chains(capture, lengths_R))
+    plain = [_plain_columns(number, one) for number, one in enumerate(captures)]
+    original = support_of(capture, MAX_SUPPORT, NUCLEUS)
+    results = {"naive": _measure_naive(capture, folder / "naive.parquet", repeat)}
+    for codec in CODECS:
+        path = folder / f"{codec}.parquet"
+
+        def write(codec: str = codec, path: Path = path) -> None:
+            shard = ShardFile(path, _header(codec, vocab_size), ROW_GROUP_TOKENS)
+            for columns, one in zip(plain, captures, strict=True):
+                shard.add(ChainRow(columns, support_of(one, MAX_SUPPORT, NUCLEUS)))
+            shard.close()
+
+        def read(path: Path = path) -> list[Signals]:
+            file, header = open_shard(path)
+            with file:
+                groups = range(file.num_row_groups)
+                return [read_signals(file, header, group, [], str(path))[1] for group in groups]
+
+        # The first run compiles what numba compiles.
+        write()
+        read()
+        encode_s, decode_s = _best(write, repeat), _best(read, repeat)
+        kl_T = divergences(original, read())
+        results[codec] = {
+            "bytes_per_token": path.stat().st_size / len(kl_T),
+            "kl_mean": float(kl_T.mean()),
+            "kl_max": float(kl_T.max()),
+            "encode_tokens_per_s": len(kl_T) / encode_s,
+            "decode_tokens_per_s": len(kl_T) / decode_s,
+        }
+    return results
+
+
+def divergences(original: Signals, stored: list[Signals]) -> npt.NDArray[np.float64]:
+    """KL of stored against original of each token, nats: support id by id, and the tail as one outcome."""
+    n_T = original.topk_n_T
+    np.testing.assert_array_equal(n_T, np.concatenate([one.topk_n_T for one in stored]))
+    ids_N = np.concatenate([one.topk_ids_N for one in stored])
+    token_N = np.repeat(np.arange(len(n_T)), n_T)
+    here_N, there_N = np.lexsort((original.topk_ids_N, token_N)), np.lexsort((ids_N, token_N))
+    np.testing.assert_array_equal(original.topk_ids_N[here_N], ids_N[there_N])
+    logprob_N = original.topk_logprobs_N[here_N].astype(np.float64)
+    difference_N = logprob_N - np.concatenate([one.topk_logprobs_N for one in stored])[there_N]
+    kl_T = np.add.reduceat(np.exp(logprob_N) * difference_N, np.cumsum(n_T) - n_T)
+    tail_T = original.tail_logmass_T.astype(np.float64)
+    stored_T = np.concatenate([one.tail_logmass_T for one in stored])
+    some_T = np.isfinite(tail_T)
+    kl_T[some_T] += np.exp(tail_T[some_T]) * (tail_T[some_T] - stored_T[some_T])
+    return kl_T
+
+
+def _chains(capture: Capture, lengths_R: Int64) -> list[Capture]:
+    stops_R = np.cumsum(lengths_R)
+    found = []
+    for start, stop in zip(stops_R - lengths_R, stops_R, strict=True):
+        part = slice(int(start), int(stop))
+        found.append(
+            Capture(
+                capture.token_ids_T[part],
+                capture.sampled_logprob_T[part],
+                capture.sampled_rank_T[part],
+                capture.topk_ids_TK[part],
+                capture.topk_logprobs_TK[part],
+                None if capture.entropy_T is None else capture.entropy_T[part],
+            )
+        )
+    return found
+
+
+def _plain_columns(number: int, capture: Capture) -> dict[str, Any]:
+    message = Message("user", f"prompt {number}")
+    tokens = capture.token_ids_T.tolist()
+    return {
+        "sample_id": stable_hash("benchmark", number),
+        "chain_id": chain_id_of([0], tokens),
+        "prompt_id": prompt_id_of([message]),
+        "sample_index": 0,
+        "run_id": "benchmark",
+        "worker": "w0",
+        "created_at": datetime.datetime(2026, 11, 21, tzinfo=datetime.UTC),
+        "source": "benchmark",
+        "split": "train",
+        "messages": [{"role": message.role, "content": message.content}],
+        "prompt_token_ids": [0],
+        "reference": None,
+        "metadata": "{}",
+        "text": "",
+        "reasoning": None,
+        "answer": "",
+        "token_ids": capture.token_ids_T,
+        "reasoning_end": 0,
+        "finish_reason": "stop",
+        "seed": number,
+        "num_prompt_tokens": 1,
+        "num_tokens": len(tokens),
+        "num_reasoning_tokens": 0,
+        **scalars_of(support_of(capture, MAX_SUPPORT, NUCLEUS)),
+    }
+
+
+def _header(codec: str, vocab_size: int) -> ShardHeader:
+    return ShardHeader(
+        codec=codec,
+        max_support=MAX_SUPPORT,
+        nucleus=NUCLEUS,
+        entropy="support",
+        vocab_size=vocab_size,
+        run_id="benchmark",
+        worker="w0",
+        teacher_fingerprint=HASH,
+        tokenizer_fingerprint=HASH,
+        template_fingerprint=HASH,
+    )
+
+
+def _measure_naive(capture: Capture, path: Path, repeat: int) -> Result:
+    """All K candidates, as nested lists, one row a token."""
+
+    def nested(flat: npt.NDArray[Any]) -> pa.Array:
+        num_tokens, width = capture.topk_ids_TK.shape
+        return pa.ListArray.from_arrays(np.arange(num_tokens + 1, dtype=np.int32) * width, pa.array(flat.reshape(-1)))
+
+    def write() -> None:
+        columns = {
+            "token_id": capture.token_ids_T,
+            "ids": nested(capture.topk_ids_TK),
+            "logprobs": nested(capture.topk_logprobs_TK),
+        }
+        pq.write_table(pa.table(columns), path, compression="snappy")
+
+    def read() -> list[Float32]:
+        table = pq.read_table(path, use_threads=False)
+        return [table[name].combine_chunks().flatten().to_numpy() for name in ("ids", "logprobs")]
+
+    num_tokens = len(capture.token_ids_T)
+    encode_s, decode_s = _best(write, repeat), _best(read, repeat)
+    return {
+        "bytes_per_token": path.stat().st_size / num_tokens,
+        "kl_mean": 0.0,
+        "kl_max": 0.0,
+        "encode_tokens_per_s": num_tokens / encode_s,
+        "decode_tokens_per_s": num_tokens / decode_s,
+    }
+
+
+def _best(action: Callable[[], object], repeat: int) -> float:
+    """CPU seconds of the fastest run."""
+    seconds = []
+    for _ in range(repeat):
+        start = time.process_time()
+        action()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
