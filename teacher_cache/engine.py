@@ -272,12 +272,10 @@ def _needs_plugin(capture: CaptureConfig) -> bool:
 def _do_without_plugin(capture: CaptureConfig, reason: str) -> None:
     """Top candidates can be had from vLLM itself; what only the sampler sees cannot."""
     if _needs_plugin(capture):
-        asked, without = (
-            ("draws", "draws: 0 and max_support: 64") if capture.draws else ("temperatures", "no temperatures")
-        )
+        asked = "draws" if capture.draws else "temperatures"
         raise ConfigError(
-            f"capture.{asked} needs stillroom's plugin in vLLM's sampler, which is not at work: {reason}; or capture with "
-            f"{without}"
+            f"capture.{asked} needs stillroom's plugin in vLLM's sampler, which is not at work: {reason}. "
+            "What vLLM itself can give is max_support: 64, draws: 0 and no temperatures"
         )
     warn(f"vLLM's own top-k is used, slower and without exact entropies: the sampler plugin is not at work: {reason}")
 
