@@ -38,6 +38,7 @@ def plan_score(config: ScoreConfig) -> BuildPlan:
         f"contaminated: {one.where} overlaps {one.against}" for one in completions.contaminated[:NUM_SHOWN]
     ]
     add_up(plan)
+    plan.num_prompts = sum(one.num_prompts for one in plan.sources)
     plan.tokens_left_measured = True
     predict(plan, config, catalog)
     return plan
@@ -48,6 +49,7 @@ def _count(plan: BuildPlan, sources: dict[str, SourcePlan], config: ScoreConfig,
     visible, failed = (visible_samples(catalog, name) for name in ("chains", "failures"))
     max_model_len = max_model_len_of(plan, config)
     seen: set[str] = set()
+    prompts: set[str] = set()
     with Progress("plan", completions.count(), "chains") as progress:
         for number, request in enumerate(completions.requests(), start=1):
             progress.update(number, 0)
@@ -59,6 +61,10 @@ def _count(plan: BuildPlan, sources: dict[str, SourcePlan], config: ScoreConfig,
                 plan.num_duplicates += 1
                 continue
             seen.add(request.sample_id)
+            if isinstance(request, Request) and request.prompt.prompt_id not in prompts:
+                prompts.add(request.prompt.prompt_id)
+                one.num_prompts += 1
+                plan.num_heldout += request.prompt.split == "heldout"
             one.num_chains += 1
             if request.sample_id in visible:
                 one.num_done += 1

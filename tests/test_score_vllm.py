@@ -1,0 +1,66 @@
+"""Scoring by real vLLM, in the program and over HTTP, says of a chain what its generation said."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared.catalog import Catalog
+from shared.config import validate_config
+from teacher_cache import handshake
+from teacher_cache.build_command import score_cache
+from teacher_cache.prompts import WHOLE
+from teacher_cache.score_config import ScoreConfig
+from teacher_cache.wire import CompletionsApi
+from tests.line import SCORE, Line
+from tests.test_server_vllm import SETTINGS, WAYS, assert_same_signals, chains_of, completions_alone
+
+
+@pytest.fixture(scope="module")
+def num_chains(line: Line) -> int:
+    """Different ones: two samples of a prompt that came out alike are one chain to be scored."""
+    found = {row["chain_id"] for row, _ in chains_of(line.folder / "runs/demo/cache").values()}
+    assert len(found) > 30
+    return len(found)
+
+
+def assert_scored_alike(generated: Path, scored: Path) -> None:
+    first = {row["chain_id"]: (row, signals) for row, signals in chains_of(generated).values()}
+    second = {row["chain_id"]: (row, signals) for row, signals in chains_of(scored).values()}
+    assert first.keys() == second.keys()
+    for chain_id, (row, signals) in second.items():
+        origin, own = first[chain_id]
+        assert (row["finish_reason"], row["seed"]) == ("scored", None)
+        assert (row["text"], row["token_ids"]) == (origin["text"], origin["token_ids"])
+        assert_same_signals(signals, own, 64)
+
+
+def test_the_command_scores_chains_of_another_cache(line: Line, num_chains: int, tmp_path: Path) -> None:
+    config = {**SCORE, "cache": str(tmp_path / "c")}
+    path = tmp_path / "score.yaml"
+    path.write_text(yaml.safe_dump(config))
+    planned = line.step("score plan", "teacher-cache", "plan", str(path))
+    assert (planned["num_left"], planned["num_duplicates"]) == (num_chains, 60 - num_chains)
+    result = line.step("score", "teacher-cache", "score", str(path))
+    assert (result["num_new_chains"], result["num_failures"]) == (num_chains, 0)
+    assert_scored_alike(line.folder / "runs/demo/cache", tmp_path / "c")
+    assert line.step("score again", "teacher-cache", "score", str(path))["num_new_chains"] == 0
+    planned = line.step("score planned", "teacher-cache", "plan", str(path))
+    assert (planned["num_done"], planned["num_left"]) == (num_chains, 0)
+    assert line.step("score verify", "teacher-cache", "verify", str(tmp_path / "c"))["ok"]
+    (manifest,) = Catalog(tmp_path / "c").runs().values()
+    assert manifest.kind == "score"
+
+
+@WAYS
+def test_servers_score_too(
+    line: Line, vllm_server: str, num_chains: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    if path == CompletionsApi.path:
+        monkeypatch.setattr(handshake, "_api", completions_alone)
+    block = {**SCORE, "cache": tmp_path / "c", "engine": {**SETTINGS, "endpoints": [vllm_server]}}
+    block["teacher"] = {"model": str(line.folder / "runs/demo/teacher")}
+    block["completions"] = {"sources": [{"kind": "cache", "name": "demo", "path": line.folder / "runs/demo/cache"}]}
+    result = score_cache(validate_config(block, ScoreConfig, "test"), WHOLE, retry_failures=False)
+    assert (result.recorded.num_chains, result.recorded.num_failures) == (num_chains, 0)
+    assert_scored_alike(line.folder / "runs/demo/cache", tmp_path / "c")
