@@ -51,7 +51,8 @@ class Sample:
     """One chain with its decoded distributions.
 
     `chain` is its row of the view `chains`, `messages` the prompt, token_ids_T int32 the completion; `signals` the
-    stored distributions, `header` what the shard says of them; `piece_of` the text of every token, candidate and draw alone.
+    stored distributions, `header` what the shard says of them; `piece_of` the text of every token, candidate and draw
+    alone.
     """
 
     chain: dict[str, Any]

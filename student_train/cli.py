@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+STUDENT_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "huggingface_hub")
+"""Not in the base install: who only reads caches has none of them."""
+
 app = typer.Typer(
     name="student-train",
     help="Train students from the distributions that a teacher left in a cache.",
@@ -231,6 +234,11 @@ def main() -> None:
     except StillroomError as error:
         note(f"student-train: {error}")
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if (package := str(error.name).partition(".")[0]) not in STUDENT_PACKAGES:
+            raise
+        note(f"student-train: this needs the package {package}: pip install 'stillroom[student]'")
+        sys.exit(ConfigError.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED and sys.argv[1:2] == ["run"] and os.environ.get("RANK") is None:
             note(f"interrupted; this goes on: {shlex.join(['student-train', *sys.argv[1:]])}")

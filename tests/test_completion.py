@@ -1,4 +1,4 @@
-"""Both programs complete their commands and options in a shell, and say which version they are."""
+"""Both programs complete what is typed in a shell, say their version, and name a package that is missing."""
 
 import os
 import subprocess
@@ -39,6 +39,14 @@ def test_bash_is_offered_what_fits(program: str, typed: str, offered: list[str])
 def test_the_script_of_each_shell_is_shown(program: str, shell: str) -> None:
     said = run(program, "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert f"_{program.upper().replace('-', '_')}_COMPLETE=complete_{shell}" in said
+
+
+def test_a_package_that_is_missing_is_one_line() -> None:
+    script = "import sys; sys.modules['torch'] = None\nfrom student_train.cli import main\n"
+    script += "sys.argv = ['student-train', 'plan', 'benchmarks/demo/student.yaml']; main()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == 2
+    assert ended.stderr == "student-train: this needs the package torch: pip install 'stillroom[student]'\n"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
