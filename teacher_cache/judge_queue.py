@@ -59,7 +59,7 @@ class JudgeQueue:
 
     def finished(self) -> list[JudgedSample]:
         """Verdicts that have come since the last call. Raises StillroomError where a judge cannot work."""
-        judged = []
+        judged: list[JudgedSample] = []
         for future in [future for future in self._pending if future.done()]:
             error = future.exception()
             if error is not None and judged:
