@@ -13,6 +13,7 @@ Shape legend: T tokens, E entries (supports and draws) of all tokens, R rows, V'
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ def decode_blocks(
     if len(models) and starts[:1] != [0]:
         raise CorruptError(f"{where}: row 0, column {MODEL} is empty: rows of this block are missing or out of order")
     parts, counts = [], []
-    for start, stop in zip(starts, [*starts[1:], len(models)], strict=True):
+    for start, stop in pairwise([*starts, len(models)]):
         block = known.rows(start, stop)
         candidates, num_entries_R = _decode_block(models[start], streams[start:stop], block, limits, where, start)
         parts.append(candidates)

@@ -3,6 +3,7 @@
 Shape legend: T tokens, E entries of all tokens, R rows.
 """
 
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -61,12 +62,15 @@ def unpack(
     return values | unpacked, lengths | {"topk_ids": entries_R, "topk_codes": entries_R}
 
 
+def check_numba() -> None:
+    """Raises ConfigError where numba is missing, which `archive` alone needs."""
+    if importlib.util.find_spec("numba") is None:
+        raise ConfigError("codec archive needs numba: pip install 'stillroom[archive]'")
+
+
 def _archive() -> ModuleType:
-    """shared.archive, which needs numba; nothing else in a cache does."""
-    try:
-        import shared.archive
-    except ModuleNotFoundError as error:
-        if error.name != "numba":
-            raise
-        raise ConfigError("codec archive needs numba: pip install 'stillroom[archive]'") from error
+    """shared.archive, loaded late: numba takes half a second."""
+    check_numba()
+    import shared.archive
+
     return shared.archive

@@ -28,7 +28,7 @@ import pyarrow as pa
 from schemas.manifest import ShardHeader
 from schemas.records import Capture, Draws, Float32, Int32, Int64, Signals
 from schemas.tables import SIGNAL_FIELDS, TOKEN_FIELDS, signal_fields
-from shared.archive_columns import BLOBS, pack, unpack
+from shared.archive_columns import BLOBS, check_numba, pack, unpack
 from shared.errors import ConfigError, CorruptError
 from shared.list_columns import list_column, read_lists, require_rows, require_values
 from shared.quantise import (
@@ -47,9 +47,11 @@ _PER_ENTRY = ("topk_ids", "topk_codes", "topk_logprobs")
 
 
 def check_codec(codec: str) -> None:
-    """Raises ConfigError unless `codec` is a known name."""
+    """Raises ConfigError unless `codec` is a known name whose packages are installed."""
     if codec not in SIGNAL_FIELDS:
         raise ConfigError(f"codec {codec!r} is unknown: choose one of {', '.join(SIGNAL_FIELDS)}")
+    if codec == "archive":
+        check_numba()
 
 
 def support_of(capture: Capture, max_support: int, nucleus: float | None) -> Signals:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from shared.config import StrictModel
+from shared.errors import ConfigError
 from shared.storage import CacheRoot
 
 
@@ -213,7 +214,7 @@ class CaptureConfig(StrictModel):
     """What is kept of each token's distribution."""
 
     codec: str = "topk-u8"
-    """How distributions are stored: topk-u8 (8-bit codes), topk-f32 (exact) or another of FORMAT.md."""
+    """How distributions are stored: topk-u8 (8-bit codes), topk-f32 (exact) or archive (fewest bytes, not for SQL)."""
     max_support: int = Field(default=8, ge=1, le=1024)
     """Exact entries a token at most: the teacher's most probable tokens with their probabilities."""
     nucleus: float | None = Field(default=0.999, gt=0, lt=1)
@@ -223,6 +224,17 @@ class CaptureConfig(StrictModel):
     8 exact entries and 8 draws teach more than 64 exact ones, in two fifths of the bytes (docs/performance.md)."""
     temperatures: list[float] = Field(default_factory=list, max_length=8)
     """Temperatures besides 1 whose log-partition is kept, so that losses at them are exact."""
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, value: str) -> str:
+        from shared.codec import check_codec
+
+        try:
+            check_codec(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("temperatures")
     @classmethod

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from teacher_cache.endpoint_look import EndpointLook
 
 BYTES_PER_TOKEN = 20.0
-BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0}
+BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0, "archive": 1.4}
 """At most, with every support full: measured at 16 and 64 entries and a vocabulary of 129,280. Used where the cache
 tells nothing.
 """

@@ -1,5 +1,6 @@
 """shared.archive: the same content as `topk-u8`, and no byte changed without notice."""
 
+import importlib.util
 import struct
 import zlib
 from typing import Any
@@ -15,7 +16,7 @@ from schemas.records import Capture, Int32, Signals
 from schemas.tables import list_of
 from shared.archive_model import MAX_SUPPORT, NUM_CONTEXTS, NUM_SYMBOLS, PRECISION
 from shared.codec import decode, encode, support_of
-from shared.errors import CorruptError, StillroomError
+from shared.errors import ConfigError, CorruptError, StillroomError
 from tests.test_codec import header
 
 VOCAB = 1 << 20
@@ -237,3 +238,9 @@ def test_limits_fit_what_the_format_can_say() -> None:
     assert NUM_CONTEXTS <= 256
     assert NUM_SYMBOLS == 256
     assert 8 + 2 * PRECISION <= 32
+
+
+def test_without_numba_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs numba: pip install 'stillroom\[archive\]'"):
+        decode(FUZZED, own_header(), "the-shard")
