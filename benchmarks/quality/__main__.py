@@ -146,7 +146,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
 
 
 def _chains(path: Path, model: Any, tokenizer: Any) -> Chains:
-    """What the teacher writes, kept: its prompts come from the installed packages, which may change between two calls."""
+    """What the teacher writes, kept, as its prompts come from packages that may change until the next call."""
     if not path.exists():
         prompts_RP, completions_RT = write_chains(model, tokenizer, NUM_TRAIN + NUM_HELDOUT, seed=1)
         np.savez(path, prompts=prompts_RP.numpy(), completions=completions_RT.numpy())
