@@ -82,6 +82,7 @@ def run_line(folder: Path) -> Line:
     configs.mkdir(parents=True)
     (configs / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
     (configs / "student.yaml").write_text(yaml.safe_dump(STUDENT))
+    (configs / "score.yaml").write_text(yaml.safe_dump(SCORE))
     make_tiny_teacher(folder / "runs" / "demo" / "teacher")
     teacher, student = "benchmarks/demo/teacher.yaml", "benchmarks/demo/student.yaml"
     line.step("plan", "teacher-cache", "plan", teacher)
@@ -112,6 +113,16 @@ TEACHER: dict[str, Any] = {
     "capture": {"codec": "topk-f32", "max_support": 64, "nucleus": None, "draws": 0},
     "engine": {"dtype": "float32", "max_num_seqs": 16, "enforce_eager": True, "kv_cache_gb": 0.25},
     "shard": {"row_group_tokens": 300},
+}
+
+SCORE: dict[str, Any] = {
+    "cache": "runs/demo/scored",
+    "run": "scored",
+    "teacher": {"model": "runs/demo/teacher"},
+    "completions": {"sources": [{"kind": "cache", "name": "demo", "path": "runs/demo/cache"}]},
+    "capture": TEACHER["capture"],
+    "engine": TEACHER["engine"],
+    "shard": TEACHER["shard"],
 }
 
 STUDENT: dict[str, Any] = {
