@@ -196,7 +196,9 @@ def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bo
                     else:
                         one = {"num_tokens": _raw(engine, wanted, mode), "seconds": time.perf_counter() - before_s}
                     cpu_s = time.process_time() - cpu_s
-                    measured[mode].append(_rates(one, frontend.seconds, sum(writer_s), cpu_s))
+                    rates = _rates(one, frontend.seconds, sum(writer_s), cpu_s)
+                    note(f"round {number + 1}  {mode}: {rates}")
+                    measured[mode].append(rates)
         return measured
 
 
