@@ -311,14 +311,26 @@ class ServerConfig(StrictModel):
         # .../v1 is what OpenAI clients are given: both mean the same server.
         addresses = [one.rstrip("/").removesuffix("/v1") for one in value]
         for given, address in zip(value, addresses, strict=True):
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            if "@" in address:
+                raise ValueError(f"the address of {address.rpartition('@')[2]} holds a password: use api_key_env")
+            if not _is_server_address(address):
                 raise ValueError(f"{given!r} is no address of a server: it looks like http://host:8000")
-            if parts.username is not None or parts.password is not None:
-                raise ValueError(f"the address of {parts.hostname} holds a password: use api_key_env")
         if len(set(addresses)) < len(addresses):
             raise ValueError("an endpoint stands there twice")
         return addresses
+
+
+def _is_server_address(address: str) -> bool:
+    if not address.isprintable() or " " in address:
+        return False
+    try:
+        parts = urlsplit(address)
+        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0) and not (
+            parts.query or parts.fragment
+        )
+    except ValueError:
+        # A port that is no number, or half an IPv6 address.
+        return False
 
 
 def _engine_kind(value: Any) -> str:

@@ -15,7 +15,7 @@ from shared.errors import ConfigError
 from teacher_cache.handshake import Expected, Served, score_tokens, shake_hands
 from teacher_cache.http_client import HttpClient, Unavailable
 from teacher_cache.requests import Failed, Finished, Outcome, Request
-from teacher_cache.wire import UNKNOWN_RANK, BadAnswer, CompletionsApi, Rows
+from teacher_cache.wire import MALFORMED, UNKNOWN_RANK, CompletionsApi, Rows
 
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 60.0
@@ -84,7 +84,7 @@ class Endpoint:
             if request.completion_token_ids is not None:
                 return await self._score(served, request, request.completion_token_ids)
             return await self._generate(served, request, max_tokens)
-        except (BadAnswer, KeyError, IndexError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             raise Unavailable(f"answers something else: {problem}", was_sent=True, status=200) from error
 
@@ -100,7 +100,8 @@ class Endpoint:
                     self.num_tokens += rows.num_tokens - num_before
                     finish_reason = choice["finish_reason"] or finish_reason
             if finish_reason not in ("stop", "length"):
-                return Failed(request, "engine_error", f"{self.url} ended the chain with {finish_reason!r}")
+                # A server that is stopped ends its chains with `abort`: that says nothing about the chain.
+                raise Unavailable(f"ended the chain with {finish_reason!r}", was_sent=True, status=200)
             capture = await self._with_ranks(served, request, rows.capture())
         except BaseException:
             # The chain will be asked for again: its tokens were not progress.

@@ -14,7 +14,7 @@ import numpy as np
 from schemas.records import Capture
 from shared.errors import ConfigError
 from teacher_cache.http_client import HttpClient, Refused, Unavailable
-from teacher_cache.wire import Api, BadAnswer, CompletionsApi, GenerateApi, Json, Rows
+from teacher_cache.wire import MALFORMED, Api, CompletionsApi, GenerateApi, Json, Rows
 
 PROBE_TEXT = "The least common multiple of 4 and 6 is 12, as 2 × 6 = 12 = 3 × 4. Überall: 最小公倍数 → \n\tok."
 """Turned into tokens on both sides, and scored: digits, spaces, and letters of several scripts."""
@@ -67,7 +67,7 @@ async def shake_hands(http: HttpClient, expected: Expected) -> Served:
         await _check_logprobs(http, api, model, num_logprobs, expected)
     except Refused as error:
         raise ConfigError(f"{http.url} refuses a request that a build needs: {error}") from error
-    except (BadAnswer, KeyError, IndexError, TypeError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"{http.url} answers otherwise than vLLM 0.32 ({' '.join(str(error).split())}): update its vLLM"
         ) from error

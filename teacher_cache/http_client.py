@@ -18,6 +18,8 @@ except ModuleNotFoundError as missing:
     raise ConfigError("engine.kind: server needs httpx2: pip install 'stillroom[teacher-server]'") from missing
 
 CONNECT_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 2.0
+"""Idle connections are closed before the server closes them (vLLM after 5 s), in the middle of the next request."""
 REFUSING_STATUS = {400, 413, 422}
 MAX_MESSAGE_CHARS = 300
 
@@ -49,7 +51,7 @@ class HttpClient:
             base_url=url,
             headers=headers,
             timeout=httpx2.Timeout(stall_s, connect=CONNECT_TIMEOUT_S, pool=None),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S),
         )
 
     async def __aenter__(self) -> Self:
@@ -64,7 +66,7 @@ class HttpClient:
         """The JSON at a path. Raises Unavailable or Refused."""
         try:
             response = await self._client.get(path)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _broken(error) from error
         return _answer(response.status_code, response.content)
 
@@ -72,7 +74,7 @@ class HttpClient:
         """The JSON that answers a body. Raises Unavailable or Refused."""
         try:
             response = await self._client.post(path, json=body)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _broken(error) from error
         return _answer(response.status_code, response.content)
 
@@ -88,7 +90,7 @@ class HttpClient:
                     raise Unavailable(f"answers {response.status_code} to a request for a stream", was_sent=True)
                 async for event in _events(response):
                     yield event
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _broken(error) from error
 
 
@@ -100,7 +102,8 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
             text = event.strip().removeprefix(b"data: ")
             if text == b"[DONE]":
                 return
-            if text:
+            # A line that begins with a colon is a comment, with which gateways keep a connection awake.
+            if text and not text.startswith(b":"):
                 yield _checked(_parsed(text))
     raise Unavailable("broke off in the middle of an answer", was_sent=True)
 
@@ -146,7 +149,7 @@ def _message_of(content: bytes) -> str:
     return _one_line(str(said.get("message", said) if isinstance(said, Mapping) else said))
 
 
-def _broken(error: httpx2.TransportError) -> Unavailable:
+def _broken(error: httpx2.RequestError) -> Unavailable:
     never_sent = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout))
     if isinstance(error, httpx2.ReadTimeout):
         problem = "sends nothing any more"

@@ -163,4 +163,9 @@ def api_key_of(config: ServerConfig) -> str | None:
         raise ConfigError(
             f"engine.api_key_env names {config.api_key_env}, which is not set: export it, or leave the setting out"
         )
+    if not key.isascii() or not key.isprintable():
+        # Its text must not appear in what the HTTP library says of it.
+        raise ConfigError(
+            f"the API key in {config.api_key_env} holds a character that no HTTP header takes: it is one line of ASCII"
+        )
     return key

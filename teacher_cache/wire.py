@@ -36,6 +36,10 @@ class BadAnswer(ValueError):
     """The answer is not what was asked for. The message is one line without the server's name."""
 
 
+MALFORMED = (BadAnswer, KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""What reading an answer of another form raises."""
+
+
 class Rows:
     """Growing arrays of one completion, message by message."""
 

@@ -22,6 +22,9 @@ NUM_TOKENS = 20
 EOS_ID = 1
 LOGPROBS_V = -np.log(np.arange(1, VOCAB_SIZE + 1)) - np.log((1 / np.arange(1, VOCAB_SIZE + 1)).sum())
 
+EVENT = "data: {}\n\n"
+"""A message of a stream."""
+
 Json = dict[str, Any]
 Trouble = str
 """`500` and other numbers: that status. `cut`: the stream ends in the middle. `garbage`: not JSON. `hang`: nothing
@@ -162,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
                     time.sleep(60)
                 return
             text = json.dumps(event) if trouble != "garbage" else json.dumps(event)[:-3]
-            self.wfile.write(f"data: {text}\n\n".encode())
+            self.wfile.write(EVENT.format(text).encode())
             self.wfile.flush()
         self.wfile.write(b"data: [DONE]\n\n")
 

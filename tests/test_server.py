@@ -1,6 +1,7 @@
 """vLLM over HTTP against a server that misbehaves on demand: what comes back, is asked again, or stops a build."""
 
 import json
+import os
 import random
 import resource
 import threading
@@ -18,8 +19,9 @@ from teacher_cache.config import ServerConfig
 from teacher_cache.endpoint import MAX_BACKOFF_S, pause_s
 from teacher_cache.requests import Failed, Finished, Outcome, Request
 from teacher_cache.server import ServerEngine
+from tests import fake_server
 from tests.fake_builds import make_config, make_requests, make_teacher, run_build
-from tests.fake_server import EOS_ID, LOGPROBS_V, NUM_TOKENS, VOCAB_SIZE, Behaviour, FakeServer, Json, tokens_of
+from tests.fake_server import EOS_ID, LOGPROBS_V, NUM_TOKENS, VOCAB_SIZE, Behaviour, FakeServer, Json, Plan, tokens_of
 from tests.test_build import visible_ids
 
 K = 8
@@ -424,3 +426,55 @@ def test_more_connections_than_the_system_allows_are_refused(
 
 def test_the_vocabulary_of_the_fake_is_the_teachers() -> None:
     assert make_teacher().record.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("key", ["sk-first\nsk-second", "sk-schlüssel", "sk-\x00"])
+def test_a_key_that_no_header_takes_is_refused_unseen(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ, "TEACHER_KEY": key})
+    with pytest.raises(ConfigError, match="TEACHER_KEY holds a character that no HTTP header takes") as caught:
+        make_engine(server, api_key_env="TEACHER_KEY")
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://h:port", "http://h:99999", "http://h o", "http://[::1", "http://h:0", "http://a\nb", "h:8000"]
+)
+def test_what_is_no_address_is_refused_when_the_configuration_is_read(address: str) -> None:
+    with pytest.raises(ValueError, match="is no address of a server"):
+        ServerConfig.model_validate({"kind": "server", "endpoints": [address]})
+
+
+def test_a_server_that_is_stopped_over_its_chains_loses_none(server: FakeServer) -> None:
+    requests, aborted = make_requests(8), set[int]()
+
+    def once(body: Json) -> str | None:
+        if not is_work(body) or body["sampling_params"]["seed"] in aborted:
+            return None
+        aborted.add(body["sampling_params"]["seed"])
+        return "abort"
+
+    server.behaviour.trouble = once
+    engine = make_engine(server)
+    outcomes = answers(engine, requests)
+    assert len(aborted) == 8
+    assert {type(outcome) for outcome in outcomes.values()} == {Finished}
+    assert engine.num_tokens == NUM_TOKENS * len(requests)
+
+
+@pytest.mark.parametrize("choices", [[], [{"prompt_logprobs": [[], [], []]}], [None], "none", [{}, {}]])
+def test_another_program_behind_the_address_is_told_in_one_line(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, choices: object
+) -> None:
+    whole = {"choices": choices, "prompt_logprobs": "none"}
+    monkeypatch.setattr("tests.fake_server._generate", lambda body, setup: Plan(whole, [{}]))
+    with pytest.raises(ConfigError, match=r"answers otherwise than vLLM .*: update its vLLM"):
+        make_engine(server)
+
+
+def test_comments_in_a_stream_are_passed_over(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = fake_server.EVENT
+    monkeypatch.setattr(fake_server, "EVENT", ": still here\n\n" + written)
+    (request,) = make_requests(1)
+    assert isinstance(answers(make_engine(server), [request])[request.sample_id], Finished)
