@@ -29,6 +29,7 @@ HOMES = {
     "deltalake": {"shared/catalog.py"},
     "duckdb": {"shared/sql.py"},
     "httpx2": {"teacher_cache/http_client.py"},
+    "numba": {"shared/archive_decode.py", "shared/archive_encode.py", "shared/archive_lists.py"},
 }
 INSIDE_VLLM = HOMES["vllm"] | {"teacher_cache/sampler_batch.py", "teacher_cache/sampler_signals.py"}
 """Imported where vllm is, and therefore torch."""
@@ -46,7 +47,7 @@ IMPORT_NAMES = {"pyyaml": "yaml"}
 CLIS = ("teacher_cache.cli", "student_train.cli")
 SLOW_TO_IMPORT = {
     *("torch", "transformers", "vllm", "deepspeed", "peft", "datasets", "reasoning_gym", "math_verify", "tensorboard"),
-    *("duckdb", "deltalake", "matplotlib", "httpx2"),
+    *("duckdb", "deltalake", "matplotlib", "httpx2", "numba"),
 }
 
 
@@ -102,7 +103,8 @@ def test_every_library_is_declared() -> None:
     everything = base.union(*extras.values())
     imports = [item for item in imports_of(ROOT) if item.package not in {*PACKAGES, *sys.stdlib_module_names}]
     assert {item.package for item in imports} - everything == set()
-    eager = [item for item in imports if item.is_eager and item.file not in HOMES["vllm"] | HOMES["httpx2"]]
+    apart = INSIDE_VLLM | HOMES["httpx2"] | HOMES["numba"]
+    eager = [item for item in imports if item.is_eager and item.file not in apart]
     assert {item.package for item in eager if not item.file.startswith("student_train/")} - base == set()
     assert {item.package for item in eager if item.file.startswith("student_train/")} - base - extras[
         "student"

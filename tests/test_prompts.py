@@ -257,7 +257,7 @@ def test_requests_come_in_rounds_with_their_own_ids_and_seeds(tmp_path: Path, to
     rounds = [request.sample_index for request in asked]
     assert rounds == sorted(rounds)
     assert len({request.sample_id for request in asked}) == len({request.seed for request in asked}) == len(asked)
-    assert all(0 <= request.seed < 2**63 for request in asked)
+    assert all(request.seed is not None and 0 <= request.seed < 2**63 for request in asked)
     limits = {(r.prompt.source, r.max_tokens, r.sampling["max_tokens"], r.sampling["temperature"]) for r in asked}
     assert limits == {("a", 32768, 32768, 0.6), ("b", 7, 7, 1.0)}
     text = tokenizer.decode(asked[0].prompt_token_ids)
@@ -281,6 +281,7 @@ def test_sample_ids_and_seeds_are_pinned(tmp_path: Path, tokenizer: Any) -> None
     assert asked[0].prompt.prompt_id == "27888f19f90b1bdb12c4c5a9299ea67d"
     named = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768}
     for request in asked:
+        assert request.seed is not None
         assert request.sample_id == sample_id_of("teacher", request.prompt_token_ids, named, request.seed, 0)
 
 

@@ -42,7 +42,7 @@ def test_every_sample_decodes_to_what_was_written(made: SyntheticCache, cache: C
 def test_relations_and_tables_agree(cache: Cache) -> None:
     query = "SELECT source, count(*) AS n FROM chains GROUP BY source ORDER BY source;"
     assert cache.sql(query).fetchall() == [tuple(row.values()) for row in cache.arrow(query).to_pylist()]
-    assert cache.sql("SELECT * FROM tokens").filter("rank = 1").limit(3).fetchall()
+    assert cache.sql("SELECT * FROM chains").filter("num_tokens > 1").limit(3).fetchall()
     for call in (cache.sql, cache.arrow):
         with pytest.raises(ConfigError):
             call("CREATE TABLE x (i INTEGER)")

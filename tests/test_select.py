@@ -114,7 +114,7 @@ def test_max_chains_takes_a_fair_sample_by_id(cache: SyntheticCache, tmp_path: P
         (None, "nonsense", "data.weight 'nonsense'"),
         (None, "score", "data.weight 'score' is nan for"),
         (None, "-1", "data.weight '-1' is -1.0 for 60 of 60 chains"),
-        (None, "0", "weight 0"),
+        (None, "0", "weigh 0"),
         ("cast(source as int) = 1", None, "data.where"),
     ],
 )
