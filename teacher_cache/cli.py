@@ -76,11 +76,13 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Generate what is missing, and capture it; the same command resumes."""
+    from shared.interrupt import StopRequest
     from teacher_cache.build_command import build_cache, result_json, result_lines
     from teacher_cache.prompts import parse_worker
 
     config = _config(config_path, overrides)
-    result = build_cache(config, parse_worker(worker), retry_failures=retry_failures)
+    with StopRequest(at_once=True):
+        result = build_cache(config, parse_worker(worker), retry_failures=retry_failures)
     printed = result_json(config, result)
     _result(printed, result_lines(printed, str(config.cache)), as_json)
     if result.stopped is not None:
@@ -96,11 +98,13 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Capture what the teacher thinks of completions that exist already; the same command resumes."""
+    from shared.interrupt import StopRequest
     from teacher_cache.build_command import result_json, result_lines, score_cache
     from teacher_cache.prompts import parse_worker
 
     config = _score_config(config_path, overrides)
-    result = score_cache(config, parse_worker(worker), retry_failures=retry_failures)
+    with StopRequest(at_once=True):
+        result = score_cache(config, parse_worker(worker), retry_failures=retry_failures)
     printed = result_json(config, result)
     _result(printed, result_lines(printed, str(config.cache)), as_json)
     if result.stopped is not None:
@@ -139,10 +143,12 @@ def judge(
     """Check answers; verdicts are added beside the shards."""
     from dataclasses import asdict
 
+    from shared.interrupt import StopRequest
     from shared.storage import location
     from teacher_cache.judging import judge_cache
 
-    report = judge_cache(location(cache), kind, where, again, processes)
+    with StopRequest(at_once=True):
+        report = judge_cache(location(cache), kind, where, again, processes)
     lines = [
         f"{name}: {one.num_chains} judged, {one.num_correct} right, {one.num_wrong} wrong, "
         f"{one.num_undecided} undecided"

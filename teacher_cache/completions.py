@@ -58,6 +58,9 @@ from teacher_cache.sources import (
 )
 from teacher_cache.teacher import IdentifiedTeacher
 
+MAX_ID = 2**31 - 1
+"""Ids are stored as int32; how large the teacher's are is the engine's to say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -273,7 +276,7 @@ def _texts(
 
 def _ids(values: Json, name: str) -> list[int]:
     ids = value_of(values, name)
-    if not isinstance(ids, list) or not ids or not all(type(one) is int for one in ids):
+    if not isinstance(ids, list) or not ids or not all(type(one) is int and 0 <= one <= MAX_ID for one in ids):
         raise ValueError(f"field {name!r} is not a list of token ids with something in it")
     return ids
 

@@ -196,7 +196,8 @@ def _clean_worker(
         report.kept += [_item(one, "not a file of this program") for one in files]
         return
     root = table.folder.parent
-    young = [one for one in files if now_s - one.modified_s < grace_s]
+    is_dropped = any(one.run_id == run_id for one in report.dropped)
+    young = [one for one in files if now_s - one.modified_s < grace_s and not is_dropped]
     old = [one for one in files if one not in young]
     report.kept += [_item(one, "younger than the grace") for one in young]
     # What lies beside the run's folders (verdicts in the making) may be any run's.
@@ -215,6 +216,9 @@ def _clean_worker(
         for one in old:
             if one.kind == "temporary":
                 _sweep(root, one, "was never finished", report)
+            elif is_dropped:
+                # Adopted, now or by the next one who cleans, it would bring a part of the run back.
+                _sweep(root, one, "was never registered, and its run is dropped", report)
             elif table.folder.name == "verdicts":
                 _sweep(root, one, "was never registered: `teacher-cache judge` makes such verdicts again", report)
             elif report.dry_run:

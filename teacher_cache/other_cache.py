@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.catalog import Catalog
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from shared.sql import Session
 from shared.tokens import compare_vocab
 from teacher_cache.prompts import WorkerShare
@@ -30,14 +30,15 @@ class OtherCache:
 
     def __init__(self, source: CacheCompletions, teacher: IdentifiedTeacher) -> None:
         """Raises DataError where there is no cache, ConfigError where the condition is wrong or the tokens mean
-        something else to this teacher.
+        something else to this teacher, CorruptError where a run's manifest is missing.
         """
         self._source = source
         self._catalog = Catalog(source.path)
         with contextlib.ExitStack() as stack:
             self._session = stack.enter_context(Session({"main": self._catalog}))
             condition = "true" if source.where is None else f"({source.where}\n)"
-            limit = "" if source.limit is None else f" LIMIT {source.limit}"
+            # The same ones for every worker and every time: without an order DuckDB picks whichever come first.
+            limit = "" if source.limit is None else f" ORDER BY sample_id LIMIT {source.limit}"
             picked = self._session.arrow(f"SELECT sample_id FROM chains WHERE {condition}{limit}")
             self._picked: set[str] = set(picked.column("sample_id").to_pylist())
             if not source.retokenise:
@@ -73,6 +74,12 @@ class OtherCache:
     def _require_same_tokens(self, teacher: IdentifiedTeacher) -> None:
         runs = {row["run_id"] for row in self._rows("SELECT sample_id, run_id FROM shards")}
         manifests = self._catalog.runs()
+        lost = runs - manifests.keys()
+        if lost:
+            raise CorruptError(
+                f"source {self._source.name}: {self._source.path}/runs/{min(lost)}.json is missing: nobody "
+                "could say what its tokens are"
+            )
         fingerprints = {manifests[run_id].teacher.tokenizer_fingerprint for run_id in runs}
         for fingerprint in sorted(fingerprints - {teacher.record.tokenizer_fingerprint}):
             difference = compare_vocab(self._catalog.vocab_path(fingerprint), teacher.tokenizer)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from shared.config import StrictModel
+from shared.storage import CacheRoot
 from teacher_cache.config import DecontaminateConfig, RunConfig, require_distinct
 
 
@@ -120,8 +121,10 @@ class CacheCompletions(CompletionBase):
     """Chains of another cache, token by token: prompts, splits, references and metadata come along."""
 
     kind: Literal["cache"]
-    path: Path
-    """Folder of the other cache."""
+    path: CacheRoot
+    """Folder of the other cache, or s3://BUCKET/PREFIX."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take so many chains, the first by `sample_id`."""
     where: str | None = None
     """SQL condition over the columns of `chains`, such as `correct AND finish_reason = 'stop'`."""
     retokenise: bool = False

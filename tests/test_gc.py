@@ -164,3 +164,16 @@ def test_a_dry_run_writes_nothing(crashed: Path) -> None:
     assert ended.exit_code == 0
     assert json.loads(ended.stdout)["dry_run"] is True
     assert contents(crashed) == before
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 3600.0])
+def test_a_dropped_run_does_not_come_back_by_what_a_crash_left_of_it(crashed: Path, grace_s: float) -> None:
+    (run_id,) = Catalog(crashed).runs()
+    planned = gc(crashed, drop_runs=[run_id], dry_run=True, grace_s=grace_s)
+    report = gc(crashed, drop_runs=[run_id], grace_s=grace_s)
+    assert [item.file for item in planned.swept] == [item.file for item in report.swept]
+    assert "its run is dropped" in "\n".join(gc_lines(report))
+    assert (report.num_adopted, visible(crashed), gc(crashed).num_adopted, visible(crashed)) == (0, [], 0, [])
+    result = run_build(make_config(crashed), make_requests(30))
+    assert (result.num_done_before, result.recorded.num_committed) == (0, 30)
+    assert verify_cache(crashed).ok

@@ -12,7 +12,7 @@ import pytest
 from schemas.records import chain_id_of, scored_sample_id_of
 from shared.catalog import Catalog
 from shared.config import validate_config
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from shared.sql import open_cache
 from teacher_cache.build import Build, BuildResult
 from teacher_cache.completions import Completions
@@ -277,3 +277,42 @@ def test_contaminated_prompts_are_left_out(tmp_path: Path, teacher: IdentifiedTe
     completions = Completions(config, teacher)
     assert len(list(completions.requests())) == 1
     assert len(completions.contaminated) == 1
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**31], [2**70], [True], [1.0], [], "12"])
+@pytest.mark.parametrize("field", ["p", "c"])
+def test_what_are_no_token_ids_is_a_malformed_row(
+    tmp_path: Path, teacher: IdentifiedTeacher, field: str, ids: object
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"p": [3], "c": [4]}, {"p": [3], "c": [4], field: ids}])
+    source = {"kind": "jsonl", "path": path, "prompt_ids_field": "p", "completion_ids_field": "c"}
+    _, refused = requests_of(make_score(tmp_path / "c", source), teacher)
+    assert isinstance(refused, LoadFailure)
+    assert f"field '{field}' is not a list of token ids" in refused.message
+
+
+def test_workers_agree_on_the_chains_that_a_limit_picks(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    for number in (30, 60):
+        run_build(make_config(tmp_path / "first"), make_requests(number))
+    config = make_score(tmp_path / "c", {"kind": "cache", "path": tmp_path / "first", "limit": 20})
+    ids = sorted(row["sample_id"] for row in rows_of(tmp_path / "first"))[:20]
+    found = []
+    for index in range(3):
+        with Completions(config, teacher) as completions:
+            found += list(completions.requests(WorkerShare(index, 3)))
+    assert sorted(one.prompt.metadata["scored_from"]["sample_id"] for one in found if isinstance(one, Request)) == ids
+
+
+def test_a_cache_that_lost_a_manifest_is_no_source(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    run_build(make_config(tmp_path / "first"), make_requests(3))
+    (manifest,) = (tmp_path / "first" / "runs").glob("*.json")
+    manifest.unlink()
+    config = make_score(tmp_path / "c", {"kind": "cache", "path": tmp_path / "first"})
+    with pytest.raises(CorruptError, match=r"source s0: .*\.json is missing"):
+        Completions(config, teacher)
+
+
+def test_another_cache_may_lie_in_a_store() -> None:
+    config = make_score(Path("c"), {"kind": "cache", "path": "s3://bucket/caches/r1"})
+    (source,) = config.completions.sources
+    assert str(source.path) == "s3://bucket/caches/r1"  # type: ignore[union-attr]

@@ -1,6 +1,8 @@
 """The `teacher-cache` command: results on stdout, one line for a mistake, the right exit code, a quick start."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +160,22 @@ def test_mistakes_in_the_configuration_are_named(
     assert not (tmp_path / "cache").exists()
     if command == "build":
         assert "is not I/N" in run(capsys, monkeypatch, "build", path, "--worker", "4/4").err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["build", "score"])
+def test_a_signal_while_the_model_loads_names_the_command_that_goes_on(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    number: signal.Signals,
+) -> None:
+    def loading(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(f"teacher_cache.build_command.{command}_cache", loading)
+    monkeypatch.setattr(f"teacher_cache.cli.{'_config' if command == 'build' else '_score_config'}", lambda *_: None)
+    result = run(capsys, monkeypatch, command, "c.yaml")
+    assert (result.code, result.out) == (130, "")
+    assert result.err.endswith(f"interrupted; this goes on: teacher-cache {command} c.yaml\n")
