@@ -67,7 +67,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("page", "line"), list(commands()), ids=lambda value: str(value)[:60])
 def test_commands_parse(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     end = min([words.index(word) for word in ("<", ">", "|", "&") if word in words], default=len(words))
@@ -92,7 +92,7 @@ def test_a_wrong_command_is_found() -> None:
         parse("teacher-cache", "stats", ["cache", "--jsom"])
 
 
-@pytest.mark.parametrize(("page", "body"), configurations(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("page", "body"), list(configurations()), ids=lambda value: str(value)[:40])
 def test_recipes_are_valid(page: str, body: str) -> None:
     found = yaml.safe_load(body)
     (model,) = [model for key, model in MODELS.items() if key in found]
