@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from shared.errors import StillroomError, one_line
 from shared.log import warn
@@ -25,6 +26,9 @@ class MetricsLog:
         if not isinstance(path, Path) and path.exists():
             self._local.write_text(path.read_text(), encoding="utf-8")
         self._stream = self._local.open("a", encoding="utf-8")
+        if not _ends_whole(self._local):
+            # A full disk cut the last line: the next one must not stand behind it.
+            self._stream.write("\n")
         self._interval_s = METRICS_INTERVAL_S if isinstance(path, Path) else STORE_INTERVAL_S
         self._started_s = time.monotonic()
         self._written_s = 0.0
@@ -69,3 +73,22 @@ class MetricsLog:
             # Who watches sees less; what is generated matters more.
             self._broken = True
             warn(f"{self._path} is not written any more: {one_line(error)}")
+
+
+def last_metrics(path: Location) -> dict[str, Any] | None:
+    """The newest line of a log that is whole; None where there is none."""
+    for line in reversed(path.read_bytes().splitlines()):
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return None
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as stream:
+        size_bytes = stream.seek(0, os.SEEK_END)
+        if not size_bytes:
+            return True
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"

@@ -6,12 +6,11 @@ chains of a source already, lengths and bytes are measured there; else they are 
 and the plan says which.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared.catalog import Catalog
 from shared.log import Progress, format_bytes, format_count, format_duration
@@ -20,6 +19,7 @@ from shared.storage import Location, check_reachable, matching
 from teacher_cache.build import run_id_of
 from teacher_cache.commits import VisibleSamples
 from teacher_cache.config import BuildConfig, RunConfig, ServerConfig
+from teacher_cache.metrics import last_metrics
 from teacher_cache.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
 from teacher_cache.requests import Request
 from teacher_cache.score_config import ScoreConfig
@@ -279,11 +279,8 @@ def predict(plan: BuildPlan, config: RunConfig, catalog: Catalog | None) -> None
 
 def _last_speed(cache: Location, run_id: str) -> float | None:
     """Tokens a second of all workers of the run that were last at work together."""
-    lasts: list[dict[str, Any]] = []
-    for path in matching(cache / "runs", f"{run_id}.*.metrics.jsonl"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if lines:
-            lasts.append(json.loads(lines[-1]))
+    paths = matching(cache / "runs", f"{run_id}.*.metrics.jsonl")
+    lasts = [last for path in paths if (last := last_metrics(path)) is not None]
     if not lasts:
         return None
     newest_s = max(last["time"] for last in lasts)

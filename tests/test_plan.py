@@ -15,8 +15,10 @@ from shared.config import validate_config
 from shared.errors import DataError
 from teacher_cache.build import Build
 from teacher_cache.config import BuildConfig
+from teacher_cache.metrics import MetricsLog
 from teacher_cache.plan import disk_warning, plan_build, plan_lines
 from teacher_cache.prompts import load_prompts, requests
+from teacher_cache.recorder import Recorded
 from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request
 from teacher_cache.teacher import identify_teacher
 from tests.tiny_tokenizer import byte_level, save
@@ -177,3 +179,16 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model" / "model.safetensors").unlink()
     with pytest.raises(DataError, match="holds no weights"):
         plan_build(config_of(folder))
+
+
+def test_a_metrics_line_that_was_cut_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    path = tmp_path / "runs" / "test_1.w0.metrics.jsonl"
+    path.write_text('{"time": 1.0, "tokens_per_s": 5.0}\n{"time": 2.0, "tok')
+    assert teacher_cache.plan._last_speed(tmp_path, "test_1") == 5.0
+    with MetricsLog(path) as log:
+        log.write(1, 2, 3, Recorded())
+    lines = path.read_text().splitlines()
+    assert (lines[1], len(lines), json.loads(lines[2])["num_done"]) == ('{"time": 2.0, "tok', 3, 1)
+    path.write_text('{"ti')
+    assert teacher_cache.plan._last_speed(tmp_path, "test_1") is None
