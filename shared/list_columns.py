@@ -29,6 +29,8 @@ def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[
     values, lengths = {}, {}
     for name in names:
         column = whole_column(table, name, where)
+        if not pa.types.is_list(column.type):
+            raise CorruptError(f"{where}: column {name} holds {column.type}, not lists: the file is not what it was")
         flat = column.flatten()
         if flat.null_count:
             raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")

@@ -45,7 +45,12 @@ def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
 
 
 def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], where: str) -> pa.Table:
-    """One row group's columns. Raises CorruptError where a page fails its checksum or cannot be decoded."""
+    """One row group's columns. Raises CorruptError where one is missing, a page fails its checksum or cannot be
+    decoded.
+    """
+    missing = [name for name in columns if name not in file.schema_arrow.names]
+    if missing:
+        raise CorruptError(f"{where}: column {missing[0]} is missing: the file is not what its header says")
     try:
         return file.read_row_group(index, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:

@@ -310,11 +310,12 @@ def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
     `options` are those of pyarrow.parquet.ParquetFile. Raises FileNotFoundError, pa.ArrowException, or what ObjectPath
     raises.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if isinstance(path, Path):
-        return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, **options)
     try:
+        if isinstance(path, Path):
+            return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, **options)
         return pq.ParquetFile(
             path.key,
             filesystem=stores.file_system(path.scheme),
@@ -322,9 +323,11 @@ def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
             pre_buffer=True,
             **options,
         )
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"the footer names columns in bytes that are no text: {error}") from error
     except OSError as error:
         # A footer that is damaged is an OSError as well.
-        if not stores.is_store_error(error):
+        if isinstance(path, Path) or not stores.is_store_error(error):
             raise
         raise stores.explained(error, str(path), path.scheme) from error
 

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from schemas.records import Message, prompt_id_of
 from schemas.tables import CODECS
 from shared.codec import support_of
-from shared.errors import DataError
+from shared.errors import CorruptError, DataError
 from shared.shards import header_of, open_shard, read_signals
 from tests.golden.make import captures, golden_header, golden_table
 
@@ -91,6 +93,26 @@ def test_newer_formats_and_unknown_codecs_are_refused_with_the_remedy() -> None:
         raw = json.dumps({**golden_header("topk-u8").model_dump(), **change}).encode()
         with pytest.raises(DataError, match=f"shard.*{message}.*upgrade"):
             header_of({b"stillroom": raw}, "shard")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_footer_that_lies_about_columns_is_damage(codec: str, tmp_path: Path) -> None:
+    good = pq.read_table(GOLDEN / f"v2-{codec}.parquet")
+    place = good.schema.get_field_index("sampled_rank")
+    no_list = good.set_column(place, "sampled_rank", pa.array([1, 2], pa.int32()))
+    missing = good.drop_columns(["text"])
+    for table, message in ((no_list, "column sampled_rank holds int32"), (missing, "column text is missing")):
+        pq.write_table(table, tmp_path / "shard.parquet")
+        file, header = open_shard(tmp_path / "shard.parquet")
+        with file, pytest.raises(CorruptError, match=message):
+            read_signals(file, header, 0, ["text"], "shard")
+
+
+def test_a_footer_whose_names_are_no_text_is_damage(tmp_path: Path) -> None:
+    data = (GOLDEN / "v2-topk-u8.parquet").read_bytes()
+    (tmp_path / "shard.parquet").write_bytes(data.replace(b"tail_codes", b"tail_code\xf3"))
+    with pytest.raises(CorruptError, match="no text"):
+        open_shard(tmp_path / "shard.parquet")
 
 
 def test_unknown_header_keys_of_later_writers_are_ignored() -> None:

@@ -16,6 +16,7 @@ from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
 from teacher_cache.gc import gc_cache
 from teacher_cache.quarantine import MENDER, quarantine
+from teacher_cache.recode import recode_cache
 from teacher_cache.verify import verify_cache
 from tests.caches import damage, on_disk
 from tests.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
@@ -38,13 +39,13 @@ def largest(root: Path) -> Path:
     return on_disk(path)
 
 
-def damage_group(path: Path, index: int) -> list[str]:
-    """Flips a byte in the middle of one row group's token ids; the ids of its rows."""
+def damage_group(path: Path, index: int, column_path: str = "topk_codes.list.element") -> list[str]:
+    """Flips a byte in the middle of one row group's column; the ids of its rows."""
     file = pq.ParquetFile(path)
     group = file.metadata.row_group(index)
     ids: list[str] = file.read_row_group(index, columns=["sample_id"]).column(0).to_pylist()
     names = [group.column(place).path_in_schema for place in range(group.num_columns)]
-    column = group.column(names.index("topk_codes.list.element"))
+    column = group.column(names.index(column_path))
     size = path.stat().st_size
     damage(path, (column.data_page_offset + column.total_compressed_size // 2) / size)
     return ids
@@ -119,6 +120,16 @@ def test_of_a_shard_whose_header_is_not_its_runs_nothing_is_kept(root: Path) -> 
     manifest.write_text(manifest.read_text().replace('"nucleus": 0.999', '"nucleus": 0.99'))
     (taken,) = quarantine(Catalog(root), verify_cache(root))
     assert taken.num_kept == 0
+
+
+def test_a_recoded_cache_keeps_its_sound_rows_too(root: Path, tmp_path: Path) -> None:
+    recode_cache(root, tmp_path / "archive", "archive")
+    path = largest(tmp_path / "archive")
+    lost = damage_group(path, 1, "archive")
+    (taken,) = quarantine(Catalog(tmp_path / "archive"), verify_cache(tmp_path / "archive"))
+    assert taken.num_rows - taken.num_kept == len(lost)
+    assert sorted(visible(tmp_path / "archive")) == sorted(set(visible(root)) - set(lost))
+    assert verify_cache(tmp_path / "archive").ok
 
 
 def test_rows_that_are_visible_twice_stay_once(root: Path) -> None:
