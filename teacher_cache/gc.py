@@ -179,11 +179,14 @@ def _clean_table(table: Table, report: GcReport, now_s: float, grace_s: float, d
             path.unlink(missing_ok=True)
     if delete_removed and spans:
         report.unreadable[table.folder.name] = merged_ranges(spans)
+    # Read once, when the first file is adopted.
+    visible = VisibleSamples(table)
     for (run_id, worker), group in _by_worker([one for one in leftovers if one.kind != "removed"]).items():
-        _clean_worker(table, run_id, worker, group, report, now_s, grace_s)
+        _clean_worker(visible, table, run_id, worker, group, report, now_s, grace_s)
 
 
 def _clean_worker(
+    visible: VisibleSamples,
     table: Table,
     run_id: str,
     worker: str | None,
@@ -224,11 +227,11 @@ def _clean_worker(
             elif report.dry_run:
                 report.adoptable.append(_item(one, "was never registered"))
             else:
-                _adopt(table, run_id, worker, one, report)
+                _adopt(Committer(table, visible, run_id, worker), table, one, report)
 
 
-def _adopt(table: Table, run_id: str, worker: str, one: Leftover, report: GcReport) -> None:
-    num_rows = Committer(table, VisibleSamples(table), run_id, worker).adopt(table.folder.parent / one.file)
+def _adopt(committer: Committer, table: Table, one: Leftover, report: GcReport) -> None:
+    num_rows = committer.adopt(table.folder.parent / one.file)
     report.num_adopted += num_rows
     if not num_rows:
         report.swept.append(_item(one, "was damaged, or its rows are visible elsewhere"))

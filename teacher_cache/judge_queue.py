@@ -7,6 +7,7 @@ or killed, has no verdict, and `teacher-cache judge` finds it by that.
 
 import queue
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class JudgeQueue:
             self._free.put(judge)
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="judge")
         self._pending: dict[Future[JudgedSample | None], None] = {}
+        self._done: deque[Future[JudgedSample | None]] = deque()
         self._hurried = False
 
     def put(self, sample_id: str, prompt: Prompt, answer: str | None) -> None:
@@ -51,6 +53,9 @@ class JudgeQueue:
         kind = judge_of(prompt)
         if kind is None:
             return
+        if len(self._pending) >= self._max_waiting:
+            # Verdicts that wait for their shard to close take no answer's place.
+            self._settle()
         if self._hurried or len(self._pending) >= self._max_waiting:
             self.num_left += 1
             return
@@ -60,12 +65,13 @@ class JudgeQueue:
     def finished(self) -> list[JudgedSample]:
         """Verdicts that have come since the last call. Raises StillroomError where a judge cannot work."""
         judged: list[JudgedSample] = []
-        for future in [future for future in self._pending if future.done()]:
-            error = future.exception()
+        self._settle()
+        while self._done:
+            error = self._done[0].exception()
             if error is not None and judged:
                 # The next call raises it: what was judged is good.
                 break
-            del self._pending[future]
+            future = self._done.popleft()
             if error is not None:
                 raise error
             verdict = future.result()
@@ -95,6 +101,11 @@ class JudgeQueue:
         self._threads.shutdown(wait=True)
         for judge in self._judges:
             judge.close()
+
+    def _settle(self) -> None:
+        for future in [future for future in self._pending if future.done()]:
+            del self._pending[future]
+            self._done.append(future)
 
     def _judge(self, asked: _Answer) -> JudgedSample | None:
         if self._hurried:

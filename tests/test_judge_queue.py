@@ -74,3 +74,13 @@ def test_an_error_comes_after_the_verdicts_before_it(judges: JudgeQueue, monkeyp
     with pytest.raises(StillroomError, match="does not start"):
         judges.finished()
     assert [one.sample_id for one in judges.finished()] == ["good"]
+
+
+def test_verdicts_that_nobody_fetched_yet_take_no_place(judges: JudgeQueue) -> None:
+    """A shard may stay open for ten minutes: a judge that keeps up must not be told that the queue is full."""
+    for start in range(0, 9, 3):
+        for number in range(start, start + 3):
+            judges.put(str(number), prompt(), "5")
+        judges.wait()
+    assert judges.num_left == 0
+    assert [one.sample_id for one in judges.finished()] == [str(number) for number in range(9)]
