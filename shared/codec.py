@@ -195,14 +195,16 @@ def filter_rows(table: pa.Table, kept_R: npt.NDArray[np.bool_], header: ShardHea
 
 
 def recode_columns(table: pa.Table, header: ShardHeader, codec: str, where: str) -> dict[str, pa.Array]:
-    """Token and signal columns of a row group in another codec: `topk-u8` and `archive` turn into each other code for
-    code, the others by way of their decoded distributions. Raises as `decode` and `encode`.
+    """Token and signal columns of a row group in another codec, or in this format version: `topk-u8` and `archive` turn
+    into each other code for code, the others by way of their decoded distributions. Raises as `decode` and `encode`.
     """
-    if {header.codec, codec} == {"topk-u8", "archive"} and header.format_version >= 2:
+    if {header.codec, codec} <= {"topk-u8", "archive"}:
         values, tokens_R = _code_values(table, header, where)
-        columns = {
-            name: table.column(name) for name in ("sampled_logprob", "sampled_rank", "entropy", "log_partitions")
-        }
+        columns = {name: table.column(name) for name in ("sampled_logprob", "sampled_rank", "entropy")}
+        if header.format_version >= 2:
+            columns["log_partitions"] = table.column("log_partitions")
+        else:
+            columns["log_partitions"] = list_column(np.zeros(0, np.float32), np.zeros(table.num_rows, np.int64))
         if codec == "archive":
             return columns | pack(values, tokens_R)
         totals_T = np.concatenate([[0], np.cumsum(values["topk_n"].astype(np.int64) + values["draw_n"])])
@@ -233,7 +235,8 @@ def _code_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
     """Flat columns as `topk-u8` stores them, with those that `archive` builds upon, and tokens of each row."""
     names = ["token_ids", "sampled_rank", "sampled_logprob"]
     if header.codec != "archive":
-        names += ["topk_ids", "topk_codes", "topk_n", "draw_n", "tail_codes"]
+        names += ["topk_ids", "topk_codes", "topk_n", "tail_codes"]
+        names += ["draw_n"] if header.format_version >= 2 else []
     # Everything is checked once as a reader would.
     decode(table, header, where)
     values, lengths = read_lists(table, names, where)
@@ -241,6 +244,8 @@ def _code_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
     if header.codec == "archive":
         row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
         values, _ = unpack(table, values, lengths, row_offsets, header, where)
+    if "draw_n" not in values:
+        values["draw_n"] = np.zeros(len(values["topk_n"]), np.int16)
     return values, tokens_R
 
 

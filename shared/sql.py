@@ -23,7 +23,7 @@ from shared.catalog import Catalog, DataFile, Table
 from shared.errors import ConfigError, CorruptError, DataError, StillroomError
 from shared.files import atomic_path
 from shared.shards import open_shard
-from shared.storage import ObjectPath
+from shared.storage import Location, ObjectPath
 from shared.views import CacheFiles, Layout, quote, view_statements
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "Z
 
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
+
+REWRITTEN = ("copied-", "mended-")
+"""How the names of shards begin that another shard was made into."""
+OPENED_TOGETHER = 8
 
 READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
 """Nodes of DuckDB's syntax tree that read; it has others for COPY, INSERT and their like inside a WITH clause."""
@@ -309,16 +313,26 @@ def _files_of(catalog: Catalog) -> CacheFiles:
 
 
 def _by_layout(catalog: Catalog) -> dict[Layout, list[str]]:
-    """Shards by layout. All shards of a run have one, so a shard of each is opened and not all of them."""
-    by_run: dict[str, list[DataFile]] = {}
+    """Shards by layout. All that a run's build wrote have one, so one of them is opened; `recode` gives a run's shards
+    another, and `copy` and `verify --quarantine` keep it, so each of theirs is.
+    """
+    alike: dict[str, list[DataFile]] = {}
     for file in catalog.chains.files():
-        by_run.setdefault(file.path.partition("/")[0], []).append(file)
+        run_id, _, name = file.path.partition("/")
+        alike.setdefault(file.path if name.startswith(REWRITTEN) else run_id, []).append(file)
+    firsts = [catalog.chains.path_of(files[0]) for files in alike.values()]
+    with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
+        layouts = list(pool.map(_layout_of, firsts))
     by_layout: dict[Layout, list[str]] = {}
-    for files in by_run.values():
-        _, header = open_shard(catalog.chains.path_of(files[0]))
-        paths = [str(catalog.chains.path_of(file).absolute()) for file in files]
-        by_layout.setdefault((header.codec, header.format_version), []).extend(paths)
+    for layout, files in zip(layouts, alike.values(), strict=True):
+        by_layout.setdefault(layout, []).extend(str(catalog.chains.path_of(file).absolute()) for file in files)
     return by_layout
+
+
+def _layout_of(path: Location) -> Layout:
+    file, header = open_shard(path)
+    file.close()
+    return header.codec, header.format_version
 
 
 def _create_runs(connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest]) -> None:

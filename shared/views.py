@@ -113,7 +113,7 @@ def view_statements(files: CacheFiles) -> list[str]:
              count(*) FILTER (truncated) AS num_truncated
            FROM chains GROUP BY prompt_id""",
         f"""CREATE VIEW tokens AS SELECT t.sample_id, t.source, t.position, t.token_id, v.piece, t.logprob, t.rank,
-             t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support, t.draws,
+             t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support, coalesce(t.draws, 0) AS draws,
              CASE WHEN t.reasoning_end IS NULL OR t.position < t.reasoning_end THEN 'reasoning' ELSE 'answer' END AS
              part
            FROM (SELECT sample_id, source, run_id, reasoning_end, unnest(range(len(token_ids))) AS position,
