@@ -393,7 +393,8 @@ class RunConfig(StrictModel):
         if isinstance(self.engine, ServerConfig) and (self.capture.draws or self.capture.temperatures):
             asked = "draws" if self.capture.draws else "temperatures"
             raise ValueError(
-                f"capture.{asked} needs engine.kind: embedded: a server's answers hold the most probable tokens alone"
+                f"capture.{asked} needs engine.kind: embedded: a server's answers hold the most probable tokens alone. "
+                "Set capture: {max_support: 64, draws: 0} and start the server with --max-logprobs 65"
             )
         return self
 

@@ -110,6 +110,8 @@ def _check_tokens(
     mass_T = np.add.reduceat(np.exp(signals.topk_logprobs_N, dtype=np.float64), starts_T)
     mass_T += np.exp(signals.tail_logmass_T, dtype=np.float64)
     inside_T = ~np.isnan(stored_T)
+    outside_T, partitions_TS = _draws_outside(signals, header), signals.log_partitions_TS
+    partitioned_T = np.ones(len(n_T), np.bool_) if partitions_TS is None else np.isfinite(partitions_TS).all(axis=1)
     checks = [
         (
             "token_ids",
@@ -121,6 +123,8 @@ def _check_tokens(
         ("entropy", "is negative or not a number", np.isfinite(signals.entropy_T) & (signals.entropy_T >= -1e-3)),
         ("topk_n", "and its log probabilities do not fall with rank", np.logical_and.reduceat(falling_N, starts_T)),
         ("topk_ids", "and the tail do not have mass 1", np.abs(mass_T - 1) < F32_TOLERANCE),
+        ("draw_n", "and its draws are in the support, or have no probability or no tail", outside_T),
+        ("log_partitions", "holds what is no number", partitioned_T),
         (
             "sampled_logprob",
             "is not what the distribution says of the token: tokens and distributions are out of step",
@@ -137,6 +141,19 @@ def _check_tokens(
             token = int(np.flatnonzero(~good_T)[0])
             row = int(np.searchsorted(offsets[1:], token, side="right"))
             yield f"row {row}, column {column}: token {token - int(offsets[row])} {problem}"
+
+
+def _draws_outside(signals: Signals, header: ShardHeader) -> Bools:
+    """Which tokens have no draw, or draws from a tail that is there, none of them an id of the support."""
+    n_T, draws = signals.topk_n_T, signals.draws
+    good_T = np.ones(len(n_T), np.bool_)
+    if draws is None or not len(draws.ids_D):
+        return good_T
+    token_D, token_N = np.repeat(np.arange(len(n_T)), draws.n_T), np.repeat(np.arange(len(n_T)), n_T)
+    in_support_D = np.isin(token_D * header.vocab_size + draws.ids_D, token_N * header.vocab_size + signals.topk_ids_N)
+    has_tail_T = np.isfinite(signals.tail_logmass_T)
+    good_T[token_D[in_support_D | ~np.isfinite(draws.logprobs_D) | ~has_tail_T[token_D]]] = False
+    return good_T
 
 
 def _check_scalars(rows: Sequence[Row], signals: Signals, offsets: Int64, header: ShardHeader) -> Iterator[str]:

@@ -53,6 +53,14 @@ def test_mistakes_are_named(path: Path, override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_server_is_not_asked_for_draws(path: Path) -> None:
+    engine = 'engine={"kind": "server", "endpoints": ["http://localhost:8000"]}'
+    for overrides in ([], ["capture.draws=0", "capture.temperatures=[2.0]"]):
+        with pytest.raises(ConfigError, match=r"needs engine.kind: embedded.*Set capture: {max_support: 64, draws: 0}"):
+            load_config(path, [engine, *overrides], BuildConfig)
+    load_config(path, [engine, "capture={max_support: 64, draws: 0}"], BuildConfig)
+
+
 def test_greedy_sampling_of_several_chains_is_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match="would repeat one chain"):
         load_config(path, ["sampling.temperature=0", "sampling.samples=2"], BuildConfig)

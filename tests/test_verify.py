@@ -219,6 +219,23 @@ def test_masses_and_order_are_checked(tmp_path: Path) -> None:
     assert any(file == names[1] and "do not fall with rank" in text for file, text in found)
 
 
+def test_draws_and_log_partitions_are_checked(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "cache", 10, "topk-f32", max_support=2, draws=2, temperatures=(2.0,)).root
+    assert problems(verify_cache(root)) == []
+    catalog = Catalog(root)
+    content = pq.read_table(catalog.chains.path_of(catalog.chains.files()[0]))
+    shutil.rmtree(root / "chains")
+    table = Catalog.create(root).chains
+    (token, *_) = (t for t, num in enumerate(content["draw_n"][5].as_py()) if num)
+    place = sum(content["topk_n"][5].as_py()[: token + 1]) + sum(content["draw_n"][5].as_py()[:token])
+    again = replaced(content, "topk_ids", lambda cell: cell[0].__setitem__(place, cell[0][place - 1]))
+    no_number = replaced(content, "log_partitions", lambda cell: cell[0].__setitem__(0, float("nan")))
+    names = [register(table, again, "w0"), register(Catalog(root).chains, no_number, "w1")]
+    found = problems(verify_cache(root))
+    assert any(file == names[0] and "row 1, column draw_n: token" in text for file, text in found)
+    assert any(file == names[1] and "row 1, column log_partitions: token 0" in text for file, text in found)
+
+
 def test_columns_counts_and_companions_are_checked(root: Path, shard: Path) -> None:
     content = pq.read_table(shard)
     table = Catalog(root).chains
