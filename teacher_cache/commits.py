@@ -215,7 +215,11 @@ def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path
     new = committer.publish(temp, num_rows)
     for attempt in range(MAX_ATTEMPTS):
         table.refresh()
-        if old not in table.files():
+        files = table.files()
+        if any(file.path == new.path for file in files):
+            # The log took an earlier attempt after all.
+            return True
+        if old not in files:
             table.path_of(new).unlink()
             return False
         try:

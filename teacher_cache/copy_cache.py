@@ -241,6 +241,7 @@ def _copy_checked(path: Location, temp: Path) -> None:
                 "of its cache, then copy again"
             )
     except FileNotFoundError as error:
+        temp.unlink(missing_ok=True)
         raise CorruptError(f"{path} is registered but missing") from error
     except BaseException:
         temp.unlink(missing_ok=True)

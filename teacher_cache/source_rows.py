@@ -100,8 +100,11 @@ def count_jsonl_rows(path: Path, name: str) -> int:
     """How many rows `jsonl_rows` gives, without parsing them."""
     num_rows = 0
     for file in _files(path, ".jsonl", name):
-        with file.open("rb") as stream:
-            num_rows += sum(1 for line in stream if line.strip())
+        try:
+            with file.open("rb") as stream:
+                num_rows += sum(1 for line in stream if line.strip())
+        except OSError as error:
+            raise DataError(f"source {name}: {file} cannot be read: {error.strerror}") from error
     return num_rows
 
 

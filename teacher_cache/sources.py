@@ -117,6 +117,8 @@ def has_half_characters(draft: Draft, *others: str) -> bool:
 def value_of(row: Json, field: str) -> Any:
     """The field's value. Raises ValueError where it is missing or null."""
     value = row.get(field)
+    if value is None and field in row:
+        raise ValueError(f"field {field!r} is null")
     if value is None:
         raise ValueError(f"field {field!r} is missing{nearest_name(field, list(map(str, row)))}")
     return value

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from schemas import FORMAT_VERSION
 from schemas.manifest import SHARD_METADATA_KEY
 from shared.catalog import Catalog, Table
+from shared.errors import CacheConflict
 from teacher_cache.build import Build
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
@@ -198,3 +199,21 @@ def test_a_build_that_starts_meanwhile_leaves_the_new_shard_alone(root: Path, mo
     (taken,) = quarantine(Catalog(root), verify_cache(root))
     assert taken.num_rows - taken.num_kept == len(lost)
     assert len(visible(root)) == NUM_ROWS - len(lost)
+
+
+def test_a_commit_whose_answer_was_lost_on_the_way_stands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that answers a repeated put with a refusal took the first one."""
+    lost = damage_group(largest(root), 1)
+    commit = Table.commit
+
+    def unanswered(table: Table, *arguments: Any) -> None:
+        monkeypatch.undo()
+        commit(table, *arguments)
+        raise CacheConflict("another commit came first")
+
+    report = verify_cache(root)
+    monkeypatch.setattr(Table, "commit", unanswered)
+    (taken,) = quarantine(Catalog(root), report)
+    assert taken.num_rows - taken.num_kept == len(lost)
+    assert verify_cache(root).ok
+    assert sorted(visible(root)) == sorted({one.sample_id for one in make_requests(NUM_ROWS)} - set(lost))

@@ -316,3 +316,11 @@ def test_another_cache_may_lie_in_a_store() -> None:
     config = make_score(Path("c"), {"kind": "cache", "path": "s3://bucket/caches/r1"})
     (source,) = config.completions.sources
     assert str(source.path) == "s3://bucket/caches/r1"  # type: ignore[union-attr]
+
+
+def test_a_field_that_is_null_is_not_called_missing(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": None}])
+    config = make_score(tmp_path / "c", {"kind": "jsonl", "path": path, "messages_field": "messages"})
+    (refused,) = requests_of(config, teacher)
+    assert isinstance(refused, LoadFailure)
+    assert refused.message.endswith("field 'messages' is null")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import DataError
-from teacher_cache.source_rows import huggingface_rows, jsonl_rows, parquet_rows
+from teacher_cache.source_rows import count_jsonl_rows, huggingface_rows, jsonl_rows, parquet_rows
 
 
 def test_a_folder_that_is_named_like_a_file_is_passed_over(tmp_path: Path) -> None:
@@ -21,7 +21,13 @@ def test_a_folder_that_is_named_like_a_file_is_passed_over(tmp_path: Path) -> No
     assert [row.values for row in jsonl_rows(tmp_path, "s")] == [{"q": 1}]
 
 
-@pytest.mark.parametrize("reader", [lambda path: jsonl_rows(path, "s"), lambda path: parquet_rows(path, ["q"], "s")])
+def counted(path: Path) -> list[int]:
+    return [count_jsonl_rows(path, "s")]
+
+
+@pytest.mark.parametrize(
+    "reader", [lambda path: jsonl_rows(path, "s"), lambda path: parquet_rows(path, ["q"], "s"), counted]
+)
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Any) -> None:
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / name).write_text("{}\n")
