@@ -6,6 +6,7 @@ counts.
 """
 
 import datetime
+import itertools
 import json
 import queue
 import secrets
@@ -31,10 +32,13 @@ from shared.judge_process import JudgeProcess
 from shared.log import Progress
 from shared.sql import Session, open_cache
 from shared.storage import Location, spool
+from teacher_cache.locks import lock_path, worker_lock
 
 COMMIT_ROWS = 20_000
 """Verdicts committed at once: at most so many are judged again after a crash."""
 MAX_COMMIT_ATTEMPTS = 100
+JUDGE_RUN = "judge"
+"""Stands in file names where builds have their run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +161,16 @@ def judge_cache(
     report = JudgeReport()
     with open_cache(catalog) as session, ExitStack() as stack:
         kinds, total = _pending(session, kind, where, again, report)
+        if not total:
+            return report
         judges = [stack.enter_context(JudgeProcess()) for _ in range(num_processes)]
         for judge in judges:
             judge.prepare(kinds)
         progress = stack.enter_context(Progress("judge", total, "chains"))
+        worker = _own_name(root, stack)
         # Runs also when this is interrupted: what was judged need not be judged again.
         latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
-        pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest))
+        pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest, worker))
         for sample in _judged(session, _query("sample_id, answer, reference, metadata", kind, where, again), judges):
             report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict)
             pending.add(sample)
@@ -174,8 +181,8 @@ def judge_cache(
 class _Uncommitted:
     """Verdicts on their way to the table: committed every COMMIT_ROWS, and at the end however that comes."""
 
-    def __init__(self, table: Table, after: datetime.datetime | None) -> None:
-        self._table, self._after = table, after
+    def __init__(self, table: Table, after: datetime.datetime | None, worker: str) -> None:
+        self._table, self._after, self._worker = table, after, worker
         self._samples: list[JudgedSample] = []
 
     def __enter__(self) -> Self:
@@ -193,7 +200,23 @@ class _Uncommitted:
 
     def _commit(self) -> None:
         samples, self._samples = self._samples, []
-        commit_verdicts(self._table, samples, "judge", "j0", self._after)
+        commit_verdicts(self._table, samples, JUDGE_RUN, self._worker, self._after)
+
+
+def _own_name(root: Location, stack: ExitStack) -> str:
+    """A name whose lock is held until the stack unwinds, so that `gc` leaves this process's files alone; several may
+    judge at once.
+    """
+    for number in itertools.count():
+        name = f"j{number}"
+        try:
+            stack.enter_context(worker_lock(lock_path(root, JUDGE_RUN, name), 0.0))
+        except CacheConflict:
+            continue
+        except OSError as error:
+            raise StillroomError(f"{root} cannot be written: {one_line(error)}: mend that and judge again") from error
+        return name
+    raise AssertionError
 
 
 def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[JudgedSample]:

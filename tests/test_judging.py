@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 import teacher_cache.judging
-from shared.catalog import Catalog
-from shared.errors import CacheConflict, ConfigError
+from shared.catalog import Catalog, Table
+from shared.errors import CacheConflict, ConfigError, StillroomError
 from shared.judge import Verdict
 from shared.sql import open_cache
+from teacher_cache.gc import gc_cache
 from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache
+from teacher_cache.locks import lock_path, worker_lock
 from tests.caches import SyntheticCache, make_cache
 
 
@@ -119,3 +121,30 @@ def test_the_latest_verdict_counts_though_the_clock_was_set_back(cache: Syntheti
     assert judge_cache(cache.root, kind="regex", again=True).by_judge["regex"].num_chains == 24
     expected = "42" in cache.chains[0].text[len(cache.chains[0].text) // 2 :]
     assert verdicts(cache.root)[sample_id, "regex"] is expected
+
+
+def test_gc_leaves_the_files_of_a_judge_at_work_alone(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, kept = Table.commit, list[str]()
+
+    def swept_first(table: Table, *arguments: Any) -> None:
+        monkeypatch.undo()
+        kept.extend(item.why for item in gc_cache(cache.root, dry_run=False, grace_s=0.0).kept)
+        commit(table, *arguments)
+
+    monkeypatch.setattr(Table, "commit", swept_first)
+    with worker_lock(lock_path(cache.root, "judge", "j0"), 0.0):
+        assert judge_cache(cache.root, kind="exact").by_judge["exact"].num_chains == 24
+    assert kept == ["its worker is at work"]
+    assert len(verdicts(cache.root)) == 24
+    (file,) = cache.root.glob("verdicts/judge/*.parquet")
+    assert file.name.startswith("j1-"), "two judges at once have two names"
+
+
+def test_a_cache_that_takes_no_verdicts_is_one_line(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(teacher_cache.judging, "worker_lock", refused)
+    with pytest.raises(StillroomError, match=r"cannot be written: .*Permission denied: mend that and judge again"):
+        judge_cache(cache.root, kind="exact")
+    assert judge_cache(cache.root).num_without_judge == 24
