@@ -48,6 +48,21 @@ class StrictModel(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: YAML forbids it, PyYAML silently takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        scalars = [key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)]
+        for key in scalars:
+            name, line = key.value, key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"key {name!r} stands twice, in lines {lines[name]} and {line}: keep one")
+            lines[name] = line
+        return mapping
+
+
 def load_config(path: Path, overrides: Sequence[str], model: type[Model]) -> Model:
     """Reads `path`, applies `a.b=c` overrides (values parsed as YAML) and validates.
 
@@ -68,7 +83,7 @@ def read_yaml(path: Path) -> Json:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if data is None:
@@ -84,7 +99,7 @@ def apply_override(data: Json, override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"--set {override!r} is not of the form key=value, for example sampling.temperature=0.6")
     try:
-        value = yaml.safe_load(raw)
+        value = yaml.load(raw, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     *parents, last = dotted.split(".")
@@ -149,6 +164,10 @@ def _problem(error: Any) -> str:
     # Tags of unions stand in the location beside the keys; a reader knows the keys.
     key = ".".join(str(part) for part in error["loc"]) or "the configuration"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        tag, name = context["tag"], context["discriminator"].strip("'")
+        return f"{key}: {name} {tag!r} is unknown: choose one of {context['expected_tags'].replace(chr(39), '')}"
     given = error.get("input")
     plain = given is None or isinstance(given, (str, int, float, bool))
     shown = f" (got {given!r})" if plain and error["type"] != "missing" else ""

@@ -37,7 +37,7 @@ def test_overrides_reach_nested_keys_and_list_items(path: Path) -> None:
     [
         ("sampling.temprature=1", "unknown key 'temprature': did you mean 'temperature'?"),
         ("prompts.sources.0.sizes=3", "unknown key 'sizes': did you mean 'size'?"),
-        ("prompts.sources.0.kind=foo", "'foo'"),
+        ("prompts.sources.0.kind=foo", r"prompts\.sources\.0: kind 'foo' is unknown: choose one of jsonl, "),
         ("prompts.sources.4.size=3", "'4' is not an item of a list of 1"),
         ("sampling.temperature=-1", r"sampling\.temperature: .*greater than or equal to 0 \(got -1\)"),
         ("run=a-b", r"run: .*'a-b'"),
@@ -72,6 +72,29 @@ def test_files_that_are_no_mapping_are_refused(path: Path, text: str, message: s
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path, [], BuildConfig)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cache: a\nrun: b\nrun: c\n", r"key 'run' stands twice, in lines 2 and 3"),
+        ("sampling: {seed: 1, seed: 2}\n", r"key 'seed' stands twice, in lines 1 and 1"),
+    ],
+)
+def test_keys_that_stand_twice_are_refused(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [], BuildConfig)
+
+
+def test_anchors_and_merged_keys_are_read(path: Path) -> None:
+    path.write_text(
+        "cache: cache\nrun: demo\nteacher: {model: folder}\n"
+        "prompts:\n  sources:\n    - &one {kind: reasoning_gym, name: a, task: chain_sum, size: 3}\n"
+        "    - &two {<<: *one, name: b}\n    - {<<: *two, name: c, size: 4}\n"
+    )
+    sources = [one.model_dump() for one in load_config(path, [], BuildConfig).prompts.sources]
+    assert [(one["name"], one["size"]) for one in sources] == [("a", 3), ("b", 3), ("c", 4)]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
