@@ -62,7 +62,7 @@ def diagnose(config: "BuildConfig | ScoreConfig | None" = None) -> Json:
         find_headers("vLLM compiles its kernels"),
         _isolation(),
         find_cpu(),
-        find_disk(LOW_DISK_GB, "a million tokens take about 0.13 GB, a model its weights"),
+        find_disk(LOW_DISK_GB, "a million tokens take about 0.05 GB, a model its weights"),
         *_configured(config),
     ]
     can_read = all(one.state == "ok" for one in findings if one.name in READING)

@@ -34,6 +34,8 @@ BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0, "archive": 1.4}
 """At most, with every support full: measured at 16 and 64 entries and a vocabulary of 129,280. Used where the cache
 tells nothing.
 """
+BYTES_PER_TEMPERATURE = 4.0
+"""A log-partition is a float32, of which the codecs of 8-bit codes keep 23 bits."""
 
 METRICS_FRESH_S = 3600.0
 """Workers whose last metrics are older than the newest by more than this do not count as running together."""
@@ -268,6 +270,7 @@ def predict(plan: BuildPlan, config: RunConfig, catalog: Catalog | None) -> None
     if not plan.bytes_per_token_measured:
         num_entries = capture.max_support + capture.draws
         plan.bytes_per_token = BYTES_PER_TOKEN + BYTES_PER_ENTRY[capture.codec] * num_entries
+        plan.bytes_per_token += BYTES_PER_TEMPERATURE * len(capture.temperatures)
     plan.gb_left = plan.tokens_left * plan.bytes_per_token / 1e9
     if isinstance(config.cache, Path):
         plan.disk_free_gb = shutil.disk_usage(_existing(config.cache)).free / 1e9

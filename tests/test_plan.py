@@ -110,6 +110,8 @@ def test_without_a_cache_everything_is_left_and_bounded(folder: Path) -> None:
     assert (plan.tokens_left, plan.tokens_left_measured) == (1400, False)
     assert (plan.bytes_per_token, plan.bytes_per_token_measured) == (20.0 + 1.8 * 16, False)
     assert plan.gb_left == pytest.approx(1400 * (20 + 1.8 * 16) / 1e9)
+    warmer = plan_build(config_of(folder, capture={"temperatures": [0.5, 2.0]}))
+    assert warmer.bytes_per_token == plan.bytes_per_token + 8
     assert plan.hours_left is None
     assert plan.fits
     assert disk_warning(plan) is None
