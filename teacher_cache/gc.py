@@ -95,6 +95,9 @@ def _gc(catalog: Catalog, report: GcReport, grace_s: float, drop_runs: Sequence[
             raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is swept from a damaged cache")
     for run_id in _runs_named(catalog, drop_runs):
         report.dropped.append(_drop_run(catalog, run_id, dry_run))
+    if not dry_run:
+        # An empty cache has no runs yet.
+        (root / "runs").mkdir(parents=True, exist_ok=True)
     now_s = time.time() if dry_run else file_clock_s(root / "runs")
     for table in tables:
         _clean_table(table, report, now_s, grace_s, delete_removed)

@@ -177,3 +177,9 @@ def test_a_dropped_run_does_not_come_back_by_what_a_crash_left_of_it(crashed: Pa
     result = run_build(make_config(crashed), make_requests(30))
     assert (result.num_done_before, result.recorded.num_committed) == (0, 30)
     assert verify_cache(crashed).ok
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_empty_cache_is_clean(tmp_path: Path, dry_run: bool) -> None:
+    Catalog.create(tmp_path / "c")
+    assert gc(tmp_path / "c", dry_run=dry_run).freed_bytes == 0
