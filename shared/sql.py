@@ -34,6 +34,8 @@ T = TypeVar("T")
 DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "ZSTD", "Parquet file")
 """What DuckDB's message holds when a file is missing or damaged."""
 
+LINE_NUMBER = re.compile(r"\bLINE (\d+):")
+
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
 
@@ -173,8 +175,11 @@ def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
         _create_database(temp, catalogs)
 
 
-def query_error(error: Exception) -> Exception:
-    """DuckDB's error as one line for the user: a damaged file is a CorruptError, anything else the query's fault."""
+def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
+    """DuckDB's error as one line for the user: a damaged file is a CorruptError, anything else the query's fault.
+
+    `num_lines_before` is how many lines stood before the user's own, which DuckDB counts too.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Traceback"):
         # The only Python that DuckDB calls is shared.object_files; its error is the last line.
@@ -183,6 +188,7 @@ def query_error(error: Exception) -> Exception:
     text = " ".join(lines[:2]) if lines else type(error).__name__
     if any(sign in text for sign in DAMAGE_SIGNS):
         return CorruptError(f"{text} (`teacher-cache verify` lists what is wrong)")
+    text = LINE_NUMBER.sub(lambda found: f"LINE {int(found[1]) - num_lines_before}:", text)
     return ConfigError(f"query: {text}")
 
 
@@ -252,17 +258,26 @@ def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
     truncate a shard, also inside a WITH clause of a SELECT and under EXPLAIN ANALYZE. What is run must be the very text
     that was looked at.
     """
+    import duckdb
+
     select = _without_end(query)
     kinds = [statement.type.name for statement in connection.extract_statements(select)]
+    if not kinds:
+        raise ConfigError("query: it is empty: write one SELECT")
+    if set(kinds) == {"SELECT"} and len(kinds) > 1:
+        raise ConfigError(f"query: {len(kinds)} SELECTs are {len(kinds) - 1} too many: ask one at a time")
     if kinds != ["SELECT"]:
-        found = " and ".join(kind.replace("_", " ") for kind in kinds) or "nothing"
+        found = " and ".join(kind.replace("_", " ") for kind in kinds)
         raise ConfigError(f"query: one SELECT (or EXPLAIN of one) is allowed here, found {found}: a cache is read-only")
     row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchone()
     tree = json.loads(row[0]) if row else {"error": True}
     if tree["error"] or not _only_reads(tree):
         raise ConfigError("query: a part of it is no SELECT: a cache is read-only")
     # Planned below another SELECT, where DuckDB itself refuses WITH clauses that write.
-    connection.execute(f"EXPLAIN SELECT * FROM (\n{select}\n)")
+    try:
+        connection.execute(f"EXPLAIN SELECT * FROM (\n{select}\n)")
+    except duckdb.Error as error:
+        raise query_error(error, num_lines_before=1) from error
     return select
 
 

@@ -41,8 +41,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
             from transformers import AutoTokenizer
     except ImportError as error:
         raise DataError("tokenizers need the package transformers: pip install transformers") from error
-    if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+    _require_folder_or_id(model)
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -53,11 +52,17 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
     """Width of the model's logits out of its config.json. Raises DataError where it does not say."""
     with _quiet_transformers():
         from transformers import AutoConfig
+    _require_folder_or_id(model)
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         return int(config.get_text_config().vocab_size)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise DataError(f"{model} has no usable config.json: {_reason(error)}") from error
+
+
+def _require_folder_or_id(model: str) -> None:
+    if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
 
 
 def _reason(error: Exception) -> str:

@@ -89,7 +89,9 @@ class LossTerm:
 
     def __post_init__(self) -> None:
         if self.name not in LOSS_NAMES:
-            raise ConfigError(f"loss {self.name!r} is unknown: choose one of {', '.join(LOSS_NAMES)}")
+            # Caches hold no references beside tokens, so a configuration cannot ask for theirs.
+            known = [name for name in LOSS_NAMES if name != "cross_entropy_reference"]
+            raise ConfigError(f"loss {self.name!r} is unknown: choose one of {', '.join(known)}")
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
             raise ConfigError(f"{self.name}.weight={self.weight} must be a finite number of at least 0")
         self._check_share("beta", self.beta, self.name == "jsd_tail_bucket")

@@ -120,7 +120,8 @@ class RunFolder:
         changed = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
         if changed:
             key = changed[0]
-            more = f", and {len(changed) - 1} more keys differ" if len(changed) > 1 else ""
+            others = len(changed) - 1
+            more = f", and {others} more {'key differs' if others == 1 else 'keys differ'}" if others else ""
             raise ConfigError(
                 f"{self.root} was begun with {key}={_shown(kept, key)}, now it is {_shown(asked, key)}{more}: "
                 "set it back to resume, or name another run folder (run: ...)"

@@ -19,7 +19,8 @@ def init_lines(record: Result) -> list[str]:
 
 def plan_lines(plan: Result) -> list[str]:
     """`plan`: what each stage reads and costs."""
-    lines = [*plan["notes"], f"student    {format_count(plan['num_parameters'])} parameters, {plan['num_ranks']} ranks"]
+    ranks = "1 rank" if plan["num_ranks"] == 1 else f"{plan['num_ranks']} ranks"
+    lines = [*plan["notes"], f"student    {format_count(plan['num_parameters'])} parameters, {ranks}"]
     for stage in plan["stages"]:
         lines += ["", *_stage_lines(stage)]
     held = f"{plan['heldout_chains']} chains, {format_count(plan['heldout_tokens'])} tokens"

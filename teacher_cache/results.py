@@ -24,6 +24,9 @@ MIN_COLUMN_WIDTH = 12
 COUNTING_LIMIT_S = 1.0
 """How long the rows that a table leaves out are counted."""
 
+EXPLAINED = ["explain_key", "explain_value"]
+"""Columns of the answer to EXPLAIN. Its plan is drawn in lines, and shown as drawn."""
+
 GAP = "  "
 
 
@@ -47,6 +50,9 @@ def table_text(reader: pa.RecordBatchReader, max_rows: int, width: int | None, s
         if shown.num_rows > max_rows:
             break
     shown.num_shown = len(rows)
+    if reader.schema.names == EXPLAINED:
+        yield from (f"{plan}\n" for _, plan in rows)
+        return
     _count_rest(reader, shown)
     names = [one_line(name) for name in reader.schema.names]
     cells = [[_cell(value) for value in row] for row in rows]

@@ -73,7 +73,8 @@ def check_position(sample: Sample, position: int) -> None:
 
 def header_lines(chain: dict[str, Any]) -> list[str]:
     """What is known of a chain, in three lines."""
-    verdict = {True: "right", False: "wrong", None: "not judged"}[chain["correct"]]
+    undecided = "undecided" if chain["judge"] else "not judged"
+    verdict = {True: "right", False: "wrong", None: undecided}[chain["correct"]]
     judge = f" ({one_line(chain['judge'])})" if chain["judge"] else ""
     reference = "" if chain["reference"] is None else f"  reference {one_line(chain['reference'])}"
     reasoning = "reasoning never ended" if chain["reasoning_end"] is None else f"{chain['reasoning_end']} of reasoning"

@@ -75,6 +75,13 @@ def test_a_table_says_what_it_leaves_out(session: Session, capsys: pytest.Captur
     assert "more than" in capsys.readouterr().err
 
 
+def test_a_plan_is_shown_as_drawn(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    run_query(session, "EXPLAIN SELECT num_tokens FROM chains")
+    drawn = capsys.readouterr().out
+    assert "\\n" not in drawn
+    assert len(drawn.splitlines()) > 3
+
+
 def test_csv_tells_null_from_empty(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     text = answered(session, capsys, EVERY_TYPE, "csv")
     (row,) = csv.DictReader(io.StringIO(text))

@@ -352,6 +352,20 @@ def test_a_mistake_is_one_line(session: Session) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("SELECT *\nFROM nowhere.chains", r"LINE 2: FROM nowhere\.chains"),
+        ("SELECT *\nFRM chains", "LINE 2: FRM chains"),
+        ("SELECT 1; SELECT 2", "query: 2 SELECTs are 1 too many: ask one at a time"),
+        ("-- nothing", "query: it is empty"),
+    ],
+)
+def test_a_mistake_says_where_and_what(session: Session, query: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        session.arrow(query)
+
+
 def test_a_large_result_streams(session: Session) -> None:
     reader = session.batches("SELECT range AS i FROM range(1000000000000)")
     assert reader.read_next_batch().num_rows > 0
