@@ -120,7 +120,7 @@ def test_the_engine_block_is_checked_by_its_kind(tmp_path: Path, folder: Path) -
     for change, message in (
         ({"dtype": "float32"}, "unknown key 'dtype'"),
         ({"endpoints": ["gpu-1:8000"]}, "is no address of a server"),
-        ({"endpoints": ["http://me:secret@gpu-1"]}, "holds a password: use api_key_env"),
+        ({"endpoints": ["http://me:secret@gpu-1"]}, r"holds .*password.*api_key_env"),
         ({"endpoints": [url, f"{url}/v1"]}, "stands there twice"),
         ({"endpoints": []}, "at least 1 item"),
         ({"kind": "sever"}, "kind is 'embedded' .* or 'server'"),
