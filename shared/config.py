@@ -37,7 +37,8 @@ class StrictModel(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}{_nearest(str(key), list(cls.model_fields))}")
+                    hint = nearest_name(str(key), list(cls.model_fields), "known keys are")
+                    raise ValueError(f"unknown key {key!r}{hint}")
         return data
 
     def updated(self, **changes: Any) -> Self:
@@ -174,14 +175,10 @@ def _problem(error: Any) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": known keys are {', '.join(sorted(known))}"
-
-
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """`: did you mean 'x'?` or the list of known names, to end a refusal with."""
-    return _nearest(name, list(known))
+def nearest_name(name: str, known: Sequence[str], intro: str = "there are") -> str:
+    """`: did you mean 'x'?` or the list of known names after `intro`, to end a refusal with."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else f": {intro} {', '.join(sorted(known)) or 'none'}"
 
 
 def plain(model: BaseModel) -> Json:
