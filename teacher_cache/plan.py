@@ -144,8 +144,14 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     heldout = f" ({plan.num_heldout:,} held out)" if plan.num_heldout else ""
     lines.append(f"prompts  {plan.num_prompts:,}{heldout}; {_left_out(plan)}")
     lines += [f"         {example}" for example in plan.examples]
+    lines += _cost_lines(plan) if plan.num_left else ["nothing is left to do"]
+    return [*lines, *(f"server   {look.url} {look.told}" for look in plan.endpoints)]
+
+
+def _cost_lines(plan: BuildPlan) -> list[str]:
+    """Tokens, disk and time of what is left."""
     bound = "" if plan.tokens_left_measured else "at most, by max_tokens: "
-    lines.append(f"tokens   {bound}{format_count(plan.tokens_left)}")
+    lines = [f"tokens   {bound}{format_count(plan.tokens_left)}"]
     known = "as in this cache" if plan.bytes_per_token_measured else "assumed"
     lines.append(f"disk     {format_bytes(1e9 * plan.gb_left)} ({plan.bytes_per_token:.0f} B/token, {known})")
     if plan.disk_free_gb is not None:
@@ -157,7 +163,6 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     else:
         speed = f"{plan.tokens_per_s:.0f} tok/s, as the last build"
         lines.append(f"time     {format_duration(3600 * plan.hours_left)} at {speed}")
-    lines += [f"server   {look.url} {look.told}" for look in plan.endpoints]
     return lines
 
 

@@ -28,6 +28,7 @@ _COUNTS = """
     coalesce(sum(num_prompt_tokens), 0)::BIGINT AS num_prompt_tokens,
     coalesce(sum(num_reasoning_tokens), 0)::BIGINT AS num_reasoning_tokens,
     avg(num_tokens) AS mean_num_tokens, count(*) FILTER (truncated) AS num_truncated, count(correct) AS num_judged,
+    count(*) FILTER (correct IS NULL AND judge IS NOT NULL) AS num_undecided,
     avg(correct::INTEGER) AS pass_rate, sum(mean_entropy * num_tokens) / sum(num_tokens) AS mean_entropy,
     sum(mean_tail_mass * num_tokens) / sum(num_tokens) AS mean_tail_mass,
     sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
@@ -49,6 +50,7 @@ class Counts(_Record):
     mean_num_tokens: float | None
     num_truncated: int
     num_judged: int
+    num_undecided: int = Field(description="chains whose latest verdict is that their judge could not tell")
     pass_rate: float | None
     mean_entropy: float | None
     mean_tail_mass: float | None
@@ -124,7 +126,9 @@ def stats_text(stats: CacheStats) -> str:
             f"{stats.signal_bytes_per_token:.1f} of them signals"
         )
     lines.append(f"{stats.num_truncated:,} truncated ({_share(stats.num_truncated, stats.num_chains)})")
-    lines.append(f"{stats.num_judged:,} judged" + (f", {stats.pass_rate:.1%} right" if stats.num_judged else ""))
+    right = f", {stats.pass_rate:.1%} right" if stats.num_judged else ""
+    undecided = f", {stats.num_undecided:,} undecided (`teacher-cache judge` asks again)" if stats.num_undecided else ""
+    lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
     reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
     lines.append(f"{stats.num_failed:,} failed" + (f": {reasons}" if reasons else ""))
     lines.append(

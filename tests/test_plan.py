@@ -128,6 +128,7 @@ def test_after_a_build_nothing_is_left_and_more_prompts_are_measured(folder: Pat
     plan = plan_build(config_of(folder))
     assert (plan.num_chains, plan.num_done, plan.num_failed, plan.num_left) == (14, 13, 1, 0)
     assert (plan.tokens_left, plan.gb_left) == (0, 0)
+    assert plan_lines(plan)[-1] == "nothing is left to do"
 
     more = plan_build(config_of(folder, num_sums=16))
     assert (more.num_done, more.num_failed, more.num_left) == (13, 1, 10)
