@@ -262,7 +262,9 @@ def read_until(terminal: int, words: bytes, limit_s: float = 240) -> bytes:
 
 
 TAKE_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+# A shell that starts a program in the background lets it, and all below it, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
