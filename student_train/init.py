@@ -13,6 +13,7 @@ from shared.errors import ConfigError
 from shared.files import write_text_atomic
 from shared.tokens import load_tokenizer
 from shared.weights import fingerprint_weights
+from student_train.config import StudentConfig
 from student_train.folders import atomic_folder, refuse_existing, save_model
 
 RECORD = "init.json"
@@ -55,6 +56,24 @@ def init_student(teacher: str, num_layers: int, out: Path) -> Json:
         save_model(model, load_tokenizer(teacher), temp)
         write_text_atomic(temp / RECORD, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def require_cut(student: StudentConfig) -> None:
+    """Raises ConfigError where the configuration says how the student is cut and its folder was not cut so."""
+    if student.init is None:
+        return
+    folder, asked = Path(student.model), student.init
+    if not folder.exists():
+        raise ConfigError(f"student.model: {folder} is not there yet: `student-train init` with this file makes it")
+    if not (folder / RECORD).exists():
+        return
+    record: Json = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    found, wanted = (record["teacher"], record["num_layers"]), (asked.teacher, asked.layers)
+    if found != wanted:
+        raise ConfigError(
+            f"student.init asks for {wanted[1]} layers of {wanted[0]}, but {folder} holds {found[1]} layers of "
+            f"{found[0]}: name another folder in student.model, or remove this one and run `student-train init`"
+        )
 
 
 def keep_layers(model: Any, num_layers: int) -> list[int]:

@@ -31,6 +31,7 @@ from student_train.data import (
 )
 from student_train.epoch_plan import PlanSpec
 from student_train.heldout import open_heldout
+from student_train.init import require_cut
 from student_train.plans import EpochPlans
 from student_train.runfolder import RunFolder
 from student_train.schedule import check_mixes
@@ -98,6 +99,7 @@ def prepare(
     `heldout_path` is where the held-out one is, if not there. The first rank writes, the others read after the barrier.
     Raises ConfigError, DataError, CorruptError.
     """
+    require_cut(config.student)
     run = RunFolder(folder)
     accumulations = [accumulation_of(stage, config.data, num_ranks) for stage in config.stages]
 

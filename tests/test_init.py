@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from shared.errors import ConfigError, DataError
-from student_train.init import init_student, kept_layers
+from student_train.config import InitConfig, StudentConfig
+from student_train.init import init_student, kept_layers, require_cut
 from student_train.model import use_cpu_where_there_is_no_gpu
 from tests.students import make_student, make_tokenizer
 
@@ -94,3 +95,20 @@ def test_models_without_such_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         init_student(str(tmp_path / "nothing"), 1, tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_a_configuration_that_asks_for_another_cut_than_the_folder_holds_is_refused(tmp_path: Path) -> None:
+    teacher = str(make_student(tmp_path / "teacher", layers=3))
+    init_student(teacher, 2, tmp_path / "student")
+
+    def student(layers: int, name: str = "student", of: str = teacher) -> StudentConfig:
+        return StudentConfig(model=str(tmp_path / name), init=InitConfig(teacher=of, layers=layers))
+
+    require_cut(student(2))
+    require_cut(StudentConfig(model=str(tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match=r"asks for 3 layers of .*teacher, but .*student holds 2 layers of .*teacher"):
+        require_cut(student(3))
+    with pytest.raises(ConfigError, match="asks for 2 layers of other"):
+        require_cut(student(2, of="other"))
+    with pytest.raises(ConfigError, match=r"nowhere is not there yet: `student-train init`"):
+        require_cut(student(2, "nowhere"))
