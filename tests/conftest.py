@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,8 @@ def vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("server")
     with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "65") as server:
         yield server.url
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background lets them, and all below them, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
