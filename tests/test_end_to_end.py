@@ -223,7 +223,9 @@ def test_the_folder_holds_what_the_format_says(line: Line) -> None:
     cache = line.folder / "runs/demo/cache"
     (manifest,) = (cache / "runs").glob("*.json")
     assert json.loads(manifest.read_text())["software"]["vllm"]
-    assert {path.name for path in cache.iterdir()} == {"chains", "verdicts", "failures", "runs", "vocab"}
+    assert {path.name for path in cache.iterdir()} == {
+        *("chains", "verdicts", "failures", "runs", "vocab", "receipts"),
+    }
     left = [path for path in cache.rglob("*") if path.name.endswith(".tmp")]
     assert left == []
     assert Path(cache / "chains" / manifest.stem).is_dir()
