@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> Json:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if data is None:
@@ -100,7 +100,7 @@ def apply_override(data: Json, override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"--set {override!r} is not of the form key=value, for example sampling.temperature=0.6")
     try:
-        value = yaml.load(raw, _Loader)
+        value = yaml.load(raw, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     *parents, last = dotted.split(".")
