@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
+    parser.add_argument("--json", action="store_true", help="no lines for people on stdout, only the JSON object")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part is not None:
@@ -69,7 +69,7 @@ def main() -> None:
         return
     if not options.teacher.is_dir():
         parser.error(f"{options.teacher} does not exist: run `make demo` once, or name a Hugging Face folder")
-    say: Callable[[str], None] = (lambda line: None) if options.json else note
+    say: Callable[[str], None] = (lambda line: None) if options.json else print
     result = _measure_teacher(options.teacher, options, say)
     with tempfile.TemporaryDirectory(prefix="stillroom-tiny-") as folder:
         from tests.tiny import make_tiny_teacher
@@ -85,6 +85,9 @@ def main() -> None:
 
 def _measure_teacher(teacher: Path, options: argparse.Namespace, say: Callable[[str], None]) -> Result:
     paired = _part("paired", teacher, options)
+    # Said at once: what comes later may fail after many minutes.
+    for mode, rounds in paired.items():
+        note(f"{teacher.name}  {mode}: {[one['tokens_per_s'] for one in rounds]} tok/s")
     own_process = _part("own_process", teacher, options)["bare"][0]
     rates = {mode: statistics.median(one["tokens_per_s"] for one in paired[mode]) for mode in MODES}
     faster = max(1.0, own_process["tokens_per_s"] / rates["bare"])
@@ -163,17 +166,19 @@ def _memory(num_rows: int) -> Result:
 
 def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bool) -> Result:
     """Rounds of every mode on one engine: a list of measurements a mode."""
-    from teacher_cache.config import BuildConfig, EmbeddedConfig
-    from teacher_cache.engine import EmbeddedEngine
-    from teacher_cache.prompts import load_prompts, requests
+    from teacher_cache.config import BuildConfig
+    from teacher_cache.engine_config import EmbeddedConfig
+    from teacher_cache.intake.prompts import load_prompts, requests
     from teacher_cache.teacher import identify_teacher
+    from teacher_cache.vllm_engine.engine import EmbeddedEngine
 
     with tempfile.TemporaryDirectory(prefix="stillroom-capture-") as folder:
         configs = {
             mode: BuildConfig.model_validate(_config(Path(folder), options, capture))
             for mode, capture in CAPTURES.items()
         }
-        config = configs["signals"]
+        # Bare vLLM needs no plugin, and in a process of its own it may not have it.
+        config = configs["signals" if in_process else "plain"]
         identified = identify_teacher(config.teacher)
         loaded = load_prompts(config.prompts).prompts
         stream = requests(config, loaded, identified.tokenizer, identified.record.fingerprint)
@@ -204,7 +209,7 @@ def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bo
 
 def _ask_for(engine: Any, config: Any, mode: str) -> None:
     """Sets what the engine asks vLLM for: the rows of this mode's capture, or without the plugin vLLM's own top k."""
-    from teacher_cache.wide_rows import Layout
+    from teacher_cache.vllm_engine.wide_rows import Layout
 
     engine._layout = None
     if config is not None and mode != "plain":

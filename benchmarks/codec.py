@@ -31,9 +31,9 @@ from schemas.manifest import ShardHeader
 from schemas.records import Capture, Float32, Int32, Int64, Message, Signals, chain_id_of, prompt_id_of, stable_hash
 from schemas.tables import CODECS
 from shared.catalog import Catalog
-from shared.codec import scalars_of, support_of
 from shared.errors import ConfigError, DataError, StillroomError
 from shared.shards import open_shard, read_signals
+from shared.support import scalars_of, support_of
 from teacher_cache.rows import ChainRow
 from teacher_cache.shard import ShardFile
 

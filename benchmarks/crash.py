@@ -28,7 +28,7 @@ from pathlib import Path
 
 from shared.errors import StillroomError
 from shared.log import note
-from teacher_cache.gc import gc_cache
+from teacher_cache.care.gc import gc_cache
 from teacher_cache.requests import Request
 from tests.fake_builds import make_config, make_engine, make_requests, run_build
 
@@ -156,8 +156,8 @@ def _finish(processes: Sequence[BaseProcess]) -> None:
 
 def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers: int, seconds: float) -> CrashResult:
     from shared.catalog import Catalog
+    from teacher_cache.care.verify import verify_cache
     from teacher_cache.commits import read_sample_ids
-    from teacher_cache.verify import verify_cache
 
     catalog = Catalog(cache)
     found = [one for file in catalog.chains.files() for one in read_sample_ids(catalog.chains.path_of(file))]

@@ -28,13 +28,14 @@ from torch import Tensor
 
 from schemas.manifest import ShardHeader
 from schemas.records import Signals
-from shared.codec import decode, encode, support_of
+from shared.codec import decode, encode
 from shared.config import Json
-from student_train.divergences import LossMix, LossName, LossTerm
-from student_train.losses import fused_loss
-from student_train.targets import SparseTargets, TailDraws
-from teacher_cache.sampler_signals import signal_rows
-from teacher_cache.wide_rows import Layout, capture_of_rows
+from shared.support import support_of
+from student_train.losses.divergences import LossMix, LossName, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.losses.targets import SparseTargets, TailDraws
+from teacher_cache.vllm_engine.sampler_signals import signal_rows
+from teacher_cache.vllm_engine.wide_rows import Layout, capture_of_rows
 
 DEMO = Path("runs/demo")
 

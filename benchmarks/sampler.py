@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shared.log import note
-from teacher_cache.sampler_signals import signal_rows
-from teacher_cache.wide_rows import Layout
+from teacher_cache.vllm_engine.sampler_signals import signal_rows
+from teacher_cache.vllm_engine.wide_rows import Layout
 
 LAYOUTS = {
     "top_64": Layout(64),

@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from schemas.records import Message, Prompt
-from teacher_cache import handshake, http_client
-from teacher_cache.config import ServerConfig, TeacherConfig
-from teacher_cache.http_client import HttpClient
+from teacher_cache.config import TeacherConfig
+from teacher_cache.engine_config import ServerConfig
+from teacher_cache.http_engine import handshake, http_client
+from teacher_cache.http_engine.http_client import HttpClient
+from teacher_cache.http_engine.server import ServerEngine
+from teacher_cache.http_engine.wire import Api, CompletionsApi, GenerateApi
 from teacher_cache.requests import Finished, Request
-from teacher_cache.server import ServerEngine
 from teacher_cache.teacher import identify_teacher
-from teacher_cache.wire import Api, CompletionsApi, GenerateApi
 from tests.vllm_server import Server, serve
 
 NUM_AT_ONCE = 16

@@ -33,7 +33,7 @@ from shared.sql import Session, open_cache
 from shared.storage import spool
 from teacher_cache.build import Build
 from teacher_cache.fake import FakeEngine
-from teacher_cache.prompts import seed_of
+from teacher_cache.intake.prompts import seed_of
 from teacher_cache.requests import Request
 from teacher_cache.teacher import IdentifiedTeacher
 from tests.fake_builds import make_config, make_teacher

@@ -23,11 +23,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from student_train.epoch_plan import PlanSpec
-from student_train.plans import EpochPlans
-from student_train.select import CacheSource, SelectionRequest, freeze
-from student_train.selection import SCHEMA, PinnedCache, Selection, SelectionHeader, load_selection, write_selection
-from student_train.stream import PackStream, StreamStats
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.plans import EpochPlans
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze
+from student_train.streaming.selection import (
+    SCHEMA,
+    PinnedCache,
+    Selection,
+    SelectionHeader,
+    load_selection,
+    write_selection,
+)
+from student_train.streaming.stream import PackStream, StreamStats
 from tests.caches import make_cache
 
 MEAN_TOKENS = 1500

@@ -37,13 +37,13 @@ from benchmarks.loss import hardware
 from shared.config import Json, validate_config
 from shared.interrupt import StopRequest
 from student_train.config import TrainConfig
-from student_train.engine import joined_ranks
 from student_train.evaluate import to_device
+from student_train.losses.targets import SparseTargets
 from student_train.model import use_cpu_where_there_is_no_gpu
-from student_train.pack import Pack, TorchPack
+from student_train.ranks import joined_ranks
 from student_train.runfolder import RunFolder
 from student_train.step import take_step
-from student_train.targets import SparseTargets
+from student_train.streaming.pack import Pack, TorchPack
 from student_train.train import train
 from tests.caches import make_cache
 from tests.students import make_tokenizer

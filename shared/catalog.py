@@ -25,8 +25,9 @@ from schemas.manifest import RunManifest
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
+from shared.object_path import ObjectPath
 from shared.receipts import Receipt, write_receipt
-from shared.storage import Location, ObjectPath, check_reachable, delta_options, matching
+from shared.storage import Location, check_reachable, delta_options, matching
 from shared.stores import explained
 
 HASH_CHARS = 32

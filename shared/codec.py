@@ -1,10 +1,10 @@
 """Captured distributions to stored columns and back: the only place that knows how signals become numbers on disk.
 
-In: a Capture (rank-ordered [T, K] arrays from the engine). Out: Signals (ragged support, tail mass) and Arrow columns,
-one value a chain. Everything is vectorised over tokens; no Python object a token or candidate.
+In: Signals (ragged support, draws, tail mass). Out: Arrow columns, one value a chain, and back. Everything is
+vectorised over tokens; no Python object a token or candidate.
 
-Shape legend: T tokens, K captured candidates, M draws a token, S temperatures, R rows (chains); N stored candidates, D
-stored draws and E both of all tokens (flat).
+Shape legend: T tokens, S temperatures, R rows (chains); N stored candidates, D stored draws and E both of all tokens
+(flat).
 
 The entries of a token are its support in rank order and then its draws, in the same columns; `topk_n` and `draw_n`
 count them.
@@ -14,11 +14,10 @@ count them.
             (support and tail), so every decoded distribution sums to one. Scalars a token keep 10 mantissa bits.
             A draw's code is that of its own log probability; what it weighs is the tail's mass over `draw_n`.
 `topk-f32`  everything as float32, exact.
-`archive`   what `topk-u8` holds, entropy coded (shared.archive): its rows cannot be decoded or moved one by one.
+`archive`   what `topk-u8` holds, entropy coded (shared.archive.blocks): its rows cannot be decoded or moved one by one.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.manifest import ShardHeader
-from schemas.records import Capture, Draws, Float32, Int32, Int64, Signals
+from schemas.records import Draws, Float32, Int32, Int64, Signals
 from schemas.tables import SIGNAL_FIELDS, TOKEN_FIELDS, signal_fields
-from shared.archive_columns import BLOBS, check_numba, pack, unpack
+from shared.archive.columns import BLOBS, check_numba, pack, unpack
 from shared.errors import ConfigError, CorruptError
 from shared.list_columns import list_column, read_lists, require_rows, require_values
 from shared.quantise import (
@@ -43,7 +42,8 @@ from shared.quantise import (
 
 Array = npt.NDArray[Any]
 
-_PER_ENTRY = ("topk_ids", "topk_codes", "topk_logprobs")
+PER_ENTRY = ("topk_ids", "topk_codes", "topk_logprobs")
+"""Columns with one value an entry; the others have one a token."""
 
 
 def check_codec(codec: str) -> None:
@@ -52,41 +52,6 @@ def check_codec(codec: str) -> None:
         raise ConfigError(f"codec {codec!r} is unknown: choose one of {', '.join(SIGNAL_FIELDS)}")
     if codec == "archive":
         check_numba()
-
-
-def support_of(capture: Capture, max_support: int, nucleus: float | None) -> Signals:
-    """Cuts each token's candidates to the smallest prefix with mass >= nucleus, at most max_support entries.
-
-    The tail is what the kept prefix leaves of 1, and at least the captured mass that was cut off: 1 - sum(p) loses its
-    digits to cancellation when the tail is small. Entropy is the engine's where it is exact; otherwise that of all
-    captured candidates with the rest counted as one further outcome, a lower bound. Draws are kept where the support
-    was cut by `max_support`, that is where the tail is more than the nucleus leaves; they are from outside all captured
-    candidates, so no more than `max_support` of those may have been captured.
-    """
-    logprobs_TK = capture.topk_logprobs_TK
-    num_captured = logprobs_TK.shape[1]
-    probs_TK = np.exp(logprobs_TK.astype(np.float64))
-    cumulative_TK = np.cumsum(probs_TK, axis=1)
-    limit = min(max_support, num_captured)
-    if nucleus is None:
-        n_T = np.full(len(logprobs_TK), limit, np.int32)
-    else:
-        n_T = np.minimum((cumulative_TK[:, :limit] < nucleus).sum(axis=1) + 1, limit).astype(np.int32)
-    kept_TK = np.arange(num_captured)[None, :] < n_T[:, None]
-    kept_mass_T = np.take_along_axis(cumulative_TK, n_T[:, None].astype(np.int64) - 1, axis=1)[:, 0]
-    tail_T = np.maximum(1.0 - kept_mass_T, np.where(kept_TK, 0.0, probs_TK).sum(axis=1))
-    entropy_T = capture.entropy_T if capture.entropy_T is not None else _support_entropy(probs_TK, logprobs_TK)
-    return Signals(
-        topk_n_T=n_T,
-        topk_ids_N=capture.topk_ids_TK[kept_TK].astype(np.int32),
-        topk_logprobs_N=logprobs_TK[kept_TK].astype(np.float32),
-        tail_logmass_T=_log(tail_T).astype(np.float32),
-        sampled_logprob_T=capture.sampled_logprob_T.astype(np.float32),
-        sampled_rank_T=capture.sampled_rank_T.astype(np.int32),
-        entropy_T=entropy_T.astype(np.float32),
-        draws=_draws_of(capture, n_T, kept_mass_T, nucleus),
-        log_partitions_TS=capture.log_partitions_TS,
-    )
 
 
 def encode(codec: str, rows: Sequence[Signals], token_ids: Sequence[Int32]) -> dict[str, pa.Array]:
@@ -106,7 +71,7 @@ def encode(codec: str, rows: Sequence[Signals], token_ids: Sequence[Int32]) -> d
         values["token_ids"] = _concat(token_ids, np.int32)
         packed = pack(values, tokens_R)
         values = {name: values[name] for name in ("sampled_rank", "sampled_logprob", "entropy", "log_partitions")}
-    lengths = dict.fromkeys(_PER_ENTRY, entries_R) | {"log_partitions": partitions_R}
+    lengths = dict.fromkeys(PER_ENTRY, entries_R) | {"log_partitions": partitions_R}
     return {name: list_column(flat, lengths.get(name, tokens_R)) for name, flat in values.items()} | packed
 
 
@@ -126,7 +91,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     values, lengths = read_lists(table, lists, where)
     tokens_R = lengths["token_ids"]
     for name in lengths:
-        if name not in (*_PER_ENTRY, "log_partitions"):
+        if name not in (*PER_ENTRY, "log_partitions"):
             require_rows(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
     row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
     if header.codec == "archive":
@@ -174,102 +139,6 @@ def decode_rows(table: pa.Table, rows: Int64, header: ShardHeader, where: str) -
     kept_R = np.zeros(table.num_rows, np.bool_)
     kept_R[rows] = True
     return signals.keep(np.repeat(kept_R, np.diff(offsets)))
-
-
-def filter_rows(table: pa.Table, kept_R: npt.NDArray[np.bool_], header: ShardHeader, where: str) -> pa.Table:
-    """The kept rows of a row group with all its columns; those of `archive` are coded anew, the codes unchanged.
-
-    Raises as `decode`.
-    """
-    kept = table.filter(pa.array(kept_R))
-    if header.codec != "archive" or kept_R.all():
-        return kept
-    values, tokens_R = _code_values(table, header, where)
-    kept_T = np.repeat(kept_R, tokens_R)
-    kept_E = np.repeat(kept_T, values["topk_n"].astype(np.int64) + values["draw_n"])
-    kept_values = {name: flat[kept_E if name in _PER_ENTRY else kept_T] for name, flat in values.items()}
-    for name, column in pack(kept_values, tokens_R[kept_R]).items():
-        place = kept.schema.get_field_index(name)
-        kept = kept.set_column(place, kept.schema.field(place), column)
-    return kept
-
-
-def recode_columns(table: pa.Table, header: ShardHeader, codec: str, where: str) -> dict[str, pa.Array]:
-    """Token and signal columns of a row group in another codec, or in this format version: `topk-u8` and `archive` turn
-    into each other code for code, the others by way of their decoded distributions. Raises as `decode` and `encode`.
-    """
-    if {header.codec, codec} <= {"topk-u8", "archive"}:
-        values, tokens_R = _code_values(table, header, where)
-        columns = {name: table.column(name) for name in ("sampled_logprob", "sampled_rank", "entropy")}
-        if header.format_version >= 2:
-            columns["log_partitions"] = table.column("log_partitions")
-        else:
-            columns["log_partitions"] = list_column(np.zeros(0, np.float32), np.zeros(table.num_rows, np.int64))
-        if codec == "archive":
-            return columns | pack(values, tokens_R)
-        totals_T = np.concatenate([[0], np.cumsum(values["topk_n"].astype(np.int64) + values["draw_n"])])
-        entries_R = np.diff(totals_T[np.concatenate([[0], np.cumsum(tokens_R)])])
-        for field in signal_fields(codec):
-            if field.name not in columns:
-                flat = values[field.name].astype(field.type.value_type.to_pandas_dtype())
-                columns[field.name] = list_column(flat, entries_R if field.name in _PER_ENTRY else tokens_R)
-        return columns
-    signals, offsets = decode(table, header, where)
-    rows = [signals.slice(int(start), int(stop)) for start, stop in pairwise(offsets)]
-    return encode(codec, rows, [np.asarray(ids.as_py(), np.int32) for ids in table.column("token_ids")])
-
-
-def scalars_of(signals: Signals) -> dict[str, float]:
-    """Means over the tokens of one chain that SQL reads without opening distributions. NaN-free: T must be >= 1."""
-    starts_T = np.cumsum(signals.topk_n_T, dtype=np.int64) - signals.topk_n_T
-    return {
-        "mean_logprob": float(signals.sampled_logprob_T.mean(dtype=np.float64)),
-        "mean_entropy": float(signals.entropy_T.mean(dtype=np.float64)),
-        "mean_top1_prob": float(np.exp(signals.topk_logprobs_N[starts_T], dtype=np.float64).mean()),
-        "mean_tail_mass": float(np.exp(signals.tail_logmass_T, dtype=np.float64).mean()),
-        "mean_support": float(signals.topk_n_T.mean(dtype=np.float64)),
-    }
-
-
-def _code_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict[str, Array], Int64]:
-    """Flat columns as `topk-u8` stores them, with those that `archive` builds upon, and tokens of each row."""
-    names = ["token_ids", "sampled_rank", "sampled_logprob"]
-    if header.codec != "archive":
-        names += ["topk_ids", "topk_codes", "topk_n", "tail_codes"]
-        names += ["draw_n"] if header.format_version >= 2 else []
-    # Everything is checked once as a reader would.
-    decode(table, header, where)
-    values, lengths = read_lists(table, names, where)
-    tokens_R = lengths["token_ids"]
-    if header.codec == "archive":
-        row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
-        values, _ = unpack(table, values, lengths, row_offsets, header, where)
-    if "draw_n" not in values:
-        values["draw_n"] = np.zeros(len(values["topk_n"]), np.int16)
-    return values, tokens_R
-
-
-def _support_entropy(probs_TK: npt.NDArray[np.float64], logprobs_TK: Float32) -> npt.NDArray[np.float64]:
-    tail_T = np.maximum(1.0 - probs_TK.sum(axis=1), 0.0)
-    safe_TK = np.where(probs_TK > 0, logprobs_TK, 0.0)
-    return np.asarray(-(probs_TK * safe_TK).sum(axis=1) - tail_T * np.where(tail_T > 0, _log(tail_T), 0.0))
-
-
-def _draws_of(
-    capture: Capture, n_T: Int32, kept_mass_T: npt.NDArray[np.float64], nucleus: float | None
-) -> Draws | None:
-    """The draws of tokens whose support reached its limit before the nucleus; of the others none."""
-    if capture.draw_ids_TM is None or capture.draw_logprobs_TM is None:
-        return None
-    num_captured, num_draws = capture.topk_ids_TK.shape[1], capture.draw_ids_TM.shape[1]
-    cut_T = (n_T == num_captured) & (kept_mass_T < (1.0 if nucleus is None else nucleus))
-    # Outside the support there may be no probability to draw from: the engine then says -inf.
-    cut_T &= np.isfinite(capture.draw_logprobs_TM).all(axis=1)
-    return Draws(
-        n_T=np.where(cut_T, num_draws, 0).astype(np.int32),
-        ids_D=capture.draw_ids_TM[cut_T].reshape(-1).astype(np.int32),
-        logprobs_D=capture.draw_logprobs_TM[cut_T].reshape(-1).astype(np.float32),
-    )
 
 
 def _concat_draws(rows: Sequence[Signals]) -> Draws | None:
@@ -358,11 +227,6 @@ def _partitions(
     return partitions_TS
 
 
-def _log(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    with np.errstate(divide="ignore"):
-        return np.log(x)
-
-
 def _concat(parts: Sequence[Array], dtype: type[Any]) -> Array:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
@@ -370,7 +234,7 @@ def _concat(parts: Sequence[Array], dtype: type[Any]) -> Array:
 def _check_entries(n_T: Int32, lengths: dict[str, Int64], row_offsets: Int64, where: str) -> None:
     total_T = np.concatenate([[0], np.cumsum(n_T, dtype=np.int64)])
     entries_R = total_T[row_offsets[1:]] - total_T[row_offsets[:-1]]
-    for name in _PER_ENTRY:
+    for name in PER_ENTRY:
         if name in lengths:
             require_rows(
                 lengths[name] == entries_R, where, name, "has not the number of entries that the counts add up to"

@@ -45,3 +45,8 @@ class CacheConflict(StillroomError):
 def one_line(error: BaseException) -> str:
     """What a library's error says, without line breaks and terminal colours; its type where it says nothing."""
     return " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its type where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

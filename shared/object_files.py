@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from shared.storage import ObjectPath, location
+from shared.object_path import ObjectPath
+from shared.storage import location
 
 
 class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]

@@ -26,9 +26,10 @@ from schemas.manifest import ShardHeader
 from schemas.records import Float32, Int32, Signals
 from shared.catalog import Catalog
 from shared.errors import DataError
+from shared.object_path import ObjectPath
 from shared.shards import open_shard, read_signals
 from shared.sql import Session
-from shared.storage import ObjectPath, location, open_parquet
+from shared.storage import location, open_parquet
 from shared.views import quote
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import pyarrow as pa
 
 from schemas.manifest import RunManifest
-from shared.catalog import Catalog, DataFile, Table
+from shared.catalog import Catalog
 from shared.errors import ConfigError, CorruptError, DataError, StillroomError
 from shared.files import atomic_path
-from shared.shards import open_shard
-from shared.storage import Location, ObjectPath
-from shared.views import CacheFiles, Layout, quote, view_statements
+from shared.object_path import ObjectPath
+from shared.view_files import run_rows, visible_files
+from shared.views import CacheFiles, quote, view_statements
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,10 +38,6 @@ LINE_NUMBER = re.compile(r"\bLINE (\d+):")
 
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
-
-REWRITTEN = ("copied-", "mended-")
-"""How the names of shards begin that another shard was made into."""
-OPENED_TOGETHER = 8
 
 READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
 """Nodes of DuckDB's syntax tree that read; it has others for COPY, INSERT and their like inside a WITH clause."""
@@ -201,7 +197,7 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
         with duckdb.connect(str(path)) as connection:
             _register_stores(connection, catalogs)
             for name, catalog in catalogs.items():
-                files = _files_of(catalog)
+                files = visible_files(catalog)
                 _create_views(connection, name, files, catalog.runs())
                 paths.extend(files.paths())
     except duckdb.Error as error:
@@ -228,7 +224,7 @@ def _create_views(
             raise ConfigError(f"cache name {schema!r} is no free SQL name: use letters, digits and underscores")
         connection.execute(f'CREATE SCHEMA "{schema}"')
     connection.execute(f'USE "{schema}"')
-    _create_runs(connection, runs)
+    _create_runs(connection, runs, files.codecs)
     for statement in view_statements(files):
         connection.execute(statement)
     connection.execute("USE main")
@@ -315,66 +311,13 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
     connection.execute("SET lock_configuration = true")
 
 
-def _files_of(catalog: Catalog) -> CacheFiles:
-    def visible(table: Table) -> list[str]:
-        return [str(table.path_of(file).absolute()) for file in table.files()]
-
-    return CacheFiles(
-        chains=_by_layout(catalog),
-        verdicts=visible(catalog.verdicts),
-        failures=visible(catalog.failures),
-        vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
-    )
-
-
-def _by_layout(catalog: Catalog) -> dict[Layout, list[str]]:
-    """Shards by layout. All that a run's build wrote have one, so one of them is opened; `recode` gives a run's shards
-    another, and `copy` and `verify --quarantine` keep it, so each of theirs is.
-    """
-    alike: dict[str, list[DataFile]] = {}
-    for file in catalog.chains.files():
-        run_id, _, name = file.path.partition("/")
-        alike.setdefault(file.path if name.startswith(REWRITTEN) else run_id, []).append(file)
-    firsts = [catalog.chains.path_of(files[0]) for files in alike.values()]
-    with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
-        layouts = list(pool.map(_layout_of, firsts))
-    by_layout: dict[Layout, list[str]] = {}
-    for layout, files in zip(layouts, alike.values(), strict=True):
-        by_layout.setdefault(layout, []).extend(str(catalog.chains.path_of(file).absolute()) for file in files)
-    return by_layout
-
-
-def _layout_of(path: Location) -> Layout:
-    file, header = open_shard(path)
-    file.close()
-    return header.codec, header.format_version
-
-
-def _create_runs(connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest]) -> None:
+def _create_runs(
+    connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest], codecs: Mapping[str, str]
+) -> None:
     connection.execute(
         "CREATE TABLE runs (run_id VARCHAR, name VARCHAR, kind VARCHAR, created_at TIMESTAMPTZ, teacher VARCHAR,"
         " teacher_fingerprint VARCHAR, tokenizer VARCHAR, codec VARCHAR, sampling JSON, capture JSON, engine JSON,"
         " prompts JSON, software JSON)"
     )
-    for row in _run_rows(runs):
+    for row in run_rows(runs, codecs):
         connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
-
-
-def _run_rows(runs: Mapping[str, RunManifest]) -> Iterator[list[Any]]:
-    for run in runs.values():
-        dumped = run.model_dump(mode="json")
-        yield [
-            run.run_id,
-            run.name,
-            run.kind,
-            run.created_at,
-            run.teacher.model,
-            run.teacher.fingerprint,
-            run.teacher.tokenizer_fingerprint,
-            run.capture.get("codec"),
-            *(_json(dumped[key]) for key in ("sampling", "capture", "engine", "prompts", "software")),
-        ]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

@@ -47,6 +47,8 @@ class CacheFiles:
     verdicts: Sequence[str]
     failures: Sequence[str]
     vocab: Sequence[str]
+    codecs: Mapping[str, str]
+    """Codecs of the shards of each run that has any, by run id."""
 
     def paths(self) -> Iterator[str]:
         """Every file."""

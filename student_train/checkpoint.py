@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import CorruptError, DataError
 from shared.files import sync_file, sync_folder, write_text_atomic
-from student_train.engine import Engine, Ranks, make_universal
+from student_train.engine import Engine, make_universal
+from student_train.ranks import Ranks
 
 LATEST = "latest.json"
 STATE = "state.json"

@@ -114,7 +114,7 @@ def run(
     # From here on, before seconds of imports: Ctrl-C ends at once until there are steps to save.
     with StopRequest(at_once=True) as stop:
         config = _config(config_path, overrides)
-        from student_train.engine import joined_ranks
+        from student_train.ranks import joined_ranks
         from student_train.show import run_lines
         from student_train.train import train
 

@@ -10,128 +10,31 @@ accumulation, and each rank's loss is multiplied by the number of ranks, so that
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import ConfigError, CorruptError, StillroomError
-from student_train.config import EngineConfig, StageConfig
-from student_train.divergences import LossMix
-from student_train.launch import RanksLost
-from student_train.losses import LossSums
-from student_train.model import Student, use_cpu_where_there_is_no_gpu
-from student_train.pack import TorchPack
-from student_train.token_metrics import TokenMetrics
+from shared.errors import ConfigError, CorruptError, first_line
+from student_train.config import EngineConfig
+from student_train.losses.divergences import LossMix
+from student_train.losses.fused import LossSums
+from student_train.losses.token_metrics import TokenMetrics
+from student_train.model import Student
+from student_train.ranks import Ranks
+from student_train.stage_config import StageConfig
+from student_train.streaming.pack import TorchPack
 
 ADAM_EPS = 1e-8
-JOIN_TIMEOUT = datetime.timedelta(hours=24)
-"""The first rank may freeze or retokenise a large cache while the others wait."""
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which of how many processes this is, and the device it computes on."""
-
-    rank: int
-    num_ranks: int
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.num_ranks > 1:
-            dist.barrier()
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, float64."""
-        if self.num_ranks == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return [float(value) for value in total.tolist()]
-
-    def max(self, values: list[float]) -> list[float]:
-        """Largest over all ranks, float64."""
-        if self.num_ranks == 1:
-            return values
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [float(value) for value in largest.tolist()]
-
-
-@contextlib.contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Joins the ranks that a launcher started (its RANK, WORLD_SIZE, ... variables), or makes a world of one.
-
-    Raises StillroomError where they cannot be joined, and in the place of what torch raises when a GPU's memory is
-    exhausted; RanksLost when another rank is gone.
-    """
-    environ_before = {name: os.environ.get(name) for name in RANK_VARIABLES}
-    try:
-        with warnings.catch_warnings():
-            # Deprecations and advice between these libraries: nothing that a user could act upon.
-            warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers|peft)\.")
-            yield _join()
-    except torch.OutOfMemoryError as error:
-        raise StillroomError(
-            f"{_first_line(error)} Lower data.pack_tokens or engine.chunk_tokens, set engine.gradient_checkpointing, "
-            "or raise engine.zero_stage"
-        ) from error
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RanksLost(f"the ranks lost each other, one of them ended: {_first_line(error)}") from error
-        raise
-    finally:
-        # So that torch does not warn at exit.
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for name, value in environ_before.items():
-            if value is None:
-                os.environ.pop(name, None)
-
-
-def _join() -> Ranks:
-    use_cpu_where_there_is_no_gpu()
-    use_cuda = torch.cuda.is_available()
-    alone = "RANK" not in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}: start one rank a GPU"
-        )
-    if use_cuda:
-        torch.cuda.set_device(device)
-    backend = "nccl" if use_cuda else "gloo"
-    if alone:
-        # DeepSpeed reads the variables; a store in memory needs no port.
-        os.environ.update(RANK_VARIABLES)
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    else:
-        try:
-            dist.init_process_group(backend, timeout=JOIN_TIMEOUT)
-        except ValueError as error:
-            raise StillroomError(
-                f"the launcher's variables do not name a world to join: {_first_line(error)}"
-            ) from error
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 class Engine:
@@ -326,10 +229,6 @@ def _parameter_groups(student: Student, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _universal_info() -> dict[str, Any]:
     from deepspeed.checkpoint.constants import (
         UNIVERSAL_CHECKPOINT_INFO,
@@ -359,7 +258,7 @@ def _tensors_only(folder: Path) -> Iterator[None]:
             yield
     except UnpicklingError as error:
         raise CorruptError(
-            f"{folder} holds more than tensors, so it is not loaded (it could run code): {_first_line(error)}"
+            f"{folder} holds more than tensors, so it is not loaded (it could run code): {first_line(error)}"
         ) from error
     finally:
         if before is None:

@@ -11,17 +11,17 @@ from shared.config import Json
 from shared.errors import ConfigError
 from student_train.checkpoint import find_state
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
-from student_train.data import check_vocabulary, eval_request, eval_spec, open_data
-from student_train.engine import Ranks
 from student_train.evaluate import evaluate, student_metrics
 from student_train.export import adopt_tokens, cache_tokenizer, trained_model
 from student_train.generate import GenerateConfig, generate_and_judge, heldout_prompts
-from student_train.head import fuse_head
-from student_train.heldout import kept_or_temporary
+from student_train.losses.head import fuse_head
 from student_train.model import Student, load_causal, widen_vocab
-from student_train.retokenise import HuggingFaceText
+from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
-from student_train.selection import Selection
+from student_train.streaming.data import check_vocabulary, eval_request, eval_spec, open_data
+from student_train.streaming.heldout import kept_or_temporary
+from student_train.streaming.retokenise import HuggingFaceText
+from student_train.streaming.selection import Selection
 
 DEFAULT_CHAINS = 512
 DEFAULT_PACK_TOKENS = 4096

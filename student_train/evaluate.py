@@ -15,14 +15,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from shared.log import Progress
-from student_train.engine import Ranks
-from student_train.epoch_plan import PlanSpec
+from student_train.losses.targets import SparseTargets, TailDraws
+from student_train.losses.token_metrics import TokenMetrics
 from student_train.model import Student
-from student_train.pack import PLAIN_VIEW, Pack, TargetView, TorchPack, empty_pack, to_torch
-from student_train.selection import Selection
-from student_train.stream import PackStream
-from student_train.targets import SparseTargets, TailDraws
-from student_train.token_metrics import TokenMetrics
+from student_train.ranks import Ranks
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.pack import PLAIN_VIEW, Pack, TargetView, TorchPack, empty_pack, to_torch
+from student_train.streaming.selection import Selection
+from student_train.streaming.stream import PackStream
 
 
 class EvalResult(BaseModel):

@@ -17,14 +17,15 @@ from shared.files import write_text_atomic
 from shared.storage import location
 from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer
 from student_train.checkpoint import CheckpointState
-from student_train.config import LoraConfig, StudentConfig, TrainConfig
-from student_train.data import check_vocabulary
+from student_train.config import StudentConfig, TrainConfig
 from student_train.engine import saved_weights
 from student_train.folders import atomic_folder, save_model
 from student_train.model import add_lora, load_causal, widen_vocab
 from student_train.model_card import model_card
 from student_train.runfolder import RunFolder
-from student_train.selection import Selection, load_selection
+from student_train.stage_config import LoraConfig
+from student_train.streaming.data import check_vocabulary
+from student_train.streaming.selection import Selection, load_selection
 
 
 def export(

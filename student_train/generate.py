@@ -24,8 +24,8 @@ from shared.log import Progress
 from shared.sql import open_cache
 from shared.storage import location
 from shared.tokens import reasoning_ids, split_reasoning
-from student_train.retokenise import HuggingFaceText
-from student_train.selection import PinnedCache
+from student_train.streaming.retokenise import HuggingFaceText
+from student_train.streaming.selection import PinnedCache
 
 BATCH_PROMPTS = 16
 DEFAULT_NEW_TOKENS = 1024

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shared.errors import ConfigError, DataError
-from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
-from student_train.divergences import LossMix
-from student_train.head import fuse_head, head_loss, head_metrics
-from student_train.targets import SparseTargets
+from student_train.config import EngineConfig, StudentConfig
+from student_train.losses.divergences import LossMix
+from student_train.losses.head import fuse_head, head_loss, head_metrics
+from student_train.losses.targets import SparseTargets
+from student_train.stage_config import LoraConfig, StageConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

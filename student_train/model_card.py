@@ -10,9 +10,9 @@ from schemas.manifest import RunManifest
 from shared.config import plain
 from student_train.checkpoint import CheckpointState
 from student_train.config import TrainConfig
-from student_train.heldout import before_and_after
 from student_train.runfolder import RunFolder
-from student_train.selection import Selection
+from student_train.streaming.heldout import before_and_after
+from student_train.streaming.selection import Selection
 
 EVAL_ROWS = {
     "cross_entropy": "cross-entropy (nats a token)",

@@ -8,13 +8,14 @@ from typing import Any
 
 from shared.config import Json
 from shared.errors import DataError
-from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig, TrainConfig
-from student_train.data import eval_request
-from student_train.heldout import kept_or_temporary
+from student_train.config import EngineConfig, StudentConfig, TrainConfig
 from student_train.metrics_log import require_tensorboard
 from student_train.prepare import StagePlan, prepare
 from student_train.runfolder import RunFolder
 from student_train.schedule import temperature_steps
+from student_train.stage_config import LoraConfig, StageConfig
+from student_train.streaming.data import eval_request
+from student_train.streaming.heldout import kept_or_temporary
 
 GIB = 2**30
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

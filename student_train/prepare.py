@@ -10,15 +10,12 @@ import numpy as np
 
 from shared.errors import ConfigError
 from shared.log import warn
-from student_train.config import (
-    DataConfig,
-    StageConfig,
-    StudentConfig,
-    TrainConfig,
-    accumulation_of,
-    packs_per_step,
-)
-from student_train.data import (
+from student_train.config import DataConfig, StudentConfig, TrainConfig, accumulation_of, packs_per_step
+from student_train.init import require_cut
+from student_train.runfolder import RunFolder
+from student_train.schedule import check_mixes
+from student_train.stage_config import StageConfig
+from student_train.streaming.data import (
     Vocabulary,
     check_losses,
     check_temperature,
@@ -29,15 +26,12 @@ from student_train.data import (
     reopen_data,
     train_request,
 )
-from student_train.epoch_plan import PlanSpec
-from student_train.heldout import open_heldout
-from student_train.init import require_cut
-from student_train.plans import EpochPlans
-from student_train.runfolder import RunFolder
-from student_train.schedule import check_mixes
-from student_train.select import SelectionRequest
-from student_train.selection import Selection
-from student_train.stream import PackStream
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.heldout import open_heldout
+from student_train.streaming.plans import EpochPlans
+from student_train.streaming.select import SelectionRequest
+from student_train.streaming.selection import Selection
+from student_train.streaming.stream import PackStream
 
 Opener = Callable[[Path, SelectionRequest, DataConfig, StudentConfig], Selection]
 

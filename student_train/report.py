@@ -17,8 +17,8 @@ from shared.config import Json
 from shared.errors import ConfigError, DataError
 from shared.log import format_count, format_duration
 from shared.report import Figure, Number, Numbers, Piece, Section, Table, write_report
-from student_train.heldout import before_and_after
 from student_train.runfolder import RunFolder
+from student_train.streaming.heldout import before_and_after
 
 Array = npt.NDArray[Any]
 

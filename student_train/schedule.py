@@ -7,9 +7,9 @@ held-out loss as a share, from 0 to 1, of what it was when the stage began.
 import math
 from collections.abc import Sequence
 
-from student_train.config import ScheduleConfig, StageConfig
-from student_train.divergences import LossMix, LossTerm
-from student_train.pack import TargetView
+from student_train.losses.divergences import LossMix, LossTerm
+from student_train.stage_config import ScheduleConfig, StageConfig
+from student_train.streaming.pack import TargetView
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:

@@ -13,15 +13,16 @@ import torch
 
 from schemas.records import stable_hash
 from shared.interrupt import StopRequest
-from student_train.divergences import LossMix
-from student_train.engine import Engine, Ranks
+from student_train.engine import Engine
 from student_train.evaluate import to_device
+from student_train.losses.divergences import LossMix
+from student_train.losses.token_weights import weighed
 from student_train.metrics_log import StepRecord
-from student_train.pack import Pack, TargetView
 from student_train.prepare import StagePlan
+from student_train.ranks import Ranks
 from student_train.schedule import learning_rate, target_view
-from student_train.stream import PackStream
-from student_train.token_weights import weighed
+from student_train.streaming.pack import Pack, TargetView
+from student_train.streaming.stream import PackStream
 
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
 

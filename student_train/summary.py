@@ -3,8 +3,8 @@
 from shared.config import Json
 from student_train.checkpoint import latest_state
 from student_train.config import TrainConfig
-from student_train.heldout import before_and_after
 from student_train.runfolder import RunFolder
+from student_train.streaming.heldout import before_and_after
 
 
 def summarise(run: RunFolder, config: TrainConfig) -> Json:

@@ -19,17 +19,18 @@ from shared.log import Progress, note
 from student_train import checkpoint
 from student_train.checkpoint import Best, CheckpointState, HeldoutProgress
 from student_train.config import TrainConfig
-from student_train.data import eval_spec
-from student_train.engine import Engine, Ranks
+from student_train.engine import Engine
 from student_train.evaluate import EvalResult, evaluate
 from student_train.export import export_stage, initial_folder
 from student_train.metrics_log import MetricsLog, require_tensorboard
 from student_train.model import load_student
 from student_train.prepare import RunPlan, StagePlan, prepare
+from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
 from student_train.schedule import mix_at
-from student_train.selection import Selection
 from student_train.step import StepResult, take_step
+from student_train.streaming.data import eval_spec
+from student_train.streaming.selection import Selection
 from student_train.summary import summarise
 
 

@@ -22,13 +22,13 @@ from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import BuildConfig
 from teacher_cache.generate import Loop, Pending
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.locks import lock_path, worker_lock
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.recorder import Recorded, Recorder, explained
 from teacher_cache.requests import Engine, EngineInfo, Request
 from teacher_cache.rows import RowMaker
 from teacher_cache.score_config import ScoreConfig
-from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher
 
 OWN_LOCK_WAIT_S = 20.0

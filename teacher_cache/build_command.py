@@ -9,10 +9,11 @@ from schemas.records import Prompt
 from shared.config import Json
 from shared.log import format_bytes, format_count, format_duration, note
 from teacher_cache.build import Build, BuildResult
-from teacher_cache.completions import Completions
-from teacher_cache.config import BuildConfig, ServerConfig
+from teacher_cache.config import BuildConfig
+from teacher_cache.engine_config import ServerConfig
+from teacher_cache.intake.completions import Completions
+from teacher_cache.intake.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
 from teacher_cache.judging import require_judges
-from teacher_cache.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
 from teacher_cache.requests import Engine
 from teacher_cache.score_config import ScoreConfig
 from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
@@ -61,11 +62,11 @@ def score_cache(config: ScoreConfig, share: WorkerShare, *, retry_failures: bool
 def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> Engine:
     engine = config.engine
     if isinstance(engine, ServerConfig):
-        from teacher_cache.server import ServerEngine
+        from teacher_cache.http_engine.server import ServerEngine
 
         note(f"asking {', '.join(engine.endpoints)}")
         return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture.max_support)
-    from teacher_cache.engine import EmbeddedEngine
+    from teacher_cache.vllm_engine.engine import EmbeddedEngine
 
     note(f"loading {config.teacher.model}")
     # The commit that was identified, should a branch have moved on meanwhile.
@@ -81,7 +82,7 @@ def worker_name(share: WorkerShare) -> str:
 def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
     """The result for programs. Totals are of the whole cache, rates of this process."""
     from shared.catalog import Catalog
-    from teacher_cache.stats import cache_stats
+    from teacher_cache.ask.stats import cache_stats
 
     stats = cache_stats(Catalog(config.cache))
     return {

@@ -4,7 +4,6 @@ stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run ti
 something in the cache is damaged, 130 interrupted (and the command that resumes is printed).
 """
 
-import json
 import shlex
 import sys
 from importlib.metadata import version
@@ -15,13 +14,23 @@ import typer
 
 from shared.errors import ConfigError, StillroomError
 from shared.log import note, warn
+from teacher_cache.ask import commands as ask
+from teacher_cache.care import commands as care
+from teacher_cache.command_line import (
+    FAILED,
+    INTERRUPTED,
+    AsJson,
+    CachePath,
+    ConfigPath,
+    Overrides,
+    Worker,
+    print_result,
+)
 
 if TYPE_CHECKING:
-    from shared.config import Json
+    from teacher_cache.build import BuildResult
     from teacher_cache.config import BuildConfig
     from teacher_cache.score_config import ScoreConfig
-
-FAILED, DAMAGED, INTERRUPTED = 1, 3, 130
 
 app = typer.Typer(
     name="teacher-cache",
@@ -30,14 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the build.")]
-CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache, or s3://BUCKET/PREFIX.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. sampling.samples=4.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Worker = Annotated[str, typer.Option(metavar="I/N", help="Take share I (from 0) of N of the work.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +62,7 @@ def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson =
 
     config = _any_config(config_path, overrides)
     planned = plan_build(config) if isinstance(config, BuildConfig) else plan_score(config)
-    _result(asdict(planned), plan_lines(planned), as_json)
+    print_result(asdict(planned), plan_lines(planned), as_json)
     warning = disk_warning(planned)
     if warning is not None:
         warn(warning)
@@ -77,16 +78,13 @@ def build(
 ) -> None:
     """Generate what is missing, and capture it; the same command resumes."""
     from shared.interrupt import StopRequest
-    from teacher_cache.build_command import build_cache, result_json, result_lines
-    from teacher_cache.prompts import parse_worker
+    from teacher_cache.build_command import build_cache
+    from teacher_cache.intake.prompts import parse_worker
 
     config = _config(config_path, overrides)
     with StopRequest(at_once=True):
         result = build_cache(config, parse_worker(worker), retry_failures=retry_failures)
-    printed = result_json(config, result)
-    _result(printed, result_lines(printed, str(config.cache)), as_json)
-    if result.stopped is not None:
-        raise typer.Exit(INTERRUPTED)
+    _print_build(config, result, as_json)
 
 
 @app.command()
@@ -99,34 +97,13 @@ def score(
 ) -> None:
     """Capture what the teacher thinks of completions that exist already; the same command resumes."""
     from shared.interrupt import StopRequest
-    from teacher_cache.build_command import result_json, result_lines, score_cache
-    from teacher_cache.prompts import parse_worker
+    from teacher_cache.build_command import score_cache
+    from teacher_cache.intake.prompts import parse_worker
 
     config = _score_config(config_path, overrides)
     with StopRequest(at_once=True):
         result = score_cache(config, parse_worker(worker), retry_failures=retry_failures)
-    printed = result_json(config, result)
-    _result(printed, result_lines(printed, str(config.cache)), as_json)
-    if result.stopped is not None:
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
-def verify(
-    cache: CachePath,
-    quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Take damaged files out of the cache, so that the rest is usable.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Check every file: hashes, counts, decoding, uniqueness; exit 3 when something is wrong and stays so."""
-    from shared.storage import location
-    from teacher_cache.verify_command import verify_command
-
-    result, lines = verify_command(location(cache), quarantine=quarantine)
-    _result(result, lines, as_json)
-    if not result["ok"]:
-        raise typer.Exit(DAMAGED)
+    _print_build(config, result, as_json)
 
 
 @app.command()
@@ -156,180 +133,7 @@ def judge(
     ]
     if report.num_without_judge:
         lines.append(f"{report.num_without_judge} chains name no judge: choose one with --judge")
-    _result(asdict(report), lines or ["nothing to judge"], as_json)
-
-
-@app.command()
-def copy(
-    caches: Annotated[list[str], typer.Argument(metavar="SRC... DEST", help="Caches, and the one they go into.")],
-    as_json: AsJson = False,
-) -> None:
-    """Copy or merge caches: visible shards alone, hashes checked, no row twice; the same command resumes."""
-    from dataclasses import asdict
-
-    from shared.storage import location
-    from teacher_cache.copy_cache import copy_caches, copy_lines
-
-    *sources, dest = (location(one) for one in caches)
-    if not sources:
-        raise ConfigError("copy needs at least two folders: SRC... DEST")
-    try:
-        report = copy_caches(sources, dest)
-    except OSError as error:
-        raise StillroomError(f"{error}: mend that and start the same command again, it goes on") from error
-    _result(asdict(report), copy_lines(report, dest), as_json)
-    if report.stopped:
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
-def recode(
-    cache: CachePath,
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where the new cache goes.")],
-    codec: Annotated[str, typer.Option(help="archive or topk-u8.")],
-    lossy: Annotated[bool, typer.Option("--lossy", help="Round exact distributions to 8-bit codes.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a cache anew in another codec; the same command resumes."""
-    from dataclasses import asdict
-
-    from shared.storage import location
-    from teacher_cache.copy_cache import copy_lines
-    from teacher_cache.recode import recode_cache
-
-    try:
-        report = recode_cache(location(cache), location(dest), codec, lossy=lossy)
-    except OSError as error:
-        raise StillroomError(f"{error}: mend that and start the same command again, it goes on") from error
-    _result(asdict(report), copy_lines(report, location(dest)), as_json)
-    if report.stopped:
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
-def gc(
-    cache: CachePath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
-    grace_hours: Annotated[float, typer.Option(min=0, help="Leave files alone that are younger.")] = 24.0,
-    drop_run: Annotated[
-        list[str] | None, typer.Option("--drop-run", metavar="RUN", help="Take a run, by name or id, out of the cache.")
-    ] = None,
-    delete_removed: Annotated[
-        bool, typer.Option("--delete-removed", help="Delete files that only older versions hold.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Adopt or sweep what crashes left; drop runs on request. No row that could be read is lost unless you ask."""
-    from dataclasses import asdict
-
-    from shared.storage import location
-    from teacher_cache.gc import gc_cache, gc_lines
-
-    report = gc_cache(
-        location(cache),
-        dry_run=dry_run,
-        grace_s=3600 * grace_hours,
-        drop_runs=drop_run or [],
-        delete_removed=delete_removed,
-    )
-    _result({**asdict(report), "freed_bytes": report.freed_bytes}, gc_lines(report), as_json)
-
-
-@app.command()
-def sql(
-    cache: CachePath,
-    query: Annotated[
-        str | None, typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin; none starts a session.")
-    ] = None,
-    output_format: Annotated[
-        str | None, typer.Option("--format", help="table, csv, json, markdown or parquet.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
-    attach: Annotated[
-        list[str] | None, typer.Option("--attach", metavar="NAME=CACHE", help="Another cache, as schema NAME.")
-    ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows that a table shows.")] = 40,
-    export_views: Annotated[
-        Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views for the plain duckdb program.")
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="First read every file and compare it with the hash in its name.")
-    ] = False,
-) -> None:
-    """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
-    from shared.sql import Session
-    from shared.storage import location
-    from teacher_cache.query import check_files, check_out, open_caches, read_stdin, run_query, write_views
-
-    catalogs = open_caches(location(cache), attach or [])
-    if check:
-        check_files(catalogs.values())
-    if export_views is not None:
-        if query is not None or out is not None or output_format is not None:
-            raise ConfigError("--export-views writes a database and answers no query: leave QUERY, --out, --format out")
-        write_views(catalogs, export_views)
-        return
-    if out is not None:
-        check_out(out, list(catalogs.values()))
-    with Session(catalogs) as session:
-        if query is None and sys.stdin.isatty() and out is None:
-            from teacher_cache.sql_shell import SqlShell
-
-            if output_format is not None:
-                raise ConfigError("--format needs a QUERY: a session has .mode")
-            SqlShell(session, max_rows, list(catalogs)).run()
-        else:
-            run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
-
-
-@app.command()
-def show(
-    cache: CachePath,
-    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id, or how one begins.")],
-    token: Annotated[int | None, typer.Option(help="Show the distribution at this token, from 0.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
-) -> None:
-    """Show one chain, coloured by how sure the teacher was, and its alternatives at a token."""
-    from shared.reader import open_cache
-    from teacher_cache.show import print_chain, print_token
-
-    with open_cache(cache) as opened:
-        found = opened.sample(sample)
-    if html is not None:
-        from teacher_cache.show_page import write_chain_page
-
-        write_chain_page(found, html, token)
-        print(html)
-    elif token is not None:
-        print_token(found, token)
-    else:
-        print_chain(found)
-
-
-@app.command()
-def stats(cache: CachePath, as_json: AsJson = False) -> None:
-    """Count what is there: chains, tokens, bytes, truncated, right, failed."""
-    from shared.catalog import Catalog
-    from shared.storage import location
-    from teacher_cache.stats import cache_stats, stats_text
-
-    found = cache_stats(Catalog(location(cache)))
-    _result(found.model_dump(mode="json"), [stats_text(found).rstrip("\n")], as_json)
-
-
-@app.command()
-def report(
-    cache: CachePath,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker's box, for costs.")] = None,
-) -> None:
-    """Write one HTML page about the cache, with plots."""
-    from shared.catalog import Catalog
-    from shared.storage import location
-    from teacher_cache.report import write_cache_report
-
-    write_cache_report(Catalog(location(cache)), out, price_per_hour)
-    print(out)
+    print_result(asdict(report), lines or ["nothing to judge"], as_json)
 
 
 @app.command()
@@ -347,9 +151,13 @@ def doctor(
     if config_path is None and overrides:
         raise ConfigError("--set has no effect without a CONFIG: name one, or leave it out")
     found = diagnose(None if config_path is None else _any_config(config_path, overrides))
-    _result(found, diagnosis_lines(found), as_json)
+    print_result(found, diagnosis_lines(found), as_json)
     if not found["ok"]:
         raise typer.Exit(FAILED)
+
+
+app.add_typer(care.app)
+app.add_typer(ask.app)
 
 
 def main() -> None:
@@ -363,6 +171,15 @@ def main() -> None:
         if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["recode"], ["score"]):
             note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
         raise
+
+
+def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:
+    from teacher_cache.build_command import result_json, result_lines
+
+    printed = result_json(config, result)
+    print_result(printed, result_lines(printed, str(config.cache)), as_json)
+    if result.stopped is not None:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _any_config(path: Path, overrides: list[str] | None) -> "BuildConfig | ScoreConfig":
@@ -387,10 +204,6 @@ def _score_config(path: Path, overrides: list[str] | None) -> "ScoreConfig":
     if "prompts" in read_yaml(path):
         raise ConfigError(f"{path} names prompts for which chains are generated: teacher-cache build {path}")
     return load_config(path, overrides or [], ScoreConfig)
-
-
-def _result(result: "Json", lines: list[str], as_json: bool) -> None:
-    print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from schemas.manifest import SHARD_METADATA_KEY
 from shared.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
-from shared.codec import filter_rows
 from shared.errors import CacheConflict, CorruptError, StillroomError
 from shared.files import TEMP_SUFFIX, file_clock_s
 from shared.log import warn
+from shared.recode import filter_rows
 from shared.shards import header_of
 from shared.storage import Location, matching, open_parquet, relative_name, spool
 from shared.stores import is_store_error

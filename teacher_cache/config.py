@@ -1,15 +1,15 @@
 """What a cache build is asked to do: the YAML of `teacher-cache plan` and `build`."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from typing import Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config import StrictModel
 from shared.errors import ConfigError
 from shared.storage import CacheRoot
+from teacher_cache.engine_config import EmbeddedConfig, EngineConfig, ServerConfig
+from teacher_cache.source_config import DecontaminateConfig, Source, require_distinct
 
 
 class TeacherConfig(StrictModel):
@@ -23,118 +23,6 @@ class TeacherConfig(StrictModel):
     """Run Python code that ships with the model. Only for models you trust as much as your own programs."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's chat template, such as `enable_thinking: true`."""
-
-
-class SourceBase(StrictModel):
-    """What every source of prompts has."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
-    """Stands in the cache's `source` column."""
-    samples: int | None = Field(default=None, ge=1)
-    """Chains a prompt; None takes `sampling.samples`."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Completion tokens a chain; None takes `sampling.max_tokens`."""
-    temperature: float | None = Field(default=None, ge=0)
-    """None takes `sampling.temperature`."""
-    limit: int | None = Field(default=None, ge=1)
-    """Take the first so many prompts."""
-    system: str | None = None
-    """A system message put before each prompt that has none."""
-    instruction: str | None = None
-    """Text appended to the last user message, after a blank line."""
-
-
-class FieldsBase(SourceBase):
-    """How rows of a file or dataset become prompts: `messages`, or one text field."""
-
-    messages_field: str | None = None
-    """Field with a list of {role, content}."""
-    prompt_field: str | None = None
-    """Field with the text of one user message."""
-    reference_field: str | None = None
-    """Field with the right answer."""
-    judge: Literal["math", "exact", "regex", "code"] | None = None
-    """How answers are checked against the reference."""
-    metadata_fields: list[str] = Field(default_factory=list)
-    """Further fields to keep in the cache's `metadata` column."""
-    drop_final_answer: bool = False
-    """Leave off the assistant messages at the end of `messages`: turns finished conversations into prompts."""
-
-    @model_validator(mode="after")
-    def _one_field(self) -> "FieldsBase":
-        if (self.messages_field is None) == (self.prompt_field is None):
-            raise ValueError("set exactly one of messages_field and prompt_field")
-        if self.judge is not None and self.reference_field is None:
-            raise ValueError("judge has no effect without reference_field: name the field with the right answer")
-        if self.drop_final_answer and self.messages_field is None:
-            raise ValueError("drop_final_answer has no effect without messages_field")
-        return self
-
-
-class JsonlSource(FieldsBase):
-    """Prompts from a JSON Lines file."""
-
-    kind: Literal["jsonl"]
-    path: Path
-    """A file, or a folder of .jsonl files."""
-
-
-class ParquetSource(FieldsBase):
-    """Prompts from a Parquet file."""
-
-    kind: Literal["parquet"]
-    path: Path
-    """A file, or a folder of .parquet files."""
-
-
-class HuggingFaceSource(FieldsBase):
-    """Prompts from a Hugging Face dataset, by hub id or local folder."""
-
-    kind: Literal["huggingface"]
-    dataset: str
-    """Hub id such as openai/gsm8k, or a local folder."""
-    config: str | None = None
-    """Which configuration of the dataset, where it has several."""
-    split: str = "train"
-    """Which split of the dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset."""
-
-
-class ReasoningGymSource(SourceBase):
-    """Seeded reasoning tasks with their own answer checkers."""
-
-    kind: Literal["reasoning_gym"]
-    task: str
-    """Name of a reasoning-gym dataset, such as chain_sum or gsm_symbolic."""
-    size: int = Field(ge=1)
-    """How many tasks are made."""
-    seed: int = 0
-    """Of the tasks: the same seed makes the same ones."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's own configuration."""
-
-
-Source = Annotated[
-    JsonlSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
-    Field(discriminator="kind"),
-]
-
-
-class DecontaminateConfig(StrictModel):
-    """Evaluation sets whose questions must not be among the prompts."""
-
-    against: list[Source] = Field(min_length=1)
-    """Read like sources of prompts: the text of the user messages counts."""
-    ngram: int = Field(default=13, ge=2)
-    """Words in a row that a prompt and an evaluation text must share; shorter evaluation texts count whole."""
-
-
-def require_distinct(names: list[str]) -> None:
-    """Raises ValueError where two sources have the same name."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two sources are named {twice[0]!r}: names tell them apart in SQL")
 
 
 class PromptsConfig(StrictModel):
@@ -245,107 +133,6 @@ class CaptureConfig(StrictModel):
         if len(set(value)) < len(value):
             raise ValueError("a temperature stands there twice")
         return sorted(value)
-
-
-class EmbeddedConfig(StrictModel):
-    """vLLM in this program. Numbers that are None are vLLM's own defaults."""
-
-    kind: Literal["embedded"] = "embedded"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations; auto is the model's own."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Tokens of prompt and completion together."""
-    max_num_seqs: int | None = Field(default=None, ge=1)
-    """Chains generated at once."""
-    max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that one step of the engine computes at most."""
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    """Share of each GPU's memory for weights and key-value cache."""
-    kv_cache_gb: float | None = Field(default=None, gt=0)
-    """Gigabytes (2^30 bytes) of key-value cache; None: on a GPU by gpu_memory_utilization, on a CPU a quarter of what
-    is free."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that each layer is spread over."""
-    pipeline_parallel_size: int = Field(default=1, ge=1)
-    """Groups of GPUs that the layers are dealt to."""
-    enable_expert_parallel: bool = False
-    """Spread whole experts of a mixture over the GPUs instead of cutting each."""
-    distributed_executor_backend: Literal["mp", "ray"] | None = None
-    """How workers of several GPUs are started; ray spans machines."""
-    quantization: str | None = None
-    """vLLM's name of a quantisation to load weights with, such as fp8; null is the model's own."""
-    kv_cache_dtype: str | None = None
-    """Of the key-value cache, such as fp8."""
-    enforce_eager: bool = False
-    """Compile nothing: starts sooner, generates more slowly on a GPU."""
-    in_process: bool | None = None
-    """Run the engine's loop in this process; None: on a CPU yes, on a GPU in a process of its own."""
-    max_waiting: int = Field(default=256, ge=1)
-    """Requests handed to the engine beyond those it generates at once, so that it never idles."""
-
-
-class ServerConfig(StrictModel):
-    """vLLM servers over HTTP (`vllm serve`): they load the model and choose precision and parallelism themselves."""
-
-    kind: Literal["server"]
-    endpoints: list[str] = Field(min_length=1)
-    """Addresses such as http://gpu-1:8000: every one serves the same model, and shares the work."""
-    model: str | None = None
-    """Name under which the model is served; None: the only one there."""
-    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the API key. The key itself is written nowhere."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Tokens of prompt and completion together; None: what the servers have, which must then be the same."""
-    max_in_flight: int = Field(default=256, ge=1)
-    """Chains that an endpoint generates at once; above its --max-num-seqs they wait there and count as stalled."""
-    max_attempts: int = Field(default=5, ge=1)
-    """How often a chain is asked for when endpoints break down over it; then it is one failure."""
-    stall_s: float = Field(default=600.0, gt=0)
-    """Seconds without a byte of a chain after which it is asked for again."""
-    give_up_minutes: float = Field(default=10.0, gt=0)
-    """Stop when no endpoint was usable for so long, at the start (a server loads for minutes) or later."""
-
-    @field_validator("endpoints")
-    @classmethod
-    def _plain_addresses(cls, value: list[str]) -> list[str]:
-        # .../v1 is what OpenAI clients are given: both mean the same server.
-        addresses = [one.rstrip("/").removesuffix("/v1") for one in value]
-        for given, address in zip(value, addresses, strict=True):
-            if "@" in address:
-                raise ValueError(f"the address of {address.rpartition('@')[2]} holds a password: use api_key_env")
-            if not _is_server_address(address):
-                raise ValueError(f"{given!r} is no address of a server: it looks like http://host:8000")
-        if len(set(addresses)) < len(addresses):
-            raise ValueError("an endpoint stands there twice")
-        return addresses
-
-
-def _is_server_address(address: str) -> bool:
-    if not address.isprintable() or " " in address:
-        return False
-    try:
-        parts = urlsplit(address)
-        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0) and not (
-            parts.query or parts.fragment
-        )
-    except ValueError:
-        # A port that is no number, or half an IPv6 address.
-        return False
-
-
-def _engine_kind(value: Any) -> str:
-    """Embedded where nothing is said."""
-    return str(value.get("kind", "embedded")) if isinstance(value, Mapping) else str(value.kind)
-
-
-EngineConfig = Annotated[
-    Annotated[EmbeddedConfig, Tag("embedded")] | Annotated[ServerConfig, Tag("server")],
-    Discriminator(
-        _engine_kind,
-        custom_error_type="engine_kind",
-        custom_error_message="kind is 'embedded' (vLLM in this program) or 'server' (vLLM over HTTP)",
-    ),
-]
 
 
 class ShardConfig(StrictModel):

@@ -2,7 +2,8 @@
 
 from shared.doctor import Finding
 from shared.errors import StillroomError
-from teacher_cache.config import BuildConfig, ServerConfig
+from teacher_cache.config import BuildConfig
+from teacher_cache.engine_config import ServerConfig
 from teacher_cache.score_config import ScoreConfig
 from teacher_cache.teacher import identify_teacher
 
@@ -16,7 +17,7 @@ def find_configured(config: BuildConfig | ScoreConfig) -> list[Finding]:
     name = f"{config.teacher.model}, vocabulary {teacher.record.vocab_size}, {teacher.record.fingerprint[:8]}"
     findings = [Finding("teacher", "ok", name)]
     if isinstance(config.engine, ServerConfig):
-        from teacher_cache.endpoint_look import look_at_endpoints
+        from teacher_cache.http_engine.endpoint_look import look_at_endpoints
 
         try:
             looks = look_at_endpoints(config.engine, teacher, config.capture.max_support)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from shared.errors import StillroomError
 from shared.interrupt import StopRequest
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.recorder import Recorder
 from teacher_cache.requests import Engine, Failed, Outcome, Request
-from teacher_cache.sources import LoadFailure
 
 SHOW_INTERVAL_S = 0.25
 

@@ -18,16 +18,17 @@ from shared.sql import open_cache
 from shared.storage import Location, check_reachable, matching
 from teacher_cache.build import run_id_of
 from teacher_cache.commits import VisibleSamples
-from teacher_cache.config import BuildConfig, RunConfig, ServerConfig
+from teacher_cache.config import BuildConfig, RunConfig
+from teacher_cache.engine_config import ServerConfig
+from teacher_cache.intake.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.metrics import last_metrics
-from teacher_cache.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
 from teacher_cache.requests import Request
 from teacher_cache.score_config import ScoreConfig
-from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
 
 if TYPE_CHECKING:
-    from teacher_cache.endpoint_look import EndpointLook
+    from teacher_cache.http_engine.endpoint_look import EndpointLook
 
 BYTES_PER_TOKEN = 20.0
 BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0, "archive": 1.4}
@@ -114,7 +115,7 @@ def begin_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) ->
     """A plan that counts nothing yet, with a look at the endpoints of a server engine."""
     plan = BuildPlan(run_id=run_id_of(config, teacher.record), cache=str(config.cache))
     if isinstance(config.engine, ServerConfig):
-        from teacher_cache.endpoint_look import look_at_endpoints
+        from teacher_cache.http_engine.endpoint_look import look_at_endpoints
 
         plan.endpoints = look_at_endpoints(config.engine, teacher, config.capture.max_support)
     return plan

@@ -26,12 +26,12 @@ from shared.interrupt import StopRequest
 from shared.log import note
 from teacher_cache.commits import Committer, VisibleSamples
 from teacher_cache.config import JudgingConfig, ShardConfig
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.judge_queue import JudgeQueue
 from teacher_cache.judging import commit_verdicts
 from teacher_cache.requests import Failed, Finished
 from teacher_cache.rows import RowMaker
 from teacher_cache.shard import ShardFile
-from teacher_cache.sources import LoadFailure
 
 MAX_QUEUED_TOKENS = 1 << 18
 """Completion tokens that may wait, 140 MB at k=64: a writer that cannot keep up slows the engine down rather than

@@ -1,8 +1,8 @@
 """One chain to be generated, what comes of it, and what the build asks of any engine.
 
 Prompts become Requests; an engine takes them one by one and answers each with a Finished or a Failed, in the order in
-which they end. EmbeddedEngine (teacher_cache.engine) is vLLM in this program, ServerEngine (teacher_cache.server) vLLM
-over HTTP; FakeEngine (teacher_cache.fake) invents the chains.
+which they end. EmbeddedEngine (vllm_engine.engine) is vLLM in this program, ServerEngine (http_engine.server) vLLM over
+HTTP; FakeEngine (fake) invents the chains.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.records import Signals, chain_id_of
-from shared.codec import scalars_of, support_of
 from shared.errors import StillroomError
+from shared.support import scalars_of, support_of
 from shared.tokens import reasoning_ids, split_reasoning
 from teacher_cache.config import CaptureConfig, ReasoningConfig
 from teacher_cache.requests import Finished

@@ -1,13 +1,19 @@
 """Which completions are scored, and how: the YAML of `teacher-cache score`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from shared.config import StrictModel
 from shared.storage import CacheRoot
-from teacher_cache.config import DecontaminateConfig, RunConfig, require_distinct
+from teacher_cache.config import RunConfig
+from teacher_cache.source_config import (
+    DecontaminateConfig,
+    HuggingFaceDataset,
+    JsonlFile,
+    ParquetFile,
+    require_distinct,
+)
 
 
 class CompletionBase(StrictModel):
@@ -87,34 +93,16 @@ class CompletionFields(CompletionBase):
                 raise ValueError(f"{name} has no effect on token ids: leave it out")
 
 
-class JsonlCompletions(CompletionFields):
+class JsonlCompletions(CompletionFields, JsonlFile):
     """Completions from a JSON Lines file."""
 
-    kind: Literal["jsonl"]
-    path: Path
-    """A file, or a folder of .jsonl files."""
 
-
-class ParquetCompletions(CompletionFields):
+class ParquetCompletions(CompletionFields, ParquetFile):
     """Completions from a Parquet file."""
 
-    kind: Literal["parquet"]
-    path: Path
-    """A file, or a folder of .parquet files."""
 
-
-class HuggingFaceCompletions(CompletionFields):
+class HuggingFaceCompletions(CompletionFields, HuggingFaceDataset):
     """Completions from a Hugging Face dataset, by hub id or local folder."""
-
-    kind: Literal["huggingface"]
-    dataset: str
-    """Hub id, or a local folder."""
-    config: str | None = None
-    """Which configuration of the dataset, where it has several."""
-    split: str = "train"
-    """Which split of the dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset."""
 
 
 class CacheCompletions(CompletionBase):

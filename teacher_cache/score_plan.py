@@ -1,7 +1,8 @@
 """`teacher-cache plan` of completions that are scored: what is left, exactly, for every token is there already."""
 
 from shared.log import Progress
-from teacher_cache.completions import Completions
+from teacher_cache.intake.completions import Completions
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.plan import (
     NUM_SHOWN,
     BuildPlan,
@@ -16,7 +17,6 @@ from teacher_cache.plan import (
 )
 from teacher_cache.requests import Request
 from teacher_cache.score_config import ScoreConfig
-from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import identify_teacher
 
 

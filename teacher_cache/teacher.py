@@ -9,7 +9,8 @@ from schemas.records import stable_hash
 from shared.errors import ConfigError
 from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer, vocab_size_of
 from shared.weights import fingerprint_served, fingerprint_weights, has_weights
-from teacher_cache.config import EmbeddedConfig, EngineConfig, ServerConfig, TeacherConfig
+from teacher_cache.config import TeacherConfig
+from teacher_cache.engine_config import EmbeddedConfig, EngineConfig, ServerConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,9 @@ from schemas.records import (
 )
 from schemas.tables import VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, list_of
 from shared.catalog import Catalog, Table, publish
-from shared.codec import encode, scalars_of
+from shared.codec import encode
 from shared.storage import Location, spool
+from shared.support import scalars_of
 
 EOS_ID = 1
 THINK_END_ID = 2

@@ -4,9 +4,15 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.line import Line, run_line
 from tests.vllm_server import serve
+
+# The same examples each time: what is green stays green. `pytest --hypothesis-profile=explore` looks for new ones.
+settings.register_profile("explore")
+settings.register_profile("repeat", derandomize=True)
+settings.load_profile("repeat")
 
 
 @pytest.fixture(scope="session")

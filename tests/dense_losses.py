@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from student_train.divergences import LossName, LossTerm
-from student_train.targets import SparseTargets, TailDraws
+from student_train.losses.divergences import LossName, LossTerm
+from student_train.losses.targets import SparseTargets, TailDraws
 
 N, H, V, K, M = 13, 8, 37, 5, 4
 

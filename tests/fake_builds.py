@@ -15,7 +15,7 @@ from shared.storage import Location, location
 from teacher_cache.build import Build, BuildResult
 from teacher_cache.config import BuildConfig
 from teacher_cache.fake import FakeEngine
-from teacher_cache.prompts import seed_of
+from teacher_cache.intake.prompts import seed_of
 from teacher_cache.requests import Engine, Request
 from teacher_cache.teacher import IdentifiedTeacher
 from tests.tiny_tokenizer import byte_level

@@ -16,7 +16,7 @@ MESSAGE = "shard 7 is not what was written"
 
 def main(manner: str) -> None:
     with StopRequest(at_once=True):
-        from student_train.engine import joined_ranks
+        from student_train.ranks import joined_ranks
 
         with joined_ranks() as ranks:
             print(f"rank {ranks.rank} is there", file=sys.stderr)

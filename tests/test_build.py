@@ -23,12 +23,12 @@ from shared.judge import Verdict
 from shared.judge_process import JudgeProcess
 from shared.storage import relative_name
 from teacher_cache.build import Build
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.commits import read_sample_ids
 from teacher_cache.fake import FakeEngine
 from teacher_cache.judging import judge_cache
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.requests import Finished, Outcome, Request
-from teacher_cache.verify import verify_cache
 from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """Arrays out of synthetic engine outputs: copies, widths, blocks, and refusal of what does not line up.
 
-Importing teacher_cache.capture imports vLLM: these tests run in one process of their own.
+Importing teacher_cache.vllm_engine.capture imports vLLM: these tests run in one process of their own.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 PROGRAM = r"""
 import numpy as np
 from vllm.logprobs import FlatLogprobs
-from teacher_cache import capture as c
+from teacher_cache.vllm_engine import capture as c
 from shared.errors import StillroomError
 
 def raises(text, call):

@@ -16,7 +16,8 @@ from shared.config import Json, plain
 from shared.errors import CorruptError, DataError
 from student_train.checkpoint import find_state, latest_state
 from student_train.config import TrainConfig
-from student_train.engine import RANK_VARIABLES, Ranks, saved_weights
+from student_train.engine import saved_weights
+from student_train.ranks import RANK_VARIABLES, Ranks
 from student_train.runfolder import RunFolder
 from tests.caches import SyntheticCache
 from tests.training import IGNORE_LIBRARY_WARNINGS, cache, losses_of, make_config, ranks, student, train_run

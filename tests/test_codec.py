@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from schemas.manifest import ShardHeader
 from schemas.records import Capture, Message, Prompt, Signals
 from schemas.tables import CODECS, list_of
-from shared.codec import decode, encode, scalars_of, support_of
+from shared.codec import decode, encode
 from shared.errors import ConfigError, CorruptError
+from shared.support import scalars_of, support_of
 from teacher_cache.fake import FakeEngine
 from teacher_cache.requests import Finished, Request
 

@@ -14,11 +14,11 @@ from schemas import FORMAT_VERSION
 from shared.catalog import Catalog, Table
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.sql import open_cache
+from teacher_cache.care.copy_cache import copy_caches
+from teacher_cache.care.gc import gc_cache
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
-from teacher_cache.copy_cache import copy_caches
-from teacher_cache.gc import gc_cache
-from teacher_cache.verify import verify_cache
 from tests.caches import damage, make_cache
 from tests.fake_builds import make_config, make_engine, make_requests, run_build
 

@@ -20,8 +20,8 @@ from shared.catalog import Catalog
 from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.sql import open_cache
 from teacher_cache.build import Build
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.commits import read_sample_ids
-from teacher_cache.verify import verify_cache
 from tests.caches import damage, make_cache
 from tests.fake_builds import make_config, make_requests, make_teacher, run_build
 

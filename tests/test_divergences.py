@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shared.errors import ConfigError
-from student_train.divergences import (
+from student_train.losses.divergences import (
     LOSS_NAMES,
     LossMix,
     LossTerm,
@@ -24,7 +24,7 @@ from student_train.divergences import (
     total_variation_tail_bucket,
     weighted_sum,
 )
-from student_train.targets import NO_MASS
+from student_train.losses.targets import NO_MASS
 
 
 def two_distributions(seed: int, spread: float, num_buckets: int) -> tuple[Tensor, Tensor]:

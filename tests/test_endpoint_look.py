@@ -10,8 +10,9 @@ import yaml
 
 from shared.config import validate_config
 from shared.errors import ConfigError
-from teacher_cache.config import BuildConfig, ServerConfig, TeacherConfig
+from teacher_cache.config import BuildConfig, TeacherConfig
 from teacher_cache.doctor import diagnose
+from teacher_cache.engine_config import ServerConfig
 from teacher_cache.plan import plan_build, plan_lines
 from teacher_cache.teacher import identify_teacher
 from tests.fake_server import NUM_TOKENS, VOCAB_SIZE, Behaviour, FakeServer
@@ -92,7 +93,7 @@ def test_a_build_needs_neither_vllm_nor_torch_nor_weights(tmp_path: Path, folder
 
 
 def test_without_httpx_the_remedy_is_named() -> None:
-    ended = run_without({"httpx2"}, "from shared.errors import ConfigError\nimport teacher_cache.server")
+    ended = run_without({"httpx2"}, "from shared.errors import ConfigError\nimport teacher_cache.http_engine.server")
     assert ended.returncode == 1
     assert ended.stderr.rstrip().endswith("server needs httpx2: pip install 'stillroom[teacher-server]'")
 

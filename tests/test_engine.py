@@ -7,9 +7,10 @@ import pytest
 
 from schemas.records import Capture
 from shared.errors import ConfigError
-from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
+from teacher_cache.config import CaptureConfig, TeacherConfig
+from teacher_cache.engine_config import EmbeddedConfig
 from teacher_cache.requests import Failed
-from teacher_cache.wide_rows import Layout
+from teacher_cache.vllm_engine.wide_rows import Layout
 from tests.tiny import VOCAB_SIZE
 from tests.vllm_session import (
     CAPTURE,
@@ -61,7 +62,7 @@ def test_what_only_the_sampler_sees_agrees_with_a_dense_computation(session: Ses
     import torch
     from transformers import AutoModelForCausalLM
 
-    from teacher_cache.sampler_signals import signal_rows
+    from teacher_cache.vllm_engine.sampler_signals import signal_rows
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(session.teacher, dtype=torch.float32)
@@ -179,7 +180,7 @@ def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Sessio
 
 
 def test_what_is_not_configured_is_left_to_vllm() -> None:
-    from teacher_cache.engine_args import engine_args
+    from teacher_cache.vllm_engine.engine_args import engine_args
 
     teacher = TeacherConfig(model="m")
     bare = engine_args(teacher, EmbeddedConfig(), CaptureConfig(), on_cpu=False)
@@ -193,7 +194,7 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
 def test_without_the_plugin_candidates_come_from_vllm_and_what_only_it_sees_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from teacher_cache.engine import _do_without_plugin
+    from teacher_cache.vllm_engine.engine import _do_without_plugin
 
     _do_without_plugin(CaptureConfig(draws=0), "another version")
     assert "vLLM's own top-k is used" in capsys.readouterr().err

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from schemas.records import Int32
 from shared.errors import ConfigError
-from student_train.epoch_plan import EpochPlan, PlanSpec, fill_packs, plan_epoch, repeat_counts
-from student_train.pieces import Pieces, cut_chains
+from student_train.streaming.epoch_plan import EpochPlan, PlanSpec, fill_packs, plan_epoch, repeat_counts
+from student_train.streaming.pieces import Pieces, cut_chains
 
 GOLDEN_ITEMS = [2, 3, 6, 11, 8, 1, 0, 10, 4, 9, 5, 7]
 GOLDEN_OFFSETS = [0, 3, 4, 7, 9, 10, 11, 12]

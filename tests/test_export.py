@@ -13,11 +13,11 @@ from shared.errors import ConfigError, DataError
 from shared.tokens import fingerprint_template, fingerprint_tokenizer
 from student_train.checkpoint import CheckpointState, find_state
 from student_train.config import TrainConfig
-from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config, evaluate_model
 from student_train.export import cache_tokenizer, export, trained_model
+from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
-from student_train.selection import Selection, load_selection
+from student_train.streaming.selection import Selection, load_selection
 from tests.caches import SyntheticCache
 from tests.students import make_student, make_tokenizer
 from tests.training import IGNORE_LIBRARY_WARNINGS, cache, make_config, ranks, student, train_run

@@ -11,9 +11,9 @@ import pytest
 
 from schemas.records import Message, prompt_id_of
 from schemas.tables import CODECS
-from shared.codec import support_of
 from shared.errors import CorruptError, DataError
 from shared.shards import header_of, open_shard, read_signals
+from shared.support import support_of
 from tests.golden.make import captures, golden_header, golden_table
 
 GOLDEN = Path(__file__).parent / "golden"

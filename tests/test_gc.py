@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 
 from shared.catalog import Catalog, Table
 from shared.errors import CacheConflict, ConfigError, CorruptError
+from teacher_cache.care.gc import GcReport, gc_cache, gc_lines
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
-from teacher_cache.gc import GcReport, gc_cache, gc_lines
 from teacher_cache.locks import lock_path, worker_lock
-from teacher_cache.verify import verify_cache
 from tests.caches import make_cache
 from tests.fake_builds import make_config, make_requests, run_build
 

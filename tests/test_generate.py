@@ -16,7 +16,7 @@ from student_train.generate import (
     generate_and_judge,
     heldout_prompts,
 )
-from student_train.selection import PinnedCache
+from student_train.streaming.selection import PinnedCache
 from tests.caches import THINK_END_ID, SyntheticCache
 from tests.training import IGNORE_LIBRARY_WARNINGS, cache, student
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shared.errors import ConfigError
-from student_train.divergences import DEFAULT_MIX, LossMix, LossTerm
-from student_train.head import FusedHead, fuse_head, head_loss, head_metrics, refuse_changed_logits
-from student_train.losses import fused_loss
-from student_train.targets import SparseTargets
-from student_train.token_metrics import sparse_metrics
+from student_train.losses.divergences import DEFAULT_MIX, LossMix, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.losses.head import FusedHead, fuse_head, head_loss, head_metrics, refuse_changed_logits
+from student_train.losses.targets import SparseTargets
+from student_train.losses.token_metrics import sparse_metrics
 
 N, H, V, K = 7, 16, 41, 3
 

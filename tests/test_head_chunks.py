@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from student_train.divergences import DEFAULT_MIX, LossMix, LossTerm
-from student_train.losses import fused_loss
-from student_train.targets import SparseTargets
-from student_train.token_metrics import sparse_metrics
+from student_train.losses.divergences import DEFAULT_MIX, LossMix, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.losses.targets import SparseTargets
+from student_train.losses.token_metrics import sparse_metrics
 from tests.dense_losses import H, K, N, head_tensors, sparse, teacher_logprobs
 
 

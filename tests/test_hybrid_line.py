@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.sql import open_cache
-from student_train.epoch_plan import PlanSpec
-from student_train.select import CacheSource, SelectionRequest, freeze
-from student_train.stream import PackStream
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze
+from student_train.streaming.stream import PackStream
 from tests.line import Line
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::transformers")

@@ -21,17 +21,24 @@ OUTSIDE_THE_PACKAGES = {"benchmarks", "tests", "tools"}
 
 HOMES = {
     "vllm": {
-        *("teacher_cache/engine.py", "teacher_cache/capture.py"),
+        *("teacher_cache/vllm_engine/engine.py", "teacher_cache/vllm_engine/capture.py"),
         # The sampler's plugin, which vLLM loads.
-        *("teacher_cache/sampler.py", "teacher_cache/sampler_v1.py", "teacher_cache/sampler_v2.py"),
+        *(
+            "teacher_cache/vllm_engine/sampler.py",
+            "teacher_cache/vllm_engine/sampler_v1.py",
+            "teacher_cache/vllm_engine/sampler_v2.py",
+        ),
     },
     "deepspeed": {"student_train/engine.py"},
     "deltalake": {"shared/catalog.py"},
     "duckdb": {"shared/sql.py"},
-    "httpx2": {"teacher_cache/http_client.py"},
-    "numba": {"shared/archive_decode.py", "shared/archive_encode.py", "shared/archive_lists.py"},
+    "httpx2": {"teacher_cache/http_engine/http_client.py"},
+    "numba": {"shared/archive/decode.py", "shared/archive/encode.py", "shared/archive/lists.py"},
 }
-INSIDE_VLLM = HOMES["vllm"] | {"teacher_cache/sampler_batch.py", "teacher_cache/sampler_signals.py"}
+INSIDE_VLLM = HOMES["vllm"] | {
+    "teacher_cache/vllm_engine/sampler_batch.py",
+    "teacher_cache/vllm_engine/sampler_signals.py",
+}
 """Imported where vllm is, and therefore torch."""
 ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb"}
 
@@ -149,7 +156,7 @@ def test_a_broken_rule_is_found(tmp_path: Path, file: str, source: str, rule: st
     [
         ("shared/sql.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import duckdb"),
         ("shared/sql.py", "def f():\n    import duckdb"),
-        ("teacher_cache/engine.py", "def f():\n    import vllm"),
+        ("teacher_cache/vllm_engine/engine.py", "def f():\n    import vllm"),
         ("student_train/a.py", "import torch\nfrom shared.files import sha256_of\nfrom student_train import pack"),
         ("student_train/sub/a.py", "from ..pack import plan"),
     ],

@@ -16,8 +16,8 @@ from shared.errors import ConfigError
 from shared.judge import UNDECIDED, WRONG, Verdict, final_answers, judge_answer
 from shared.judge_process import JudgeProcess
 from shared.sandbox import program_of, run_tests, unit_tests_of
-from teacher_cache.config import ReasoningGymSource
-from teacher_cache.sources import Draft, read_source
+from teacher_cache.intake.sources import Draft, read_source
+from teacher_cache.source_config import ReasoningGymSource
 
 RIGHT = Verdict(True, 1.0)
 

@@ -12,7 +12,7 @@ from shared.catalog import Catalog, Table
 from shared.errors import CacheConflict, ConfigError, StillroomError
 from shared.judge import Verdict
 from shared.sql import open_cache
-from teacher_cache.gc import gc_cache
+from teacher_cache.care.gc import gc_cache
 from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache
 from teacher_cache.locks import lock_path, worker_lock
 from tests.caches import SyntheticCache, make_cache

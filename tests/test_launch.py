@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import ConfigError
-from student_train.engine import RANK_VARIABLES
 from student_train.launch import LOST_CODE, Ended, find_cause, launch
+from student_train.ranks import RANK_VARIABLES
 from tests.rank_program import MESSAGE
 
 ROOT = Path(__file__).parent.parent

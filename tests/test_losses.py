@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.divergences import DEFAULT_MIX, LOSS_NAMES, LossMix, LossName, LossTerm
-from student_train.losses import fused_loss
-from student_train.targets import SparseTargets
+from student_train.losses.divergences import DEFAULT_MIX, LOSS_NAMES, LossMix, LossName, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.losses.targets import SparseTargets
 from tests.dense_losses import H, K, N, V, dense_loss, head_tensors, sparse, teacher_logprobs, term, with_draws
 
 

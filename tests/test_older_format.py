@@ -13,12 +13,12 @@ from shared.catalog import Catalog, publish
 from shared.reader import open_cache
 from shared.shards import open_shard
 from shared.storage import Location
-from student_train.rows import read_rows
-from student_train.select import CacheSource, SelectionRequest, open_selection
+from student_train.streaming.rows import read_rows
+from student_train.streaming.select import CacheSource, SelectionRequest, open_selection
+from teacher_cache.care.copy_cache import copy_caches
+from teacher_cache.care.recode import recode_cache
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.commits import take_out
-from teacher_cache.copy_cache import copy_caches
-from teacher_cache.recode import recode_cache
-from teacher_cache.verify import verify_cache
 from tests.caches import CacheShape, make_cache, on_disk, write_cache
 
 CODES = "SELECT sample_id, topk_codes, tail_codes, topk_n FROM shards ORDER BY sample_id"

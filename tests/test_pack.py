@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from schemas.records import Signals
-from student_train.divergences import LossMix, LossName, LossTerm
-from student_train.losses import fused_loss
-from student_train.pack import PackedPiece, build_pack, empty_pack, to_torch
-from student_train.rows import RowBlock
+from student_train.losses.divergences import LossMix, LossName, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.streaming.pack import PackedPiece, build_pack, empty_pack, to_torch
+from student_train.streaming.rows import RowBlock
 
 
 def block_of(chains: list[tuple[list[int], list[int]]], *, with_signals: bool = True) -> RowBlock:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.records import Int32
-from student_train.pieces import LongChains, Pieces, cut_chains
+from student_train.streaming.pieces import LongChains, Pieces, cut_chains
 
 
 def cut(prompts: list[int], tokens: list[int], limit: int, policy: LongChains) -> Pieces:

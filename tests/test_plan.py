@@ -15,9 +15,9 @@ from shared.config import validate_config
 from shared.errors import DataError
 from teacher_cache.build import Build
 from teacher_cache.config import BuildConfig
+from teacher_cache.intake.prompts import load_prompts, requests
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.plan import disk_warning, plan_build, plan_lines
-from teacher_cache.prompts import load_prompts, requests
 from teacher_cache.recorder import Recorded
 from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request
 from teacher_cache.teacher import identify_teacher

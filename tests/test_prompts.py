@@ -14,7 +14,7 @@ from shared.config import validate_config
 from shared.errors import ConfigError, DataError
 from shared.tokens import load_tokenizer
 from teacher_cache.config import BuildConfig, PromptsConfig
-from teacher_cache.prompts import (
+from teacher_cache.intake.prompts import (
     LoadedPrompts,
     load_prompts,
     num_requests,
@@ -23,8 +23,8 @@ from teacher_cache.prompts import (
     seed_of,
     tokenize,
 )
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.requests import Request
-from teacher_cache.sources import LoadFailure
 from tests.tiny_tokenizer import byte_level, save
 
 

@@ -13,12 +13,12 @@ from schemas.manifest import SHARD_METADATA_KEY
 from shared.catalog import Catalog, Table
 from shared.errors import CacheConflict
 from teacher_cache.build import Build
+from teacher_cache.care.gc import gc_cache
+from teacher_cache.care.quarantine import MENDER, quarantine
+from teacher_cache.care.recode import recode_cache
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
-from teacher_cache.gc import gc_cache
-from teacher_cache.quarantine import MENDER, quarantine
-from teacher_cache.recode import recode_cache
-from teacher_cache.verify import verify_cache
 from tests.caches import damage, on_disk
 from tests.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
 from tests.test_verify import register

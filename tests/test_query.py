@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.sql import Session
 from shared.terminal import cut, harmless, one_line, pad, width_of
+from teacher_cache.ask.query import check_files, check_out, open_caches, run_query
+from teacher_cache.ask.results import Shown, table_text
+from teacher_cache.ask.sql_shell import SqlShell, is_complete
 from teacher_cache.cli import app
-from teacher_cache.query import check_files, check_out, open_caches, run_query
-from teacher_cache.results import Shown, table_text
-from teacher_cache.sql_shell import SqlShell, is_complete
 from tests.caches import SyntheticCache, damage, make_cache
 
 EVERY_TYPE = """

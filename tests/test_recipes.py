@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from teacher_cache.config import EmbeddedConfig
-from teacher_cache.prompts import parse_worker
+from teacher_cache.engine_config import EmbeddedConfig
+from teacher_cache.intake.prompts import parse_worker
 
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes" / "cluster.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""teacher_cache.recode: the same cache in another codec, whatever stops it on the way."""
+"""teacher_cache.care.recode: the same cache in another codec, whatever stops it on the way."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 
 from shared.errors import ConfigError, CorruptError
 from shared.reader import open_cache
-from teacher_cache import recode
-from teacher_cache.recode import recode_cache
-from teacher_cache.verify import verify_cache
+from teacher_cache.care import recode
+from teacher_cache.care.recode import recode_cache
+from teacher_cache.care.verify import verify_cache
 from tests.caches import damage, make_cache
 
 QUERY = "SELECT c.*, v.judge FROM chains c LEFT JOIN verdicts v USING (sample_id) ORDER BY sample_id"

@@ -17,10 +17,10 @@ from shared.errors import ConfigError, DataError
 from shared.reader import open_cache
 from shared.report import Figure, Number, Numbers, Section, Table, Text, write_report
 from student_train.report import student_sections, write_student_report
-from teacher_cache.report import cache_sections, pass_rate_figures, write_cache_report
-from teacher_cache.show_page import write_chain_page
-from teacher_cache.signal_sample import sample_signals
-from teacher_cache.stats import cache_stats
+from teacher_cache.ask.report import cache_sections, pass_rate_figures, write_cache_report
+from teacher_cache.ask.show_page import write_chain_page
+from teacher_cache.ask.signal_sample import sample_signals
+from teacher_cache.ask.stats import cache_stats
 from tests.caches import make_cache
 
 NASTY = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
@@ -185,7 +185,7 @@ def test_a_large_cache_is_sampled_and_says_so(tmp_path: Path, monkeypatch: pytes
     assert len(whole.token_ids_T) == sum(len(chain.token_ids) for chain in made.chains)
     assert not part.is_whole
     assert 300 <= len(part.token_ids_T) < len(whole.token_ids_T)
-    monkeypatch.setattr("teacher_cache.report.sample_signals", lambda catalog: sample_signals(catalog, 300))
+    monkeypatch.setattr("teacher_cache.ask.report.sample_signals", lambda catalog: sample_signals(catalog, 300))
     intros = " ".join(section.intro for section in cache_sections(made.catalog))
     assert "From a sample of" in intros
 

@@ -8,16 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import ConfigError, CorruptError
-from student_train.epoch_plan import PlanSpec
-from student_train.retokenise import (
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.retokenise import (
     HuggingFaceText,
     Markers,
     completion_text,
     open_text_selection,
 )
-from student_train.select import CacheSource, SelectionRequest
-from student_train.selection import Selection, load_selection
-from student_train.stream import PackStream
+from student_train.streaming.select import CacheSource, SelectionRequest
+from student_train.streaming.selection import Selection, load_selection
+from student_train.streaming.stream import PackStream
 from tests.caches import SyntheticCache, damage, make_cache
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from schemas.records import Int64
 from shared.errors import CorruptError
-from student_train.rows import RowBlock, RowBuffer, read_rows
-from student_train.select import CacheSource, SelectionRequest, freeze
-from student_train.selection import Selection
+from student_train.streaming.rows import RowBlock, RowBuffer, read_rows
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze
+from student_train.streaming.selection import Selection
 from tests.caches import make_cache, on_disk
 
 

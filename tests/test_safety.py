@@ -28,17 +28,18 @@ from shared.reader import open_cache
 from shared.tokens import load_tokenizer, vocab_size_of
 from student_train.checkpoint import find_state
 from student_train.doctor import diagnose as diagnose_student
-from student_train.engine import Ranks, make_universal, saved_weights
+from student_train.engine import make_universal, saved_weights
 from student_train.model_card import model_card
 from student_train.plan import plan_run
+from student_train.ranks import Ranks
 from student_train.report import write_student_report
 from student_train.runfolder import RunFolder
-from student_train.selection import load_selection
+from student_train.streaming.selection import load_selection
+from teacher_cache.ask.report import write_cache_report
+from teacher_cache.ask.show_page import write_chain_page
+from teacher_cache.ask.stats import cache_stats
 from teacher_cache.config import BuildConfig
 from teacher_cache.doctor import diagnose as diagnose_teacher
-from teacher_cache.report import write_cache_report
-from teacher_cache.show_page import write_chain_page
-from teacher_cache.stats import cache_stats
 from tests.caches import SyntheticCache, make_cache
 from tests.fake_builds import make_config as make_build_config
 from tests.fake_builds import make_engine, make_requests, run_build

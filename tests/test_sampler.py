@@ -10,9 +10,9 @@ import torch
 
 from schemas.records import Float32, Int32
 from shared.errors import StillroomError
-from teacher_cache.sampler_batch import Asked, Batch, asked_of
-from teacher_cache.sampler_signals import Rows, signal_rows
-from teacher_cache.wide_rows import Layout, capture_of_rows, is_marked
+from teacher_cache.vllm_engine.sampler_batch import Asked, Batch, asked_of
+from teacher_cache.vllm_engine.sampler_signals import Rows, signal_rows
+from teacher_cache.vllm_engine.wide_rows import Layout, capture_of_rows, is_marked
 from tests.vllm_sampler import LAYOUT, MAX_TOKENS, NUM_CHAINS, Answers, prompt_of, run
 
 
@@ -81,10 +81,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample import prompt_logprob, sampler
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
-from teacher_cache import sampler_v2
-from teacher_cache.sampler_batch import Batch, asked_of
-from teacher_cache.sampler_signals import signal_rows
-from teacher_cache.wide_rows import Layout
+from teacher_cache.vllm_engine import sampler_v2
+from teacher_cache.vllm_engine.sampler_batch import Batch, asked_of
+from teacher_cache.vllm_engine.sampler_signals import signal_rows
+from teacher_cache.vllm_engine.wide_rows import Layout
 
 assert sampler_v2.install() is None
 for module in (sampler, prompt_logprob, rejection_sampler):
@@ -147,7 +147,9 @@ print("all good")
 
 INSTALLATION = r"""
 import vllm
-from teacher_cache import sampler, sampler_v1, sampler_v2
+from teacher_cache.vllm_engine import sampler
+from teacher_cache.vllm_engine import sampler_v1
+from teacher_cache.vllm_engine import sampler_v2
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 

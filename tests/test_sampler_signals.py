@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache import sampler_signals
-from teacher_cache.sampler_signals import STRIPE_IDS, Rows, signal_rows, top_candidates, uniforms_of
-from teacher_cache.wide_rows import MARK, Layout
+from teacher_cache.vllm_engine import sampler_signals
+from teacher_cache.vllm_engine.sampler_signals import STRIPE_IDS, Rows, signal_rows, top_candidates, uniforms_of
+from teacher_cache.vllm_engine.wide_rows import MARK, Layout
 
 TEMPERATURES = (0.5, 2.0, 8.0)
 

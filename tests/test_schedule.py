@@ -4,8 +4,8 @@ import pytest
 
 from shared.config import Json, validate_config
 from shared.errors import ConfigError
-from student_train.config import StageConfig
 from student_train.schedule import check_mixes, learning_rate, mix_at, scheduled
+from student_train.stage_config import StageConfig
 
 
 def stage_of(**fields: object) -> StageConfig:

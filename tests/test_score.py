@@ -15,11 +15,11 @@ from shared.config import validate_config
 from shared.errors import ConfigError, CorruptError
 from shared.sql import open_cache
 from teacher_cache.build import Build, BuildResult
-from teacher_cache.completions import Completions
-from teacher_cache.prompts import WorkerShare
+from teacher_cache.intake.completions import Completions
+from teacher_cache.intake.prompts import WorkerShare
+from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.requests import Engine, Request
 from teacher_cache.score_config import ScoreConfig
-from teacher_cache.sources import LoadFailure
 from teacher_cache.teacher import IdentifiedTeacher
 from tests.fake_builds import EOS_ID, K, make_config, make_engine, make_requests, make_teacher, run_build
 from tests.tiny_tokenizer import CHAT_TEMPLATE

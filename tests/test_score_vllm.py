@@ -7,11 +7,11 @@ import yaml
 
 from shared.catalog import Catalog
 from shared.config import validate_config
-from teacher_cache import handshake
 from teacher_cache.build_command import score_cache
-from teacher_cache.prompts import WHOLE
+from teacher_cache.http_engine import handshake
+from teacher_cache.http_engine.wire import CompletionsApi
+from teacher_cache.intake.prompts import WHOLE
 from teacher_cache.score_config import ScoreConfig
-from teacher_cache.wire import CompletionsApi
 from tests.line import SCORE, Line
 from tests.test_server_vllm import SETTINGS, WAYS, assert_same_signals, chains_of, completions_alone
 

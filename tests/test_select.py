@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import ConfigError, CorruptError, DataError
-from student_train.select import CacheSource, SelectionRequest, freeze, open_selection
-from student_train.selection import Selection, load_selection
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze, open_selection
+from student_train.streaming.selection import Selection, load_selection
 from tests.caches import SyntheticCache, damage, make_cache
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from schemas.records import Capture
 from shared.errors import ConfigError, StillroomError
-from teacher_cache import endpoint as endpoint_module
-from teacher_cache.config import ServerConfig
-from teacher_cache.endpoint import MAX_BACKOFF_S, pause_s
+from teacher_cache.engine_config import ServerConfig
+from teacher_cache.http_engine import endpoint as endpoint_module
+from teacher_cache.http_engine.endpoint import MAX_BACKOFF_S, pause_s
+from teacher_cache.http_engine.server import ServerEngine
 from teacher_cache.requests import Failed, Finished, Outcome, Request
-from teacher_cache.server import ServerEngine
 from tests import fake_server
 from tests.fake_builds import make_config, make_requests, make_teacher, run_build
 from tests.fake_server import EOS_ID, LOGPROBS_V, NUM_TOKENS, VOCAB_SIZE, Behaviour, FakeServer, Json, Plan, tokens_of

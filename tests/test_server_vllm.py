@@ -11,11 +11,11 @@ from schemas.records import Signals
 from shared.catalog import Catalog
 from shared.config import validate_config
 from shared.shards import open_shard, read_signals
-from teacher_cache import handshake
 from teacher_cache.build_command import build_cache
 from teacher_cache.config import BuildConfig
-from teacher_cache.prompts import WHOLE
-from teacher_cache.wire import Api, CompletionsApi
+from teacher_cache.http_engine import handshake
+from teacher_cache.http_engine.wire import Api, CompletionsApi
+from teacher_cache.intake.prompts import WHOLE
 from tests.line import TEACHER, Line
 
 SETTINGS = {"kind": "server", "max_in_flight": 16, "give_up_minutes": 1}

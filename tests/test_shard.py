@@ -14,8 +14,8 @@ import pytest
 from schemas.manifest import ShardHeader
 from schemas.records import Int32
 from shared.catalog import Catalog
-from shared.codec import support_of
 from shared.shards import open_shard, read_signals
+from shared.support import support_of
 from teacher_cache.config import CaptureConfig, ReasoningConfig
 from teacher_cache.requests import Finished, Request
 from teacher_cache.rows import ChainRow, RowMaker

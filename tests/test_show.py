@@ -11,8 +11,8 @@ import pytest
 from schemas.records import Signals
 from shared.errors import ConfigError
 from shared.reader import Sample, open_cache
-from teacher_cache.show import candidate_lines, levels_of, parts_of, print_chain, print_token, top1_prob_of
-from teacher_cache.show_page import write_chain_page
+from teacher_cache.ask.show import candidate_lines, levels_of, parts_of, print_chain, print_token, top1_prob_of
+from teacher_cache.ask.show_page import write_chain_page
 from tests.caches import make_cache
 
 NASTY = "<script>alert(1)</script>\x1b[31m\u202e[bold]"

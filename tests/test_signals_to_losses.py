@@ -11,17 +11,17 @@ import torch
 
 from schemas.records import Signals
 from shared.errors import ConfigError
-from student_train.config import StageConfig
-from student_train.data import check_losses, check_temperature
-from student_train.divergences import LossMix, LossTerm
-from student_train.epoch_plan import PlanSpec
-from student_train.losses import fused_loss
-from student_train.pack import Pack, TargetView, to_torch
+from student_train.losses.divergences import LossMix, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.losses.targets import SparseTargets, TailDraws
 from student_train.schedule import mix_at, target_view, temperature_at, temperature_steps
-from student_train.select import CacheSource, SelectionRequest, freeze
-from student_train.selection import Selection
-from student_train.stream import PackStream
-from student_train.targets import SparseTargets, TailDraws
+from student_train.stage_config import StageConfig
+from student_train.streaming.data import check_losses, check_temperature
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.pack import Pack, TargetView, to_torch
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze
+from student_train.streaming.selection import Selection
+from student_train.streaming.stream import PackStream
 from tests.caches import SyntheticCache, make_cache
 
 TEMPERATURES = (0.5, 2.0)

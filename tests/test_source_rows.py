@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import DataError
-from teacher_cache.source_rows import count_jsonl_rows, huggingface_rows, jsonl_rows, parquet_rows
+from teacher_cache.intake.source_rows import count_jsonl_rows, huggingface_rows, jsonl_rows, parquet_rows
 
 
 def test_a_folder_that_is_named_like_a_file_is_passed_over(tmp_path: Path) -> None:

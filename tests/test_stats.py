@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.catalog import Catalog
-from teacher_cache.stats import SIGNAL_COLUMNS, cache_stats, stats_text
+from teacher_cache.ask.stats import SIGNAL_COLUMNS, cache_stats, stats_text
 from tests.caches import make_cache
 
 

@@ -20,21 +20,22 @@ from shared import stores
 from shared.catalog import Catalog, DataFile, Table
 from shared.config import validate_config
 from shared.errors import CacheConflict, ConfigError, CorruptError, DataError, StillroomError
+from shared.object_path import ObjectPath
 from shared.reader import open_cache
 from shared.shards import open_shard
-from shared.storage import Location, ObjectPath, location, spool
+from shared.storage import Location, location, spool
 from student_train.config import CacheConfig
-from student_train.epoch_plan import PlanSpec
-from student_train.pack import Pack
-from student_train.rows import read_rows
-from student_train.select import CacheSource, SelectionRequest, freeze
-from student_train.selection import load_selection
-from student_train.stream import PackStream
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.pack import Pack
+from student_train.streaming.rows import read_rows
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze
+from student_train.streaming.selection import load_selection
+from student_train.streaming.stream import PackStream
+from teacher_cache.care.copy_cache import copy_caches
+from teacher_cache.care.gc import gc_cache
+from teacher_cache.care.verify import verify_cache
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
-from teacher_cache.copy_cache import copy_caches
-from teacher_cache.gc import gc_cache
-from teacher_cache.verify import verify_cache
 from tests.caches import SyntheticCache, make_cache
 from tests.fake_builds import make_config, make_requests, run_build
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, CorruptError
-from student_train.epoch_plan import PlanSpec
-from student_train.pack import Pack
-from student_train.pieces import LongChains
-from student_train.select import CacheSource, SelectionRequest, freeze
-from student_train.selection import Selection
-from student_train.stream import PackStream
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.pack import Pack
+from student_train.streaming.pieces import LongChains
+from student_train.streaming.select import CacheSource, SelectionRequest, freeze
+from student_train.streaming.selection import Selection
+from student_train.streaming.stream import PackStream
 from tests.caches import Chain, SyntheticCache, make_cache
 
 SPEC = PlanSpec(128, lanes=2, window_groups=2)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
-from student_train.divergences import LOSS_NAMES, LossMix, LossName, LossTerm
-from student_train.losses import fused_loss
-from student_train.targets import SparseTargets, TailDraws
+from student_train.losses.divergences import LOSS_NAMES, LossMix, LossName, LossTerm
+from student_train.losses.fused import fused_loss
+from student_train.losses.targets import SparseTargets, TailDraws
 from tests.dense_losses import N, V, head_tensors, sparse, support_mask, teacher_logprobs, with_draws
 
 BUCKET_NAMES = tuple(name for name in LOSS_NAMES if name.endswith("_tail_bucket"))

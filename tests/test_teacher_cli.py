@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+import teacher_cache.care.verify_command
 import teacher_cache.cli
-import teacher_cache.verify_command
 from shared.judge import KINDS
 from teacher_cache.cli import main
 from tests.caches import damage, make_cache
@@ -75,7 +75,7 @@ def test_ctrl_c_ends_with_130(cache: Path, capsys: pytest.CaptureFixture[str], m
     def interrupted(root: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher_cache.verify_command, "verify_cache", interrupted)
+    monkeypatch.setattr(teacher_cache.care.verify_command, "verify_cache", interrupted)
     assert run(capsys, monkeypatch, "verify", cache).code == 130
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.targets import SparseTargets
-from student_train.token_metrics import TokenMetrics, sparse_metrics
+from student_train.losses.targets import SparseTargets
+from student_train.losses.token_metrics import TokenMetrics, sparse_metrics
 
 N, H, V, K = 11, 6, 29, 4
 

@@ -13,8 +13,8 @@ from shared.errors import CacheConflict, ConfigError, StillroomError
 from shared.interrupt import StopRequest
 from student_train.checkpoint import find_state, tags
 from student_train.config import TrainConfig
-from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config, evaluate_model
+from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
 from student_train.show import run_lines
 from student_train.summary import summarise

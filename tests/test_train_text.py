@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.config import Json
 from shared.errors import ConfigError
 from student_train.checkpoint import find_state
-from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config
 from student_train.export import export
 from student_train.plan import plan_run
+from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
 from tests.caches import EOS_ID, Chain, SyntheticCache
 from tests.students import make_student

@@ -9,7 +9,7 @@ import yaml
 
 from shared.config import validate_config
 from student_train.config import TrainConfig
-from student_train.divergences import LOSS_NAMES
+from student_train.losses.divergences import LOSS_NAMES
 from student_train.schedule import check_mixes
 from tests.line import REPOSITORY
 

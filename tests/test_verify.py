@@ -11,8 +11,8 @@ import pytest
 
 from shared.catalog import Catalog, Table, publish
 from shared.errors import DataError
-from teacher_cache.leftovers import find_leftovers, receipt_problems
-from teacher_cache.verify import VerifyReport, summary_of, verify_cache
+from teacher_cache.care.leftovers import find_leftovers, receipt_problems
+from teacher_cache.care.verify import VerifyReport, summary_of, verify_cache
 from tests.caches import damage, make_cache, on_disk
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from schemas.records import Capture
-from teacher_cache.wire import Api, BadAnswer, CompletionsApi, GenerateApi, Rows
+from teacher_cache.http_engine.wire import Api, BadAnswer, CompletionsApi, GenerateApi, Rows
 
 K = 3
 WAYS = pytest.mark.parametrize("api", [GenerateApi(), CompletionsApi()], ids=["generate", "completions"])

@@ -10,7 +10,7 @@ import pytest
 from shared.config import Json, validate_config
 from shared.interrupt import StopRequest
 from student_train.config import TrainConfig
-from student_train.engine import RANK_VARIABLES, Ranks, joined_ranks
+from student_train.ranks import RANK_VARIABLES, Ranks, joined_ranks
 from student_train.runfolder import RunFolder
 from student_train.train import train
 from tests.caches import SyntheticCache, make_cache

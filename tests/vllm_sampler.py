@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from schemas.records import Capture, Float32, Int32
-from teacher_cache.wide_rows import Layout
+from teacher_cache.vllm_engine.wide_rows import Layout
 from tests.tiny import make_tiny_teacher
 
 LAYOUT = Layout(8, 5, (2.0,))
@@ -41,7 +41,9 @@ def run(folder: Path) -> Answers:
     site = folder / "site" / "stillroom-0.dist-info"
     site.mkdir(parents=True)
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: stillroom\nVersion: 0\n")
-    (site / "entry_points.txt").write_text("[vllm.general_plugins]\nstillroom = teacher_cache.sampler:register\n")
+    (site / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nstillroom = teacher_cache.vllm_engine.sampler:register\n"
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(site.parent)]),
@@ -70,7 +72,7 @@ def main() -> None:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from teacher_cache.capture import capture_of, install_arrays, rows_of
+    from teacher_cache.vllm_engine.capture import capture_of, install_arrays, rows_of
 
     folder = Path(sys.argv[1])
     arguments = EngineArgs(

@@ -95,9 +95,10 @@ def _request(sample_id: str, ids: list[int], sampling: dict[str, float], index: 
 
 
 def main() -> None:
-    from teacher_cache.capture import install_arrays, uninstall_arrays
-    from teacher_cache.config import EmbeddedConfig, TeacherConfig
-    from teacher_cache.engine import EmbeddedEngine
+    from teacher_cache.config import TeacherConfig
+    from teacher_cache.engine_config import EmbeddedConfig
+    from teacher_cache.vllm_engine.capture import install_arrays, uninstall_arrays
+    from teacher_cache.vllm_engine.engine import EmbeddedEngine
 
     folder = Path(sys.argv[1])
     config = EmbeddedConfig(

@@ -126,7 +126,7 @@ def summarise(built: dict[str, Any], trained: dict[str, Any], seconds: float) ->
 def write_demo_report(summary: dict[str, Any]) -> None:
     """One page with both sides of the line."""
     from student_train.report import student_sections
-    from teacher_cache.report import cache_sections
+    from teacher_cache.ask.report import cache_sections
 
     sections = [*student_sections(FOLDER / "run"), *cache_sections(Catalog(FOLDER / "cache"))]
     subtitle = (

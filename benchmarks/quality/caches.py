@@ -16,13 +16,13 @@ from benchmarks.quality.teacher import VOCAB_SIZE
 from schemas.records import Message, Prompt, prompt_id_of, sample_id_of
 from shared.catalog import Catalog
 from shared.config import Json, validate_config
+from teacher_cache.ask.stats import cache_stats
 from teacher_cache.build import Build
 from teacher_cache.config import BuildConfig
 from teacher_cache.requests import EngineInfo, Finished, Outcome, Request
-from teacher_cache.sampler_signals import signal_rows
-from teacher_cache.stats import cache_stats
 from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
-from teacher_cache.wide_rows import Layout, capture_of_rows
+from teacher_cache.vllm_engine.sampler_signals import signal_rows
+from teacher_cache.vllm_engine.wide_rows import Layout, capture_of_rows
 
 SAMPLING = {"temperature": 1.0}
 STEP_CHAINS = 64

@@ -14,10 +14,10 @@ from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS,
 from shared.config import Json, validate_config
 from shared.interrupt import StopRequest
 from student_train.config import TrainConfig
-from student_train.engine import Ranks
 from student_train.eval_command import evaluate_config
 from student_train.folders import atomic_folder, save_model
 from student_train.init import init_student
+from student_train.ranks import Ranks
 from student_train.train import train
 
 CHAINS_PER_STEP = 6

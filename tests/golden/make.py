@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from schemas.manifest import SHARD_METADATA_KEY, ShardHeader
 from schemas.records import Capture, Float32, Int32, Message, chain_id_of, prompt_id_of, sample_id_of
 from schemas.tables import CHAIN_FIELDS, CODECS, TOKEN_FIELDS, chain_schema
-from shared.codec import encode, scalars_of, support_of
+from shared.codec import encode
+from shared.support import scalars_of, support_of
 
 FOLDER = Path(__file__).parent
 VOCAB_SIZE = 151_936

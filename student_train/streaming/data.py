@@ -1,0 +1,170 @@
+"""From a run's configuration to what its streams read: frozen selections, how they are packed, and the tokenizer check.
+
+Refusals come here, before any model is loaded: an empty selection, a cache without what a loss needs, a vocabulary
+that is not the student's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.catalog import Catalog
+from shared.errors import ConfigError
+from shared.storage import Location
+from shared.tokens import (
+    compare_vocab,
+    fingerprint_template,
+    fingerprint_tokenizer,
+    load_tokenizer,
+    require_same_vocab,
+    vocab_size_of,
+)
+from student_train.config import DataConfig, EvalConfig, StudentConfig, TrainConfig
+from student_train.losses.divergences import LossMix
+from student_train.stage_config import StageConfig
+from student_train.streaming.epoch_plan import PlanSpec
+from student_train.streaming.select import CacheSource, SelectionRequest, open_selection
+from student_train.streaming.selection import Selection, load_selection
+
+SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the student's tokenizer has to do with the cache's. `notes` are lines for the person who watches."""
+
+    num_ids: int
+    """Rows that the student's embeddings must have."""
+    notes: list[str]
+    same_tokenizer: bool
+    """Whether tokenizer and chat template of the student's folder are the cache's own."""
+
+
+def sources_of(data: DataConfig) -> list[CacheSource]:
+    """The configured caches as a selection wants them."""
+    return [
+        CacheSource(cache.path, cache.weight, cache.chains_version, cache.verdicts_version) for cache in data.caches
+    ]
+
+
+def train_request(data: DataConfig, stage: StageConfig) -> SelectionRequest:
+    """What a stage learns from."""
+    key = "data.where" if stage.where is None else f"where of stage {stage.name!r},"
+    return SelectionRequest(sources_of(data), stage.where or data.where, data.weight, data.max_chains, key=key)
+
+
+def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
+    """What the student is evaluated on; cache weights do not count there."""
+    sources = [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
+    return SelectionRequest(sources, config.where, None, config.max_chains, key="eval.where")
+
+
+def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
+    """The frozen selection at `path`, made where there is none yet; for `kind: text` its tokens are the student's."""
+    if data.kind == "distributions":
+        return open_selection(path, request)
+    from student_train.streaming.retokenise import HuggingFaceText, open_text_selection
+
+    tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    return open_text_selection(path, request, HuggingFaceText(tokenizer, width), data.text)
+
+
+def reopen_data(path: Path, request: SelectionRequest) -> Selection:
+    """The selection that another rank has made at `path`."""
+    return load_selection(path, [source.root for source in request.sources])
+
+
+def plan_spec(config: TrainConfig, stage_index: int) -> PlanSpec:
+    """How the chains of a stage are packed and ordered; each stage has an order of its own."""
+    data = config.data
+    return PlanSpec(
+        pack_tokens=data.pack_tokens,
+        seed=config.seed * len(config.stages) + stage_index,
+        max_tokens=data.max_tokens,
+        long_chains=data.long_chains,
+    )
+
+
+def eval_spec(data: DataConfig) -> PlanSpec:
+    """How held-out chains are packed: in the same way, in an order that never changes."""
+    return PlanSpec(pack_tokens=data.pack_tokens, max_tokens=data.max_tokens, long_chains=data.long_chains)
+
+
+def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None:
+    """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
+    for term in mix.terms:
+        if term.needs_draws and not selection.header.draws:
+            raise ConfigError(
+                f"stages: {term.name} of {stage.name!r} needs draws from the tail, which not every selected shard "
+                "holds: use forward_kl_stored_tail, or build a cache with capture.draws"
+            )
+        if term.needs_reference:
+            raise ConfigError(
+                f"stages: {term.name} of {stage.name!r} needs a reference beside every token, which caches do not "
+                "hold: learn reference answers with data: {kind: text, text: reference}"
+            )
+        if term.needs_distribution and selection.is_text:
+            raise ConfigError(
+                f"stages: {term.name} of {stage.name!r} needs distributions: set data.kind: distributions"
+            )
+
+
+def check_temperature(selection: Selection, stage: StageConfig) -> None:
+    """Raises ConfigError where the cache lacks the log-partition of the stage's temperature, or of a schedule's end."""
+    asked = stage.temperature
+    held = selection.header.temperatures
+    if asked == 1.0 or (isinstance(asked, float) and asked in held):
+        return
+    names = ", ".join(f"{one:g}" for one in held) or "none besides 1"
+    if isinstance(asked, float):
+        raise ConfigError(
+            f"stages: temperature {asked:g} of {stage.name!r} needs the teacher's log-partition at it; the selected "
+            f"chains hold {names}: use one of them, or build a cache with capture.temperatures: [{asked:g}]"
+        )
+    if not held:
+        raise ConfigError(
+            f"stages: the temperature of {stage.name!r} is a schedule, but the selected chains hold no other "
+            "temperature than 1: build a cache with capture.temperatures"
+        )
+
+
+def check_vocabulary(student: StudentConfig, selection: Selection, caches: Sequence[Location]) -> Vocabulary:
+    """Compares the student's tokenizer with the cache's.
+
+    Equal fingerprints are fine. Otherwise ordinary ids must agree; special tokens may differ, and so may the number of
+    embedding rows. Raises ConfigError naming the ids where they do not.
+    """
+    width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    if selection.is_text:
+        return Vocabulary(width, [], same_tokenizer=True)
+    num_ids = max(width, selection.header.vocab_size)
+    notes = []
+    if width < num_ids:
+        notes.append(
+            f"{student.model} has {width} embedding rows, the cache's ids go up to {num_ids - 1}: "
+            f"{num_ids - width} rows are added, each the mean of the others"
+        )
+    tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    same_template = selection.header.template_fingerprints == [fingerprint_template(tokenizer)]
+    cached = selection.header.tokenizer_fingerprints[0]
+    if fingerprint_tokenizer(tokenizer) == cached:
+        if not same_template:
+            notes.append("the student's chat template is not the cache's: the student learns the cache's")
+        return Vocabulary(num_ids, notes, same_tokenizer=same_template)
+    difference = compare_vocab(_vocab_path(caches, cached), tokenizer)
+    require_same_vocab(difference, student.model)
+    notes.append(
+        f"the student adopts the cache's tokenizer; {len(difference.special)} special tokens differ"
+        + "".join(f"; id {i}: {mine!r} for {other!r}" for i, mine, other in difference.special[:SHOWN_DIFFERENCES])
+        + (", ..." if len(difference.special) > SHOWN_DIFFERENCES else "")
+    )
+    return Vocabulary(num_ids, notes, same_tokenizer=False)
+
+
+def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:
+    paths = [Catalog(root).vocab_path(fingerprint) for root in caches]
+    for path in paths:
+        if path.exists():
+            return path
+    raise ConfigError(f"{paths[0]} is missing, and the student's tokenizer is not the cache's: copy the cache whole")

@@ -1,0 +1,1 @@
+"""What people ask a cache: SQL, one chain on the screen, numbers, a report."""

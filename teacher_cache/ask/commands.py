@@ -1,0 +1,109 @@
+"""`teacher-cache sql`, `show`, `stats` and `report`: what people ask a cache."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.errors import ConfigError
+from teacher_cache.command_line import AsJson, CachePath, print_result
+
+app = typer.Typer()
+
+
+@app.command()
+def sql(
+    cache: CachePath,
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin; none starts a session.")
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--format", help="table, csv, json, markdown or parquet.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    attach: Annotated[
+        list[str] | None, typer.Option("--attach", metavar="NAME=CACHE", help="Another cache, as schema NAME.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows that a table shows.")] = 40,
+    export_views: Annotated[
+        Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views for the plain duckdb program.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="First read every file and compare it with the hash in its name.")
+    ] = False,
+) -> None:
+    """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
+    from shared.sql import Session
+    from shared.storage import location
+    from teacher_cache.ask.query import check_files, check_out, open_caches, read_stdin, run_query, write_views
+
+    catalogs = open_caches(location(cache), attach or [])
+    if check:
+        check_files(catalogs.values())
+    if export_views is not None:
+        if query is not None or out is not None or output_format is not None:
+            raise ConfigError("--export-views writes a database and answers no query: leave QUERY, --out, --format out")
+        write_views(catalogs, export_views)
+        return
+    if out is not None:
+        check_out(out, list(catalogs.values()))
+    with Session(catalogs) as session:
+        if query is None and sys.stdin.isatty() and out is None:
+            from teacher_cache.ask.sql_shell import SqlShell
+
+            if output_format is not None:
+                raise ConfigError("--format needs a QUERY: a session has .mode")
+            SqlShell(session, max_rows, list(catalogs)).run()
+        else:
+            run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
+
+
+@app.command()
+def show(
+    cache: CachePath,
+    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id, or how one begins.")],
+    token: Annotated[int | None, typer.Option(help="Show the distribution at this token, from 0.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Show one chain, coloured by how sure the teacher was, and its alternatives at a token."""
+    from shared.reader import open_cache
+    from teacher_cache.ask.show import print_chain, print_token
+
+    with open_cache(cache) as opened:
+        found = opened.sample(sample)
+    if html is not None:
+        from teacher_cache.ask.show_page import write_chain_page
+
+        write_chain_page(found, html, token)
+        print(html)
+    elif token is not None:
+        print_token(found, token)
+    else:
+        print_chain(found)
+
+
+@app.command()
+def stats(cache: CachePath, as_json: AsJson = False) -> None:
+    """Count what is there: chains, tokens, bytes, truncated, right, failed."""
+    from shared.catalog import Catalog
+    from shared.storage import location
+    from teacher_cache.ask.stats import cache_stats, stats_text
+
+    found = cache_stats(Catalog(location(cache)))
+    print_result(found.model_dump(mode="json"), [stats_text(found).rstrip("\n")], as_json)
+
+
+@app.command()
+def report(
+    cache: CachePath,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker's box, for costs.")] = None,
+) -> None:
+    """Write one HTML page about the cache, with plots."""
+    from shared.catalog import Catalog
+    from shared.storage import location
+    from teacher_cache.ask.report import write_cache_report
+
+    write_cache_report(Catalog(location(cache)), out, price_per_hour)
+    print(out)

@@ -1,0 +1,1 @@
+"""Care of a cache that exists: verify, quarantine, sweep, copy, recode."""

@@ -1,0 +1,200 @@
+"""`teacher-cache verify`: does a cache hold what was written into it, and does what was written make sense?
+
+    logs       every entry of the three Delta logs is there and readable, the newest by the writers' receipts
+    files      every registered file exists with its size, and its SHA-256 is the one in its name
+    shards     header, page checksums, every row group decoded, rows as the log counts them, rows checked (row_checks)
+    cache      sample ids are unique, every shard has its run's manifest and its tokenizer's vocabulary
+
+Files that no log names are orphans: left by a crash, never read, and no error (`teacher-cache gc` sees to them).
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
+from shared.catalog import Catalog, DataFile, Table, check_hash
+from shared.delta_log import log_problems
+from shared.errors import CorruptError, DataError, StillroomError
+from shared.log import Progress, format_bytes
+from shared.storage import Location, check_reachable, open_parquet
+from teacher_cache.care.leftovers import Leftover, find_leftovers, receipt_problems
+from teacher_cache.care.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
+
+TABLES = ("chains", "verdicts", "failures")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong: the file (relative to the cache where it lies in it) and what, with row and column."""
+
+    file: str
+    problem: str
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What was found. `num_chains`, `num_tokens` and `size_bytes` count the shards that could be read; `orphans` no
+    version names, `removed` files only older versions.
+    """
+
+    num_shards: int = 0
+    num_chains: int = 0
+    num_tokens: int = 0
+    size_bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    damages: list[Damage] = field(default_factory=list)
+    orphans: list[Leftover] = field(default_factory=list)
+    removed: list[Leftover] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+
+def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport:
+    """Checks everything, `num_threads` shards at a time (None: one a core). Raises DataError where no cache is."""
+    check_reachable(root)
+    if not (root / "chains" / "_delta_log").is_dir():
+        raise DataError(f"{root} is not a cache: it has no chains/_delta_log")
+    report = VerifyReport()
+    for name in TABLES:
+        report.problems += [Problem(f"{name}/_delta_log", text) for text in log_problems(root / name / "_delta_log")]
+    if report.problems:
+        return report
+    try:
+        catalog = Catalog(root)
+    except StillroomError as error:
+        report.problems.append(Problem("_delta_log", str(error)))
+        return report
+    findings = _verify_shards(catalog, num_threads or os.cpu_count() or 1, report)
+    _verify_together(catalog, findings, report)
+    report.damages += [damage for one in findings if (damage := one.damage()) is not None]
+    for table, schema in ((catalog.verdicts, VERDICT_SCHEMA), (catalog.failures, FAILURE_SCHEMA)):
+        for problem, damage in _verify_small(table, schema):
+            report.problems.append(problem)
+            report.damages += [damage] if damage is not None else []
+    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+        _verify_log(table, report)
+    return report
+
+
+def _verify_log(table: Table, report: VerifyReport) -> None:
+    """The log against the writers' receipts, and against the files that lie there."""
+    try:
+        problems = receipt_problems(table)
+        leftovers = find_leftovers(table)
+    except StillroomError as error:
+        report.problems.append(Problem(f"{table.folder.name}/_delta_log", str(error)))
+        return
+    report.problems += [Problem(f"{table.folder.name}/_delta_log", problem) for problem in problems]
+    report.removed += [one for one in leftovers if one.kind == "removed"]
+    report.orphans += [one for one in leftovers if one.kind != "removed"]
+
+
+def _verify_shards(catalog: Catalog, num_threads: int, report: VerifyReport) -> list[ShardFindings]:
+    files = catalog.chains.files()
+    findings: list[ShardFindings] = []
+    with ThreadPoolExecutor(num_threads) as pool, Progress("verify", len(files), "shards") as progress:
+        for one in pool.map(lambda file: verify_shard(catalog.chains, file), files):
+            findings.append(one)
+            report.num_shards += 1
+            report.num_chains += one.num_chains
+            report.num_tokens += one.num_tokens
+            report.size_bytes += one.file.size_bytes
+            report.problems += [Problem(f"chains/{one.file.path}", problem) for problem in one.problems]
+            progress.update(report.num_shards, report.num_tokens, {"": f"{len(report.problems)} problems"})
+    return findings
+
+
+def _verify_together(catalog: Catalog, findings: list[ShardFindings], report: VerifyReport) -> None:
+    report.problems += _duplicates(findings)
+    headers = [(one.file.path, one.header) for one in findings if one.header is not None]
+    try:
+        runs = catalog.runs()
+    except StillroomError as error:
+        report.problems.append(Problem("runs", str(error)))
+    else:
+        for path, header in headers:
+            if header.run_id not in runs:
+                problem = f"its run's manifest runs/{header.run_id}.json is missing"
+                report.problems.append(Problem(f"chains/{path}", problem))
+    for fingerprint in sorted({header.tokenizer_fingerprint for _, header in headers}):
+        report.problems += _verify_vocab(catalog, fingerprint)
+
+
+def _duplicates(findings: list[ShardFindings]) -> Iterator[Problem]:
+    """Rows whose sample id an earlier row has already."""
+    ids = np.concatenate([one.sample_ids for one in findings]) if findings else packed([])
+    _, first = np.unique(ids, return_index=True)
+    repeated = np.ones(len(ids), bool)
+    repeated[first] = False
+    ends = np.cumsum([len(one.sample_ids) for one in findings])
+    for place in np.flatnonzero(repeated):
+        shard = int(np.searchsorted(ends, place, side="right"))
+        row = int(place) - (int(ends[shard - 1]) if shard else 0)
+        sample_id = bytes(ids[place]).hex()
+        findings[shard].repeated[sample_id] += 1
+        problem = f"row {row}, column sample_id: {sample_id} is visible more than once"
+        yield Problem(f"chains/{findings[shard].file.path}", problem)
+
+
+def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
+    path = catalog.vocab_path(fingerprint)
+    name = f"vocab/{path.name}"
+    if not path.exists():
+        yield Problem(name, "is missing: tokens have no text in SQL")
+        return
+    try:
+        with open_parquet(path) as file:
+            schema = file.read().schema
+    except (pa.ArrowException, OSError) as error:
+        yield Problem(name, f"is not a readable Parquet file: {str(error).splitlines()[0]}")
+        return
+    if not schema.equals(VOCAB_SCHEMA):
+        yield Problem(name, "has not the columns token_id, piece and is_special")
+
+
+def _verify_small(table: Table, schema: pa.Schema) -> Iterator[tuple[Problem, Damage | None]]:
+    """Files of the verdicts or failures table: hash, columns, rows."""
+    for file in table.files():
+        try:
+            problem = _small_problem(table.path_of(file), file, schema)
+        except CorruptError as error:
+            problem = without_path(str(error), table.path_of(file))
+        except StillroomError as error:
+            yield Problem(f"{table.folder.name}/{file.path}", without_path(str(error), table.path_of(file))), None
+            continue
+        if problem is not None:
+            found = Problem(f"{table.folder.name}/{file.path}", problem)
+            yield found, Damage(table.folder.name, file, [problem])
+
+
+def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | None:
+    check_hash(path)
+    try:
+        with open_parquet(path) as opened:
+            content = opened.read()
+    except (pa.ArrowException, OSError) as error:
+        return f"is not a readable Parquet file: {str(error).splitlines()[0]}"
+    if not content.schema.equals(schema):
+        return "has not the columns of its table"
+    if content.num_rows != file.num_rows:
+        return f"has {content.num_rows} rows, {file.num_rows} were registered"
+    return None
+
+
+def summary_of(report: VerifyReport) -> str:
+    """One line for a person."""
+    found = f"{report.num_chains} chains, {report.num_tokens} tokens, {format_bytes(report.size_bytes)}"
+    state = "nothing is wrong" if report.ok else f"{len(report.problems)} problems"
+    sizes = [(len(items), sum(one.size_bytes for one in items)) for items in (report.orphans, report.removed)]
+    (num_orphans, orphan_bytes), (num_removed, removed_bytes) = sizes
+    orphans = f", {num_orphans} orphans ({format_bytes(orphan_bytes)})" if num_orphans else ""
+    removed = f", {num_removed} files that older versions need ({format_bytes(removed_bytes)})" if num_removed else ""
+    return f"{report.num_shards} shards, {found}: {state}{orphans}{removed}"

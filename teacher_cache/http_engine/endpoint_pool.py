@@ -1,0 +1,231 @@
+"""Endpoints that share a queue of requests: who is asked, what happens to what breaks off, who is left out.
+
+Runs in one event loop. An endpoint in trouble is left out and shaken hands with after growing pauses, until
+it serves the same teacher again; its chains go back to the queue, and to whoever is free.
+"""
+
+import asyncio
+import queue
+import random
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import ConfigError, StillroomError
+from shared.log import note, warn
+from teacher_cache.engine_config import ServerConfig
+from teacher_cache.http_engine.endpoint import Endpoint, pause_s
+from teacher_cache.http_engine.handshake import Expected
+from teacher_cache.http_engine.http_client import HttpClient, Refused, Unavailable
+from teacher_cache.requests import EngineInfo, Failed, Outcome, Request
+
+OPEN_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class Job:
+    """A request on its way. `num_attempts` counts those that an endpoint may have worked on."""
+
+    request: Request
+    num_attempts: int = 0
+
+
+class EndpointPool:
+    """Endpoints and their queue. Everything but `num_tokens`, `info` and `raise_if_lost` runs in the event loop."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        expected: Expected,
+        api_key: str | None,
+        answers: "queue.SimpleQueue[Outcome | BaseException]",
+    ) -> None:
+        self._config, self._expected, self._api_key, self._answers = config, expected, api_key, answers
+        self._endpoints: list[Endpoint] = []
+        self._jobs: deque[Job] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._came_up = asyncio.Event()
+        self._misfit: ConfigError | None = None
+        self._max_model_len = 0
+        self._none_since_s: float | None = time.monotonic()
+        self._jitter = random.Random()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(endpoint.num_tokens for endpoint in self._endpoints)
+
+    async def open(self) -> None:
+        """Tries every endpoint once, and goes on with those that fit when there is one; else waits for one."""
+        for url in self._config.endpoints:
+            http = HttpClient(url, self._api_key, self._config.stall_s)
+            self._endpoints.append(Endpoint(http, self._expected))
+        await asyncio.gather(*(self._first_try(endpoint) for endpoint in self._endpoints))
+        self._raise_misfit()
+        for endpoint in self._endpoints:
+            self._start(self._keep(endpoint))
+        while not any(endpoint.is_up for endpoint in self._endpoints):
+            self.raise_if_lost()
+            self._raise_misfit()
+            await asyncio.sleep(OPEN_POLL_S)
+        lengths = {one.url: one.served.max_model_len for one in self._endpoints if one.served is not None}
+        self._max_model_len = self._common_length(lengths)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for endpoint in self._endpoints:
+            await endpoint.http.__aexit__(None, None, None)
+
+    def info(self) -> EngineInfo:
+        served = {one.url: one.served for one in self._endpoints if one.served is not None}
+        versions = sorted({one.version for one in served.values()})
+        return EngineInfo(
+            vocab_size=self._expected.vocab_size,
+            max_model_len=self._max_model_len,
+            entropy="support",
+            software={"vllm": ", ".join(versions)},
+            settings={
+                "max_model_len": self._max_model_len,
+                "served": {url: {"model": one.model, "path": one.api.path} for url, one in served.items()},
+            },
+        )
+
+    def offer(self, job: Job) -> None:
+        """Takes a job, a new one at the end and one that was begun already at the front."""
+        if job.num_attempts:
+            self._jobs.appendleft(job)
+        else:
+            self._jobs.append(job)
+        self._dispatch()
+
+    def raise_if_lost(self) -> None:
+        """Raises StillroomError when no endpoint was up for too long."""
+        since_s = self._none_since_s
+        if since_s is None or time.monotonic() - since_s < 60 * self._config.give_up_minutes:
+            return
+        problems = "; ".join(f"{endpoint.url} {endpoint.problem}" for endpoint in self._endpoints)
+        raise StillroomError(
+            f"no endpoint was usable for {self._config.give_up_minutes:g} minutes ({problems}): mend that and start "
+            "the same command again, it goes on"
+        )
+
+    def _dispatch(self) -> None:
+        """Gives jobs to the least busy endpoints."""
+        while self._jobs:
+            free = [one for one in self._endpoints if one.is_up and one.num_in_flight < self._config.max_in_flight]
+            if not free:
+                return
+            endpoint = min(free, key=lambda one: one.num_in_flight)
+            endpoint.num_in_flight += 1
+            self._start(self._run(endpoint, self._jobs.popleft()))
+
+    async def _run(self, endpoint: Endpoint, job: Job) -> None:
+        try:
+            outcome = await self._ask(endpoint, job)
+        finally:
+            endpoint.num_in_flight -= 1
+        if outcome is not None:
+            self._answers.put(outcome)
+        self._dispatch()
+
+    async def _ask(self, endpoint: Endpoint, job: Job) -> Outcome | None:
+        """The outcome, None where the job goes back to the queue."""
+        request, served = job.request, endpoint.served
+        if served is None:
+            self.offer(job)
+            return None
+        room = self._max_model_len - len(request.prompt_token_ids)
+        try:
+            outcome = await endpoint.ask(served, request, min(request.max_tokens, room))
+        except Refused as error:
+            return Failed(request, "refused", str(error))
+        except Unavailable as error:
+            return self._after_trouble(endpoint, job, error)
+        endpoint.note_success()
+        return outcome
+
+    def _after_trouble(self, endpoint: Endpoint, job: Job, error: Unavailable) -> Outcome | None:
+        was_up = endpoint.is_up
+        if was_up:
+            endpoint.note_trouble(error)
+        if was_up and not endpoint.is_up:
+            self._note_down(endpoint)
+        job.num_attempts += error.was_sent
+        if job.num_attempts >= self._config.max_attempts:
+            tried = f"after {job.num_attempts} attempts {endpoint.url} {error}"
+            return Failed(job.request, "engine_error", tried)
+        # It stays in `num_unfinished` while it waits.
+        asyncio.get_running_loop().call_later(pause_s(job.num_attempts, self._jitter), self.offer, job)
+        return None
+
+    async def _first_try(self, endpoint: Endpoint) -> None:
+        try:
+            await self._connect(endpoint)
+        except ConfigError as error:
+            self._misfit = error
+        except Unavailable as error:
+            note(f"{endpoint.url} {error}: it is tried again until it answers")
+
+    async def _keep(self, endpoint: Endpoint) -> None:
+        """Brings the endpoint back whenever it is down, for ever."""
+        said = endpoint.problem
+        while True:
+            if endpoint.is_up:
+                await endpoint.wait_until_down()
+                said = endpoint.problem
+            await asyncio.sleep(endpoint.backoff_s())
+            try:
+                await self._connect(endpoint)
+            except (ConfigError, Unavailable) as error:
+                if isinstance(error, ConfigError):
+                    self._misfit = error
+                if str(error) != said:
+                    warn(f"left out: {error}" if isinstance(error, ConfigError) else f"{endpoint.url} {error}")
+                said = str(error)
+            else:
+                note(f"{endpoint.url} is there")
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        await endpoint.connect()
+        served = endpoint.served
+        if served is not None and served.max_model_len < self._max_model_len:
+            endpoint.served = None
+            raise ConfigError(
+                f"{endpoint.url} came back with max_model_len {served.max_model_len}, the build was begun with "
+                f"{self._max_model_len}: start it with --max-model-len {self._max_model_len}"
+            )
+        self._none_since_s = None
+        self._dispatch()
+
+    def _note_down(self, endpoint: Endpoint) -> None:
+        left = sum(one.is_up for one in self._endpoints)
+        note(f"{endpoint.url} {endpoint.problem}: left out and tried again, {left} of {len(self._endpoints)} go on")
+        if not left:
+            self._none_since_s = time.monotonic()
+
+    def _raise_misfit(self) -> None:
+        if self._misfit is not None:
+            raise self._misfit
+
+    def _common_length(self, lengths: dict[str, int]) -> int:
+        if self._config.max_model_len is not None:
+            return min(self._config.max_model_len, *lengths.values())
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{url} {length}" for url, length in lengths.items())
+            raise ConfigError(f"the endpoints take chains of different lengths ({told}): set engine.max_model_len")
+        return next(iter(lengths.values()))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            # A mistake of ours: it ends the build rather than a task that nobody looks at.
+            self._answers.put(error)
