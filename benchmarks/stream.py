@@ -1,19 +1,22 @@
-"""From shards to packed batches: tokens a second and core; planning time and memory by number of chains.
+"""From shards to packed batches: tokens a second and core; planning time and memory by number of chains; distance.
 
-    python -m benchmarks.stream [--json] [--tokens N] [--pack-tokens L] [--rows R ...]
+    python -m benchmarks.stream [--json] [--tokens N] [--pack-tokens L] [--rows R ...] [--round-trips-ms D ...]
 
 Reading: a cache of synthetic chains (topk-u8, 22 entries a token on average, vocabulary 129,280, row groups of 65,536
 tokens) is selected and streamed for one epoch by one rank, once with distributions and once with token ids alone.
 Speed is completion tokens over the CPU seconds of the whole process (decompression, checksums, decoding, packing, both
 threads). Planning: for each number of chains a selection is written (row groups of 65,536 tokens, lengths exponential
 with mean 1,500) and a fresh process loads it and plans an epoch, imports not counted: wall clock of the best of three,
-the CPU seconds of the same one, and the MiB that its resident set grew by at the peak. The last line is one JSON
-object; with --json it is the only one.
+the CPU seconds of the same one, and the MiB that its resident set grew by at the peak. Distance: the same cache lies
+in an S3 server on the loopback (SeaweedFS, extra `dev`) behind a link that adds each of `--round-trips-ms`; freezing a
+selection and streaming an epoch by wall clock, with row groups read when they are due (`one by one`) and read ahead, in
+turns; best of two. The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +26,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from shared.storage import Location, location
 from student_train.streaming.epoch_plan import PlanSpec
 from student_train.streaming.plans import EpochPlans
+from student_train.streaming.row_buffer import READ_AHEAD_GROUPS
 from student_train.streaming.select import CacheSource, SelectionRequest, freeze
 from student_train.streaming.selection import (
     SCHEMA,
@@ -35,7 +40,10 @@ from student_train.streaming.selection import (
     write_selection,
 )
 from student_train.streaming.stream import PackStream, StreamStats
+from teacher_cache.care.copy_cache import copy_caches
 from tests.caches import make_cache
+from tests.object_store import BUCKET, object_store
+from tests.slow_link import slow_link
 
 MEAN_TOKENS = 1500
 GROUP_TOKENS = 65_536
@@ -53,6 +61,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stillroom-stream-") as name:
         folder = Path(name)
         result = {**measure_reading(folder, arguments.tokens, arguments.pack_tokens)}
+        if arguments.round_trips_ms:
+            result["distance"] = measure_distance(folder, arguments.round_trips_ms, arguments.pack_tokens)
         plans = {rows: measure_plan(folder, rows, arguments.pack_tokens) for rows in arguments.rows}
     for key in ("plan_seconds", "plan_cpu_seconds", "plan_mib", "fill_frac"):
         result[key] = {str(rows): plan[key] for rows, plan in plans.items()}
@@ -92,6 +102,48 @@ def measure_reading(folder: Path, num_tokens: int, pack_tokens: int) -> Result:
         "max_buffer_mib": round(full.max_buffer_bytes / MIB, 1),
         "reads_per_row_group": full.num_group_reads / len(selection.file_G),
         "ids_alone_max_buffer_mib": round(ids.max_buffer_bytes / MIB, 1),
+    }
+
+
+def measure_distance(folder: Path, round_trips_ms: list[float], pack_tokens: int) -> list[Result]:
+    """The cache of `measure_reading` in an object store: seconds to freeze it and to stream an epoch of it."""
+    store_folder = folder / "store"
+    store_folder.mkdir()
+    results: list[Result] = []
+    with object_store(store_folder) as store:
+        os.environ.update(store.environment)
+        root = location(f"s3://{BUCKET}/cache")
+        copy_caches([folder / "cache"], root)
+        for round_trip_ms in round_trips_ms:
+            with slow_link(store.port, round_trip_ms / 1000) as port:
+                os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+                results.append({"round_trip_ms": round_trip_ms, **_distant(folder, root, pack_tokens)})
+    return results
+
+
+def _distant(folder: Path, root: Location, pack_tokens: int) -> Result:
+    freeze_s, epoch_s = [], {0: [0.0] * 0, READ_AHEAD_GROUPS: [0.0] * 0}
+    for _ in range(2):
+        started_s = time.perf_counter()
+        selection = freeze(folder / "distant.parquet", SelectionRequest([CacheSource(root)]))
+        freeze_s.append(time.perf_counter() - started_s)
+        for read_ahead_groups, seconds in epoch_s.items():
+            started_s = time.perf_counter()
+            with PackStream(
+                selection,
+                PlanSpec(pack_tokens),
+                packs_per_step=1,
+                num_epochs=1,
+                read_ahead_groups=read_ahead_groups,
+            ) as stream:
+                for _ in stream:
+                    pass
+            seconds.append(time.perf_counter() - started_s)
+    total = selection.header.num_tokens
+    return {
+        "freeze_s": round(min(freeze_s), 2),
+        "one_by_one_tokens_per_s": round(total / min(epoch_s[0])),
+        "read_ahead_tokens_per_s": round(total / min(epoch_s[READ_AHEAD_GROUPS])),
     }
 
 
@@ -189,6 +241,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1_500_000, help="completion tokens of the cache that is read")
     parser.add_argument("--pack-tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="numbers of chains to plan")
+    parser.add_argument("--round-trips-ms", type=float, nargs="*", default=[0, 10, 30], help="added by the link")
     parser.add_argument("--plan-of", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -26,7 +26,11 @@ START_S = 60.0
 class ObjectStore:
     """A running server. `environment` is what its clients are told."""
 
-    endpoint: str
+    port: int
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -74,7 +78,7 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
     with (folder / "log.txt").open("w") as log:
         server = subprocess.Popen([program, "server", *arguments], stdout=log, stderr=subprocess.STDOUT)
         try:
-            store = ObjectStore(f"http://127.0.0.1:{ports['s3.port']}")
+            store = ObjectStore(ports["s3.port"])
             _wait(store, server, folder / "log.txt")
             yield store
         finally:

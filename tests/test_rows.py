@@ -1,4 +1,4 @@
-"""Row groups decoded and kept within a budget; damage is named."""
+"""Row groups decoded; damage is named."""
 
 from pathlib import Path
 
@@ -6,9 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.records import Int64
 from shared.errors import CorruptError
-from student_train.streaming.rows import RowBlock, RowBuffer, read_rows
+from student_train.streaming.rows import read_rows
 from student_train.streaming.select import CacheSource, SelectionRequest, freeze
 from student_train.streaming.selection import Selection
 from tests.caches import make_cache, on_disk
@@ -80,38 +79,3 @@ def one_file(tmp_path: Path) -> tuple[Selection, Path]:
     cache = make_cache(tmp_path / "cache", num_chains=12, groups_per_shard=100)
     selection = freeze(tmp_path / "selection.parquet", SelectionRequest([CacheSource(cache.root)]))
     return selection, on_disk(selection.path_of(0))
-
-
-def fake_block(rows: Int64) -> RowBlock:
-    """Each row is one token that is the row's number."""
-    offsets = np.arange(len(rows) + 1)
-    return RowBlock(rows, rows.astype(np.int32), offsets, rows.astype(np.int32), offsets, None, None)
-
-
-@pytest.mark.parametrize("budget_rows", [1, 10, 40, 10_000])
-def test_memory_stays_within_the_budget(budget_rows: int) -> None:
-    rng = np.random.default_rng(0)
-    group_R = np.repeat(np.arange(20, dtype=np.int32), 10)
-    # Rows come back in an order that wanders over the groups, some twice.
-    rows_I = rng.permutation(np.concatenate([np.arange(200), np.arange(50)]))
-    budget_bytes = budget_rows * fake_block(np.arange(1)).num_bytes
-    loads: list[tuple[int, int]] = []
-
-    def load(group: int, rows: Int64) -> RowBlock:
-        assert (group_R[rows] == group).all()
-        loads.append((group, len(rows)))
-        return fake_block(rows)
-
-    buffer = RowBuffer(load, rows_I, group_R, budget_bytes)
-    for row in rows_I:
-        block, index = buffer.next_row()
-        assert block.tokens_of(index).tolist() == [row]
-    largest = fake_block(np.arange(10)).num_bytes
-    assert buffer.max_bytes <= max(budget_bytes, largest) + largest
-    assert buffer.num_bytes == 0
-    assert buffer.num_reads == len(loads)
-    if budget_rows == 10_000:
-        assert len(loads) == 20
-    else:
-        # What was read again held only the rows that were still due.
-        assert sum(size for _, size in loads) < 10 * len(loads)

@@ -94,12 +94,23 @@ def all_keys(frozen: Frozen, times: int = 1) -> Counter[tuple[int, int]]:
     seed=st.integers(0, 3),
     num_epochs=st.integers(1, 3),
     buffer_mib=st.sampled_from([1, 64]),
+    read_ahead_groups=st.sampled_from([0, 1, 8]),
 )
 def test_every_token_once_an_epoch_whoever_reads(
-    frozen: Frozen, world: int, accumulation: int, seed: int, num_epochs: int, buffer_mib: int
+    frozen: Frozen,
+    world: int,
+    accumulation: int,
+    seed: int,
+    num_epochs: int,
+    buffer_mib: int,
+    read_ahead_groups: int,
 ) -> None:
     spec = PlanSpec(128, seed=seed, lanes=2, window_groups=2)
-    options: dict[str, Any] = {"num_epochs": num_epochs, "buffer_mib": buffer_mib}
+    options: dict[str, Any] = {
+        "num_epochs": num_epochs,
+        "buffer_mib": buffer_mib,
+        "read_ahead_groups": read_ahead_groups,
+    }
     packs = read_world(frozen.selection, spec, world, packs_per_step=world * accumulation, **options)
     assert keys(packs) == all_keys(frozen, num_epochs)
     assert len(packs) % (world * accumulation) == 0
@@ -293,7 +304,7 @@ def test_a_corrupt_shard_is_never_trained_in_silence(tmp_path: Path) -> None:
 
 
 def reading_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "pack-stream"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pack-stream")]
 
 
 def test_closing_early_leaves_no_thread(frozen: Frozen) -> None:

@@ -1,12 +1,11 @@
-"""From where a chain lies to its tokens and distributions: decoded row groups, kept while they are needed.
+"""From where a chain lies to its tokens and distributions: decoded rows of a row group.
 
-In: rows of a selection, in the order in which they will be asked for. Out: token ids and signals of each, as views.
-Cost: the files are read about once; memory is bounded by a budget whatever the data's size.
+In: rows of a selection that lie in one row group. Out: token ids and signals of each, as views. Nothing is kept
+(row_buffer.py keeps what is needed), and any number of threads may read at a time.
 
     R rows of a row group that were asked for, T completion tokens of them
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,64 +127,6 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
     return RowBlock(
         rows_R, prompt_ids, prompt_offsets, token_ids_T, token_offsets, signals, entry_offsets_T, draw_offsets_T
     )
-
-
-class RowBuffer:
-    """Hands out rows in an order that is known beforehand, reading each row group when its first row is due.
-
-    A block is dropped when its last row was handed out, or when all blocks together exceed the budget: then the one
-    used least recently goes, and what is still due of it is read again.
-    """
-
-    def __init__(
-        self, load: Callable[[int, Int64], RowBlock], rows_I: Int64, group_R: Int32, budget_bytes: int
-    ) -> None:
-        """`load(group, rows)` reads rows of a group; row rows_I[i] is the i-th that will be asked for."""
-        self._load = load
-        self._rows_I = rows_I
-        self._group_I = group_R[rows_I]
-        self._budget_bytes = budget_bytes
-        # Places (indices i) of each group, in the order in which they come: where to look for what is still due of it.
-        self._places_I = np.argsort(self._group_I, kind="stable")
-        self._groups_sorted_I = self._group_I[self._places_I]
-        self._blocks: OrderedDict[int, RowBlock] = OrderedDict()
-        self._last_place: dict[int, int] = {}
-        self._next = 0
-        self.num_bytes = 0
-        self.max_bytes = 0
-        self.num_reads = 0
-
-    def next_row(self) -> tuple[RowBlock, int]:
-        """The block that holds the next row, and the row's index in it."""
-        place = self._next
-        row, group = int(self._rows_I[place]), int(self._group_I[place])
-        block = self._blocks.get(group)
-        if block is None:
-            block = self._read(group, place)
-        self._blocks.move_to_end(group)
-        self._next = place + 1
-        if place == self._last_place[group]:
-            self._drop(group)
-        return block, int(np.searchsorted(block.rows_R, row))
-
-    def _read(self, group: int, place: int) -> RowBlock:
-        start, stop = np.searchsorted(self._groups_sorted_I, [group, group + 1])
-        places = self._places_I[start:stop]
-        due = places[places >= place]
-        block = self._load(group, np.unique(self._rows_I[due]))
-        self.num_reads += 1
-        self.num_bytes += block.num_bytes
-        self.max_bytes = max(self.max_bytes, self.num_bytes)
-        self._blocks[group] = block
-        self._last_place[group] = int(due[-1])
-        for other in list(self._blocks):
-            if self.num_bytes <= self._budget_bytes or other == group:
-                break
-            self._drop(other)
-        return block
-
-    def _drop(self, group: int) -> None:
-        self.num_bytes -= self._blocks.pop(group).num_bytes
 
 
 def _read_table(

@@ -11,10 +11,13 @@ many ranks there are. Rank r takes pack cursor + r, then cursor + r + world, ...
     B packs of a global batch (all ranks and accumulation steps), W ranks
 """
 
+import contextlib
+import functools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -26,9 +29,11 @@ from shared.errors import ConfigError
 from student_train.streaming.epoch_plan import PlanSpec
 from student_train.streaming.pack import Pack, PackedPiece, build_pack, empty_pack
 from student_train.streaming.plans import EpochPlans, Place
-from student_train.streaming.rows import RowBlock, RowBuffer, read_rows
+from student_train.streaming.row_buffer import READ_AHEAD_GROUPS, RowBuffer
+from student_train.streaming.rows import RowBlock, read_rows
 from student_train.streaming.selection import Selection
 
+THREAD_NAME = "pack-stream"
 POLL_S = 0.1
 """How soon the reading thread notices that it is no longer wanted."""
 
@@ -62,7 +67,7 @@ class _Item:
 
 
 class PackStream:
-    """Iterator over this rank's packs; a context manager that stops its reading thread. One consumer."""
+    """Iterator over this rank's packs; a context manager that stops its reading threads. One consumer."""
 
     def __init__(
         self,
@@ -76,9 +81,10 @@ class PackStream:
         with_signals: bool = True,
         buffer_mib: int = 1024,
         prefetch_packs: int = 8,
+        read_ahead_groups: int = READ_AHEAD_GROUPS,
     ) -> None:
         """`packs_per_step` packs make a global batch; None epochs never end; `with_signals` False reads token ids
-        alone.
+        alone; `read_ahead_groups` row groups are read before they are due, within `buffer_mib` of decoded rows.
 
         Raises ConfigError where the batch does not divide among the ranks or no chain is left to train on.
         """
@@ -89,10 +95,12 @@ class PackStream:
         assert 0 <= rank < world
         assert buffer_mib > 0
         assert prefetch_packs > 0
+        assert read_ahead_groups >= 0
         self.plans = EpochPlans(selection, spec, num_epochs)
         self._packs_per_step, self._rank, self._world = packs_per_step, rank, world
         self._with_signals = with_signals and not selection.is_text
         self._budget_bytes, self._prefetch_packs = buffer_mib << 20, prefetch_packs
+        self._read_ahead_groups = read_ahead_groups
         self._place: Place = (0, 0)
         self._stats = StreamStats()
         self._queue: queue.Queue[_Item] = queue.Queue(prefetch_packs)
@@ -169,7 +177,7 @@ class PackStream:
     def _start(self) -> None:
         self._closing = threading.Event()
         self._queue = queue.Queue(self._prefetch_packs)
-        reader = threading.Thread(target=self._read_ahead, args=(self._place,), name="pack-stream", daemon=True)
+        reader = threading.Thread(target=self._read_ahead, args=(self._place,), name=THREAD_NAME, daemon=True)
         self._thread = reader
         reader.start()
 
@@ -188,9 +196,10 @@ class PackStream:
 
     def _read_ahead(self, place: Place) -> None:
         try:
-            for item in self._items(place):
-                if not self._put(item):
-                    return
+            with self._loaders() as pool, contextlib.closing(self._items(place, pool)) as items:
+                for item in items:
+                    if not self._put(item):
+                        return
             self._put(_Item())
         except BaseException as error:  # noqa: BLE001 - raised again where the packs are consumed
             self._put(_Item(error=error))
@@ -205,7 +214,13 @@ class PackStream:
             return True
         return False
 
-    def _items(self, place: Place) -> Iterator[_Item]:
+    def _loaders(self) -> contextlib.AbstractContextManager[Executor | None]:
+        """Threads that read row groups before they are due; leaving waits for those that are being read."""
+        if not self._read_ahead_groups:
+            return contextlib.nullcontext()
+        return ThreadPoolExecutor(self._read_ahead_groups, thread_name_prefix=THREAD_NAME)
+
+    def _items(self, place: Place, pool: Executor | None) -> Generator[_Item, None, None]:
         """Packs of this rank from a place on, each with the place after all ranks have taken theirs."""
         plans, num_taken = self.plans, 0
         reader: _EpochReader | None = None
@@ -218,29 +233,32 @@ class PackStream:
                 yield _Item(empty_pack(with_signals=self._with_signals), place)
                 continue
             if reader is None or reader.epoch != epoch:
-                reader = _EpochReader(plans, epoch, cursor, self._world, self._budget_bytes, self._with_signals)
+                reader = _EpochReader(plans, epoch, cursor, self._world, functools.partial(self._buffer, pool))
             reads_before = reader.buffer.num_reads
             pack = reader.read(cursor)
             num_reads = reader.buffer.num_reads - reads_before
             yield _Item(pack, place, num_group_reads=num_reads, max_buffer_bytes=reader.buffer.max_bytes)
+
+    def _buffer(self, pool: Executor | None, rows_I: Int64) -> RowBuffer:
+        selection = self.plans.selection
+
+        def load(group: int, rows_R: Int64) -> RowBlock:
+            return read_rows(selection, group, rows_R, with_signals=self._with_signals)
+
+        return RowBuffer(load, rows_I, selection.group_R, self._budget_bytes, pool, self._read_ahead_groups)
 
 
 class _EpochReader:
     """Packs `cursor`, `cursor + world`, ... of one epoch, read in this order."""
 
     def __init__(
-        self, plans: EpochPlans, epoch: int, cursor: int, world: int, budget_bytes: int, with_signals: bool
+        self, plans: EpochPlans, epoch: int, cursor: int, world: int, make_buffer: Callable[[Int64], RowBuffer]
     ) -> None:
         self.epoch = epoch
         self._plans, self._plan = plans, plans.plan(epoch)
         pack_I = np.repeat(np.arange(self._plan.num_packs), np.diff(self._plan.offsets))
         mine_I = (pack_I >= cursor) & ((pack_I - cursor) % world == 0)
-        rows_I = plans.pieces.row_P[self._plan.items_I[mine_I]].astype(np.int64)
-
-        def load(group: int, rows_R: Int64) -> RowBlock:
-            return read_rows(plans.selection, group, rows_R, with_signals=with_signals)
-
-        self.buffer = RowBuffer(load, rows_I, plans.selection.group_R, budget_bytes)
+        self.buffer = make_buffer(plans.pieces.row_P[self._plan.items_I[mine_I]].astype(np.int64))
 
     def read(self, cursor: int) -> Pack:
         pieces, items = self._plans.pieces, self._plan.pack(cursor)
