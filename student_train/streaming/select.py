@@ -6,7 +6,6 @@ caches grow. Cost: 28 bytes a chain in memory; no token is read.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.manifest import ShardHeader
-from schemas.records import Float32, Int64
+from schemas.records import Float32
 from shared.catalog import Catalog
 from shared.errors import ConfigError
-from shared.filter_columns import check_filter_columns
-from shared.shards import open_shard
+from shared.filter_columns import ShardFooter, check_filter_columns
 from shared.sql import Session, open_cache
 from shared.storage import Location
 from student_train.streaming.selection import (
@@ -31,9 +29,6 @@ from student_train.streaming.selection import (
     totals_of,
     write_selection,
 )
-
-HEADER_THREADS = 16
-"""Footers are read so many at a time: on network storage each costs a round trip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +91,8 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     """
     _check_sources(request.sources)
     catalogs = [Catalog(source.root, source.chains_version, source.verdicts_version) for source in request.sources]
-    rows = pa.concat_tables([_query(catalog, number, request) for number, catalog in enumerate(catalogs)])
+    answers = [_query(catalog, number, request) for number, catalog in enumerate(catalogs)]
+    rows = pa.concat_tables([found for found, _ in answers])
     if not rows.num_rows:
         raise ConfigError(_empty_message(catalogs, request))
     weights = rows.column("weight").to_numpy()
@@ -105,7 +101,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
     if not rows.num_rows:
         raise ConfigError(f"{request.key} {request.where!r} selects only chains that are empty or weigh 0: widen it")
-    rows, headers = _locate(catalogs, rows)
+    rows, headers = _locate(catalogs, [footers for _, footers in answers], rows)
     if not request.any_tokenizer:
         check_one_tokenizer(headers)
     header = SelectionHeader(
@@ -158,12 +154,13 @@ def _check_sources(sources: Sequence[CacheSource]) -> None:
             raise ConfigError(f"cache {source.root} has weight {source.weight}: weights are above 0, and at most 1000")
 
 
-def _query(catalog: Catalog, number: int, request: SelectionRequest) -> pa.Table:
+def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa.Table, dict[str, ShardFooter]]:
+    """Places, lengths and weights of the chains that the condition picks, and the footers of all shards by path."""
     where, weight = request.where, request.weight
     # The newline lets a condition end in a `--` comment.
     condition = f"WHERE (\n{where}\n)" if where is not None else ""
     expression = f"(\n{weight}\n)" if weight is not None else "1"
-    check_filter_columns(catalog, f"{where} {weight}")
+    footers = check_filter_columns(catalog, f"{where} {weight}")
     with open_cache(catalog) as session:
         _dry_run(session, request.key, where, f"SELECT 1 FROM chains {condition} LIMIT 0")
         _dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
@@ -174,7 +171,7 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> pa.Table
         rows = _run(session, f"{request.key} or data.weight", f"{where} / {weight}", query)
     # A NULL weight reads as nan and is refused with the other bad weights.
     filled = rows.column("weight").fill_null(float("nan"))
-    return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled)
+    return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled), footers
 
 
 def _dry_run(session: Session, name: str, given: str | None, query: str) -> None:
@@ -216,32 +213,22 @@ def _check_weights(weights: Float32, expression: str | None) -> None:
         )
 
 
-def _locate(catalogs: Sequence[Catalog], rows: pa.Table) -> tuple[pa.Table, dict[str, ShardHeader]]:
+def _locate(
+    catalogs: Sequence[Catalog], footers: Sequence[dict[str, ShardFooter]], rows: pa.Table
+) -> tuple[pa.Table, dict[str, ShardHeader]]:
     """Rows as a selection keeps them (SCHEMA), with `row_in_file` as row group and row in it; headers by shard."""
     cache_R, row_R = rows.column("cache").to_numpy(), rows.column("row_in_file").to_numpy()
     encoded = rows.column("file").combine_chunks().dictionary_encode()
     file_R = encoded.indices.to_numpy()
-    starts = np.flatnonzero(np.diff(cache_R, prepend=-1) | np.diff(file_R, prepend=-1))
+    starts = np.flatnonzero(np.diff(cache_R, prepend=-1) | np.diff(file_R, prepend=-1)).tolist()
     files = encoded.dictionary.to_pylist()
-    paths = [catalogs[cache_R[start]].chains.folder / files[file_R[start]] for start in starts.tolist()]
     group_R, place_R = np.zeros(len(row_R), np.int32), np.zeros(len(row_R), np.int32)
     headers = {}
-    with ThreadPoolExecutor(min(HEADER_THREADS, len(paths))) as pool:
-        stops = [*starts[1:].tolist(), len(row_R)]
-        for path, footer, start, stop in zip(paths, pool.map(_footer, paths), starts.tolist(), stops, strict=True):
-            header, first_rows_G = footer
-            mine = slice(start, stop)
-            group_R[mine] = np.searchsorted(first_rows_G, row_R[mine], side="right") - 1
-            place_R[mine] = row_R[mine] - first_rows_G[group_R[mine]]
-            headers[str(path)] = header
+    for start, stop in zip(starts, [*starts[1:], len(row_R)], strict=True):
+        cache, file = int(cache_R[start]), files[file_R[start]]
+        footer, mine = footers[cache][file], slice(start, stop)
+        group_R[mine] = np.searchsorted(footer.first_rows_G, row_R[mine], side="right") - 1
+        place_R[mine] = row_R[mine] - footer.first_rows_G[group_R[mine]]
+        headers[str(catalogs[cache].chains.folder / file)] = footer.header
     columns = {**{name: rows.column(name) for name in rows.column_names}, "row_group": group_R, "row_in_group": place_R}
     return pa.Table.from_pydict({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA), headers
-
-
-def _footer(path: Location) -> tuple[ShardHeader, Int64]:
-    """A shard's header and the number of the first row of each of its row groups."""
-    file, header = open_shard(path)
-    with file:
-        metadata = file.metadata
-        sizes_G = np.array([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)], np.int64)
-    return header, np.cumsum(sizes_G) - sizes_G
