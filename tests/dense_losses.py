@@ -45,7 +45,7 @@ def sparse(dense_NV: Tensor, num_support: int = K, padding: int = 0) -> SparseTa
     tail_N = dense_NV.masked_fill(~is_outside_NV, -torch.inf).logsumexp(dim=1)
     generator = torch.Generator().manual_seed(7)
     sampled_N = torch.multinomial(dense_NV.exp(), 1, generator=generator).flatten()
-    return SparseTargets(ids_NK.int(), logprobs_NK, tail_N, sampled_N, reference_ids_N=(sampled_N + 1) % num_vocab)
+    return SparseTargets(ids_NK.int(), logprobs_NK, tail_N, sampled_N)
 
 
 def support_mask(ids_NK: Tensor, logprobs_NK: Tensor, num_vocab: int) -> Tensor:
@@ -57,24 +57,22 @@ def support_mask(ids_NK: Tensor, logprobs_NK: Tensor, num_vocab: int) -> Tensor:
     return mask_NV
 
 
-def with_draws(targets: SparseTargets, dense_NV: Tensor, num_draws: int = M, *, logprobs: bool = True) -> SparseTargets:
+def with_draws(targets: SparseTargets, dense_NV: Tensor, num_draws: int = M) -> SparseTargets:
     """`num_draws` from each row's tail, with replacement, each standing for an equal share of its mass."""
     is_outside_NV = ~support_mask(targets.ids_NK, targets.logprobs_NK, dense_NV.shape[1])
     generator = torch.Generator().manual_seed(3)
     tail_NV = dense_NV.exp() * is_outside_NV
     ids_NM = torch.multinomial(tail_NV, num_draws, replacement=True, generator=generator)
     weights_NM = (tail_NV.sum(dim=1, keepdim=True) / num_draws).expand(-1, num_draws)
-    return replace(targets, draws=TailDraws(ids_NM, weights_NM, dense_NV.gather(1, ids_NM) if logprobs else None))
+    return replace(targets, draws=TailDraws(ids_NM, weights_NM, dense_NV.gather(1, ids_NM)))
 
 
 def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: SparseTargets) -> Tensor:
     """[N] nats, straight from the definition, with everything [N, V] materialised. `dense_NV` is at temperature 1."""
     if name.startswith("cross_entropy"):
-        assert targets.reference_ids_N is not None
         against_N = {
             "cross_entropy": targets.sampled_ids_N,
             "cross_entropy_argmax": targets.ids_NK[:, 0].long(),
-            "cross_entropy_reference": targets.reference_ids_N,
         }[name]
         return torch.nn.functional.cross_entropy(logits_NV, against_N, reduction="none")
     tau = targets.temperature
@@ -94,16 +92,23 @@ def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: Spa
         in_tail_NM = (log_p_NV - log_q_NV).gather(1, ids_NM)
         return tau**2 * (on_support_N + (targets.draws.weights_NM * ratio_NM * in_tail_NM).sum(dim=1))
     # Divergences of the merged distributions, one token at a time, the tail as one more outcome.
-    return tau**2 * torch.stack(
-        [
-            merged_divergence(
-                name,
-                torch.cat([p_V[mask_V], p_V[~mask_V].sum().reshape(1)]),
-                torch.cat([q_V[mask_V], q_V[~mask_V].sum().reshape(1)]),
-            )
-            for p_V, q_V, mask_V in zip(p_NV, q_NV, mask_NV, strict=True)
-        ]
-    )
+    apart_NV = mask_NV.clone()
+    if targets.draws is not None and name != "forward_kl_tail_bucket":
+        apart_NV.scatter_(1, targets.draws.ids_NM, True)
+    values = []
+    for p_V, q_V, stored_V, apart_V in zip(p_NV, q_NV, mask_NV, apart_NV, strict=True):
+        # What is left of the teacher's tail beside drawn ids counts as a 32nd of the tail at least.
+        p_left = (
+            torch.maximum(p_V[~apart_V].sum(), p_V[~stored_V].sum() / 32)
+            if apart_V.sum() > stored_V.sum()
+            else p_V[~apart_V].sum()
+        )
+        outcomes = [(p_V[apart_V], q_V[apart_V])]
+        if not apart_V.all():
+            outcomes.append((p_left.reshape(1), q_V[~apart_V].sum().reshape(1)))
+        p_B, q_B = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
+        values.append(merged_divergence(name, p_B, q_B))
+    return tau**2 * torch.stack(values)
 
 
 def merged_divergence(name: LossName, p_B: Tensor, q_B: Tensor) -> Tensor:

@@ -106,17 +106,17 @@ def test_a_row_without_support_teaches_nothing_when_renormalised() -> None:
 
 def test_terms_say_what_they_need() -> None:
     needs = {
-        name: (term.needs_distribution, term.needs_tail, term.needs_draws, term.needs_reference)
+        name: (term.needs_distribution, term.needs_tail, term.needs_draws, term.uses_draws)
         for name in LOSS_NAMES
         for term in [LossTerm(name)]
     }
     assert needs["forward_kl_tail_bucket"] == (True, True, False, False)
     assert needs["forward_kl_truncated"] == (True, False, False, False)
-    assert needs["forward_kl_stored_tail"] == (True, True, False, False)
-    assert needs["forward_kl_sampled_tail"] == (True, False, True, False)
+    assert needs["forward_kl_stored_tail"] == (True, True, False, True)
+    assert needs["forward_kl_sampled_tail"] == (True, False, True, True)
+    assert needs["jsd_tail_bucket"] == (True, True, False, True)
     assert needs["cross_entropy"] == (False, False, False, False)
     assert needs["cross_entropy_argmax"] == (True, False, False, False)
-    assert needs["cross_entropy_reference"] == (False, False, False, True)
 
 
 @pytest.mark.parametrize(

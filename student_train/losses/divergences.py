@@ -25,10 +25,13 @@ With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q
     total_variation_tail_bucket     (sum_S |p - q| + |r - q_r|) / 2, at most 1
     cross_entropy                   -log q of the token that the teacher sampled
     cross_entropy_argmax            -log q of the teacher's rank-0 token
-    cross_entropy_reference         -log q of a reference text's token
 
 Merging ids into one bucket never raises an f-divergence, so each `tail_bucket` value is at most the dense one (for
-forward KL this is the log-sum inequality).
+forward KL this is the log-sum inequality). For the same reason the buckets are finer where the cache holds draws: a
+drawn token comes with the teacher's own probability, so that reverse KL, JSD, skewed KLs and total variation, of which
+draws give no unbiased estimate, count each distinct drawn id as an entry of S and have less left in the tail. The
+forward KLs keep S as it was stored: their tail is estimated from the draws, or (`forward_kl_tail_bucket`) compared with
+that.
 Distributions are compared at the targets' temperature and multiplied by its square, value and gradient alike (Hinton et
 al., 1503.02531); cross-entropies stay at temperature 1.
 
@@ -60,7 +63,6 @@ LossName = Literal[
     "total_variation_tail_bucket",
     "cross_entropy",
     "cross_entropy_argmax",
-    "cross_entropy_reference",
 ]
 LOSS_NAMES: tuple[LossName, ...] = get_args(LossName)
 
@@ -89,9 +91,7 @@ class LossTerm:
 
     def __post_init__(self) -> None:
         if self.name not in LOSS_NAMES:
-            # Caches hold no references beside tokens, so a configuration cannot ask for theirs.
-            known = [name for name in LOSS_NAMES if name != "cross_entropy_reference"]
-            raise ConfigError(f"loss {self.name!r} is unknown: choose one of {', '.join(known)}")
+            raise ConfigError(f"loss {self.name!r} is unknown: choose one of {', '.join(LOSS_NAMES)}")
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
             raise ConfigError(f"{self.name}.weight={self.weight} must be a finite number of at least 0")
         self._check_share("beta", self.beta, self.name == "jsd_tail_bucket")
@@ -125,14 +125,19 @@ class LossTerm:
         return self.name == "forward_kl_sampled_tail"
 
     @property
-    def uses_draws(self) -> bool:
-        """Whether draws from the tail are read where the cache holds them."""
+    def estimates_tail(self) -> bool:
+        """Whether the tail's term is an average over draws, where there are any."""
         return self.name in ("forward_kl_sampled_tail", "forward_kl_stored_tail")
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the rows must hold a reference text."""
-        return self.name == "cross_entropy_reference"
+    def splits_tail(self) -> bool:
+        """Whether drawn ids, where there are any, are entries of their own beside the support's."""
+        return self.name.endswith("_tail_bucket") and self.name != "forward_kl_tail_bucket"
+
+    @property
+    def uses_draws(self) -> bool:
+        """Whether draws from the tail are read where the cache holds them."""
+        return self.estimates_tail or self.splits_tail
 
 
 @dataclass(frozen=True)
@@ -225,16 +230,14 @@ def forward_kl_renormalised(teacher_NB: Tensor, student_NB: Tensor) -> Tensor:
 
 
 def forward_kl_sampled_tail(
-    teacher_NB: Tensor, student_NB: Tensor, weights_NM: Tensor, student_NM: Tensor, teacher_NM: Tensor | None
+    teacher_NB: Tensor, student_NB: Tensor, weights_NM: Tensor, teacher_NM: Tensor, student_NM: Tensor
 ) -> Tensor:
     """Exact KL terms on the support, the tail's estimated from draws, [N] nats (arXiv 2503.16870).
 
-    `weights_NM` is the mass that each draw stands for, `student_NM` and `teacher_NM` its log probabilities. Without the
-    teacher's, the tail adds its cross-entropy: same gradient, value larger by the constant entropy of the tail. A token
+    `weights_NM` is the mass that each draw stands for, `teacher_NM` and `student_NM` its log probabilities. A token
     whose weights are all 0 has no draws, and the tail bucket's term.
     """
-    tail_NM = -student_NM if teacher_NM is None else teacher_NM - student_NM
-    drawn_N = (weights_NM * tail_NM).sum(dim=1)
+    drawn_N = (weights_NM * (teacher_NM - student_NM)).sum(dim=1)
     bucket_N = forward_kl_tail_bucket(teacher_NB[:, -1:], student_NB[:, -1:])
     has_draws_N = (weights_NM > 0.0).any(dim=1)
     return forward_kl_truncated(teacher_NB, student_NB) + torch.where(has_draws_N, drawn_N, bucket_N)

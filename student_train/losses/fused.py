@@ -96,23 +96,15 @@ def fused_loss_tensors(head: HeadInputs, targets: SparseTargets, mix: LossMix) -
 
 def refuse_missing(mix: LossMix, targets: SparseTargets) -> None:
     """Raise ConfigError where the targets lack what a loss of the mix needs."""
-    draws = targets.draws
     for term in mix.terms:
         if term.needs_distribution and not term.needs_draws and targets.num_support == 0:
             raise ConfigError(
                 f"{term.name} needs the teacher's distribution and these targets hold none: use cross_entropy"
             )
-        if term.needs_draws and draws is None:
+        if term.needs_draws and targets.draws is None:
             raise ConfigError(
                 f"{term.name} needs draws from the tail, which this cache does not hold: use forward_kl_stored_tail"
             )
-        if term.uses_draws and draws is not None and draws.logprobs_NM is None and targets.temperature != 1.0:
-            raise ConfigError(
-                f"{term.name} at temperature {targets.temperature} needs the log probabilities of the drawn tokens, "
-                "which this cache does not hold: use temperature 1"
-            )
-        if term.needs_reference and targets.reference_ids_N is None:
-            raise ConfigError(f"{term.name} needs a reference text, which these rows do not hold: use cross_entropy")
 
 
 class _FusedLoss(torch.autograd.Function):

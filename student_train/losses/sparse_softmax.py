@@ -15,7 +15,7 @@ The tail is summed over the ids off S after writing -inf on S: 1 - sum_S q would
 nearly everything, and be negative in half of the cases. q_j/q_r is kept as e_j/sum(e) with e = exp(u - max off S),
 which is exact even where q_r itself underflows.
 
-    C tokens of a chunk, V vocabulary, K support, E extra slots (draws, next tokens), S = K + E slots
+    C tokens of a chunk, V vocabulary, K ids kept apart from the tail (stored and drawn), E extra slots, S = K + E slots
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OpenChunk:
 
     Attributes:
         exp_CV: exp(u - max off S), 0 on S.
-        slot_ids_CS: int64, support then extra slots; support padding may repeat ids.
+        slot_ids_CS: int64, support then extra slots; support padding may repeat ids, and be read like extra slots.
         is_support_CK: which support slots are real.
         student_CS: log q at the slots.
         student_tail_C: log q_r; -inf where the support is the whole vocabulary.
@@ -90,7 +90,7 @@ def open_chunk(scaled_logits_CV: Tensor, ids_CK: Tensor, is_support_CK: Tensor, 
 def close_chunk(chunk: OpenChunk, grad_CS: Tensor, grad_tail_C: Tensor, temperature: float) -> Tensor:
     """dL/dlogits [C, V], in the memory of `chunk.exp_CV`, from dL/dlog q at the slots and dL/dlog q_r.
 
-    Consumes the chunk. `grad_CS` is 0 on support padding, `grad_tail_C` where there is no tail.
+    Consumes the chunk. `grad_tail_C` is 0 where there is no tail.
     """
     total_C = grad_CS.sum(dim=1) + grad_tail_C
     tail_share_C = torch.where(chunk.tail_sum_C > 0.0, grad_tail_C / chunk.tail_sum_C, 0.0)

@@ -26,6 +26,9 @@ NO_MASS = -1.0e4
 # and total variation move by less than 1e-12; reverse KL stays finite.
 MIN_TAIL_LOGMASS = -32.0
 
+MIN_LEFT_FRAC = 2.0**-5
+"""Of a tail so much at least is outside the drawn ids, so that a rounding error is not infinitely surprising."""
+
 
 @dataclass(frozen=True)
 class TailDraws:
@@ -37,18 +40,17 @@ class TailDraws:
     Attributes:
         ids_NM: int32 or int64; padding holds any valid id with weight 0.
         weights_NM: float32, probability mass (at temperature 1) that the draw stands for.
-        logprobs_NM: float32, natural log of the teacher's probability of the drawn token at temperature 1. Without it
-            the loss keeps the tail's constant entropy term, and temperatures other than 1 are refused.
+        logprobs_NM: float32, natural log of the teacher's probability of the drawn token at temperature 1; padding is
+            -inf.
     """
 
     ids_NM: Tensor
     weights_NM: Tensor
-    logprobs_NM: Tensor | None = None
+    logprobs_NM: Tensor
 
     def __post_init__(self) -> None:
         assert self.ids_NM.dim() == 2
-        assert self.ids_NM.shape == self.weights_NM.shape
-        assert self.logprobs_NM is None or self.logprobs_NM.shape == self.ids_NM.shape
+        assert self.ids_NM.shape == self.weights_NM.shape == self.logprobs_NM.shape
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class SparseTargets:
         tail_logmass_N: float32 natural log of the teacher's mass outside the stored support; may be -inf.
         sampled_ids_N: int64, the token that the teacher sampled, hence the next token of the text.
         weights_N: float32 weight of each token in every loss; None is 1.
-        reference_ids_N: int64, the next token of a reference text, for `cross_entropy_reference`.
         draws: sampled part of hybrid targets; `tail_logmass_N` is then the mass that the draws share.
         temperature: at which the distribution losses compare teacher and student (cross-entropies stay at 1).
         log_partition_N: float32, log sum_v p_v^(1/temperature), required when `temperature` is not 1.
@@ -72,7 +73,6 @@ class SparseTargets:
     tail_logmass_N: Tensor
     sampled_ids_N: Tensor
     weights_N: Tensor | None = None
-    reference_ids_N: Tensor | None = None
     draws: TailDraws | None = None
     temperature: float = 1.0
     log_partition_N: Tensor | None = None
@@ -84,7 +84,6 @@ class SparseTargets:
             self.tail_logmass_N,
             self.sampled_ids_N,
             self.weights_N,
-            self.reference_ids_N,
             self.log_partition_N,
         )
         assert all(tensor is None or tensor.shape == (self.num_tokens,) for tensor in per_token)
@@ -127,14 +126,9 @@ class SparseTargets:
             tail_logmass_N=change(self.tail_logmass_N),
             sampled_ids_N=change(self.sampled_ids_N),
             weights_N=None if self.weights_N is None else change(self.weights_N),
-            reference_ids_N=None if self.reference_ids_N is None else change(self.reference_ids_N),
             draws=None
             if draws is None
-            else TailDraws(
-                change(draws.ids_NM),
-                change(draws.weights_NM),
-                None if draws.logprobs_NM is None else change(draws.logprobs_NM),
-            ),
+            else TailDraws(change(draws.ids_NM), change(draws.weights_NM), change(draws.logprobs_NM)),
             temperature=self.temperature,
             log_partition_N=None if self.log_partition_N is None else change(self.log_partition_N),
         )
@@ -160,14 +154,11 @@ def teacher_buckets(targets: SparseTargets, dtype: torch.dtype) -> Tensor:
     return torch.cat([support_NK.clamp(min=NO_MASS), tail_N1.to(support_NK.dtype)], dim=1).to(dtype)
 
 
-def draws_at_temperature(targets: SparseTargets, draws: TailDraws, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(weights_NM, logprobs_NM or None) of the draws at the targets' temperature.
+def draws_at_temperature(targets: SparseTargets, draws: TailDraws, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(weights_NM, logprobs_NM) of the draws at the targets' temperature; padding has weight 0 and NO_MASS.
 
     They were drawn at temperature 1, so at another one each weighs w * p_tau(v) / p_1(v) (importance sampling).
     """
-    if draws.logprobs_NM is None:
-        assert targets.temperature == 1.0
-        return draws.weights_NM.to(dtype), None
     logprobs_NM = draws.logprobs_NM.clamp(min=NO_MASS)
     if targets.temperature == 1.0:
         return draws.weights_NM.to(dtype), logprobs_NM.to(dtype)
@@ -175,6 +166,28 @@ def draws_at_temperature(targets: SparseTargets, draws: TailDraws, dtype: torch.
     ratio_NM = torch.where(draws.weights_NM > 0, at_tau_NM - logprobs_NM, NO_MASS).exp()
     weights_NM = draws.weights_NM * ratio_NM
     return weights_NM.to(dtype), at_tau_NM.to(dtype)
+
+
+def distinct_draws(targets: SparseTargets, draws: TailDraws) -> Tensor:
+    """bool [N, M]: the first draw of each id, which is a further entry of the support; padding and repeats are not."""
+    stored_NKM = (targets.ids_NK.unsqueeze(2) == draws.ids_NM.unsqueeze(1)) & in_support(targets).unsqueeze(2)
+    is_real_NM = (draws.weights_NM > 0.0) & ~stored_NKM.any(dim=1)
+    ids_NM, order_NM = torch.where(is_real_NM, draws.ids_NM.long(), -1).sort(dim=1, stable=True)
+    is_first_NM = ids_NM >= 0
+    is_first_NM[:, 1:] &= ids_NM[:, 1:] != ids_NM[:, :-1]
+    return torch.zeros_like(is_first_NM).scatter(1, order_NM, is_first_NM)
+
+
+def split_tail(teacher_NB: Tensor, drawn_logprobs_NM: Tensor) -> Tensor:
+    """Log probabilities [N, K+M+1] of support, drawn ids and, last, what is left of the tail in `teacher_NB` [N, K+1].
+
+    `drawn_logprobs_NM` is NO_MASS where `distinct_draws` is False. Stored codes round each entry by up to a twentieth,
+    so that drawn ids may seem to hold more than the tail: then a MIN_LEFT_FRAC of it is left.
+    """
+    tail_N1 = teacher_NB[:, -1:].double().exp()
+    left_N1 = tail_N1 - drawn_logprobs_NM.double().exp().sum(dim=1, keepdim=True)
+    left_N1 = torch.maximum(left_N1, MIN_LEFT_FRAC * tail_N1).log().clamp(min=NO_MASS)
+    return torch.cat([teacher_NB[:, :-1], drawn_logprobs_NM, left_N1.to(teacher_NB.dtype)], dim=1)
 
 
 def at_temperature(logprobs_NX: Tensor, targets: SparseTargets) -> Tensor:

@@ -4,18 +4,47 @@ In: logits [C, V] and the targets of the same tokens. Out: values [C, J], token 
 gradient of their weighted sum. Cost: one pass over the chunk (`sparse_softmax.py`); a second, with a second buffer,
 where distributions are compared at another temperature than 1 and the mix also holds what is always taken at 1.
 
-    C tokens of a chunk, V vocabulary, K support, B = K + 1 buckets, M draws, J terms
-    E extra slots: M draws, the sampled token, the teacher's rank-0 token, the reference token (the last two if given)
+    C tokens of a chunk, V vocabulary, K support, M draws, B = K + 1 buckets, F = K + M + 1 buckets with drawn ids apart
+    J terms, E = 2 extra slots: the sampled token and the teacher's rank-0 token (only that there is a support)
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from student_train.losses.divergences import LossMix, LossTerm, bucket_loss, forward_kl_sampled_tail, weighted_sum
 from student_train.losses.sparse_softmax import OpenChunk, close_chunk, open_chunk
-from student_train.losses.targets import NO_MASS, SparseTargets, draws_at_temperature, in_support, teacher_buckets
+from student_train.losses.targets import (
+    NO_MASS,
+    SparseTargets,
+    distinct_draws,
+    draws_at_temperature,
+    in_support,
+    split_tail,
+    teacher_buckets,
+)
+
+SAMPLED, RANK_0 = 0, 1
+"""Extra slots by number."""
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Teacher and student at one temperature, as log probabilities; NO_MASS where a bucket holds nothing.
+
+    Without draws the two kinds of buckets are the same, and the draws' tensors have no columns.
+    """
+
+    teacher_CB: Tensor
+    student_CB: Tensor
+    teacher_CF: Tensor
+    student_CF: Tensor
+    draw_weights_CM: Tensor
+    teacher_CM: Tensor
+    student_CM: Tensor
 
 
 def chunk_losses(
@@ -33,7 +62,8 @@ def chunk_losses(
     with torch.set_grad_enabled(with_gradient), torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
         for leaf in leaves:
             leaf.requires_grad_(with_gradient)
-        values_CJ = torch.stack([_term_loss(term, targets, soft, hard) for term in mix.terms], dim=1)
+        sides = None if soft is None else _sides(targets, soft)
+        values_CJ = torch.stack([_term_loss(term, targets, sides, hard) for term in mix.terms], dim=1)
         weights_C = _token_weights(targets, mix, hard, values_CJ)
         loss_sum = (weights_C * weighted_sum(mix, values_CJ)).sum()
         grads = torch.autograd.grad(loss_sum, leaves, materialize_grads=True) if with_gradient else ()
@@ -52,57 +82,69 @@ def _open(logits_CV: Tensor, targets: SparseTargets, mix: LossMix) -> tuple[Open
 
     Where both exist apart, the hard one has the memory of `logits_CV` and the soft one its own.
     """
-    ids_CK, is_support_CK, extra_ids_CE = targets.ids_NK.long(), in_support(targets), _extra_ids(targets)
+    ids_CS, is_apart_CS = _apart(targets)
+    extra_ids_CE = torch.cat([targets.sampled_ids_N.unsqueeze(1), targets.ids_NK[:, :1].long()], dim=1)
     is_soft = any(not term.is_cross_entropy for term in mix.terms)
     is_hard = any(term.is_cross_entropy for term in mix.terms) or mix.focal_gamma is not None
     if is_soft and (targets.temperature == 1.0 or not is_hard):
         scaled_CV = logits_CV if targets.temperature == 1.0 else logits_CV.div_(targets.temperature)
-        soft = open_chunk(scaled_CV, ids_CK, is_support_CK, extra_ids_CE)
+        soft = open_chunk(scaled_CV, ids_CS, is_apart_CS, extra_ids_CE)
         return soft, soft if is_hard else None
-    at_tau = open_chunk(logits_CV / targets.temperature, ids_CK, is_support_CK, extra_ids_CE) if is_soft else None
-    return at_tau, open_chunk(logits_CV, ids_CK[:, :0], is_support_CK[:, :0], extra_ids_CE)
+    at_tau = open_chunk(logits_CV / targets.temperature, ids_CS, is_apart_CS, extra_ids_CE) if is_soft else None
+    return at_tau, open_chunk(logits_CV, ids_CS[:, :0], is_apart_CS[:, :0], extra_ids_CE)
 
 
-def _extra_ids(targets: SparseTargets) -> Tensor:
-    """int64 [C, E]."""
-    columns = [targets.sampled_ids_N.unsqueeze(1), targets.ids_NK[:, :1].long()]
-    if targets.draws is not None:
-        columns.insert(0, targets.draws.ids_NM.long())
-    if targets.reference_ids_N is not None:
-        columns.append(targets.reference_ids_N.unsqueeze(1))
-    return torch.cat(columns, dim=1)
+def _apart(targets: SparseTargets) -> tuple[Tensor, Tensor]:
+    """(ids_CS int64, bool [C, S]): the ids that are kept apart from the tail, S = K + M: the support's, then drawn."""
+    ids_CK, is_support_CK, draws = targets.ids_NK.long(), in_support(targets), targets.draws
+    if draws is None:
+        return ids_CK, is_support_CK
+    return torch.cat([ids_CK, draws.ids_NM.long()], 1), torch.cat([is_support_CK, distinct_draws(targets, draws)], 1)
 
 
-def _hard_logprobs(name: str, targets: SparseTargets, hard: OpenChunk) -> Tensor:
+def _hard_logprobs(name: str, hard: OpenChunk) -> Tensor:
     """log q [C] of the token that the named cross-entropy is against."""
-    sampled = 0 if targets.draws is None else targets.draws.ids_NM.shape[1]
-    column = {"cross_entropy": sampled, "cross_entropy_argmax": sampled + 1, "cross_entropy_reference": -1}[name]
-    return hard.student_extra_CE[:, column]
+    return hard.student_extra_CE[:, {"cross_entropy": SAMPLED, "cross_entropy_argmax": RANK_0}[name]]
 
 
-def _term_loss(term: LossTerm, targets: SparseTargets, soft: OpenChunk | None, hard: OpenChunk | None) -> Tensor:
+def _term_loss(term: LossTerm, targets: SparseTargets, sides: _Sides | None, hard: OpenChunk | None) -> Tensor:
     """Nats [C] of one term, times temperature^2 where it compares distributions."""
     if term.is_cross_entropy:
         assert hard is not None
-        return -_hard_logprobs(term.name, targets, hard)
-    assert soft is not None
-    teacher_CB, student_CB = _buckets(targets, soft)
-    if term.uses_draws and targets.draws is not None:
-        draw_weights_CM, teacher_CM = draws_at_temperature(targets, targets.draws, student_CB.dtype)
-        student_CM = soft.student_extra_CE[:, : draw_weights_CM.shape[1]]
-        value_C = forward_kl_sampled_tail(teacher_CB, student_CB, draw_weights_CM, student_CM, teacher_CM)
+        return -_hard_logprobs(term.name, hard)
+    assert sides is not None
+    if term.estimates_tail and targets.draws is not None:
+        value_C = forward_kl_sampled_tail(
+            sides.teacher_CB, sides.student_CB, sides.draw_weights_CM, sides.teacher_CM, sides.student_CM
+        )
+    elif term.splits_tail:
+        value_C = bucket_loss(term, sides.teacher_CF, sides.student_CF)
     else:
-        value_C = bucket_loss(term, teacher_CB, student_CB)
+        value_C = bucket_loss(term, sides.teacher_CB, sides.student_CB)
     return value_C * targets.temperature**2
 
 
-def _buckets(targets: SparseTargets, soft: OpenChunk) -> tuple[Tensor, Tensor]:
-    """(teacher_CB, student_CB), NO_MASS on padding, and in the tail where the support is the whole vocabulary."""
-    has_tail_C1 = (soft.student_tail_C != -torch.inf).unsqueeze(1)
-    is_bucket_CB = torch.cat([soft.is_support_CK, has_tail_C1], dim=1)
-    student_CB = torch.cat([soft.student_support_CK, soft.student_tail_C.unsqueeze(1)], dim=1)
-    teacher_CB = teacher_buckets(targets, student_CB.dtype)
-    return torch.where(is_bucket_CB, teacher_CB, NO_MASS), torch.where(is_bucket_CB, student_CB, NO_MASS)
+def _sides(targets: SparseTargets, soft: OpenChunk) -> _Sides:
+    """Both sides in buckets. The student's whole tail is the sum of its parts, so that nothing is subtracted."""
+    num_support, dtype = targets.num_support, soft.student_CS.dtype
+    has_rest_C1 = (soft.student_tail_C != -torch.inf).unsqueeze(1)
+    is_bucket_CF = torch.cat([soft.is_support_CK, has_rest_C1], dim=1)
+    student_CF = torch.cat([soft.student_support_CK, soft.student_tail_C.unsqueeze(1)], dim=1)
+    student_CF = torch.where(is_bucket_CF, student_CF, NO_MASS)
+    is_drawn_CM, has_tail_C1 = is_bucket_CF[:, num_support:-1], is_bucket_CF[:, num_support:].any(dim=1, keepdim=True)
+    student_tail_C1 = student_CF[:, num_support:].logsumexp(dim=1, keepdim=True)
+    student_CB = torch.cat([student_CF[:, :num_support], torch.where(has_tail_C1, student_tail_C1, NO_MASS)], dim=1)
+    is_bucket_CB = torch.cat([is_bucket_CF[:, :num_support], has_tail_C1], dim=1)
+    teacher_CB = torch.where(is_bucket_CB, teacher_buckets(targets, dtype), NO_MASS)
+    if targets.draws is None:
+        empty_C0 = student_CB[:, :0]
+        return _Sides(teacher_CB, student_CB, teacher_CB, student_CB, empty_C0, empty_C0, empty_C0)
+    weights_CM, teacher_CM = draws_at_temperature(targets, targets.draws, dtype)
+    teacher_CF = torch.where(
+        is_bucket_CF, split_tail(teacher_CB, torch.where(is_drawn_CM, teacher_CM, NO_MASS)), NO_MASS
+    )
+    student_CM = soft.student_support_CK[:, num_support:]
+    return _Sides(teacher_CB, student_CB, teacher_CF, student_CF, weights_CM, teacher_CM, student_CM)
 
 
 def _token_weights(targets: SparseTargets, mix: LossMix, hard: OpenChunk | None, values_CJ: Tensor) -> Tensor:
@@ -113,7 +155,7 @@ def _token_weights(targets: SparseTargets, mix: LossMix, hard: OpenChunk | None,
     if mix.focal_gamma is None:
         return weights_C
     assert hard is not None
-    missed_C = -torch.expm1(_hard_logprobs("cross_entropy", targets, hard).detach())
+    missed_C = -torch.expm1(_hard_logprobs("cross_entropy", hard).detach())
     return weights_C * missed_C.clamp(min=0.0) ** mix.focal_gamma
 
 

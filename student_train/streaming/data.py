@@ -99,11 +99,6 @@ def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None
                 f"stages: {term.name} of {stage.name!r} needs draws from the tail, which not every selected shard "
                 "holds: use forward_kl_stored_tail, or build a cache with capture.draws"
             )
-        if term.needs_reference:
-            raise ConfigError(
-                f"stages: {term.name} of {stage.name!r} needs a reference beside every token, which caches do not "
-                "hold: learn reference answers with data: {kind: text, text: reference}"
-            )
         if term.needs_distribution and selection.is_text:
             raise ConfigError(
                 f"stages: {term.name} of {stage.name!r} needs distributions: set data.kind: distributions"
