@@ -5,9 +5,10 @@ import hashlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shared.errors import ConfigError, DataError
 from shared.storage import Location, parts_of
 
 TEMP_SUFFIX = ".tmp"
@@ -34,6 +35,20 @@ def atomic_path(path: Location) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temp.unlink(missing_ok=True)
+
+
+def check_out(flag: str, out: Path, caches: Sequence[Location] = ()) -> None:
+    """Raises ConfigError where what `flag` names would be written into a cache, DataError where it cannot be written.
+
+    No folder is made for it: one that is missing is a slip more often than a wish.
+    """
+    for root in caches:
+        if isinstance(root, Path) and out.resolve().is_relative_to(root.resolve()):
+            raise ConfigError(f"{flag} {out} lies in the cache {root}, which is read-only here: write elsewhere")
+    if out.is_dir():
+        raise DataError(f"{flag} {out} is a folder: name a file")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{flag} {out}: there is no folder {out.parent}: make it, or name a file in one that exists")
 
 
 def write_text_atomic(path: Location, text: str) -> None:

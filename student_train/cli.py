@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.errors import ConfigError, StillroomError
+from shared.interrupt import leave_quietly
 from shared.log import note
 
 if TYPE_CHECKING:
@@ -209,8 +210,10 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page with the curves and held-out numbers of runs."""
+    from shared.files import check_out
     from student_train.report import write_student_report
 
+    check_out("--out", out)
     write_student_report(runs, out)
     print(out)
 
@@ -240,6 +243,7 @@ def main() -> None:
         note(f"student-train: this needs the package {package}: pip install 'stillroom[student]'")
         sys.exit(ConfigError.exit_code)
     except SystemExit as end:
+        leave_quietly(end)
         if end.code == INTERRUPTED and sys.argv[1:2] == ["run"] and os.environ.get("RANK") is None:
             note(f"interrupted; this goes on: {shlex.join(['student-train', *sys.argv[1:]])}")
         raise

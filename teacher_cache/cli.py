@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.errors import ConfigError, StillroomError
+from shared.interrupt import leave_quietly
 from shared.log import note, warn
 from teacher_cache.ask import commands as ask
 from teacher_cache.care import commands as care
@@ -168,6 +169,7 @@ def main() -> None:
         note(f"teacher-cache: {error}")
         sys.exit(error.exit_code)
     except SystemExit as end:
+        leave_quietly(end)
         if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["recode"], ["score"]):
             note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
         raise

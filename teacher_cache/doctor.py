@@ -34,7 +34,10 @@ OPTIONAL = {
     "datasets": "prompts of kind huggingface",
     "reasoning-gym": "prompts of kind reasoning_gym",
     "math-verify": "the judge math",
+    "numba": "the codec archive",
 }
+EXTRAS = {"httpx2": "teacher-server", "numba": "archive"}
+"""Extras of stillroom that bring a package in a version that fits."""
 INSTALL_GPU = "pip install 'stillroom[teacher]'"
 INSTALL_SERVER = "pip install 'stillroom[teacher-server]'"
 INSTALL_CPU = "pip install 'stillroom[teacher-cpu]'"
@@ -102,7 +105,8 @@ def _vllm(has_gpu: bool, install: str) -> Finding:
 
 
 def _optional(name: str, use: str) -> Finding:
-    found = find_package(name, "optional", f"pip install {name}")
+    wanted = f"'stillroom[{EXTRAS[name]}]'" if name in EXTRAS else name
+    found = find_package(name, "optional", f"pip install {wanted}")
     return found if found.state == "ok" else Finding(name, found.state, f"not installed: needed for {use}", found.mend)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.manifest import SHARD_METADATA_KEY, ShardHeader
-from schemas.tables import CHAIN_FIELDS, SCALAR_FIELDS, SIGNAL_FIELDS, TOKEN_FIELDS, chain_schema
+from schemas.tables import CHAIN_FIELDS, SCALAR_FIELDS, TOKEN_FIELDS, chain_schema
 from shared.codec import encode
 from teacher_cache.rows import ChainRow
 
@@ -39,7 +39,6 @@ class ShardFile:
         self.temp = temp
         self.num_rows = 0
         self.num_tokens = 0
-        self.sample_ids: list[str] = []
         self._codec = header.codec
         self._row_group_tokens = row_group_tokens
         self._pending: list[ChainRow] = []
@@ -62,7 +61,6 @@ class ShardFile:
         self._pending_tokens += row.num_tokens
         self.num_rows += 1
         self.num_tokens += row.num_tokens
-        self.sample_ids.append(row.sample_id)
         if self._pending_tokens >= self._row_group_tokens:
             self._flush()
 
@@ -116,12 +114,6 @@ def parquet_options(schema: pa.Schema, vocab_size: int) -> dict[str, Any]:
         "write_statistics": _STATISTICS,
         "write_page_checksum": True,
     }
-
-
-def signal_leaves(codec: str) -> list[str]:
-    """Leaf paths of the columns that hold distributions, for counting their bytes."""
-    fields = [*TOKEN_FIELDS, *SIGNAL_FIELDS[codec]]
-    return [_path(field) for field in fields]
 
 
 def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:

@@ -89,6 +89,14 @@ def test_a_damaged_source_is_named_and_nothing_of_it_is_visible(tmp_path: Path) 
         copy_caches([source], tmp_path / "b")
 
 
+def test_a_file_is_no_destination(tmp_path: Path) -> None:
+    make_cache(tmp_path / "a", 3)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file is a file: name a cache"):
+        copy_caches([tmp_path / "a"], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_what_may_not_be_mixed_is_refused(tmp_path: Path) -> None:
     one, other = (make_cache(tmp_path / name, num_chains=8).root for name in "ab")
     manifest = next((other / "runs").glob("*.json"))

@@ -90,3 +90,15 @@ def test_nothing_heavy_is_loaded() -> None:
         "assert not heavy, heavy; assert found['can_read']"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_the_archive_needs_comes_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.doctor, "package_version", lambda name: None)
+    findings = {one["name"]: one for one in teacher_cache.doctor.diagnose()["findings"]}
+    assert findings["numba"] == {
+        "name": "numba",
+        "state": "optional",
+        "value": "not installed: needed for the codec archive",
+        "mend": "pip install 'stillroom[archive]'",
+    }
+    assert findings["datasets"]["mend"] == "pip install datasets"

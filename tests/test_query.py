@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +20,10 @@ from prompt_toolkit.output import DummyOutput
 from typer.testing import CliRunner
 
 from shared.errors import ConfigError, CorruptError, DataError
+from shared.files import check_out
 from shared.sql import Session
 from shared.terminal import cut, harmless, one_line, pad, width_of
-from teacher_cache.ask.query import check_files, check_out, open_caches, run_query
+from teacher_cache.ask.query import check_files, open_caches, run_query
 from teacher_cache.ask.results import Shown, table_text
 from teacher_cache.ask.sql_shell import SqlShell, is_complete
 from teacher_cache.cli import app
@@ -134,9 +136,9 @@ def test_mistakes_about_files_and_formats_are_told(session: Session, cache: Synt
     with pytest.raises(ConfigError, match="say --format"):
         run_query(session, "SELECT 1", out=tmp_path / "x.tsv")
     with pytest.raises(ConfigError, match="read-only"):
-        check_out(cache.root / "chains" / "x.csv", [cache.catalog])
-    with pytest.raises(DataError, match="folder that exists"):
-        check_out(tmp_path / "missing" / "x.csv", [cache.catalog])
+        check_out("--out", cache.root / "chains" / "x.csv", [cache.root])
+    with pytest.raises(DataError, match="there is no folder"):
+        check_out("--out", tmp_path / "missing" / "x.csv", [cache.root])
     with pytest.raises(ConfigError, match="NAME=CACHE"):
         open_caches(cache.root, [str(cache.root)])
     with pytest.raises(ConfigError, match="taken"):
@@ -239,7 +241,7 @@ def test_the_program_answers_from_arguments_and_stdin(cache: SyntheticCache) -> 
     assert "read-only" in answer.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(cache: SyntheticCache) -> None:
+def test_a_reader_that_leaves_early_ends_the_query_without_a_word(cache: SyntheticCache) -> None:
     process = subprocess.Popen(
         [*PROGRAM, str(cache.root), "SELECT * FROM range(5000000)", "--format", "csv"],
         stdout=subprocess.PIPE,
@@ -249,7 +251,7 @@ def test_a_reader_that_leaves_early_is_no_error(cache: SyntheticCache) -> None:
     assert process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert (process.wait(timeout=60), process.stderr.read()) == (0, b"")
+    assert (process.wait(timeout=60), process.stderr.read()) == (128 + signal.SIGPIPE, b"")
     process.stderr.close()
 
 

@@ -1,5 +1,6 @@
 """The `teacher-cache` command: results on stdout, one line for a mistake, the right exit code, a quick start."""
 
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -116,6 +118,47 @@ def test_sql_answers(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert result.err.startswith("teacher-cache: query: ")
     result = run(capsys, monkeypatch, "sql", cache, "DELETE FROM chains")
     assert result.code == 2
+    for arguments in (["sql", cache, ".tables\n"], ["sql", cache, "-"], ["sql", cache]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("  .tables\nSELECT 1"))
+        result = run(capsys, monkeypatch, *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("teacher-cache: query: .tables is for a session on a terminal")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["stats"], ["stats", "--json"], ["show", "SAMPLE"], ["sql", "FROM chains", "--format", "csv"]],
+)
+def test_a_reader_that_leaves_early_is_no_news(cache: Path, arguments: list[str]) -> None:
+    sample = next(iter(pq.read_table(next(cache.rglob("w0*.parquet")), columns=["sample_id"]).column(0))).as_py()
+    command, *others = [sample if one == "SAMPLE" else one for one in arguments]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    program = [sys.executable, "-m", "teacher_cache.cli", command, str(cache), *others]
+    try:
+        done = subprocess.run(program, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "--out"], ["show", "0", "--html"], ["sql", "SELECT 1", "--out"], ["sql", "--export-views"]]
+)
+def test_no_folder_is_made_for_a_file_and_nothing_is_written_into_a_cache(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    command, *others, flag = arguments
+    for out, said in (
+        (cache.parent / "no" / "x.csv", f"there is no folder {cache.parent}/no: make it"),
+        (cache.parent, "is a folder: name a file"),
+        (cache / "x.csv", "which is read-only here"),
+    ):
+        result = run(capsys, monkeypatch, command, cache, *others, flag, out)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith(f"teacher-cache: {flag} {out}")
+        assert said in result.err
+    assert not (cache.parent / "no").exists()
 
 
 def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +188,7 @@ def test_mistakes_in_the_configuration_are_named(
     path.write_text(yaml.safe_dump(config))
     for overrides, said in (
         (["sampling.temprature=1"], "did you mean 'temperature'?"),
-        (["sampling.temperature=-1"], "sampling.temperature: input should be greater than or equal to 0 (got -1)"),
+        (["sampling.temperature=-1"], "sampling.temperature: must be greater than or equal to 0 (got -1)"),
         ([], "q.jsonl does not exist"),
     ):
         arguments = [part for override in overrides for part in ("--set", override)]

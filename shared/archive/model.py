@@ -44,8 +44,6 @@ PRECISION = 11
 """Bits of precision of a context's weights."""
 
 EXACT_BELOW = 8
-MAX_VOCAB = 1 << 20
-MAX_SUPPORT = 1 << 12
 
 _HEAD = struct.Struct("<IHHHH")
 

@@ -34,9 +34,10 @@ def sql(
     ] = False,
 ) -> None:
     """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
+    from shared.files import check_out
     from shared.sql import Session
     from shared.storage import location
-    from teacher_cache.ask.query import check_files, check_out, open_caches, read_stdin, run_query, write_views
+    from teacher_cache.ask.query import check_files, open_caches, read_stdin, run_query, write_views
 
     catalogs = open_caches(location(cache), attach or [])
     if check:
@@ -47,7 +48,7 @@ def sql(
         write_views(catalogs, export_views)
         return
     if out is not None:
-        check_out(out, list(catalogs.values()))
+        check_out("--out", out, [one.root for one in catalogs.values()])
     with Session(catalogs) as session:
         if query is None and sys.stdin.isatty() and out is None:
             from teacher_cache.ask.sql_shell import SqlShell
@@ -67,9 +68,13 @@ def show(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
 ) -> None:
     """Show one chain, coloured by how sure the teacher was, and its alternatives at a token."""
+    from shared.files import check_out
     from shared.reader import open_cache
+    from shared.storage import location
     from teacher_cache.ask.show import print_chain, print_token
 
+    if html is not None:
+        check_out("--html", html, [location(cache)])
     with open_cache(cache) as opened:
         found = opened.sample(sample)
     if html is not None:
@@ -102,8 +107,10 @@ def report(
 ) -> None:
     """Write one HTML page about the cache, with plots."""
     from shared.catalog import Catalog
+    from shared.files import check_out
     from shared.storage import location
     from teacher_cache.ask.report import write_cache_report
 
+    check_out("--out", out, [location(cache)])
     write_cache_report(Catalog(location(cache)), out, price_per_hour)
     print(out)

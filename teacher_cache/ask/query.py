@@ -5,7 +5,6 @@ session is locked (shared.sql): it reads the caches' files and nothing else, and
 written by this module, never by the query.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.catalog import Catalog, check_hash
-from shared.errors import ConfigError, DataError
-from shared.files import atomic_path
+from shared.errors import ConfigError
+from shared.files import atomic_path, check_out
 from shared.log import Progress, note
 from shared.sql import Session, export_views
 from shared.storage import Location, location
@@ -54,6 +53,9 @@ def run_query(
 
     A table shows `max_rows` rows and says on stderr what it left out; the other formats hold every row and stream.
     """
+    if query.lstrip().startswith("."):
+        command = query.split()[0]
+        raise ConfigError(f"query: {command} is for a session on a terminal: here is asked in SQL, such as FROM chains")
     chosen = _format_of(output_format, out)
     if chosen == "parquet" and out is None:
         raise ConfigError("--format parquet needs --out FILE: it is not text")
@@ -83,19 +85,9 @@ def check_files(catalogs: Iterable[Catalog]) -> None:
             progress.update(number, 0)
 
 
-def check_out(out: Path, caches: Sequence[Catalog]) -> None:
-    """Raises ConfigError where a result would be written into a cache, DataError where it cannot be written."""
-    for catalog in caches:
-        root = catalog.root
-        if isinstance(root, Path) and out.resolve().is_relative_to(root.resolve()):
-            raise ConfigError(f"--out {out} lies in the cache {catalog.root}, which is read-only here: write elsewhere")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise DataError(f"--out {out}: name a file in a folder that exists")
-
-
 def write_views(catalogs: dict[str, Catalog], path: Path) -> None:
     """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
-    check_out(path, list(catalogs.values()))
+    check_out("--export-views", path, [one.root for one in catalogs.values()])
     export_views(catalogs, path)
     note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
 
@@ -133,17 +125,11 @@ def _text(
 
 
 def _print(pieces: Iterator[str]) -> None:
-    """To stdout; on a terminal with control characters written out. A reader that leaves early (`| head`) is no
-    error.
-    """
+    """To stdout; on a terminal with control characters written out."""
     on_terminal = sys.stdout.isatty()
-    try:
-        for piece in pieces:
-            sys.stdout.write(harmless(piece) if on_terminal else piece)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for piece in pieces:
+        sys.stdout.write(harmless(piece) if on_terminal else piece)
+    sys.stdout.flush()
 
 
 def _say_rest(shown: Shown) -> None:

@@ -58,6 +58,8 @@ def copy_caches(sources: Sequence[Location], dest: Location, rewrite: Rewrite | 
     _require_apart(sources, dest)
     catalogs = [_open_source(source) for source in sources]
     check_reachable(dest)
+    if dest.exists() and not dest.is_dir():
+        raise DataError(f"{dest} is a file: name a cache, or a folder that is not there yet")
     others = {path.name for path in dest.iterdir()} - CACHE_FOLDERS if dest.exists() else set()
     if others and not (dest / "chains" / "_delta_log").is_dir():
         raise DataError(f"{dest} holds other things ({min(others)}): name a cache, or a folder that is not there yet")

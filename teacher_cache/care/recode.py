@@ -81,6 +81,7 @@ def _check_gain(codecs: Sequence[str], source: Location, codec: str, *, lossy: b
         )
     if codec == EXACT:
         raise ConfigError(
-            f"{source} holds 8-bit codes ({', '.join(set(codecs) - {EXACT})}): {EXACT} would take three times the "
-            "bytes and win no precision back; only a build writes exact distributions"
+            f"{source} holds 8-bit codes ({', '.join(sorted(set(codecs) - {EXACT}))}), and {EXACT} promises what the "
+            "teacher said, exactly: recoding would take three times the bytes and win no precision back; a build with "
+            f"capture.codec={EXACT} writes exact distributions"
         )
