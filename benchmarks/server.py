@@ -3,7 +3,8 @@
     python -m benchmarks.server --teacher FOLDER [--k K] [--chains N] [--tokens T] [--json]
 
 Starts a real `vllm serve` on the loopback, generates chains, and scores the same chains, with the server engine alone:
-no rows, no shards. `client_us` is this process, `front_end_us` the server's process that speaks HTTP (its engine core
+no rows, no shards. Three captures: K candidates as vLLM itself gives them, the same with what stillroom's sampler
+plugin adds, and the default one of 8 candidates and 8 draws. `client_us` is this process, `front_end_us` the server's process that speaks HTTP (its engine core
 is another), both in microseconds of processor time a completion token; scoring a chain also reads its prompt. The last
 line is one JSON object; with --json it is the only one.
 """
@@ -20,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from schemas.records import Message, Prompt
-from teacher_cache.config import TeacherConfig
+from teacher_cache.config import CaptureConfig, TeacherConfig
 from teacher_cache.engine_config import ServerConfig
-from teacher_cache.http_engine import handshake, http_client
+from teacher_cache.http_engine import form_check, handshake, http_client
 from teacher_cache.http_engine.http_client import HttpClient
 from teacher_cache.http_engine.server import ServerEngine
 from teacher_cache.http_engine.wire import Api, CompletionsApi, GenerateApi
@@ -31,6 +32,8 @@ from teacher_cache.teacher import identify_teacher
 from tests.vllm_server import Server, serve
 
 NUM_AT_ONCE = 16
+NUM_BESIDE = 4
+"""Log probabilities that a server must give besides the candidates: entropy, rank, mark, and one to spare."""
 FIRST_PROMPT_TOKEN = 20
 
 
@@ -38,6 +41,7 @@ FIRST_PROMPT_TOKEN = 20
 class Cost:
     """One way of asking. `bytes_per_token` counts what comes in, a completion token."""
 
+    capture: str
     path: str
     work: str
     num_tokens: int
@@ -56,25 +60,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        flags = ("--enable-scale-out", "--max-logprobs", str(asked.k + 1))
+        flags = ("--enable-scale-out", "--max-logprobs", str(max(asked.k + NUM_BESIDE, 28)))
         with serve(asked.teacher.absolute(), Path(folder), *flags) as server:
-            costs = [cost for api in (GenerateApi(), CompletionsApi()) for cost in measure(server, api, asked)]
+            costs = [
+                cost
+                for api in (GenerateApi(), CompletionsApi())
+                for kind in captures(asked.k)
+                for cost in measure(server, api, kind, asked)
+            ]
     if not asked.json:
         for cost in costs:
             print(
-                f"{cost.work:8} {cost.path:24} {cost.num_tokens} tokens at {cost.tokens_per_s:.0f} tok/s, "
+                f"{cost.work:8} {cost.path:22} {cost.capture:16} {cost.num_tokens} tokens at {cost.tokens_per_s:.0f} tok/s, "
                 f"{cost.bytes_per_token:.0f} B, client {cost.client_us:.0f} µs, front end {cost.front_end_us:.0f} µs"
             )
     print(json.dumps({"k": asked.k, "costs": [asdict(cost) for cost in costs]}))
     return 0
 
 
-def measure(server: Server, api: Api, asked: argparse.Namespace) -> Iterator[Cost]:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is captured, by which rows."""
+
+    name: str
+    capture: CaptureConfig
+    with_plugin: bool
+
+
+def captures(k: int) -> list[Kind]:
+    """K candidates without and with the plugin, and the default."""
+    candidates = CaptureConfig(max_support=k, draws=0)
+    return [
+        Kind(f"{k}", candidates, with_plugin=False),
+        Kind(f"{k} with plugin", candidates, with_plugin=True),
+        Kind("8 + 8 draws", CaptureConfig(max_support=8, draws=8), with_plugin=True),
+    ]
+
+
+def measure(server: Server, api: Api, kind: Kind, asked: argparse.Namespace) -> Iterator[Cost]:
     """Generates chains by one way, then scores them by it."""
     config = ServerConfig(kind="server", endpoints=[server.url], max_in_flight=NUM_AT_ONCE)
     teacher = identify_teacher(TeacherConfig(model=str(asked.teacher)), config)
-    with _by(api), _counted_bytes() as counted:
-        engine = ServerEngine(config, teacher.record, teacher.tokenizer, asked.k)
+    with _by(api, kind), _counted_bytes() as counted:
+        engine = ServerEngine(config, teacher.record, teacher.tokenizer, kind.capture)
+        assert engine.info.entropy == ("exact" if kind.with_plugin else "support")
         try:
             requests = [_request(number, asked.tokens) for number in range(asked.chains)]
             chains: list[Finished] = []
@@ -86,7 +115,7 @@ def measure(server: Server, api: Api, asked: argparse.Namespace) -> Iterator[Cos
                 client_s, front_end_s, seconds = (end - start for start, end in zip(before, after, strict=True))
                 num = sum(len(chain.capture.token_ids_T) for chain in chains)
                 costs = (sum(counted) / num, 1e6 * client_s / num, 1e6 * front_end_s / num)
-                yield Cost(api.path, work, num, num / seconds, *costs)
+                yield Cost(kind.name, api.path, work, num, num / seconds, *costs)
                 requests = [_scored(chain) for chain in chains]
         finally:
             engine.close()
@@ -115,18 +144,23 @@ def _scored(chain: Finished) -> Request:
 
 
 @contextmanager
-def _by(api: Api) -> Iterator[None]:
-    """Servers are met as if they had this way alone."""
-    found = handshake._api
+def _by(api: Api, kind: Kind) -> Iterator[None]:
+    """Servers are met as if they had this way alone, and with the plugin or without it."""
+    found_api, found_plugin = handshake._api, form_check._has_plugin
 
     async def only(http: HttpClient, model: str) -> Api:
         return api
 
+    async def none(http: HttpClient, api: Api, model: str, expected: form_check.Expected) -> bool:
+        return False
+
     handshake._api = only
+    if not kind.with_plugin:
+        form_check._has_plugin = none
     try:
         yield
     finally:
-        handshake._api = found
+        handshake._api, form_check._has_plugin = found_api, found_plugin
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher)
         from teacher_cache.http_engine.server import ServerEngine
 
         note(f"asking {', '.join(engine.endpoints)}")
-        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture.max_support)
+        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture)
     from teacher_cache.vllm_engine.engine import EmbeddedEngine
 
     note(f"loading {config.teacher.model}")

@@ -1,14 +1,14 @@
 """What a cache build is asked to do: the YAML of `teacher-cache plan` and `build`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from shared.config import StrictModel
 from shared.errors import ConfigError
 from shared.storage import CacheRoot
-from teacher_cache.engine_config import EmbeddedConfig, EngineConfig, ServerConfig
+from teacher_cache.engine_config import EmbeddedConfig, EngineConfig
 from teacher_cache.source_config import DecontaminateConfig, Source, require_distinct
 
 
@@ -174,16 +174,6 @@ class RunConfig(StrictModel):
     shard: ShardConfig = ShardConfig()
     judging: JudgingConfig = JudgingConfig()
     failures: FailureConfig = FailureConfig()
-
-    @model_validator(mode="after")
-    def _signals_of_a_server(self) -> Self:
-        if isinstance(self.engine, ServerConfig) and (self.capture.draws or self.capture.temperatures):
-            asked = "draws" if self.capture.draws else "temperatures"
-            raise ValueError(
-                f"capture.{asked} needs engine.kind: embedded: a server's answers hold the most probable tokens alone. "
-                "Set capture: {max_support: 64, draws: 0} and start the server with --max-logprobs 65"
-            )
-        return self
 
 
 class BuildConfig(RunConfig):

@@ -20,7 +20,7 @@ def find_configured(config: BuildConfig | ScoreConfig) -> list[Finding]:
         from teacher_cache.http_engine.endpoint_look import look_at_endpoints
 
         try:
-            looks = look_at_endpoints(config.engine, teacher, config.capture.max_support)
+            looks = look_at_endpoints(config.engine, teacher, config.capture)
         except StillroomError as error:
             return [*findings, Finding("server", "missing", str(error))]
         fits = {True: "ok", False: "missing"}

@@ -117,7 +117,7 @@ def begin_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) ->
     if isinstance(config.engine, ServerConfig):
         from teacher_cache.http_engine.endpoint_look import look_at_endpoints
 
-        plan.endpoints = look_at_endpoints(config.engine, teacher, config.capture.max_support)
+        plan.endpoints = look_at_endpoints(config.engine, teacher, config.capture)
     return plan
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from schemas.records import Capture, Prompt
+from schemas.records import Capture, Prompt, stable_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stops the engine and its processes; unfinished requests are dropped. May be called twice."""
+
+
+def seed_of_draws(request: Request) -> int:
+    """Of the draws from the tails of tokens that are given, and so have no seed: the same chain has the same ones."""
+    return int(stable_hash("draws", request.sample_id)[:15], 16)
 
 
 def refusal(request: Request, info: EngineInfo) -> Failed | None:

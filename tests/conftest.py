@@ -23,9 +23,9 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 
 @pytest.fixture(scope="session")
 def vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a real vLLM server of the line's teacher, started once a session."""
+    """Address of a real vLLM server of the line's teacher, with the sampler plugin, started once a session."""
     folder = tmp_path_factory.mktemp("server")
-    with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "65") as server:
+    with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "68") as server:
         yield server.url
 
 

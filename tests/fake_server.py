@@ -1,7 +1,8 @@
 """A vLLM server that is not there: both of its ways in, one distribution for every token, and trouble on demand.
 
 Token v has probability proportional to 1 / (v + 1), whatever came before, so its rank is v + 1. A chain is the same
-function of its seed everywhere: NUM_TOKENS tokens, the last one EOS_ID.
+function of its seed everywhere: NUM_TOKENS tokens, the last one EOS_ID. With `has_plugin` it answers as vLLM does whose
+workers have stillroom's sampler plugin.
 """
 
 import json
@@ -14,7 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 
+from teacher_cache.vllm_engine.sampler_mapping import mapped_rows
+from teacher_cache.vllm_engine.sampler_signals import signal_rows
+from teacher_cache.vllm_engine.wide_rows import Layout
 from tests.tiny_tokenizer import byte_level
 
 VOCAB_SIZE = 400
@@ -38,6 +43,11 @@ class Behaviour:
 
     trouble: Callable[[Json], Trouble | None] = lambda body: None
     has_generate: bool = True
+    has_plugin: bool = False
+    plugin_places: range = range(10**9)
+    """Tokens at other places fall to a worker without the plugin."""
+    nan_seeds: set[int] = field(default_factory=set)
+    """Chains whose logits are NaN."""
     model: str = "tiny"
     max_model_len: int | None = 256
     max_logprobs: int = 20
@@ -228,18 +238,59 @@ def _finish(ids: list[int]) -> str:
     return "stop" if ids[-1] == EOS_ID else "length"
 
 
-def _entries(token: int, num: int, forced: bool, setup: Behaviour) -> list[tuple[int, float, int]]:
-    """The sampled token, then the most probable ones: (id, log probability, rank)."""
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every token: candidates, or the plugin's rows."""
+
+    num: int
+    extra_args: Json | None
+    seed: int
+    forced: bool = False
+
+    @classmethod
+    def of(cls, body: Json, num: int, *, forced: bool = False) -> Self:
+        asked = body.get("sampling_params", body)
+        extra_args = asked.get("extra_args", asked.get("vllm_xargs"))
+        return cls(num, extra_args, asked.get("seed", 0), forced)
+
+
+Entry = tuple[int, float, int]
+"""Id, log probability, rank."""
+
+
+def signal_entries(token: int, place: int, layout: Layout, seed: int, setup: Behaviour) -> list[Entry]:
+    """What the plugin makes of a token, merged as vLLM merges it."""
+    logits = torch.tensor(LOGPROBS_V, dtype=torch.float32)[None]
+    if seed in setup.nan_seeds:
+        logits = logits * torch.nan
+    places = (torch.tensor([seed]), torch.tensor([place]))
+    rows = mapped_rows(signal_rows(logits, torch.tensor([token]), layout.unmapped(), *places), layout)
+    merged = dict(zip(rows.ids[0].tolist(), rows.logprobs[0].tolist(), strict=True))
+    return [(one, clamped(value), number or token + 1) for number, (one, value) in enumerate(merged.items())]
+
+
+def clamped(value: float) -> float:
+    """-9999 for what JSON has no number for."""
+    return max(value, -9999.0) if value == value else -9999.0
+
+
+def _entries(token: int, place: int, question: Question, setup: Behaviour) -> list[Entry]:
+    """The sampled token, then the most probable ones."""
+    layout = Layout.of(question.extra_args)
+    has_plugin = setup.has_plugin and place in setup.plugin_places and setup.logprobs_mode == "raw_logprobs"
+    if has_plugin and layout is not None:
+        return signal_entries(token, place, layout, question.seed, setup)
+    num, forced = question.num, question.forced
     if setup.logprobs_mode == "processed_logprobs" and forced:
         return [(token, 0.0, 1)] + [(one, -9999.0, one + 1) for one in range(num) if one != token]
     shift = 30.0 if setup.logprobs_mode == "raw_logits" else 0.0
     return [(one, float(np.float32(LOGPROBS_V[one])) + shift, one + 1) for one in dict.fromkeys([token, *range(num)])]
 
 
-def _prompt_scores(prompt: list[int], num: int, setup: Behaviour) -> list[Json | None]:
+def _prompt_scores(prompt: list[int], question: Question, setup: Behaviour) -> list[Json | None]:
     scores: list[Json | None] = [None]
-    for token in prompt[1:]:
-        entries = _entries(token, num, False, setup)
+    for place, token in enumerate(prompt[1:], start=1):
+        entries = _entries(token, place, question, setup)
         scores.append({str(one): {"logprob": value, "rank": rank} for one, value, rank in entries})
     return scores
 
@@ -247,9 +298,10 @@ def _prompt_scores(prompt: list[int], num: int, setup: Behaviour) -> list[Json |
 def _generate(body: Json, setup: Behaviour) -> Plan:
     asked = body["sampling_params"]
     ids, forced = _generated(asked), "allowed_token_ids" in asked
+    question = Question.of(body, asked.get("logprobs", 0), forced=forced)
     content = []
-    for token in ids:
-        entries = _entries(token, asked.get("logprobs", 0), forced, setup)[: asked.get("logprobs") or 1]
+    for place, token in enumerate(ids, start=len(body["token_ids"])):
+        entries = _entries(token, place, question, setup)[: asked.get("logprobs") or 1]
         listed = [{"token_id": one, "logprob": value, "rank": rank} for one, value, rank in entries]
         content.append({**listed[0], "top_logprobs": listed})
     half = len(ids) // 2
@@ -261,13 +313,15 @@ def _generate(body: Json, setup: Behaviour) -> Plan:
     ]
     whole: Json = {"choices": [{"token_ids": ids, "logprobs": {"content": content}, "finish_reason": _finish(ids)}]}
     if "prompt_logprobs" in asked:
-        whole["prompt_logprobs"] = _prompt_scores(body["token_ids"], asked["prompt_logprobs"], setup)
+        asked_of_prompt = Question.of(body, asked["prompt_logprobs"])
+        whole["prompt_logprobs"] = _prompt_scores(body["token_ids"], asked_of_prompt, setup)
     return Plan(whole, choices)
 
 
 def _completions(body: Json, setup: Behaviour) -> Plan:
     ids, forced = _generated(body), "allowed_token_ids" in body
-    tops = [_entries(token, body.get("logprobs", 0), forced, setup) for token in ids]
+    question, prompt = Question.of(body, body.get("logprobs", 0), forced=forced), body["prompt"]
+    tops = [_entries(token, place, question, setup) for place, token in enumerate(ids, start=len(prompt))]
     choices = []
     for part in (slice(None, len(ids) // 2), slice(len(ids) // 2, None)):
         if ids[part]:
@@ -277,7 +331,10 @@ def _completions(body: Json, setup: Behaviour) -> Plan:
             }
             finish = _finish(ids) if part.stop is None else None
             choices.append({"token_ids": ids[part], "logprobs": logprobs, "finish_reason": finish})
-    whole: Json = {"choices": [{"token_ids": ids, "finish_reason": _finish(ids)}]}
+    top_logprobs = [{f"token_id:{one}": value for one, value, _ in entries} for entries in tops]
+    logprobs = {"token_logprobs": [entries[0][1] for entries in tops], "top_logprobs": top_logprobs}
+    whole: Json = {"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": _finish(ids)}]}
     if "prompt_logprobs" in body:
-        whole["choices"][0]["prompt_logprobs"] = _prompt_scores(body["prompt"], body["prompt_logprobs"], setup)
+        asked_of_prompt = Question.of(body, body["prompt_logprobs"])
+        whole["choices"][0]["prompt_logprobs"] = _prompt_scores(prompt, asked_of_prompt, setup)
     return Plan(whole, choices)

@@ -53,12 +53,9 @@ def test_mistakes_are_named(path: Path, override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_is_not_asked_for_draws(path: Path) -> None:
+def test_a_server_may_be_asked_for_what_the_embedded_engine_gives(path: Path) -> None:
     engine = 'engine={"kind": "server", "endpoints": ["http://localhost:8000"]}'
-    for overrides in ([], ["capture.draws=0", "capture.temperatures=[2.0]"]):
-        with pytest.raises(ConfigError, match=r"needs engine.kind: embedded.*Set capture: {max_support: 64, draws: 0}"):
-            load_config(path, [engine, *overrides], BuildConfig)
-    load_config(path, [engine, "capture={max_support: 64, draws: 0}"], BuildConfig)
+    assert load_config(path, [engine, "capture.temperatures=[2.0]"], BuildConfig).capture.draws == 8
 
 
 def test_greedy_sampling_of_several_chains_is_refused(path: Path) -> None:

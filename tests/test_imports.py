@@ -37,6 +37,7 @@ HOMES = {
 }
 INSIDE_VLLM = HOMES["vllm"] | {
     "teacher_cache/vllm_engine/sampler_batch.py",
+    "teacher_cache/vllm_engine/sampler_mapping.py",
     "teacher_cache/vllm_engine/sampler_signals.py",
 }
 """Imported where vllm is, and therefore torch."""

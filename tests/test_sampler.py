@@ -182,10 +182,17 @@ def test_in_a_process_with_vllm(program: str) -> None:
 
 
 def test_a_mixed_batch_gives_every_row_its_own() -> None:
-    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1))
-    sampled, places = torch.arange(5) * 100, torch.arange(5) + 50
+    logits = torch.randn(6, 2602, generator=torch.Generator().manual_seed(1))
+    sampled, places = torch.arange(6) * 100, torch.arange(6) + 50
     narrow, wide = Layout(4), Layout(8, 3)
-    asked = [Asked(wide, 1), None, Asked(narrow, 2), Asked(None, 0), Asked(wide, 3)]
+    asked = [
+        Asked(wide, 1),
+        None,
+        Asked(narrow, 2),
+        Asked(None, 0),
+        Asked(wide, 3),
+        Asked(Layout(2600, mapped=True), 4),
+    ]
     width = 14
 
     def plain(part: torch.Tensor, ids: torch.Tensor, num: int) -> Rows:
@@ -197,10 +204,11 @@ def test_a_mixed_batch_gives_every_row_its_own() -> None:
         own = signal_rows(logits[one], sampled[one], layout, torch.tensor([seed]), places[one])
         assert torch.equal(rows.ids[one, : layout.width + 1], own.ids)
         torch.testing.assert_close(rows.logprobs[one, : layout.width + 1], own.logprobs)
-        assert (rows.ids[one, layout.width + 1 :] == 0).all()
-        assert (rows.logprobs[one, layout.width + 1 :] == -np.inf).all()
+        assert (rows.ids[one, layout.width + 1 :] == sampled[one, None]).all()
+        assert (rows.logprobs[one, layout.width + 1 :] == own.logprobs[:, :1]).all()
     assert (rows.ids[1] == 7).all()
     assert rows.logprobs[3].isnan().all()
+    assert rows.logprobs[5].isnan().all(), "too few ids for so many columns"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +218,14 @@ def test_a_mixed_batch_gives_every_row_its_own() -> None:
         ({"stillroom_top": 8, "stillroom_draws": 2}, 12, None),
         ({"stillroom_top": 0}, 12, 1),
         ({"stillroom_top": 4, "stillroom_temperatures": [-1.0]}, 12, 1),
+        ({"stillroom_top": 4, "stillroom_temperatures": 2.0}, 12, 1),
+        ({"stillroom_top": [4]}, 12, 1),
+        ({"stillroom_top": {"a": 1}}, 12, 1),
+        ({"stillroom_top": 1e400}, 12, 1),
+        ({"stillroom_top": "x"}, 12, 1),
+        ({"stillroom_top": 4, "stillroom_mapped": 1}, 12, 1),
+        ({"stillroom_top": 4, "stillroom_mapped": [2]}, 12, 1),
+        ({"stillroom_top": 4, "stillroom_mapped": 2}, 6, 1),
     ],
 )
 def test_what_makes_no_sense_is_not_taken_for_plain_candidates(

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from schemas.records import Capture
 from shared.errors import ConfigError, StillroomError
+from teacher_cache.config import CaptureConfig
 from teacher_cache.engine_config import ServerConfig
 from teacher_cache.http_engine import endpoint as endpoint_module
 from teacher_cache.http_engine.endpoint import MAX_BACKOFF_S, pause_s
@@ -25,6 +27,8 @@ from tests.fake_server import EOS_ID, LOGPROBS_V, NUM_TOKENS, VOCAB_SIZE, Behavi
 from tests.test_build import visible_ids
 
 K = 8
+PLAIN = CaptureConfig(max_support=K, draws=0)
+SIGNALS = CaptureConfig(max_support=K, draws=6, temperatures=[0.5, 2.0])
 WAYS = pytest.mark.parametrize("has_generate", [True, False], ids=["generate", "completions"])
 
 
@@ -40,7 +44,7 @@ def server() -> Iterator[FakeServer]:
         yield one
 
 
-def make_engine(*servers: FakeServer, **settings: object) -> ServerEngine:
+def make_engine(*servers: FakeServer, capture: CaptureConfig | None = None, **settings: object) -> ServerEngine:
     teacher = make_teacher()
     config = ServerConfig.model_validate(
         {
@@ -51,7 +55,7 @@ def make_engine(*servers: FakeServer, **settings: object) -> ServerEngine:
             **settings,
         }
     )
-    return ServerEngine(config, teacher.record, teacher.tokenizer, K)
+    return ServerEngine(config, teacher.record, teacher.tokenizer, capture or PLAIN)
 
 
 def answers(engine: ServerEngine, requests: list[Request]) -> dict[str, Outcome]:
@@ -75,7 +79,8 @@ def asks(body: Json, request: Request) -> bool:
 
 def is_work(body: Json) -> bool:
     """Whether this is a build's request, not one of the handshake."""
-    return "seed" in body.get("sampling_params", body)
+    asked = body.get("sampling_params", body)
+    return "seed" in asked and "allowed_token_ids" not in asked
 
 
 @WAYS
@@ -123,7 +128,7 @@ def test_what_breaks_off_is_asked_again_and_comes_once(server: FakeServer, has_g
 
     def first_time(body: Json) -> str | None:
         seed = body.get("sampling_params", body).get("seed")
-        if seed is None or seed in told or len(told) >= 6:
+        if not is_work(body) or seed in told or len(told) >= 6:
             return None
         told.add(seed)
         return trouble
@@ -308,7 +313,7 @@ def _with(**changes: object) -> Callable[[Behaviour], None]:
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (_with(max_logprobs=K), {}, "--max-logprobs 9"),
+        (_with(max_logprobs=K), {}, "max_support=8: start it with --max-logprobs 9"),
         (_with(max_logprobs=K - 1, has_generate=False), {}, "--max-logprobs 8"),
         (_with(vocab_size=401), {}, "has a vocabulary of 401, teacher.model one of 400"),
         (_with(tokenizer_shift=1), {}, "turns text into other tokens than teacher.model"),
@@ -318,6 +323,23 @@ def _with(**changes: object) -> Callable[[Behaviour], None]:
         (_with(key="secret"), {"api_key_env": "WRONG_KEY"}, "refuses the API key: set the right one.*WRONG_KEY"),
         (_with(), {"api_key_env": "NO_SUCH_KEY"}, "names NO_SUCH_KEY, which is not set"),
         (_with(), {"model": "other"}, "serves tiny and no engine.model=other"),
+        (_with(), {"capture": SIGNALS}, r"sampler plugin, needed for capture\.draws: pip install.*--max-logprobs 26,"),
+        (
+            _with(has_generate=False),
+            {"capture": CaptureConfig(draws=0, temperatures=[2.0])},
+            r"needed for capture\.temperatures: .*VLLM_PLUGINS.*--max-logprobs 12, or set capture: {max_sup",
+        ),
+        (_with(has_plugin=True), {"capture": SIGNALS}, "max_support=8 and draws=6 with .*plugin: start it .*probs 26 "),
+        (
+            _with(has_plugin=True, logprobs_mode="processed_logprobs"),
+            {"capture": SIGNALS},
+            "after temperature and truncation.*--logprobs-mode",
+        ),
+        (
+            _with(has_plugin=True),
+            {"capture": CaptureConfig(draws=200)},
+            r"draws over HTTP needs a vocabulary of 412 tokens",
+        ),
         (_with(), {"max_model_len": 300}, "--max-model-len 300"),
         (_with(max_model_len=None), {}, "is no vLLM server"),
     ],
@@ -326,7 +348,7 @@ def test_a_server_that_does_not_fit_is_named_with_its_flag(
     server: FakeServer,
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Behaviour], None],
-    settings: dict[str, object],
+    settings: dict[str, Any],
     message: str,
 ) -> None:
     monkeypatch.setenv("WRONG_KEY", "wrong")

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from schemas.records import Capture
-from teacher_cache.http_engine.wire import Api, BadAnswer, CompletionsApi, GenerateApi, Rows
+from teacher_cache.http_engine.answer_rows import BadAnswer, Form, Rows
+from teacher_cache.http_engine.wire import Api, CompletionsApi, GenerateApi
+from teacher_cache.vllm_engine.wide_rows import Layout, UnmarkedRows
 
 K = 3
+PLAIN = Form(K, 400)
+SIGNALS = Form(K, 400, Layout(K, 1, mapped=True))
 WAYS = pytest.mark.parametrize("api", [GenerateApi(), CompletionsApi()], ids=["generate", "completions"])
 Entries = list[tuple[int, float | None, int]]
 
@@ -27,8 +31,8 @@ def choice_of(api: Api, tokens: list[Entries]) -> dict[str, Any]:
     return {"token_ids": ids, "logprobs": {"content": content}}
 
 
-def read(api: Api, *tokens: Entries) -> Capture:
-    rows = Rows(K)
+def read(api: Api, *tokens: Entries, form: Form = PLAIN) -> Capture:
+    rows = Rows(form)
     api.read(choice_of(api, list(tokens)), rows)
     return rows.capture()
 
@@ -86,9 +90,9 @@ def test_an_answer_that_lies_is_no_capture(api: Api) -> None:
     shifted = choice_of(api, [[(7, -1.0, 1), (8, -2.0, 2), (9, -3.0, 3)]])
     shifted["token_ids"] = [8]
     with pytest.raises(BadAnswer, match="do not belong to its tokens"):
-        api.read(shifted, Rows(K))
+        api.read(shifted, Rows(PLAIN))
     with pytest.raises(BadAnswer, match="no token"):
-        Rows(K).capture()
+        Rows(PLAIN).capture()
 
 
 @WAYS
@@ -96,6 +100,48 @@ def test_scores_that_belong_to_other_tokens_are_refused(api: Api) -> None:
     scores = [None, {"6": {"logprob": -1.0, "rank": 1}, "7": {"logprob": -2.0, "rank": 2}}]
     answer = {"prompt_logprobs": scores, "choices": [{"prompt_logprobs": scores, "token_ids": [9]}]}
     with pytest.raises(BadAnswer, match="do not belong to the tokens"):
-        api.read_scores(answer, [5, 7, 9] if isinstance(api, GenerateApi) else [5, 7], 1, Rows(1))
+        api.read_scores(answer, [5, 7, 9] if isinstance(api, GenerateApi) else [5, 7], 1, Rows(Form(1, 400)))
     with pytest.raises(BadAnswer, match="2 scores came for"):
-        api.read_scores(answer, [5, 6, 7, 8, 9], 1, Rows(1))
+        api.read_scores(answer, [5, 6, 7, 8, 9], 1, Rows(Form(1, 400)))
+
+
+NUMBERS: Entries = [(0, 300.0, 1), (1, -9.0, 1), (2, 1.5, 1), (4, 2.0, 1), (5, 2.0, 1)]
+"""A draw's id and log probability, the entropy, the sampled token's rank, the mark."""
+
+
+@WAYS
+def test_numbers_stand_behind_the_candidates(api: Api) -> None:
+    top: Entries = [(7, -1.0, 1), (8, -2.0, 2), (9, -3.0, 3)]
+    # The sampled token is one of the top, and merged with it; or is not.
+    within = read(api, [top[1], top[0], top[2], *NUMBERS], form=SIGNALS)
+    outside = read(api, [(50, -9.5, 40), *top, *NUMBERS], form=SIGNALS)
+    for capture in (within, outside):
+        assert capture.topk_ids_TK.tolist() == [[7, 8, 9]]
+        assert capture.topk_logprobs_TK.tolist() == [[-1.0, -2.0, -3.0]]
+        assert capture.sampled_rank_T.tolist() == [2], "told by the row, whatever the answer says"
+        assert capture.draw_ids_TM is not None
+        assert capture.draw_ids_TM.tolist() == [[300]]
+        assert capture.draw_logprobs_TM is not None
+        assert capture.draw_logprobs_TM.tolist() == [[-9.0]]
+        assert capture.entropy_T is not None
+        assert capture.entropy_T.tolist() == [1.5]
+    assert (within.sampled_logprob_T[0], outside.sampled_logprob_T[0]) == (-2.0, -9.5)
+
+
+@WAYS
+def test_a_sampled_token_that_ties_with_the_last_candidate_stays_within(api: Api) -> None:
+    top: Entries = [(7, -1.0, 1), (8, -2.0, 2), (9, -2.0, 3)]
+    for sampled in (1, 2):
+        others = [one for one in top if one != top[sampled]]
+        capture = read(api, [top[sampled], *others, *NUMBERS], form=SIGNALS)
+        assert sorted(capture.topk_ids_TK[0].tolist()) == [7, 8, 9]
+        assert capture.topk_logprobs_TK.tolist() == [[-1.0, -2.0, -2.0]]
+
+
+@WAYS
+def test_rows_that_are_not_the_plugins_are_refused(api: Api) -> None:
+    plain: Entries = [(one, -float(one), one) for one in range(1, 10)]
+    with pytest.raises(UnmarkedRows):
+        read(api, plain, form=SIGNALS)
+    with pytest.raises(BadAnswer, match="candidates came"):
+        read(api, plain[:6], form=SIGNALS)

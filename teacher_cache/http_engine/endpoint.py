@@ -12,10 +12,12 @@ import numpy as np
 
 from schemas.records import Capture
 from shared.errors import ConfigError
-from teacher_cache.http_engine.handshake import Expected, Served, score_tokens, shake_hands
+from teacher_cache.http_engine.answer_rows import MALFORMED, UNKNOWN_RANK, Form, Rows
+from teacher_cache.http_engine.form_check import Expected, score_tokens
+from teacher_cache.http_engine.handshake import KEY_STATUS, Served, key_refused, shake_hands
 from teacher_cache.http_engine.http_client import HttpClient, Unavailable
-from teacher_cache.http_engine.wire import MALFORMED, UNKNOWN_RANK, CompletionsApi, Rows
-from teacher_cache.requests import Failed, Finished, Outcome, Request
+from teacher_cache.http_engine.wire import CompletionsApi
+from teacher_cache.requests import Failed, Finished, Outcome, Request, seed_of_draws
 
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 60.0
@@ -25,7 +27,9 @@ NUM_TROUBLES_TO_LEAVE_OUT = 3
 
 
 class Endpoint:
-    """A server that is `up` or left out. `num_in_flight` chains are being asked for; `num_tokens` came so far."""
+    """A server that is `up` or left out. `num_in_flight` chains are being asked for; `num_tokens` came so far;
+    `is_busy` from when it is left out for having too much to do until a chain comes.
+    """
 
     def __init__(self, http: HttpClient, expected: Expected) -> None:
         self.http = http
@@ -34,7 +38,8 @@ class Endpoint:
         self.problem = "was not asked yet"
         self.num_in_flight = 0
         self.num_tokens = 0
-        self._expected = expected
+        self.is_busy = False
+        self.expected = expected
         self._num_troubles = 0
         self._num_failures = 0
         self._jitter = random.Random()
@@ -45,21 +50,28 @@ class Endpoint:
         """Whether chains may be asked of it."""
         return self.served is not None
 
-    async def connect(self) -> None:
-        """Raises ConfigError where it serves something else, Unavailable where it cannot be asked."""
+    async def connect(self) -> Served:
+        """What it serves. Raises ConfigError where it serves something else, Unavailable where it cannot be asked."""
         try:
-            served = await shake_hands(self.http, self._expected)
+            served = await shake_hands(self.http, self.expected)
         except (ConfigError, Unavailable) as error:
-            self.problem = str(error)
-            self._num_failures += 1
+            self.leave_out(str(error))
             raise
         self._num_troubles = 0
         self._down.clear()
         self.served = served
+        return served
 
     async def wait_until_down(self) -> None:
         """Returns when it was left out."""
         await self._down.wait()
+
+    def leave_out(self, problem: str) -> None:
+        """Not to be asked until it fits again; each time the pause before that grows."""
+        self.problem = problem
+        self._num_failures += 1
+        self.served = None
+        self._down.set()
 
     def backoff_s(self) -> float:
         """Pause before it is tried again: doubles with every failure since its last chain, with jitter."""
@@ -67,30 +79,33 @@ class Endpoint:
 
     def note_success(self) -> None:
         """A chain came."""
+        self.is_busy = False
         self._num_troubles = self._num_failures = 0
 
     def note_trouble(self, error: Unavailable) -> None:
         """A chain did not come; leaves the endpoint out where more than one answer looks wrong."""
         self._num_troubles += 1
         if error.status is None or self._num_troubles >= NUM_TROUBLES_TO_LEAVE_OUT:
-            self.problem = str(error)
-            self._num_failures += 1
-            self.served = None
-            self._down.set()
+            self.is_busy = error.is_busy
+            self.leave_out(str(error))
 
     async def ask(self, served: Served, request: Request, max_tokens: int) -> Outcome:
-        """Generates or scores. Raises Refused or Unavailable."""
+        """Generates or scores. Raises Refused or Unavailable, KeyRefused where the API key is no longer taken."""
         try:
             if request.completion_token_ids is not None:
                 return await self._score(served, request, request.completion_token_ids)
             return await self._generate(served, request, max_tokens)
+        except Unavailable as error:
+            if error.status in KEY_STATUS:
+                raise key_refused(self.url, self.expected) from error
+            raise
         except MALFORMED as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             raise Unavailable(f"answers something else: {problem}", was_sent=True, status=200) from error
 
     async def _generate(self, served: Served, request: Request, max_tokens: int) -> Outcome:
-        rows, finish_reason = Rows(self._expected.k), None
-        body = served.api.generation(served.model, request, served.num_logprobs, max_tokens)
+        rows, finish_reason = Rows(served.form), None
+        body = served.api.generation(served.model, request, served.form, max_tokens)
         try:
             async for event in self.http.stream(served.api.path, body):
                 for choice in event["choices"]:
@@ -112,8 +127,8 @@ class Endpoint:
     async def _score(self, served: Served, request: Request, completion: Sequence[int]) -> Outcome:
         prompt = list(request.prompt_token_ids)
         ids = [*prompt, *completion]
-        k, num_logprobs = self._expected.k, served.num_logprobs
-        capture = await score_tokens(self.http, served.api, served.model, ids, len(prompt), k, num_logprobs)
+        seed = seed_of_draws(request)
+        capture = await score_tokens(self.http, served.api, served.model, ids, len(prompt), served.form, seed)
         self.num_tokens += len(completion)
         return _outcome(request, capture, "scored")
 
@@ -125,9 +140,10 @@ class Endpoint:
         prompt = list(request.prompt_token_ids)
         ids = [*prompt, *capture.token_ids_T.tolist()]
         # No candidates beside the actual token, whose rank is told with it.
-        scored = await score_tokens(self.http, CompletionsApi(), served.model, ids, len(prompt), 0, 0)
+        none = Form(0, self.expected.vocab_size)
+        scored = await score_tokens(self.http, CompletionsApi(), served.model, ids, len(prompt), none)
         # The pass that reads a chain rounds otherwise than the one that wrote it: outside means outside.
-        rank_T = np.maximum(scored.sampled_rank_T, self._expected.k + 1)
+        rank_T = np.maximum(scored.sampled_rank_T, self.expected.k + 1)
         return dataclasses.replace(
             capture, sampled_rank_T=np.where(unknown_T, rank_T, capture.sampled_rank_T).astype(np.int32)
         )

@@ -5,6 +5,7 @@ it serves the same teacher again; its chains go back to the queue, and to whoeve
 """
 
 import asyncio
+import dataclasses
 import queue
 import random
 import time
@@ -17,7 +18,8 @@ from shared.errors import ConfigError, StillroomError
 from shared.log import note, warn
 from teacher_cache.engine_config import ServerConfig
 from teacher_cache.http_engine.endpoint import Endpoint, pause_s
-from teacher_cache.http_engine.handshake import Expected
+from teacher_cache.http_engine.form_check import Entropy, Expected
+from teacher_cache.http_engine.handshake import KeyRefused
 from teacher_cache.http_engine.http_client import HttpClient, Refused, Unavailable
 from teacher_cache.requests import EngineInfo, Failed, Outcome, Request
 
@@ -26,10 +28,13 @@ OPEN_POLL_S = 0.1
 
 @dataclass(slots=True)
 class Job:
-    """A request on its way. `num_attempts` counts those that an endpoint may have worked on."""
+    """A request on its way. `num_attempts` counts those that an endpoint may have worked on, `num_waits` those that it
+    had no time for.
+    """
 
     request: Request
     num_attempts: int = 0
+    num_waits: int = 0
 
 
 class EndpointPool:
@@ -49,6 +54,8 @@ class EndpointPool:
         self._came_up = asyncio.Event()
         self._misfit: ConfigError | None = None
         self._max_model_len = 0
+        self._entropy: Entropy | None = None
+        self._told_busy: set[str] = set()
         self._none_since_s: float | None = time.monotonic()
         self._jitter = random.Random()
 
@@ -71,6 +78,9 @@ class EndpointPool:
             await asyncio.sleep(OPEN_POLL_S)
         lengths = {one.url: one.served.max_model_len for one in self._endpoints if one.served is not None}
         self._max_model_len = self._common_length(lengths)
+        self._entropy = self._common_entropy()
+        for endpoint in self._endpoints:
+            endpoint.expected = dataclasses.replace(self._expected, entropy=self._entropy)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -82,20 +92,22 @@ class EndpointPool:
     def info(self) -> EngineInfo:
         served = {one.url: one.served for one in self._endpoints if one.served is not None}
         versions = sorted({one.version for one in served.values()})
+        assert self._entropy is not None, "asked before it was open"
         return EngineInfo(
             vocab_size=self._expected.vocab_size,
             max_model_len=self._max_model_len,
-            entropy="support",
+            entropy=self._entropy,
             software={"vllm": ", ".join(versions)},
             settings={
                 "max_model_len": self._max_model_len,
+                "sampler": "plugin" if self._entropy == "exact" else "vllm",
                 "served": {url: {"model": one.model, "path": one.api.path} for url, one in served.items()},
             },
         )
 
     def offer(self, job: Job) -> None:
         """Takes a job, a new one at the end and one that was begun already at the front."""
-        if job.num_attempts:
+        if job.num_attempts + job.num_waits:
             self._jobs.appendleft(job)
         else:
             self._jobs.append(job)
@@ -104,6 +116,8 @@ class EndpointPool:
     def raise_if_lost(self) -> None:
         """Raises StillroomError when no endpoint was up for too long."""
         since_s = self._none_since_s
+        if any(one.is_up or (one.is_busy and one.num_in_flight) for one in self._endpoints):
+            return
         if since_s is None or time.monotonic() - since_s < 60 * self._config.give_up_minutes:
             return
         problems = "; ".join(f"{endpoint.url} {endpoint.problem}" for endpoint in self._endpoints)
@@ -142,9 +156,14 @@ class EndpointPool:
             outcome = await endpoint.ask(served, request, min(request.max_tokens, room))
         except Refused as error:
             return Failed(request, "refused", str(error))
+        except KeyRefused as error:
+            self._answers.put(error)
+            return None
         except Unavailable as error:
             return self._after_trouble(endpoint, job, error)
         endpoint.note_success()
+        # What ends at an endpoint that is left out for now says that it is of use, too.
+        self._none_since_s = None if any(one.is_up for one in self._endpoints) else time.monotonic()
         return outcome
 
     def _after_trouble(self, endpoint: Endpoint, job: Job, error: Unavailable) -> Outcome | None:
@@ -153,12 +172,16 @@ class EndpointPool:
             endpoint.note_trouble(error)
         if was_up and not endpoint.is_up:
             self._note_down(endpoint)
-        job.num_attempts += error.was_sent
+        if error.is_busy:
+            job.num_waits += 1
+        else:
+            job.num_attempts += error.was_sent
         if job.num_attempts >= self._config.max_attempts:
             tried = f"after {job.num_attempts} attempts {endpoint.url} {error}"
             return Failed(job.request, "engine_error", tried)
         # It stays in `num_unfinished` while it waits.
-        asyncio.get_running_loop().call_later(pause_s(job.num_attempts, self._jitter), self.offer, job)
+        pause = pause_s(job.num_attempts + job.num_waits, self._jitter)
+        asyncio.get_running_loop().call_later(pause, self.offer, job)
         return None
 
     async def _first_try(self, endpoint: Endpoint) -> None:
@@ -171,39 +194,58 @@ class EndpointPool:
 
     async def _keep(self, endpoint: Endpoint) -> None:
         """Brings the endpoint back whenever it is down, for ever."""
-        said = endpoint.problem
+        said, is_quiet = endpoint.problem, False
         while True:
             if endpoint.is_up:
                 await endpoint.wait_until_down()
-                said = endpoint.problem
+                said, is_quiet = endpoint.problem, endpoint.is_busy
             await asyncio.sleep(endpoint.backoff_s())
             try:
                 await self._connect(endpoint)
+            except KeyRefused as error:
+                self._misfit = error
+                self._answers.put(error)
+                return
             except (ConfigError, Unavailable) as error:
                 if isinstance(error, ConfigError):
                     self._misfit = error
                 if str(error) != said:
                     warn(f"left out: {error}" if isinstance(error, ConfigError) else f"{endpoint.url} {error}")
+                    is_quiet = False
                 said = str(error)
             else:
-                note(f"{endpoint.url} is there")
+                if not is_quiet:
+                    note(f"{endpoint.url} is there")
 
     async def _connect(self, endpoint: Endpoint) -> None:
-        await endpoint.connect()
-        served = endpoint.served
-        if served is not None and served.max_model_len < self._max_model_len:
+        served = await endpoint.connect()
+        if self._entropy not in (None, served.entropy):
+            # It was asked before all had settled on one form.
             endpoint.served = None
-            raise ConfigError(
+            served = await endpoint.connect()
+        if served.max_model_len < self._max_model_len:
+            problem = (
                 f"{endpoint.url} came back with max_model_len {served.max_model_len}, the build was begun with "
                 f"{self._max_model_len}: start it with --max-model-len {self._max_model_len}"
             )
-        self._none_since_s = None
+            endpoint.leave_out(problem)
+            raise ConfigError(problem)
+        if not endpoint.is_busy:
+            # One that is busy has to prove its use by a chain.
+            self._none_since_s = None
         self._dispatch()
 
     def _note_down(self, endpoint: Endpoint) -> None:
         left = sum(one.is_up for one in self._endpoints)
-        note(f"{endpoint.url} {endpoint.problem}: left out and tried again, {left} of {len(self._endpoints)} go on")
-        if not left:
+        others = f"{left} of {len(self._endpoints)} go on"
+        if not endpoint.is_busy:
+            note(f"{endpoint.url} {endpoint.problem}: left out and tried again, {others}")
+        elif endpoint.url not in self._told_busy:
+            # Once: it may come and go with every chain.
+            self._told_busy.add(endpoint.url)
+            slower = "it has too much to do and is asked more slowly (a lower engine.max_in_flight asks less)"
+            note(f"{endpoint.url} {endpoint.problem}: {slower}, {others}")
+        if not left and self._none_since_s is None:
             self._none_since_s = time.monotonic()
 
     def _raise_misfit(self) -> None:
@@ -217,6 +259,16 @@ class EndpointPool:
             told = ", ".join(f"{url} {length}" for url, length in lengths.items())
             raise ConfigError(f"the endpoints take chains of different lengths ({told}): set engine.max_model_len")
         return next(iter(lengths.values()))
+
+    def _common_entropy(self) -> Entropy:
+        kinds = {one.url: one.served.entropy for one in self._endpoints if one.served is not None}
+        if len(set(kinds.values())) > 1:
+            having, lacking = (", ".join(url for url in kinds if kinds[url] == kind) for kind in ("exact", "support"))
+            raise ConfigError(
+                f"{having} has stillroom's sampler plugin and {lacking} has not, so entropies would differ in kind: "
+                "pip install stillroom for all of them, or name only one kind in engine.endpoints"
+            )
+        return next(iter(kinds.values()))
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -21,6 +21,8 @@ CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 2.0
 """Idle connections are closed before the server closes them (vLLM after 5 s), in the middle of the next request."""
 REFUSING_STATUS = {400, 413, 422}
+BUSY_STATUS = {429, 503}
+"""Too much to do now, or not ready: nothing was worked on."""
 MAX_MESSAGE_CHARS = 300
 
 Json = Mapping[str, Any]
@@ -34,6 +36,11 @@ class Unavailable(Exception):
     def __init__(self, message: str, *, was_sent: bool, status: int | None = None) -> None:
         super().__init__(message)
         self.was_sent, self.status = was_sent, status
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server only asked to come back later."""
+        return self.status in BUSY_STATUS
 
 
 class Refused(Exception):

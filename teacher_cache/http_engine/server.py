@@ -14,9 +14,10 @@ from typing import Any
 
 from schemas.manifest import Teacher
 from shared.errors import ConfigError
+from teacher_cache.config import CaptureConfig
 from teacher_cache.engine_config import ServerConfig
 from teacher_cache.http_engine.endpoint_pool import EndpointPool, Job
-from teacher_cache.http_engine.handshake import Expected
+from teacher_cache.http_engine.form_check import Expected
 from teacher_cache.requests import EngineInfo, Outcome, Request, refusal
 
 NUM_OTHER_FILES = 256
@@ -29,14 +30,14 @@ STEP_S = 0.2
 class ServerEngine:
     """vLLM servers as one engine. Implements teacher_cache.requests.Engine."""
 
-    def __init__(self, config: ServerConfig, teacher: Teacher, tokenizer: Any, max_support: int) -> None:
+    def __init__(self, config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> None:
         """Waits until an endpoint serves the teacher.
 
-        Raises ConfigError where one serves something else or lacks a flag, StillroomError where none answers within
-        `give_up_minutes`.
+        Raises ConfigError where one serves something else, lacks a flag or the plugin; StillroomError where none
+        answers within `give_up_minutes`.
         """
         api_key = api_key_of(config)
-        expected = expected_of(config, teacher, tokenizer, max_support)
+        expected = expected_of(config, teacher, tokenizer, capture)
         _allow_connections(config)
         self._config = config
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
@@ -128,13 +129,15 @@ class ServerEngine:
             timeout_s = 0.0
 
 
-def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, max_support: int) -> Expected:
+def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> Expected:
     """What every endpoint must serve."""
     return Expected(
         model=config.model,
         api_key_env=config.api_key_env,
         max_model_len=config.max_model_len,
-        k=min(max_support, teacher.vocab_size),
+        k=min(capture.max_support, teacher.vocab_size),
+        draws=capture.draws,
+        temperatures=tuple(capture.temperatures),
         vocab_size=teacher.vocab_size,
         tokenizer=tokenizer,
     )

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from schemas.records import stable_hash
 from shared.errors import ConfigError, StillroomError
 from shared.log import warn
 from teacher_cache.children import die_with_parent
 from teacher_cache.config import CaptureConfig, TeacherConfig
 from teacher_cache.engine_config import EmbeddedConfig
-from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request, refusal
+from teacher_cache.requests import EngineInfo, Failed, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.vllm_engine.engine_args import allow_whole_prompts, engine_args, scoring_args
 from teacher_cache.vllm_engine.wide_rows import Layout, is_marked
 
@@ -58,7 +57,7 @@ class EmbeddedEngine:
         self._requests: dict[str, Request] = {}
         self._refused: list[Outcome] = []
         self._num_submitted = 0
-        self._num_finished_tokens = 0
+        self._num_finished_tokens = self._num_read_tokens = 0
         self._closed = False
 
     def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, scores: bool) -> None:
@@ -151,12 +150,10 @@ class EmbeddedEngine:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, those of prompts that are scored included; where arrays are not captured, completion tokens of
-        finished chains only.
-        """
+        """Completion tokens so far; of chains that are scored, and where arrays are not captured, of finished ones."""
         if self._arrays is None:
             return self._num_finished_tokens
-        return self._arrays.num_tokens - self._tokens_before
+        return self._arrays.num_tokens - self._tokens_before + self._num_read_tokens
 
     @property
     def num_unfinished(self) -> int:
@@ -218,8 +215,7 @@ class EmbeddedEngine:
     def _sampling_params(self, request: Request) -> Any:
         if request.completion_token_ids is None:
             return self._params(self._layout, request.sampling, request.seed, request.max_tokens)
-        # Tokens are given, draws are not: the same chain has the same ones.
-        params = self._params(self._layout, {"temperature": 0.0}, _seed_of_draws(request), max_tokens=1)
+        params = self._params(self._layout, {"temperature": 0.0}, seed_of_draws(request), max_tokens=1)
         # The last token is written rather than read: a chain that fills the model's length has room for no other.
         params.allowed_token_ids = [request.completion_token_ids[-1]]
         params.prompt_logprobs = params.logprobs
@@ -250,6 +246,7 @@ class EmbeddedEngine:
         completion = output.outputs[0]
         given = request.completion_token_ids
         self._num_finished_tokens += len(completion.token_ids if given is None else given)
+        self._num_read_tokens += 0 if given is None else len(given) - 1
         if completion.finish_reason not in ("stop", "length"):
             return Failed(request, "engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
         if given is None:
@@ -260,10 +257,6 @@ class EmbeddedEngine:
         if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
             return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
         return Finished(request, capture, reason or completion.finish_reason)
-
-
-def _seed_of_draws(request: Request) -> int:
-    return int(stable_hash("draws", request.sample_id)[:15], 16)
 
 
 def _needs_plugin(capture: CaptureConfig) -> bool:

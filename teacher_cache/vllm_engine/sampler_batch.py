@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teacher_cache.vllm_engine.sampler_mapping import mapped_rows
 from teacher_cache.vllm_engine.sampler_signals import Rows, signal_rows
-from teacher_cache.vllm_engine.wide_rows import DRAWS, TEMPERATURES, TOP, Layout
+from teacher_cache.vllm_engine.wide_rows import DRAWS, MAPPED, TEMPERATURES, TOP, Layout
 
 Plain = Callable[[Tensor, Tensor, int], Rows]
 """vLLM's own rows: logits [N, V], sampled ids [N] int64 and the number of top candidates, to Rows."""
@@ -45,7 +46,9 @@ class Batch:
         return Batch(self.asked_N[start:stop], self.positions_N[start:stop])
 
     def rows(self, logits_NV: Tensor, sampled_N: Tensor, width: int, plain: Plain) -> Rows:
-        """Rows of W = `width` columns for every row of the batch; those of narrower requests end in id 0 and -inf."""
+        """Rows of W = `width` columns for every row of the batch; those of narrower requests end in their sampled token
+        again, which adds nothing to a mapping.
+        """
         assert len(logits_NV) == len(self)
         groups = self._groups()
         if len(groups) == 1:
@@ -74,41 +77,49 @@ class Batch:
     ) -> Rows:
         if layout is True:
             return plain(logits, sampled, width)
-        if layout is False or layout.top > logits.shape[1]:
+        if layout is False or layout.min_vocab_size > logits.shape[1]:
             return _nan_rows(sampled, width)
         seeds = positions = None
         if layout.draws:
             asked = [self.asked_N[row] for row in members]
             seeds = torch.tensor([one.seed for one in asked if one is not None]).to(logits.device, non_blocking=True)
             positions = self.positions_N if len(members) == len(self) else self.positions_N[members]
-        return _padded(signal_rows(logits, sampled, layout, seeds, positions), width)
+        rows = signal_rows(logits, sampled, layout.unmapped(), seeds, positions)
+        return _padded(mapped_rows(rows, layout) if layout.mapped else rows, width)
 
 
 def asked_of(extra_args: Mapping[str, Any] | None, width: int | None, seed: int | None) -> Asked | None:
     """What a request's sampling parameters ask for; `width` is its number of log probabilities, None for none."""
     if width is None or not extra_args or TOP not in extra_args:
         return None
-    temperatures = extra_args.get(TEMPERATURES) or ()
-    return _parsed(extra_args[TOP], extra_args.get(DRAWS) or 0, tuple(temperatures), width, seed)
+    try:
+        taus = tuple(extra_args.get(TEMPERATURES) or ())
+        return _parsed(extra_args[TOP], extra_args.get(DRAWS) or 0, taus, extra_args.get(MAPPED), width, seed)
+    except TypeError:
+        # Whoever may ask a server may ask nonsense: a list is no number.
+        return Asked(None, 0)
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(top: int, draws: int, temperatures: tuple[float, ...], width: int, seed: int | None) -> Asked:
+def _parsed(
+    top: int, draws: int, temperatures: tuple[float, ...], mapped: float | None, width: int, seed: int | None
+) -> Asked:
     try:
-        layout = Layout.of({TOP: top, DRAWS: draws, TEMPERATURES: temperatures})
+        layout = Layout.of({TOP: top, DRAWS: draws, TEMPERATURES: temperatures, MAPPED: mapped})
     except ValueError:
         return Asked(None, 0)
     if layout is None or layout.width > width or (layout.draws > 0 and seed is None):
         return Asked(None, 0)
-    return Asked(layout, seed or 0)
+    # As int64: vLLM takes seeds up to 2^64.
+    return Asked(layout, ((seed or 0) + 2**63) % 2**64 - 2**63)
 
 
 def _padded(rows: Rows, width: int) -> Rows:
     missing = width + 1 - rows.ids.shape[1]
     if missing == 0:
         return rows
-    pad = torch.nn.functional.pad
-    return Rows(pad(rows.ids, (0, missing)), pad(rows.logprobs, (0, missing), value=-math.inf), rows.ranks)
+    ids = torch.cat([rows.ids, rows.ids[:, :1].expand(-1, missing)], dim=1)
+    return Rows(ids, torch.cat([rows.logprobs, rows.logprobs[:, :1].expand(-1, missing)], dim=1), rows.ranks)
 
 
 def _nan_rows(sampled_N: Tensor, width: int) -> Rows:
