@@ -30,7 +30,7 @@ demo: $(READY)
 	@python -m benchmarks.demo
 
 test: check
-	@python -m pytest
+	@python -m pytest --durations 25
 
 check: $(READY)
 	ruff format --check .
