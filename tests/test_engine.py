@@ -176,7 +176,12 @@ def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Sessio
     assert session.stdout == ""
     assert (session.info.vocab_size, session.info.entropy) == (VOCAB_SIZE, "exact")
     assert (session.info.settings["capture"], session.info.settings["sampler"]) == ("arrays", "plugin")
-    assert session.num_tokens == sum(len(chain.capture.token_ids_T) for chain in finished(session.arrays).values())
+    for num_tokens, outcomes in (
+        (session.num_tokens, session.arrays),
+        # Of completions that are scored, not of their prompts: `plan` predicts hours by this.
+        (session.num_scored_tokens, session.scores),
+    ):
+        assert num_tokens == sum(len(chain.capture.token_ids_T) for chain in finished(outcomes).values())
 
 
 def test_what_is_not_configured_is_left_to_vllm() -> None:

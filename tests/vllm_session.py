@@ -39,6 +39,7 @@ class Session:
     scores: dict[str, Outcome]
     flat_scores: dict[str, Outcome]
     num_tokens: int
+    num_scored_tokens: int
     stdout: str
 
 
@@ -55,8 +56,7 @@ def run_session(folder: Path) -> Session:
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     results = pickle.loads((folder / "session.pickle").read_bytes())
-    info, arrays, flat, dicts, scores, flat_scores, num_tokens = results
-    return Session(folder / "teacher", info, arrays, flat, dicts, scores, flat_scores, num_tokens, ended.stdout)
+    return Session(folder / "teacher", *results, ended.stdout)
 
 
 def make_requests() -> list[Request]:
@@ -108,6 +108,7 @@ def main() -> None:
     arrays = _generate(engine, make_requests())
     num_tokens = engine.num_tokens
     scores = _generate(engine, make_scored(finished(arrays)))
+    num_scored_tokens = engine.num_tokens - num_tokens
     uninstall_arrays()
     flat = _generate(engine, make_requests())
     flat_scores = _generate(engine, make_scored(finished(arrays)))
@@ -115,7 +116,7 @@ def main() -> None:
     assert install_arrays() is None
     engine.close()
     engine.close()
-    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens)
+    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens)
     (folder / "session.pickle").write_bytes(pickle.dumps(results))
 
 

@@ -83,7 +83,7 @@ class ArrayLogprobs(LogprobsProcessor):
     """
 
     num_tokens: ClassVar[int] = 0
-    """Tokens captured by this process, unfinished completions included: what progress is measured by."""
+    """Tokens generated in this process, those of unfinished completions included: what progress is measured by."""
 
     arrays: TokenArrays | None = None
     prompt_arrays: TokenArrays | None = None
@@ -112,7 +112,6 @@ class ArrayLogprobs(LogprobsProcessor):
         if self.prompt_arrays is not None and output.new_prompt_logprobs_tensors is not None:
             ids, logprobs, ranks, *_ = output.new_prompt_logprobs_tensors
             self.prompt_arrays.append(ids.numpy(), logprobs.numpy(), ranks.numpy())
-            ArrayLogprobs.num_tokens += len(ids)
 
 
 def install_arrays() -> str | None:
