@@ -248,6 +248,17 @@ def test_another_tokenizer_needs_the_text(tmp_path: Path, teacher: IdentifiedTea
         assert is_cut == (origin["finish_reason"] == "length")
 
 
+def test_scored_chains_are_scored_again_as_they_ended(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    """Text that was given as cut has no end-of-sequence token, and gets none when another teacher looks at it."""
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for name, ends in (("whole", True), ("cut", False)):
+        source = {"kind": "jsonl", "path": path, "messages_field": "messages", "append_eos": ends}
+        run_score(make_score(tmp_path / name, source), teacher)
+        config = make_score(tmp_path / "c", {"kind": "cache", "path": tmp_path / name, "retokenise": True})
+        for request in scored(config, teacher):
+            assert ((request.completion_token_ids or [])[-1] == EOS_ID) == ends
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -293,8 +293,7 @@ def _of_cache(chain: Json, source: CacheCompletions) -> Given:
         metadata=chain["metadata"],
     )
     if source.retokenise:
-        stopped = chain["finish_reason"] != "length"
-        return Given(chain["sample_id"], prompt, chain["text"], None, stopped, chain["sample_index"])
+        return Given(chain["sample_id"], prompt, chain["text"], None, chain["stopped"], chain["sample_index"])
     ids = chain["token_ids"]
     return Given(chain["sample_id"], prompt, ids, chain["prompt_token_ids"], False, chain["sample_index"])
 

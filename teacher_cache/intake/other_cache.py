@@ -41,6 +41,10 @@ class OtherCache:
             limit = "" if source.limit is None else f" ORDER BY sample_id LIMIT {source.limit}"
             picked = self._session.arrow(f"SELECT sample_id FROM chains WHERE {condition}{limit}")
             self._picked: set[str] = set(picked.column("sample_id").to_pylist())
+            special = self._session.arrow(
+                "SELECT run_id, token_id, piece FROM runs JOIN vocab USING (tokenizer) WHERE is_special"
+            )
+            self._special = {(one["run_id"], one["token_id"]): one["piece"] for one in special.to_pylist()}
             if not source.retokenise:
                 self._require_same_tokens(teacher)
             stack.pop_all()
@@ -59,12 +63,22 @@ class OtherCache:
         return {row["kind"] for row in self._rows(query) if row["kind"] is not None}
 
     def chains(self, share: WorkerShare) -> Iterator[dict[str, Any]]:
-        """Rows with `metadata` as a dictionary that also says which sample of which source and run this was."""
+        """Rows with `metadata` as a dictionary that also says which sample of which source and run this was, and
+        `stopped`: whether the chain came to its own end.
+        """
         for row in self._rows(f"SELECT {COLUMNS} FROM shards"):
             if row["sample_id"] in share:
                 origin = {name: row[name] for name in ("sample_id", "run_id", "source")}
                 row["metadata"] = {**json.loads(row["metadata"]), "scored_from": origin}
+                row["stopped"] = self._stopped(row)
                 yield row
+
+    def _stopped(self, row: dict[str, Any]) -> bool:
+        if row["finish_reason"] != "scored":
+            return bool(row["finish_reason"] == "stop")
+        # Text that was given as cut was scored as cut: only what ends a turn is special and no part of the text.
+        piece = self._special.get((row["run_id"], row["token_ids"][-1]))
+        return piece is not None and not row["text"].endswith(piece)
 
     def _rows(self, query: str) -> Iterator[dict[str, Any]]:
         """Rows of the picked chains, a batch of them in memory."""
