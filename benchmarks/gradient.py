@@ -1,13 +1,16 @@
 """The gradient that stored targets give a student, against that of the teacher's whole distribution.
 
     python -m benchmarks.gradient [--json] [--teacher FOLDER] [--student FOLDER] [--cache CACHE] [--tokens N]
+                                  [--loss NAME]
 
 Chains of a cache (by default the demo's) are read by the teacher again. Its logits give the dense reference, the
 gradient of sum_v p_v log(p_v / q_v) over all of the vocabulary with respect to every weight of the student, in float32;
 and, through the sampler plugin's functions, the support, a codec and back, and student_train's fused losses, the
 gradient of each kind of stored target. `angle_deg` is between the two, `length` is their ratio, both of the sum over
 all tokens. Drawn tails are unbiased, so their angle shrinks with the number of tokens (`tokens`) and with the draws
-averaged over; truncation does not. The last line is one JSON object; with --json it is the only one.
+averaged over; truncation does not. `--loss` asks the same of a divergence that draws cannot estimate: its tail bucket
+of so many entries, with drawn ids apart where there are draws, against that divergence of the whole distributions. The
+last line is one JSON object; with --json it is the only one.
 
     T completion tokens of a chain, V vocabulary, H hidden, P weights of the student
 """
@@ -31,13 +34,16 @@ from schemas.records import Signals
 from shared.codec import decode, encode
 from shared.config import Json
 from shared.support import support_of
-from student_train.losses.divergences import LossMix, LossName, LossTerm
+from student_train.losses.divergences import LOSS_NAMES, LossMix, LossName, LossTerm, bucket_loss
 from student_train.losses.fused import fused_loss
 from student_train.losses.targets import SparseTargets, TailDraws
+from student_train.streaming.pack import dense_draws
 from teacher_cache.vllm_engine.sampler_signals import signal_rows
 from teacher_cache.vllm_engine.wide_rows import Layout, capture_of_rows
 
 DEMO = Path("runs/demo")
+DENSE_LOSS: LossName = "forward_kl_tail_bucket"
+"""With a bucket for every id it is the plain KL(teacher, student)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,12 @@ class Target:
     loss: LossName
     draws: int = 0
     seed: int = 0
+
+
+def _split_targets(loss: LossName) -> list[Target]:
+    """What becomes of a divergence in buckets when drawn ids are entries of their own."""
+    sizes = [(8, 0), (8, 8), (16, 0), (16, 16), (64, 0)]
+    return [Target(f"{loss} {m}" + f"+{n}" * (n > 0), "topk-u8", m, 0.999, loss, n) for m, n in sizes]
 
 
 def _targets() -> list[Target]:
@@ -81,7 +93,8 @@ def main() -> None:
     chains = read_chains(arguments.cache, arguments.tokens)
     teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32).eval()
-    result = compare(teacher, student, chains, _targets())
+    targets = _targets() if arguments.loss == DENSE_LOSS else _split_targets(arguments.loss)
+    result = compare(teacher, student, chains, targets, arguments.loss)
     if not arguments.json:
         print(f"{result['tokens']} tokens, student {arguments.student}")
         print(f"{'targets':28} {'angle':>8} {'length':>7}")
@@ -106,10 +119,14 @@ def read_chains(cache: Path, num_tokens: int) -> list[tuple[list[int], list[int]
 
 
 def compare(
-    teacher: Any, student: Any, chains: Sequence[tuple[list[int], list[int]]], targets: Sequence[Target]
+    teacher: Any,
+    student: Any,
+    chains: Sequence[tuple[list[int], list[int]]],
+    targets: Sequence[Target],
+    dense: LossName = DENSE_LOSS,
 ) -> Json:
-    """Angles and lengths of each target's gradient against the dense one; teacher and student are Hugging Face
-    models of one vocabulary.
+    """Angles and lengths of each target's gradient against that of the divergence `dense` of whole distributions;
+    teacher and student are Hugging Face models of one vocabulary.
     """
     parameters = [one for one in student.parameters() if one.requires_grad]
     dense_P = [torch.zeros_like(one) for one in parameters]
@@ -119,7 +136,7 @@ def compare(
         logits_TV, hidden_TH = _forward(teacher, student, prompt, completion)
         num_tokens += len(completion)
         weight_VH = student.get_output_embeddings().weight
-        _add(dense_P, _dense_loss(logits_TV, hidden_TH, weight_VH), parameters)
+        _add(dense_P, _dense_loss(dense, logits_TV, hidden_TH, weight_VH), parameters)
         for target in targets:
             stored = stored_targets(logits_TV, completion, target, number)
             mix = LossMix((LossTerm(target.loss),))
@@ -170,10 +187,7 @@ def targets_of(signals: Signals, completion: list[int]) -> SparseTargets:
     ids_TK, logprobs_TK = signals.dense(int(signals.topk_n_T.max()))
     draws = None
     if signals.draws is not None:
-        n_T = signals.draws.n_T
-        ids_TM, drawn_TM = signals.draws.dense(max(1, int(n_T.max())))
-        share_T = np.exp(signals.tail_logmass_T) / np.maximum(n_T, 1)
-        weights_TM = np.where(np.isfinite(drawn_TM), share_T[:, None], 0.0).astype(np.float32)
+        ids_TM, drawn_TM, weights_TM = dense_draws(signals.draws, signals.tail_logmass_T)
         draws = TailDraws(torch.from_numpy(ids_TM), torch.from_numpy(weights_TM), torch.from_numpy(drawn_TM))
     return SparseTargets(
         torch.from_numpy(ids_TK),
@@ -194,9 +208,10 @@ def _forward(teacher: Any, student: Any, prompt: list[int], completion: list[int
     return logits_TV, hidden_TH
 
 
-def _dense_loss(logits_TV: Tensor, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+def _dense_loss(name: LossName, logits_TV: Tensor, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
     teacher_TV, student_TV = logits_TV.log_softmax(dim=-1), (hidden_TH @ weight_VH.T).log_softmax(dim=-1)
-    return (teacher_TV.exp() * (teacher_TV - student_TV)).sum()
+    # Each id a bucket: nothing is merged.
+    return bucket_loss(LossTerm(name), teacher_TV, student_TV).sum()
 
 
 def _add(sums_P: list[Tensor], loss: Tensor, parameters: list[Tensor]) -> None:
@@ -221,6 +236,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--student", type=Path, default=DEMO / "student")
     parser.add_argument("--cache", type=Path, default=DEMO / "cache", help="cache whose chains are read")
     parser.add_argument("--tokens", type=int, default=2000, help="completion tokens to read")
+    split = [name for name in LOSS_NAMES if LossTerm(name).splits_tail]
+    parser.add_argument("--loss", choices=[DENSE_LOSS, *split], default=DENSE_LOSS, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

@@ -25,6 +25,10 @@ SECRETS = {
 }
 """What a configuration must not hold: it is copied into manifests, run folders, reports and model cards."""
 
+_PLAIN_KINDS = ("float", "int", "str", "bool")
+_KIND = re.compile(rf"^({'|'.join(_PLAIN_KINDS)}|function-.*|[A-Z]\w*Config)$")
+"""What pydantic calls the kinds of value that one key may have."""
+
 
 class StrictModel(BaseModel):
     """Base of every configuration block: frozen, unknown keys refused with the nearest known name."""
@@ -81,6 +85,8 @@ def read_yaml(path: Path) -> Json:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist: name a YAML configuration file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder: name a YAML configuration file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     try:
@@ -127,7 +133,7 @@ def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> 
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = error.errors()
+        problems = _of_the_meant_kind(error.errors())
         text = "; ".join(_problem(one) for one in problems[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ConfigError(f"{where}: {text}{more}") from error
@@ -162,9 +168,9 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
 
 
 def _problem(error: Any) -> str:
-    # Tags of unions stand in the location beside the keys; a reader knows the keys.
-    key = ".".join(str(part) for part in error["loc"]) or "the configuration"
-    message = str(error["msg"]).removeprefix("Value error, ")
+    # Kinds of value that a key may have stand in the location beside the keys; a reader knows the keys.
+    key = ".".join(str(part) for part in error["loc"] if not _KIND.match(str(part))) or "the configuration"
+    message = _rule(error)
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         tag, name = context["tag"], context["discriminator"].strip("'")
@@ -173,6 +179,31 @@ def _problem(error: Any) -> str:
     plain = given is None or isinstance(given, (str, int, float, bool))
     shown = f" (got {given!r})" if plain and error["type"] != "missing" else ""
     return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _of_the_meant_kind(problems: Sequence[Any]) -> Sequence[Any]:
+    """Where a key may hold a number or a mapping, the problem with the one that was given: not that it is no other."""
+
+    def is_meant(problem: Any) -> bool:
+        kind = str(problem["loc"][-1]) if problem["loc"] else ""
+        return not _KIND.match(kind) or isinstance(problem["input"], Mapping) == (kind not in _PLAIN_KINDS)
+
+    return [one for one in problems if is_meant(one)] or problems
+
+
+def _rule(error: Any) -> str:
+    """What is wrong, in words of YAML instead of Python's."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return "must be given"
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return "must be a mapping of keys to values"
+    if kind == "list_type":
+        return "must be a list, for example [a, b]"
+    if kind == "too_short" and not context["actual_length"]:
+        return "is empty: it needs at least 1 item"
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    return message.partition(", unable to ")[0]
 
 
 def nearest_name(name: str, known: Sequence[str], intro: str = "there are") -> str:

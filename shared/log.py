@@ -130,6 +130,11 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def format_plural(number: int, noun: str) -> str:
+    """1 and "pack" as 1 pack, 2 as 2 packs."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def format_bytes(size_bytes: float) -> str:
     """1234567 as 1.2 MB."""
     for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

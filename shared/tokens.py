@@ -22,6 +22,7 @@ from schemas.records import stable_hash
 from schemas.tables import VOCAB_SCHEMA
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
+from shared.hub import hush_hub
 from shared.storage import Location, local_copy
 
 VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
@@ -42,6 +43,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     except ImportError as error:
         raise DataError("tokenizers need the package transformers: pip install transformers") from error
     _require_folder_or_id(model)
+    hush_hub()
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -53,6 +55,7 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
     with _quiet_transformers():
         from transformers import AutoConfig
     _require_folder_or_id(model)
+    hush_hub()
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         return int(config.get_text_config().vocab_size)

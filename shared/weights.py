@@ -14,6 +14,7 @@ from typing import Any
 
 from schemas.records import stable_hash
 from shared.errors import DataError
+from shared.hub import hush_hub
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 NUM_BLOCKS = 8
@@ -62,6 +63,7 @@ def resolve_revision(model: str, revision: str | None) -> str:
         import huggingface_hub
     except ImportError as error:
         raise DataError(f"{model} is no folder, and hub ids need: pip install huggingface_hub") from error
+    hush_hub()
     try:
         # The path in the local store names the commit: .../snapshots/<commit>/config.json
         path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import ConfigError, DataError
+from shared.hub import hush_hub
 from student_train.config import EngineConfig, StudentConfig
 from student_train.losses.divergences import LossMix
 from student_train.losses.head import fuse_head, head_loss, head_metrics
@@ -118,6 +119,7 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    hush_hub()
     revision = student.revision if folder == student.model else None
     loader: Any = transformers.AutoModelForCausalLM
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from shared.config import Json
 from shared.errors import DataError
 from student_train.config import EngineConfig, StudentConfig, TrainConfig
+from student_train.losses.divergences import LossTerm
 from student_train.metrics_log import require_tensorboard
 from student_train.prepare import StagePlan, prepare
 from student_train.runfolder import RunFolder
@@ -16,6 +17,7 @@ from student_train.schedule import temperature_steps
 from student_train.stage_config import LoraConfig, StageConfig
 from student_train.streaming.data import eval_request
 from student_train.streaming.heldout import kept_or_temporary
+from student_train.streaming.selection import SelectionHeader
 
 GIB = 2**30
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -85,6 +87,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int)
         "num_chains": header.num_chains,
         "num_prompt_tokens": header.num_prompt_tokens,
         "num_tokens": header.num_tokens,
+        "is_text": stage.selection.is_text,
         "num_left_out": header.num_zero_weight + header.num_empty,
         "num_truncated": counts.num_truncated,
         "num_skipped": counts.num_skipped,
@@ -96,10 +99,23 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int)
         "accumulation": stage.accumulation,
         "steps_per_epoch": -(-packs // stage.packs_per_step),
         "num_steps": stage.num_steps,
+        "losses": {term.name: _targets_of(term, header) for term in stage.mix.terms},
         "temperatures": temperature_steps(stage.config, header.temperatures, stage.num_steps),
         "trainable": stage.config.trainable,
         "memory_gib_per_rank": _memory_gib(stage.config, config, shape, num_ranks),
     }
+
+
+def _targets_of(term: LossTerm, header: SelectionHeader) -> str:
+    """What a loss compares the student with on each token, as far as this selection's shards hold it."""
+    if term.is_cross_entropy:
+        return "the teacher's most likely token" if term.needs_distribution else "the next token"
+    entries = f"at most {header.max_support} stored entries a token"
+    if term.estimates_tail and header.draws:
+        return f"{entries}, the tail estimated from {header.draws} draws"
+    if term.splits_tail and header.draws:
+        return f"{entries} and the distinct ones of {header.draws} drawn ids, all others in one bucket"
+    return f"{entries}, all others in one bucket" if term.needs_tail else f"{entries} alone"
 
 
 def _memory_gib(stage: StageConfig, config: TrainConfig, shape: _Shape, num_ranks: int) -> Json:

@@ -12,6 +12,7 @@ from shared.errors import ConfigError
 from shared.log import warn
 from student_train.config import DataConfig, StudentConfig, TrainConfig, accumulation_of, packs_per_step
 from student_train.init import require_cut
+from student_train.losses.divergences import LossMix
 from student_train.runfolder import RunFolder
 from student_train.schedule import check_mixes
 from student_train.stage_config import StageConfig
@@ -50,6 +51,8 @@ class StagePlan:
     """Packs that each rank takes a step."""
     packs_per_step: int
     num_steps: int
+    mix: LossMix
+    """Of the first step."""
     with_signals: bool
     """Whether a loss or a weight of the stage needs distributions; else only token ids are read."""
 
@@ -160,6 +163,7 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
         accumulation=accumulation,
         packs_per_step=packs_per_step(stage, config.data),
         num_steps=num_steps,
+        mix=mix,
         with_signals=stage.token_weights is not None or any(term.needs_distribution for term in mix.terms),
     )
 

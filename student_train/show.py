@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shared.log import format_bytes, format_count, format_duration
+from shared.log import format_bytes, format_count, format_duration, format_plural
 
 Result = Mapping[str, Any]
 
@@ -19,18 +19,19 @@ def init_lines(record: Result) -> list[str]:
 
 def plan_lines(plan: Result) -> list[str]:
     """`plan`: what each stage reads and costs."""
-    ranks = "1 rank" if plan["num_ranks"] == 1 else f"{plan['num_ranks']} ranks"
+    ranks = format_plural(plan["num_ranks"], "rank")
     lines = [*plan["notes"], f"student    {format_count(plan['num_parameters'])} parameters, {ranks}"]
     for stage in plan["stages"]:
         lines += ["", *_stage_lines(stage)]
-    held = f"{plan['heldout_chains']} chains, {format_count(plan['heldout_tokens'])} tokens"
+    held = f"{format_plural(plan['heldout_chains'], 'chain')}, {format_count(plan['heldout_tokens'])} tokens"
     return [*lines, "", f"held out   {held if plan['heldout_chains'] else 'nothing: the run is not evaluated'}"]
 
 
 def run_lines(summary: Result) -> list[str]:
     """`run`: what it came to."""
     lines = [
-        f"{stage['name']:10} {stage['num_steps']} steps, loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
+        f"{stage['name']:10} {format_plural(stage['num_steps'], 'step')}, "
+        f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
         for stage in summary["stages"]
         if stage["num_steps"]
     ]
@@ -49,15 +50,15 @@ def run_lines(summary: Result) -> list[str]:
 
 def eval_lines(result: Result) -> list[str]:
     """`eval`: the metrics."""
-    count = f"{result['num_chains']} chains, {format_count(result['num_tokens'])} tokens"
+    count = f"{format_plural(result['num_chains'], 'chain')}, {format_count(result['num_tokens'])} tokens"
     lines = [f"{result['model']} on {count}: {result['where']}", _metrics(result)]
     answers = result["generation"]
     if answers is not None:
         accuracy, teacher = (_share(answers[name]) for name in ("accuracy", "teacher_accuracy"))
         lines.append(
-            f"answers: {accuracy} right on {answers['num_prompts']} prompts (teacher {teacher})  undecided "
-            f"{answers['num_undecided']}  cut off {answers['truncated_frac']:.1%}  {answers['mean_tokens']:.0f} tokens "
-            f"an answer  {answers['tokens_per_s']:.0f} tok/s"
+            f"answers: {accuracy} right on {format_plural(answers['num_prompts'], 'prompt')} (teacher {teacher})  "
+            f"undecided {answers['num_undecided']}  cut off {answers['truncated_frac']:.1%}  "
+            f"{answers['mean_tokens']:.0f} tokens an answer  {answers['tokens_per_s']:.0f} tok/s"
         )
     return lines
 
@@ -74,13 +75,18 @@ def _stage_lines(stage: Result) -> list[str]:
     long = [f"{stage[f'num_{what}']} {what}" for what in ("truncated", "skipped", "split") if stage[f"num_{what}"]]
     cut = f"; long chains: {', '.join(long)}, {format_count(stage['num_tokens_lost'])} tokens lost" if long else ""
     fill = f", {stage['pack_fill']:.0%} full" if stage["pack_fill"] is not None else ""
+    chains = format_plural(stage["num_chains"], "chain")
     completion, prompt = format_count(stage["num_tokens"]), format_count(stage["num_prompt_tokens"])
-    epoch = f"{stage['packs_per_epoch']} packs an epoch{fill}; {stage['steps_per_epoch']} steps an epoch"
+    what = "text to learn" if stage["is_text"] else "tokens"
+    left_out = f"; {stage['num_left_out']} left out (without {what}, or of weight 0)" if stage["num_left_out"] else ""
+    packs, steps = format_plural(stage["packs_per_epoch"], "pack"), format_plural(stage["steps_per_epoch"], "step")
+    epoch = f"{packs} an epoch{fill}; {steps} an epoch"
     return [
         f"stage      {stage['name']}: trains {stage['trainable']}",
-        f"selection  {stage['num_chains']} chains, {completion} completion tokens, {prompt} prompt tokens{cut}",
-        f"batch      {stage['packs_per_step']} packs: {stage['accumulation']} a rank",
-        f"length     {epoch}, {stage['num_steps']} steps in all",
+        f"selection  {chains}, {completion} completion tokens, {prompt} prompt tokens{left_out}{cut}",
+        f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} a rank",
+        f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
+        *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
         *_temperature_lines(stage["temperatures"]),
         f"memory     about {memory['total']:.1f} GiB a rank ({parts})",
     ]

@@ -15,7 +15,7 @@ import time
 from shared.config import Json
 from shared.errors import StillroomError
 from shared.interrupt import StopRequest
-from shared.log import Progress, note
+from shared.log import Progress, format_plural, note
 from student_train import checkpoint
 from student_train.checkpoint import Best, CheckpointState, HeldoutProgress
 from student_train.config import TrainConfig
@@ -234,8 +234,8 @@ def _announce(plan: RunPlan, state: CheckpointState | None) -> None:
     for stage in plan.stages:
         header = stage.selection.header
         note(
-            f"stage {stage.config.name}: {header.num_chains} chains, {header.num_tokens} completion tokens, "
-            f"{stage.num_steps} steps of {stage.packs_per_step} packs"
+            f"stage {stage.config.name}: {format_plural(header.num_chains, 'chain')}, {header.num_tokens} completion "
+            f"tokens, {format_plural(stage.num_steps, 'step')} of {format_plural(stage.packs_per_step, 'pack')}"
         )
     if state is not None:
         note(f"going on after step {state.step} of {state.num_steps} of stage {state.stage_name}")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gradient import AVERAGED, NUM_REDRAWS, Target, compare
+from benchmarks.gradient import AVERAGED, DENSE_LOSS, NUM_REDRAWS, Target, compare
 from schemas.tables import CODECS
+from student_train.losses.divergences import LOSS_NAMES, LossName, LossTerm
 from tests.students import VOCAB_SIZE, make_student
 
 CHAINS = [([5, 6, 7, 8 + number], list(range(20 + number, 60 + number))) for number in range(8)]
@@ -24,8 +25,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return teacher, student
 
 
-def rows(models: tuple[Any, Any], targets: list[Target]) -> dict[str, dict[str, float]]:
-    found = compare(*models, CHAINS, targets)
+def rows(models: tuple[Any, Any], targets: list[Target], dense: LossName = DENSE_LOSS) -> dict[str, dict[str, float]]:
+    found = compare(*models, CHAINS, targets, dense)
     return {row["targets"]: row for row in found["rows"]}
 
 
@@ -55,3 +56,11 @@ def test_drawn_tails_turn_the_gradient_less_than_truncation_and_average_out(
     # Independent errors of four draws halve; a bias would stay.
     assert angles[AVERAGED] < 0.7 * angles["hybrid 8+8"]
     assert found[AVERAGED]["length"] == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSS_NAMES if LossTerm(name).splits_tail])
+def test_drawn_ids_apart_turn_other_divergences_less_than_one_bucket(models: tuple[Any, Any], loss: LossName) -> None:
+    bucket, split = Target("bucket", "topk-u8", 8, None, loss), Target("split", "topk-u8", 8, None, loss, 8)
+    found = rows(models, [bucket, split], loss)
+    assert found["split"]["angle_deg"] < 0.95 * found["bucket"]["angle_deg"]
+    assert abs(found["split"]["length"] - 1.0) < abs(found["bucket"]["length"] - 1.0)

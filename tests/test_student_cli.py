@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from student_train import cli
-from tests.caches import SyntheticCache
+from tests.caches import SyntheticCache, make_cache
 from tests.students import make_student, make_tokenizer
 from tests.training import IGNORE_LIBRARY_WARNINGS, cache, student
 
@@ -77,6 +77,41 @@ def test_plan_counts_without_leaving_a_trace(
     code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.epochs=3", "--nproc", "2")
     assert code == 0
     assert "4 packs: 2 a rank" in out
+    entries = f"at most {cache.chains[0].signals.topk_n_T.max()} stored entries a token"
+    assert f"loss       forward_kl_stored_tail: {entries}, all others in one bucket\n" in out
+    code, out, _ = call(
+        monkeypatch, capsys, "plan", config, "--set", "stages.0={max_steps: 1, batch_tokens: 128, learning_rate: 1}"
+    )
+    assert "batch      1 pack: 1 a rank\n" in out
+    assert "1 step in all\n" in out
+
+
+def test_plan_says_what_each_loss_makes_of_draws(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, draws=3, heldout_frac=0.0)
+    losses = {"forward_kl_stored_tail": 1.0, "forward_kl_truncated": 1.0, "jsd_tail_bucket": 1.0, "cross_entropy": 1.0}
+    stage = {"learning_rate": 0.01, "batch_tokens": 512, "losses": losses}
+    config = write_config(
+        tmp_path, drawn, student, stages=[stage], data={"caches": [str(drawn.root)], "pack_tokens": 128}
+    )
+    code, out, err = call(monkeypatch, capsys, "plan", config, "--set", "eval=null")
+    assert code == 0, err
+    entries = "at most 8 stored entries a token"
+    for line in (
+        f"forward_kl_stored_tail: {entries}, the tail estimated from 3 draws",
+        f"forward_kl_truncated: {entries} alone",
+        f"jsd_tail_bucket: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
+        "cross_entropy: the next token",
+    ):
+        assert f"loss       {line}\n" in out
+
+
+def test_a_folder_is_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(monkeypatch, capsys, "plan", str(tmp_path))
+    assert (code, err) == (2, f"student-train: {tmp_path} is a folder: name a YAML configuration file\n")
 
 
 @pytest.mark.parametrize(
@@ -89,6 +124,19 @@ def test_plan_counts_without_leaving_a_trace(
         ("data.caches=[nowhere]", "nowhere is not a cache"),
         ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
         ("stages.0.losses={kl: 1}", "loss 'kl' is unknown"),
+        ("stages.0.losses={}", "stages.0.losses: is empty: it needs at least 1 item"),
+        ("stages.0.losses=[cross_entropy]", "stages.0.losses: must be a mapping of keys to values"),
+        ("data.caches=x", "data.caches: must be a list, for example [a, b] (got 'x')"),
+        ("data.pack_tokens=many", "data.pack_tokens: must be a valid integer (got 'many')"),
+        ("student={}", "student.model: must be given"),
+        (
+            "stages.0.losses={jsd_tail_bucket: {weight: {kind: steep, start: 1}}}",
+            "yaml: stages.0.losses.jsd_tail_bucket.weight.kind: must be 'linear', ",
+        ),
+        (
+            "stages.0.losses={jsd_tail_bucket: {weight: much}}",
+            "jsd_tail_bucket.weight: must be a valid number (got 'much')",
+        ),
         ("data.kind=text", "losses must be {cross_entropy: 1}"),
         ("stages.0.token_weights={}", "sets neither entropy nor tail"),
         (

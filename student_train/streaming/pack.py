@@ -213,6 +213,17 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
     )
 
 
+def dense_draws(draws: Draws, tail_logmass_N: Float32) -> tuple[Int32, Float32, Float32]:
+    """ids_NM, logprobs_NM and weights_NM: each draw of a token stands for an equal share of the tail's mass.
+
+    Padding: id 0, -inf, 0; M is at least 1.
+    """
+    ids_NM, logprobs_NM = draws.dense(max(1, int(draws.n_T.max(initial=0))))
+    share_N = np.exp(tail_logmass_N) / np.maximum(draws.n_T, 1)
+    weights_NM = np.where(np.isfinite(logprobs_NM), share_N[:, None], 0.0).astype(np.float32)
+    return ids_NM, logprobs_NM, weights_NM
+
+
 def _tokens(piece: PackedPiece) -> Int32:
     prompt = piece.block.prompt_of(piece.index)
     completion = piece.block.tokens_of(piece.index)[max(piece.first - len(prompt), 0) : piece.stop - len(prompt)]
@@ -257,14 +268,9 @@ def _all_partitions(parts: Sequence[Signals]) -> Float32 | None:
 
 
 def _draws(signals: Signals | None) -> tuple[Int32, Float32, Float32] | tuple[None, None, None]:
-    """(ids_NM, logprobs_NM, weights_NM): each draw of a token stands for an equal share of the tail's mass."""
     if signals is None or signals.draws is None:
         return None, None, None
-    n_N = signals.draws.n_T
-    ids_NM, logprobs_NM = signals.draws.dense(max(1, int(n_N.max(initial=0))))
-    share_N = np.exp(signals.tail_logmass_T) / np.maximum(n_N, 1)
-    weights_NM = np.where(np.isfinite(logprobs_NM), share_N[:, None], 0.0).astype(np.float32)
-    return ids_NM, logprobs_NM, weights_NM
+    return dense_draws(signals.draws, signals.tail_logmass_T)
 
 
 def _dense(signals: Signals) -> tuple[Int32, Float32]:
