@@ -158,6 +158,8 @@ class Table:
         from deltalake.exceptions import CommitFailedError, DeltaError
         from deltalake.transaction import RemoveAction, Transaction
 
+        # After the refresh below others may have committed too.
+        version = self.version + 1
         last = self.last_sequence(application)
         if last is not None and sequence <= last:
             raise CacheConflict(f"transaction {sequence} of {application} is committed already (last is {last})")
@@ -182,7 +184,7 @@ class Table:
                 raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
             raise
         self.refresh()
-        write_receipt(self.folder, Receipt(application, sequence, self.version))
+        write_receipt(self.folder, Receipt(application, sequence, version))
 
     def _add_action(self, file: DataFile) -> Any:
         from deltalake.transaction import AddAction

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,8 @@ from teacher_cache.shard import parquet_options
 CARE_APPLICATION = "stillroom/care/removals"
 MAX_ATTEMPTS = 200
 MAX_PAUSE_S = 0.5
+
+T = TypeVar("T")
 
 
 class VisibleSamples:
@@ -68,13 +71,11 @@ class Committer:
         self._visible = visible
         self._run_id, self._worker = run_id, worker
         self.application = f"stillroom/{run_id}/{worker}"
-        self._jitter = random.Random(f"{self.application} {os.getpid()}")
 
     @property
     def next_sequence(self) -> int:
         """Number of the next transaction."""
-        last = self._table.last_sequence(self.application)
-        return 0 if last is None else last + 1
+        return next_sequence(self._table, self.application)
 
     def temp_path(self) -> Path:
         """Where the next file is written until it is finished."""
@@ -104,14 +105,14 @@ class Committer:
             if self._is_abandoned(temp, abandoned_s):
                 temp.unlink(missing_ok=True)
         known = {file.path for file in self._table.files()}
-        next_sequence = self.next_sequence
+        first_open = self.next_sequence
         num_adopted = 0
         for path in matching(self._folder, f"{self._worker}-*.parquet"):
             name = SHARD_NAME.match(path.name)
             relative = relative_name(path, self._table.folder)
             if name is None or name["worker"] != self._worker or relative in known:
                 continue
-            if int(name["sequence"]) >= next_sequence and self._is_abandoned(path, abandoned_s):
+            if int(name["sequence"]) >= first_open and self._is_abandoned(path, abandoned_s):
                 num_adopted += self.adopt(path)
         return num_adopted
 
@@ -141,23 +142,22 @@ class Committer:
         return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
 
     def _commit(self, file: DataFile) -> int:
-        for attempt in range(MAX_ATTEMPTS):
+        left = file
+
+        def attempt() -> int:
+            nonlocal left
             self._visible.refresh()
-            if self._visible.holds(file.path):
+            if self._visible.holds(left.path):
                 # The log took an earlier attempt after all.
-                return file.num_rows
-            reduced = self._without_visible(file)
+                return left.num_rows
+            reduced = self._without_visible(left)
             if reduced is None:
                 return 0
-            file = reduced
-            try:
-                self._table.commit([file], self.application, self.next_sequence)
-            except CacheConflict:
-                # Others committed in between; many workers that retry in step would collide again.
-                time.sleep(self._jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
-            else:
-                return file.num_rows
-        raise CacheConflict(f"{self._table.folder} is being written to by others without a pause: start again later")
+            left = reduced
+            self._table.commit([left], self.application, self.next_sequence)
+            return left.num_rows
+
+        return until_first(self._table, attempt)
 
     def _without_visible(self, file: DataFile) -> DataFile | None:
         """The file, a smaller one without rows that are visible already, or None where none is left."""
@@ -213,7 +213,8 @@ def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path
     The caller makes sure that the file's rows are among those of `old`. `old` stays on the disk for older versions.
     """
     new = committer.publish(temp, num_rows)
-    for attempt in range(MAX_ATTEMPTS):
+
+    def attempt() -> bool:
         table.refresh()
         files = table.files()
         if any(file.path == new.path for file in files):
@@ -222,13 +223,10 @@ def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path
         if old not in files:
             table.path_of(new).unlink()
             return False
-        try:
-            table.commit([new], committer.application, committer.next_sequence, [old])
-        except CacheConflict:
-            time.sleep(min(MAX_PAUSE_S, 0.01 * 2**attempt))
-        else:
-            return True
-    raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again later")
+        table.commit([new], committer.application, committer.next_sequence, [old])
+        return True
+
+    return until_first(table, attempt)
 
 
 def take_out(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]:
@@ -236,20 +234,36 @@ def take_out(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]
 
     They stay on the disk, where older versions find them. Raises CacheConflict when others commit without a pause.
     """
-    jitter = random.Random(os.getpid())
-    for attempt in range(MAX_ATTEMPTS):
+
+    def attempt() -> list[DataFile]:
         table.refresh()
         chosen = [file for file in table.files() if choose(file)]
-        if not chosen:
-            return []
-        last = table.last_sequence(CARE_APPLICATION)
+        if chosen:
+            table.commit([], CARE_APPLICATION, next_sequence(table, CARE_APPLICATION), chosen)
+        return chosen
+
+    return until_first(table, attempt)
+
+
+def until_first(table: Table, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, which reads the log anew and commits; again and again while another commit comes first.
+
+    Raises CacheConflict when others commit without a pause for minutes.
+    """
+    jitter = random.Random(f"{table.folder} {os.getpid()}")
+    for number in range(MAX_ATTEMPTS):
         try:
-            table.commit([], CARE_APPLICATION, 0 if last is None else last + 1, chosen)
+            return attempt()
         except CacheConflict:
-            time.sleep(jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**attempt)))
-        else:
-            return chosen
+            # Many workers that retry in step would collide again.
+            time.sleep(jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**number)))
     raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again later")
+
+
+def next_sequence(table: Table, application: str) -> int:
+    """Number of the application's next transaction, as of the last refresh."""
+    last = table.last_sequence(application)
+    return 0 if last is None else last + 1
 
 
 def read_sample_ids(path: Location) -> list[str]:

@@ -32,11 +32,11 @@ from shared.judge_process import JudgeProcess
 from shared.log import Progress
 from shared.sql import Session, open_cache
 from shared.storage import Location, spool
+from teacher_cache.commits import next_sequence, until_first
 from teacher_cache.locks import lock_path, worker_lock
 
 COMMIT_ROWS = 20_000
 """Verdicts committed at once: at most so many are judged again after a crash."""
-MAX_COMMIT_ATTEMPTS = 100
 JUDGE_RUN = "judge"
 """Stands in file names where builds have their run."""
 
@@ -130,20 +130,18 @@ def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, wo
     """Makes a finished file of verdicts visible. Raises CacheConflict when others commit without a pause for it."""
     application = f"stillroom/{run_id}/{worker}"
     table.refresh()
-    sequence = _next_sequence(table, application)
     try:
-        file = publish(temp, table.folder, f"{run_id}/{worker}-{sequence:06d}", num_rows)
+        file = publish(temp, table.folder, f"{run_id}/{worker}-{next_sequence(table, application):06d}", num_rows)
     finally:
         temp.unlink(missing_ok=True)
-    for _ in range(MAX_COMMIT_ATTEMPTS):
-        try:
-            table.commit([file], application, sequence)
-            return
-        except CacheConflict:
-            # Verdicts add up and never exclude each other: whoever came first, these are still true.
-            table.refresh()
-            sequence = _next_sequence(table, application)
-    raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again")
+
+    def attempt() -> None:
+        table.refresh()
+        # Verdicts add up and never exclude each other: whoever came first, these are still true.
+        if file not in table.files():
+            table.commit([file], application, next_sequence(table, application))
+
+    until_first(table, attempt)
 
 
 def judge_cache(
@@ -270,8 +268,3 @@ def _query(columns: str, kind: str | None, where: str | None, again: bool) -> st
         f"SELECT p.* FROM ({pending}) p WHERE NOT EXISTS (SELECT 1 FROM verdicts v"
         " WHERE v.sample_id = p.sample_id AND v.judge = p.judge AND v.correct IS NOT NULL)"
     )
-
-
-def _next_sequence(table: Table, application: str) -> int:
-    last = table.last_sequence(application)
-    return 0 if last is None else last + 1

@@ -9,6 +9,7 @@ import pytest
 from schemas.tables import FAILURE_SCHEMA
 from shared.catalog import Catalog, DataFile, Table, check_hash, publish
 from shared.errors import CacheConflict, CorruptError, DataError
+from shared.receipts import read_receipts
 from tests.caches import on_disk
 
 
@@ -46,6 +47,22 @@ def test_published_files_are_visible_only_after_the_commit(catalog: Catalog) -> 
     assert seen == file
     assert seen.num_rows == 3
     assert Catalog(catalog.root).failures.last_sequence("app/w0") == 0
+
+
+def test_a_receipt_names_the_version_that_its_commit_became(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though others have committed by the time it is written."""
+    other, refresh = Catalog(catalog.root).failures, Table.refresh
+
+    def refresh_late(table: Table) -> None:
+        monkeypatch.undo()
+        refresh(other)
+        other.commit([written(other, "run/w1-000000")], "app/w1", 0)
+        refresh(table)
+
+    monkeypatch.setattr(Table, "refresh", refresh_late)
+    catalog.failures.commit([written(catalog.failures, "run/w0-000000")], "app/w0", 0)
+    versions = {one.application: one.version for one in read_receipts(catalog.failures.folder)}
+    assert (versions, catalog.failures.version) == ({"app/w0": 1, "app/w1": 2}, 2)
 
 
 def test_of_two_writers_on_one_version_the_second_must_look_again(catalog: Catalog) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import teacher_cache.commits
 import teacher_cache.judging
 from shared.catalog import Catalog, Table
 from shared.errors import CacheConflict, ConfigError, StillroomError
@@ -109,6 +110,7 @@ def test_two_judges_commit_at_once(cache: SyntheticCache, monkeypatch: pytest.Mo
         raise CacheConflict("always")
 
     monkeypatch.setattr(one, "commit", conflict)
+    monkeypatch.setattr(teacher_cache.commits, "MAX_ATTEMPTS", 3)
     with pytest.raises(CacheConflict, match="try again"):
         commit_verdicts(one, [JudgedSample(sample_ids[0], "exact", Verdict(True, 1.0))], "judge", "j0")
 
