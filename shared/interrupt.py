@@ -1,11 +1,7 @@
-"""A polite end: the first Ctrl-C or SIGTERM asks for it, the second one stops at once.
-
-And a quick one: a reader of stdout that has left.
-"""
+"""A polite end: the first Ctrl-C or SIGTERM asks for it, the second one stops at once."""
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -13,7 +9,7 @@ from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ANNOUNCEMENT = b"\nstopping: what is at hand is finished and saved first (again to stop at once)\n"
-STDOUT, STDERR = 1, 2
+STDERR = 2
 TOGETHER_S = 1.0
 """Signals so close are one: a scheduler signals all processes of a job, and a launcher among them passes it on."""
 
@@ -64,11 +60,3 @@ class StopRequest:
         except OSError:
             # Nobody reads any more: that is no reason not to save.
             return
-
-
-def leave_quietly(end: SystemExit) -> None:
-    """Ends the program as a broken pipe ends any other, without a word, if `end` came of one: `stats CACHE | head`."""
-    if isinstance(end.__context__, BrokenPipeError):
-        # Python flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
-        sys.exit(128 + signal.SIGPIPE)

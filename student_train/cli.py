@@ -4,52 +4,31 @@ stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run ti
 bytes are damaged, 130 interrupted (and the command that resumes is printed).
 """
 
-import json
 import os
-import shlex
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.errors import ConfigError, StillroomError
-from shared.interrupt import leave_quietly
+from shared.command_line import AsJson, new_program, print_result, run_program
+from shared.errors import ConfigError
 from shared.log import note
 
 if TYPE_CHECKING:
     from student_train.config import TrainConfig
 
-INTERRUPTED = 130
-
 STUDENT_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "huggingface_hub")
 """Not in the base install: who only reads caches has none of them."""
 
-app = typer.Typer(
-    name="student-train",
-    help="Train students from the distributions that a teacher left in a cache.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = new_program("student-train", "Train students from the distributions that a teacher left in a cache.")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.0.epochs=2.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or the name of a checkpoint.")]
-
-
-@app.callback(invoke_without_command=True)
-def _main(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
-    if show_version:
-        print(version("stillroom"))
-        raise typer.Exit
 
 
 @app.command()
@@ -79,7 +58,7 @@ def init(
         record = init_student(teacher, layers, out)
     from student_train.show import init_lines
 
-    _result(record, init_lines(record), as_json)
+    print_result(record, init_lines(record), as_json)
 
 
 @app.command()
@@ -94,7 +73,7 @@ def plan(
     from student_train.show import plan_lines
 
     planned = plan_run(_config(config_path, overrides), nproc)
-    _result(planned, plan_lines(planned), as_json)
+    print_result(planned, plan_lines(planned), as_json)
 
 
 @app.command()
@@ -122,7 +101,7 @@ def run(
         with joined_ranks() as ranks:
             summary = train(config, ranks, stop)
     if ranks.is_first:
-        _result(summary, run_lines(summary), as_json)
+        print_result(summary, run_lines(summary), as_json)
 
 
 @app.command("eval")
@@ -177,7 +156,7 @@ def evaluate(
             pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS,
             generate=answers,
         )
-    _result(result, eval_lines(result), as_json)
+    print_result(result, eval_lines(result), as_json)
 
 
 @app.command()
@@ -201,7 +180,7 @@ def export(
     config = _config(config_path, overrides)
     state = find_state(RunFolder(config.run).checkpoints, checkpoint)
     result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
-    _result(result, export_lines(result), as_json)
+    print_result(result, export_lines(result), as_json)
 
 
 @app.command()
@@ -225,28 +204,21 @@ def doctor(as_json: AsJson = False) -> None:
     from student_train.doctor import diagnose
 
     found = diagnose()
-    _result(found, diagnosis_lines(found), as_json)
+    print_result(found, diagnosis_lines(found), as_json)
     if not found["ok"]:
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point: one line for a user's mistake, and the right exit code."""
+    """Entry point: what the base install lacks is one line as well."""
     try:
-        app(prog_name="student-train")
-    except StillroomError as error:
-        note(f"student-train: {error}")
-        sys.exit(error.exit_code)
+        # A rank's launcher says how to go on.
+        run_program(app, "student-train", () if "RANK" in os.environ else ("run",))
     except ModuleNotFoundError as error:
         if (package := str(error.name).partition(".")[0]) not in STUDENT_PACKAGES:
             raise
         note(f"student-train: this needs the package {package}: pip install 'stillroom[student]'")
         sys.exit(ConfigError.exit_code)
-    except SystemExit as end:
-        leave_quietly(end)
-        if end.code == INTERRUPTED and sys.argv[1:2] == ["run"] and os.environ.get("RANK") is None:
-            note(f"interrupted; this goes on: {shlex.join(['student-train', *sys.argv[1:]])}")
-        raise
 
 
 def _config(path: Path, overrides: list[str] | None) -> "TrainConfig":
@@ -254,10 +226,6 @@ def _config(path: Path, overrides: list[str] | None) -> "TrainConfig":
     from student_train.config import TrainConfig
 
     return load_config(path, overrides or [], TrainConfig)
-
-
-def _result(result: dict[str, object], lines: list[str], as_json: bool) -> None:
-    print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
 
 
 def _arguments_of_a_rank(arguments: list[str]) -> list[str]:

@@ -4,52 +4,26 @@ stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run ti
 something in the cache is damaged, 130 interrupted (and the command that resumes is printed).
 """
 
-import shlex
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.errors import ConfigError, StillroomError
-from shared.interrupt import leave_quietly
-from shared.log import note, warn
+from shared.command_line import FAILED, INTERRUPTED, AsJson, new_program, print_result, run_program
+from shared.errors import ConfigError
+from shared.log import warn
 from teacher_cache.ask import commands as ask
 from teacher_cache.care import commands as care
-from teacher_cache.command_line import (
-    FAILED,
-    INTERRUPTED,
-    AsJson,
-    CachePath,
-    ConfigPath,
-    Overrides,
-    Worker,
-    print_result,
-)
+from teacher_cache.command_line import CachePath, ConfigPath, Overrides, Worker
 
 if TYPE_CHECKING:
     from teacher_cache.build import BuildResult
     from teacher_cache.config import BuildConfig
     from teacher_cache.score_config import ScoreConfig
 
-app = typer.Typer(
-    name="teacher-cache",
-    help="Run a teacher once and keep what it said: chains, and the distribution of every token.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = new_program(
+    "teacher-cache", "Run a teacher once and keep what it said: chains, and the distribution of every token."
 )
-
-
-@app.callback(invoke_without_command=True)
-def _main(
-    context: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
-    if show_version:
-        print(version("stillroom"))
-        raise typer.Exit
 
 
 @app.command()
@@ -162,17 +136,8 @@ app.add_typer(ask.app)
 
 
 def main() -> None:
-    """Entry point: one line for a user's mistake, and the right exit code."""
-    try:
-        app(prog_name="teacher-cache")
-    except StillroomError as error:
-        note(f"teacher-cache: {error}")
-        sys.exit(error.exit_code)
-    except SystemExit as end:
-        leave_quietly(end)
-        if end.code == INTERRUPTED and sys.argv[1:2] in (["build"], ["copy"], ["recode"], ["score"]):
-            note(f"interrupted; this goes on: {shlex.join(['teacher-cache', *sys.argv[1:]])}")
-        raise
+    """Entry point."""
+    run_program(app, "teacher-cache", ("build", "score", "copy", "recode"))
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:

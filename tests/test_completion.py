@@ -51,6 +51,10 @@ def test_a_package_that_is_missing_is_one_line() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_version_is_that_of_the_installed_package(program: str) -> None:
-    script = f"import {PROGRAMS[program]} as cli; cli.version = '{{}} 1.2.3'.format; cli.main()"
+    script = (
+        f"import shared.command_line, {PROGRAMS[program]} as cli\n"
+        "shared.command_line.version = '{} 1.2.3'.format\n"
+        "cli.main()"
+    )
     command = [sys.executable, "-c", script, "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout == "stillroom 1.2.3\n"

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import shared.command_line
 import teacher_cache.care.verify_command
-import teacher_cache.cli
 from shared.judge import KINDS
 from teacher_cache.cli import main
 from tests.caches import damage, make_cache
@@ -168,7 +168,7 @@ def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_cache.cli, "version", lambda name: f"{name} 1.2.3")
+    monkeypatch.setattr(shared.command_line, "version", lambda name: f"{name} 1.2.3")
     result = run(capsys, monkeypatch, "--version")
     assert (result.code, result.out) == (0, "stillroom 1.2.3\n")
 

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from shared.command_line import DAMAGED, INTERRUPTED, AsJson, print_result
 from shared.errors import ConfigError, StillroomError
-from teacher_cache.command_line import DAMAGED, INTERRUPTED, AsJson, CachePath, print_result
+from teacher_cache.command_line import CachePath
 
 app = typer.Typer()
 
