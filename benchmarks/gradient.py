@@ -8,9 +8,8 @@ gradient of sum_v p_v log(p_v / q_v) over all of the vocabulary with respect to 
 and, through the sampler plugin's functions, the support, a codec and back, and student_train's fused losses, the
 gradient of each kind of stored target. `angle_deg` is between the two, `length` is their ratio, both of the sum over
 all tokens. Drawn tails are unbiased, so their angle shrinks with the number of tokens (`tokens`) and with the draws
-averaged over; truncation does not. `--loss` asks the same of a divergence that draws cannot estimate: its tail bucket
-of so many entries, with drawn ids apart where there are draws, against that divergence of the whole distributions. The
-last line is one JSON object; with --json it is the only one.
+averaged over; truncation does not. `--loss` asks the same of another divergence, by so many exact entries and draws,
+against that divergence of the whole distributions. The last line is one JSON object; with --json it is the only one.
 
     T completion tokens of a chain, V vocabulary, H hidden, P weights of the student
 """
@@ -59,10 +58,10 @@ class Target:
     seed: int = 0
 
 
-def _split_targets(loss: LossName) -> list[Target]:
-    """What becomes of a divergence in buckets when drawn ids are entries of their own."""
+def _other_targets(loss: LossName) -> list[Target]:
+    """Without draws the tail is one bucket."""
     sizes = [(8, 0), (8, 8), (16, 0), (16, 16), (64, 0)]
-    return [Target(f"{loss} {m}" + f"+{n}" * (n > 0), "topk-u8", m, 0.999, loss, n) for m, n in sizes]
+    return [Target(f"{m} entries" + f" + {n} draws" * (n > 0), "topk-u8", m, 0.999, loss, n) for m, n in sizes]
 
 
 def _targets() -> list[Target]:
@@ -93,7 +92,7 @@ def main() -> None:
     chains = read_chains(arguments.cache, arguments.tokens)
     teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32).eval()
-    targets = _targets() if arguments.loss == DENSE_LOSS else _split_targets(arguments.loss)
+    targets = _targets() if arguments.loss == DENSE_LOSS else _other_targets(arguments.loss)
     result = compare(teacher, student, chains, targets, arguments.loss)
     if not arguments.json:
         print(f"{result['tokens']} tokens, student {arguments.student}")
@@ -236,8 +235,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--student", type=Path, default=DEMO / "student")
     parser.add_argument("--cache", type=Path, default=DEMO / "cache", help="cache whose chains are read")
     parser.add_argument("--tokens", type=int, default=2000, help="completion tokens to read")
-    split = [name for name in LOSS_NAMES if LossTerm(name).splits_tail]
-    parser.add_argument("--loss", choices=[DENSE_LOSS, *split], default=DENSE_LOSS, help="default: %(default)s")
+    others = [name for name in LOSS_NAMES if LossTerm(name).uses_draws and not name.startswith("forward_kl")]
+    parser.add_argument("--loss", choices=[DENSE_LOSS, *others], default=DENSE_LOSS, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

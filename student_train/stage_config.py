@@ -38,7 +38,7 @@ class LossConfig(StrictModel):
 
     weight: float | ScheduleConfig = 1.0
     beta: float | None = None
-    """jsd_tail_bucket: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
+    """jsd_stored_tail: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
     alpha: float | None = None
     """Skewed KLs: share of the divergence's own side in the mixture, between 0 and 1; None is 0.1."""
 

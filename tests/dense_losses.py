@@ -57,10 +57,10 @@ def support_mask(ids_NK: Tensor, logprobs_NK: Tensor, num_vocab: int) -> Tensor:
     return mask_NV
 
 
-def with_draws(targets: SparseTargets, dense_NV: Tensor, num_draws: int = M) -> SparseTargets:
+def with_draws(targets: SparseTargets, dense_NV: Tensor, num_draws: int = M, seed: int = 3) -> SparseTargets:
     """`num_draws` from each row's tail, with replacement, each standing for an equal share of its mass."""
     is_outside_NV = ~support_mask(targets.ids_NK, targets.logprobs_NK, dense_NV.shape[1])
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     tail_NV = dense_NV.exp() * is_outside_NV
     ids_NM = torch.multinomial(tail_NV, num_draws, replacement=True, generator=generator)
     weights_NM = (tail_NV.sum(dim=1, keepdim=True) / num_draws).expand(-1, num_draws)
@@ -86,14 +86,20 @@ def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: Spa
     if name == "forward_kl_renormalised":
         mass_N1 = (mask_NV * p_NV).sum(dim=1, keepdim=True)
         return tau**2 * (mask_NV * (p_NV / mass_N1) * (log_p_NV - mass_N1.log() - log_q_NV)).sum(dim=1)
-    if name in ("forward_kl_sampled_tail", "forward_kl_stored_tail") and targets.draws is not None:
+    if name.endswith(("_sampled_tail", "_stored_tail")) and targets.draws is not None:
         ids_NM = targets.draws.ids_NM
-        ratio_NM = (log_p_NV - dense_NV).gather(1, ids_NM).exp()
-        in_tail_NM = (log_p_NV - log_q_NV).gather(1, ids_NM)
-        return tau**2 * (on_support_N + (targets.draws.weights_NM * ratio_NM * in_tail_NM).sum(dim=1))
+        mass_NM = targets.draws.weights_NM * (log_p_NV - dense_NV).gather(1, ids_NM).exp()
+        log_ratio_NM = (log_q_NV - log_p_NV).gather(1, ids_NM)
+        slopes = tail_slopes(name)
+        tails = [(~mask_NV * probs_NV).sum(dim=1) for probs_NV in (p_NV, q_NV)]
+        on_support_N = per_id(name, log_p_NV, log_q_NV).masked_fill(~mask_NV, 0.0).sum(dim=1)
+        bent_NM = (
+            per_id(name, torch.zeros_like(log_ratio_NM), log_ratio_NM) - slopes[0] - slopes[1] * log_ratio_NM.exp()
+        )
+        return tau**2 * (on_support_N + slopes[0] * tails[0] + slopes[1] * tails[1] + (mass_NM * bent_NM).sum(dim=1))
     # Divergences of the merged distributions, one token at a time, the tail as one more outcome.
     apart_NV = mask_NV.clone()
-    if targets.draws is not None and name != "forward_kl_tail_bucket":
+    if targets.draws is not None and name == "reverse_kl_tail_bucket":
         apart_NV.scatter_(1, targets.draws.ids_NM, True)
     values = []
     for p_V, q_V, stored_V, apart_V in zip(p_NV, q_NV, mask_NV, apart_NV, strict=True):
@@ -111,22 +117,52 @@ def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: Spa
     return tau**2 * torch.stack(values)
 
 
+def per_id(name: LossName, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """What each id adds to a divergence."""
+    p, q = log_p.exp(), log_q.exp()
+    match name:
+        case "forward_kl_stored_tail" | "forward_kl_sampled_tail":
+            return p * (log_p - log_q)
+        case "jsd_stored_tail":
+            log_m = (0.3 * p + 0.7 * q).log()
+            return 0.3 * p * (log_p - log_m) + 0.7 * q * (log_q - log_m)
+        case "skewed_forward_kl_stored_tail":
+            return p * (log_p - (0.2 * p + 0.8 * q).log())
+        case "skewed_reverse_kl_stored_tail":
+            return q * (log_q - (0.2 * q + 0.8 * p).log())
+        case "total_variation_stored_tail":
+            return (p - q).abs() / 2
+        case _:
+            raise AssertionError(name)
+
+
+def tail_slopes(name: LossName) -> tuple[float, float]:
+    """`per_id` a unit of p where q is 0, and a unit of q where p is 0; 0 where that is infinite."""
+    found = {
+        "jsd_stored_tail": (0.3 * math.log(1 / 0.3), 0.7 * math.log(1 / 0.7)),
+        "skewed_forward_kl_stored_tail": (math.log(1 / 0.2), 0.0),
+        "skewed_reverse_kl_stored_tail": (0.0, math.log(1 / 0.2)),
+        "total_variation_stored_tail": (0.5, 0.5),
+    }
+    return found.get(name, (0.0, 0.0))
+
+
 def merged_divergence(name: LossName, p_B: Tensor, q_B: Tensor) -> Tensor:
     def kl(left_B: Tensor, right_B: Tensor) -> Tensor:
         return (left_B * (left_B / right_B).log())[left_B > 0].sum()
 
     match name:
-        case "forward_kl_tail_bucket" | "forward_kl_stored_tail":
+        case "forward_kl_tail_bucket" | "forward_kl_stored_tail" | "forward_kl_sampled_tail":
             return kl(p_B, q_B)
         case "reverse_kl_tail_bucket":
             return kl(q_B, p_B)
-        case "jsd_tail_bucket":
+        case "jsd_stored_tail":
             return 0.3 * kl(p_B, 0.3 * p_B + 0.7 * q_B) + 0.7 * kl(q_B, 0.3 * p_B + 0.7 * q_B)
-        case "skewed_forward_kl_tail_bucket":
+        case "skewed_forward_kl_stored_tail":
             return kl(p_B, 0.2 * p_B + 0.8 * q_B)
-        case "skewed_reverse_kl_tail_bucket":
+        case "skewed_reverse_kl_stored_tail":
             return kl(q_B, 0.2 * q_B + 0.8 * p_B)
-        case "total_variation_tail_bucket":
+        case "total_variation_stored_tail":
             return (p_B - q_B).abs().sum() / 2
         case _:
             raise AssertionError(name)
@@ -134,5 +170,5 @@ def merged_divergence(name: LossName, p_B: Tensor, q_B: Tensor) -> Tensor:
 
 def term(name: LossName, weight: float = 1.0) -> LossTerm:
     """With the parameters that `merged_divergence` uses."""
-    beta = 0.3 if name == "jsd_tail_bucket" else None
+    beta = 0.3 if name == "jsd_stored_tail" else None
     return LossTerm(name, weight, beta=beta, alpha=0.2 if name.startswith("skewed") else None)

@@ -114,7 +114,7 @@ def test_terms_say_what_they_need() -> None:
     assert needs["forward_kl_truncated"] == (True, False, False, False)
     assert needs["forward_kl_stored_tail"] == (True, True, False, True)
     assert needs["forward_kl_sampled_tail"] == (True, False, True, True)
-    assert needs["jsd_tail_bucket"] == (True, True, False, True)
+    assert needs["jsd_stored_tail"] == (True, True, False, True)
     assert needs["cross_entropy"] == (False, False, False, False)
     assert needs["cross_entropy_argmax"] == (True, False, False, False)
 
@@ -126,9 +126,9 @@ def test_terms_say_what_they_need() -> None:
         ({"name": "cross_entropy", "weight": -0.1}, "weight=-0.1 must be a finite number of at least 0"),
         ({"name": "cross_entropy", "weight": math.nan}, "weight=nan must be a finite"),
         ({"name": "cross_entropy", "beta": 0.5}, "beta=0.5 has no effect: cross_entropy takes no beta"),
-        ({"name": "jsd_tail_bucket", "alpha": 0.5}, "alpha=0.5 has no effect: jsd_tail_bucket takes no alpha"),
-        ({"name": "jsd_tail_bucket", "beta": 1.0}, "beta=1.0 must lie strictly between 0 and 1"),
-        ({"name": "skewed_reverse_kl_tail_bucket", "alpha": 0.0}, "alpha=0.0 must lie strictly"),
+        ({"name": "jsd_stored_tail", "alpha": 0.5}, "alpha=0.5 has no effect: jsd_stored_tail takes no alpha"),
+        ({"name": "jsd_stored_tail", "beta": 1.0}, "beta=1.0 must lie strictly between 0 and 1"),
+        ({"name": "skewed_reverse_kl_stored_tail", "alpha": 0.0}, "alpha=0.0 must lie strictly"),
     ],
 )
 def test_terms_refuse(arguments: dict[str, object], message: str) -> None:

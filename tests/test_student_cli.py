@@ -90,7 +90,7 @@ def test_plan_says_what_each_loss_makes_of_draws(
     tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, draws=3, heldout_frac=0.0)
-    losses = {"forward_kl_stored_tail": 1.0, "forward_kl_truncated": 1.0, "jsd_tail_bucket": 1.0, "cross_entropy": 1.0}
+    losses = {"forward_kl_stored_tail": 1.0, "forward_kl_truncated": 1.0, "jsd_stored_tail": 1.0, "cross_entropy": 1.0}
     stage = {"learning_rate": 0.01, "batch_tokens": 512, "losses": losses}
     config = write_config(
         tmp_path, drawn, student, stages=[stage], data={"caches": [str(drawn.root)], "pack_tokens": 128}
@@ -101,7 +101,7 @@ def test_plan_says_what_each_loss_makes_of_draws(
     for line in (
         f"forward_kl_stored_tail: {entries}, the tail estimated from 3 draws",
         f"forward_kl_truncated: {entries} alone",
-        f"jsd_tail_bucket: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
+        f"jsd_stored_tail: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
         "cross_entropy: the next token",
     ):
         assert f"loss       {line}\n" in out
@@ -130,12 +130,12 @@ def test_a_folder_is_no_configuration(
         ("data.pack_tokens=many", "data.pack_tokens: must be a valid integer (got 'many')"),
         ("student={}", "student.model: must be given"),
         (
-            "stages.0.losses={jsd_tail_bucket: {weight: {kind: steep, start: 1}}}",
-            "yaml: stages.0.losses.jsd_tail_bucket.weight.kind: must be 'linear', ",
+            "stages.0.losses={jsd_stored_tail: {weight: {kind: steep, start: 1}}}",
+            "yaml: stages.0.losses.jsd_stored_tail.weight.kind: must be 'linear', ",
         ),
         (
-            "stages.0.losses={jsd_tail_bucket: {weight: much}}",
-            "jsd_tail_bucket.weight: must be a valid number (got 'much')",
+            "stages.0.losses={jsd_stored_tail: {weight: much}}",
+            "jsd_stored_tail.weight: must be a valid number (got 'much')",
         ),
         ("data.kind=text", "losses must be {cross_entropy: 1}"),
         ("stages.0.token_weights={}", "sets neither entropy nor tail"),

@@ -297,7 +297,7 @@ def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student
             "max_steps": 2,
             "losses": {
                 "forward_kl_tail_bucket": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}},
-                "jsd_tail_bucket": {"weight": {"kind": "linear", "start": 0.0, "end": 0.5}, "beta": 0.3},
+                "jsd_stored_tail": {"weight": {"kind": "linear", "start": 0.0, "end": 0.5}, "beta": 0.3},
             },
         },
     ]
@@ -308,7 +308,7 @@ def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student
     train_run(parted, ranks, stop_after=4)
     assert losses_of(train_run(parted, ranks)) == losses_of(expected)
     assert [record["stage"] for record in expected] == ["head"] * 2 + ["lora"] * 3 + ["all"] * 2
-    assert [record["weights"]["jsd_tail_bucket"] for record in expected[5:]] == [0.0, 0.5]
+    assert [record["weights"]["jsd_stored_tail"] for record in expected[5:]] == [0.0, 0.5]
     # Each stage's model is a folder of its own, with the adapter merged: evaluated alone it is what the run saw.
     for entry in RunFolder(whole.run).read_evals()[1:3]:
         folder = _with_tokenizer(RunFolder(whole.run).model_after(entry["stage"]), student)

@@ -18,20 +18,24 @@ With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q
         the default: what the two above are, for any cache
     reverse_kl_tail_bucket          sum_S q log(q/p) + q_r log(q_r/r)
         a lower bound; a cache gives no upper one (MiniLLM, arXiv 2306.08543)
-    jsd_tail_bucket                 beta KL(p | m) + (1 - beta) KL(q | m), m = beta p + (1 - beta) q
+    jsd_stored_tail                 beta KL(p | m) + (1 - beta) KL(q | m), m = beta p + (1 - beta) q
         generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649); at most log 2 at beta = 0.5
-    skewed_forward_kl_tail_bucket   KL(p | alpha p + (1 - alpha) q), at most -log alpha (DistiLLM, arXiv 2402.03898)
-    skewed_reverse_kl_tail_bucket   KL(q | alpha q + (1 - alpha) p), at most -log alpha (the same)
-    total_variation_tail_bucket     (sum_S |p - q| + |r - q_r|) / 2, at most 1
+    skewed_forward_kl_stored_tail   KL(p | alpha p + (1 - alpha) q), at most -log alpha (DistiLLM, arXiv 2402.03898)
+    skewed_reverse_kl_stored_tail   KL(q | alpha q + (1 - alpha) p), at most -log alpha (the same)
+    total_variation_stored_tail     sum |p - q| / 2, at most 1
     cross_entropy                   -log q of the token that the teacher sampled
     cross_entropy_argmax            -log q of the teacher's rank-0 token
 
-Merging ids into one bucket never raises an f-divergence, so each `tail_bucket` value is at most the dense one (for
-forward KL this is the log-sum inequality). For the same reason the buckets are finer where the cache holds draws: a
-drawn token comes with the teacher's own probability, so that reverse KL, JSD, skewed KLs and total variation, of which
-draws give no unbiased estimate, count each distinct drawn id as an entry of S and have less left in the tail. The
-forward KLs keep S as it was stored: their tail is estimated from the draws, or (`forward_kl_tail_bucket`) compared with
-that.
+Merging ids into one bucket never raises an f-divergence, so each value with its tail in a bucket is at most the dense
+one (for forward KL this is the log-sum inequality). Where the cache holds draws, every `stored_tail` is estimated from
+them without bias. An f-divergence is a sum of c(p, q) over ids, c homogeneous; with a = c(1, 0) and b = c(0, 1)
+
+    sum over the tail of c(p, q) = a r + b q_r + sum over the tail of p h(q/p),    h(t) = c(1, t) - a - b t
+
+where r and q_r are known exactly, and of h, which the draws average over, grows at most like log t: a student that is
+wrong about a rare token cannot make the estimate wild. For the reverse KL b is infinite, so its tail stays in a bucket;
+but a drawn token comes with the teacher's own probability, hence each distinct drawn id is an entry of S there.
+
 Distributions are compared at the targets' temperature and multiplied by its square, value and gradient alike (Hinton et
 al., 1503.02531); cross-entropies stay at temperature 1.
 
@@ -57,10 +61,10 @@ LossName = Literal[
     "forward_kl_sampled_tail",
     "forward_kl_stored_tail",
     "reverse_kl_tail_bucket",
-    "jsd_tail_bucket",
-    "skewed_forward_kl_tail_bucket",
-    "skewed_reverse_kl_tail_bucket",
-    "total_variation_tail_bucket",
+    "jsd_stored_tail",
+    "skewed_forward_kl_stored_tail",
+    "skewed_reverse_kl_stored_tail",
+    "total_variation_stored_tail",
     "cross_entropy",
     "cross_entropy_argmax",
 ]
@@ -68,6 +72,7 @@ LOSS_NAMES: tuple[LossName, ...] = get_args(LossName)
 
 DEFAULT_JSD_BETA = 0.5
 DEFAULT_SKEW_ALPHA = 0.1
+MAX_LOG_RATIO = 30.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class LossTerm:
     Attributes:
         name: one of LOSS_NAMES.
         weight: multiplies the loss, value and gradient; finite, at least 0.
-        beta: `jsd_tail_bucket` alone: the teacher's share of the mixture, in (0, 1); None is 0.5.
+        beta: `jsd_stored_tail` alone: the teacher's share of the mixture, in (0, 1); None is 0.5.
         alpha: skewed KLs alone: share of the divergence's own side in the mixture, in (0, 1); None is 0.1.
 
     Raises:
@@ -94,7 +99,7 @@ class LossTerm:
             raise ConfigError(f"loss {self.name!r} is unknown: choose one of {', '.join(LOSS_NAMES)}")
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
             raise ConfigError(f"{self.name}.weight={self.weight} must be a finite number of at least 0")
-        self._check_share("beta", self.beta, self.name == "jsd_tail_bucket")
+        self._check_share("beta", self.beta, self.name == "jsd_stored_tail")
         self._check_share("alpha", self.alpha, self.name.startswith("skewed_"))
 
     def _check_share(self, parameter: str, value: float | None, is_used: bool) -> None:
@@ -104,6 +109,13 @@ class LossTerm:
             )
         if value is not None and not 0.0 < value < 1.0:
             raise ConfigError(f"{self.name}.{parameter}={value} must lie strictly between 0 and 1")
+
+    @property
+    def share(self) -> float:
+        """`beta` or `alpha`, or its default."""
+        if self.name == "jsd_stored_tail":
+            return DEFAULT_JSD_BETA if self.beta is None else self.beta
+        return DEFAULT_SKEW_ALPHA if self.alpha is None else self.alpha
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -127,12 +139,12 @@ class LossTerm:
     @property
     def estimates_tail(self) -> bool:
         """Whether the tail's term is an average over draws, where there are any."""
-        return self.name in ("forward_kl_sampled_tail", "forward_kl_stored_tail")
+        return self.name.endswith(("_sampled_tail", "_stored_tail"))
 
     @property
     def splits_tail(self) -> bool:
         """Whether drawn ids, where there are any, are entries of their own beside the support's."""
-        return self.name.endswith("_tail_bucket") and self.name != "forward_kl_tail_bucket"
+        return self.name == "reverse_kl_tail_bucket"
 
     @property
     def uses_draws(self) -> bool:
@@ -187,7 +199,7 @@ def bucket_loss(term: LossTerm, teacher_NB: Tensor, student_NB: Tensor) -> Tenso
     Both sides are natural log probabilities in buckets, NO_MASS where neither has any.
     """
     match term.name:
-        case "forward_kl_tail_bucket" | "forward_kl_stored_tail":
+        case "forward_kl_tail_bucket" | "forward_kl_stored_tail" | "forward_kl_sampled_tail":
             return forward_kl_tail_bucket(teacher_NB, student_NB)
         case "forward_kl_truncated":
             return forward_kl_truncated(teacher_NB, student_NB)
@@ -195,17 +207,13 @@ def bucket_loss(term: LossTerm, teacher_NB: Tensor, student_NB: Tensor) -> Tenso
             return forward_kl_renormalised(teacher_NB, student_NB)
         case "reverse_kl_tail_bucket":
             return forward_kl_tail_bucket(student_NB, teacher_NB)
-        case "jsd_tail_bucket":
-            return jsd_tail_bucket(teacher_NB, student_NB, DEFAULT_JSD_BETA if term.beta is None else term.beta)
-        case "skewed_forward_kl_tail_bucket":
-            return skewed_kl_tail_bucket(
-                teacher_NB, student_NB, DEFAULT_SKEW_ALPHA if term.alpha is None else term.alpha
-            )
-        case "skewed_reverse_kl_tail_bucket":
-            return skewed_kl_tail_bucket(
-                student_NB, teacher_NB, DEFAULT_SKEW_ALPHA if term.alpha is None else term.alpha
-            )
-        case "total_variation_tail_bucket":
+        case "jsd_stored_tail":
+            return jsd_tail_bucket(teacher_NB, student_NB, term.share)
+        case "skewed_forward_kl_stored_tail":
+            return skewed_kl_tail_bucket(teacher_NB, student_NB, term.share)
+        case "skewed_reverse_kl_stored_tail":
+            return skewed_kl_tail_bucket(student_NB, teacher_NB, term.share)
+        case "total_variation_stored_tail":
             return total_variation_tail_bucket(teacher_NB, student_NB)
         case _:
             raise AssertionError(f"{term.name} is no function of the buckets")
@@ -229,18 +237,65 @@ def forward_kl_renormalised(teacher_NB: Tensor, student_NB: Tensor) -> Tensor:
     return forward_kl_tail_bucket(renormalised_NK, student_NB[:, :-1])
 
 
-def forward_kl_sampled_tail(
-    teacher_NB: Tensor, student_NB: Tensor, weights_NM: Tensor, teacher_NM: Tensor, student_NM: Tensor
+def sampled_tail_loss(
+    term: LossTerm,
+    teacher_NB: Tensor,
+    student_NB: Tensor,
+    weights_NM: Tensor,
+    teacher_NM: Tensor,
+    student_NM: Tensor,
 ) -> Tensor:
-    """Exact KL terms on the support, the tail's estimated from draws, [N] nats (arXiv 2503.16870).
+    """A divergence exact on the support, the tail's part estimated from draws without bias, [N] nats (2503.16870).
 
     `weights_NM` is the mass that each draw stands for, `teacher_NM` and `student_NM` its log probabilities. A token
     whose weights are all 0 has no draws, and the tail bucket's term.
     """
-    drawn_N = (weights_NM * (teacher_NM - student_NM)).sum(dim=1)
-    bucket_N = forward_kl_tail_bucket(teacher_NB[:, -1:], student_NB[:, -1:])
-    has_draws_N = (weights_NM > 0.0).any(dim=1)
-    return forward_kl_truncated(teacher_NB, student_NB) + torch.where(has_draws_N, drawn_N, bucket_N)
+    is_draw_NM = weights_NM > 0.0
+    log_ratio_NM = torch.where(is_draw_NM, student_NM - teacher_NM, 0.0)
+    per_teacher, per_student = _tail_slopes(term)
+    known_N = per_teacher * teacher_NB[:, -1].exp() + per_student * student_NB[:, -1].exp()
+    drawn_N = known_N + (weights_NM * _bent(term, log_ratio_NM)).sum(dim=1)
+    bucket_N = bucket_loss(term, teacher_NB[:, -1:], student_NB[:, -1:])
+    on_support_N = bucket_loss(term, teacher_NB[:, :-1], student_NB[:, :-1])
+    return on_support_N + torch.where(is_draw_NM.any(dim=1), drawn_N, bucket_N)
+
+
+def _tail_slopes(term: LossTerm) -> tuple[float, float]:
+    """(a, b): what a tail costs where the student has nothing, and where the teacher has; 0 where that is infinite."""
+    share = term.share
+    match term.name:
+        case "jsd_stored_tail":
+            return -share * math.log(share), -(1.0 - share) * math.log1p(-share)
+        case "skewed_forward_kl_stored_tail":
+            return -math.log(share), 0.0
+        case "skewed_reverse_kl_stored_tail":
+            return 0.0, -math.log(share)
+        case "total_variation_stored_tail":
+            return 0.5, 0.5
+        case _:
+            return 0.0, 0.0
+
+
+def _bent(term: LossTerm, log_ratio_NM: Tensor) -> Tensor:
+    """h(t) = c(1, t) - a - b t of log t = log(q/p), in forms that lose nothing where t is large or small.
+
+    Example: of the skewed forward KL -log(alpha + (1 - alpha) t) + log alpha = -log(1 + (1 - alpha)/alpha t).
+    """
+    softplus, logit = torch.nn.functional.softplus, math.log1p(-term.share) - math.log(term.share)
+    # t log(1 + x/t) is x from here on, and t itself could overflow.
+    limited_NM = log_ratio_NM.clamp(max=MAX_LOG_RATIO)
+    match term.name:
+        case "jsd_stored_tail":
+            of_teacher_NM = term.share * softplus(log_ratio_NM + logit)
+            return -of_teacher_NM - (1.0 - term.share) * limited_NM.exp() * softplus(-limited_NM - logit)
+        case "skewed_forward_kl_stored_tail":
+            return -softplus(log_ratio_NM + logit)
+        case "skewed_reverse_kl_stored_tail":
+            return -limited_NM.exp() * softplus(logit - limited_NM)
+        case "total_variation_stored_tail":
+            return -log_ratio_NM.clamp(max=0.0).exp()
+        case _:
+            return -log_ratio_NM
 
 
 def jsd_tail_bucket(teacher_NB: Tensor, student_NB: Tensor, beta: float = DEFAULT_JSD_BETA) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import LossMix, LossTerm, bucket_loss, forward_kl_sampled_tail, weighted_sum
+from student_train.losses.divergences import LossMix, LossTerm, bucket_loss, sampled_tail_loss, weighted_sum
 from student_train.losses.sparse_softmax import OpenChunk, close_chunk, open_chunk
 from student_train.losses.targets import (
     NO_MASS,
@@ -114,8 +114,8 @@ def _term_loss(term: LossTerm, targets: SparseTargets, sides: _Sides | None, har
         return -_hard_logprobs(term.name, hard)
     assert sides is not None
     if term.estimates_tail and targets.draws is not None:
-        value_C = forward_kl_sampled_tail(
-            sides.teacher_CB, sides.student_CB, sides.draw_weights_CM, sides.teacher_CM, sides.student_CM
+        value_C = sampled_tail_loss(
+            term, sides.teacher_CB, sides.student_CB, sides.draw_weights_CM, sides.teacher_CM, sides.student_CM
         )
     elif term.splits_tail:
         value_C = bucket_loss(term, sides.teacher_CF, sides.student_CF)

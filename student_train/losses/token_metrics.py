@@ -24,7 +24,7 @@ _MIX = LossMix(
         LossTerm("cross_entropy"),
         LossTerm("forward_kl_stored_tail"),
         LossTerm("reverse_kl_tail_bucket"),
-        LossTerm("jsd_tail_bucket"),
+        LossTerm("jsd_stored_tail"),
     )
 )
 
@@ -37,8 +37,9 @@ class TokenMetrics:
         cross_entropy_N: -log q of the sampled token, nats.
         forward_kl_N: KL(teacher | student), nats: over support and tail, at most the dense KL; where the targets hold
         draws from the tail, an unbiased estimate of it.
-        reverse_kl_N: KL(student | teacher) over support and tail, nats.
-        jsd_N: Jensen-Shannon divergence over support and tail, nats, in [0, log 2] ("knowledge retention").
+        reverse_kl_N: KL(student | teacher) over support, distinct drawn ids and the rest, nats: at most the dense one.
+        jsd_N: Jensen-Shannon divergence, nats ("knowledge retention"): over support and tail, in [0, log 2]; where the
+        targets hold draws, an unbiased estimate of the dense one.
         agreement_N: 1 where the student's most likely token is the teacher's rank-0 token, else 0.
         confidence_N: the student's largest probability.
         correct_N: 1 where the student's most likely token is the sampled one, else 0. Calibration: confidence -
