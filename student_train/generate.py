@@ -144,12 +144,24 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config:
     for row, prompt in enumerate(prompts):
         ids_BL[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         mask_BL[row, longest - len(prompt.token_ids) :] = 1
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0} if config.temperature else {}
-    wanted = GenerationConfig(max_new_tokens=config.max_new_tokens, eos_token_id=ends, pad_token_id=padding, **sampling)
+    sampling = {"temperature": config.temperature, "top_k": 0} if config.temperature else {}
+    wanted = GenerationConfig(
+        do_sample=bool(config.temperature),
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=padding,
+        **sampling,
+    )
     torch.manual_seed(config.seed)
-    ids_BG: Tensor = model.generate(
-        ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), generation_config=wanted
-    )[:, longest:]
+    models_own = model.generation_config
+    # Whatever a generation config leaves open, transformers takes from the model's own: sampling, nuclei, penalties.
+    model.generation_config = wanted
+    try:
+        ids_BG: Tensor = model.generate(
+            ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), generation_config=wanted
+        )[:, longest:]
+    finally:
+        model.generation_config = models_own
     return [_until_end(ids, ends) for ids in ids_BG.tolist()]
 
 

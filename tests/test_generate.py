@@ -62,6 +62,19 @@ def test_a_batch_of_several_lengths_gives_the_tokens_of_each_prompt_alone(model:
         assert [*prompt.token_ids, *answer] == greedy_alone(model, list(prompt.token_ids), 12)
 
 
+def test_nothing_but_what_was_asked_decides_how_answers_are_drawn(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen's generation configs sample at 0.7 out of a nucleus, with a penalty, unless every bit is overruled."""
+    hot = GenerateConfig(4, 12, 2.0)
+    before = [generate(model, tokenizer, PROMPTS, config) for config in (GREEDY, hot)]
+    own = {"do_sample": True, "temperature": 0.7, "top_p": 0.1, "top_k": 2, "repetition_penalty": 1.5}
+    for name, value in own.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert [generate(model, tokenizer, PROMPTS, config) for config in (GREEDY, hot)] == before
+    assert model.generation_config.repetition_penalty == 1.5
+
+
 def test_answers_end_with_their_end_of_sequence(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generate(model, tokenizer, PROMPTS, GREEDY)
     end = whole[1][3]
