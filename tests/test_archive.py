@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from schemas.manifest import ShardHeader
 from schemas.records import Capture, Int32, Signals
 from schemas.tables import list_of
-from shared.archive.model import MAX_SUPPORT, NUM_CONTEXTS, NUM_SYMBOLS, PRECISION
+from shared.archive.model import NUM_CONTEXTS, NUM_SYMBOLS, PRECISION
 from shared.codec import decode, encode
 from shared.errors import ConfigError, CorruptError, StillroomError
 from shared.support import support_of
@@ -237,7 +237,6 @@ def test_a_support_that_holds_an_id_twice_is_refused() -> None:
 
 
 def test_limits_fit_what_the_format_can_say() -> None:
-    assert MAX_SUPPORT <= 1 << 16
     assert NUM_CONTEXTS <= 256
     assert NUM_SYMBOLS == 256
     assert 8 + 2 * PRECISION <= 32
