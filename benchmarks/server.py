@@ -4,9 +4,9 @@
 
 Starts a real `vllm serve` on the loopback, generates chains, and scores the same chains, with the server engine alone:
 no rows, no shards. Three captures: K candidates as vLLM itself gives them, the same with what stillroom's sampler
-plugin adds, and the default one of 8 candidates and 8 draws. `client_us` is this process, `front_end_us` the server's process that speaks HTTP (its engine core
-is another), both in microseconds of processor time a completion token; scoring a chain also reads its prompt. The last
-line is one JSON object; with --json it is the only one.
+plugin adds, and the default one of 8 candidates and 8 draws. `client_us` is this process, `front_end_us` the server's
+process that speaks HTTP (its engine core is another), both in microseconds of processor time a completion token;
+scoring a chain also reads its prompt. The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.json:
         for cost in costs:
             print(
-                f"{cost.work:8} {cost.path:22} {cost.capture:16} {cost.num_tokens} tokens at {cost.tokens_per_s:.0f} tok/s, "
-                f"{cost.bytes_per_token:.0f} B, client {cost.client_us:.0f} µs, front end {cost.front_end_us:.0f} µs"
+                f"{cost.work:8} {cost.path:22} {cost.capture:16} {cost.num_tokens} tokens "
+                f"at {cost.tokens_per_s:.0f} tok/s, {cost.bytes_per_token:.0f} B, "
+                f"client {cost.client_us:.0f} µs, front end {cost.front_end_us:.0f} µs"
             )
     print(json.dumps({"k": asked.k, "costs": [asdict(cost) for cost in costs]}))
     return 0

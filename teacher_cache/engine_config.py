@@ -47,7 +47,8 @@ class EmbeddedConfig(StrictModel):
 
 
 class ServerConfig(StrictModel):
-    """vLLM servers over HTTP (`vllm serve`): they load the model and choose precision and parallelism themselves."""
+    """vLLM servers over HTTP (`vllm serve`): they load the model and choose precision and parallelism themselves.
+    Draws, temperatures and exact entropies need stillroom's plugin in them (docs/signals.md)."""
 
     kind: Literal["server"]
     endpoints: list[str] = Field(min_length=1)
@@ -61,7 +62,8 @@ class ServerConfig(StrictModel):
     max_in_flight: int = Field(default=256, ge=1)
     """Chains that an endpoint generates at once; above its --max-num-seqs they wait there and count as stalled."""
     max_attempts: int = Field(default=5, ge=1)
-    """How often a chain is asked for when endpoints break down over it; then it is one failure."""
+    """How often a chain is asked for when endpoints break down over it; then it is one failure. Answers of an endpoint
+    that is busy (429, 503) do not count."""
     stall_s: float = Field(default=600.0, gt=0)
     """Seconds without a byte of a chain after which it is asked for again."""
     give_up_minutes: float = Field(default=10.0, gt=0)

@@ -29,6 +29,14 @@ def vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield server.url
 
 
+@pytest.fixture(scope="session")
+def plain_vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same without the plugin."""
+    folder, flags = tmp_path_factory.mktemp("plain_server"), ("--enable-scale-out", "--max-logprobs", "65")
+    with serve(line.folder / "runs/demo/teacher", folder, *flags, plugins="none") as server:
+        yield server.url
+
+
 def pytest_configure() -> None:
     """A shell that starts the tests in the background lets them, and all below them, ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

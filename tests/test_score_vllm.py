@@ -1,6 +1,7 @@
 """Scoring by real vLLM, in the program and over HTTP, says of a chain what its generation said."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,15 @@ from teacher_cache.http_engine.wire import CompletionsApi
 from teacher_cache.intake.prompts import WHOLE
 from teacher_cache.score_config import ScoreConfig
 from tests.line import SCORE, Line
-from tests.test_server_vllm import SETTINGS, WAYS, assert_same_signals, chains_of, completions_alone
+from tests.test_server_vllm import (
+    SETTINGS,
+    SIGNALS,
+    WAYS,
+    assert_same_sampler_signals,
+    assert_same_signals,
+    chains_of,
+    completions_alone,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +61,44 @@ def test_the_command_scores_chains_of_another_cache(line: Line, num_chains: int,
     assert manifest.kind == "score"
 
 
+@pytest.fixture(scope="module")
+def scored(line: Line) -> Path:
+    """A cache of the line's chains scored with all signals by vLLM in the program."""
+    config = {**SCORE, "cache": "scored_signals", "capture": SIGNALS}
+    (line.folder / "score_signals.yaml").write_text(yaml.safe_dump(config))
+    line.step("score signals", "teacher-cache", "score", "score_signals.yaml")
+    return line.folder / "scored_signals"
+
+
 @WAYS
-def test_servers_score_too(
-    line: Line, vllm_server: str, num_chains: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+def test_servers_with_the_plugin_score_with_what_the_sampler_sees(
+    line: Line, vllm_server: str, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     if path == CompletionsApi.path:
         monkeypatch.setattr(handshake, "_api", completions_alone)
-    block = {**SCORE, "cache": tmp_path / "c", "engine": {**SETTINGS, "endpoints": [vllm_server]}}
+    score_cache(served_config(line, vllm_server, tmp_path / "c", SIGNALS), WHOLE, retry_failures=False)
+    embedded, served = chains_of(scored), chains_of(tmp_path / "c")
+    assert embedded.keys() == served.keys()
+    for sample_id, (row, signals) in embedded.items():
+        assert served[sample_id][0] == row
+        assert_same_signals(served[sample_id][1], signals, 8)
+        assert_same_sampler_signals(served[sample_id][1], signals)
+
+
+def served_config(line: Line, url: str, cache: Path, capture: dict[str, Any]) -> ScoreConfig:
+    block = {**SCORE, "cache": cache, "engine": {**SETTINGS, "endpoints": [url]}, "capture": capture}
     block["teacher"] = {"model": str(line.folder / "runs/demo/teacher")}
     block["completions"] = {"sources": [{"kind": "cache", "name": "demo", "path": line.folder / "runs/demo/cache"}]}
-    result = score_cache(validate_config(block, ScoreConfig, "test"), WHOLE, retry_failures=False)
+    return validate_config(block, ScoreConfig, "test")
+
+
+@WAYS
+def test_servers_score_too(
+    line: Line, plain_vllm_server: str, num_chains: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    if path == CompletionsApi.path:
+        monkeypatch.setattr(handshake, "_api", completions_alone)
+    config = served_config(line, plain_vllm_server, tmp_path / "c", SCORE["capture"])
+    result = score_cache(config, WHOLE, retry_failures=False)
     assert (result.recorded.num_chains, result.recorded.num_failures) == (num_chains, 0)
     assert_scored_alike(line.folder / "runs/demo/cache", tmp_path / "c")

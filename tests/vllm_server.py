@@ -33,15 +33,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
-    """Starts a server of `model` with its log in `folder`, and yields it when it answers; ends it after."""
+def serve(model: Path, folder: Path, *flags: str, plugins: str | None = None) -> Iterator[Server]:
+    """Starts a server of `model` with its log in `folder`, and yields it when it answers; ends it after. `plugins` are
+    those that it may load, None all.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=_environment(folder), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=_environment(folder, plugins), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -51,7 +53,7 @@ def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
         _end(process)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, plugins: str | None) -> dict[str, str]:
     fast = {
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
@@ -59,7 +61,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    return {**os.environ, **fast, "PYTHONPATH": str(_distribution_named_vllm(folder))}
+    allowed = {} if plugins is None else {"VLLM_PLUGINS": plugins}
+    return {**os.environ, **fast, **allowed, "PYTHONPATH": str(_distribution_named_vllm(folder))}
 
 
 def _distribution_named_vllm(folder: Path) -> Path:

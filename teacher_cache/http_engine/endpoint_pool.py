@@ -17,7 +17,7 @@ from typing import Any
 from shared.errors import ConfigError, StillroomError
 from shared.log import note, warn
 from teacher_cache.engine_config import ServerConfig
-from teacher_cache.http_engine.endpoint import Endpoint, pause_s
+from teacher_cache.http_engine.endpoint import MAX_BACKOFF_S, Endpoint, pause_s
 from teacher_cache.http_engine.form_check import Entropy, Expected
 from teacher_cache.http_engine.handshake import KeyRefused
 from teacher_cache.http_engine.http_client import HttpClient, Refused, Unavailable
@@ -180,7 +180,7 @@ class EndpointPool:
             tried = f"after {job.num_attempts} attempts {endpoint.url} {error}"
             return Failed(job.request, "engine_error", tried)
         # It stays in `num_unfinished` while it waits.
-        pause = pause_s(job.num_attempts + job.num_waits, self._jitter)
+        pause = max(pause_s(job.num_attempts + job.num_waits, self._jitter), min(error.retry_after_s, MAX_BACKOFF_S))
         asyncio.get_running_loop().call_later(pause, self.offer, job)
         return None
 

@@ -30,12 +30,12 @@ Json = Mapping[str, Any]
 
 class Unavailable(Exception):
     """The server cannot be used now. `was_sent`: it may have worked on the request; `status` is None without an
-    answer.
+    answer; `retry_after_s` is the pause that it asks for.
     """
 
-    def __init__(self, message: str, *, was_sent: bool, status: int | None = None) -> None:
+    def __init__(self, message: str, *, was_sent: bool, status: int | None = None, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
-        self.was_sent, self.status = was_sent, status
+        self.was_sent, self.status, self.retry_after_s = was_sent, status, retry_after_s
 
     @property
     def is_busy(self) -> bool:
@@ -75,7 +75,7 @@ class HttpClient:
             response = await self._client.get(path)
         except httpx2.RequestError as error:
             raise _broken(error) from error
-        return _answer(response.status_code, response.content)
+        return _answer(response, response.content)
 
     async def post(self, path: str, body: Json) -> Json:
         """The JSON that answers a body. Raises Unavailable or Refused."""
@@ -83,7 +83,7 @@ class HttpClient:
             response = await self._client.post(path, json=body)
         except httpx2.RequestError as error:
             raise _broken(error) from error
-        return _answer(response.status_code, response.content)
+        return _answer(response, response.content)
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
         """The events that answer a body (server-sent, `data: {...}`), up to `data: [DONE]`.
@@ -93,7 +93,7 @@ class HttpClient:
         try:
             async with self._client.stream("POST", path, json=body) as response:
                 if response.status_code != httpx2.codes.OK:
-                    _answer(response.status_code, await response.aread())
+                    _answer(response, await response.aread())
                     raise Unavailable(f"answers {response.status_code} to a request for a stream", was_sent=True)
                 async for event in _events(response):
                     yield event
@@ -126,14 +126,18 @@ def _checked(event: Json) -> Json:
     raise Unavailable(f"failed in the middle of an answer: {message}", was_sent=True, status=500)
 
 
-def _answer(status: int, content: bytes) -> Json:
+def _answer(response: httpx2.Response, content: bytes) -> Json:
+    status = response.status_code
     if status == httpx2.codes.OK:
         return _parsed(content)
     message = _message_of(content)
     if status in REFUSING_STATUS:
         raise Refused(message or f"refused with status {status}")
     said = f"answers {status}: {message}" if message else f"answers {status}"
-    raise Unavailable(said, was_sent=True, status=status)
+    # Seconds; the other form of the header, a date, is rare.
+    told = response.headers.get("retry-after", "")
+    retry_after_s = float(told) if told.isascii() and told.isdecimal() else 0.0
+    raise Unavailable(said, was_sent=True, status=status, retry_after_s=retry_after_s)
 
 
 def _parsed(content: bytes) -> Json:

@@ -47,6 +47,9 @@ def install() -> None:
         reason = runner.install()
         if reason is not None:
             logger.warning("stillroom's sampler plugin leaves a model runner as it is: %s", reason)
+        else:
+            # For a server's log; in a program of our own vLLM logs warnings alone.
+            logger.info("stillroom's sampler plugin is in place: %s", runner.__name__)
 
 
 def version_mismatch() -> str | None:
