@@ -61,7 +61,7 @@ class Target:
 def _other_targets(loss: LossName) -> list[Target]:
     """Without draws the tail is one bucket."""
     sizes = [(8, 0), (8, 8), (16, 0), (16, 16), (64, 0)]
-    return [Target(f"{m} entries" + f" + {n} draws" * (n > 0), "topk-u8", m, 0.999, loss, n) for m, n in sizes]
+    return [Target(f"{m} exact" + f" + {n} drawn" * (n > 0), "topk-u8", m, 0.999, loss, n) for m, n in sizes]
 
 
 def _targets() -> list[Target]:

@@ -46,3 +46,7 @@ def save_model(model: Any, tokenizer: Any | None, folder: Path) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    # safetensors writes for the owner alone what whoever may read the configuration should be able to load.
+    mode = next(folder.glob("*config.json")).stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)

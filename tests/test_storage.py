@@ -39,6 +39,7 @@ from teacher_cache.commits import read_sample_ids
 from tests.caches import SyntheticCache, make_cache
 from tests.fake_builds import make_config, make_requests, run_build
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
+from tests.slow_link import slow_link
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +109,19 @@ def test_an_epoch_from_the_store_is_the_local_one_bit_for_bit(
     upload(local.root, store)
     here, there = epoch(local.root, tmp_path / "here"), epoch(store, tmp_path / "there")
     assert len(here) == len(there) > 5
+    for one, other in zip(here, there, strict=True):
+        assert_same(asdict(one), asdict(other))
+
+
+def test_a_distant_store_gives_the_same_packs(
+    local: SyntheticCache, store: ObjectPath, server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    upload(local.root, store)
+    here = epoch(local.root, tmp_path / "here")
+    with slow_link(server.port, 0.005) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        there = epoch(store, tmp_path / "there")
+    assert len(here) == len(there)
     for one, other in zip(here, there, strict=True):
         assert_same(asdict(one), asdict(other))
 
