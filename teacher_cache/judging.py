@@ -232,8 +232,14 @@ def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Ite
         return JudgedSample(row["sample_id"], row["judge"], verdict)
 
     with ThreadPoolExecutor(len(judges)) as pool:
-        for batch in session.batches(query, rows_per_batch=256):
-            yield from pool.map(check, batch.to_pylist())
+        try:
+            for batch in session.batches(query, rows_per_batch=256):
+                yield from pool.map(check, batch.to_pylist())
+        except BaseException:
+            # A check may take minutes: nobody waits for it any more.
+            for judge in judges:
+                judge.kill()
+            raise
 
 
 def _pending(

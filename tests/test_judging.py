@@ -1,9 +1,13 @@
 """Judging a cache again: verdicts are added beside the shards, the latest one counts."""
 
 import datetime
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -12,6 +16,7 @@ import teacher_cache.judging
 from shared.catalog import Catalog, Table
 from shared.errors import CacheConflict, ConfigError, StillroomError
 from shared.judge import Verdict
+from shared.judge_process import JudgeProcess
 from shared.sql import open_cache
 from teacher_cache.care.gc import gc_cache
 from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache
@@ -74,6 +79,30 @@ def test_what_was_judged_before_an_interruption_is_kept(cache: SyntheticCache, m
     assert len(verdicts(cache.root)) == 5
     monkeypatch.undo()
     assert judge_cache(cache.root, kind="exact").by_judge["exact"].num_chains == 19
+
+
+def test_nobody_waits_for_a_check_after_ctrl_c(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(JudgeProcess):
+        """Meets Ctrl-C in the middle of a check that takes until it is killed."""
+
+        was_killed = threading.Event()
+        ended: ClassVar[list[bool]] = []
+
+        def judge(self, *_: object) -> Verdict:
+            # By then the main thread waits.
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+            self.ended.append(self.was_killed.wait(5.0))
+            return Verdict(None, None)
+
+        def kill(self) -> None:
+            self.was_killed.set()
+
+    monkeypatch.setattr(teacher_cache.judging, "JudgeProcess", Hanging)
+    with pytest.raises(KeyboardInterrupt):
+        judge_cache(cache.root, kind="exact")
+    assert Hanging.ended == [True]
+    assert verdicts(cache.root) == {}
 
 
 def test_the_latest_verdict_counts(cache: SyntheticCache) -> None:
