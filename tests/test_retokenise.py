@@ -137,6 +137,13 @@ def test_empty_answers_are_left_out_and_counted(cache: SyntheticCache, tmp_path:
     assert {text for _, text in texts_of(selection).values()} == {"$"}
 
 
+def test_a_selection_without_text_is_refused(cache: SyntheticCache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of the \d+ chains of \"finish_reason = 'length'\" has text"):
+        open_text_selection(
+            tmp_path / "selection.parquet", request(cache, where="finish_reason = 'length'"), Letters(nothing="w")
+        )
+
+
 def test_another_tokenizer_needs_another_run(cache: SyntheticCache, tmp_path: Path) -> None:
     path = tmp_path / "selection.parquet"
     open_text_selection(path, request(cache), Letters())
@@ -210,6 +217,7 @@ def test_a_transformers_tokenizer() -> None:
     assert text.encode_prompts([rendered]) == [[2, 3, 4, 1]]
     # A teacher that writes the student's end of sequence does not end the student's; <think> is an ordinary token.
     assert text.encode_completions(["<think> a <end> b"]) == [[8, 3, 6, 5, 7, 4]]
+    assert text.encode_prompts([]) == text.encode_completions([]) == []
     assert text.eos_id == 1
     assert len(text.fingerprint) == 32
 

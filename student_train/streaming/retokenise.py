@@ -94,6 +94,9 @@ class HuggingFaceText:
         return self._encode(texts, split_special_tokens=True)
 
     def _encode(self, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            # transformers fails on an empty batch.
+            return []
         encoded = self._tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
         )
@@ -130,7 +133,8 @@ def retokenise(path: Path, source: Selection, tokenizer: TextTokenizer, completi
     """Tokenises the chains of `source` and writes a selection of the results to `path`, with files in `<path's
     stem>-text`.
 
-    Chains that come to no token are left out and counted. Raises CorruptError for a shard that cannot be read.
+    Chains that come to no token are left out and counted. Raises ConfigError where that leaves none, CorruptError for a
+    shard that cannot be read.
     """
     folder = path.parent / f"{path.stem}-text"
     markers = _markers(source)
@@ -148,6 +152,12 @@ def retokenise(path: Path, source: Selection, tokenizer: TextTokenizer, completi
             done, num_tokens = done + len(rows), num_tokens + int(part.column("num_tokens").to_numpy().sum())
             progress.update(done, num_tokens)
     rows_out = pa.concat_tables(parts)
+    if not rows_out.num_rows:
+        what = "a reference answer" if completion == "reference" else "text"
+        raise ConfigError(
+            f"none of the {source.num_chains} chains of {source.header.where!r} has {what}: select others "
+            "(`teacher-cache sql` shows the columns reference and text)"
+        )
     header = source.header.model_copy(
         update={
             "text": folder.name,
@@ -157,6 +167,8 @@ def retokenise(path: Path, source: Selection, tokenizer: TextTokenizer, completi
             "codecs": [],
             "vocab_size": tokenizer.vocab_size,
             "max_support": 0,
+            "draws": 0,
+            "temperatures": [],
             **totals_of(rows_out),
         }
     )
