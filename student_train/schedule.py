@@ -1,10 +1,11 @@
-"""What changes from one optimizer step to the next: learning rate and loss weights, as pure functions of the step.
+"""What changes from one optimizer step to the next: learning rate, loss weights, temperature; functions of the step.
 
 Steps of a stage count from 0; `num_steps` is how many the stage has. Elastic weights follow `remaining` instead: the
 held-out loss as a share, from 0 to 1, of what it was when the stage began.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 from student_train.losses.divergences import LossMix, LossTerm
@@ -39,7 +40,7 @@ def scheduled(value: float | ScheduleConfig, step: int, num_steps: int, remainin
     if not isinstance(value, ScheduleConfig):
         return value
     if value.factor is not None:
-        return value.start * value.factor**step
+        return value.start * _power(value.factor, step)
     assert value.end is not None
     if value.kind == "elastic":
         return value.end + (value.start - value.end) * remaining
@@ -80,7 +81,7 @@ def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_s
     """
     if not isinstance(stage.temperature, ScheduleConfig):
         return stage.temperature
-    wanted = scheduled(stage.temperature, step, num_steps)
+    wanted = min(max(scheduled(stage.temperature, step, num_steps), sys.float_info.min), sys.float_info.max)
     return min([1.0, *stored], key=lambda one: abs(math.log(one / wanted)))
 
 
@@ -100,3 +101,11 @@ def check_mixes(stage: StageConfig, num_steps: int) -> LossMix:
     mix_at(stage, num_steps - 1, num_steps, remaining=0.0)
     mix_at(stage, 0, num_steps, remaining=0.0)
     return mix_at(stage, 0, num_steps)
+
+
+def _power(factor: float, step: int) -> float:
+    """factor^step; inf, which no weight may be, where Python would raise OverflowError."""
+    try:
+        return factor**step
+    except OverflowError:
+        return math.inf

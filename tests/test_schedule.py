@@ -4,7 +4,7 @@ import pytest
 
 from shared.config import Json, validate_config
 from shared.errors import ConfigError
-from student_train.schedule import check_mixes, learning_rate, mix_at, scheduled
+from student_train.schedule import check_mixes, learning_rate, mix_at, scheduled, temperature_steps
 from student_train.stage_config import StageConfig
 
 
@@ -77,6 +77,15 @@ def test_elastic_weights_follow_what_remains() -> None:
 def test_schedules_that_mean_nothing_are_refused(schedule: Json, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         schedule_of(schedule)
+
+
+def test_factors_go_as_far_as_numbers_do() -> None:
+    """0.98^37000 is 0 in float64, and 1.5^2000 is above all of it."""
+    with pytest.raises(ConfigError, match="weight=inf must be a finite number"):
+        check_mixes(schedule_of({"kind": "exponential", "start": 2.0, "factor": 1.5}), 2001)
+    for factor, last in ((0.98, 1.0), (1.5, 4.0)):
+        stage = stage_of(temperature={"kind": "exponential", "start": 2.0, "factor": factor})
+        assert temperature_steps(stage, [2.0, 4.0], 40_000)[-1][1] == last
 
 
 def test_mixes_that_teach_nothing_are_refused() -> None:
