@@ -83,6 +83,7 @@ from vllm.v1.worker.gpu.sample import prompt_logprob, sampler
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 from teacher_cache.vllm_engine import sampler_v2
 from teacher_cache.vllm_engine.sampler_batch import Batch, asked_of
+from teacher_cache.vllm_engine.sampler_mapping import mapped_rows
 from teacher_cache.vllm_engine.sampler_signals import signal_rows
 from teacher_cache.vllm_engine.wide_rows import Layout
 
@@ -134,6 +135,18 @@ assert torch.equal(second.logprob_token_ids.int(), own.ids[3:])
 torch.testing.assert_close(second.logprobs, own.logprobs[3:], rtol=0, atol=1e-6)
 plain = stock(logits[2:3], width, sampled[2:3])
 assert torch.equal(first.logprob_token_ids[2:3], plain.logprob_token_ids)
+
+# A request over HTTP, which asks for a column more than its row has.
+mapped = Layout(8, 5, (2.0,), mapped=True)
+asked = SamplingParams(logprobs=mapped.width + 1, seed=11, extra_args=mapped.extra_args())
+sampler_v2._add_request_noted(fake, 6, asked)
+batch_of.idx_mapping_np, narrow, width = np.array([6, 5, 6]), width, mapped.width + 1
+sampler_v2._call_with_signals(fake, logits, batch_of)
+expected, second = mapped_rows(own, mapped), seen["second"]
+assert torch.equal(second.logprob_token_ids[:, :-1].int(), expected.ids[3:])
+torch.testing.assert_close(second.logprobs[:, :-1], expected.logprobs[3:], rtol=0, atol=1e-6)
+assert torch.equal(second.logprob_token_ids[:, -1], sampled[3:]), "the sampled token again, which adds nothing"
+width = narrow
 
 # Nobody asks, another mode, or nothing known: vLLM's own.
 for asked, mode in ((np.array([5, 5, 5]), "raw_logprobs"), (np.array([3, 5, 3]), "processed_logprobs")):
