@@ -87,28 +87,13 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     `table` holds `token_ids` and `signal_columns(header)`. Raises CorruptError naming `where` (the shard), the row and
     the column when lengths, counts, codes or ids contradict the format.
     """
-    lists = ["token_ids", *(name for name in signal_columns(header) if name not in BLOBS)]
-    values, lengths = read_lists(table, lists, where)
-    tokens_R = lengths["token_ids"]
-    for name in lengths:
-        if name not in (*PER_ENTRY, "log_partitions"):
-            require_rows(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
-    row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
-    if header.codec == "archive":
-        values, lengths = unpack(table, values, lengths, row_offsets, header, where)
-    n_T = values["topk_n"].astype(np.int32)
-    require_values((n_T >= 1) & (n_T <= header.max_support), row_offsets, where, "topk_n", "is outside 1..max_support")
-    draw_n_T = _draw_counts(values, header, row_offsets, where)
-    entry_n_T = n_T if draw_n_T is None else n_T + draw_n_T
-    _check_entries(entry_n_T, lengths, row_offsets, where)
-    ids_E = values["topk_ids"]
-    if len(ids_E) and (int(ids_E.min()) < 0 or int(ids_E.max()) >= header.vocab_size):
-        bad_E = (ids_E < 0) | (ids_E >= header.vocab_size)
-        row = int(np.searchsorted(np.cumsum(lengths["topk_ids"]), np.flatnonzero(bad_E)[0], side="right"))
-        raise CorruptError(f"{where}: row {row}, column topk_ids: id outside the vocabulary of {header.vocab_size}")
+    values, row_offsets = read_values(table, header, where)
+    n_T, ids_E = values["topk_n"].astype(np.int32), values["topk_ids"]
+    draw_n_T = values["draw_n"].astype(np.int32) if header.draws and "draw_n" in values else None
     drawn_E = None if draw_n_T is None else _drawn(n_T, draw_n_T)
     if "topk_codes" in values:
-        logprobs_E, tail_T = _decode_codes(values, entry_n_T, drawn_E, lengths, row_offsets, where)
+        entry_n_T = n_T if draw_n_T is None else n_T + draw_n_T
+        logprobs_E, tail_T = logprobs_of(values["topk_codes"], values["tail_codes"], entry_n_T, drawn_E)
     else:
         logprobs_E, tail_T = values["topk_logprobs"], values["tail_logmass"]
     draws = None
@@ -124,9 +109,40 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
         sampled_rank_T=values["sampled_rank"],
         entropy_T=values["entropy"],
         draws=draws,
-        log_partitions_TS=_partitions(values, lengths, header, tokens_R, where),
+        log_partitions_TS=_partitions(values, header),
     )
     return signals, row_offsets
+
+
+def read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict[str, Array], Int64]:
+    """Flat values of `token_ids` and `signal_columns(header)`, those of `archive` as `topk-u8` would store them, and
+    row offsets [R+1] int64 in tokens. All that FORMAT.md wants a reader to check is checked; raises as `decode`.
+    """
+    lists = ["token_ids", *(name for name in signal_columns(header) if name not in BLOBS)]
+    values, lengths = read_lists(table, lists, where)
+    tokens_R = lengths["token_ids"]
+    for name in lengths:
+        if name not in (*PER_ENTRY, "log_partitions"):
+            require_rows(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
+    row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
+    if header.codec == "archive":
+        values, lengths = unpack(table, values, lengths, row_offsets, header, where)
+    _check_counts(values, lengths, header, row_offsets, where)
+    if "log_partitions" in values:
+        num = len(header.temperatures)
+        good_R = lengths["log_partitions"] == tokens_R * num
+        require_rows(good_R, where, "log_partitions", f"has not {num} entries a token, one a temperature")
+    ids_E = values["topk_ids"]
+    if len(ids_E) and (int(ids_E.min()) < 0 or int(ids_E.max()) >= header.vocab_size):
+        bad_E = (ids_E < 0) | (ids_E >= header.vocab_size)
+        row = int(np.searchsorted(np.cumsum(lengths["topk_ids"]), np.flatnonzero(bad_E)[0], side="right"))
+        raise CorruptError(f"{where}: row {row}, column topk_ids: id outside the vocabulary of {header.vocab_size}")
+    if "topk_codes" in values:
+        codes_E, tails_T = values["topk_codes"], values["tail_codes"]
+        entry_offsets = np.concatenate([[0], np.cumsum(lengths["topk_codes"])]).astype(np.int64)
+        require_values((codes_E >= 0) & (codes_E <= MAX_CODE), entry_offsets, where, "topk_codes", "is outside 0..255")
+        require_values((tails_T >= 0) & (tails_T <= MAX_CODE), row_offsets, where, "tail_codes", "is outside 0..255")
+    return values, row_offsets
 
 
 def decode_rows(table: pa.Table, rows: Int64, header: ShardHeader, where: str) -> Signals:
@@ -203,27 +219,10 @@ def _flat_partitions(row: Signals) -> Float32:
     return np.zeros(0, np.float32) if row.log_partitions_TS is None else row.log_partitions_TS.reshape(-1)
 
 
-def _draw_counts(values: dict[str, Array], header: ShardHeader, row_offsets: Int64, where: str) -> Int32 | None:
-    """Draws of each token, None where the shard stores none."""
-    if "draw_n" not in values:
+def _partitions(values: dict[str, Array], header: ShardHeader) -> Float32 | None:
+    if "log_partitions" not in values or not header.temperatures:
         return None
-    draw_n_T = values["draw_n"].astype(np.int32)
-    good_T = (draw_n_T >= 0) & (draw_n_T <= header.draws)
-    require_values(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
-    return draw_n_T if header.draws else None
-
-
-def _partitions(
-    values: dict[str, Array], lengths: dict[str, Int64], header: ShardHeader, tokens_R: Int64, where: str
-) -> Float32 | None:
-    num_temperatures = len(header.temperatures)
-    if "log_partitions" not in values:
-        return None
-    good_R = lengths["log_partitions"] == tokens_R * num_temperatures
-    require_rows(good_R, where, "log_partitions", f"has not {num_temperatures} entries a token, one a temperature")
-    if not num_temperatures:
-        return None
-    partitions_TS: Float32 = values["log_partitions"].reshape(-1, num_temperatures)
+    partitions_TS: Float32 = values["log_partitions"].reshape(-1, len(header.temperatures))
     return partitions_TS
 
 
@@ -231,27 +230,22 @@ def _concat(parts: Sequence[Array], dtype: type[Any]) -> Array:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
 
-def _check_entries(n_T: Int32, lengths: dict[str, Int64], row_offsets: Int64, where: str) -> None:
-    total_T = np.concatenate([[0], np.cumsum(n_T, dtype=np.int64)])
+def _check_counts(
+    values: dict[str, Array], lengths: dict[str, Int64], header: ShardHeader, row_offsets: Int64, where: str
+) -> None:
+    """Supports and draws of every token are allowed, and together as many as there are entries."""
+    entry_n_T = values["topk_n"].astype(np.int64)
+    good_T = (entry_n_T >= 1) & (entry_n_T <= header.max_support)
+    require_values(good_T, row_offsets, where, "topk_n", "is outside 1..max_support")
+    if "draw_n" in values:
+        draw_n_T = values["draw_n"].astype(np.int64)
+        good_T = (draw_n_T >= 0) & (draw_n_T <= header.draws)
+        require_values(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
+        entry_n_T += draw_n_T
+    total_T = np.concatenate([[0], np.cumsum(entry_n_T)])
     entries_R = total_T[row_offsets[1:]] - total_T[row_offsets[:-1]]
     for name in PER_ENTRY:
         if name in lengths:
             require_rows(
                 lengths[name] == entries_R, where, name, "has not the number of entries that the counts add up to"
             )
-
-
-def _decode_codes(
-    values: dict[str, Array],
-    n_T: Int32,
-    drawn_E: npt.NDArray[np.bool_] | None,
-    lengths: dict[str, Int64],
-    row_offsets: Int64,
-    where: str,
-) -> tuple[Float32, Float32]:
-    """Log probabilities of all entries, `n_T` a token, and tails; the draws' mass is the tail's, not counted twice."""
-    codes_E, tails_T = values["topk_codes"], values["tail_codes"]
-    entry_offsets = np.concatenate([[0], np.cumsum(lengths["topk_codes"])]).astype(np.int64)
-    require_values((codes_E >= 0) & (codes_E <= MAX_CODE), entry_offsets, where, "topk_codes", "is outside 0..255")
-    require_values((tails_T >= 0) & (tails_T <= MAX_CODE), row_offsets, where, "tail_codes", "is outside 0..255")
-    return logprobs_of(codes_E, tails_T, n_T, drawn_E)

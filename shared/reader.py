@@ -112,8 +112,9 @@ class Cache:
         found = self._find(sample_id)
         path = location(found["filename"])
         shard, header = open_shard(path)
-        group, row = _row_group(shard, found["file_row_number"])
-        table, signals, offsets = read_signals(shard, header, group, ["token_ids", "messages"], str(path))
+        with shard:
+            group, row = _row_group(shard, found["file_row_number"])
+            table, signals, offsets = read_signals(shard, header, group, ["token_ids", "messages"], str(path))
         start, stop = int(offsets[row]), int(offsets[row + 1])
         token_ids_T = table.column("token_ids")[row].values.to_numpy()
         own = signals.slice(start, stop)

@@ -13,11 +13,17 @@ import pyarrow as pa
 from schemas.manifest import ShardHeader
 from schemas.records import Int64
 from schemas.tables import signal_fields
-from shared.archive.columns import pack, unpack
-from shared.codec import PER_ENTRY, decode, encode
-from shared.list_columns import list_column, read_lists
+from shared.archive.columns import pack
+from shared.codec import PER_ENTRY, decode, encode, read_values
+from shared.list_columns import list_column
 
 Array = npt.NDArray[Any]
+
+CODE_COLUMNS = (
+    *("token_ids", "sampled_rank", "sampled_logprob"),
+    *("topk_ids", "topk_codes", "topk_n", "tail_codes", "draw_n"),
+)
+"""What `archive` is made of."""
 
 
 def filter_rows(table: pa.Table, kept_R: npt.NDArray[np.bool_], header: ShardHeader, where: str) -> pa.Table:
@@ -65,17 +71,7 @@ def recode_columns(table: pa.Table, header: ShardHeader, codec: str, where: str)
 
 def _code_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict[str, Array], Int64]:
     """Flat columns as `topk-u8` stores them, with those that `archive` builds upon, and tokens of each row."""
-    names = ["token_ids", "sampled_rank", "sampled_logprob"]
-    if header.codec != "archive":
-        names += ["topk_ids", "topk_codes", "topk_n", "tail_codes"]
-        names += ["draw_n"] if header.format_version >= 2 else []
-    # Everything is checked once as a reader would.
-    decode(table, header, where)
-    values, lengths = read_lists(table, names, where)
-    tokens_R = lengths["token_ids"]
-    if header.codec == "archive":
-        row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
-        values, _ = unpack(table, values, lengths, row_offsets, header, where)
-    if "draw_n" not in values:
-        values["draw_n"] = np.zeros(len(values["topk_n"]), np.int16)
-    return values, tokens_R
+    values, row_offsets = read_values(table, header, where)
+    # Version 1 had no draws.
+    values.setdefault("draw_n", np.zeros(len(values["topk_n"]), np.int16))
+    return {name: values[name] for name in CODE_COLUMNS}, np.diff(row_offsets)
