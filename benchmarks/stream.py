@@ -29,7 +29,7 @@ import pyarrow as pa
 from shared.storage import Location, location
 from student_train.streaming.epoch_plan import PlanSpec
 from student_train.streaming.plans import EpochPlans
-from student_train.streaming.row_buffer import READ_AHEAD_GROUPS
+from student_train.streaming.row_buffer import STORE_AHEAD_GROUPS
 from student_train.streaming.select import CacheSource, SelectionRequest, freeze
 from student_train.streaming.selection import (
     SCHEMA,
@@ -122,7 +122,7 @@ def measure_distance(folder: Path, round_trips_ms: list[float], pack_tokens: int
 
 
 def _distant(folder: Path, root: Location, pack_tokens: int) -> Result:
-    freeze_s, epoch_s = [], {0: [0.0] * 0, READ_AHEAD_GROUPS: [0.0] * 0}
+    freeze_s, epoch_s = [], {0: [0.0] * 0, STORE_AHEAD_GROUPS: [0.0] * 0}
     for _ in range(2):
         started_s = time.perf_counter()
         selection = freeze(folder / "distant.parquet", SelectionRequest([CacheSource(root)]))
@@ -143,7 +143,7 @@ def _distant(folder: Path, root: Location, pack_tokens: int) -> Result:
     return {
         "freeze_s": round(min(freeze_s), 2),
         "one_by_one_tokens_per_s": round(total / min(epoch_s[0])),
-        "read_ahead_tokens_per_s": round(total / min(epoch_s[READ_AHEAD_GROUPS])),
+        "read_ahead_tokens_per_s": round(total / min(epoch_s[STORE_AHEAD_GROUPS])),
     }
 
 

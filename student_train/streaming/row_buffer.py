@@ -19,9 +19,10 @@ import numpy as np
 from schemas.records import Int32, Int64
 from student_train.streaming.rows import RowBlock
 
-READ_AHEAD_GROUPS = 8
-"""Row groups that are read, or lie read and unused, before their first row is due: one for each lane of a plan, whose
-lanes come to new row groups together."""
+FOLDER_AHEAD_GROUPS = 2
+STORE_AHEAD_GROUPS = 8
+"""Row groups that are read, or lie read and unused, before their first row is due. In a store one for each lane of a
+plan, whose lanes come to new row groups together; in a folder reading is arithmetic, which more threads make dearer."""
 
 
 class RowBuffer:
@@ -39,7 +40,7 @@ class RowBuffer:
         group_R: Int32,
         budget_bytes: int,
         pool: Executor | None = None,
-        num_ahead: int = READ_AHEAD_GROUPS,
+        num_ahead: int = STORE_AHEAD_GROUPS,
     ) -> None:
         """`load(group, rows)` reads rows of a group; row rows_I[i] is the i-th that will be asked for.
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from shared.errors import ConfigError
 from student_train.streaming.epoch_plan import PlanSpec
 from student_train.streaming.pack import Pack, PackedPiece, build_pack, empty_pack
 from student_train.streaming.plans import EpochPlans, Place
-from student_train.streaming.row_buffer import READ_AHEAD_GROUPS, RowBuffer
+from student_train.streaming.row_buffer import FOLDER_AHEAD_GROUPS, STORE_AHEAD_GROUPS, RowBuffer
 from student_train.streaming.rows import RowBlock, read_rows
 from student_train.streaming.selection import Selection
 
@@ -81,10 +82,11 @@ class PackStream:
         with_signals: bool = True,
         buffer_mib: int = 1024,
         prefetch_packs: int = 8,
-        read_ahead_groups: int = READ_AHEAD_GROUPS,
+        read_ahead_groups: int | None = None,
     ) -> None:
         """`packs_per_step` packs make a global batch; None epochs never end; `with_signals` False reads token ids
-        alone; `read_ahead_groups` row groups are read before they are due, within `buffer_mib` of decoded rows.
+        alone; `read_ahead_groups` row groups are read before they are due, within `buffer_mib` of decoded rows (None: 2
+        from folders, 8 from object stores).
 
         Raises ConfigError where the batch does not divide among the ranks or no chain is left to train on.
         """
@@ -95,12 +97,14 @@ class PackStream:
         assert 0 <= rank < world
         assert buffer_mib > 0
         assert prefetch_packs > 0
-        assert read_ahead_groups >= 0
+        assert read_ahead_groups is None or read_ahead_groups >= 0
         self.plans = EpochPlans(selection, spec, num_epochs)
         self._packs_per_step, self._rank, self._world = packs_per_step, rank, world
         self._with_signals = with_signals and not selection.is_text
         self._budget_bytes, self._prefetch_packs = buffer_mib << 20, prefetch_packs
-        self._read_ahead_groups = read_ahead_groups
+        is_distant = not all(isinstance(folder, Path) for folder in selection.folders)
+        usual = STORE_AHEAD_GROUPS if is_distant else FOLDER_AHEAD_GROUPS
+        self._read_ahead_groups = usual if read_ahead_groups is None else read_ahead_groups
         self._place: Place = (0, 0)
         self._stats = StreamStats()
         self._queue: queue.Queue[_Item] = queue.Queue(prefetch_packs)
