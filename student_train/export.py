@@ -91,6 +91,7 @@ def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) 
     if unexpected or lost:
         raise CorruptError(f"checkpoint {state.tag} does not fit the student: {sorted([*unexpected, *lost])[:3]}")
     if stage.trainable == "lora" and merged:
+        _untie_adapted(model.get_base_model())
         model = model.merge_and_unload()
     return model.eval()
 
@@ -147,6 +148,21 @@ def _is_cached(tokenizer: Any, selection: Selection) -> bool:
         header.tokenizer_fingerprints == [fingerprint_tokenizer(tokenizer)]
         and fingerprint_template(tokenizer) in header.template_fingerprints
     )
+
+
+def _untie_adapted(model: Any) -> None:
+    """Gives a head that shares its weight with the embeddings its own, where one of both has an adapter: merged into
+    the shared weight it would change the other too.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return
+    embeddings, head = (one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in layers)
+    if head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def _trained_names(model: torch.nn.Module, trainable: str) -> list[str]:

@@ -85,6 +85,21 @@ def test_adapter_alone_gives_the_merged_logits(
     assert torch.allclose(loaded(ids).logits, merged(ids).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.usefixtures("own_tokenizer")
+def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, target: str
+) -> None:
+    config = _trained(tmp_path, cache, student, ranks, {}, {"trainable": "lora", "lora": {"targets": [target]}})
+    export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(student).config.tie_word_embeddings
+    ids = torch.arange(3, 30)[None]
+    trained = trained_model(config, _last(config), merged=False)
+    assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=1e-5)
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
 def test_tokenizer_that_nobody_has_is_refused(
     tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
 ) -> None:
