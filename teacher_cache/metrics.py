@@ -45,14 +45,15 @@ class MetricsLog:
             self._stream.close()
 
     def write(self, done: int, total: int, num_tokens: int, recorded: Recorded) -> None:
-        """Takes the state; writes it when the interval is over."""
+        """Takes the state; writes it when the interval is over. `num_tokens`, those of unfinished chains included, give
+        the rate; the line's counts are of finished chains.
+        """
         seconds = time.monotonic() - self._started_s
         self._last = {
             "time": time.time(),
             "seconds": seconds,
             "num_done": done,
             "num_total": total,
-            "num_tokens": num_tokens,
             "tokens_per_s": num_tokens / seconds if seconds > 0 else 0.0,
             "bytes_per_token": recorded.bytes_per_token,
             **asdict(recorded),

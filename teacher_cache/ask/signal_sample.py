@@ -55,26 +55,27 @@ def sample_signals(catalog: Catalog, max_tokens: int = MAX_TOKENS) -> SignalSamp
         max_support = max(max_support, header.max_support)
         entropy = header.entropy if header.entropy != "exact" else entropy
         budget = max_tokens * (number + 1) // len(chosen)
-        for group in range(shard.num_row_groups):
-            if num_tokens >= budget:
-                is_whole = False
-                break
-            table, signals, offsets = read_signals(shard, header, group, ["token_ids"], str(path))
-            starts_T = np.cumsum(signals.topk_n_T, dtype=np.int64) - signals.topk_n_T
-            lengths_R = np.diff(offsets)
-            parts.append(
-                {
-                    "token_ids_T": table.column("token_ids").combine_chunks().flatten().to_numpy(),
-                    "position_T": np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths_R),
-                    "entropy_T": signals.entropy_T,
-                    "top1_prob_T": np.exp(signals.topk_logprobs_N[starts_T]),
-                    "tail_mass_T": np.exp(signals.tail_logmass_T),
-                    "support_T": signals.topk_n_T,
-                    "draws_T": np.zeros_like(signals.topk_n_T) if signals.draws is None else signals.draws.n_T,
-                    "num_tokens_R": lengths_R,
-                }
-            )
-            num_tokens += int(offsets[-1])
+        with shard:
+            for group in range(shard.num_row_groups):
+                if num_tokens >= budget:
+                    is_whole = False
+                    break
+                table, signals, offsets = read_signals(shard, header, group, ["token_ids"], str(path))
+                starts_T = np.cumsum(signals.topk_n_T, dtype=np.int64) - signals.topk_n_T
+                lengths_R = np.diff(offsets)
+                parts.append(
+                    {
+                        "token_ids_T": table.column("token_ids").combine_chunks().flatten().to_numpy(),
+                        "position_T": np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths_R),
+                        "entropy_T": signals.entropy_T,
+                        "top1_prob_T": np.exp(signals.topk_logprobs_N[starts_T]),
+                        "tail_mass_T": np.exp(signals.tail_logmass_T),
+                        "support_T": signals.topk_n_T,
+                        "draws_T": np.zeros_like(signals.topk_n_T) if signals.draws is None else signals.draws.n_T,
+                        "num_tokens_R": lengths_R,
+                    }
+                )
+                num_tokens += int(offsets[-1])
     if not parts:
         return None
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
