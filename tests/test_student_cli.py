@@ -90,7 +90,12 @@ def test_plan_says_what_each_loss_makes_of_draws(
     tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, draws=3, heldout_frac=0.0)
-    losses = {"forward_kl_stored_tail": 1.0, "forward_kl_truncated": 1.0, "jsd_stored_tail": 1.0, "cross_entropy": 1.0}
+    losses = {
+        "forward_kl_stored_tail": 1.0,
+        "forward_kl_truncated": 1.0,
+        "reverse_kl_tail_bucket": 1.0,
+        "cross_entropy": 1.0,
+    }
     stage = {"learning_rate": 0.01, "batch_tokens": 512, "losses": losses}
     config = write_config(
         tmp_path, drawn, student, stages=[stage], data={"caches": [str(drawn.root)], "pack_tokens": 128}
@@ -101,7 +106,7 @@ def test_plan_says_what_each_loss_makes_of_draws(
     for line in (
         f"forward_kl_stored_tail: {entries}, the tail estimated from 3 draws",
         f"forward_kl_truncated: {entries} alone",
-        f"jsd_stored_tail: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
+        f"reverse_kl_tail_bucket: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
         "cross_entropy: the next token",
     ):
         assert f"loss       {line}\n" in out
