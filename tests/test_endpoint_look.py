@@ -80,6 +80,16 @@ def test_doctor_looks_at_the_teacher_and_its_servers(tmp_path: Path, folder: Pat
     found = {one["name"]: one for one in diagnose(config)["findings"]}
     assert found["server"]["state"] == "missing"
     assert "--max-logprobs 9" in found["server"]["value"]
+    config = config.updated(capture={"max_support": 8, "draws": 8})
+    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    assert "draws=8 with stillroom's plugin: start it with --max-logprobs 28" in found["server"]["value"]
+    server.behaviour.max_logprobs = 28
+    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    assert "without stillroom's sampler plugin, needed for capture.draws" in found["server"]["value"]
+    server.behaviour.has_plugin = True
+    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    assert found["server"]["state"] == "ok"
+    assert found["server"]["value"].endswith("/inference/v1/generate, sampler plugin")
 
 
 def test_a_build_needs_neither_vllm_nor_torch_nor_weights(tmp_path: Path, folder: Path, server: FakeServer) -> None:
@@ -129,7 +139,3 @@ def test_the_engine_block_is_checked_by_its_kind(tmp_path: Path, folder: Path) -
         with pytest.raises(ConfigError, match=message) as caught:
             as_config(served(tmp_path, folder, url, **change))
         assert "secret" not in str(caught.value)
-    block = served(tmp_path, folder, url)
-    block["capture"]["draws"] = 4
-    with pytest.raises(ConfigError, match=r"capture\.draws needs engine\.kind: embedded"):
-        as_config(block)

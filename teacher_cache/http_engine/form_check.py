@@ -82,7 +82,14 @@ async def form_of(http: HttpClient, api: Api, model: str, expected: Expected) ->
             f"{needed_for} over HTTP needs a vocabulary of {expected.signals.width + 1} tokens, the teacher's has "
             f"{expected.vocab_size}: set capture: {{max_support: {expected.vocab_size}, draws: 0}}"
         )
-    if await _has_plugin(http, api, model, expected):
+    try:
+        has_plugin = await _has_plugin(http, api, model, expected)
+    except Refused as error:
+        if needed_for is not None:
+            raise _too_few(http, api, expected.signals, error) from error
+        # Not even the probe's few: what remains may do for very few candidates.
+        has_plugin = False
+    if has_plugin:
         return expected.signals
     if needed_for is None:
         return expected.plain
@@ -119,12 +126,7 @@ async def check_logprobs(http: HttpClient, api: Api, model: str, form: Form, exp
         least = int(np.argmin(scored.sampled_logprob_T[:-1])) + 1
         forced = await force_token(http, api, model, ids[: least + 1], form)
     except Refused as error:
-        if "max allowed" not in str(error):
-            raise
-        raise ConfigError(
-            f"{http.url} gives too few log probabilities for {_asked_for(form)}: start it with --max-logprobs "
-            f"{api.num_logprobs(form)} ({error})"
-        ) from error
+        raise _too_few(http, api, form, error) from error
     for capture in (scored, forced):
         with np.errstate(over="ignore"):
             mass_T = np.exp(capture.topk_logprobs_TK.astype(np.float64)).sum(axis=1)
@@ -135,11 +137,18 @@ async def check_logprobs(http: HttpClient, api: Api, model: str, form: Form, exp
         raise ConfigError(f"{http.url} gives log probabilities after temperature and truncation: {MODE_REMEDY}")
 
 
-def _asked_for(form: Form) -> str:
-    if form.layout is None:
-        return f"capture.max_support={form.k}"
-    draws = f" and draws={form.layout.draws}" if form.layout.draws else ""
-    return f"capture.max_support={form.k}{draws} with stillroom's plugin"
+def _too_few(http: HttpClient, api: Api, form: Form, refused: Refused) -> ConfigError | Refused:
+    """What to say of a refusal: the flag to set, or the server's own words where they are about something else."""
+    if "max allowed" not in str(refused):
+        return refused
+    asked_for = f"capture.max_support={form.k}"
+    if form.layout is not None:
+        asked_for += f" and draws={form.layout.draws}" if form.layout.draws else ""
+        asked_for += " with stillroom's plugin"
+    return ConfigError(
+        f"{http.url} gives too few log probabilities for {asked_for}: start it with --max-logprobs "
+        f"{api.num_logprobs(form)} ({refused})"
+    )
 
 
 async def force_token(http: HttpClient, api: Api, model: str, token_ids: Sequence[int], form: Form) -> Capture:
