@@ -140,4 +140,4 @@ def _num_read(pack: Pack) -> int:
 
 def _short(name: str) -> str:
     short = {"forward_kl_stored_tail": "kl", "forward_kl_tail_bucket": "kl", "cross_entropy": "ce"}
-    return short.get(name, name.removesuffix("_tail_bucket"))
+    return short.get(name, name.removesuffix("_tail_bucket").removesuffix("_stored_tail"))
