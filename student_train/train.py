@@ -9,6 +9,7 @@ that is being computed, saves and ends; all ranks agree on it, because the reque
 """
 
 import contextlib
+import gc
 import math
 import time
 
@@ -56,6 +57,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
         for stage in plan.stages:
             if state is None or state.stage < stage.index or not (state.stage > stage.index or state.stage_is_done):
                 state = _StageRun(config, plan, stage, state, ranks, stop).run()
+                # DeepSpeed's objects hold each other: left alone, this stage's weights would lie beside the next one's.
+                gc.collect()
                 # A stage ends early only by a stop that all ranks agreed on; what one rank knows decides nothing.
                 if not state.stage_is_done:
                     raise KeyboardInterrupt

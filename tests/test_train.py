@@ -1,6 +1,8 @@
 """Training in one process: agreement with a dense reference on unpacked sequences, resumption, stages, refusals."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -14,6 +16,7 @@ from shared.interrupt import StopRequest
 from student_train.checkpoint import find_state, tags
 from student_train.config import TrainConfig
 from student_train.eval_command import evaluate_config, evaluate_model
+from student_train.model import Student, load_student
 from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
 from student_train.show import run_lines
@@ -315,6 +318,23 @@ def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student
         alone = evaluate_model(str(folder), [cache.root], None)
         assert alone["num_tokens"] == entry["num_tokens"]
         assert alone["forward_kl"] == pytest.approx(entry["forward_kl"], rel=1e-5)
+
+
+def test_a_stage_leaves_no_weights_in_memory(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Student] = weakref.WeakSet()
+    num_alive = []
+
+    def watched(*arguments: Any, **options: Any) -> Student:
+        num_alive.append(len(alive))
+        alive.add(loaded := load_student(*arguments, **options))
+        return loaded
+
+    monkeypatch.setattr("student_train.train.load_student", watched)
+    stages: list[Json] = [{"name": name, "max_steps": 1} for name in ("first", "second", "third")]
+    train_run(make_config(tmp_path / "run", cache, student, *stages, eval=None), ranks)
+    assert num_alive == [0, 0, 0]
 
 
 def test_another_meaning_is_refused_by_name(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
