@@ -16,7 +16,7 @@ from shared.catalog import SHARD_NAME, Catalog
 from shared.config import Json, plain
 from shared.errors import CacheConflict, DataError, StillroomError, one_line
 from shared.interrupt import StopRequest
-from shared.log import Progress, note
+from shared.log import Progress, note, warn
 from shared.storage import Location, matching, relative_name
 from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
@@ -187,6 +187,8 @@ class Build:
         """Writes manifest and vocabulary, before the first row refers to them."""
         config, teacher = self.config, self.teacher.record
         known = self.catalog.runs().get(self.run_id)
+        if known is not None:
+            _warn_of_other_entropies(known, info)
         self.catalog.write_run(
             RunManifest(
                 run_id=self.run_id,
@@ -236,6 +238,17 @@ def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
 
 def _sampling(config: BuildConfig | ScoreConfig) -> Json:
     return plain(config.sampling) if isinstance(config, BuildConfig) else {}
+
+
+def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
+    """An engine without the sampler plugin goes on where one with it began, or the other way round."""
+    before, now = known.engine.get("sampler"), info.settings.get("sampler")
+    if before is not None and now is not None and before != now:
+        kinds = {"plugin": "exact entropies", "vllm": "entropies of the stored support"}
+        warn(
+            f"{known.run_id} was begun with {kinds.get(before, before)}, this engine gives {kinds.get(now, now)}: "
+            "the header of each shard says which it holds"
+        )
 
 
 def _notes(recorded: Recorded) -> dict[str, str]:

@@ -248,6 +248,25 @@ def judged_requests(num_prompts: int) -> list[Request]:
     return made
 
 
+def test_a_run_that_goes_on_with_entropies_of_another_kind_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def engine_of(sampler: str) -> FakeEngine:
+        engine = make_engine()
+        engine.info = dataclasses.replace(engine.info, settings={"sampler": sampler})
+        return engine
+
+    config, told = (
+        make_config(tmp_path / "c"),
+        "was begun with exact entropies, this engine gives entropies of the stored",
+    )
+    run_build(config, make_requests(5), lambda: engine_of("plugin"))
+    run_build(config, make_requests(10), lambda: engine_of("plugin"))
+    assert "was begun with" not in capsys.readouterr().err
+    run_build(config, make_requests(15), lambda: engine_of("vllm"))
+    assert told in capsys.readouterr().err
+
+
 def test_a_judge_that_fails_costs_no_finished_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error ends the build, the chains and verdicts before it are visible."""
     judged: list[str] = []
