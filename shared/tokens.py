@@ -134,6 +134,29 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
     return pieces
 
 
+def special_pieces(vocab: Location) -> dict[int, str]:
+    """Texts of the special tokens of a cache's vocabulary file by id; none where there is no file.
+
+    Raises CorruptError where the file cannot be read.
+    """
+    if not vocab.exists():
+        return {}
+    table = _read_vocab(vocab)
+    special = table.filter(table.column("is_special"))
+    return dict(zip(special.column("token_id").to_pylist(), special.column("piece").to_pylist(), strict=True))
+
+
+def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bool:
+    """Whether a chain ended by itself; `last_piece` is the text of its last token if that is special, else None.
+
+    Of a scored chain only that token tells: what ends a turn is special and, unlike <think>, no part of the text. Text
+    that was given as cut has none.
+    """
+    if finish_reason != "scored":
+        return finish_reason == "stop"
+    return last_piece is not None and not text.endswith(last_piece)
+
+
 def reasoning_ids(tokenizer: Any, start: str, end: str) -> tuple[int | None, int | None]:
     """Ids of the tokens that open and close reasoning; None where the tokenizer has no such single token."""
     vocab = tokenizer.get_vocab()
@@ -183,11 +206,7 @@ def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
     <think> may be renamed between relatives. Rows of an embedding past both vocabularies are padding and appear in
     neither. Raises CorruptError where the file cannot be read.
     """
-    try:
-        with local_copy(cached) as path:
-            table = pq.read_table(path, schema=VOCAB_SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
+    table = _read_vocab(cached)
     rows = zip(*(table.column(name).to_pylist() for name in ("token_id", "piece", "is_special")), strict=True)
     mine: dict[int, tuple[str, bool]] = {token_id: (piece, special) for token_id, piece, special in rows}
     special_ids = _special_ids(tokenizer)
@@ -214,6 +233,14 @@ def require_same_vocab(difference: VocabDifference, student: str) -> None:
         f"the vocabulary of {student} differs from the cache's in {len(difference.ordinary)} ordinary tokens "
         f"({shown}): choose a student of the teacher's family, or train on the text alone (data.kind: text)"
     )
+
+
+def _read_vocab(cached: Location) -> pa.Table:
+    try:
+        with local_copy(cached) as path:
+            return pq.read_table(path, schema=VOCAB_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
 
 
 def _backend(tokenizer: Any) -> dict[str, Any] | None:

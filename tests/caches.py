@@ -92,6 +92,8 @@ class CacheShape:
     num_workers: int = 1
     heldout_frac: float = 0.15
     unfinished_frac: float = 0.15
+    scored: bool = False
+    """Chains that were given and not generated: `finish_reason` says nothing of how they end."""
     judged: bool = True
     tokenizer: str = "synthetic"
     draws: int = 0
@@ -198,7 +200,7 @@ def _chain(shape: CacheShape, teacher_fingerprint: str, row: int, rng: np.random
         prompt_ids=prompt_ids,
         token_ids=token_ids,
         signals=signals,
-        finish_reason="stop" if finished else "length",
+        finish_reason="scored" if shape.scored else "stop" if finished else "length",
         correct=bool(rng.random() < 0.6) if finished else None,
     )
 

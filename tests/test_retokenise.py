@@ -18,7 +18,7 @@ from student_train.streaming.retokenise import (
 from student_train.streaming.select import CacheSource, SelectionRequest
 from student_train.streaming.selection import Selection, load_selection
 from student_train.streaming.stream import PackStream
-from tests.caches import SyntheticCache, damage, make_cache
+from tests.caches import EOS_ID, NUM_SPECIAL, SyntheticCache, damage, make_cache
 
 
 class Letters:
@@ -87,6 +87,22 @@ def test_the_student_reads_the_teachers_words_in_its_own_ids(cache: SyntheticCac
     assert selection.header.max_support == 0
     assert selection.header.tokenizer_fingerprints == ["letters"]
     assert selection.header.vocab_size == 200
+
+
+def test_scored_chains_end_as_they_were_given(tmp_path: Path) -> None:
+    """Published chains are scored with an end-of-sequence token: without one a student would never learn to stop."""
+    made = make_cache(tmp_path / "cache", num_chains=20, max_tokens=12, unfinished_frac=0.4, scored=True)
+    chains = {int(one.sample_id[:16], 16): one for one in made.chains}
+    selection = open_text_selection(tmp_path / "selection.parquet", request(made), Letters())
+    found = texts_of(selection)
+    seen = set()
+    for row, (_, text) in found.items():
+        chain = chains[int(selection.key_R[row])]
+        # The first chains of a synthetic cache write special tokens into their text.
+        if chain.row >= NUM_SPECIAL:
+            assert text.endswith("$") == (chain.token_ids[-1] == EOS_ID)
+            seen.add(text.endswith("$"))
+    assert seen == {True, False}
 
 
 def test_it_is_tokenised_once(cache: SyntheticCache, tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 In: a selection of any caches, a tokenizer. Out: a folder of Parquet files with token ids (same row groups, same order)
 and a selection over them, which plans, streams and resumes like any other. No distributions, so cross-entropy only.
-A chain that the teacher ended gets the student's end of sequence; one that was cut off does not.
+A chain that came to its own end gets the student's end of sequence; one that was cut off does not.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,12 +22,22 @@ from shared.errors import ConfigError, CorruptError
 from shared.files import atomic_path
 from shared.log import Progress
 from shared.shards import open_shard, read_row_group
-from shared.tokens import fingerprint_template, fingerprint_tokenizer
+from shared.tokens import came_to_its_end, fingerprint_template, fingerprint_tokenizer, special_pieces
 from student_train.streaming.select import SelectionRequest, check_request, open_selection
 from student_train.streaming.selection import SCHEMA, Selection, keys_of, load_selection, totals_of, write_selection
 
 TEXT_METADATA_KEY = b"stillroom-text"
-TEXT_COLUMNS = ["sample_id", "run_id", "messages", "reference", "text", "reasoning", "answer", "finish_reason"]
+TEXT_COLUMNS = [
+    "sample_id",
+    "run_id",
+    "messages",
+    "reference",
+    "text",
+    "reasoning",
+    "answer",
+    "finish_reason",
+    "token_ids",
+]
 
 Completion = Literal["chain", "reference"]
 """What is learnt: what the teacher said, or the reference answer of the prompt."""
@@ -106,10 +116,12 @@ class HuggingFaceText:
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """What opens and closes the reasoning in a teacher's text; None where its run did not say."""
+    """What opens and closes the reasoning in a teacher's text (None where its run did not say), and ends its turns."""
 
     start: str | None
     end: str | None
+    special: Mapping[int, str] = field(default_factory=dict)
+    """Special tokens of the teacher, by id."""
 
 
 def open_text_selection(
@@ -216,9 +228,18 @@ def _write_file(
             table = table.take(pa.array(source.row_in_group_R[rows]))
             if not (keys_of(table.column("sample_id"), source.where(group)) == source.key_R[rows]).all():
                 raise CorruptError(f"{source.where(group)} holds another chain than was selected (sample_id differs)")
-            tokenised = _tokenise(table.to_pylist(), tokenizer, markers, completion)
+            tokenised = _tokenise(_with_last_id(table), tokenizer, markers, completion)
             # An empty row group keeps the numbering of groups that is the source's.
             writer.write_table(tokenised, row_group_size=max(tokenised.num_rows, 1))
+
+
+def _with_last_id(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows with the last token of each chain in the place of all of them."""
+    ids = table.column("token_ids").combine_chunks()
+    last = pc.subtract(pc.cumulative_sum(pc.list_value_length(ids)), 1)
+    table = table.drop_columns("token_ids").append_column("last_id", ids.flatten().take(last))
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
 def _tokenise(
@@ -235,8 +256,7 @@ def _tokenise(
     else:
         texts = [completion_text(row, one, markers[row["run_id"]]) for row, one in zip(rows, prompts, strict=True)]
     prompt_ids, token_ids = tokenizer.encode_prompts(prompts), tokenizer.encode_completions(texts)
-    # Cut-off chains end in the middle, and of scored text nobody knows: nothing there is the teacher's end of sequence.
-    ends = [[tokenizer.eos_id] if row["finish_reason"] == "stop" else [] for row in rows]
+    ends = [[tokenizer.eos_id] if _has_ended(row, markers[row["run_id"]]) else [] for row in rows]
     whole = [ids + end for ids, end in zip(token_ids, ends, strict=True)]
     kept = [number for number in range(len(rows)) if whole[number] and prompt_ids[number]]
     return pa.Table.from_pydict(
@@ -247,6 +267,10 @@ def _tokenise(
         },
         schema=TEXT_SCHEMA,
     )
+
+
+def _has_ended(row: Mapping[str, Any], markers: Markers) -> bool:
+    return came_to_its_end(row["finish_reason"], row["text"], markers.special.get(row["last_id"]))
 
 
 def _rows_of(target: Path, source: Selection, rows: Int64) -> pa.Table:
@@ -295,9 +319,11 @@ def _file_starts(source: Selection) -> Int64:
 
 
 def _markers(source: Selection) -> dict[str, Markers]:
-    """By run id, what each teacher's reasoning begins and ends with."""
+    """By run id, what each teacher's reasoning begins and ends with, and its special tokens."""
     found = {}
     for folder in dict.fromkeys(source.folders):
-        for run_id, manifest in Catalog(folder.parent).runs().items():
-            found[run_id] = Markers(manifest.reasoning.get("start"), manifest.reasoning.get("end"))
+        catalog = Catalog(folder.parent)
+        for run_id, manifest in catalog.runs().items():
+            special = special_pieces(catalog.vocab_path(manifest.teacher.tokenizer_fingerprint))
+            found[run_id] = Markers(manifest.reasoning.get("start"), manifest.reasoning.get("end"), special)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 from shared.catalog import Catalog
 from shared.errors import ConfigError, CorruptError
 from shared.sql import Session
-from shared.tokens import compare_vocab
+from shared.tokens import came_to_its_end, compare_vocab, special_pieces
 from teacher_cache.intake.prompts import WorkerShare
 from teacher_cache.score_config import CacheCompletions
 from teacher_cache.teacher import IdentifiedTeacher
@@ -41,10 +41,10 @@ class OtherCache:
             limit = "" if source.limit is None else f" ORDER BY sample_id LIMIT {source.limit}"
             picked = self._session.arrow(f"SELECT sample_id FROM chains WHERE {condition}{limit}")
             self._picked: set[str] = set(picked.column("sample_id").to_pylist())
-            special = self._session.arrow(
-                "SELECT run_id, token_id, piece FROM runs JOIN vocab USING (tokenizer) WHERE is_special"
-            )
-            self._special = {(one["run_id"], one["token_id"]): one["piece"] for one in special.to_pylist()}
+            self._special = {
+                run_id: special_pieces(self._catalog.vocab_path(run.teacher.tokenizer_fingerprint))
+                for run_id, run in self._catalog.runs().items()
+            }
             if not source.retokenise:
                 self._require_same_tokens(teacher)
             stack.pop_all()
@@ -70,15 +70,9 @@ class OtherCache:
             if row["sample_id"] in share:
                 origin = {name: row[name] for name in ("sample_id", "run_id", "source")}
                 row["metadata"] = {**json.loads(row["metadata"]), "scored_from": origin}
-                row["stopped"] = self._stopped(row)
+                last_piece = self._special.get(row["run_id"], {}).get(row["token_ids"][-1])
+                row["stopped"] = came_to_its_end(row["finish_reason"], row["text"], last_piece)
                 yield row
-
-    def _stopped(self, row: dict[str, Any]) -> bool:
-        if row["finish_reason"] != "scored":
-            return bool(row["finish_reason"] == "stop")
-        # Text that was given as cut was scored as cut: only what ends a turn is special and no part of the text.
-        piece = self._special.get((row["run_id"], row["token_ids"][-1]))
-        return piece is not None and not row["text"].endswith(piece)
 
     def _rows(self, query: str) -> Iterator[dict[str, Any]]:
         """Rows of the picked chains, a batch of them in memory."""
