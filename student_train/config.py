@@ -44,7 +44,7 @@ class CacheConfig(StrictModel):
     path: CacheRoot
     """A folder, or the URL of a prefix in an object store: s3://, gs:// or az://BUCKET/PREFIX."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this cache's chains an epoch: 2 shows each chain twice, 0.5 every other one."""
+    """Share of this cache's chains an epoch, 0.001 to 1000: 2 shows each chain twice, 0.5 every other one."""
     chains_version: int | None = Field(default=None, ge=0)
     """Version of the chains to read; None takes the latest when the run begins, and the run keeps it."""
     verdicts_version: int | None = Field(default=None, ge=0)

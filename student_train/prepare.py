@@ -22,6 +22,7 @@ from student_train.streaming.data import (
     check_temperature,
     check_vocabulary,
     eval_request,
+    eval_spec,
     open_data,
     plan_spec,
     reopen_data,
@@ -115,6 +116,8 @@ def prepare(
     heldout = None
     if config.eval is not None:
         heldout = opened(heldout_path or run.heldout_path, eval_request(config.data, config.eval), open_heldout)
+        # Refused here rather than at the first evaluation: held-out chains of which the limit on length leaves none.
+        EpochPlans(heldout, eval_spec(config.data), 1)
     if heldout is not None and is_first:
         _warn_of_seen(stages, heldout)
     _require_one_teacher_vocabulary([*(stage.selection for stage in stages), *([heldout] if heldout else [])])

@@ -148,9 +148,9 @@ def test_one_cache_twice_is_refused(cache: SyntheticCache, tmp_path: Path) -> No
         freeze(tmp_path / "selection.parquet", request)
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), 2000.0])
+@pytest.mark.parametrize("weight", [0.0, 1e-8, -1.0, float("nan"), 2000.0])
 def test_cache_weights_have_limits(cache: SyntheticCache, tmp_path: Path, weight: float) -> None:
-    with pytest.raises(ConfigError, match="weights are above 0"):
+    with pytest.raises(ConfigError, match=r"weights lie between 0\.001 and 1000"):
         freeze(tmp_path / "selection.parquet", SelectionRequest([CacheSource(cache.root, weight)]))
 
 

@@ -168,6 +168,20 @@ def test_mistakes_are_one_line(
     assert err.count("\n") == 1
 
 
+def test_held_out_chains_that_are_all_too_long_are_refused_before_training(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ("data.max_tokens=30", "data.long_chains=skip", "eval.where=num_prompt_tokens + num_tokens > 30")
+    options = [word for one in overrides for word in ("--set", one)]
+    code, _, err = call(monkeypatch, capsys, "plan", write_config(tmp_path, cache, student), *options)
+    assert code == 2
+    assert "(num_prompt_tokens + num_tokens > 30) are longer than 30 tokens and long_chains='skip' leaves none" in err
+
+
 def test_vocabulary_of_another_family_is_refused_with_its_ids(
     tmp_path: Path, cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,8 +26,9 @@ class EpochPlans:
         self.pieces = cut_chains(selection.num_prompt_R, selection.num_tokens_R, spec.sequence_tokens, spec.long_chains)
         if not len(self.pieces.row_P):
             raise ConfigError(
-                f"all {selection.num_chains} selected chains are longer than {spec.sequence_tokens} tokens and "
-                f"long_chains={spec.long_chains!r} leaves none: raise pack_tokens or choose another policy"
+                f"all {selection.num_chains} selected chains ({selection.header.where or 'no condition'}) are longer "
+                f"than {spec.sequence_tokens} tokens and long_chains={spec.long_chains!r} leaves none: raise "
+                "pack_tokens or choose another policy"
             )
         self._plans: dict[int, EpochPlan] = {}
         self._num_packs: dict[int, int] = {}

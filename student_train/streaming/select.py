@@ -150,8 +150,9 @@ def _check_sources(sources: Sequence[CacheSource]) -> None:
     for source, root in zip(sources, roots, strict=True):
         if roots.count(root) > 1:
             raise ConfigError(f"cache {source.root} is named twice: give it a weight to read it more often")
-        if not 0 < source.weight <= 1000:
-            raise ConfigError(f"cache {source.root} has weight {source.weight}: weights are above 0, and at most 1000")
+        # Below a millionth, the unit that repeats are counted in, no epoch would ever read a chain.
+        if not 0.001 <= source.weight <= 1000:
+            raise ConfigError(f"cache {source.root} has weight {source.weight}: weights lie between 0.001 and 1000")
 
 
 def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa.Table, dict[str, ShardFooter]]:
