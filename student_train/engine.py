@@ -52,7 +52,6 @@ class Engine:
     ) -> None:
         """Spreads the student over the ranks; `universal` when the state to load was made universal."""
         self._ranks = ranks
-        self._accumulation = accumulation
         self._student = student
         self._is_plain = config.zero_stage == 0 and config.precision == "float32"
         self._plain_norm: Tensor | None = None

@@ -1,11 +1,11 @@
 """How close a student is to its teacher on chains that it does not learn from.
 
 In: a function from a pack to token metrics, a frozen selection. Out: means over all loss tokens of all ranks. Every
-token counts the same, whatever its chain's weight. Distributions are compared over the teacher's support and one
-bucket for its tail, so KL and JSD are lower bounds of the dense ones, exact where the support holds all of the mass.
+token counts the same, whatever its chain's weight. Where the cache holds draws from the tail, KL and JSD are unbiased
+estimates of the dense ones; else the tail is one bucket and they are lower bounds, exact where the support holds all
+of the mass. Reverse KL is a lower bound always.
 
     N loss tokens of a pack
-
 """
 
 from collections.abc import Callable
@@ -35,8 +35,9 @@ class EvalResult(BaseModel):
     cross_entropy: float
     """-log q of the teacher's token."""
     forward_kl: float | None
-    """KL(teacher | student), tail in one bucket."""
+    """KL(teacher | student), its tail's part as the cache holds the tail."""
     reverse_kl: float | None
+    """KL(student | teacher), what is not stored in one bucket."""
     js: float | None
     """Jensen-Shannon divergence, at most log 2: knowledge retention is 1 - js / log 2."""
     top1_agreement: float | None

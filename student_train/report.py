@@ -48,7 +48,9 @@ class _Run:
         return np.cumsum(self.column("num_tokens")) / 1e6
 
     def eval_curve(self, name: str) -> tuple[Array, Array]:
-        """Millions of tokens read, and the measure, at every evaluation that has it."""
+        """Millions of tokens read, and the measure, at every evaluation that has it and is of the same chains as the
+        last.
+        """
         done = {
             (step["stage_number"], step["step"]): tokens
             for step, tokens in zip(self.steps, self.tokens_m(), strict=True)
@@ -56,7 +58,7 @@ class _Run:
         before, points = 0.0, []
         for one in self.evals:
             before = done.get((one["stage_number"], one["step"]), before)
-            if one.get(name) is not None:
+            if one.get(name) is not None and one.get("selection") == self.evals[-1].get("selection"):
                 points.append((before, one[name]))
         x, y = zip(*points, strict=True) if points else ((), ())
         return np.array(x, float), np.array(y, float)
@@ -205,7 +207,8 @@ def _heldout_curves(runs: Sequence[_Run]) -> list[Piece]:
             if len(runs) == 1
             else f"Held-out {words}: best is {best.name}, {shown}"
         )
-        pieces.append(Figure(title, line_chart(drawn, "tokens read (millions)", f"{words} ({unit})")))
+        svg = line_chart(drawn, "tokens read (millions)", f"{words} ({unit})")
+        pieces.append(Figure(title, svg, _not_comparable(runs)))
     return pieces
 
 
@@ -261,9 +264,19 @@ def _eval_table(runs: Sequence[_Run]) -> list[Piece]:
         "conf − acc",
     ]
     title = "The last evaluation of each run" if several else "Every evaluation on held-out chains"
-    note = "KL, reverse KL and JSD are against the teacher's stored distribution, its tail in one bucket: lower bounds."
+    note = (
+        "KL and JSD are estimates where the cache holds draws from the teacher's tail, else lower bounds with the tail "
+        f"in one bucket, as reverse KL is. {_not_comparable(runs)}"
+    )
     columns = ["run" if several else "after", *names]
     return [Table(title, columns, rows, note, right=frozenset(range(1, len(columns))))]
+
+
+def _not_comparable(runs: Sequence[_Run]) -> str:
+    """A warning where runs were last evaluated on different chains; nothing where on the same."""
+    if len({run.evals[-1].get("selection") for run in runs if run.evals}) < 2:
+        return ""
+    return "The runs were evaluated on different selections of chains: their numbers compare only roughly."
 
 
 def _cells(one: Json) -> list[str]:

@@ -208,6 +208,21 @@ def test_runs_are_compared_by_name(tmp_path: Path) -> None:
     assert any("best is b/run" in title for title in found.texts["h3"])
 
 
+def test_evaluations_on_other_chains_are_not_compared(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / name) for name in ("a", "b")]
+    warning = "The runs were evaluated on different selections of chains"
+    write_student_report(runs, tmp_path / "same.html")
+    assert warning not in (tmp_path / "same.html").read_text()
+    evals = [{**one, "selection": "another"} for one in json.loads((runs[1] / "eval.json").read_text())]
+    (runs[1] / "eval.json").write_text(json.dumps(evals))
+    write_student_report(runs, tmp_path / "different.html")
+    assert warning in (tmp_path / "different.html").read_text()
+    # Within a run the curve is of the chains of its last evaluation: here that is one point, and no curve.
+    (runs[0] / "eval.json").write_text(json.dumps([evaluation(0, 2.0, 0.4), {**evals[1], "step": 80}]))
+    write_student_report(runs[:1], tmp_path / "changed.html")
+    assert not any(title.startswith("Held-out KL") for title in outline(tmp_path / "changed.html").texts["h3"])
+
+
 def test_runs_at_every_stage_have_a_report(tmp_path: Path) -> None:
     begun = fake_run(tmp_path / "begun", num_steps=1)
     (begun / "eval.json").unlink()
