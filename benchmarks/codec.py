@@ -1,14 +1,16 @@
 """Bytes, fidelity and speed of the codecs on anybody's distributions.
 
-    python -m benchmarks.codec [--input FILE.npz] [--json] [--repeat N]
+    python -m benchmarks.codec [--input FILE.npz | --input CACHE] [--json] [--repeat N]
 
 FILE.npz holds `ids` int32 [T, K] by rank, `logprobs` float32 [T, K] (natural, of the whole vocabulary), `sampled` int32
 [T], `lengths` int32 (tokens of each chain, adding up to T) and `vocab_size`; `rank`, `sampled_logprob` and `entropy`
-[T] are used where they are there. Without it the demo's cache is read (runs/demo/cache): its codes are the original.
-Supports are cut at nucleus 0.999 and 64 entries for every codec, and written as `teacher-cache build` writes them, with
-empty texts. bytes_per_token is the whole file over T; KL is of stored against original, the tail one outcome, in nats.
-Speeds are of CPU seconds of this process, best of N, one thread: encode from captured arrays to a closed file, decode
-from file to arrays. `naive` is Parquet as one would write it: nested lists of int32 and float32, snappy.
+[T] are used where they are there. Their supports are cut at nucleus 0.999 and 64 entries for every codec. A cache keeps
+the supports and draws that it holds, and its codes are the original; without --input it is the demo's
+(runs/demo/cache). Everything is written as `teacher-cache build` writes it, with empty texts. bytes_per_token is the
+whole file over T; KL is of stored against original, the tail one outcome, in nats.
+Speeds are of CPU seconds of one thread, best of N: encode from captured arrays (of a cache, from supports)
+to a closed file, decode from file to arrays. `naive` is Parquet as one would write it: nested lists of int32 and
+float32, snappy.
 
 The last line is one JSON object; with --json it is the only one.
 """
@@ -19,6 +21,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +49,54 @@ HASH = "0" * 32
 Result = dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A completion's tokens int32 [T], and what is stored of them: cut from what was captured each time it is asked."""
+
+    token_ids_T: Int32
+    signals: Callable[[], Signals]
+
+
+@dataclass(frozen=True, slots=True)
+class Distributions:
+    """Chains with what their shards' header says of them, and the flat candidates that a naive file would hold."""
+
+    chains: list[Chain]
+    vocab_size: int
+    max_support: int
+    naive_n_T: Int32
+    naive_ids_N: Int32
+    naive_logprobs_N: Float32
+    draws: int = 0
+    temperatures: tuple[float, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.naive_n_T)
+
+
 def main() -> None:
     """Measures every codec and prints a table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codec")
-    parser.add_argument("--input", type=Path, help="npz file; default: the demo's cache")
+    parser.add_argument("--input", type=Path, default=DEMO_CACHE, help="npz file or cache; default: the demo's cache")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--repeat", type=int, default=3, help="runs of which the fastest counts")
     options = parser.parse_args()
     pa.set_cpu_count(1)
     try:
-        capture, lengths_R, vocab_size = load(options.input) if options.input else load_cache(DEMO_CACHE)
+        data = load_npz(options.input) if options.input.is_file() else load_cache(options.input)
         with tempfile.TemporaryDirectory(prefix="stillroom-codec-") as name:
-            results = measure(capture, lengths_R, vocab_size, Path(name), options.repeat)
+            results = measure(data, Path(name), options.repeat)
     except StillroomError as error:
         parser.exit(error.exit_code, f"{error}\n")
     if not options.json:
-        print(f"{len(capture.token_ids_T)} tokens, {len(lengths_R)} chains, vocabulary {vocab_size}")
+        print(f"{data.num_tokens} tokens, {len(data.chains)} chains, vocabulary {data.vocab_size}")
         for codec, one in results.items():
             print(f"{codec:10}", "  ".join(f"{key} {value:.4g}" for key, value in one.items()))
-    print(json.dumps({"num_tokens": len(capture.token_ids_T), "codecs": results}))
+    print(json.dumps({"num_tokens": data.num_tokens, "codecs": results}))
 
 
-def load(path: Path) -> tuple[Capture, Int64, int]:
+def load_npz(path: Path) -> Distributions:
     """The file's arrays. Raises DataError where it lacks one or they do not fit together."""
     try:
         with np.load(path) as file:
@@ -87,7 +117,7 @@ def load(path: Path) -> tuple[Capture, Int64, int]:
     hit_TK = ids_TK == sampled_T[:, None]
     place_T, inside_T = hit_TK.argmax(axis=1), hit_TK.any(axis=1)
     found_T = np.take_along_axis(logprobs_TK, place_T[:, None], axis=1)[:, 0]
-    capture = Capture(
+    whole = Capture(
         token_ids_T=sampled_T,
         sampled_logprob_T=arrays.get("sampled_logprob", np.where(inside_T, found_T, logprobs_TK[:, -1])),
         sampled_rank_T=arrays.get("rank", np.where(inside_T, place_T + 1, ids_TK.shape[1] + 1)),
@@ -95,51 +125,49 @@ def load(path: Path) -> tuple[Capture, Int64, int]:
         topk_logprobs_TK=logprobs_TK,
         entropy_T=arrays.get("entropy"),
     )
-    return capture, lengths_R, int(arrays["vocab_size"])
+    n_T = np.full(len(ids_TK), ids_TK.shape[1], np.int32)
+    chains = [_captured(one) for one in _chains(whole, lengths_R)]
+    return Distributions(
+        chains, int(arrays["vocab_size"]), MAX_SUPPORT, n_T, ids_TK.reshape(-1), logprobs_TK.reshape(-1)
+    )
 
 
-def load_cache(root: Path) -> tuple[Capture, Int64, int]:
-    """Stored distributions of a cache as if they had been captured; past a support there is no mass."""
+def load_cache(root: Path) -> Distributions:
+    """Everything that a cache holds. Raises ConfigError where there is none, DataError where its captures differ."""
     if not root.exists():
         raise ConfigError(f"{root} does not exist: run `make demo` once, or name a file with --input FILE.npz")
     catalog = Catalog(root)
-    parts: list[Signals] = []
-    tokens: list[Int32] = []
-    lengths: list[Int64] = []
-    vocab_size = 0
+    chains: list[Chain] = []
+    headers: list[ShardHeader] = []
     for file in catalog.chains.files():
         shard, header = open_shard(catalog.chains.path_of(file))
-        vocab_size = header.vocab_size
-        for group in range(shard.num_row_groups):
-            table, signals, offsets = read_signals(shard, header, group, ["token_ids"], file.path)
-            parts.append(signals)
-            tokens.append(table.column("token_ids").combine_chunks().flatten().to_numpy())
-            lengths.append(np.diff(offsets))
-    dense = [one.dense(MAX_SUPPORT) for one in parts]
-    capture = Capture(
-        token_ids_T=np.concatenate(tokens),
-        sampled_logprob_T=np.concatenate([one.sampled_logprob_T for one in parts]),
-        sampled_rank_T=np.concatenate([one.sampled_rank_T for one in parts]),
-        topk_ids_TK=np.concatenate([ids for ids, _ in dense]),
-        topk_logprobs_TK=np.concatenate([logprobs for _, logprobs in dense]),
-        entropy_T=np.concatenate([one.entropy_T for one in parts]),
-    )
-    return capture, np.concatenate(lengths), vocab_size
+        with shard:
+            headers.append(header)
+            for group in range(shard.num_row_groups):
+                table, signals, offsets = read_signals(shard, header, group, ["token_ids"], file.path)
+                tokens_T = table.column("token_ids").combine_chunks().flatten().to_numpy()
+                for start, stop in pairwise(offsets.tolist()):
+                    chains.append(_stored(tokens_T[start:stop], signals.slice(start, stop)))
+    captures = {(one.vocab_size, one.max_support, one.draws, tuple(one.temperatures)) for one in headers}
+    if len(captures) != 1:
+        raise DataError(f"{root} holds {len(captures)} kinds of captures: name a cache of one")
+    vocab_size, max_support, draws, temperatures = captures.pop()
+    n_T, ids_N, logprobs_N, _ = _flat([one.signals() for one in chains])
+    return Distributions(chains, vocab_size, max_support, n_T, ids_N, logprobs_N, draws, temperatures)
 
 
-def measure(capture: Capture, lengths_R: Int64, vocab_size: int, folder: Path, repeat: int) -> dict[str, Result]:
+def measure(data: Distributions, folder: Path, repeat: int) -> dict[str, Result]:
     """Every codec's figures, and the naive layout's."""
-    captures = list(_chains(capture, lengths_R))
-    plain = [_plain_columns(number, one) for number, one in enumerate(captures)]
-    original = support_of(capture, MAX_SUPPORT, NUCLEUS)
-    results = {"naive": _measure_naive(capture, folder / "naive.parquet", repeat)}
+    plain = [_plain_columns(number, one) for number, one in enumerate(data.chains)]
+    original = [one.signals() for one in data.chains]
+    results = {"naive": _measure_naive(data, folder / "naive.parquet", repeat)}
     for codec in CODECS:
         path = folder / f"{codec}.parquet"
 
         def write(codec: str = codec, path: Path = path) -> None:
-            shard = ShardFile(path, _header(codec, vocab_size), ROW_GROUP_TOKENS)
-            for columns, one in zip(plain, captures, strict=True):
-                shard.add(ChainRow(columns, support_of(one, MAX_SUPPORT, NUCLEUS)))
+            shard = ShardFile(path, _header(codec, data), ROW_GROUP_TOKENS)
+            for columns, one in zip(plain, data.chains, strict=True):
+                shard.add(ChainRow(columns, one.signals()))
             shard.close()
 
         def read(path: Path = path) -> list[Signals]:
@@ -163,22 +191,39 @@ def measure(capture: Capture, lengths_R: Int64, vocab_size: int, folder: Path, r
     return results
 
 
-def divergences(original: Signals, stored: list[Signals]) -> npt.NDArray[np.float64]:
+def divergences(original: list[Signals], stored: list[Signals]) -> npt.NDArray[np.float64]:
     """KL of stored against original of each token, nats: support id by id, and the tail as one outcome."""
-    n_T = original.topk_n_T
-    np.testing.assert_array_equal(n_T, np.concatenate([one.topk_n_T for one in stored]))
-    ids_N = np.concatenate([one.topk_ids_N for one in stored])
+    n_T, ids_N, logprobs_N, tail_T = _flat(original)
+    stored_n_T, stored_ids_N, stored_logprobs_N, stored_tail_T = _flat(stored)
+    np.testing.assert_array_equal(n_T, stored_n_T)
     token_N = np.repeat(np.arange(len(n_T)), n_T)
-    here_N, there_N = np.lexsort((original.topk_ids_N, token_N)), np.lexsort((ids_N, token_N))
-    np.testing.assert_array_equal(original.topk_ids_N[here_N], ids_N[there_N])
-    logprob_N = original.topk_logprobs_N[here_N].astype(np.float64)
-    difference_N = logprob_N - np.concatenate([one.topk_logprobs_N for one in stored])[there_N]
+    here_N, there_N = np.lexsort((ids_N, token_N)), np.lexsort((stored_ids_N, token_N))
+    np.testing.assert_array_equal(ids_N[here_N], stored_ids_N[there_N])
+    logprob_N = logprobs_N[here_N].astype(np.float64)
+    difference_N = logprob_N - stored_logprobs_N[there_N]
     kl_T = np.add.reduceat(np.exp(logprob_N) * difference_N, np.cumsum(n_T) - n_T)
-    tail_T = original.tail_logmass_T.astype(np.float64)
-    stored_T = np.concatenate([one.tail_logmass_T for one in stored])
     some_T = np.isfinite(tail_T)
-    kl_T[some_T] += np.exp(tail_T[some_T]) * (tail_T[some_T] - stored_T[some_T])
+    tail_T = tail_T[some_T].astype(np.float64)
+    kl_T[some_T] += np.exp(tail_T) * (tail_T - stored_tail_T[some_T])
     return kl_T
+
+
+def _flat(rows: list[Signals]) -> tuple[Int32, Int32, Float32, Float32]:
+    """Support sizes [T], ids and log probabilities [N], log tail masses [T] of all rows."""
+    return (
+        np.concatenate([one.topk_n_T for one in rows]),
+        np.concatenate([one.topk_ids_N for one in rows]),
+        np.concatenate([one.topk_logprobs_N for one in rows]),
+        np.concatenate([one.tail_logmass_T for one in rows]),
+    )
+
+
+def _captured(capture: Capture) -> Chain:
+    return Chain(capture.token_ids_T, lambda: support_of(capture, MAX_SUPPORT, NUCLEUS))
+
+
+def _stored(token_ids_T: Int32, signals: Signals) -> Chain:
+    return Chain(token_ids_T, lambda: signals)
 
 
 def _chains(capture: Capture, lengths_R: Int64) -> list[Capture]:
@@ -199,9 +244,9 @@ def _chains(capture: Capture, lengths_R: Int64) -> list[Capture]:
     return found
 
 
-def _plain_columns(number: int, capture: Capture) -> dict[str, Any]:
+def _plain_columns(number: int, chain: Chain) -> dict[str, Any]:
     message = Message("user", f"prompt {number}")
-    tokens = capture.token_ids_T.tolist()
+    tokens = chain.token_ids_T.tolist()
     return {
         "sample_id": stable_hash("benchmark", number),
         "chain_id": chain_id_of([0], tokens),
@@ -219,24 +264,26 @@ def _plain_columns(number: int, capture: Capture) -> dict[str, Any]:
         "text": "",
         "reasoning": None,
         "answer": "",
-        "token_ids": capture.token_ids_T,
+        "token_ids": chain.token_ids_T,
         "reasoning_end": 0,
         "finish_reason": "stop",
         "seed": number,
         "num_prompt_tokens": 1,
         "num_tokens": len(tokens),
         "num_reasoning_tokens": 0,
-        **scalars_of(support_of(capture, MAX_SUPPORT, NUCLEUS)),
+        **scalars_of(chain.signals()),
     }
 
 
-def _header(codec: str, vocab_size: int) -> ShardHeader:
+def _header(codec: str, data: Distributions) -> ShardHeader:
     return ShardHeader(
         codec=codec,
-        max_support=MAX_SUPPORT,
+        max_support=data.max_support,
         nucleus=NUCLEUS,
         entropy="support",
-        vocab_size=vocab_size,
+        draws=data.draws,
+        temperatures=list(data.temperatures),
+        vocab_size=data.vocab_size,
         run_id="benchmark",
         worker="w0",
         teacher_fingerprint=HASH,
@@ -245,18 +292,16 @@ def _header(codec: str, vocab_size: int) -> ShardHeader:
     )
 
 
-def _measure_naive(capture: Capture, path: Path, repeat: int) -> Result:
-    """All K candidates, as nested lists, one row a token."""
-
-    def nested(flat: npt.NDArray[Any]) -> pa.Array:
-        num_tokens, width = capture.topk_ids_TK.shape
-        return pa.ListArray.from_arrays(np.arange(num_tokens + 1, dtype=np.int32) * width, pa.array(flat.reshape(-1)))
+def _measure_naive(data: Distributions, path: Path, repeat: int) -> Result:
+    """All candidates, as nested lists, one row a token."""
+    token_ids_T = np.concatenate([one.token_ids_T for one in data.chains])
+    offsets_T = np.concatenate([[0], np.cumsum(data.naive_n_T)]).astype(np.int32)
 
     def write() -> None:
         columns = {
-            "token_id": capture.token_ids_T,
-            "ids": nested(capture.topk_ids_TK),
-            "logprobs": nested(capture.topk_logprobs_TK),
+            "token_id": token_ids_T,
+            "ids": pa.ListArray.from_arrays(offsets_T, pa.array(data.naive_ids_N)),
+            "logprobs": pa.ListArray.from_arrays(offsets_T, pa.array(data.naive_logprobs_N)),
         }
         pq.write_table(pa.table(columns), path, compression="snappy")
 
@@ -264,7 +309,7 @@ def _measure_naive(capture: Capture, path: Path, repeat: int) -> Result:
         table = pq.read_table(path, use_threads=False)
         return [table[name].combine_chunks().flatten().to_numpy() for name in ("ids", "logprobs")]
 
-    num_tokens = len(capture.token_ids_T)
+    num_tokens = data.num_tokens
     encode_s, decode_s = _best(write, repeat), _best(read, repeat)
     return {
         "bytes_per_token": path.stat().st_size / num_tokens,

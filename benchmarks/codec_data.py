@@ -90,20 +90,21 @@ def write(folder: Path, teacher: Path, max_tokens: int, out: Path) -> int:
         }
     )
     build_cache(config, parse_worker("0/1"), retry_failures=False)
-    capture, lengths_R, vocab_size = load_cache(folder / "cache")
+    data = load_cache(folder / "cache")
+    rows = [one.signals() for one in data.chains]
     with atomic_path(out) as temp, temp.open("wb") as stream:
         np.savez_compressed(
             stream,
-            ids=capture.topk_ids_TK,
-            logprobs=capture.topk_logprobs_TK,
-            sampled=capture.token_ids_T,
-            lengths=lengths_R.astype(np.int32),
-            vocab_size=np.int64(vocab_size),
-            rank=capture.sampled_rank_T,
-            sampled_logprob=capture.sampled_logprob_T,
-            entropy=np.asarray(capture.entropy_T, np.float32),
+            ids=data.naive_ids_N.reshape(-1, MAX_SUPPORT),
+            logprobs=data.naive_logprobs_N.reshape(-1, MAX_SUPPORT),
+            sampled=np.concatenate([one.token_ids_T for one in data.chains]),
+            lengths=np.array([len(one.token_ids_T) for one in data.chains], np.int32),
+            vocab_size=np.int64(data.vocab_size),
+            rank=np.concatenate([one.sampled_rank_T for one in rows]),
+            sampled_logprob=np.concatenate([one.sampled_logprob_T for one in rows]),
+            entropy=np.concatenate([one.entropy_T for one in rows]),
         )
-    return len(capture.token_ids_T)
+    return data.num_tokens
 
 
 if __name__ == "__main__":
