@@ -56,7 +56,9 @@ def run_session(folder: Path) -> Session:
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     results = pickle.loads((folder / "session.pickle").read_bytes())
-    return Session(folder / "teacher", *results, ended.stdout)
+    info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens = results
+    outcomes = (arrays, flat, dicts, scores, flat_scores)
+    return Session(folder / "teacher", info, *outcomes, num_tokens, num_scored_tokens, ended.stdout)
 
 
 def make_requests() -> list[Request]:
