@@ -47,7 +47,8 @@ def export(
         if not adapter_only:
             adopt_tokens(model, found)
         save_model(model, found, temp)
-        write_text_atomic(temp / "README.md", model_card(config, state, selection, manifests_of(selection)))
+        adapter_of = initial_folder(config, state.stage) if adapter_only else None
+        write_text_atomic(temp / "README.md", model_card(config, state, selection, manifests_of(selection), adapter_of))
     return {
         "folder": str(out),
         "checkpoint": state.tag,

@@ -24,16 +24,20 @@ EVAL_ROWS = {
 
 
 def model_card(
-    config: TrainConfig, state: CheckpointState, selection: Selection, manifests: Sequence[RunManifest]
+    config: TrainConfig,
+    state: CheckpointState,
+    selection: Selection,
+    manifests: Sequence[RunManifest],
+    adapter_of: str | None = None,
 ) -> str:
-    """Markdown with the YAML head that model hubs read."""
+    """Markdown with the YAML head that model hubs read; `adapter_of` is the model that an adapter alone belongs to."""
     # The name comes out of a cache: it stays text, on one line.
     teachers = sorted({html.escape(" ".join(manifest.teacher.model.split())) for manifest in manifests})
     base = config.student.init.teacher if config.student.init is not None else config.student.model
     head = {
-        "library_name": "transformers",
+        "library_name": "transformers" if adapter_of is None else "peft",
         "pipeline_tag": "text-generation",
-        "base_model": base,
+        "base_model": base if adapter_of is None else adapter_of,
         "tags": ["distillation"],
     }
     sections = [

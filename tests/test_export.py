@@ -79,6 +79,9 @@ def test_adapter_alone_gives_the_merged_logits(
     config = _trained(tmp_path, cache, student, ranks, {}, {"trainable": "lora"})
     export(config, _last(config), tmp_path / "adapter", adapter_only=True, tokenizer=None)
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    assert f"library_name: peft\npipeline_tag: text-generation\nbase_model: {student}\n" in (
+        (tmp_path / "adapter" / "README.md").read_text()
+    )
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), str(tmp_path / "adapter"))
     ids = torch.arange(3, 30)[None]
     merged = trained_model(config, _last(config), merged=True)
