@@ -117,7 +117,7 @@ class CacheCompletions(CompletionBase):
     """SQL condition over the columns of `chains`, such as `correct AND finish_reason = 'stop'`."""
     retokenise: bool = False
     """Score the chains' text in this teacher's own tokens and template: for a teacher with another tokenizer. Their
-    `chain_id` is another then."""
+    `chain_id` is another then. Reasoning marks that are special tokens of the first teacher are no part of its text."""
 
 
 CompletionSource = Annotated[
