@@ -160,7 +160,8 @@ def _untie_adapted(model: Any) -> None:
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return
-    embeddings, head = (one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in layers)
+    plain: list[Any] = [one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in layers]
+    embeddings, head = plain
     if head.weight is embeddings.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
