@@ -282,7 +282,7 @@ def _ids(values: Json, name: str) -> list[int]:
 
 
 def _of_cache(chain: Json, source: CacheCompletions) -> Given:
-    """A row of another cache's `chains`; its own reasoning marks are part of its text, unless they are special tokens."""
+    """A row of another cache's `chains`; its own reasoning marks are part of its text, unless special tokens."""
     messages = tuple(Message(one["role"], one["content"]) for one in chain["messages"])
     prompt = Prompt(
         prompt_id=prompt_id_of(messages),
