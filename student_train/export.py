@@ -100,16 +100,18 @@ def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) 
 def cache_tokenizer(config: StudentConfig, selection: Selection, named: str | None) -> Any:
     """The tokenizer that the student learnt: of `named`, else the student's or the teacher's, whichever is the cache's.
 
-    Raises DataError where none of them is.
+    Raises DataError where none of them is, ConfigError where `named` is not it or of no use.
     """
-    student = load_tokenizer(config.model, config.revision, config.trust_remote_code)
-    if selection.is_text or _is_cached(student, selection):
-        return student
+    if named is not None and selection.is_text:
+        raise ConfigError("--tokenizer has no effect after training on text alone: the student has its own")
     if named is not None:
         tokenizer = load_tokenizer(named)
         if not _is_cached(tokenizer, selection):
             raise ConfigError(f"--tokenizer {named} is not the cache's: its tokenizer or chat template differs")
         return tokenizer
+    student = load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    if selection.is_text or _is_cached(student, selection):
+        return student
     teachers = {manifest.teacher.model for manifest in manifests_of(selection)}
     for teacher in sorted(teachers):
         try:

@@ -57,6 +57,8 @@ def test_text_alone_trains_a_student_of_another_vocabulary(
     assert after["cross_entropy"] < before["cross_entropy"]
     assert evaluate_config(config, None, "last")["cross_entropy"] == pytest.approx(after["cross_entropy"], rel=1e-5)
     state = find_state(RunFolder(config.run).checkpoints, "last")
+    with pytest.raises(ConfigError, match="--tokenizer has no effect after training on text alone"):
+        export(config, state, tmp_path / "out", adapter_only=False, tokenizer=str(foreign))
     export(config, state, tmp_path / "out", adapter_only=False, tokenizer=None)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
