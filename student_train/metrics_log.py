@@ -47,14 +47,15 @@ class StepRecord:
 class MetricsLog:
     """Appends records; a context manager."""
 
-    def __init__(self, path: Path, tensorboard: Path | None, steps_before: int) -> None:
-        """`tensorboard` is a folder or None; `steps_before` are optimizer steps of earlier stages.
+    def __init__(self, path: Path, tensorboard: Path | None, steps_before: int, steps_done: int) -> None:
+        """`tensorboard` is a folder or None; `steps_before` are optimizer steps of earlier stages, `steps_done` those
+        of this one that are not taken again.
 
         Raises ConfigError where TensorBoard is asked for and missing.
         """
         self._steps_before = steps_before
         self._file = path.open("a", encoding="utf-8")
-        self._board: Any = _board(tensorboard) if tensorboard is not None else None
+        self._board: Any = None if tensorboard is None else _board(tensorboard, steps_before + steps_done)
 
     def __enter__(self) -> Self:
         return self
@@ -104,8 +105,9 @@ def require_tensorboard() -> None:
         )
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, last_step: int) -> Any:
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    # What was written of steps after the last checkpoint is taken back.
+    return SummaryWriter(str(folder), purge_step=last_step + 1)

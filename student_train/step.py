@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from schemas.records import stable_hash
+from shared.errors import StillroomError
 from shared.interrupt import StopRequest
 from student_train.engine import Engine
 from student_train.evaluate import to_device
@@ -69,6 +70,11 @@ def take_step(
     rate = learning_rate(stage.config, step, stage.num_steps)
     # Known before the first backward pass, so that every micro-step can be divided by the whole batch's weight.
     total_weight = ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])[0]
+    if total_weight == 0:
+        raise StillroomError(
+            f"every token of step {step + 1} of {stage.config.name!r} has weight 0: lower token_weights.tail, or raise "
+            "batch_tokens"
+        )
     header = stage.selection.header
     view = target_view(stage.config, header.temperatures, mix, step, stage.num_steps, has_draws=header.draws > 0)
     sums = _accumulate(engine, packs, mix, view, total_weight, ranks, with_signals=stage.with_signals)

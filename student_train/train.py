@@ -104,7 +104,9 @@ class _StageRun:
             stack.callback(self._engine.close)
             stack.enter_context(self._stream)
             log = (
-                stack.enter_context(MetricsLog(self._run.metrics_path, board, steps_before)) if ranks.is_first else None
+                stack.enter_context(MetricsLog(self._run.metrics_path, board, steps_before, self._step))
+                if ranks.is_first
+                else None
             )
             if self._config.eval is not None and stage.index == 0 and self._step == 0:
                 self._evaluate(log)

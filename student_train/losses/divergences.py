@@ -1,7 +1,7 @@
 """Every divergence between a teacher known on a support and a student known everywhere, named by the missing mass.
 
 In: log probabilities of teacher and student in B = K+1 buckets a token: the K stored ids and, last, everything else.
-Out: nats a token. Cost: O(N K); `losses.py` does the O(N V) part once for any mix of these.
+Out: nats a token. Cost: O(N K); `fused.py` does the O(N V) part once for any mix of these.
 
 With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q_r = 1 - sum_S q its tail:
 
