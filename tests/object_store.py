@@ -82,12 +82,9 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
             _wait(store, server, folder / "log.txt")
             yield store
         finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            # Asked politely it would wait for half a minute for others to notice.
+            server.kill()
+            server.wait()
 
 
 def _wait(store: ObjectStore, server: subprocess.Popen[bytes], log: Path) -> None:

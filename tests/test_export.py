@@ -104,8 +104,10 @@ def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
 
 
 def test_tokenizer_that_nobody_has_is_refused(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The teacher's name is no hub id: without this the hub would be asked for half a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = _trained(tmp_path, cache, student, ranks, {}, {})
     with pytest.raises(DataError, match="name the folder that has it with --tokenizer"):
         export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
