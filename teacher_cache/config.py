@@ -109,7 +109,7 @@ class CaptureConfig(StrictModel):
     """Keep the smallest prefix with this mass; None keeps max_support entries always."""
     draws: int = Field(default=8, ge=0, le=256)
     """Tokens drawn from the tail where max_support ends before the nucleus: unbiased targets (arXiv 2503.16870).
-    8 exact entries and 8 draws teach more than 64 exact ones, in two fifths of the bytes (docs/performance.md)."""
+    8 exact entries and 8 draws teach more than 64 exact ones, in two fifths of the bytes (docs/signals.md)."""
     temperatures: list[float] = Field(default_factory=list, max_length=8)
     """Temperatures besides 1 whose log-partition is kept, so that losses at them are exact."""
 
