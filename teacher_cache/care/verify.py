@@ -20,7 +20,7 @@ from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
 from shared.catalog import Catalog, DataFile, Table, check_hash
 from shared.delta_log import log_problems
 from shared.errors import CorruptError, DataError, StillroomError
-from shared.log import Progress, format_bytes
+from shared.log import Progress, format_bytes, format_plural
 from shared.storage import Location, check_reachable, open_parquet
 from teacher_cache.care.leftovers import Leftover, find_leftovers, receipt_problems
 from teacher_cache.care.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
@@ -195,6 +195,6 @@ def summary_of(report: VerifyReport) -> str:
     state = "nothing is wrong" if report.ok else f"{len(report.problems)} problems"
     sizes = [(len(items), sum(one.size_bytes for one in items)) for items in (report.orphans, report.removed)]
     (num_orphans, orphan_bytes), (num_removed, removed_bytes) = sizes
-    orphans = f", {num_orphans} orphans ({format_bytes(orphan_bytes)})" if num_orphans else ""
+    orphans = f", {format_plural(num_orphans, 'orphan')} ({format_bytes(orphan_bytes)})" if num_orphans else ""
     removed = f", {num_removed} files that older versions need ({format_bytes(removed_bytes)})" if num_removed else ""
     return f"{report.num_shards} shards, {found}: {state}{orphans}{removed}"
