@@ -11,6 +11,7 @@ import pytest
 
 from shared.catalog import Catalog, Table, publish
 from shared.errors import DataError
+from shared.log import format_plural
 from teacher_cache.care.leftovers import find_leftovers, receipt_problems
 from teacher_cache.care.verify import VerifyReport, summary_of, verify_cache
 from tests.caches import damage, make_cache, on_disk
@@ -89,7 +90,7 @@ def test_a_lost_newest_log_entry_is_known_from_the_receipts(root: Path, num_lost
     assert len(report.problems) == num_lost
     assert all("chains/_delta_log" in one.file and "is missing: transaction" in one.problem for one in report.problems)
     assert [one.kind for one in report.orphans] == ["unregistered"] * num_lost
-    assert f"{num_lost} orphans" in summary_of(report)
+    assert format_plural(num_lost, "orphan") in summary_of(report)
 
 
 def test_a_lost_entry_shows_though_another_took_its_number(root: Path, shard: Path) -> None:

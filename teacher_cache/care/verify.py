@@ -108,7 +108,7 @@ def _verify_shards(catalog: Catalog, num_threads: int, report: VerifyReport) -> 
             report.num_tokens += one.num_tokens
             report.size_bytes += one.file.size_bytes
             report.problems += [Problem(f"chains/{one.file.path}", problem) for problem in one.problems]
-            progress.update(report.num_shards, report.num_tokens, {"": f"{len(report.problems)} problems"})
+            progress.update(report.num_shards, report.num_tokens, {"": format_plural(len(report.problems), "problem")})
     return findings
 
 
@@ -192,7 +192,7 @@ def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | N
 def summary_of(report: VerifyReport) -> str:
     """One line for a person."""
     found = f"{report.num_chains} chains, {report.num_tokens} tokens, {format_bytes(report.size_bytes)}"
-    state = "nothing is wrong" if report.ok else f"{len(report.problems)} problems"
+    state = "nothing is wrong" if report.ok else format_plural(len(report.problems), "problem")
     sizes = [(len(items), sum(one.size_bytes for one in items)) for items in (report.orphans, report.removed)]
     (num_orphans, orphan_bytes), (num_removed, removed_bytes) = sizes
     orphans = f", {format_plural(num_orphans, 'orphan')} ({format_bytes(orphan_bytes)})" if num_orphans else ""
