@@ -34,7 +34,8 @@ class StudentConfig(StrictModel):
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Only for models you trust as much as your own programs."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel of transformers; flash_attention_2 needs the package flash-attn and a GPU."""
+    """Attention kernel. sdpa is torch's own, run on each document of a pack alone (models with sliding windows take a
+    mask of the pack); flash_attention_2 needs the package flash-attn and a GPU."""
     init: InitConfig | None = None
 
 

@@ -77,9 +77,7 @@ class Engine:
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
         """Sums of one pack's losses, with gradient."""
-        loss_sum, term_sums_J, weight_sum = self._deepspeed(
-            pack.input_ids_1L, pack.position_ids_1L, pack.predict_positions_N, targets=pack.targets, mix=mix
-        )
+        loss_sum, term_sums_J, weight_sum = self._deepspeed(pack, mix)
         terms = dict(zip(mix.names, term_sums_J.unbind(), strict=True))
         return LossSums(loss_sum, pack.targets.num_tokens, weight_sum, terms)
 
@@ -87,9 +85,7 @@ class Engine:
     def metrics(self, pack: TorchPack) -> TokenMetrics:
         """Metrics of one pack's loss tokens; dropout off."""
         self._deepspeed.eval()
-        values = self._deepspeed(
-            pack.input_ids_1L, pack.position_ids_1L, pack.predict_positions_N, targets=pack.targets
-        )
+        values = self._deepspeed(pack)
         self._deepspeed.train()
         return TokenMetrics(*values)
 

@@ -97,6 +97,8 @@ def _evaluate(
 def _answers(
     model: Any, student: StudentConfig, data: DataConfig, selection: Selection, where: str, config: GenerateConfig
 ) -> Json:
+    # Evaluation may have switched it to attention over packs.
+    model.set_attn_implementation(student.attention)
     tokenizer = cache_tokenizer(student, selection, None)
     adopt_tokens(model, tokenizer)
     text = HuggingFaceText(tokenizer, selection.header.vocab_size) if selection.is_text else None

@@ -10,6 +10,7 @@ of the mass. Reverse KL is a lower bound always.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -68,8 +69,7 @@ def evaluate(
     metrics_of: Callable[[TorchPack], TokenMetrics], selection: Selection, spec: PlanSpec, ranks: Ranks
 ) -> EvalResult:
     """Metrics of all packs of the selection, spread over the ranks, which must all call this together."""
-    names = list(TokenMetrics.__dataclass_fields__)
-    sums = torch.zeros(len(names), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(len(TokenMetrics._fields), dtype=torch.float64, device=ranks.device)
     num_tokens = 0
     stream = PackStream(
         selection, spec, packs_per_step=ranks.num_ranks, rank=ranks.rank, world=ranks.num_ranks, num_epochs=1
@@ -80,12 +80,12 @@ def evaluate(
         for number, pack in enumerate(stream):
             metrics = metrics_of(to_device(pack, ranks.device, with_signals=not selection.is_text, view=view))
             if pack.num_loss_tokens:
-                sums += torch.stack([values.double().sum() for values in _fields(metrics)])
+                sums += torch.stack([values.double().sum() for values in metrics])
                 num_tokens += pack.num_loss_tokens
             if progress is not None:
                 progress.update(min((number + 1) * ranks.num_ranks, num_packs), num_tokens)
     *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
-    return _result(selection, dict(zip(names, totals, strict=True)), int(total_tokens))
+    return _result(selection, dict(zip(TokenMetrics._fields, totals, strict=True)), int(total_tokens))
 
 
 @torch.no_grad()
@@ -95,9 +95,7 @@ def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
 
     def metrics_of(pack: TorchPack) -> TokenMetrics:
         with torch.no_grad():
-            return TokenMetrics(
-                *student(pack.input_ids_1L, pack.position_ids_1L, pack.predict_positions_N, targets=pack.targets)
-            )
+            return TokenMetrics(*student(pack))
 
     return metrics_of
 
@@ -125,9 +123,7 @@ def to_device(
         temperature=view.temperature,
         log_partition_N=None if view.temperature == 1.0 else torch.zeros(1, device=device),
     )
-    return TorchPack(
-        placeholder.input_ids_1L, placeholder.position_ids_1L, placeholder.document_ids_1L, zero_1, None, targets
-    )
+    return replace(placeholder, predict_positions_N=zero_1, entropy_N=None, targets=targets)
 
 
 def _one_draw(device: torch.device) -> TailDraws:
@@ -136,19 +132,6 @@ def _one_draw(device: torch.device) -> TailDraws:
         torch.zeros(1, 1, device=device),
         torch.full((1, 1), -torch.inf, device=device),
     )
-
-
-def _fields(metrics: TokenMetrics) -> list[torch.Tensor]:
-    return [
-        metrics.cross_entropy_N,
-        metrics.forward_kl_N,
-        metrics.reverse_kl_N,
-        metrics.jsd_N,
-        metrics.agreement_N,
-        metrics.confidence_N,
-        metrics.correct_N,
-        metrics.entropy_N,
-    ]
 
 
 def _result(selection: Selection, totals: dict[str, float], num_tokens: int) -> EvalResult:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from shared.errors import ConfigError, DataError
 from shared.hub import hush_hub
+from student_train.attention import KEYWORD, attend_by_document
 from student_train.config import EngineConfig, StudentConfig
 from student_train.losses.divergences import LossMix
 from student_train.losses.head import fuse_head, head_loss, head_metrics
-from student_train.losses.targets import SparseTargets
 from student_train.stage_config import LoraConfig, StageConfig
+from student_train.streaming.pack import TorchPack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +33,7 @@ class Student(torch.nn.Module):
         super().__init__()
         self.model = model
         self._chunk_tokens = chunk_tokens
+        self._by_document = attend_by_document(self.causal)
         self._decoder_learns = any(parameter.requires_grad for parameter in self.causal.get_decoder().parameters())
 
     @property
@@ -41,45 +43,29 @@ class Student(torch.nn.Module):
 
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    def forward(
-        self,
-        input_ids_1L: Tensor,
-        position_ids_1L: Tensor,
-        predict_positions_N: Tensor,
-        *,
-        targets: SparseTargets,
-        mix: LossMix | None = None,
-    ) -> tuple[Tensor, ...]:
-        """With a mix (loss_sum, term_sums_J, weight_sum) of losses.LossSums; without, the fields of TokenMetrics [N].
+    def forward(self, pack: TorchPack, mix: LossMix | None = None) -> tuple[Tensor, ...]:
+        """With a mix (loss_sum, term_sums_J, weight_sum) of losses.LossSums; without, TokenMetrics as a tuple.
 
-        Positions restart at 0 where a document of the pack begins; with no attention mask, transformers then lets
-        each token see its own document only. The hidden state at predict_positions_N[n] predicts target n.
+        Each token sees its own document only: by attention.py, or by the mask that transformers makes of positions
+        which restart at 0. The hidden state at predict_positions_N[n] predicts target n.
         """
         causal = self.causal
         # A frozen decoder below a trained head keeps no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
             hidden_LH = causal.get_decoder()(
-                input_ids=input_ids_1L,
-                position_ids=position_ids_1L,
+                input_ids=pack.input_ids_1L,
+                position_ids=pack.position_ids_1L,
                 attention_mask=None,
                 use_cache=False,
+                **({KEYWORD: pack.document_lengths} if self._by_document else {}),
             ).last_hidden_state[0]
-            hidden_NH = hidden_LH.index_select(0, predict_positions_N)
+            hidden_NH = hidden_LH.index_select(0, pack.predict_positions_N)
         head = causal.get_output_embeddings()
         if mix is not None:
-            sums = head_loss(head, hidden_NH, targets, mix, chunk_tokens=self._chunk_tokens)
+            sums = head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens)
             return sums.loss_sum, torch.stack(list(sums.term_sums.values())), sums.weight_sum
-        metrics = head_metrics(head, hidden_NH, targets, chunk_tokens=self._chunk_tokens)
-        return (
-            metrics.cross_entropy_N,
-            metrics.forward_kl_N,
-            metrics.reverse_kl_N,
-            metrics.jsd_N,
-            metrics.agreement_N,
-            metrics.confidence_N,
-            metrics.correct_N,
-            metrics.entropy_N,
-        )
+        # A plain tuple: hooks on modules rebuild what they return by its type.
+        return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
 
 
 def load_student(

@@ -81,7 +81,8 @@ class StageConfig(StrictModel):
     name: str = Field(default="distill", pattern=r"^[A-Za-z0-9_\-]+$")
     """Stands in the names of checkpoints and in metrics; letters, digits, '_' and '-'."""
     trainable: Literal["all", "lora", "head"] = "all"
-    """What learns: all weights, adapters (LoRA), or the head alone."""
+    """What learns: all weights, adapters (LoRA), or the head alone. A head that is tied to the embeddings is both, and
+    its gradient passes through all layers."""
     lora: LoraConfig | None = None
     """Only with `trainable: lora`; None takes its defaults."""
     losses: dict[str, LossConfig] = Field(

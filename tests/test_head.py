@@ -123,8 +123,8 @@ def test_lora_on_the_head_equals_the_merged_head(rslora: bool) -> None:
     expected = torch.autograd.grad(merged.loss_sum, (again_NH, a_RH, b_VR))
     torch.testing.assert_close(sums.loss_sum, merged.loss_sum)
     torch.testing.assert_close((hidden_NH.grad, a_RH.grad, b_VR.grad), expected, rtol=1e-4, atol=1e-5)
-    for name, value_N in vars(head_metrics(layer, hidden_NH, targets)).items():
-        torch.testing.assert_close(value_N, vars(sparse_metrics(hidden_NH, merged_VH, targets))[name])
+    for name, value_N in head_metrics(layer, hidden_NH, targets)._asdict().items():
+        torch.testing.assert_close(value_N, sparse_metrics(hidden_NH, merged_VH, targets)._asdict()[name])
 
 
 def test_several_adapters_add_up_and_switched_off_ones_do_not() -> None:

@@ -119,7 +119,6 @@ def test_tensors_are_what_model_and_losses_take() -> None:
     pack = to_torch(build_pack([PackedPiece(0, block, 1, 0, 1, 4, 0.5)]), "cpu")
     assert pack.input_ids_1L.dtype == pack.position_ids_1L.dtype == torch.int64
     assert pack.input_ids_1L.tolist() == [[31, 41, 42, 43]]
-    assert pack.document_ids_1L.shape == (1, 4)
     assert pack.predict_positions_N.tolist() == [0, 1, 2]
     assert pack.targets.weights_N is not None
     assert pack.targets.weights_N.tolist() == [0.5, 0.5, 0.5]

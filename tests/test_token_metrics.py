@@ -48,8 +48,8 @@ def test_metrics_agree_with_dense(chunk: int) -> None:
     )
     assert 0 < expected.agreement_N.sum().item() < N
     assert 0 < expected.correct_N.sum().item() < N
-    for name, value_N in vars(expected).items():
-        actual_N = vars(metrics)[name]
+    for name, value_N in expected._asdict().items():
+        actual_N = metrics._asdict()[name]
         assert actual_N.dtype == torch.float32
         assert not actual_N.requires_grad
         assert actual_N.tolist() == pytest.approx(value_N.tolist(), rel=1e-6, abs=1e-6), name
@@ -69,11 +69,11 @@ def test_tokens_without_a_distribution_are_nan_where_one_is_needed() -> None:
     )
     known = sparse_metrics(hidden_NH, weight_VH, targets)
     for name in ("cross_entropy_N", "confidence_N", "correct_N", "entropy_N"):
-        torch.testing.assert_close(vars(alone)[name], vars(known)[name])
-        torch.testing.assert_close(vars(mixed)[name], vars(known)[name])
+        torch.testing.assert_close(alone._asdict()[name], known._asdict()[name])
+        torch.testing.assert_close(mixed._asdict()[name], known._asdict()[name])
     for name in ("forward_kl_N", "reverse_kl_N", "jsd_N", "agreement_N"):
-        assert bool(vars(alone)[name].isnan().all())
-        assert vars(mixed)[name].isnan().nonzero().flatten().tolist() == [3]
+        assert bool(alone._asdict()[name].isnan().all())
+        assert mixed._asdict()[name].isnan().nonzero().flatten().tolist() == [3]
 
 
 def merged(probs_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Cost: one matrix product, and two [chunk, V] buffers. Always at temperature 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ _MIX = LossMix(
 )
 
 
-@dataclass(frozen=True)
-class TokenMetrics:
+class TokenMetrics(NamedTuple):
     """Per token, float32 [N]. What compares with a distribution is nan where the targets hold none (text alone).
 
     Attributes:

@@ -49,9 +49,9 @@ class Pack:
     only). predict_positions_N int64: where in the pack the hidden state lies that predicts each loss token.
     sampled_ids_N: the tokens to predict. weights_N: the chain's weight. row_N and token_N: key of each loss token, the
     chain's number in the selection and the token's place in the completion.
-    ids_NK, logprobs_NK (padding: id 0 and -inf), tail_logmass_N, sampled_logprob_N, entropy_N (nats): the teacher's
-    word; for text alone K is 0 and the other three are None. draw_ids_NM, draw_logprobs_NM, draw_weights_NM (padding:
-    id 0, -inf, 0) where the cache holds draws; log_partitions_NS where it holds other temperatures.
+    ids_NK, logprobs_NK (padding: id 0 and -inf), tail_logmass_N, entropy_N (nats): the teacher's word; for text alone
+    K is 0 and the other two are None. draw_ids_NM, draw_logprobs_NM, draw_weights_NM (padding: id 0, -inf, 0) where
+    the cache holds draws; log_partitions_NS where it holds other temperatures.
     """
 
     input_ids_L: Int32
@@ -65,7 +65,6 @@ class Pack:
     ids_NK: Int32
     logprobs_NK: Float32
     tail_logmass_N: Float32 | None
-    sampled_logprob_N: Float32 | None
     entropy_N: Float32 | None
     draw_ids_NM: Int32 | None = None
     draw_logprobs_NM: Float32 | None = None
@@ -85,11 +84,14 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class TorchPack:
-    """A pack on a device. int64: input_ids, position_ids, document_ids [1, L] and predict_positions [N]."""
+    """A pack on a device. int64: input_ids, position_ids [1, L] and predict_positions [N].
+
+    document_lengths: tokens of each document, in their order.
+    """
 
     input_ids_1L: torch.Tensor
     position_ids_1L: torch.Tensor
-    document_ids_1L: torch.Tensor
+    document_lengths: tuple[int, ...]
     predict_positions_N: torch.Tensor
     entropy_N: torch.Tensor | None
     targets: SparseTargets
@@ -124,7 +126,6 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         ids_NK=ids_NK,
         logprobs_NK=logprobs_NK,
         tail_logmass_N=signals.tail_logmass_T if signals is not None else None,
-        sampled_logprob_N=signals.sampled_logprob_T if signals is not None else None,
         entropy_N=signals.entropy_T if signals is not None else None,
         draw_ids_NM=draw_ids_NM,
         draw_logprobs_NM=draw_logprobs_NM,
@@ -151,7 +152,6 @@ def empty_pack(*, with_signals: bool) -> Pack:
         ids_NK=ids_NK,
         logprobs_NK=logprobs_NK,
         tail_logmass_N=none,
-        sampled_logprob_N=none,
         entropy_N=none,
     )
 
@@ -206,7 +206,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
     return TorchPack(
         input_ids_1L=tensor(pack.input_ids_L).long().unsqueeze(0),
         position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
-        document_ids_1L=tensor(pack.document_ids_L).long().unsqueeze(0),
+        document_lengths=tuple(np.bincount(pack.document_ids_L).tolist()),
         predict_positions_N=tensor(pack.predict_positions_N),
         entropy_N=None if pack.entropy_N is None else tensor(pack.entropy_N),
         targets=targets,
