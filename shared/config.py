@@ -177,7 +177,8 @@ def _problem(error: Any) -> str:
         return f"{key}: {name} {tag!r} is unknown: choose one of {context['expected_tags'].replace(chr(39), '')}"
     given = error.get("input")
     plain = given is None or isinstance(given, (str, int, float, bool))
-    shown = f" (got {given!r})" if plain and error["type"] != "missing" else ""
+    is_said = error["type"] == "missing" or repr(given) in message
+    shown = f" (got {given!r})" if plain and not is_said else ""
     return f"{key}: {message[0].lower()}{message[1:]}{shown}"
 
 

@@ -10,6 +10,8 @@ Messages are one line: what, where, the rule, the remedy. A command prints them 
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
@@ -40,6 +42,15 @@ class CorruptError(StillroomError):
 
 class CacheConflict(StillroomError):
     """Another process holds or changed what this one needs."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts the key of the configuration that named an input before what is wrong with the input (DataError)."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def one_line(error: BaseException) -> str:

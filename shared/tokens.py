@@ -190,8 +190,6 @@ class VocabDifference:
 
     ordinary: list[tuple[int, str | None, str | None]]
     special: list[tuple[int, str | None, str | None]]
-    num_cached: int
-    num_other: int
 
     @property
     def agree(self) -> bool:
@@ -217,7 +215,7 @@ def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
         one, other = mine.get(token_id, (None, True)), theirs.get(token_id, (None, True))
         if one[0] != other[0]:
             (special if one[1] and other[1] else ordinary).append((token_id, one[0], other[0]))
-    return VocabDifference(ordinary, special, len(mine), len(theirs))
+    return VocabDifference(ordinary, special)
 
 
 def require_same_vocab(difference: VocabDifference, student: str) -> None:

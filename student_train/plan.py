@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.config import Json
 from shared.errors import DataError
+from student_train.checkpoint import latest_state
 from student_train.config import EngineConfig, StudentConfig, TrainConfig
 from student_train.losses.divergences import LossTerm
 from student_train.metrics_log import require_tensorboard
@@ -36,6 +37,7 @@ class _Shape:
     num_layers: int
     hidden_size: int
     vocab_size: int
+    has_tied_head: bool
 
 
 def plan_run(config: TrainConfig, num_ranks: int) -> Json:
@@ -46,18 +48,18 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
     if config.tensorboard:
         require_tensorboard()
     run = RunFolder(config.run)
-    if run.config_path.exists():
+    if latest_state(run.checkpoints) is not None:
         run.refuse_other_meaning(config)
     with tempfile.TemporaryDirectory(prefix="student-train-plan-") as temp:
         wanted = None if config.eval is None else eval_request(config.data, config.eval)
-        folder = config.run if run.config_path.exists() else Path(temp)
+        folder = config.run if run.has_frozen(config) else Path(temp)
         plan = prepare(
             config,
             folder,
             num_ranks,
             is_first=True,
             barrier=lambda: None,
-            heldout_path=kept_or_temporary(run.heldout_path, wanted, Path(temp)),
+            heldout_path=kept_or_temporary(RunFolder(folder).heldout_path, wanted, Path(temp)),
         )
         shape = _shape(config.student, plan.vocabulary.num_ids)
         stages = [_stage(stage, config, shape, num_ranks) for stage in plan.stages]
@@ -66,7 +68,7 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
             "run": str(config.run),
             "num_ranks": num_ranks,
             "num_parameters": shape.num_parameters,
-            "notes": plan.vocabulary.notes,
+            "notes": [*plan.vocabulary.notes, *_notes_on_heads(config, shape)],
             "stages": stages,
             "num_steps": plan.num_steps,
             "heldout_chains": 0 if heldout is None else heldout.header.num_chains,
@@ -127,7 +129,7 @@ def _memory_gib(stage: StageConfig, config: TrainConfig, shape: _Shape, num_rank
     ]
     extra = trained if stage.trainable == "lora" else 0
     kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
-    layers = 1 if stage.trainable == "head" else shape.num_layers
+    layers = 1 if stage.trainable == "head" and not shape.has_tied_head else shape.num_layers
     parts = {
         "weights": (shape.num_parameters + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
         "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
@@ -136,6 +138,14 @@ def _memory_gib(stage: StageConfig, config: TrainConfig, shape: _Shape, num_rank
         "logits": _chunk_tokens(engine) * shape.vocab_size * 4 * 2,
     }
     return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}
+
+
+def _notes_on_heads(config: TrainConfig, shape: _Shape) -> list[str]:
+    names = [stage.name for stage in config.stages if stage.trainable == "head"]
+    if not (names and shape.has_tied_head):
+        return []
+    said = f"the head of {config.student.model} is its embeddings too (tied): stage {' and '.join(names)} trains both"
+    return [f"{said}, and its gradient passes through all layers"]
 
 
 def _chunk_tokens(engine: EngineConfig) -> int:
@@ -179,4 +189,5 @@ def _shape(student: StudentConfig, vocab_size: int) -> _Shape:
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         vocab_size=vocab_size,
+        has_tied_head=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )

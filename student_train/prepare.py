@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.catalog import Catalog
 from shared.errors import ConfigError
 from shared.log import warn
 from student_train.config import DataConfig, StudentConfig, TrainConfig, accumulation_of, packs_per_step
@@ -97,6 +98,12 @@ def prepare(
     `heldout_path` is where the held-out one is, if not there. The first rank writes, the others read after the barrier.
     Raises ConfigError, DataError, CorruptError.
     """
+    for stage in config.stages:
+        check_mixes(stage, 1)
+    if is_first:
+        for cache in config.data.caches:
+            Catalog(cache.path, cache.chains_version, cache.verdicts_version)
+    # After what costs nothing to mend: a student is not cut for a run that would be refused.
     require_cut(config.student)
     run = RunFolder(folder)
     accumulations = [accumulation_of(stage, config.data, num_ranks) for stage in config.stages]

@@ -1,6 +1,6 @@
 """What a run keeps besides its checkpoints: configuration, selections, metrics, evaluations. One process at a time.
 
-RUN/config.yaml                   as resolved when the run began; a resumption must mean the same
+RUN/config.yaml                   as resolved when the run began; after a checkpoint, a resumption must mean the same
 RUN/<stage>.selection.parquet     what the stage learns from
 RUN/heldout.selection.parquet     what the student is judged on
 RUN/metrics.jsonl                 one line an optimizer step
@@ -11,6 +11,7 @@ RUN/stages/<stage>/               the model at the end of every stage but the la
 
 import fcntl
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,10 +74,15 @@ class RunFolder:
             ) from error
         return file
 
-    def open(self, config: TrainConfig) -> None:
-        """Writes config.yaml. Raises ConfigError naming the key where the run that is there means another thing."""
+    def open(self, config: TrainConfig, *, has_learnt: bool) -> None:
+        """Writes config.yaml. `has_learnt`: whether the run has a checkpoint; without one it may still mean another
+        thing, and what was frozen for the old one is forgotten. Raises ConfigError naming the key that differs.
+        """
         if self.config_path.exists():
-            self.refuse_other_meaning(config)
+            if has_learnt:
+                self.refuse_other_meaning(config)
+            elif meaning_of(self.read_config()) != meaning_of(config):
+                self._forget_beginning()
         write_text_atomic(self.config_path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
     def read_config(self) -> TrainConfig:
@@ -115,7 +121,25 @@ class RunFolder:
         kept = [one for one in self.read_evals() if (one["stage_number"], one["step"]) < here]
         write_text_atomic(self.eval_path, json.dumps([*kept, entry], indent=2) + "\n")
 
+    def has_frozen(self, config: TrainConfig) -> bool:
+        """Whether everything that the run reads is frozen, for this configuration."""
+        return (
+            self.config_path.exists()
+            and meaning_of(self.read_config()) == meaning_of(config)
+            and all(self.selection_path(stage.name).exists() for stage in config.stages)
+        )
+
+    def _forget_beginning(self) -> None:
+        for path in self.root.glob("*.selection*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for path in (self.metrics_path, self.eval_path):
+            path.unlink(missing_ok=True)
+
     def refuse_other_meaning(self, config: TrainConfig) -> None:
+        """Raises ConfigError naming the first key that decides what is learnt and differs from the run's own."""
         kept, asked = meaning_of(self.read_config()), meaning_of(config)
         changed = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
         if changed:

@@ -47,7 +47,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
             require_tensorboard()
         if ranks.is_first:
             stack.enter_context(run.lock())
-            run.open(config)
+            run.open(config, has_learnt=checkpoint.latest_state(run.checkpoints) is not None)
         plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         state = checkpoint.latest_state(run.checkpoints)
         if ranks.is_first:

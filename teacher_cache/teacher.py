@@ -6,7 +6,7 @@ from typing import Any
 
 from schemas.manifest import Teacher
 from schemas.records import stable_hash
-from shared.errors import ConfigError
+from shared.errors import ConfigError, naming
 from shared.tokens import fingerprint_template, fingerprint_tokenizer, load_tokenizer, vocab_size_of
 from shared.weights import fingerprint_served, fingerprint_weights, has_weights
 from teacher_cache.config import TeacherConfig
@@ -21,6 +21,7 @@ class IdentifiedTeacher:
     tokenizer: Any
 
 
+@naming("teacher.model")
 def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfig()) -> IdentifiedTeacher:  # noqa: B008
     """Raises DataError where the folder or hub id lacks a tokenizer or config.json, or weights to be loaded here.
 

@@ -122,7 +122,7 @@ def test_terms_say_what_they_need() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "forward_kl"}, "loss 'forward_kl' is unknown: choose one of forward_kl_tail_bucket"),
+        ({"name": "forward_kl"}, "loss 'forward_kl' is unknown: did you mean 'forward_kl_truncated'?"),
         ({"name": "cross_entropy", "weight": -0.1}, "weight=-0.1 must be a finite number of at least 0"),
         ({"name": "cross_entropy", "weight": math.nan}, "weight=nan must be a finite"),
         ({"name": "cross_entropy", "beta": 0.5}, "beta=0.5 has no effect: cross_entropy takes no beta"),

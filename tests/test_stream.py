@@ -322,7 +322,7 @@ def test_stalls_are_measured(frozen: Frozen) -> None:
     assert stats.num_packs == len(packs)
     assert stats.num_tokens == sum(pack.num_tokens for pack in packs)
     assert stats.num_loss_tokens == frozen.selection.header.num_tokens
-    assert stats.stall_s >= stats.first_stall_s > 0
+    assert stats.stall_s > 0
 
 
 def test_several_caches_with_weights(tmp_path: Path) -> None:

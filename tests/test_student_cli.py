@@ -84,6 +84,9 @@ def test_plan_counts_without_leaving_a_trace(
     )
     assert "batch      1 pack: 1 a rank\n" in out
     assert "1 step in all\n" in out
+    assert "is its embeddings too (tied)" not in out
+    code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.trainable=head")
+    assert "is its embeddings too (tied): stage distill trains both" in out
 
 
 def test_plan_says_what_each_loss_makes_of_draws(
@@ -128,7 +131,10 @@ def test_a_folder_is_no_configuration(
         ("data.where=nonsense >", "data.where"),
         ("data.caches=[nowhere]", "nowhere is not a cache"),
         ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
-        ("stages.0.losses={kl: 1}", "loss 'kl' is unknown"),
+        ("stages.0.losses={kl: 1}", "loss 'kl' is unknown: choose one of cross_entropy, "),
+        ("stages.0.losses={forward_kl: 1}", "loss 'forward_kl' is unknown: did you mean 'forward_kl_truncated'?"),
+        ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
+        ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere is not there yet"),
         ("stages.0.losses={}", "stages.0.losses: is empty: it needs at least 1 item"),
         ("stages.0.losses=[cross_entropy]", "stages.0.losses: must be a mapping of keys to values"),
         ("data.caches=x", "data.caches: must be a list, for example [a, b] (got 'x')"),
@@ -166,6 +172,26 @@ def test_mistakes_are_one_line(
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("stages.0.losses={kl: 1}", "loss 'kl' is unknown"), ("data.caches=[nowhere]", "nowhere is not a cache")],
+)
+def test_a_student_is_not_cut_for_a_run_that_would_be_refused(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    cut = "student={model: nowhere, init: {teacher: x, layers: 2}}"
+    code, _, err = call(monkeypatch, capsys, "plan", config, "--set", cut, "--set", override)
+    assert code == 2
+    assert message in err
 
 
 def test_held_out_chains_that_are_all_too_long_are_refused_before_training(

@@ -199,6 +199,7 @@ def test_mistakes_in_the_configuration_are_named(
     (tmp_path / "q.jsonl").write_text('{"q": "What is 2+3?"}\n')
     result = run(capsys, monkeypatch, command, path)
     assert result.code == 2
+    assert "teacher-cache: teacher.model: " in result.err
     assert "holds no config.json: name a Hugging Face model folder" in result.err
     assert not (tmp_path / "cache").exists()
     if command == "build":

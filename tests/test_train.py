@@ -20,6 +20,7 @@ from student_train.model import Student, load_student
 from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
 from student_train.show import run_lines
+from student_train.streaming.selection import load_selection
 from student_train.summary import summarise
 from student_train.train import train
 from tests.caches import Chain, SyntheticCache
@@ -344,6 +345,24 @@ def test_another_meaning_is_refused_by_name(tmp_path: Path, cache: SyntheticCach
         train(changed, ranks, StopRequest())
     kept_longer = make_config(tmp_path / "run", cache, student, {"max_steps": 1}, checkpoint={"keep_last": 5})
     train(kept_longer, ranks, StopRequest())
+
+
+def test_until_there_is_a_checkpoint_a_run_may_still_mean_another_thing(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    run = tmp_path / "run"
+    refused = make_config(run, cache, student, data={"where": "correct"}, eval={"where": "split = 'nowhere'"})
+    with pytest.raises(ConfigError, match="selects none"):
+        train(refused, ranks, StopRequest())
+    frozen = RunFolder(run).selection_path("distill")
+    assert frozen.exists()
+    assert not RunFolder(run).has_frozen(make_config(run, cache, student))
+    mended = make_config(run, cache, student, data={"where": "num_tokens < 30"})
+    train_run(mended, ranks)
+    assert load_selection(frozen, [cache.root]).header.where == "num_tokens < 30"
+    assert RunFolder(run).has_frozen(mended)
+    with pytest.raises(ConfigError, match=r"was begun with data\.where='num_tokens < 30', now it is 'correct'"):
+        train(refused, ranks, StopRequest())
 
 
 def test_two_processes_never_train_one_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:

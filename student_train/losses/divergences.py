@@ -51,6 +51,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from shared.config import nearest_name
 from shared.errors import ConfigError
 from student_train.losses.targets import NO_MASS
 
@@ -96,7 +97,7 @@ class LossTerm:
 
     def __post_init__(self) -> None:
         if self.name not in LOSS_NAMES:
-            raise ConfigError(f"loss {self.name!r} is unknown: choose one of {', '.join(LOSS_NAMES)}")
+            raise ConfigError(f"loss {self.name!r} is unknown{nearest_name(self.name, LOSS_NAMES, 'choose one of')}")
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
             raise ConfigError(f"{self.name}.weight={self.weight} must be a finite number of at least 0")
         self._check_share("beta", self.beta, self.name == "jsd_stored_tail")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.catalog import Catalog
-from shared.errors import ConfigError
+from shared.errors import ConfigError, naming
 from shared.storage import Location
 from shared.tokens import (
     compare_vocab,
@@ -65,8 +65,9 @@ def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: 
         return open_selection(path, request)
     from student_train.streaming.retokenise import HuggingFaceText, open_text_selection
 
-    tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
-    width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    with naming("student.model"):
+        tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+        width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
     return open_text_selection(path, request, HuggingFaceText(tokenizer, width), data.text)
 
 
@@ -130,7 +131,8 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
     Equal fingerprints are fine. Otherwise ordinary ids must agree; special tokens may differ, and so may the number of
     embedding rows. Raises ConfigError naming the ids where they do not.
     """
-    width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    with naming("student.model"):
+        width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
     if selection.is_text:
         return Vocabulary(width, [], same_tokenizer=True)
     num_ids = max(width, selection.header.vocab_size)
@@ -140,7 +142,8 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
             f"{student.model} has {width} embedding rows, the cache's ids go up to {num_ids - 1}: "
             f"{num_ids - width} rows are added, each the mean of the others"
         )
-    tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    with naming("student.model"):
+        tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
     same_template = selection.header.template_fingerprints == [fingerprint_template(tokenizer)]
     cached = selection.header.tokenizer_fingerprints[0]
     if fingerprint_tokenizer(tokenizer) == cached:

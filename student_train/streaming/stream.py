@@ -43,15 +43,14 @@ POLL_S = 0.1
 class StreamStats:
     """What a stream has done since it was made.
 
-    stall_s is the time that the consumer waited for packs, of which first_stall_s for the first. num_group_reads
-    counts row groups read (again, where the buffer was too small), max_buffer_bytes the most that decoded rows took.
+    stall_s is the time that the consumer waited for packs, num_group_reads counts row groups read (again, where the
+    buffer was too small), max_buffer_bytes is the most that decoded rows took.
     """
 
     num_packs: int = 0
     num_tokens: int = 0
     num_loss_tokens: int = 0
     stall_s: float = 0.0
-    first_stall_s: float = 0.0
     num_group_reads: int = 0
     max_buffer_bytes: int = 0
 
@@ -193,7 +192,6 @@ class PackStream:
             num_tokens=stats.num_tokens + pack.num_tokens,
             num_loss_tokens=stats.num_loss_tokens + pack.num_loss_tokens,
             stall_s=stats.stall_s + waited_s,
-            first_stall_s=stats.first_stall_s if stats.num_packs else waited_s,
             num_group_reads=stats.num_group_reads + item.num_group_reads,
             max_buffer_bytes=max(stats.max_buffer_bytes, item.max_buffer_bytes),
         )

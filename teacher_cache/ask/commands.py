@@ -77,7 +77,8 @@ def show(
     if html is not None:
         check_out("--html", html, [location(cache)])
     with open_cache(cache) as opened:
-        found = opened.sample(sample)
+        # Our own CSV puts texts in quotes.
+        found = opened.sample(sample.strip('"'))
     if html is not None:
         from teacher_cache.ask.show_page import write_chain_page
 
