@@ -131,8 +131,8 @@ def format_count(number: float) -> str:
 
 
 def format_plural(number: int, noun: str) -> str:
-    """1 and "pack" as 1 pack, 2 as 2 packs."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """1 and "pack" as 1 pack, 2000 as 2,000 packs."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_bytes(size_bytes: float) -> str:

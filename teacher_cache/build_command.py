@@ -7,7 +7,7 @@ import itertools
 
 from schemas.records import Prompt
 from shared.config import Json
-from shared.log import format_bytes, format_count, format_duration, note
+from shared.log import format_bytes, format_count, format_duration, format_plural, note
 from teacher_cache.build import Build, BuildResult
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine_config import ServerConfig
@@ -113,15 +113,15 @@ def result_lines(result: Json, cache: str) -> list[str]:
     others = f"{result['num_failures']} failed, {result['num_done_before']} were there"
     size = "" if result["bytes_per_token"] is None else f", {result['bytes_per_token']:.1f} B/token"
     total = format_bytes((result["bytes_per_token"] or 0.0) * result["num_tokens"])
-    counts = f"{result['num_chains']} chains, {format_count(result['num_tokens'])} tokens"
+    counts = f"{format_plural(result['num_chains'], 'chain')}, {format_count(result['num_tokens'])} tokens"
     return [
-        f"new     {result['num_new_chains']} chains, {took}; {others}",
+        f"new     {format_plural(result['num_new_chains'], 'chain')}, {took}; {others}",
         f"cache   {cache}: {counts}, {total}{size}",
     ]
 
 
 def _say_loaded(loaded: LoadedPrompts) -> None:
-    note(f"{len(loaded.prompts)} prompts")
+    note(format_plural(len(loaded.prompts), "prompt"))
     if loaded.failures:
         first = loaded.failures[0]
         note(f"{len(loaded.failures)} rows are no prompts and will be recorded as failures; the first: {first.message}")

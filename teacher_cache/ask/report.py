@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.catalog import Catalog
 from shared.charts import Group, Line, bars, histogram, line_chart
-from shared.log import format_bytes, format_count, format_duration
+from shared.log import format_bytes, format_count, format_duration, format_plural
 from shared.report import Figure, Number, Numbers, Piece, Section, Table, write_report
 from shared.sql import Session, open_cache
 from teacher_cache.ask.signal_sample import SignalSample, sample_signals
@@ -60,16 +60,18 @@ def _overview(stats: CacheStats) -> Piece:
     signals = "" if stats.signal_bytes_per_token is None else f"{stats.signal_bytes_per_token:.1f} of them signals"
     return Numbers(
         [
-            Number("chains", f"{stats.num_chains:,}", f"of {stats.num_prompts:,} prompts"),
+            Number("chains", f"{stats.num_chains:,}", f"of {format_plural(stats.num_prompts, 'prompt')}"),
             Number("tokens", format_count(stats.num_tokens), f"of completions{_mean_length(stats)}"),
             Number("answers right", _percent(stats.pass_rate), judged),
             Number(
-                "truncated", _percent(_ratio(stats.num_truncated, stats.num_chains)), f"{stats.num_truncated:,} chains"
+                "truncated",
+                _percent(_ratio(stats.num_truncated, stats.num_chains)),
+                format_plural(stats.num_truncated, "chain"),
             ),
             Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats a token"),
             Number("mean tail mass", _percent(stats.mean_tail_mass, 2), "outside the stored support"),
             Number("bytes a token", _unit(stats.bytes_per_token, "B", 1), signals),
-            Number("on disk", format_bytes(stats.shard_bytes), f"{stats.num_shards:,} shards"),
+            Number("on disk", format_bytes(stats.shard_bytes), format_plural(stats.num_shards, "shard")),
             Number("failed requests", f"{stats.num_failed:,}", "not answered since"),
         ]
     )

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.tables import SIGNAL_FIELDS, TOKEN_FIELDS
 from shared.catalog import Catalog
-from shared.log import format_bytes, format_count
+from shared.log import format_bytes, format_count, format_plural
 from shared.sql import Session, open_cache
 from shared.terminal import one_line, pad, width_of
 from shared.views import quote
@@ -116,8 +116,9 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
 def stats_text(stats: CacheStats) -> str:
     """The numbers as lines for a terminal."""
     reasoning = _share(stats.num_reasoning_tokens, stats.num_tokens)
+    chains, prompts = format_plural(stats.num_chains, "chain"), format_plural(stats.num_prompts, "prompt")
     lines = [
-        f"{stats.num_chains:,} chains of {stats.num_prompts:,} prompts in {stats.num_shards:,} shards",
+        f"{chains} of {prompts} in {format_plural(stats.num_shards, 'shard')}",
         f"{stats.num_tokens:,} completion tokens ({reasoning} reasoning), {stats.num_prompt_tokens:,} prompt tokens",
     ]
     if stats.bytes_per_token is not None and stats.signal_bytes_per_token is not None:

@@ -19,7 +19,7 @@ from shared.delta_log import log_problems
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
 from shared.interrupt import StopRequest
-from shared.log import Progress, format_bytes, warn
+from shared.log import Progress, format_bytes, format_plural, warn
 from shared.storage import Location, check_reachable, local_copy, parts_of
 from teacher_cache.care.leftovers import receipt_problems
 from teacher_cache.commits import Committer, VisibleSamples, read_sample_ids
@@ -85,8 +85,13 @@ def copy_caches(sources: Sequence[Location], dest: Location, rewrite: Rewrite | 
 def copy_lines(report: CopyReport, dest: Location) -> list[str]:
     """The result for a person."""
     known = f"; {report.num_known} were there already" if report.num_known else ""
-    shards = f"{report.num_chains} chains in {report.num_shards} shards, {format_bytes(report.size_bytes)}"
-    return [f"{dest}: {shards}, {report.num_verdicts} verdicts, {report.num_failures} failures{known}"]
+    counts = [
+        f"{format_plural(report.num_chains, 'chain')} in {format_plural(report.num_shards, 'shard')}",
+        format_bytes(report.size_bytes),
+        format_plural(report.num_verdicts, "verdict"),
+        format_plural(report.num_failures, "failure"),
+    ]
+    return [f"{dest}: {', '.join(counts)}{known}"]
 
 
 def _require_apart(sources: Sequence[Location], dest: Location) -> None:

@@ -20,7 +20,7 @@ from shared.config import nearest_name
 from shared.delta_log import Span, file_history, merged_ranges
 from shared.errors import CacheConflict, ConfigError, CorruptError, DataError, one_line
 from shared.files import TEMP_SUFFIX, file_clock_s
-from shared.log import format_bytes
+from shared.log import format_bytes, format_plural
 from shared.storage import Location, files_below, matching, relative_name
 from teacher_cache.care.leftovers import Leftover, find_leftovers, receipt_problems
 from teacher_cache.commits import Committer, VisibleSamples, take_out
@@ -110,9 +110,9 @@ def gc_lines(report: GcReport) -> list[str]:
     lines = []
     for one in report.dropped:
         lines.append(
-            f"dropped  run {one.run_id}: {one.num_shards} shards, {one.num_chains} chains, "
-            f"{format_bytes(one.size_bytes)} leave the latest version; a build with its configuration would make them "
-            "again"
+            f"dropped  run {one.run_id}: {format_plural(one.num_shards, 'shard')}, "
+            f"{format_plural(one.num_chains, 'chain')}, {format_bytes(one.size_bytes)} leave the latest version; a "
+            "build with its configuration would make them again"
         )
     if report.num_adopted or report.adoptable:
         rows = f"{report.num_adopted} rows that were" if report.num_adopted else f"{len(report.adoptable)} files"

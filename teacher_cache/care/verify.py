@@ -191,7 +191,8 @@ def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | N
 
 def summary_of(report: VerifyReport) -> str:
     """One line for a person."""
-    found = f"{report.num_chains} chains, {report.num_tokens} tokens, {format_bytes(report.size_bytes)}"
+    chains, tokens = format_plural(report.num_chains, "chain"), format_plural(report.num_tokens, "token")
+    found = f"{chains}, {tokens}, {format_bytes(report.size_bytes)}"
     state = "nothing is wrong" if report.ok else format_plural(len(report.problems), "problem")
     sizes = [(len(items), sum(one.size_bytes for one in items)) for items in (report.orphans, report.removed)]
     (num_orphans, orphan_bytes), (num_removed, removed_bytes) = sizes
