@@ -27,7 +27,8 @@ class Progress:
     """Progress of one long loop, as a context manager.
 
     Counts are absolute: `update(done, num_tokens, notes)`. Rates are over the last RATE_WINDOW_S seconds and since the
-    start; what was done before this process started (`done_before`) counts for the bar and not for the rates.
+    start; what was done before this process started (`done_before`) counts for the bar and not for tokens and rates.
+    The clock of a finished loop stands still at its last update, and a log file gets its last line once.
     """
 
     def __init__(self, label: str, total: int, unit: str, done_before: int = 0) -> None:
@@ -36,7 +37,8 @@ class Progress:
         self._num_tokens = 0
         self._notes = ""
         self._started_s = time.monotonic()
-        self._printed_s = self._started_s
+        self._printed_s = self._updated_s = self._started_s
+        self._printed = ""
         self._window: deque[tuple[float, int]] = deque([(self._started_s, 0)])
         self._live = console.is_terminal
         self._bar = RichProgress(
@@ -60,46 +62,45 @@ class Progress:
     ) -> None:
         self._show()
         self._bar.stop()
-        if not self._live:
-            self._print()
+        self.print_now()
 
     def update(self, done: int, num_tokens: int, notes: Mapping[str, str] | None = None) -> None:
         """Sets absolute counts; `notes` are shown behind the rates as `name value`, unnamed where the name is empty."""
-        now_s = time.monotonic()
+        now_s = self._updated_s = time.monotonic()
         self._done, self._num_tokens = done, num_tokens
         self._notes = "  ".join(f"{name} {value}".strip() for name, value in (notes or {}).items())
         self._window.append((now_s, num_tokens))
         while len(self._window) > 2 and now_s - self._window[0][0] > RATE_WINDOW_S:
             self._window.popleft()
         self._show()
-        if not self._live and now_s - self._printed_s >= PLAIN_INTERVAL_S:
-            self._print()
-            self._printed_s = now_s
+        # The last line comes once, by `print_now` or at the end.
+        if done < self._total and now_s - self._printed_s >= PLAIN_INTERVAL_S:
+            self.print_now()
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second since the start of this process's loop."""
-        return self._num_tokens / max(time.monotonic() - self._started_s, 1e-9)
+    def print_now(self) -> None:
+        """Gives a log file the line as it stands, unless that is what it got last; on a terminal the bar says it."""
+        line = f"{self._label}  {self._line()}"
+        if self._live or line == self._printed:
+            return
+        console.print(line, markup=False, soft_wrap=True)
+        self._printed, self._printed_s = line, time.monotonic()
 
     def _show(self) -> None:
         self._bar.update(self._task, completed=self._done, line=self._line())
 
-    def _print(self) -> None:
-        console.print(f"{self._label}  {self._line()}", markup=False, soft_wrap=True)
-
     def _line(self) -> str:
-        elapsed_s = time.monotonic() - self._started_s
+        left = self._total - self._done
+        elapsed_s = (time.monotonic() if left > 0 else self._updated_s) - self._started_s
         first_s, first_tokens = self._window[0]
         last_s, last_tokens = self._window[-1]
         now_rate = (last_tokens - first_tokens) / (last_s - first_s) if last_s > first_s else 0.0
         new = self._done - self._done_before
-        left = self._total - self._done
         eta = format_duration(elapsed_s / new * left) if new > 0 else "?"
         share = f"{100 * self._done / self._total:.0f}%" if self._total else "100%"
         tokens = [
-            f"{format_count(self._num_tokens)} tok",
-            f"{now_rate:.0f} tok/s now",
-            f"{self.tokens_per_s:.0f} tok/s",
+            f"{format_count(self._num_tokens)} {'new tok' if self._done_before else 'tok'}",
+            *([f"{now_rate:.0f} tok/s now"] if left > 0 else []),
+            f"{self._num_tokens / max(elapsed_s, 1e-9):.0f} tok/s",
         ]
         parts = [
             f"{self._done}/{self._total} {self._unit}",

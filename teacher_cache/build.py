@@ -130,12 +130,14 @@ class Build:
         ):
             loop = Loop(engine, pending, recorder, self.config.failures.max_consecutive, stop)
             for _ in loop:
-                done = pending.num_skipped + recorder.recorded.num_chains + recorder.recorded.num_failures
+                done = _num_done(pending, recorder)
                 progress.update(done, engine.num_tokens, _notes(recorder.recorded))
                 metrics.write(done, num_total, engine.num_tokens, recorder.recorded)
             if loop.stopped is not None:
                 note(f"{loop.stopped}: making visible what is finished")
             recorder.finish(stop)
+            # Its thread took the last outcomes after the loop had looked.
+            progress.update(_num_done(pending, recorder), engine.num_tokens, _notes(recorder.recorded))
         seconds = (recorder.closed_s or time.monotonic()) - started_s
         if recorder.recorded.num_unjudged:
             num = recorder.recorded.num_unjudged
@@ -249,6 +251,10 @@ def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
             f"{known.run_id} was begun with {kinds.get(before, before)}, this engine gives {kinds.get(now, now)}: "
             "the header of each shard says which it holds"
         )
+
+
+def _num_done(pending: Pending, recorder: Recorder) -> int:
+    return pending.num_skipped + recorder.recorded.num_chains + recorder.recorded.num_failures
 
 
 def _notes(recorded: Recorded) -> dict[str, str]:

@@ -28,6 +28,7 @@ from teacher_cache.commits import read_sample_ids
 from teacher_cache.fake import FakeEngine
 from teacher_cache.judging import judge_cache
 from teacher_cache.metrics import MetricsLog
+from teacher_cache.recorder import Recorder
 from teacher_cache.requests import Finished, Outcome, Request
 from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 
@@ -159,6 +160,21 @@ def test_the_same_request_twice_is_one_row(tmp_path: Path) -> None:
     requests = make_requests(5)
     run_build(make_config(tmp_path / "c"), [*requests, *requests])
     assert len(visible_ids(tmp_path / "c")) == 5
+
+
+def test_the_last_line_of_progress_counts_every_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take = Recorder._take
+
+    def take_slowly(recorder: Recorder, outcome: Finished) -> None:
+        time.sleep(0.02)
+        take(recorder, outcome)
+
+    monkeypatch.setattr(Recorder, "_take", take_slowly)
+    run_build(make_config(tmp_path / "c"), make_requests(10))
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("build")]
+    assert shown[-1].startswith("build  10/10 chains  100%"), shown
 
 
 def test_a_clock_set_back_delays_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,33 @@ def test_a_log_file_gets_a_line_an_interval_and_one_at_the_end(
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     with log.Progress("build", 100, "chains", done_before=10) as progress:
-        for second in range(1, 31):
+        for second in range(1, 32):
             clock[0] = float(second)
             progress.update(10 + second, 50 * second, {"": "106 B/token", "failed": "2"})
     printed = lines.getvalue().splitlines()
     assert len(printed) == 4
-    assert printed[0] == ("build  20/100 chains  20%  500 tok  50 tok/s now  50 tok/s  106 B/token  failed 2  eta 1:20")
-    assert printed[-1].startswith("build  40/100 chains  40%  1.5k tok")
+    assert printed[0] == (
+        "build  20/100 chains  20%  500 new tok  50 tok/s now  50 tok/s  106 B/token  failed 2  eta 1:20"
+    )
+    assert printed[-1].startswith("build  41/100 chains  41%  1.6k new tok")
+
+
+def test_a_finished_loop_gets_its_last_line_once_and_its_clock_stands_still(
+    lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with log.Progress("train", 3, "steps") as progress:
+        for step in range(1, 4):
+            clock[0] = 11.0 * step
+            progress.update(step, 110 * step)
+        progress.print_now()
+        clock[0] = 100.0
+    assert lines.getvalue().splitlines() == [
+        "train  1/3 steps  33%  110 tok  10 tok/s now  10 tok/s  eta 0:22",
+        "train  2/3 steps  67%  220 tok  10 tok/s now  10 tok/s  eta 0:11",
+        "train  3/3 steps  100%  330 tok  10 tok/s  in 0:33",
+    ]
 
 
 @pytest.mark.parametrize(
