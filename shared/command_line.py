@@ -29,7 +29,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 def new_program(name: str, text: str) -> typer.Typer:
     """A program whose commands are still to come; it knows `--version` and shell completion."""
-    app = typer.Typer(name=name, help=text, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
     @app.callback(invoke_without_command=True)
     def _main(

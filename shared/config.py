@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, one_line
 
 Json = dict[str, Any]
 
@@ -92,7 +92,7 @@ def read_yaml(path: Path) -> Json:
     try:
         data = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -108,7 +108,7 @@ def apply_override(data: Json, override: str) -> None:
     try:
         value = yaml.load(raw, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {_yaml_problem(error)}") from error
     *parents, last = dotted.split(".")
     node: Any = data
     for part in parents:
@@ -151,6 +151,14 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, without the excerpt."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return one_line(error)
+
+
 def _child(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_list_index(node, part, override)]
@@ -169,17 +177,18 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
 
 def _problem(error: Any) -> str:
     # Kinds of value that a key may have stand in the location beside the keys; a reader knows the keys.
-    key = ".".join(str(part) for part in error["loc"] if not _KIND.match(str(part))) or "the configuration"
+    key = ".".join(str(part) for part in error["loc"] if not _KIND.match(str(part)))
+    named = f"{key}: " if key else ""
     message = _rule(error)
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         tag, name = context["tag"], context["discriminator"].strip("'")
-        return f"{key}: {name} {tag!r} is unknown: choose one of {context['expected_tags'].replace(chr(39), '')}"
+        return f"{named}{name} {tag!r} is unknown: choose one of {context['expected_tags'].replace(chr(39), '')}"
     given = error.get("input")
     plain = given is None or isinstance(given, (str, int, float, bool))
     is_said = error["type"] == "missing" or repr(given) in message
-    shown = f" (got {given!r})" if plain and not is_said else ""
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+    shown = f" (got {'null' if given is None else repr(given)})" if plain and not is_said else ""
+    return f"{named}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _of_the_meant_kind(problems: Sequence[Any]) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 import logging
 
+from shared.errors import one_line
 from shared.log import note
 
 _CLIENT = logging.getLogger("huggingface_hub.utils._http")
@@ -10,6 +11,12 @@ _CLIENT = logging.getLogger("huggingface_hub.utils._http")
 def hush_hub() -> None:
     """Lets a hub that does not answer be told by one line instead of two for every attempt. May be called again."""
     _CLIENT.addFilter(_once)
+
+
+def unreachable(model: str, error: Exception) -> str:
+    """What is said of a name that is no folder and that the hub did not give, with the first sentence of its reason."""
+    reason = one_line(error).split(". ")[0].rstrip(".")
+    return f"{model} is neither a folder nor a hub id that can be reached: {reason}"
 
 
 _said: set[str] = set()

@@ -22,7 +22,7 @@ from schemas.records import stable_hash
 from schemas.tables import VOCAB_SCHEMA
 from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import atomic_path
-from shared.hub import hush_hub
+from shared.hub import hush_hub, unreachable
 from shared.storage import Location, local_copy
 
 VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
@@ -47,7 +47,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(f"{model} has no tokenizer that can be loaded: {_reason(error)}") from error
+        raise DataError(_unusable(model, "tokenizer that can be loaded", error)) from error
 
 
 def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
@@ -60,12 +60,18 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         return int(config.get_text_config().vocab_size)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        raise DataError(f"{model} has no usable config.json: {_reason(error)}") from error
+        raise DataError(_unusable(model, "usable config.json", error)) from error
 
 
 def _require_folder_or_id(model: str) -> None:
     if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
         raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+
+
+def _unusable(model: str, what: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not Path(model).is_dir():
+        return unreachable(model, error)
+    return f"{model} has no {what}: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from schemas.records import stable_hash
 from shared.errors import DataError
-from shared.hub import hush_hub
+from shared.hub import hush_hub, unreachable
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 NUM_BLOCKS = 8
@@ -68,8 +68,7 @@ def resolve_revision(model: str, revision: str | None) -> str:
         # The path in the local store names the commit: .../snapshots/<commit>/config.json
         path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
     except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{model} is neither a folder nor a hub id that can be reached: {reason}") from error
+        raise DataError(unreachable(model, error)) from error
     return Path(path).parent.name
 
 

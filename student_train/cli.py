@@ -26,7 +26,8 @@ app = new_program("student-train", "Train students from the distributions that a
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.0.epochs=2.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.0.epochs=2; may be given again."),
 ]
 WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or the name of a checkpoint.")]
 
@@ -68,7 +69,7 @@ def plan(
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would read and cost, and refuse what cannot work; loads no model."""
+    """Say what a run would read and cost. Refuses what the run would refuse; loads no model."""
     from student_train.plan import plan_run
     from student_train.show import plan_lines
 
@@ -126,7 +127,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a student with its teacher on held-out chains, and its answers with the truth."""
+    """Compare a student with its teacher. On held-out chains; with --generate its answers with the truth, too."""
     from student_train.eval_command import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
     from student_train.generate import DEFAULT_NEW_TOKENS, GenerateConfig
     from student_train.show import eval_lines
@@ -185,10 +186,10 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs; several are compared.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Write one self-contained HTML page with the curves and held-out numbers of runs."""
+    """Write one page with the curves of runs. Self-contained HTML; several runs are compared."""
     from shared.files import check_out
     from student_train.report import write_student_report
 
@@ -199,7 +200,7 @@ def report(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, what it can do here, what is missing and the command that mends it."""
+    """Say what is installed and what is missing. With what it can do here, and the command that mends it."""
     from shared.doctor import diagnosis_lines
     from student_train.doctor import diagnose
 

@@ -18,7 +18,7 @@ from shared.doctor import (
 )
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "duckdb", "deltalake", "pyarrow")
-OPTIONAL_PACKAGES = ("tensorboard", "flash-attn", "lm-eval")
+OPTIONAL_PACKAGES = ("tensorboard", "flash-attn")
 INSTALL = "pip install 'stillroom[student]'"
 LOW_DISK_GB = 20.0
 

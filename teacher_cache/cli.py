@@ -4,6 +4,7 @@ stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run ti
 something in the cache is damaged, 130 interrupted (and the command that resumes is printed).
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,7 @@ app = new_program(
 
 @app.command()
 def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a build, or a score, has left to do and what it will take; loads no model."""
+    """Say what a build, or a score, has left to do. What it will take, too; loads no model."""
     from dataclasses import asdict
 
     from teacher_cache.config import BuildConfig
@@ -51,7 +52,7 @@ def build(
     retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Ask failed prompts again.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate what is missing, and capture it; the same command resumes."""
+    """Generate what is missing, and capture it. The same command resumes."""
     from shared.interrupt import StopRequest
     from teacher_cache.build_command import build_cache
     from teacher_cache.intake.prompts import parse_worker
@@ -70,7 +71,7 @@ def score(
     retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Score failed completions again.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Capture what the teacher thinks of completions that exist already; the same command resumes."""
+    """Capture signals of completions that exist already. The same command resumes."""
     from shared.interrupt import StopRequest
     from teacher_cache.build_command import score_cache
     from teacher_cache.intake.prompts import parse_worker
@@ -119,7 +120,7 @@ def doctor(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is installed, what it can do here, what is missing and the command that mends it."""
+    """Say what is installed and what is missing. With what it can do here, and the command that mends it."""
     from shared.doctor import diagnosis_lines
     from teacher_cache.doctor import diagnose
 
@@ -137,6 +138,8 @@ app.add_typer(ask.app)
 
 def main() -> None:
     """Entry point."""
+    # Read when torch is loaded, which tokenizers do long before the engine.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run_program(app, "teacher-cache", ("build", "score", "copy", "recode"))
 
 

@@ -32,7 +32,7 @@ def test_the_commands_run_in_order(line: Line, vllm_server: str) -> None:
     for command in commands:
         # The tiny teacher has two layers to keep, where the demo's has thirty.
         line.program(*("2" if command[:2] == ["student-train", "init"] and word == "6" else word for word in command))
-    assert (line.folder / "cache.html").stat().st_size > 10_000
+    assert (line.folder / "cache.html").stat().st_size > 5_000
     assert (line.folder / "runs/demo/student-export/model.safetensors").exists()
     for cache in ("served", "scored"):
         assert list((line.folder / "runs/demo" / cache / "chains").rglob("*.parquet"))

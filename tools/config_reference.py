@@ -32,9 +32,10 @@ HEAD = """\
 
 Every key of every configuration, made from the models that read them (`python -m tools.config_reference`). A file is
 YAML; a key that is unknown, or that would have no effect, is refused with one line that says so. `--set a.b=c`
-overrides one key (`--set sampling.samples=4`, items of lists by number: `--set stages.0.epochs=2`). Environment
-variables and `~` are not expanded, so that an experiment means the same on every machine, and a configuration holds no
-password or token: it is copied into manifests and reports.
+overrides one key (`--set sampling.samples=4`, items of lists by number: `--set stages.0.epochs=2`) and may be given
+again. Relative paths count from the directory in which a command runs, not from the file. Environment variables and
+`~` are not expanded, so that an experiment means the same on every machine, and a configuration holds no password or
+token: it is copied into manifests and reports.
 
 **Required** keys have no default; `null` is off, or what the text says.
 """

@@ -2,13 +2,13 @@
 
 Runs the two programs as a user would, prints what it runs, and keeps everything under runs/demo/: the teacher, the
 cache, the student, report.html and summary.json. A demo that was interrupted goes on where it stopped; one that is
-complete starts anew, with the teacher kept.
+complete is shown again.
 """
 
 import json
 import os
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ from shared.report import write_report
 
 FOLDER = Path("runs/demo")
 CONFIGS = Path("benchmarks/demo")
-MADE_ANEW = ("summary.json", "report.html", "steps", "cache", "student", "run", "export")
+INTERRUPTED = 130
 QUESTIONS = {
     "How long are the chains, how sure was the teacher, and how often is it right?": (
         "SELECT source, count(*) AS chains, sum(num_tokens) AS tokens, round(avg(num_tokens)) AS mean_tokens, "
@@ -46,14 +46,17 @@ QUESTIONS = {
 def main() -> None:
     """Runs the steps that have no result yet, then writes the report and the summary."""
     if (FOLDER / "summary.json").exists():
-        for name in MADE_ANEW:
-            _remove(FOLDER / name)
+        _show(json.loads((FOLDER / "summary.json").read_text(encoding="utf-8")))
+        note(f"This demo was done before. Anew: rm -r {FOLDER}; make demo")
+        return
     clock = Clock()
     teacher_config, student_config = str(CONFIGS / "teacher.yaml"), str(CONFIGS / "student.yaml")
 
     _heading(1, "The teacher: SmolLM2-135M-Instruct with its real weights")
     if not (FOLDER / "teacher").exists():
+        note("unpacking its weights into a Hugging Face folder")
         _convert_teacher(FOLDER / "teacher")
+    note(f"{FOLDER / 'teacher'} is what both programs are given")
     _heading(2, "Ask it, and keep the distribution of every token")
     built = clock.step("build", ["teacher-cache", "build", teacher_config])
     verified = clock.step("verify", ["teacher-cache", "verify", str(FOLDER / "cache")])
@@ -151,18 +154,19 @@ def _heading(number: int, text: str) -> None:
 def _run(command: list[str], *, capture: bool = False) -> str:
     console.print(f"[dim]$ {shlex.join(command)}[/dim]", soft_wrap=True)
     program = str(Path(sys.executable).parent / command[0])
-    ended = subprocess.run([program, *command[1:]], stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    # Ctrl-C reaches the command too, which saves and ends; killing it meanwhile would cost what it was about to save.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        stdout = subprocess.PIPE if capture else None
+        ended = subprocess.run([program, *command[1:]], stdout=stdout, text=True, check=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if ended.returncode in (INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
     if ended.returncode != 0:
         note(f"demo: stopped, the command above failed with exit code {ended.returncode}")
         sys.exit(ended.returncode)
     return ended.stdout or ""
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -180,12 +184,18 @@ def _show(summary: dict[str, Any]) -> None:
     console.print(table)
     note(
         f"{summary['num_chains']} chains, {summary['num_tokens']} tokens at {summary['bytes_per_token']:.0f} B/token; "
-        f"teacher {summary['build_tokens_per_s']:.0f} tok/s, student {summary['train_tokens_per_s']:.0f} tok/s; "
+        f"the teacher wrote {summary['build_tokens_per_s']:.0f} tok/s, the student read "
+        f"{summary['train_tokens_per_s']:.0f} tok/s; "
         f"{format_duration(summary['seconds'])} in all"
     )
-    print(FOLDER / "report.html")
-    print(FOLDER / "summary.json")
+    print(f"{FOLDER / 'report.html'}    open it in a browser: the whole line with plots")
+    print(f"{FOLDER / 'summary.json'}   the figures, for programs")
+    note("next, in its environment (. .venv/bin/activate): the commands of README.md, from `Ask the cache` on")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        note("interrupted; this goes on: make demo")
+        sys.exit(INTERRUPTED)

@@ -34,7 +34,7 @@ def sql(
         bool, typer.Option("--check", help="First read every file and compare it with the hash in its name.")
     ] = False,
 ) -> None:
-    """Ask the cache in SQL (DuckDB); it is read-only, and nothing else can be read."""
+    """Ask the cache in SQL (DuckDB). The session reads this cache and nothing else, and writes nothing."""
     from shared.files import check_out
     from shared.sql import Session
     from shared.storage import location
@@ -68,7 +68,7 @@ def show(
     token: Annotated[int | None, typer.Option(help="Show the distribution at this token, from 0.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
 ) -> None:
-    """Show one chain, coloured by how sure the teacher was, and its alternatives at a token."""
+    """Show one chain, coloured by how sure the teacher was. With --token its alternatives there."""
     from shared.files import check_out
     from shared.reader import open_cache
     from shared.storage import location
@@ -92,7 +92,7 @@ def show(
 
 @app.command()
 def stats(cache: CachePath, as_json: AsJson = False) -> None:
-    """Count what is there: chains, tokens, bytes, truncated, right, failed."""
+    """Count chains, tokens, bytes, truncated, right, failed."""
     from shared.catalog import Catalog
     from shared.storage import location
     from teacher_cache.ask.stats import cache_stats, stats_text

@@ -21,7 +21,7 @@ def verify(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check every file: hashes, counts, decoding, uniqueness; exit 3 when something is wrong and stays so."""
+    """Check hashes, counts, decoding and uniqueness. Exit code 3 when something is wrong and stays so."""
     from shared.storage import location
     from teacher_cache.care.verify_command import verify_command
 
@@ -33,10 +33,12 @@ def verify(
 
 @app.command()
 def copy(
-    caches: Annotated[list[str], typer.Argument(metavar="SRC... DEST", help="Caches, and the one they go into.")],
+    caches: Annotated[
+        list[str], typer.Argument(metavar="CACHE", help="Caches, the last of them the one that the others go into.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Copy or merge caches: visible shards alone, hashes checked, no row twice; the same command resumes."""
+    """Copy or merge caches, no row twice. Visible shards alone, hashes checked; the same command resumes."""
     from dataclasses import asdict
 
     from shared.storage import location

