@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from shared.config import Json, StrictModel
 from shared.errors import ConfigError
 from shared.storage import CacheRoot
-from student_train.stage_config import ScheduleConfig, StageConfig
+from student_train.stage_config import ScheduleConfig, StageConfig, stage_key
 
 HELDOUT = "split = 'heldout'"
 RUN_KEYS = ("run", "checkpoint", "eval", "tensorboard")
@@ -160,26 +160,26 @@ class TrainConfig(StrictModel):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages have the names {names}: give each its own")
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
+            key = stage_key(number, stage.name)
             if stage.batch_tokens % self.data.pack_tokens:
                 raise ValueError(
-                    f"stages: batch_tokens={stage.batch_tokens} of {stage.name!r} is no multiple of "
+                    f"{key}: batch_tokens={stage.batch_tokens} is no multiple of "
                     f"data.pack_tokens={self.data.pack_tokens}: take {_nearest_multiple(stage, self.data)}"
                 )
             if self.data.kind == "text" and stage.token_weights is not None:
                 raise ValueError(
-                    f"stages: token_weights of {stage.name!r} weigh by distributions, but data.kind: text holds none: "
-                    "leave them out (data.weight weighs whole chains, focal_gamma by the student)"
+                    f"{key}: token_weights weigh by distributions, but data.kind: text holds none: leave "
+                    " them out (data.weight weighs whole chains, focal_gamma by the student)"
                 )
             if _is_elastic(stage) and (self.eval is None or self.eval.every_steps is None):
                 raise ValueError(
-                    f"stages: a loss of {stage.name!r} has an elastic weight, which follows the held-out loss: set "
-                    "eval.every_steps"
+                    f"{key}: a loss has an elastic weight, which follows the held-out loss: set eval.every_steps"
                 )
             if self.data.kind == "text" and list(stage.losses) != ["cross_entropy"]:
                 raise ValueError(
-                    f"stages: {stage.name!r} has losses {list(stage.losses)}, but data.kind: text holds no "
-                    "distributions: losses must be {cross_entropy: 1}"
+                    f"{key}: its losses are {', '.join(stage.losses)}, but data.kind: text holds no distributions: "
+                    "losses must be {cross_entropy: 1}"
                 )
         return self
 
@@ -194,8 +194,8 @@ def accumulation_of(stage: StageConfig, data: DataConfig, num_ranks: int) -> int
     packs = packs_per_step(stage, data)
     if packs % num_ranks:
         raise ConfigError(
-            f"stages: batch_tokens={stage.batch_tokens} of {stage.name!r} holds {packs} packs of {data.pack_tokens} "
-            f"tokens, which do not divide among {num_ranks} ranks: take a multiple of {num_ranks * data.pack_tokens}"
+            f"batch_tokens={stage.batch_tokens} holds {packs} packs of {data.pack_tokens} tokens, which do not divide "
+            f"among {num_ranks} ranks: take a multiple of {num_ranks * data.pack_tokens}"
         )
     return packs // num_ranks
 

@@ -127,6 +127,23 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
     return model
 
 
+def meta_causal(student: StudentConfig) -> Any:
+    """The student's model out of its config.json alone: modules and shapes without memory. Raises DataError."""
+    use_cpu_where_there_is_no_gpu()
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=student.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"{student.model} has no config that transformers knows: {' '.join(str(error).split())}"
+        ) from error
+
+
 def widen_vocab(model: Any, vocab_size: int) -> int:
     """Adds embedding rows until there are `vocab_size`, and returns how many; relatives differ in their padding.
 
@@ -157,3 +174,15 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         return peft.get_peft_model(model, wanted)
     except ValueError as error:
         raise ConfigError(f"lora.targets={lora.targets}: {' '.join(str(error).split())[:200]}") from error
+
+
+def require_lora_targets(model: Any, lora: LoraConfig) -> None:
+    """Raises ConfigError for a target that is the name, or the end of the dotted name, of no layer that peft adapts."""
+    import transformers
+
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, transformers.pytorch_utils.Conv1D)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    for target in lora.targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ConfigError(f"lora.targets: the student has no linear layer {target!r}: there are {known}")

@@ -4,14 +4,13 @@ refuse."""
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shared.config import Json
-from shared.errors import DataError
 from student_train.checkpoint import latest_state
 from student_train.config import EngineConfig, StudentConfig, TrainConfig
 from student_train.losses.divergences import LossTerm
 from student_train.metrics_log import require_tensorboard
+from student_train.model import meta_causal
 from student_train.prepare import StagePlan, prepare
 from student_train.runfolder import RunFolder
 from student_train.schedule import temperature_steps
@@ -164,20 +163,10 @@ def _lora_size(stage: StageConfig, linears: dict[str, int]) -> int:
 
 
 def _shape(student: StudentConfig, vocab_size: int) -> _Shape:
-    """Sizes of the student out of its config.json, by a model without memory."""
+    """Sizes of the student out of its config.json."""
     import torch
-    import transformers
 
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=student.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(
-            f"{student.model} has no config that transformers knows: {' '.join(str(error).split())}"
-        ) from error
+    model = meta_causal(student)
     return _Shape(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_head=sum(parameter.numel() for parameter in model.get_output_embeddings().parameters()),
@@ -186,8 +175,8 @@ def _shape(student: StudentConfig, vocab_size: int) -> _Shape:
             for name, module in model.get_decoder().named_modules()
             if isinstance(module, torch.nn.Linear)
         },
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
+        num_layers=int(model.config.num_hidden_layers),
+        hidden_size=int(model.config.hidden_size),
         vocab_size=vocab_size,
         has_tied_head=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )

@@ -2,7 +2,8 @@
 losses. All refusals that need no GPU happen here, for all stages at once.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from shared.log import warn
 from student_train.config import DataConfig, StudentConfig, TrainConfig, accumulation_of, packs_per_step
 from student_train.init import require_cut
 from student_train.losses.divergences import LossMix
+from student_train.model import meta_causal, require_lora_targets
 from student_train.runfolder import RunFolder
 from student_train.schedule import check_mixes
-from student_train.stage_config import StageConfig
+from student_train.stage_config import StageConfig, stage_key
 from student_train.streaming.data import (
     Vocabulary,
     check_losses,
@@ -98,15 +100,16 @@ def prepare(
     `heldout_path` is where the held-out one is, if not there. The first rank writes, the others read after the barrier.
     Raises ConfigError, DataError, CorruptError.
     """
-    for stage in config.stages:
-        check_mixes(stage, 1)
+    for number, stage in enumerate(config.stages):
+        with _naming_stage(number, stage):
+            check_mixes(stage, 1)
     if is_first:
         for cache in config.data.caches:
             Catalog(cache.path, cache.chains_version, cache.verdicts_version)
     # After what costs nothing to mend: a student is not cut for a run that would be refused.
     require_cut(config.student)
     run = RunFolder(folder)
-    accumulations = [accumulation_of(stage, config.data, num_ranks) for stage in config.stages]
+    accumulations = [_accumulation(config, number, num_ranks) for number in range(len(config.stages))]
 
     def opened(path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
         if is_first:
@@ -116,7 +119,10 @@ def prepare(
 
     stages = [
         _stage_plan(
-            config, index, accumulation, opened(run.selection_path(stage.name), train_request(config.data, stage))
+            config,
+            index,
+            accumulation,
+            opened(run.selection_path(stage.name), train_request(config.data, index, stage)),
         )
         for index, (stage, accumulation) in enumerate(zip(config.stages, accumulations, strict=True))
     ]
@@ -130,7 +136,34 @@ def prepare(
     _require_one_teacher_vocabulary([*(stage.selection for stage in stages), *([heldout] if heldout else [])])
     caches = [cache.path for cache in config.data.caches]
     vocabulary = check_vocabulary(config.student, stages[0].selection, caches)
+    _check_lora_targets(config)
     return RunPlan(stages, heldout, vocabulary)
+
+
+@contextlib.contextmanager
+def _naming_stage(number: int, stage: StageConfig) -> Iterator[None]:
+    """Puts the stage before what is wrong with its settings."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{stage_key(number, stage.name)}: {error}") from error
+
+
+def _accumulation(config: TrainConfig, number: int, num_ranks: int) -> int:
+    with _naming_stage(number, config.stages[number]):
+        return accumulation_of(config.stages[number], config.data, num_ranks)
+
+
+def _check_lora_targets(config: TrainConfig) -> None:
+    """Refuses names that peft would refuse only when the stages before are trained."""
+    named = [(number, stage) for number, stage in enumerate(config.stages) if stage.lora and stage.lora.targets]
+    if not named:
+        return
+    model = meta_causal(config.student)
+    for number, stage in named:
+        assert stage.lora is not None
+        with _naming_stage(number, stage):
+            require_lora_targets(model, stage.lora)
 
 
 def _require_one_teacher_vocabulary(selections: list[Selection]) -> None:
@@ -160,10 +193,11 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
     stage = config.stages[index]
     spec = plan_spec(config, index)
     num_epochs = stage.epochs if stage.epochs is not None or stage.max_steps is not None else 1
-    num_steps = _num_steps(selection, spec, num_epochs, stage, config.data)
-    mix = check_mixes(stage, num_steps)
-    check_losses(mix, selection, stage)
-    check_temperature(selection, stage)
+    with _naming_stage(index, stage):
+        num_steps = _num_steps(selection, spec, num_epochs, stage, config.data)
+        mix = check_mixes(stage, num_steps)
+        check_losses(mix, selection)
+        check_temperature(selection, stage)
     return StagePlan(
         index=index,
         config=stage,
@@ -186,7 +220,7 @@ def _num_steps(
         assert stage.max_steps is not None
         return stage.max_steps
     if plans.total_packs() == 0:
-        raise ConfigError(f"stage {stage.name!r} reads no chain in {num_epochs} epochs: raise data.caches.weight")
+        raise ConfigError(f"no chain is read in {num_epochs} epochs: raise data.caches.weight")
     # The last step of a stage may be short; epochs in between follow each other without a gap.
     num_steps = -(-plans.total_packs() // packs_per_step(stage, data))
     return num_steps if stage.max_steps is None else min(num_steps, stage.max_steps)

@@ -23,6 +23,8 @@ from shared.errors import CacheConflict, ConfigError, CorruptError
 from shared.files import write_text_atomic
 from student_train.config import TrainConfig, meaning_of
 
+SHOWN_KEYS = 5
+
 Position = tuple[int, int]
 """(stage number, optimizer steps done in it)."""
 
@@ -139,13 +141,13 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def refuse_other_meaning(self, config: TrainConfig) -> None:
-        """Raises ConfigError naming the first key that decides what is learnt and differs from the run's own."""
+        """Raises ConfigError naming keys that decide what is learnt and differ from the run's own."""
         kept, asked = meaning_of(self.read_config()), meaning_of(config)
         changed = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
         if changed:
-            key = changed[0]
-            others = len(changed) - 1
-            more = f", and {others} more {'key differs' if others == 1 else 'keys differ'}" if others else ""
+            key, *others = changed
+            named = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
+            more = f" (other keys that differ: {named})" if others else ""
             raise ConfigError(
                 f"{self.root} was begun with {key}={_shown(kept, key)}, now it is {_shown(asked, key)}{more}: "
                 "set it back to resume, or name another run folder (run: ...)"

@@ -75,6 +75,11 @@ class LoraConfig(StrictModel):
     """Names of the linear layers that get an adapter, e.g. [q_proj, v_proj]; None is all but the head."""
 
 
+def stage_key(number: int, name: str) -> str:
+    """What a stage is called in messages: its key in the configuration, from 0, and its name."""
+    return f"stages.{number} ({name})"
+
+
 class StageConfig(StrictModel):
     """One part of a run: what is trained, on what, by which losses, for how long. Stages follow each other."""
 

@@ -22,6 +22,7 @@ from student_train.metrics_log import StepRecord
 from student_train.prepare import StagePlan
 from student_train.ranks import Ranks
 from student_train.schedule import learning_rate, target_view
+from student_train.stage_config import stage_key
 from student_train.streaming.pack import Pack, TargetView
 from student_train.streaming.stream import PackStream
 
@@ -72,8 +73,8 @@ def take_step(
     total_weight = ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])[0]
     if total_weight == 0:
         raise StillroomError(
-            f"every token of step {step + 1} of {stage.config.name!r} has weight 0: lower token_weights.tail, or raise "
-            "batch_tokens"
+            f"{stage_key(stage.index, stage.config.name)}: every token of step {step + 1} has weight 0: lower "
+            "token_weights.tail, or raise batch_tokens"
         )
     header = stage.selection.header
     view = target_view(stage.config, header.temperatures, mix, step, stage.num_steps, has_draws=header.draws > 0)

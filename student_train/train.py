@@ -29,6 +29,7 @@ from student_train.prepare import RunPlan, StagePlan, prepare
 from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
 from student_train.schedule import mix_at
+from student_train.stage_config import stage_key
 from student_train.step import StepResult, take_step
 from student_train.streaming.data import eval_spec
 from student_train.streaming.selection import Selection
@@ -144,8 +145,8 @@ class _StageRun:
         )
         if not math.isfinite(result.record.loss):
             raise StillroomError(
-                f"the loss is {result.record.loss} at step {self._step + 1} of {self._stage.config.name!r}: lower "
-                "learning_rate, or raise engine.precision; the last checkpoint is untouched"
+                f"{stage_key(stage.index, stage.config.name)}: the loss is {result.record.loss} at step "
+                f"{self._step + 1}: lower learning_rate, or raise engine.precision; the last checkpoint is untouched"
             )
         self._step += 1
         self._num_loss_tokens += result.record.num_loss_tokens

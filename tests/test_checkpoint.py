@@ -165,7 +165,7 @@ def test_a_mistake_under_several_ranks_is_one_line(tmp_path: Path, cache: Synthe
     _, said = process.communicate(timeout=300)
     assert process.returncode == 2
     assert said.startswith(
-        "student-train: stages: batch_tokens=512 of 'distill' holds 4 packs of 128 tokens, which do not"
+        "student-train: stages.0 (distill): batch_tokens=512 holds 4 packs of 128 tokens, which do not"
     )
     assert said.count("\n") == 1
 

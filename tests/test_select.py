@@ -106,8 +106,12 @@ def test_max_chains_takes_a_fair_sample_by_id(cache: SyntheticCache, tmp_path: P
 @pytest.mark.parametrize(
     ("where", "weight", "message"),
     [
-        ("corect", None, "data.where 'corect': .*corect"),
-        ("num_tokens <", None, "data.where 'num_tokens <'"),
+        ("corect", None, "data.where 'corect': there is no column corect: the nearest are correct, [a-z_, ]+$"),
+        ("num_tokens <", None, "data.where 'num_tokens <': it ends too early, or its brackets do not match$"),
+        ("(correct\nor true", None, "it ends too early, or its brackets do not match$"),
+        ("true)", None, "it ends too early, or its brackets do not match$"),
+        ("correct or or true", None, "data.where 'correct or or true': syntax error at or near \"or\"$"),
+        (" ", None, "data.where is empty: leave it out"),
         ("row_group = 0", None, "data.where 'row_group = 0'"),
         ("true); drop view chains; --", None, "data.where"),
         ("num_tokens > 100000", None, "selects none of the 60 chains"),
@@ -115,7 +119,7 @@ def test_max_chains_takes_a_fair_sample_by_id(cache: SyntheticCache, tmp_path: P
         (None, "score", "data.weight 'score' is nan for"),
         (None, "-1", "data.weight '-1' is -1.0 for 60 of 60 chains"),
         (None, "0", "weigh 0"),
-        ("cast(source as int) = 1", None, "data.where"),
+        ("cast(source as int) = 1", None, "data.where 'cast[^']*': Could not convert string"),
     ],
 )
 def test_refusals_are_one_line(

@@ -75,13 +75,13 @@ def test_a_cache_without_draws_beside_one_with_them_is_refused_for_sampled_tails
     )
     mix = mix_at(stage, 0, 10)
     alone = selection_of(tmp_path, [cache])
-    check_losses(mix, alone, stage)
+    check_losses(mix, alone)
     check_temperature(alone, stage)
     (tmp_path / "both").mkdir()
     both = selection_of(tmp_path / "both", [cache, other])
     assert (both.header.draws, both.header.temperatures) == (0, [2.0])
     with pytest.raises(ConfigError, match="needs draws from the tail, which not every selected shard holds"):
-        check_losses(mix, both, stage)
+        check_losses(mix, both)
     with pytest.raises(ConfigError, match=r"temperature 0.5 .* hold 2: .*capture.temperatures: \[0.5\]"):
         check_temperature(both, stage)
     # Partitions of a temperature that both hold are read from the right column of each.

@@ -56,6 +56,20 @@ def test_help_loads_no_heavy_library() -> None:
     assert "export" in done.stdout
 
 
+def test_plan_loads_neither_deepspeed_nor_peft(tmp_path: Path, cache: SyntheticCache, student: Path) -> None:
+    config = write_config(tmp_path, cache, student)
+    check = (
+        f"import sys; from student_train import cli; sys.argv = ['student-train', 'plan', {config!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "needless = {'deepspeed', 'peft', 'vllm'} & set(sys.modules)\n"
+        "assert not needless, needless"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_plan_counts_without_leaving_a_trace(
     tmp_path: Path,
     cache: SyntheticCache,
@@ -126,12 +140,25 @@ def test_a_folder_is_no_configuration(
     ("override", "message"),
     [
         ("stages.0.learning_rat=1", "did you mean 'learning_rate'?"),
-        ("stages.0.batch_tokens=500", "no multiple of data.pack_tokens=128: take 512"),
+        (
+            "stages.0.batch_tokens=500",
+            "stages.0 (distill): batch_tokens=500 is no multiple of data.pack_tokens=128: take 512",
+        ),
         ("data.where=split = 'nowhere'", "selects none of the 60 chains"),
         ("data.where=nonsense >", "data.where"),
         ("data.caches=[nowhere]", "nowhere is not a cache"),
         ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
-        ("stages.0.losses={kl: 1}", "loss 'kl' is unknown: choose one of cross_entropy, "),
+        ("stages.0.losses={kl: 1}", "stages.0 (distill): loss 'kl' is unknown: choose one of cross_entropy, "),
+        (
+            "stages.0.losses={jsd_stored_tail: {beta: 1.5}}",
+            "stages.0 (distill): jsd_stored_tail.beta=1.5 must lie strictly between 0 and 1",
+        ),
+        ("stages.0.temperature=3", "stages.0 (distill): temperature 3 needs the teacher's log-partition"),
+        ("stages.0.where=split = 'nowhere'", "stages.0 (distill): where \"split = 'nowhere'\" selects none"),
+        (
+            "stages.0={learning_rate: 1, batch_tokens: 512, trainable: lora, lora: {targets: [q_proj, q_prj]}}",
+            "stages.0 (distill): lora.targets: the student has no linear layer 'q_prj': there are embed_tokens, q_proj, k_",
+        ),
         ("stages.0.losses={forward_kl: 1}", "loss 'forward_kl' is unknown: did you mean 'forward_kl_truncated'?"),
         ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
         ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere is not there yet"),

@@ -380,7 +380,7 @@ def test_loss_that_is_no_number_ends_the_run(
         model.model.norm.weight.fill_(torch.nan)
     model.save_pretrained(broken)
     config = make_config(tmp_path / "run", cache, broken, eval=None)
-    with pytest.raises(StillroomError, match=r"the loss is nan at step 1 of 'distill': lower learning_rate"):
+    with pytest.raises(StillroomError, match=r"stages.0 \(distill\): the loss is nan at step 1: lower"):
         train(config, ranks, StopRequest())
 
 

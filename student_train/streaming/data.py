@@ -21,7 +21,7 @@ from shared.tokens import (
 )
 from student_train.config import DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.losses.divergences import LossMix
-from student_train.stage_config import StageConfig
+from student_train.stage_config import StageConfig, stage_key
 from student_train.streaming.epoch_plan import PlanSpec
 from student_train.streaming.select import CacheSource, SelectionRequest, open_selection
 from student_train.streaming.selection import Selection, load_selection
@@ -47,9 +47,9 @@ def sources_of(data: DataConfig) -> list[CacheSource]:
     ]
 
 
-def train_request(data: DataConfig, stage: StageConfig) -> SelectionRequest:
-    """What a stage learns from."""
-    key = "data.where" if stage.where is None else f"where of stage {stage.name!r},"
+def train_request(data: DataConfig, number: int, stage: StageConfig) -> SelectionRequest:
+    """What stage number `number`, from 0, learns from."""
+    key = "data.where" if stage.where is None else f"{stage_key(number, stage.name)}: where"
     return SelectionRequest(sources_of(data), stage.where or data.where, data.weight, data.max_chains, key=key)
 
 
@@ -92,18 +92,16 @@ def eval_spec(data: DataConfig) -> PlanSpec:
     return PlanSpec(pack_tokens=data.pack_tokens, max_tokens=data.max_tokens, long_chains=data.long_chains)
 
 
-def check_losses(mix: LossMix, selection: Selection, stage: StageConfig) -> None:
+def check_losses(mix: LossMix, selection: Selection) -> None:
     """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
     for term in mix.terms:
         if term.needs_draws and not selection.header.draws:
             raise ConfigError(
-                f"stages: {term.name} of {stage.name!r} needs draws from the tail, which not every selected shard "
-                "holds: use forward_kl_stored_tail, or build a cache with capture.draws"
+                f"{term.name} needs draws from the tail, which not every selected shard holds: use "
+                "forward_kl_stored_tail, or build a cache with capture.draws"
             )
         if term.needs_distribution and selection.is_text:
-            raise ConfigError(
-                f"stages: {term.name} of {stage.name!r} needs distributions: set data.kind: distributions"
-            )
+            raise ConfigError(f"{term.name} needs distributions: set data.kind: distributions")
 
 
 def check_temperature(selection: Selection, stage: StageConfig) -> None:
@@ -115,13 +113,13 @@ def check_temperature(selection: Selection, stage: StageConfig) -> None:
     names = ", ".join(f"{one:g}" for one in held) or "none besides 1"
     if isinstance(asked, float):
         raise ConfigError(
-            f"stages: temperature {asked:g} of {stage.name!r} needs the teacher's log-partition at it; the selected "
-            f"chains hold {names}: use one of them, or build a cache with capture.temperatures: [{asked:g}]"
+            f"temperature {asked:g} needs the teacher's log-partition at it; the selected chains hold {names}: use one "
+            f"of them, or build a cache with capture.temperatures: [{asked:g}]"
         )
     if not held:
         raise ConfigError(
-            f"stages: the temperature of {stage.name!r} is a schedule, but the selected chains hold no other "
-            "temperature than 1: build a cache with capture.temperatures"
+            "temperature is a schedule, but the selected chains hold no other than 1: build a cache with "
+            "capture.temperatures"
         )
 
 
