@@ -1,14 +1,16 @@
 """A report as one HTML file: sections of numbers, charts and tables, composed by whoever has them.
 
 The file needs no network and no script, follows the reader's light or dark theme and fits a phone. Everything that
-comes from a cache or a run is escaped; only the SVG of shared.charts goes in as it is.
+comes from a cache or a run is escaped; only the SVG of shared.drawing goes in as it is.
 """
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.drawing import Drawing
 from shared.files import write_text_atomic
 from shared.terminal import harmless
 
@@ -37,20 +39,23 @@ class Figure:
     """A chart. The title says what is seen, the note how to read it."""
 
     title: str
-    svg: str
+    drawing: Drawing
     note: str = ""
     kind: str = "figure"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; columns whose number is in `right` are aligned for numbers."""
+    """Rows of text, the first cell of each its name. Columns whose number is in `right` are aligned for numbers. On a
+    phone a row is a block of named cells, where cells of the columns in `long` take the whole width.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     right: frozenset[int] = frozenset()
+    long: frozenset[int] = frozenset()
     kind: str = "table"
 
 
@@ -72,6 +77,15 @@ class Section:
     title: str
     pieces: Sequence[Piece]
     intro: str = ""
+
+    def placed(self) -> list[tuple[Piece, bool]]:
+        """The pieces, and whether each takes a row: all but figures, which stand in pairs while there are two."""
+        placed: list[tuple[Piece, bool]] = []
+        for is_figure, group in itertools.groupby(self.pieces, lambda piece: isinstance(piece, Figure)):
+            pieces = list(group)
+            in_pairs = len(pieces) - len(pieces) % 2 if is_figure else 0
+            placed += [(piece, place >= in_pairs) for place, piece in enumerate(pieces)]
+        return placed
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], subtitle: str = "") -> None:
@@ -96,3 +110,14 @@ def render_page(template: str, **values: object) -> str:
     )
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
     return environment.get_template(template).render(made=made, **values)
+
+
+def format_span(seconds: float) -> str:
+    """4930 as 1 h 22 min, 75 as 1 min 15 s, 0.4 as 0.4 s: a time that stands alone, with its units."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest_s} s" if minutes else f"{rest_s} s"

@@ -7,15 +7,22 @@ import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from benchmarks.demo.page import write_demo_report
 from shared.catalog import Catalog
+from shared.chart_labels import Mark, plain_number
 from shared.charts import Change, Group, Line, bars, before_after, histogram, line_chart
+from shared.config import Json, plain
+from shared.drawing import Drawing
 from shared.errors import ConfigError, DataError
 from shared.reader import open_cache
-from shared.report import Figure, Number, Numbers, Section, Table, Text, write_report
+from shared.report import Figure, Number, Numbers, Section, Table, Text, format_span, write_report
+from student_train.config import TrainConfig
 from student_train.report import student_sections, write_student_report
 from teacher_cache.ask.report import cache_sections, pass_rate_figures, write_cache_report
 from teacher_cache.ask.show_page import write_chain_page
@@ -32,8 +39,8 @@ QUIET = (
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 
-def fake_run(folder: Path, num_steps: int = 80, scale: float = 1.0) -> Path:
-    """A run folder with the two files that a report reads."""
+def fake_run(folder: Path, num_steps: int = 80, scale: float = 1.0, **config: Any) -> Path:
+    """A run folder with the three files that a report reads."""
     folder.mkdir(parents=True)
     steps = [
         {
@@ -56,9 +63,36 @@ def fake_run(folder: Path, num_steps: int = 80, scale: float = 1.0) -> Path:
         }
         for step in range(1, num_steps + 1)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    write_steps(folder, steps)
     evals = [evaluation(0, 2.0 * scale, 0.4), evaluation(num_steps, 0.5 * scale, 0.7)]
     (folder / "eval.json").write_text(json.dumps(evals))
+    stage = {"losses": {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1}, "learning_rate": 1e-4}
+    write_config(folder, {"stages": [stage], **config})
+    return folder
+
+
+def write_config(folder: Path, changes: Json) -> None:
+    """The configuration that the run began with."""
+    whole = {"run": str(folder), "student": {"model": "small"}, "data": {"caches": ["cache"]}, **changes}
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(TrainConfig.model_validate(whole))))
+
+
+def write_steps(folder: Path, steps: Sequence[Json]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def in_two_stages(folder: Path, num_first: int, *, weights_change: bool = False) -> Path:
+    """A run whose later steps are of a stage `adapt`, where the whole loss jumps and the cross-entropy goes on falling.
+
+    With `weights_change` the weights of `adapt` drift from step to step.
+    """
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for step in steps[num_first:]:
+        share = step["step"] / len(steps) if weights_change else 0.5
+        weights = {"forward_kl_tail_bucket": 1 - share, "cross_entropy": share}
+        step |= {"stage": "adapt", "stage_number": 1, "step": step["step"] - num_first, "weights": weights}
+        step["loss"] += 100.0
+    write_steps(folder, steps)
     return folder
 
 
@@ -156,10 +190,10 @@ def test_a_title_claims_nothing_from_a_handful_of_chains(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("rates", "title"),
     [
-        ({"a": 0.9, "b": 0.2}, "a is easiest (90% right), b hardest (20%)"),
-        ({"a": 0.1, "b": 0.0, "c": 0.0}, "a is easiest (10% right), 2 sources have 0%"),
+        ({"a": 0.9, "b": 0.2}, "“a” is easiest (90% right), “b” hardest (20%)"),
+        ({"a": 0.1, "b": 0.0, "c": 0.0}, "“a” is easiest (10% right), 2 sources have 0%"),
         ({"a": 0.0, "b": 0.0}, "All 2 sources have 0% right"),
-        ({"a": 0.5}, "a: 50% right"),
+        ({"a": 0.5}, "“a”: 50% right"),
     ],
 )
 def test_ties_of_sources_are_told_as_such(tmp_path: Path, rates: dict[str, float], title: str) -> None:
@@ -196,7 +230,9 @@ def test_a_student_report_tells_before_from_after(tmp_path: Path) -> None:
     found = outline(tmp_path / "report.html")
     assert "Held-out KL to the teacher is 75% lower than before training" in found.texts["h3"]
     assert "2.000 → 0.500 nats (-75%)" in found.texts["text"]
-    assert "forward kl tail bucket" in found.texts["text"]
+    assert "forward KL" in found.texts["text"]
+    assert "forward KL (tail bucket)" in found.texts["dt"]
+    assert "40.0% → 70.0%" in found.texts["text"]
     assert [text for text in found.texts["td"] if text.startswith("distill")] == ["distill, step 0", "distill, step 80"]
 
 
@@ -205,7 +241,114 @@ def test_runs_are_compared_by_name(tmp_path: Path) -> None:
     write_student_report(runs, tmp_path / "report.html")
     found = outline(tmp_path / "report.html")
     assert "a/run" in found.texts["td"]
-    assert any("best is b/run" in title for title in found.texts["h3"])
+    titles = found.texts["h3"]
+    assert "Held-out KL to the teacher at the last evaluation is lowest in “b/run”: 0.250 nats" in titles
+    assert "Held-out top-1 agreement at the last evaluation is the same in “a/run” and “b/run”: 70.0%" in titles
+    assert any(title.startswith("The training loss at the end is lowest in “b/run”: 0.16") for title in titles)
+
+
+def test_numbers_of_a_run_agree(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", num_steps=4)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # One slow step that waited half of its time: 6 of 18 seconds in all, a mean of 12.5% and a median of 0.
+    for step in steps:
+        step |= {"stall_frac": 0.0, "tokens_per_s": 500.0}
+    steps[0] |= {"stall_frac": 0.5, "step_s": 12.0, "tokens_per_s": 83.3}
+    write_steps(run, steps)
+    write_student_report([run], tmp_path / "report.html")
+    found = outline(tmp_path / "report.html")
+    assert "33.3% waiting for data" in found.texts["dd"]
+    assert "33.3% of the time in steps was waiting for data" in found.texts["h3"]
+    assert "222 tok/s" in found.texts["dd"]
+    assert "222 tokens a second over all steps" in found.texts["h3"]
+    assert "The learning rate peaks at 0.0001" in found.texts["h3"]
+    assert "tokens read (thousands)" in found.texts["text"]
+
+
+@pytest.mark.parametrize("weights_change", [False, True])
+def test_losses_of_stages_are_told_apart(tmp_path: Path, weights_change: bool) -> None:
+    run = in_two_stages(fake_run(tmp_path / "run", num_steps=10), 4, weights_change=weights_change)
+    write_student_report([run], tmp_path / "report.html")
+    found = outline(tmp_path / "report.html")
+    titles, cells = found.texts["h3"], found.texts["td"]
+    assert not any(title.startswith("The loss") for title in titles)
+    assert "loss" not in found.texts["dt"]
+    assert "Cross-entropy: 1.900 → 1.150 in distill, 1.100 → 1.000 in adapt" in titles
+    assert "in training; 1.100 when adapt began" in found.texts["dd"]
+    assert "distill, 4 steps: sum by weights" in cells
+    assert ("adapt, 6 steps: sum by weights" in cells) != weights_change
+    assert ("0.5 → 1" in cells) == weights_change
+    # The four plots over steps of one stage and another: two parts, learning rate, speed, waiting, three evaluations.
+    charts = [text for text in found.texts["text"] if text == "adapt"]
+    assert len(charts) == sum("tokens read" in text for text in found.texts["text"]) >= 8
+
+
+def test_a_run_of_one_stage_has_no_marks_and_one_loss(tmp_path: Path) -> None:
+    write_student_report([fake_run(tmp_path / "run", num_steps=10)], tmp_path / "report.html")
+    found = outline(tmp_path / "report.html")
+    assert "The loss falls from 2.30 to 0.50 nats a token" in found.texts["h3"]
+    assert "distill" not in found.texts["text"]
+    assert "loss" in found.texts["dt"]
+
+
+def test_a_comparison_begins_with_what_differs(tmp_path: Path) -> None:
+    one = fake_run(tmp_path / "one", num_steps=10)
+    stage = {"losses": {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1}, "learning_rate": 6e-4}
+    other = fake_run(tmp_path / "other", num_steps=5, stages=[stage], eval={"max_chains": 7})
+    write_student_report([one, other], tmp_path / "report.html")
+    found = outline(tmp_path / "report.html")
+    titles, cells = found.texts["h3"], found.texts["td"]
+    assert titles[0] == "The configurations differ in 2 keys"
+    assert cells[:6] == ["stages.0.learning_rate", "0.0001", "0.0006", "eval.max_chains", "512", "7"]
+    assert titles[1] == "What each run has done so far"
+    speed = cells.index("optimizer steps")
+    assert cells[speed : speed + 3] == ["optimizer steps", "10", "5"]
+    write_student_report([one, fake_run(tmp_path / "same", num_steps=5)], tmp_path / "same.html")
+    assert "The configurations are the same in all that decides" in (tmp_path / "same.html").read_text()
+
+
+def test_stages_that_a_run_lacks_are_said_and_not_spelt_out(tmp_path: Path) -> None:
+    first = {"name": "head", "learning_rate": 1e-3}
+    last = {"name": "adapt", "learning_rate": 1e-4}
+    runs = [
+        fake_run(tmp_path / "one", stages=[first]),
+        fake_run(tmp_path / "two", stages=[first, last]),
+        fake_run(tmp_path / "three", stages=[first, {**last, "max_steps": 9}]),
+    ]
+    write_student_report(runs[:2], tmp_path / "two.html")
+    assert not any("stages.1" in cell for cell in outline(tmp_path / "two.html").texts["td"])
+    write_student_report(runs, tmp_path / "three.html")
+    cells = outline(tmp_path / "three.html").texts["td"]
+    assert cells[:4] == ["stages.1.max_steps", "no such stage", "not set", "9"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"losses": {"forward_kl_tail_bucket": 0.5, "cross_entropy": 0.1}}, {"where": "correct"}]
+)
+def test_training_losses_of_other_sums_are_not_ranked(tmp_path: Path, change: Json) -> None:
+    stage = {"losses": {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1}, "learning_rate": 1e-4}
+    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "b", scale=0.5, stages=[{**stage, **change}])]
+    write_student_report(runs, tmp_path / "report.html")
+    titles = outline(tmp_path / "report.html").texts["h3"]
+    assert not any("training loss" in title for title in titles)
+    assert "Cross-entropy while training" in titles
+    assert "Forward KL (tail bucket) while training" in titles
+
+
+def test_weights_that_followed_another_course_are_not_ranked(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "a", num_steps=10), in_two_stages(fake_run(tmp_path / "b", num_steps=10), 4)]
+    write_student_report(runs, tmp_path / "report.html")
+    assert not any("training loss" in title for title in outline(tmp_path / "report.html").texts["h3"])
+
+
+def test_one_run_alone_is_not_best(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "text")]
+    evals = [{**one, "forward_kl": None} for one in json.loads((runs[1] / "eval.json").read_text())]
+    (runs[1] / "eval.json").write_text(json.dumps(evals))
+    write_student_report(runs, tmp_path / "report.html")
+    titles = outline(tmp_path / "report.html").texts["h3"]
+    assert "Held-out KL to the teacher at the last evaluation: 0.500 nats, in “a” alone" in titles
+    assert not any("best" in title for title in titles)
 
 
 def test_evaluations_on_other_chains_are_not_compared(tmp_path: Path) -> None:
@@ -238,8 +381,9 @@ def test_runs_at_every_stage_have_a_report(tmp_path: Path) -> None:
 
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     sections = [
+        Section("lone", [Figure(NASTY, nasty_charts()[0], NASTY)]),
         Section(NASTY, [Numbers([Number(NASTY, NASTY, NASTY)]), Text(NASTY)], NASTY),
-        Section("charts", [Figure(NASTY, svg, NASTY) for svg in nasty_charts()]),
+        Section("charts", [Figure(NASTY, chart, NASTY) for chart in nasty_charts()]),
         Section("table", [Table(NASTY, [NASTY], [[NASTY]], NASTY)]),
         Section("left out", []),
     ]
@@ -251,17 +395,20 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert outline(tmp_path / "x.html").tags.isdisjoint({"script", "b", "img"})
 
 
-def nasty_charts() -> list[str]:
+def nasty_charts() -> list[Drawing]:
     return [
-        line_chart([Line(NASTY, [0, 1], [1, 2]), Line("数$", [0, 1], [1, 2.01])], NASTY, NASTY),
+        line_chart(
+            [Line(NASTY, [0, 1], [1, 2]), Line("数$", [0, 1], [1, 2.01])], NASTY, NASTY, marks=[Mark(NASTY, 0.5)]
+        ),
         histogram([Group(NASTY, [1.0, 2.0, 2.0]), Group("", [5.0])], NASTY),
         bars([NASTY, "b"], [1.0, 0.0], [NASTY, "x"], NASTY),
         before_after([Change(NASTY, 2.0, 1.0, NASTY), Change("zero", 0.0, 0.0, "0")]),
     ]
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
-    "svg",
+    "chart",
     [
         line_chart([Line("", [3.0], [1.0])], "x", "y"),
         line_chart([Line("a", np.arange(5), np.ones(5), np.zeros(5), np.full(5, 2.0))], "x", "y", from_zero=True),
@@ -269,10 +416,11 @@ def nasty_charts() -> list[str]:
         histogram([Group("one value", [4.0, 4.0])], "x"),
         histogram([Group("", np.linspace(0, 1, 100))], "x"),
         bars(["only"], [0.0], ["0"], "x"),
-        before_after([Change("a", 1.0, 2.0, "b")]),
+        before_after([Change("a", 1.0, 2.0, "b"), Change("c", 0.0, 0.3, "d", limit=1.0)]),
     ],
 )
-def test_charts_take_the_colours_and_the_width_of_the_page(svg: str) -> None:
+def test_charts_take_the_colours_and_the_width_of_the_page(chart: Drawing, wide: bool) -> None:
+    svg = chart.svg(wide=wide)
     assert svg.startswith("<svg viewBox=")
     assert "var(--" in svg
     assert "#fe" not in svg
@@ -285,13 +433,50 @@ def test_charts_take_the_colours_and_the_width_of_the_page(svg: str) -> None:
 
 
 def test_lines_that_end_together_have_names_apart() -> None:
-    svg = line_chart([Line(name, [0, 1], [0, 1 + number / 1000]) for number, name in enumerate("abc")], "x", "y")
-    heights = [float(match[1]) for match in re.finditer(r'translate\([0-9.]+ ([0-9.]+)\)"[^>]*>[abc]</text>', svg)] or [
-        float(match[1]) for match in re.finditer(r'<text[^>]* y="([0-9.]+)"[^>]*>[abc]</text>', svg)
-    ]
-    assert len(heights) == 3
-    gaps = np.diff(sorted(heights))
+    lines = [Line(name, [0, 1], [0, 1 + number / 1000]) for number, name in enumerate("abc")]
+    placed = places_of("abc", line_chart(lines, "x", "y").svg())
+    gaps = np.diff(sorted(height for _, height in placed.values()))
     assert (gaps > 11).all()
+
+
+def test_a_shorter_line_has_its_name_at_its_own_end() -> None:
+    svg = line_chart([Line("a", [0, 10], [1, 2]), Line("b", [0, 5], [1, 2])], "x", "y").svg()
+    placed = places_of("ab", svg)
+    assert placed["a"][0] - placed["b"][0] > 100
+    # Far apart, they stand on one height.
+    assert placed["a"][1] == pytest.approx(placed["b"][1], abs=1)
+
+
+def test_marks_stand_above_the_plot_in_rows() -> None:
+    marks = [Mark("p", 0.0), Mark("q", 0.5), Mark("r", 50.0)]
+    placed = places_of("pqr", line_chart([Line("", [0, 100], [1, 2])], "x", "y", marks=marks).svg())
+    assert placed["p"][0] < placed["q"][0] < placed["r"][0]
+    assert placed["p"][1] - placed["q"][1] > 11
+    assert placed["r"][1] == pytest.approx(placed["p"][1], abs=1)
+
+
+def places_of(names: str, svg: str) -> dict[str, tuple[float, float]]:
+    """Where names of one letter stand."""
+    found = re.findall(r"<text[^>]*translate\(([0-9.]+) ([0-9.]+)\)[^>]*>(\w)</text>", svg)
+    found += re.findall(r'<text[^>]* x="([0-9.]+)" y="([0-9.]+)"[^>]*>(\w)</text>', svg)
+    placed = {name: (float(x), float(y)) for x, y, name in found if name in names}
+    assert sorted(placed) == sorted(names)
+    return placed
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(6e-4, "0.0006"), (2e-6, "0.000002"), (0.1 + 0.2, "0.3"), (40.0, "40"), (12000, "12k"), (0.0, "0"), (-5e6, "-5M")],
+)
+def test_ticks_are_plain_numbers(value: float, shown: str) -> None:
+    assert plain_number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(4930, "1 h 22 min"), (75, "1 min 15 s"), (14.2, "14 s"), (0.42, "0.4 s"), (9.96, "10 s")]
+)
+def test_times_have_units(seconds: float, shown: str) -> None:
+    assert format_span(seconds) == shown
 
 
 def browse(page: Path, folder: Path, *flags: str) -> str:
@@ -309,6 +494,23 @@ def colours_of(path: Path) -> tuple[float, float]:
     flat = (pixels.reshape(-1, 3) * 255).astype(np.int64) @ np.array([65536, 256, 1])
     _, counts = np.unique(flat, return_counts=True)
     return float(pixels.mean()), 1 - counts.max() / len(flat)
+
+
+def test_the_demo_page_follows_the_line(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "demo" / "cache", num_chains=8)
+    fake_run(tmp_path / "demo" / "run")
+    summary = {"num_chains": 8, "num_tokens": 1234, "bytes_per_token": 40.0, "seconds": 500.0}
+    kl = {"heldout_kl_before": 2.0, "heldout_kl_after": 0.5}
+    write_demo_report(tmp_path / "report.html", tmp_path / "demo", {**summary, **kl})
+    found = outline(tmp_path / "report.html")
+    parts = ["The line", "The cache", "The student", "What to type next"]
+    assert [title for title in found.texts["h2"] if title in parts] == parts
+    assert found.texts["h2"][0] == parts[0]
+    (introduction,) = (text for text in found.texts["p"] if text.startswith("A teacher"))
+    assert introduction.index("the cache") < introduction.index("a student")
+    assert "KL 2.00 → 0.50" in found.texts["dd"]
+    shown = [text for text in found.texts["td"] if text.startswith("teacher-cache show")]
+    assert any(chain.sample_id[:12] in shown[0] for chain in made.chains)
 
 
 @needs_browser

@@ -17,10 +17,9 @@ from typing import Any
 
 from rich.table import Table
 
-from shared.catalog import Catalog
+from benchmarks.demo.page import write_demo_report
 from shared.files import write_text_atomic
 from shared.log import console, format_duration, note
-from shared.report import write_report
 
 FOLDER = Path("runs/demo")
 CONFIGS = Path("benchmarks/demo")
@@ -72,7 +71,7 @@ def main() -> None:
 
     summary = summarise(built, trained, clock.seconds)
     assert verified["ok"]
-    write_demo_report(summary)
+    write_demo_report(FOLDER / "report.html", FOLDER, summary)
     write_text_atomic(FOLDER / "summary.json", json.dumps(summary, indent=2) + "\n")
     _show(summary)
 
@@ -124,19 +123,6 @@ def summarise(built: dict[str, Any], trained: dict[str, Any], seconds: float) ->
         "top1_agreement_after": after["top1_agreement"],
         "seconds": round(seconds, 1),
     }
-
-
-def write_demo_report(summary: dict[str, Any]) -> None:
-    """One page with both sides of the line."""
-    from student_train.report import student_sections
-    from teacher_cache.ask.report import cache_sections
-
-    sections = [*student_sections(FOLDER / "run"), *cache_sections(Catalog(FOLDER / "cache"))]
-    subtitle = (
-        f"SmolLM2-135M-Instruct into eight of its thirty layers: held-out KL {summary['heldout_kl_before']:.2f} "
-        f"to {summary['heldout_kl_after']:.2f} nats in {format_duration(summary['seconds'])}"
-    )
-    write_report(FOLDER / "report.html", "stillroom demo", sections, subtitle)
 
 
 def _convert_teacher(folder: Path) -> None:

@@ -82,9 +82,14 @@ def _top1(sample: SignalSample) -> Figure:
 
 def _supports(sample: SignalSample) -> Figure:
     mean, full = float(np.mean(sample.support_T)), float(np.mean(sample.support_T >= sample.max_support))
-    svg = histogram([Group("", sample.support_T)], "stored candidates of a token", "share of tokens (%)", num_bins=64)
-    title = f"A token keeps {mean:.1f} candidates on average"
-    return Figure(title, svg, f"{full:.0%} of the tokens reach the limit of {sample.max_support}.")
+    svg = histogram([Group("", sample.support_T)], "stored candidates", "share of tokens (%)", num_bins=64)
+    title = f"For each token {mean:.1f} candidates are stored on average"
+    return Figure(
+        title,
+        svg,
+        f"The likeliest tokens at that place, with their probabilities. {full:.0%} of the places have the most, "
+        f"{sample.max_support}.",
+    )
 
 
 def _hesitations(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:

@@ -1,0 +1,69 @@
+"""The demo's page: the whole line in the order it was run, from the teacher over the cache to the student.
+
+In: the demo's folder and its summary. Out: one self-contained HTML file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from shared.catalog import Catalog
+from shared.report import Number, Numbers, Section, Table, Text, format_span, write_report
+from shared.sql import open_cache
+from student_train.report import student_sections
+from teacher_cache.ask.report import cache_sections
+
+INTRO = (
+    "A teacher, the language model SmolLM2-135M-Instruct, answered {num_chains} prompts; the cache kept, at every one "
+    "of the {num_tokens:,} tokens of its answers, which tokens it considered and how likely each was; and a student, "
+    "cut from eight of the teacher's thirty layers, learnt from that cache alone to predict as the teacher does."
+)
+
+
+def write_demo_report(out: Path, folder: Path, summary: dict[str, Any]) -> None:
+    """Writes the page about the demo in `folder`."""
+    catalog = Catalog(folder / "cache")
+    sections = [
+        _line(summary),
+        *cache_sections(catalog),
+        *student_sections(folder / "run"),
+        _next(catalog, folder),
+    ]
+    write_report(out, "stillroom demo", sections, "From a teacher's answers to a student, on this machine")
+
+
+def _line(summary: dict[str, Any]) -> Section:
+    before, after = summary["heldout_kl_before"], summary["heldout_kl_after"]
+    numbers = [
+        Number("1. the teacher", "135M weights", "SmolLM2-135M-Instruct, 30 layers"),
+        Number(
+            "2. the cache",
+            f"{summary['num_chains']:,} chains",
+            f"{summary['num_tokens']:,} tokens at {summary['bytes_per_token']:.0f} B",
+        ),
+        Number(
+            "3. the student",
+            f"KL {before:.2f} → {after:.2f}",
+            "nats from the teacher's predictions, on prompts that it never saw",
+        ),
+        Number("in all", format_span(summary["seconds"]), "from prompts to student"),
+    ]
+    return Section("The line", [Text(INTRO.format(**summary)), Numbers(numbers)])
+
+
+def _next(catalog: Catalog, folder: Path) -> Section:
+    """What a reader may type now, in the demo's environment."""
+    with open_cache(catalog) as session:
+        (chain,) = session.arrow("SELECT sample_id FROM chains ORDER BY num_tokens, sample_id LIMIT 1").to_pylist()
+    cache, run, second = folder / "cache", folder / "run", folder / "second"
+    student = "benchmarks/demo/student.yaml"
+    another_loss = f"--set run={second} --set 'stages.0.losses={{jsd_stored_tail: 1}}'"
+    rows = [
+        ["Read a chain token by token", f"teacher-cache show {cache} {chain['sample_id'][:12]} --html chain.html"],
+        ["Ask the cache in SQL", f"teacher-cache sql {cache}"],
+        ["See the student answer, beside its teacher", f"student-train eval {student} --generate 20"],
+        ["Train once more, by another loss", f"student-train run {student} {another_loss}"],
+        ["Compare the two students", f"student-train report {run} {second} --out compare.html"],
+        ["Ask a teacher of your own", "teacher-cache plan my-teacher.yaml, a copy of benchmarks/demo/teacher.yaml"],
+    ]
+    note = "In the demo's environment: . .venv/bin/activate. README.md goes on from there."
+    return Section("What to type next", [Table("From here", ["to", "type"], rows, note, long=frozenset({1}))])

@@ -1,0 +1,209 @@
+"""What reports read of a run: its configuration, its numbers by step, its stages, and curves of them to draw.
+
+In: run folders, finished or not. Out: arrays by optimizer step. Reads config.yaml, metrics.jsonl and eval.json alone;
+loads no model and needs no torch.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.chart_labels import Mark
+from shared.charts import Line
+from shared.config import Json
+from shared.errors import ConfigError, DataError
+from student_train.config import TrainConfig
+from student_train.runfolder import RunFolder
+
+Array = npt.NDArray[Any]
+
+NUM_WINDOWS = 60
+"""A curve of more steps is drawn as means over so many windows, and the spread in each."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The steps of one stage, in order; at least one."""
+
+    name: str
+    steps: Sequence[Json]
+
+    @property
+    def has_one_loss(self) -> bool:
+        """Whether the whole loss is the same sum of the same parts at every step."""
+        first = _what_is_summed(self.steps[0])
+        return all(_what_is_summed(step) == first for step in self.steps)
+
+    def parts(self) -> list[str]:
+        """Names of the losses in it."""
+        return list(dict.fromkeys(name for step in self.steps for name in step["parts"]))
+
+    def weight_words(self, part: str) -> str:
+        """The weight of a part: 0.8, or 0.9 → 0.5 where it changes."""
+        first, last = (f"{step['weights'][part]:.3g}" for step in (self.steps[0], self.steps[-1]))
+        return first if first == last else f"{first} → {last}"
+
+    def ends(self, part: str | None) -> tuple[float, float]:
+        """A part of the loss before its weight, or the whole loss, where its curve starts and ends."""
+        values = [step["loss"] if part is None else step["parts"][part] for step in self.steps]
+        y = curve("", np.arange(len(values)), np.array(values, float)).y
+        return float(y[0]), float(y[-1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. At least one of `steps` and `evals` is not empty."""
+
+    name: str
+    folder: RunFolder
+    steps: Sequence[Json]
+    evals: Sequence[Json]
+
+    def config(self) -> TrainConfig:
+        """The configuration that it began with. Raises ConfigError."""
+        return self.folder.read_config()
+
+    def column(self, name: str) -> Array:
+        """A number by step."""
+        return np.array([step[name] for step in self.steps], float)
+
+    def tokens(self) -> Array:
+        """Tokens read up to the end of each step."""
+        return np.cumsum(self.column("num_tokens"))
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.column("num_tokens").sum())
+
+    @property
+    def seconds(self) -> float:
+        """In optimizer steps."""
+        return float(self.column("step_s").sum())
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over all steps and ranks."""
+        return self.num_tokens / self.seconds if self.seconds else None
+
+    @property
+    def stall_frac(self) -> float:
+        """Share of the time in steps that was waiting for data."""
+        waited_s = float((self.column("stall_frac") * self.column("step_s")).sum())
+        return waited_s / self.seconds if self.seconds else 0.0
+
+    def stages(self) -> list[Stage]:
+        """Those that have begun."""
+        names = dict.fromkeys((step["stage_number"], step["stage"]) for step in self.steps)
+        return [Stage(name, [step for step in self.steps if step["stage_number"] == number]) for number, name in names]
+
+    @property
+    def has_one_loss(self) -> bool:
+        """Whether the loss of any step compares with that of any other: one stage, weights that stay."""
+        stages = self.stages()
+        return len(stages) == 1 and stages[0].has_one_loss
+
+    def stage_marks(self, unit: float, number: int | None = None) -> list[Mark]:
+        """Where each stage begins, in tokens over `unit`; none where there is one stage alone."""
+        stages, ends = self.stages(), [0.0, *self.tokens()]
+        starts = np.cumsum([0, *(len(stage.steps) for stage in stages)])[:-1]
+        marks = [Mark(stage.name, ends[start] / unit, number) for stage, start in zip(stages, starts, strict=True)]
+        return marks if len(marks) > 1 else []
+
+    def eval_curve(self, name: str) -> tuple[Array, Array]:
+        """Tokens read and the measure, at every evaluation that has it and is of the same chains as the last."""
+        done = {
+            (step["stage_number"], step["step"]): tokens for step, tokens in zip(self.steps, self.tokens(), strict=True)
+        }
+        before, points = 0.0, []
+        for one in self.evals:
+            before = done.get((one["stage_number"], one["step"]), before)
+            if one.get(name) is not None and one.get("selection") == self.evals[-1].get("selection"):
+                points.append((before, one[name]))
+        x, y = zip(*points, strict=True) if points else ((), ())
+        return np.array(x, float), np.array(y, float)
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """The unit in which numbers of tokens are plain: its size and its label."""
+
+    unit: float
+    label: str
+
+
+def token_axis(runs: Sequence[Run]) -> TokenAxis:
+    """For the longest of the runs."""
+    most = max((run.num_tokens for run in runs), default=0)
+    for unit, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+        if most >= 4 * unit:
+            return TokenAxis(unit, f"tokens read ({name})")
+    return TokenAxis(1.0, "tokens read")
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Raises ConfigError where none is named, DataError for a folder that holds no run."""
+    if not folders:
+        raise ConfigError("no run is named: give the folder of at least one")
+    runs = []
+    for folder in folders:
+        run = RunFolder(folder)
+        steps, evals = run.read_metrics(), run.read_evals()
+        if not steps and not evals:
+            raise DataError(f"{folder} holds no metrics.jsonl with a step in it: name the folder of a run")
+        name = folder.resolve().name
+        if sum(other.resolve().name == name for other in folders) > 1:
+            name = f"{folder.resolve().parent.name}/{name}"
+        runs.append(Run(name, run, steps, evals))
+    return runs
+
+
+def curve(name: str, x: Array, y: Array, series: int | None = None) -> Line:
+    """The values as they are, or as means over windows with their spread where there are many."""
+    if len(y) <= NUM_WINDOWS:
+        return Line(name, x, y, series=series)
+    windows = np.array_split(np.arange(len(y)), NUM_WINDOWS)
+    low, high = (np.array([np.quantile(y[window], q) for window in windows]) for q in (0.1, 0.9))
+    means = np.array([y[window].mean() for window in windows])
+    # The last step of each window: the curve ends where the run does.
+    return Line(name, np.array([x[window[-1]] for window in windows]), means, low, high, series)
+
+
+def part_curve(run: Run, part: str, unit: float, name: str, series: int | None = None) -> Line:
+    """A part of the loss, before its weight, over tokens / `unit`: of the stages that have it, at least one."""
+    pieces, done = [], 0
+    for stage in run.stages():
+        if part in stage.parts():
+            x = run.tokens()[done : done + len(stage.steps)] / unit
+            # No window holds steps of two stages.
+            pieces.append(curve("", x, np.array([step["parts"][part] for step in stage.steps], float)))
+        done += len(stage.steps)
+    low = np.concatenate([piece.y if piece.low is None else piece.low for piece in pieces])
+    high = np.concatenate([piece.y if piece.high is None else piece.high for piece in pieces])
+    x, y = (np.concatenate(columns) for columns in zip(*((piece.x, piece.y) for piece in pieces), strict=True))
+    return Line(name, x, y, low, high, series)
+
+
+def loss_words(name: str) -> str:
+    """`forward_kl_stored_tail` as forward KL (stored tail)."""
+    words = name.replace("cross_entropy", "cross-entropy").replace("_", " ")
+    words = re.sub(r"\b(kl|jsd)\b", lambda match: match[1].upper(), words)
+    return re.sub(r" (tail bucket|sampled tail|stored tail|truncated|renormalised|argmax)$", r" (\1)", words)
+
+
+def loss_unit(name: str) -> str:
+    """Of a part of the loss, a token."""
+    return "share" if name.startswith("total_variation") else "nats"
+
+
+def capital(sentence: str) -> str:
+    """With a capital first."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _what_is_summed(step: Json) -> tuple[Json, float | None]:
+    return step["weights"], step.get("temperature")
