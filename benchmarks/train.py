@@ -39,8 +39,8 @@ import torch
 from benchmarks.loss import hardware
 from shared.config import Json, validate_config
 from shared.interrupt import StopRequest
-from student_train.attention import attend_by_document
 from student_train.config import TrainConfig
+from student_train.documents import hidden_states, keep_apart
 from student_train.evaluate import to_device
 from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
@@ -161,7 +161,7 @@ class OnlineTeacher:
 
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype())
         self._model = loaded.to(device).eval()
-        attend_by_document(self._model)
+        self._apart = keep_apart(self._model)
         self._cpu_s = 0.0
 
     def take_cpu_s(self) -> float:
@@ -174,12 +174,9 @@ class OnlineTeacher:
         """The pack with the teacher's own top 64 and tail as targets."""
         found = to_device(pack, device, **options)
         started_s = time.process_time()
-        hidden_LH = self._model.model(
-            input_ids=found.input_ids_1L,
-            position_ids=found.position_ids_1L,
-            use_cache=False,
-            document_lengths=found.document_lengths,
-        ).last_hidden_state[0]
+        hidden_LH = hidden_states(
+            self._model, self._apart, found.input_ids_1L, found.position_ids_1L, found.document_lengths
+        )
         parts = [self._support(chunk) for chunk in hidden_LH[found.predict_positions_N].split(CHUNK_TOKENS)]
         ids_NK, logprobs_NK, tail_N = (torch.cat(part) for part in zip(*parts, strict=True))
         targets: SparseTargets = replace(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shared.errors import ConfigError, DataError
 from shared.hub import hush_hub
-from student_train.attention import KEYWORD, attend_by_document
 from student_train.config import EngineConfig, StudentConfig
+from student_train.documents import Apart, hidden_states, keep_apart
 from student_train.losses.divergences import LossMix
 from student_train.losses.head import fuse_head, head_loss, head_metrics
 from student_train.stage_config import LoraConfig, StageConfig
@@ -33,7 +33,7 @@ class Student(torch.nn.Module):
         super().__init__()
         self.model = model
         self._chunk_tokens = chunk_tokens
-        self._by_document = attend_by_document(self.causal)
+        self.apart = keep_apart(self.causal)
         self._decoder_learns = any(parameter.requires_grad for parameter in self.causal.get_decoder().parameters())
 
     @property
@@ -46,19 +46,14 @@ class Student(torch.nn.Module):
     def forward(self, pack: TorchPack, mix: LossMix | None = None) -> tuple[Tensor, ...]:
         """With a mix (loss_sum, term_sums_J, weight_sum) of losses.LossSums; without, TokenMetrics as a tuple.
 
-        Each token sees its own document only: by attention.py, or by the mask that transformers makes of positions
-        which restart at 0. The hidden state at predict_positions_N[n] predicts target n.
+        Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
         """
         causal = self.causal
         # A frozen decoder below a trained head keeps no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
-            hidden_LH = causal.get_decoder()(
-                input_ids=pack.input_ids_1L,
-                position_ids=pack.position_ids_1L,
-                attention_mask=None,
-                use_cache=False,
-                **({KEYWORD: pack.document_lengths} if self._by_document else {}),
-            ).last_hidden_state[0]
+            hidden_LH = hidden_states(
+                causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths
+            )
             hidden_NH = hidden_LH.index_select(0, pack.predict_positions_N)
         head = causal.get_output_embeddings()
         if mix is not None:
@@ -87,7 +82,13 @@ def load_student(
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
     model.train()
-    return Student(model, engine.chunk_tokens)
+    made = Student(model, engine.chunk_tokens)
+    if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
+        raise ConfigError(
+            f"{folder} carries a state from token to token, so the documents of a pack are computed one by one; ranks "
+            "that gather weights at every call (ZeRO 3) would wait for each other for ever: set engine.zero_stage to 2"
+        )
+    return made
 
 
 def use_cpu_where_there_is_no_gpu() -> None:

@@ -25,6 +25,9 @@ from student_train.config import TrainConfig, meaning_of
 
 SHOWN_KEYS = 5
 
+FROM_LEARNING = ("checkpoints", "stages", "tensorboard")
+"""Folders of a run that hold what its steps left."""
+
 Position = tuple[int, int]
 """(stage number, optimizer steps done in it)."""
 
@@ -132,13 +135,12 @@ class RunFolder:
         )
 
     def _forget_beginning(self) -> None:
-        for path in self.root.glob("*.selection*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        for path in (self.metrics_path, self.eval_path):
-            path.unlink(missing_ok=True)
+        # What says that a selection is whole goes first, what it says it of after.
+        files = [*self.root.glob("*.selection.parquet"), *self.root.glob("*.selection.source.parquet")]
+        for file in (*files, self.metrics_path, self.eval_path):
+            file.unlink(missing_ok=True)
+        for folder in (*self.root.glob("*.selection-text"), *(self.root / name for name in FROM_LEARNING)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def refuse_other_meaning(self, config: TrainConfig) -> None:
         """Raises ConfigError naming keys that decide what is learnt and differ from the run's own."""
