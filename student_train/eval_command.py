@@ -59,6 +59,11 @@ def evaluate_model(
     generate: GenerateConfig | None = None,
 ) -> Json:
     """Evaluates a Hugging Face folder or hub id. Raises ConfigError, DataError, CorruptError."""
+    if (Path(model) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"--model {model} is a LoRA adapter alone: `student-train export` without --adapter-only writes it merged "
+            "into its model, name that folder"
+        )
     student = StudentConfig(model=model)
     data = DataConfig(caches=[CacheConfig(path=path) for path in caches], pack_tokens=pack_tokens)
     wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)

@@ -83,8 +83,12 @@ def evaluate(
                 sums += torch.stack([values.double().sum() for values in metrics])
                 num_tokens += pack.num_loss_tokens
             if progress is not None:
-                progress.update(min((number + 1) * ranks.num_ranks, num_packs), num_tokens)
-    *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
+                # What the other ranks have read is known at the end.
+                known = num_tokens if ranks.num_ranks == 1 else 0
+                progress.update(min((number + 1) * ranks.num_ranks, num_packs), known)
+        *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
+        if progress is not None:
+            progress.update(num_packs, int(total_tokens))
     return _result(selection, dict(zip(TokenMetrics._fields, totals, strict=True)), int(total_tokens))
 
 

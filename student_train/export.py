@@ -46,13 +46,22 @@ def export(
         model = trained_model(config, state, merged=not adapter_only)
         if not adapter_only:
             adopt_tokens(model, found)
+        adapter_of = _base_of(config, state.stage) if adapter_only else None
+        if adapter_of is not None:
+            # peft writes it into adapter_config.json, which is then opened from any directory.
+            model.peft_config["default"].base_model_name_or_path = adapter_of
         save_model(model, found, temp)
-        adapter_of = initial_folder(config, state.stage) if adapter_only else None
-        write_text_atomic(temp / "README.md", model_card(config, state, selection, manifests_of(selection), adapter_of))
+        selections = {
+            one.name: load_selection(run.selection_path(one.name)) for one in config.stages[: state.stage + 1]
+        }
+        write_text_atomic(
+            temp / "README.md", model_card(config, state, selections, manifests_of(selection), adapter_of)
+        )
     return {
         "folder": str(out),
         "checkpoint": state.tag,
         "adapter_only": adapter_only,
+        "adapter_of": adapter_of,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "size_bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
     }
@@ -73,6 +82,12 @@ def initial_folder(config: TrainConfig, stage: int) -> str:
     if stage == 0:
         return config.student.model
     return str(RunFolder(config.run).model_after(config.stages[stage - 1].name))
+
+
+def _base_of(config: TrainConfig, stage: int) -> str:
+    """What an adapter of the stage belongs to: a folder by its absolute path, or a hub id."""
+    base = initial_folder(config, stage)
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from shared.config import Json
 from shared.errors import ConfigError
 from shared.files import write_text_atomic
+from shared.log import note
 from shared.tokens import load_tokenizer
 from shared.weights import fingerprint_weights
 from student_train.config import StudentConfig
@@ -39,6 +40,7 @@ def init_student(teacher: str, num_layers: int, out: Path) -> Json:
     if (out / RECORD).exists():
         record: Json = json.loads((out / RECORD).read_text(encoding="utf-8"))
         if {key: record.get(key) for key in asked} == asked:
+            note(f"{out} is there already, cut in the same way: it is left as it is")
             return record
     refuse_existing(out)
     model = _load(teacher)

@@ -97,6 +97,12 @@ class MetricsLog:
             self._board.add_scalar(name, value, self._steps_before + record.step)
 
 
+def short_name(loss: str) -> str:
+    """A loss's name where there is little room; no two losses share one."""
+    short = {"forward_kl_stored_tail": "kl", "cross_entropy": "ce"}
+    return short.get(loss, loss.removesuffix("_tail_bucket").removesuffix("_stored_tail"))
+
+
 def require_tensorboard() -> None:
     """Raises ConfigError where the package is missing."""
     if importlib.util.find_spec("tensorboard") is None:

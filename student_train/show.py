@@ -1,9 +1,12 @@
 """Results as lines for a person; `--json` prints the same as one JSON object."""
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shared.log import format_bytes, format_count, format_duration, format_plural
+from student_train.metrics_log import short_name
 
 Result = Mapping[str, Any]
 
@@ -30,22 +33,27 @@ def plan_lines(plan: Result) -> list[str]:
 def run_lines(summary: Result) -> list[str]:
     """`run`: what it came to."""
     lines = [
-        f"{stage['name']:10} {format_plural(stage['num_steps'], 'step')}, "
-        f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
+        f"{stage['name']:10} {format_plural(stage['num_steps'], 'step')}, {_course(stage)}"
         for stage in summary["stages"]
         if stage["num_steps"]
     ]
     lines.append(
-        f"trained    {format_count(summary['num_loss_tokens'])} loss tokens in {format_duration(summary['train_s'])}, "
-        f"{summary['tokens_per_s']:.0f} tok/s, {100 * summary['stall_frac']:.1f}% waiting for data"
+        f"read       {format_count(summary['num_tokens'])} tokens ({format_count(summary['num_loss_tokens'])} in the "
+        f"loss) in {format_duration(summary['train_s'])}, {summary['tokens_per_s']:.0f} tok/s, "
+        f"{100 * summary['stall_frac']:.1f}% waiting for data"
     )
     if summary["num_skipped_steps"]:
         lines.append(f"skipped    {summary['num_skipped_steps']} steps: float16 overflowed, their packs taught nothing")
     for label, name in (("before", "heldout_before"), ("after", "heldout_after")):
         if summary[name] is not None:
             lines.append(f"{label:10} {_metrics(summary[name])}")
-    best = summary["best_checkpoint"]
-    return [*lines, f"checkpoint {summary['checkpoint']}" + (f", best {best}" if best is not None else "")]
+    best, run = summary["best_checkpoint"], Path(summary["run"])
+    lines.append(
+        f"checkpoint {run / 'checkpoints' / summary['checkpoint']}" + (f", best {best}" if best is not None else "")
+    )
+    config, folder = shlex.quote(str(run / "config.yaml")), shlex.quote(str(run))
+    commands = (f"eval {config}", f"export {config} --out FOLDER", f"report {folder}")
+    return [*lines, "next       " + "; ".join(f"student-train {one}" for one in commands)]
 
 
 def eval_lines(result: Result) -> list[str]:
@@ -66,7 +74,8 @@ def eval_lines(result: Result) -> list[str]:
 def export_lines(result: Result) -> list[str]:
     """`export`: what was written."""
     kind = "LoRA adapter" if result["adapter_only"] else "model"
-    return [f"{result['folder']}: {kind} of checkpoint {result['checkpoint']}, {format_bytes(result['size_bytes'])}"]
+    line = f"{result['folder']}: {kind} of checkpoint {result['checkpoint']}, {format_bytes(result['size_bytes'])}"
+    return [line, *([f"base model: {result['adapter_of']}"] if result["adapter_only"] else [])]
 
 
 def _stage_lines(stage: Result) -> list[str]:
@@ -96,6 +105,18 @@ def _temperature_lines(steps: list[tuple[int, float]]) -> list[str]:
     if [temperature for _, temperature in steps] == [1.0]:
         return []
     return ["temperature " + ", ".join(f"{temperature:g} from step {step + 1}" for step, temperature in steps)]
+
+
+def _course(stage: Result) -> str:
+    """From the first step to the last: the whole loss where its weights stayed as they were, and its parts."""
+    parts = [
+        f"{short_name(name)} {first:.4f} -> {stage['last_parts'][name]:.4f}"
+        for name, first in stage["first_parts"].items()
+    ]
+    if not stage["is_comparable"]:
+        return ", ".join(parts)
+    loss = f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}"
+    return f"{loss} ({', '.join(parts)})" if len(parts) > 1 else loss
 
 
 def _share(value: float | None) -> str:

@@ -18,7 +18,7 @@ from student_train.engine import Engine
 from student_train.evaluate import to_device
 from student_train.losses.divergences import LossMix
 from student_train.losses.token_weights import weighed
-from student_train.metrics_log import StepRecord
+from student_train.metrics_log import StepRecord, short_name
 from student_train.prepare import StagePlan
 from student_train.ranks import Ranks
 from student_train.schedule import learning_rate, target_view
@@ -39,7 +39,7 @@ class StepResult:
     def notes(self) -> dict[str, str]:
         """For the progress line."""
         record = self.record
-        parts = {_short(name): f"{value:.4f}" for name, value in record.parts.items()}
+        parts = {short_name(name): f"{value:.4f}" for name, value in record.parts.items()}
         return {
             "loss": f"{record.loss:.4f}",
             **(parts if len(parts) > 1 else {}),
@@ -143,8 +143,3 @@ def _accumulate(
 
 def _num_read(pack: Pack) -> int:
     return pack.num_tokens if pack.num_loss_tokens else 0
-
-
-def _short(name: str) -> str:
-    short = {"forward_kl_stored_tail": "kl", "forward_kl_tail_bucket": "kl", "cross_entropy": "ce"}
-    return short.get(name, name.removesuffix("_tail_bucket").removesuffix("_stored_tail"))

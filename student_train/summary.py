@@ -34,9 +34,16 @@ def summarise(run: RunFolder, config: TrainConfig) -> Json:
 
 def _stage(records: list[Json], name: str) -> Json:
     own = [record for record in records if record["stage"] == name]
+    first, last = (own[0], own[-1]) if own else (None, None)
     return {
         "name": name,
         "num_steps": len(own),
-        "first_loss": own[0]["loss"] if own else None,
-        "last_loss": own[-1]["loss"] if own else None,
+        "first_loss": first and first["loss"],
+        "last_loss": last and last["loss"],
+        "first_parts": first and first["parts"],
+        "last_parts": last and last["parts"],
+        # Where weights or temperature change, the losses of two steps are of two kinds.
+        "is_comparable": all(
+            (one["weights"], one["temperature"]) == (own[0]["weights"], own[0]["temperature"]) for one in own
+        ),
     }

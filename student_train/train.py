@@ -49,19 +49,23 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
         if ranks.is_first:
             stack.enter_context(run.lock())
             run.open(config, has_learnt=checkpoint.latest_state(run.checkpoints) is not None)
-        plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         state = checkpoint.latest_state(run.checkpoints)
+        if state is not None and state.stage_is_done and state.stage == len(config.stages) - 1:
+            if ranks.is_first:
+                note(f"the run is finished: {state.tag} is the last step of its last stage; nothing is left to train")
+            return summarise(run, config)
+        plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         if ranks.is_first:
-            _announce(plan, state)
+            _announce(plan, state, ranks.num_ranks)
             run.truncate_metrics((state.stage, state.step) if state is not None else (0, 0))
         ranks.barrier()
         for stage in plan.stages:
             if state is None or state.stage < stage.index or not (state.stage > stage.index or state.stage_is_done):
-                state = _StageRun(config, plan, stage, state, ranks, stop).run()
+                state, is_stopped = _StageRun(config, plan, stage, state, ranks, stop).run()
                 # DeepSpeed's objects hold each other: left alone, this stage's weights would lie beside the next one's.
                 gc.collect()
-                # A stage ends early only by a stop that all ranks agreed on; what one rank knows decides nothing.
-                if not state.stage_is_done:
+                # After the run's very last step nothing is left that a stop could prevent.
+                if is_stopped and not (state.stage_is_done and stage is plan.stages[-1]):
                     raise KeyboardInterrupt
     return summarise(run, config)
 
@@ -96,8 +100,11 @@ class _StageRun:
         self._num_loss_tokens = state.num_loss_tokens if state is not None else 0
         self._train_s = state.train_s if state is not None else 0.0
 
-    def run(self) -> CheckpointState:
-        """Steps, evaluations and checkpoints until the stage ends or a stop is asked for; returns the last state."""
+    def run(self) -> tuple[CheckpointState, bool]:
+        """Steps, evaluations and checkpoints until the stage ends or a stop is asked for.
+
+        Returns the last state, and whether all ranks agreed on a stop; what one rank knows decides nothing.
+        """
         stage, ranks = self._stage, self._ranks
         steps_before = sum(one.num_steps for one in self._plan.stages[: stage.index])
         board = self._run.root / "tensorboard" if self._config.tensorboard else None
@@ -115,18 +122,22 @@ class _StageRun:
             progress = (
                 stack.enter_context(Progress(label, stage.num_steps, "steps", self._step)) if ranks.is_first else None
             )
-            num_tokens = 0
+            num_tokens, is_stopped = 0, False
             self._stop.finish_first()
-            while self._step < stage.num_steps:
+            while self._step < stage.num_steps and not is_stopped:
                 result = self._take_step()
                 num_tokens += result.record.num_tokens
                 if log is not None and progress is not None:
                     log.write(result.record)
                     progress.update(self._step, num_tokens, result.notes())
-                self._after_step(result, log)
-                if result.stop:
-                    break
-            return self._save()
+                    if self._step == stage.num_steps:
+                        # Before the evaluation that follows says its own.
+                        progress.print_now()
+                self._after_step(log)
+                is_stopped = result.stop
+            state = self._save()
+            # Someone may have asked during the last evaluation.
+            return state, is_stopped or ranks.sum([float(self._stop.is_set)])[0] > 0
 
     def _take_step(self) -> StepResult:
         started_s = time.perf_counter()
@@ -153,7 +164,7 @@ class _StageRun:
         self._train_s += time.perf_counter() - started_s
         return result
 
-    def _after_step(self, result: StepResult, log: MetricsLog | None) -> None:
+    def _after_step(self, log: MetricsLog | None) -> None:
         config, is_last = self._config, self._step == self._stage.num_steps
         evaluates = config.eval is not None and (
             is_last or (config.eval.every_steps is not None and self._step % config.eval.every_steps == 0)
@@ -234,7 +245,7 @@ class _StageRun:
         return Engine(student, stage.config, config.engine, self._ranks, stage.accumulation, universal=universal)
 
 
-def _announce(plan: RunPlan, state: CheckpointState | None) -> None:
+def _announce(plan: RunPlan, state: CheckpointState | None, num_ranks: int) -> None:
     for line in plan.vocabulary.notes:
         note(line)
     for stage in plan.stages:
@@ -243,5 +254,9 @@ def _announce(plan: RunPlan, state: CheckpointState | None) -> None:
             f"stage {stage.config.name}: {format_plural(header.num_chains, 'chain')}, {header.num_tokens} completion "
             f"tokens, {format_plural(stage.num_steps, 'step')} of {format_plural(stage.packs_per_step, 'pack')}"
         )
+    ranks = format_plural(num_ranks, "rank")
     if state is not None:
-        note(f"going on after step {state.step} of {state.num_steps} of stage {state.stage_name}")
+        others = f" (the checkpoint is of {state.num_ranks})" if state.num_ranks != num_ranks else ""
+        note(f"going on after step {state.step} of {state.num_steps} of stage {state.stage_name}, on {ranks}{others}")
+    elif num_ranks > 1:
+        note(f"training on {ranks}")

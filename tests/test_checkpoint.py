@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -108,6 +109,10 @@ def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
     assert process.returncode == 130, said
     assert "interrupted; this goes on: student-train run" in said
     assert "--nproc 2" in said
+    assert said.count("training on 2 ranks\n") == 1
+    # Of all ranks, not of the first alone.
+    counted = re.findall(r"^evaluate .* (\S+) tok ", said, flags=re.MULTILINE)
+    assert set(counted) == {str(RunFolder(config.run).read_evals()[0]["num_tokens"])}
     state = latest_state(RunFolder(config.run).checkpoints)
     assert state is not None
     assert state.num_ranks == 2

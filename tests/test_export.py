@@ -17,6 +17,7 @@ from student_train.eval_command import evaluate_config, evaluate_model
 from student_train.export import cache_tokenizer, export, trained_model
 from student_train.ranks import Ranks
 from student_train.runfolder import RunFolder
+from student_train.show import export_lines
 from student_train.streaming.selection import Selection, load_selection
 from tests.caches import SyntheticCache
 from tests.students import make_student, make_tokenizer
@@ -74,18 +75,25 @@ def test_exported_folder_is_the_student_that_the_run_saw(
 
 @pytest.mark.usefixtures("own_tokenizer")
 def test_adapter_alone_gives_the_merged_logits(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _trained(tmp_path, cache, student, ranks, {}, {"trainable": "lora"})
-    export(config, _last(config), tmp_path / "adapter", adapter_only=True, tokenizer=None)
+    # As a configuration has it that was written for one directory.
+    monkeypatch.chdir(student.parent)
+    config = _trained(tmp_path, cache, Path(student.name), ranks, {}, {"trainable": "lora"})
+    result = export(config, _last(config), tmp_path / "adapter", adapter_only=True, tokenizer=None)
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
     assert f"library_name: peft\npipeline_tag: text-generation\nbase_model: {student}\n" in (
         (tmp_path / "adapter" / "README.md").read_text()
     )
+    assert export_lines(result)[1] == f"base model: {student}"
+    with pytest.raises(ConfigError, match="is a LoRA adapter alone: `student-train export` without --adapter-only"):
+        evaluate_model(str(tmp_path / "adapter"), [cache.root], None)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), str(tmp_path / "adapter"))
     ids = torch.arange(3, 30)[None]
     merged = trained_model(config, _last(config), merged=True)
     assert torch.allclose(loaded(ids).logits, merged(ids).logits, atol=1e-5)
+    monkeypatch.chdir(tmp_path)
+    assert peft.PeftConfig.from_pretrained("adapter").base_model_name_or_path == str(student)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -101,6 +109,37 @@ def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
     trained = trained_model(config, _last(config), merged=False)
     assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=1e-5)
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+@pytest.mark.usefixtures("own_tokenizer")
+def test_the_card_tells_of_every_stage(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    losses: Json = {
+        "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}, "beta": 0.3},
+        "skewed_forward_kl_stored_tail": {"weight": {"kind": "exponential", "start": 2.0, "factor": 0.5}, "alpha": 0.2},
+        "cross_entropy": 0.1,
+    }
+    stages: list[Json] = [
+        {"name": "sums", "max_steps": 1, "where": "source = 'sums'", "losses": losses, "focal_gamma": 2},
+        {"name": "all", "max_steps": 1, "token_weights": {"entropy": 0.5}},
+    ]
+    config = make_config(tmp_path / "run", cache, student, *stages, eval=None, data={"weight": "1 + num_tokens"})
+    train_run(config, ranks)
+    export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
+    lines = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("- Stage")]
+    sizes = [
+        f"({one.num_chains} chains, {one.num_tokens} completion tokens)"
+        for one in (load_selection(RunFolder(config.run).selection_path(name)).header for name in ("sums", "all"))
+    ]
+    weights = "chains weighted by `1 + num_tokens`"
+    first = (
+        "losses jsd_stored_tail x linear from 1 to 0.5 (beta 0.3), skewed_forward_kl_stored_tail x exponential from 2 "
+        "by 0.5 a step (alpha 0.2), cross_entropy x 0.1; peak rate 0.01; focal_gamma 2"
+    )
+    second = "losses forward_kl_stored_tail x 0.9, cross_entropy x 0.1; peak rate 0.01; token_weights entropy 0.5"
+    assert lines == [
+        f"- Stage sums: trains all on `source = 'sums'` {sizes[0]}; {first}; {weights}",
+        f"- Stage all: trains all on `split = 'train'` {sizes[1]}; {second}; {weights}",
+    ]
 
 
 def test_tokenizer_that_nobody_has_is_refused(

@@ -231,7 +231,8 @@ def test_secrets_of_the_environment_reach_no_file(
     config = make_config(tmp_path / "run", made, student, {"max_steps": 1}, eval=None)
     train_run(config, ranks)
     state = find_state(RunFolder(config.run).checkpoints, "last")
-    card = model_card(config, state, load_selection(RunFolder(config.run).selection_path("distill")), made.manifests)
+    selections = {"distill": load_selection(RunFolder(config.run).selection_path("distill"))}
+    card = model_card(config, state, selections, made.manifests)
     (tmp_path / "README.md").write_text(card)
     write_student_report([config.run], tmp_path / "student.html")
     print(diagnose_teacher(), diagnose_student(), cache_stats(Catalog(built)))
@@ -334,7 +335,8 @@ def test_a_teachers_name_stays_text_on_the_model_card(
     state = find_state(RunFolder(config.run).checkpoints, "last")
     teacher = cache.manifests[0].teacher.model_copy(update={"model": "x\n---\n# <script>alert(1)</script>"})
     manifest = cache.manifests[0].model_copy(update={"teacher": teacher})
-    card = model_card(config, state, load_selection(RunFolder(config.run).selection_path("distill")), [manifest])
+    selections = {"distill": load_selection(RunFolder(config.run).selection_path("distill"))}
+    card = model_card(config, state, selections, [manifest])
     assert "<script>" not in card
     assert "\n# &lt;script" not in card
     assert "x --- # &lt;script&gt;alert(1)&lt;/script&gt;" in card

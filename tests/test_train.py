@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from shared.config import Json
 from shared.errors import CacheConflict, ConfigError, StillroomError
 from shared.interrupt import StopRequest
+from shared.log import format_count
 from student_train.checkpoint import find_state, tags
 from student_train.config import TrainConfig
 from student_train.eval_command import evaluate_config, evaluate_model
@@ -338,10 +339,69 @@ def test_a_stage_leaves_no_weights_in_memory(
     assert num_alive == [0, 0, 0]
 
 
+def test_a_stop_in_the_last_step_of_a_stage_ends_there(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    stages: list[Json] = [{"name": "one", "max_steps": 2}, {"name": "two", "max_steps": 2}]
+    config = make_config(tmp_path / "run", cache, student, *stages, eval=None)
+    assert len(train_run(config, ranks, stop_after=2)) == 2
+    # In the last step of all it changes nothing.
+    assert train(config, ranks, StopAfter(2))["num_steps"] == 4
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 3})
+    summary = train(config, ranks, StopRequest())
+    said = capsys.readouterr().err
+    # The last step's line comes once, before the evaluation after it.
+    steps = [line.split("  ")[0] for line in said.splitlines() if line.startswith(("train", "evaluate"))]
+    assert steps == ["evaluate", "train distill", "evaluate"]
+    monkeypatch.setattr("student_train.train.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare"))
+    assert train(config, ranks, StopRequest()) == summary
+    assert capsys.readouterr().err.startswith("the run is finished: distill-000003 is the last step of its last stage")
+
+
+def test_the_end_of_a_run_compares_only_what_is_alike(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    changing = {
+        "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.0}},
+        "cross_entropy": {"weight": {"kind": "linear", "start": 0.0, "end": 1.0}},
+    }
+    stages: list[Json] = [{"name": "same", "max_steps": 2}, {"name": "other", "max_steps": 2, "losses": changing}]
+    config = make_config(tmp_path / "run", cache, student, *stages, eval=None)
+    lines = run_lines(train(config, ranks, StopRequest()))
+    records = RunFolder(config.run).read_metrics()
+    kl, jsd = ([one["parts"].get(name) for one in records] for name in ("forward_kl_stored_tail", "jsd_stored_tail"))
+    ce = [one["parts"]["cross_entropy"] for one in records]
+    loss = losses_of(records)
+    assert lines[0] == (
+        f"same       2 steps, loss {loss[0]:.4f} -> {loss[1]:.4f} "
+        f"(kl {kl[0]:.4f} -> {kl[1]:.4f}, ce {ce[0]:.4f} -> {ce[1]:.4f})"
+    )
+    assert lines[1] == f"other      2 steps, jsd {jsd[2]:.4f} -> {jsd[3]:.4f}, ce {ce[2]:.4f} -> {ce[3]:.4f}"
+    num_read, num_learnt = (format_count(sum(one[n] for one in records)) for n in ("num_tokens", "num_loss_tokens"))
+    assert lines[2].startswith(f"read       {num_read} tokens ({num_learnt} in the loss) in ")
+    assert lines[3] == f"checkpoint {config.run}/checkpoints/other-000002"
+    assert f"student-train export {config.run}/config.yaml --out FOLDER" in lines[4]
+
+
 def test_another_meaning_is_refused_by_name(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
     train_run(make_config(tmp_path / "run", cache, student, {"max_steps": 1}), ranks)
     changed = make_config(tmp_path / "run", cache, student, {"max_steps": 1, "learning_rate": 2e-2})
-    with pytest.raises(ConfigError, match=r"stages\.0\.learning_rate=0\.01, now it is 0\.02"):
+    with pytest.raises(ConfigError, match=r"stages\.0\.learning_rate=0\.01, now it is 0\.02: set"):
+        train(changed, ranks, StopRequest())
+    changed = make_config(tmp_path / "run", cache, student, {"max_steps": 2, "learning_rate": 2e-2}, seed=1)
+    with pytest.raises(
+        ConfigError, match=r"seed=0, now it is 1 \(other keys that differ: stages.0.max_steps, stages.0.le"
+    ):
         train(changed, ranks, StopRequest())
     kept_longer = make_config(tmp_path / "run", cache, student, {"max_steps": 1}, checkpoint={"keep_last": 5})
     train(kept_longer, ranks, StopRequest())
