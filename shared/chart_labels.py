@@ -59,7 +59,7 @@ def plain_number(value: float) -> str:
 
 def name_lines(axes: "Axes", ends: Sequence[End]) -> None:
     """Each name right of its own line's end, raised where it would stand on another."""
-    per_pt, placed = _pixels_per_point(axes), list[tuple[float, float, float]]()
+    per_pt, placed = pixels_per_point(axes), list[tuple[float, float, float]]()
     pixels = [axes.transData.transform((end.x, end.y)) for end in ends]
     for index in np.argsort([height for _, height in pixels], kind="stable"):
         end, (left, own_height) = ends[index], pixels[index]
@@ -85,7 +85,7 @@ def name_lines(axes: "Axes", ends: Sequence[End]) -> None:
 
 def name_marks(axes: "Axes", marks: Sequence[Mark]) -> None:
     """A dashed line at each mark, its name above the plot, in a row of its own where two would overlap."""
-    per_pt, rows = _pixels_per_point(axes), list[float]()
+    per_pt, rows = pixels_per_point(axes), list[float]()
     for mark in sorted(marks, key=lambda mark: mark.x):
         color = color_of(MUTED) if mark.number is None else series_color(mark.number)
         axes.axvline(mark.x, color=color, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
@@ -105,7 +105,7 @@ def name_marks(axes: "Axes", marks: Sequence[Mark]) -> None:
         )
 
 
-def _pixels_per_point(axes: "Axes") -> float:
+def pixels_per_point(axes: "Axes") -> float:
     """After laying the figure out: places in pixels are known from here on."""
     figure = axes.get_figure(root=True)
     assert figure is not None

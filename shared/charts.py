@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.chart_labels import End, Mark, name_lines, name_marks, plain_ticks, shortened
+from shared.chart_labels import (
+    CHAR_PT,
+    End,
+    Mark,
+    name_lines,
+    name_marks,
+    pixels_per_point,
+    plain_ticks,
+    shortened,
+)
 from shared.drawing import GRID, INK, MUTED, Drawing, color_of, series_color
 
 if TYPE_CHECKING:
@@ -126,13 +135,17 @@ def bars(
         rows = np.arange(len(names))
         axes.barh(rows, values, height=0.62, color=series_color(0), alpha=0.85)
         end = limit if limit is not None else max([*map(float, values), 1e-12])
-        for row, value, text in zip(rows, values, texts, strict=True):
-            axes.annotate(text, (min(float(value), end), row), (4, 0), textcoords="offset points", va="center")
         axes.set_yticks(rows, [shortened(name) for name in names])
         axes.tick_params(axis="y", labelcolor=color_of(INK))
         axes.invert_yaxis()
         # Room for the texts, which stand right of the bars.
-        axes.set_xlim(0, end * (1.12 + 0.026 * max(map(len, texts), default=0)))
+        text_chars = max(map(len, texts), default=0)
+        per_pt = pixels_per_point(axes)
+        plot_pt = axes.get_window_extent().width / per_pt
+        axes.set_xlim(0, end / (1 - min(0.6, (CHAR_PT * text_chars + 8) / plot_pt)))
+        for row, value, text in zip(rows, values, texts, strict=True):
+            place = (min(float(value), end), row)
+            axes.annotate(text, place, (4, 0), textcoords="offset points", va="center").set_in_layout(False)
         axes.set_xlabel(x_label)
         axes.grid(visible=False)
         plain_ticks(axes.xaxis)

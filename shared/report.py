@@ -15,6 +15,7 @@ from shared.files import write_text_atomic
 from shared.terminal import harmless
 
 TEMPLATES = Path(__file__).parent / "templates"
+MAX_NUMBERS_IN_ROW = 7
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,23 @@ class Numbers:
     numbers: Sequence[Number]
     kind: str = "numbers"
 
+    @property
+    def num_columns(self) -> int:
+        """As few rows as there is room for, all about as long."""
+        num_rows = max(1, -(-len(self.numbers) // MAX_NUMBERS_IN_ROW))
+        return max(1, -(-len(self.numbers) // num_rows))
+
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart. The title says what is seen, the note how to read it."""
+    """A chart. The title says what is seen, the note how to read it. A tall one takes a row: beside another it would
+    leave a hole.
+    """
 
     title: str
     drawing: Drawing
     note: str = ""
+    is_tall: bool = False
     kind: str = "figure"
 
 
@@ -79,12 +89,12 @@ class Section:
     intro: str = ""
 
     def placed(self) -> list[tuple[Piece, bool]]:
-        """The pieces, and whether each takes a row: all but figures, which stand in pairs while there are two."""
+        """The pieces, and whether each takes a row: figures stand in pairs, the first alone where they are odd."""
         placed: list[tuple[Piece, bool]] = []
-        for is_figure, group in itertools.groupby(self.pieces, lambda piece: isinstance(piece, Figure)):
+        for pairs, group in itertools.groupby(self.pieces, lambda one: isinstance(one, Figure) and not one.is_tall):
             pieces = list(group)
-            in_pairs = len(pieces) - len(pieces) % 2 if is_figure else 0
-            placed += [(piece, place >= in_pairs) for place, piece in enumerate(pieces)]
+            alone = len(pieces) % 2 if pairs else len(pieces)
+            placed += [(piece, place < alone) for place, piece in enumerate(pieces)]
         return placed
 
 

@@ -160,6 +160,9 @@ def _training_losses(runs: Sequence[Run], different: dict[str, list[Any]]) -> li
         last = {number: float(line.y[-1]) for number, line in zip(having, lines, strict=True)}
         title = f"The training loss at the end {_ranked(runs, last, '{:.3f} nats'.format, less_is_better=True)}"
         return [Figure(title, line_chart(lines, axis.label, "loss (nats a token)", marks=marks))]
+    note = "Before its weight."
+    if _sums_differ(different):
+        note += " The runs' losses, weights or data differ: where a curve ends ranks no run."
     pieces: list[Piece] = []
     for part in dict.fromkeys(part for run in having.values() for stage in run.stages() for part in stage.parts()):
         lines = [
@@ -168,15 +171,21 @@ def _training_losses(runs: Sequence[Run], different: dict[str, list[Any]]) -> li
             if any(part in stage.parts() for stage in run.stages())
         ]
         chart = line_chart(lines, axis.label, f"{loss_unit(part)} a token", marks=marks)
-        note = "Before its weight. The runs' losses, weights or data differ: where a curve ends ranks no run."
         pieces.append(Figure(f"{capital(loss_words(part))} while training", chart, note))
     return pieces
 
 
 def _is_one_sum(runs: Sequence[Run], different: dict[str, list[Any]]) -> bool:
-    same = not any(DECIDES_LOSS.match(key) for key in different)
     weights = [run.steps[0]["weights"] for run in runs]
-    return same and all(run.has_one_loss for run in runs) and all(one == weights[0] for one in weights)
+    return (
+        not _sums_differ(different)
+        and all(run.has_one_loss for run in runs)
+        and all(one == weights[0] for one in weights)
+    )
+
+
+def _sums_differ(different: dict[str, list[Any]]) -> bool:
+    return any(DECIDES_LOSS.match(key) for key in different)
 
 
 def _speed(runs: Sequence[Run]) -> list[Piece]:

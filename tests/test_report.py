@@ -21,7 +21,7 @@ from shared.config import Json, plain
 from shared.drawing import Drawing
 from shared.errors import ConfigError, DataError
 from shared.reader import open_cache
-from shared.report import Figure, Number, Numbers, Section, Table, Text, format_span, write_report
+from shared.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
 from student_train.config import TrainConfig
 from student_train.report import student_sections, write_student_report
 from teacher_cache.ask.report import cache_sections, pass_rate_figures, write_cache_report
@@ -341,6 +341,14 @@ def test_weights_that_followed_another_course_are_not_ranked(tmp_path: Path) -> 
     assert not any("training loss" in title for title in outline(tmp_path / "report.html").texts["h3"])
 
 
+def test_stages_alone_do_not_make_runs_differ(tmp_path: Path) -> None:
+    runs = [in_two_stages(fake_run(tmp_path / name, num_steps=10), 4) for name in "ab"]
+    write_student_report(runs, tmp_path / "report.html")
+    found = outline(tmp_path / "report.html")
+    assert "Cross-entropy while training" in found.texts["h3"]
+    assert "Before its weight." in found.texts["figcaption"]
+
+
 def test_one_run_alone_is_not_best(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "text")]
     evals = [{**one, "forward_kl": None} for one in json.loads((runs[1] / "eval.json").read_text())]
@@ -393,6 +401,27 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "{{ 7 * 7 }}" in page
     assert "left out" not in page
     assert outline(tmp_path / "x.html").tags.isdisjoint({"script", "b", "img"})
+
+
+def test_no_chart_stands_beside_an_empty_half() -> None:
+    chart = nasty_charts()[0]
+    odd = [Figure(name, chart) for name in "abc"]
+    pieces: list[Piece] = [
+        *odd,
+        Text("words"),
+        Figure("d", chart),
+        Figure("e", chart),
+        Figure("tall", chart, is_tall=True),
+    ]
+    assert [takes_row for _, takes_row in Section("s", pieces).placed()] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def nasty_charts() -> list[Drawing]:

@@ -170,10 +170,11 @@ def _certainty(catalog: Catalog, sample: SignalSample | None) -> list[Piece]:
 def _sample_note(sample: SignalSample | None, stats: CacheStats) -> str:
     if sample is None:
         return ""
+    nats = " Entropy counts what the teacher wavered between: log 2 = 0.69 nats are two tokens, each as likely."
     of = (
-        ""
+        nats
         if sample.entropy == "exact"
-        else " Entropy is of the captured candidates, the rest counted as one: a lower bound."
+        else f"{nats} Here it is of the captured candidates, the rest counted as one: a lower bound."
     )
     if sample.is_whole:
         return f"From all {format_count(stats.num_tokens)} tokens.{of}"

@@ -110,7 +110,7 @@ def storage(session: Session, stats: CacheStats) -> list[Piece]:
     largest = f"“{top[0]['column_name']}” takes {100 * top[0]['bytes'] / total:.0f}% of the bytes"
     title = f"{largest}, all columns of distributions together {100 * signals / total:.0f}%"
     note = "Compressed size in the shards over completion tokens; what Parquet adds around the columns is left out."
-    return [Figure(title, bars(names, per_token, texts, "bytes a completion token"), note)]
+    return [Figure(title, bars(names, per_token, texts, "bytes a completion token"), note, is_tall=True)]
 
 
 def one_line_of(text: str | None) -> str:

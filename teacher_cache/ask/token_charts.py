@@ -64,7 +64,7 @@ def _tail_along(sample: SignalSample, bins_T: Array, centers_B: Array) -> Iterat
     x = centers_B[kept_B]
     mean = float(np.mean(sample.tail_mass_T))
     lines = [Line("mean", x, 100 * quantiles["mean"]), Line("90th percentile", x, 100 * quantiles["p90"])]
-    svg = line_chart(lines, "position in the chain (tokens)", "mass outside the support (%)", from_zero=True)
+    svg = line_chart(lines, "position in the chain (tokens)", "outside the candidates (%)", from_zero=True)
     note = "What the cache keeps only as a sum."
     if len(draws_T := sample.draws_T[sample.draws_T > 0]):
         share = len(draws_T) / len(sample.draws_T)
@@ -107,7 +107,8 @@ def _hesitations(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
     yield Figure(
         f"The teacher hesitates most where it goes on with {names[0]}",
         svg,
-        f"Tokens that occur {MIN_OCCURRENCES} times or more.",
+        f"How unsure it was before the token, and how often that occurs: {MIN_OCCURRENCES} times or more.",
+        is_tall=True,
     )
 
 
