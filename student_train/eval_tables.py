@@ -49,7 +49,7 @@ _COLUMNS = (
 _NOTE = (
     "KL and JSD are estimates where the cache holds draws from the teacher's tail, else lower bounds with the tail in "
     "one bucket, as reverse KL is. Agreement: the student's first choice is the teacher's; accuracy: it is the token "
-    "that was sampled; overconfidence: the probability of that choice less the accuracy, 0 where both agree."
+    "that was sampled; overconfidence: confidence - accuracy, the probability of that choice less how often it is so."
 )
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.demo.page import write_demo_report
 from shared.files import write_text_atomic
 from shared.log import console, format_duration, note
 
@@ -68,6 +67,9 @@ def main() -> None:
     trained = clock.step("train", ["student-train", "run", student_config])
     _heading(5, "Take it away: a Hugging Face folder")
     clock.step("export", ["student-train", "export", student_config, "--out", str(FOLDER / "export")])
+
+    # Not before: it brings torch, which the demo needs nowhere else.
+    from benchmarks.demo.page import write_demo_report
 
     summary = summarise(built, trained, clock.seconds)
     assert verified["ok"]
