@@ -28,7 +28,7 @@ _STAGE_KEY = re.compile(r"stages\.(\d+)\.")
 
 
 def comparison_sections(runs: Sequence[Run]) -> list[Section]:
-    """Sections on two runs or more. Raises ConfigError where a run's configuration cannot be read."""
+    """Sections on two runs or more. Raises ConfigError, DataError where a configuration cannot be read."""
     different = differences(runs)
     return [
         Section("What differs", [_configs(runs, different), *_doings(runs)]),

@@ -65,7 +65,9 @@ class Run:
     evals: Sequence[Json]
 
     def config(self) -> TrainConfig:
-        """The configuration that it began with. Raises ConfigError."""
+        """The configuration that it began with. Raises ConfigError, and DataError where there is none."""
+        if not self.folder.config_path.exists():
+            raise DataError(f"{self.folder.root} holds no config.yaml: name the folder of a run as `run` left it")
         return self.folder.read_config()
 
     def column(self, name: str) -> Array:

@@ -383,6 +383,9 @@ def test_runs_at_every_stage_have_a_report(tmp_path: Path) -> None:
     write_student_report([evaluated], tmp_path / "evaluated.html")
     with pytest.raises(DataError, match="name the folder of a run"):
         student_sections(tmp_path)
+    (begun / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"begun holds no config\.yaml"):
+        student_sections(begun, evaluated)
     with pytest.raises(ConfigError, match="no run"):
         student_sections()
 
@@ -561,11 +564,14 @@ def test_a_browser_shows_both_themes_and_no_sideways_scrolling_on_a_phone(tmp_pa
     measure = (
         '<iframe id="phone" src="report.html" style="width:390px;height:800px;border:0"></iframe><p id="answer"></p>'
         "<script>phone.onload = () => { const page = phone.contentDocument.documentElement;"
-        "answer.textContent = 'scroll ' + page.scrollWidth + ' of ' + page.clientWidth; }</script>"
+        "const cut = [...page.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth);"
+        "answer.textContent = 'scroll ' + page.scrollWidth + ' of ' + page.clientWidth + ', cut tables ' + cut.length"
+        " + ' of ' + page.querySelectorAll('.scroll').length; }</script>"
     )
     (tmp_path / "phone.html").write_text(measure)
     seen = browse(tmp_path / "phone.html", tmp_path / "phone", "--allow-file-access-from-files", "--dump-dom")
-    assert "scroll 390 of 390" in seen
+    # Runs, chains to look at, evaluations.
+    assert "scroll 390 of 390, cut tables 0 of 3" in seen
 
 
 @needs_browser
