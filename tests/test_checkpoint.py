@@ -75,6 +75,7 @@ def test_two_ranks_go_on_from_one(tmp_path: Path, cache: SyntheticCache, student
     train_run(config, ranks, stop_after=4)
     code, said = _run(config, "--nproc", "2")
     assert code == 0, said
+    assert "going on after step 4 of 7 of stage distill, on 2 ranks (the checkpoint is of 1)" in said
     assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-3)
 
 
