@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from schemas.manifest import RunManifest
-from shared.catalog import Catalog, DataFile, Table
+from shared.catalog import Catalog, DataFile, Table, check_hash
+from shared.errors import CorruptError
 from shared.shards import open_shard
 from shared.storage import Location
 from shared.views import CacheFiles, Layout
@@ -14,10 +16,13 @@ from shared.views import CacheFiles, Layout
 REWRITTEN = ("copied-", "mended-")
 """How the names of shards begin that another shard was made into."""
 OPENED_TOGETHER = 8
+HASHED_BYTES = 64 * 2**20
+"""Verdict files are hashed for every session up to this much in all: a fraction of a second."""
 
 
 def visible_files(catalog: Catalog) -> CacheFiles:
-    """Every visible file by table, shards by layout, vocabularies."""
+    """Every visible file by table, shards by layout, vocabularies. Raises CorruptError as `require_sound` does."""
+    require_sound(catalog)
 
     def visible(table: Table) -> list[str]:
         return [str(table.path_of(file).absolute()) for file in table.files()]
@@ -34,6 +39,33 @@ def visible_files(catalog: Catalog) -> CacheFiles:
         vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
         codecs={run_id: ", ".join(sorted(names)) for run_id, names in codecs.items()},
     )
+
+
+def require_sound(catalog: Catalog) -> None:
+    """Raises CorruptError where a registered file is missing or has another size, or a verdict file another hash.
+
+    Of a cache on a disk: in an object store each question is a request, and a query says what it did not find.
+    """
+    if not isinstance(catalog.root, Path):
+        return
+    remedy = f"teacher-cache verify {catalog.root} --quarantine"
+    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+        for file in table.files():
+            path = table.path_of(file)
+            if not path.exists():
+                raise CorruptError(f"{path} is registered but missing: {remedy}")
+            size_bytes = path.stat().st_size
+            if size_bytes != file.size_bytes:
+                raise CorruptError(f"{path} has {size_bytes} bytes, {file.size_bytes} were registered: {remedy}")
+    left_bytes = HASHED_BYTES
+    for file in catalog.verdicts.files():
+        left_bytes -= file.size_bytes
+        if left_bytes < 0:
+            return
+        try:
+            check_hash(catalog.verdicts.path_of(file))
+        except CorruptError as error:
+            raise CorruptError(f"{error}: {remedy}") from error
 
 
 def run_rows(runs: Mapping[str, RunManifest], codecs: Mapping[str, str]) -> Iterator[list[Any]]:

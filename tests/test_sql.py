@@ -468,3 +468,31 @@ def test_a_folder_named_like_a_column_changes_nothing(tmp_path: Path) -> None:
         rows = session.arrow("SELECT DISTINCT source, split FROM chains").to_pylist()
     assert {row["source"] for row in rows} == {chain.source for chain in made.chains}
     assert {row["split"] for row in rows} <= {"train", "heldout"}
+
+
+@pytest.mark.parametrize("table", ["chains", "verdicts"])
+def test_a_missing_file_is_named_with_its_remedy(tmp_path: Path, table: str) -> None:
+    catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
+    files = {"chains": catalog.chains, "verdicts": catalog.verdicts}[table]
+    path = on_disk(files.path_of(files.files()[-1]))
+    path.unlink()
+    with pytest.raises(CorruptError) as caught:
+        open_cache(catalog)
+    assert str(caught.value) == (
+        f"{path} is registered but missing: teacher-cache verify {tmp_path / 'cache'} --quarantine"
+    )
+
+
+def test_a_shard_of_another_size_is_named(tmp_path: Path) -> None:
+    catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
+    path = on_disk(catalog.chains.path_of(catalog.chains.files()[-1]))
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CorruptError, match=r"bytes, \d+ were registered: teacher-cache verify .* --quarantine"):
+        open_cache(catalog)
+
+
+def test_a_changed_byte_of_a_verdict_file_is_found_before_a_query(tmp_path: Path) -> None:
+    catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
+    damage(catalog.verdicts.path_of(catalog.verdicts.files()[0]), 0.1)
+    with pytest.raises(CorruptError, match=r"not the one in its name: teacher-cache verify .* --quarantine"):
+        open_cache(catalog)
