@@ -122,11 +122,14 @@ def spool(folder: Location) -> Path:
 
 
 def check_reachable(root: Location) -> None:
-    """Asks the store of `root` whether it is there and knows us, without patience; a folder is not asked.
+    """Asks the store of `root` whether it is there and knows us, without patience; a folder need not exist yet.
 
-    Raises DataError where there is no such bucket or it refuses access, StillroomError where it cannot be reached.
+    Raises DataError where a file stands in the folder's place, where there is no such bucket or it refuses access,
+    StillroomError where it cannot be reached.
     """
     if isinstance(root, Path):
+        if root.is_file():
+            raise DataError(f"{root} is a file, and a cache is a folder: name a folder, which need not exist yet")
         return
     bucket = root.key.partition("/")[0]
     probe = stores.file_system(root.scheme, stores.PROBE_ATTEMPTS)

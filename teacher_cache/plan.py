@@ -7,13 +7,13 @@ and the plan says which.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.catalog import Catalog
-from shared.log import Progress, format_bytes, format_count, format_duration
+from shared.log import Progress, format_bytes, format_count, format_duration, format_plural
 from shared.sql import open_cache
 from shared.storage import Location, check_reachable, matching
 from teacher_cache.build import run_id_of
@@ -42,7 +42,7 @@ METRICS_FRESH_S = 3600.0
 """Workers whose last metrics are older than the newest by more than this do not count as running together."""
 
 NUM_SHOWN = 3
-"""Examples of rows that were left out."""
+"""Examples of rows that were left out, of each kind."""
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ def begin_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) ->
 
 
 def existing_catalog(cache: Location) -> Catalog | None:
-    """The cache, None where there is none yet."""
+    """The cache, None where there is none yet. Raises DataError where there can be none."""
     check_reachable(cache)
     return Catalog(cache) if (cache / "chains" / "_delta_log").is_dir() else None
 
@@ -187,10 +187,16 @@ def _count_prompts(plan: BuildPlan, sources: Mapping[str, SourcePlan], loaded: L
     plan.num_duplicates = len(loaded.duplicates)
     plan.num_contaminated = len(loaded.contaminated)
     plan.examples = [
-        *(f"malformed: {failure.message}" for failure in loaded.failures[:NUM_SHOWN]),
-        *(f"duplicate: {one.where} is {one.kept}" for one in loaded.duplicates[:NUM_SHOWN]),
-        *(f"contaminated: {one.where} overlaps {one.against}" for one in loaded.contaminated[:NUM_SHOWN]),
+        *examples("malformed", [failure.message for failure in loaded.failures]),
+        *examples("duplicate", [f"{one.where} is {one.kept}" for one in loaded.duplicates]),
+        *examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
     ]
+
+
+def examples(kind: str, rows: Sequence[str]) -> list[str]:
+    """The first few of the rows that were left out for one reason, and how many more there are."""
+    more = [f"{kind}: and {len(rows) - NUM_SHOWN:,} more"] if len(rows) > NUM_SHOWN else []
+    return [*(f"{kind}: {row}" for row in rows[:NUM_SHOWN]), *more]
 
 
 def measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalog, teacher: str) -> None:
@@ -306,9 +312,9 @@ def _existing(path: Path) -> Path:
 def _left_out(plan: BuildPlan) -> str:
     parts = [
         f"{plan.num_malformed:,} malformed",
-        f"{plan.num_duplicates:,} duplicates",
+        format_plural(plan.num_duplicates, "duplicate"),
         f"{plan.num_contaminated:,} contaminated",
-        f"{plan.num_unusable:,} chains that cannot be generated",
+        f"{format_plural(plan.num_unusable, 'chain')} that cannot be generated",
     ]
     return ", ".join(parts)
 

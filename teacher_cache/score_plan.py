@@ -4,11 +4,11 @@ from shared.log import Progress
 from teacher_cache.intake.completions import Completions
 from teacher_cache.intake.sources import LoadFailure
 from teacher_cache.plan import (
-    NUM_SHOWN,
     BuildPlan,
     SourcePlan,
     add_up,
     begin_plan,
+    examples,
     existing_catalog,
     max_model_len_of,
     measure,
@@ -34,9 +34,8 @@ def plan_score(config: ScoreConfig) -> BuildPlan:
     with Completions(config, teacher) as completions:
         _count(plan, sources, config, completions)
     plan.num_contaminated = len(completions.contaminated)
-    plan.examples += [
-        f"contaminated: {one.where} overlaps {one.against}" for one in completions.contaminated[:NUM_SHOWN]
-    ]
+    overlaps = [f"{one.where} overlaps {one.against}" for one in completions.contaminated]
+    plan.examples += examples("contaminated", overlaps)
     add_up(plan)
     plan.num_prompts = sum(one.num_prompts for one in plan.sources)
     plan.tokens_left_measured = True
@@ -50,12 +49,12 @@ def _count(plan: BuildPlan, sources: dict[str, SourcePlan], config: ScoreConfig,
     max_model_len = max_model_len_of(plan, config)
     seen: set[str] = set()
     prompts: set[str] = set()
+    malformed: list[str] = []
     with Progress("plan", completions.count(), "chains") as progress:
         for number, request in enumerate(completions.requests(), start=1):
             progress.update(number, 0)
             if isinstance(request, LoadFailure):
-                plan.num_malformed += request.reason == "malformed"
-                plan.examples += [f"malformed: {request.message}"] if plan.num_malformed <= NUM_SHOWN else []
+                malformed += [request.message] if request.reason == "malformed" else []
             one = sources[request.source if isinstance(request, LoadFailure) else request.prompt.source]
             if request.sample_id in seen:
                 plan.num_duplicates += 1
@@ -75,6 +74,8 @@ def _count(plan: BuildPlan, sources: dict[str, SourcePlan], config: ScoreConfig,
             else:
                 one.num_left += 1
                 one.tokens_left += request.max_tokens
+    plan.num_malformed = len(malformed)
+    plan.examples += examples("malformed", malformed)
 
 
 def _fits(request: Request, max_model_len: int | None) -> bool:

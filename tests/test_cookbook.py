@@ -50,3 +50,13 @@ def test_every_python_example_runs(cache: SyntheticCache, example: str) -> None:
     assert {"logprobs", "frame"} & set(values)
     if "cache" in values:
         values["cache"].close()  # type: ignore[attr-defined]
+
+
+def test_no_answer_is_trivial_or_a_draw(cache: SyntheticCache) -> None:
+    (trained,) = [query for query in QUERIES if "pass_rate, c.num_tokens" in query]
+    (rather,) = [query for query in QUERIES if "'SAMPLE'" in query]
+    with Session({"main": cache.catalog}) as session:
+        rates = session.arrow(trained)["pass_rate"].to_pylist()
+        assert all(0 < rate < 1 for rate in rates)
+        for chain in cache.chains:
+            assert None not in session.arrow(rather.replace("SAMPLE", chain.sample_id))["rank"].to_pylist()

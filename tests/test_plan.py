@@ -195,3 +195,23 @@ def test_a_metrics_line_that_was_cut_is_passed_over(tmp_path: Path) -> None:
     assert (lines[1], len(lines), json.loads(lines[2])["num_done"]) == ('{"time": 2.0, "tok', 3, 1)
     path.write_text('{"ti')
     assert teacher_cache.plan._last_speed(tmp_path, "test_1") is None
+
+
+def test_rows_left_out_are_counted_beyond_the_first_few(folder: Path) -> None:
+    config = config_of(folder)
+    path = folder / "sums.jsonl"
+    path.write_text(path.read_text() + "\n{bad" * 3)
+    plan = plan_build(config)
+    assert plan.examples[3] == "malformed: and 2 more"
+    assert sum(line.startswith("malformed: ") for line in plan.examples) == 4
+    plan.num_duplicates = 1
+    assert "5 malformed, 1 duplicate, 0 contaminated" in "\n".join(plan_lines(plan))
+
+
+def test_a_file_is_no_cache(folder: Path) -> None:
+    config = config_of(folder, cache=str(folder / "sums.jsonl"))
+    refused = r"sums\.jsonl is a file, and a cache is a folder"
+    with pytest.raises(DataError, match=refused):
+        plan_build(config)
+    with pytest.raises(DataError, match=refused):
+        Build(config, identify_teacher(config.teacher), "w0")

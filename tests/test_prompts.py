@@ -350,3 +350,22 @@ def test_half_a_character_makes_a_row_malformed(tmp_path: Path, field: str) -> N
     assert len(loaded.prompts) == 1
     (failure,) = loaded.failures
     assert "half of a character" in failure.message
+
+
+@pytest.mark.parametrize("named", [{"reference_field": "anwser"}, {"metadata_fields": ["question", "anwser"]}])
+def test_a_field_that_no_row_has_is_refused(tmp_path: Path, named: dict[str, Any]) -> None:
+    path = questions(tmp_path / "q.jsonl", 3)
+    with pytest.raises(
+        DataError, match=r"source sums: no row of .*q\.jsonl has a field 'anwser': did you mean 'answer'\?"
+    ):
+        load(jsonl(path, **named))
+    with pytest.raises(DataError, match="has a field 'anwser'"):
+        load(jsonl(path, limit=1, **named))
+
+
+def test_a_field_that_some_rows_lack_is_taken_where_it_is(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "1"}, "{bad", {"question": "2", "answer": "two"}])
+    loaded = load(jsonl(path, reference_field="answer"))
+    assert {prompt.reference for prompt in loaded.prompts} == {None, "two"}
+    # It exists in the file, if not among the rows that are taken.
+    assert load(jsonl(path, reference_field="answer", limit=1)).prompts[0].reference is None

@@ -33,6 +33,7 @@ from teacher_cache.intake.source_rows import (
     huggingface_rows,
     jsonl_rows,
     parquet_rows,
+    require_jsonl_fields,
 )
 from teacher_cache.intake.sources import (
     HALF_CHARACTERS,
@@ -42,6 +43,7 @@ from teacher_cache.intake.sources import (
     conversation_of,
     has_half_characters,
     malformed,
+    optional_fields,
     reference_text,
     text_of,
     value_of,
@@ -137,6 +139,7 @@ class Completions:
             yield from (_of_cache(chain, source) for chain in chains)
             return
         if isinstance(source, JsonlCompletions):
+            require_jsonl_fields(source.path, optional_fields(source), source.name)
             rows: Iterable[Row] = jsonl_rows(source.path, source.name)
         elif isinstance(source, ParquetCompletions):
             rows = parquet_rows(source.path, source.fields, source.name)

@@ -41,6 +41,25 @@ def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
             raise DataError(f"source {name}: {file} cannot be read: {error.strerror}") from error
 
 
+def require_jsonl_fields(path: Path, fields: Sequence[str], name: str) -> None:
+    """Raises DataError where no row has one of the fields. Rows are read only until every field was met, in most files
+    one; a pipe, which can be read but once, is not asked.
+    """
+    if not path.is_file() and not path.is_dir():
+        return
+    missing, known = list(fields), dict[str, None]()
+    for row in jsonl_rows(path, name) if missing else ():
+        if isinstance(row.values, dict):
+            known |= dict.fromkeys(row.values)
+            missing = [field for field in missing if field not in row.values]
+        if not missing:
+            return
+    if missing and known:
+        raise DataError(
+            f"source {name}: no row of {path} has a field {missing[0]!r}{nearest_name(missing[0], list(known))}"
+        )
+
+
 def parquet_rows(path: Path, fields: Sequence[str], name: str) -> Iterator[Row]:
     """The fields of a file or of all .parquet files of a folder."""
     for file_path in _files(path, ".parquet", name):

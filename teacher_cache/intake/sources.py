@@ -14,7 +14,8 @@ from schemas.records import Message, stable_hash
 from shared.config import nearest_name
 from shared.errors import DataError
 from shared.gym import import_reasoning_gym, jsonable, task_names
-from teacher_cache.intake.source_rows import Row, huggingface_rows, jsonl_rows, parquet_rows
+from teacher_cache.intake.source_rows import Row, huggingface_rows, jsonl_rows, parquet_rows, require_jsonl_fields
+from teacher_cache.score_config import CompletionFields
 from teacher_cache.source_config import FieldsBase, JsonlSource, ParquetSource, ReasoningGymSource, Source
 
 Json = dict[str, Any]
@@ -61,6 +62,7 @@ def _rows(source: Source) -> Iterator[Draft | LoadFailure]:
     if isinstance(source, ReasoningGymSource):
         return _reasoning_gym(source)
     if isinstance(source, JsonlSource):
+        require_jsonl_fields(source.path, optional_fields(source), source.name)
         return _drafts(source, jsonl_rows(source.path, source.name), "line")
     fields = _fields(source)
     if isinstance(source, ParquetSource):
@@ -209,6 +211,12 @@ def open_reasoning_gym(source: ReasoningGymSource) -> Any:
 def _fields(source: FieldsBase) -> list[str]:
     named = (source.messages_field, source.prompt_field, source.reference_field, *source.metadata_fields)
     return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def optional_fields(source: FieldsBase | CompletionFields) -> list[str]:
+    """Fields that a row may lack, and of which a name that no row has is a slip."""
+    reference = () if source.reference_field is None else (source.reference_field,)
+    return [*reference, *source.metadata_fields]
 
 
 def _one_line(error: BaseException) -> str:
