@@ -26,6 +26,15 @@ from shared.sandbox import check_isolation, program_of, run_tests
 
 KINDS = ("reasoning_gym", "math", "exact", "regex", "code")
 
+NEEDS = {
+    "reasoning_gym": "what reasoning-gym says of its task",
+    "math": "a reference",
+    "exact": "a reference",
+    "regex": "a regular expression as reference",
+    "code": "unit tests as reference",
+}
+"""What a kind judges by; a prompt without it is undecided."""
+
 PACKAGES = {"reasoning_gym": ("reasoning_gym", "reasoning-gym"), "math": ("math_verify", "math-verify")}
 """Module and distribution that a kind needs."""
 

@@ -86,14 +86,22 @@ def score(
 def judge(
     cache: CachePath,
     kind: Annotated[
-        str | None, typer.Option("--judge", help="Judge every chain by this kind; default: as its prompt says.")
+        str | None,
+        typer.Option(
+            "--judge",
+            help="Judge every chain by this kind: math, exact, regex, reasoning_gym or code; default: as its prompt "
+            "says.",
+        ),
     ] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition over chains.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also chains that were judged before.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Checks at a time.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Check answers; verdicts are added beside the shards."""
+    """Check answers; verdicts are added beside the shards.
+
+    A chain's newest verdict, whichever judge gave it, is what `correct` shows; one that is undecided replaces none.
+    """
     from dataclasses import asdict
 
     from shared.interrupt import StopRequest
@@ -102,9 +110,12 @@ def judge(
 
     with StopRequest(at_once=True):
         report = judge_cache(location(cache), kind, where, again, processes)
+    for warning in report.warnings():
+        warn(warning)
     lines = [
         f"{name}: {one.num_chains} judged, {one.num_correct} right, {one.num_wrong} wrong, "
         f"{one.num_undecided} undecided"
+        + (f", {one.num_kept} of them keep the verdict they had" if one.num_kept else "")
         for name, one in report.by_judge.items()
     ]
     if report.num_without_judge:

@@ -1,8 +1,8 @@
 """Verdicts on chains: while a cache is built, and again whenever somebody wants to (`teacher-cache judge`).
 
 In: answers and references. Out: rows of the verdicts table, which is small and apart from the shards, so that judging
-again neither generates nor rewrites anything. Rows are only ever added; the latest verdict of a judge on a sample
-counts.
+again neither generates nor rewrites anything. Rows are only ever added; the latest verdict on a sample
+counts. So one that decides nothing is not written over one that does.
 """
 
 import datetime
@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 from schemas.records import Prompt
 from schemas.tables import VERDICT_SCHEMA
 from shared.catalog import Catalog, Table, publish
+from shared.condition import check_condition, in_brackets, run_with
 from shared.errors import CacheConflict, ConfigError, StillroomError, one_line
 from shared.files import TEMP_SUFFIX
-from shared.judge import KINDS, Verdict, check_kind, require_judge
+from shared.judge import KINDS, NEEDS, Verdict, check_kind, require_judge
 from shared.judge_process import JudgeProcess
-from shared.log import Progress
+from shared.log import Progress, format_plural
 from shared.sql import Session, open_cache
 from shared.storage import Location, spool
 from teacher_cache.commits import next_sequence, until_first
@@ -52,19 +53,21 @@ class JudgedSample:
 
 @dataclass(slots=True)
 class JudgeSummary:
-    """What one judge found."""
+    """What one judge found. `num_kept` of the undecided chains have a verdict from before, and keep it."""
 
     num_chains: int = 0
     num_correct: int = 0
     num_wrong: int = 0
     num_undecided: int = 0
+    num_kept: int = 0
 
-    def add(self, verdict: Verdict) -> None:
-        """Counts one verdict."""
+    def add(self, verdict: Verdict, is_kept: bool) -> None:
+        """Counts one verdict; `is_kept` where it leaves an earlier one as it is."""
         self.num_chains += 1
         self.num_correct += verdict.correct is True
         self.num_wrong += verdict.correct is False
         self.num_undecided += verdict.correct is None
+        self.num_kept += is_kept
 
 
 @dataclass(slots=True)
@@ -73,6 +76,15 @@ class JudgeReport:
 
     by_judge: dict[str, JudgeSummary] = field(default_factory=dict)
     num_without_judge: int = 0
+
+    def warnings(self) -> list[str]:
+        """A line for each judge that could decide on no chain."""
+        return [
+            f"none of {format_plural(one.num_chains, 'chain')} has what judge {name} needs ({NEEDS[name]}), or its "
+            "checks gave up: " + ("their verdicts stay as they were" if one.num_kept else "they stay undecided")
+            for name, one in self.by_judge.items()
+            if one.num_undecided == one.num_chains
+        ]
 
 
 def judge_of(prompt: Prompt) -> str | None:
@@ -150,7 +162,9 @@ def judge_cache(
     """Judges chains of a cache and commits the verdicts as it goes.
 
     `kind` judges every chain by one kind, None each chain by the judge that its prompt names. `where` is a SQL
-    condition on the columns of `chains`. Chains that this judge has decided on already are left out unless `again`.
+    condition on the columns of `chains`. Unless `again`, chains whose latest verdict is this kind's decision are left
+    out, or with None those that have a verdict and one of the judge that their prompt names.
+    An undecided verdict never takes the place of a decided one, whichever judge gave that.
     Raises ConfigError for an unknown kind or a wrong condition, StillroomError for a package that is missing.
     """
     if kind is not None:
@@ -169,9 +183,12 @@ def judge_cache(
         # Runs also when this is interrupted: what was judged need not be judged again.
         latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
         pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest, worker))
-        for sample in _judged(session, _query("sample_id, answer, reference, metadata", kind, where, again), judges):
-            report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict)
-            pending.add(sample)
+        query = _query("sample_id, answer, reference, metadata", kind, where, again)
+        for sample, had_verdict in _judged(session, query, judges):
+            is_kept = had_verdict and sample.verdict.correct is None
+            report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict, is_kept)
+            if not is_kept:
+                pending.add(sample)
             progress.update(sum(summary.num_chains for summary in report.by_judge.values()), 0)
     return report
 
@@ -217,19 +234,21 @@ def _own_name(root: Location, stack: ExitStack) -> str:
     raise AssertionError
 
 
-def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[JudgedSample]:
-    """Verdicts in the order of the rows, `len(judges)` checks at a time, a batch of rows in memory."""
+def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[tuple[JudgedSample, bool]]:
+    """Verdicts in the order of the rows, `len(judges)` checks at a time, a batch of rows in memory; and whether the
+    chain had one that decides before.
+    """
     free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
     for judge in judges:
         free.put(judge)
 
-    def check(row: dict[str, Any]) -> JudgedSample:
+    def check(row: dict[str, Any]) -> tuple[JudgedSample, bool]:
         judge = free.get()
         try:
             verdict = judge.judge(row["judge"], row["answer"], row["reference"], json.loads(row["metadata"]))
         finally:
             free.put(judge)
-        return JudgedSample(row["sample_id"], row["judge"], verdict)
+        return JudgedSample(row["sample_id"], row["judge"], verdict), row["has_verdict"]
 
     with ThreadPoolExecutor(len(judges)) as pool:
         try:
@@ -246,31 +265,42 @@ def _pending(
     session: Session, kind: str | None, where: str | None, again: bool, report: JudgeReport
 ) -> tuple[list[str], int]:
     """Kinds that are needed, and how many chains there are to judge."""
-    rows = session.arrow(f"SELECT judge, count(*) AS n FROM ({_query('sample_id', kind, where, again)}) GROUP BY judge")
+    check_condition(session, "--where", where)
+    query = f"SELECT judge, count(*) AS n FROM ({_query('sample_id', kind, where, again)}) GROUP BY judge"
+    rows = _counted(session, where, query)
     counts = Counter({row["judge"]: row["n"] for row in rows.to_pylist()})
     if kind is None:
-        condition = "true" if where is None else f"({where}\n)"
+        condition = "true" if where is None else in_brackets(where)
         query = f"SELECT count(*) AS n FROM chains WHERE {condition} AND {_OWN_JUDGE} IS NULL"
-        report.num_without_judge = session.arrow(query).column("n").to_pylist()[0]
+        report.num_without_judge = _counted(session, where, query).column("n").to_pylist()[0]
     for name in counts:
         if name not in KINDS:
             raise ConfigError(f"the cache's prompts name the judge {name!r}, which is unknown: choose one with --judge")
     return sorted(counts), counts.total()
 
 
+def _counted(session: Session, where: str | None, query: str) -> pa.Table:
+    return session.arrow(query) if where is None else run_with(session, "--where", where, query)
+
+
 _OWN_JUDGE = "json_extract_string(metadata, '$.judge')"
 
 
 def _query(columns: str, kind: str | None, where: str | None, again: bool) -> str:
-    """SELECT of the chains to judge, with the judge's name as `judge`. The condition sees the columns of `chains`
-    alone.
+    """SELECT of the chains to judge, with the judge's name as `judge`, and `has_verdict` where the latest verdict
+    decides. The condition sees the columns of `chains` alone.
     """
-    condition = "true" if where is None else f"({where}\n)"
+    condition = "true" if where is None else in_brackets(where)
     judge = _OWN_JUDGE if kind is None else f"'{kind}'"
-    pending = f"SELECT {columns}, {judge} AS judge FROM chains WHERE {condition} AND {judge} IS NOT NULL"
+    asked = (
+        f"SELECT {columns}, {judge} AS judge, chains.correct IS NOT NULL AS has_verdict, chains.judge AS latest_judge"
+        f" FROM chains WHERE {condition} AND {judge} IS NOT NULL"
+    )
     if again:
-        return pending
+        return asked
+    if kind is not None:
+        return f"SELECT * FROM ({asked}) WHERE NOT (has_verdict AND latest_judge = judge)"
     return (
-        f"SELECT p.* FROM ({pending}) p WHERE NOT EXISTS (SELECT 1 FROM verdicts v"
+        f"SELECT p.* FROM ({asked}) p WHERE NOT has_verdict OR NOT EXISTS (SELECT 1 FROM verdicts v"
         " WHERE v.sample_id = p.sample_id AND v.judge = p.judge AND v.correct IS NOT NULL)"
     )

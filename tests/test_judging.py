@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from teacher_cache.care.gc import gc_cache
 from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache
 from teacher_cache.locks import lock_path, worker_lock
 from tests.caches import SyntheticCache, make_cache
+from tests.fake_builds import make_config, make_requests, run_build
 
 
 @pytest.fixture
@@ -53,8 +55,84 @@ def test_where_chooses_chains(cache: SyntheticCache) -> None:
     expected = {chain.sample_id for chain in cache.chains if chain.split == "heldout"}
     assert {sample_id for sample_id, _ in verdicts(cache.root)} == expected
     assert report.by_judge["exact"].num_chains == len(expected)
-    with pytest.raises(ConfigError, match=r"query: .*splat"):
-        judge_cache(cache.root, kind="exact", where="splat = 1")
+
+
+@pytest.mark.parametrize("kind", [None, "exact"])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("splat = 1", "--where 'splat = 1': there is no column splat: the nearest are [a-z_, ]+$"),
+        ("source =", "--where 'source =': it ends too early, or its brackets do not match$"),
+        ("source = = 1", "--where 'source = = 1': syntax error at or near \"=\"$"),
+        ("latest_judge = 'exact'", "there is no column latest_judge"),
+        ("cast(source as int) = 1", "--where 'cast[^']*': Could not convert string [^(]*$"),
+        (" ", "--where is empty: leave it out"),
+    ],
+)
+def test_a_wrong_condition_is_told_in_its_own_words(
+    cache: SyntheticCache, kind: str | None, where: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        judge_cache(cache.root, kind=kind, where=where)
+    assert "LINE" not in str(caught.value)
+    assert "json_extract" not in str(caught.value)
+
+
+def latest(root: Path) -> list[tuple[str, str | None, bool | None]]:
+    with open_cache(Catalog(root)) as session:
+        rows = session.arrow("SELECT sample_id, judge, correct FROM chains ORDER BY sample_id").to_pylist()
+    return [(row["sample_id"], row["judge"], row["correct"]) for row in rows]
+
+
+def test_an_undecided_verdict_replaces_no_decided_one(cache: SyntheticCache) -> None:
+    judge_cache(cache.root, kind="regex", where="split <> 'heldout'")
+    before, num_heldout = latest(cache.root), sum(chain.split == "heldout" for chain in cache.chains)
+    assert 0 < num_heldout < 24
+    # References are numbers, which hold no unit test.
+    report = judge_cache(cache.root, kind="code")
+    found = report.by_judge["code"]
+    assert (found.num_chains, found.num_undecided, found.num_kept) == (24, 24, 24 - num_heldout)
+    (warning,) = report.warnings()
+    assert "none of 24 chains has what judge code needs (unit tests as reference)" in warning
+    assert "their verdicts stay as they were" in warning
+    after = latest(cache.root)
+    assert [(one, correct) for one, _, correct in after] == [(one, correct) for one, _, correct in before]
+    assert [judge for _, judge, correct in after if correct is None] == ["code"] * num_heldout
+    assert judge_cache(cache.root, kind="regex").by_judge["regex"].num_chains == num_heldout
+    assert judge_cache(cache.root, kind="regex").warnings() == []
+
+
+def test_the_same_judge_keeps_its_decision_too(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge_cache(cache.root, kind="exact")
+    before = latest(cache.root)
+    monkeypatch.setattr(JudgeProcess, "judge", lambda *_: Verdict(None, None))
+    assert judge_cache(cache.root, kind="exact", again=True).by_judge["exact"].num_kept == 24
+    assert latest(cache.root) == before
+
+
+def test_another_judges_word_is_replaced_when_asked_for(cache: SyntheticCache) -> None:
+    judge_cache(cache.root, kind="regex")
+    first = latest(cache.root)
+    judge_cache(cache.root, kind="exact")
+    assert {judge for _, judge, _ in latest(cache.root)} == {"exact"}
+    assert judge_cache(cache.root, kind="regex").by_judge["regex"].num_chains == 24
+    assert latest(cache.root) == first
+    assert judge_cache(cache.root, kind="regex").by_judge == {}
+
+
+def test_prompts_judges_mend_what_an_undecided_verdict_hid(tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    named = [replace(one, prompt=replace(one.prompt, metadata={"judge": "exact"})) for one in make_requests(6)]
+    run_build(make_config(root), named)
+    judge_cache(root)
+    before = latest(root)
+    assert all(correct is not None for _, _, correct in before)
+    hidden = [JudgedSample(sample_id, "code", Verdict(None, None)) for sample_id, _, _ in before]
+    commit_verdicts(Catalog(root).verdicts, hidden, "judge", "j0")
+    assert judge_cache(root).by_judge["exact"].num_chains == 6
+    assert latest(root) == before
+    judge_cache(root, kind="regex")
+    assert judge_cache(root).by_judge == {}, "what was asked for by name stays"
 
 
 def test_chains_that_name_no_judge_are_counted(cache: SyntheticCache) -> None:
@@ -67,7 +145,7 @@ def test_chains_that_name_no_judge_are_counted(cache: SyntheticCache) -> None:
 def test_what_was_judged_before_an_interruption_is_kept(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = teacher_cache.judging._judged
 
-    def interrupted(*args: Any) -> Iterator[JudgedSample]:
+    def interrupted(*args: Any) -> Iterator[tuple[JudgedSample, bool]]:
         for number, sample in enumerate(judged(*args)):
             if number == 5:
                 raise KeyboardInterrupt

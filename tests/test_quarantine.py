@@ -19,6 +19,7 @@ from teacher_cache.care.recode import recode_cache
 from teacher_cache.care.verify import verify_cache
 from teacher_cache.cli import app
 from teacher_cache.commits import read_sample_ids
+from teacher_cache.judging import judge_cache
 from tests.caches import damage, on_disk
 from tests.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
 from tests.test_verify import register
@@ -166,6 +167,17 @@ def test_damaged_verdicts_and_failures_are_taken_out(root: Path) -> None:
     assert run(root, "--quarantine")[0] == 0
     assert Catalog(root).failures.files() == []
     assert run_build(make_config(root), requests).recorded.num_chains == 5
+
+
+def test_verdicts_that_are_gone_are_called_verdicts(root: Path) -> None:
+    judge_cache(root, kind="exact")
+    table = Catalog(root).verdicts
+    (file,) = table.files()
+    damage(table.path_of(file))
+    ended = CliRunner().invoke(app, ["verify", str(root), "--quarantine"])
+    assert f"{NUM_ROWS} verdicts are gone: teacher-cache judge {root} makes them again\n" in ended.stdout
+    assert "chains are gone" not in ended.stdout
+    assert judge_cache(root, kind="exact").by_judge["exact"].num_chains == NUM_ROWS
 
 
 def test_a_crash_before_the_commit_leaves_the_table_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

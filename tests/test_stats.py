@@ -7,6 +7,7 @@ import pytest
 
 from shared.catalog import Catalog
 from teacher_cache.ask.stats import SIGNAL_COLUMNS, cache_stats, stats_text
+from teacher_cache.judging import judge_cache
 from tests.caches import make_cache
 
 
@@ -47,3 +48,14 @@ def test_an_empty_cache_has_numbers_too(tmp_path: Path) -> None:
     stats = cache_stats(Catalog.create(tmp_path / "empty"))
     assert (stats.num_chains, stats.bytes_per_token, stats.pass_rate) == (0, None, None)
     assert "0 chains" in stats_text(stats)
+
+
+def test_undecided_chains_are_told_what_helps(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "cache", num_chains=24, judged=False)
+    judge_cache(made.root, kind="code")
+    stats = cache_stats(Catalog(made.root))
+    assert (stats.num_judged, stats.num_undecided) == (0, 24)
+    text = stats_text(stats)
+    assert "0 judged, 24 undecided (no reference, or the check gave up: `teacher-cache judge` tries again" in text
+    assert judge_cache(made.root, kind="regex").by_judge["regex"].num_undecided == 0
+    assert "undecided" not in stats_text(cache_stats(Catalog(made.root)))

@@ -105,6 +105,12 @@ def test_judge_prints_counts(cache: Path, capsys: pytest.CaptureFixture[str], mo
     assert result.json["by_judge"]["regex"]["num_chains"] == 20
     assert run(capsys, monkeypatch, "judge", cache, "--judge", "regex").out == "nothing to judge\n"
     assert "20 chains name no judge" in run(capsys, monkeypatch, "judge", cache).out
+    result = run(capsys, monkeypatch, "judge", cache, "--judge", "code")
+    assert "20 undecided, 20 of them keep the verdict they had" in result.out
+    assert "none of 20 chains has what judge code needs" in result.err
+    helped = run(capsys, monkeypatch, "judge", "--help").out
+    assert all(kind in helped for kind in KINDS)
+    assert "newest verdict" in helped
     result = run(capsys, monkeypatch, "judge", cache, "--judge", "maths")
     assert (result.code, result.err) == (2, "teacher-cache: judge 'maths' is unknown: did you mean 'math'?\n")
     assert "math" in KINDS

@@ -5,7 +5,6 @@ is, what it weighs), with a header that says what was asked of which versions. S
 caches grow. Cost: 28 bytes a chain in memory; no token is read.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ import pyarrow as pa
 from schemas.manifest import ShardHeader
 from schemas.records import Float32
 from shared.catalog import Catalog
+from shared.condition import check_condition, dry_run, in_brackets, run_with
 from shared.errors import ConfigError
 from shared.filter_columns import ShardFooter, check_filter_columns
-from shared.sql import Session, open_cache
+from shared.sql import open_cache
 from shared.storage import Location
 from student_train.streaming.selection import (
     SCHEMA,
@@ -29,13 +29,6 @@ from student_train.streaming.selection import (
     load_selection,
     totals_of,
     write_selection,
-)
-
-# Of messages of DuckDB: `Binder Error: Referenced column "corect" not found in FROM clause! Candidate bindings: ...`
-EXCERPT = re.compile(r"\s+LINE (\d+): .*$")
-DUCKDB_KIND = re.compile(r"^[A-Z][A-Za-z ]* Error: ")
-UNKNOWN_COLUMN = re.compile(
-    r'Binder Error: Referenced column "(?P<name>.+)" not found in FROM clause! Candidate bindings: (?P<known>.+)'
 )
 
 
@@ -166,52 +159,22 @@ def _check_sources(sources: Sequence[CacheSource]) -> None:
 def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa.Table, dict[str, ShardFooter]]:
     """Places, lengths and weights of the chains that the condition picks, and the footers of all shards by path."""
     where, weight = request.where, request.weight
-    # The newline lets a condition end in a `--` comment.
-    condition = f"WHERE (\n{where}\n)" if where is not None else ""
-    expression = f"(\n{weight}\n)" if weight is not None else "1"
+    condition = f"WHERE {in_brackets(where)}" if where is not None else ""
+    expression = in_brackets(weight) if weight is not None else "1"
     footers = check_filter_columns(catalog, f"{where} {weight}")
     with open_cache(catalog) as session:
-        _dry_run(session, request.key, where, f"SELECT 1 FROM chains {condition} LIMIT 0")
-        _dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
+        check_condition(session, request.key, where)
+        if weight is not None:
+            dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
         query = (
             f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
             f"CAST({expression} AS FLOAT) AS weight FROM chain_places {condition} ORDER BY file, row_in_file"
         )
         given = {name: sql for name, sql in ((request.key, where), ("data.weight", weight)) if sql is not None}
-        rows = _run(session, " or ".join(given), " / ".join(given.values()), query)
+        rows = run_with(session, " or ".join(given), " / ".join(given.values()), query)
     # A NULL weight reads as nan and is refused with the other bad weights.
     filled = rows.column("weight").fill_null(float("nan"))
     return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled), footers
-
-
-def _dry_run(session: Session, name: str, given: str | None, query: str) -> None:
-    """Refuses what `given` has wrong by itself; it stands in `query` between line breaks, as in what is run after."""
-    if given is None:
-        return
-    if not given.strip():
-        raise ConfigError(f"{name} is empty: leave it out, or say what it selects by")
-    _run(session, name, given, query)
-
-
-def _run(session: Session, name: str, given: str, query: str) -> pa.Table:
-    try:
-        return session.arrow(query)
-    except ConfigError as error:
-        raise ConfigError(f"{name} {given!r}: {_reason(str(error), given)}") from error
-
-
-def _reason(said: str, given: str) -> str:
-    """What DuckDB says, of the user's text alone: without its excerpt, which shows the query around that."""
-    text = said.removeprefix("query: ")
-    place = EXCERPT.search(text)
-    text = EXCERPT.sub("", text).removesuffix(" Candidate functions:")
-    # The user's first line is the second of the query; an error behind the last one is at our own bracket.
-    if text.startswith("Parser Error") and place and int(place[1]) > 1 + len(given.splitlines()):
-        return "it ends too early, or its brackets do not match"
-    unknown = UNKNOWN_COLUMN.fullmatch(text)
-    if unknown:
-        return f"there is no column {unknown['name']}: the nearest are {unknown['known'].replace(chr(34), '')}"
-    return DUCKDB_KIND.sub("", text)
 
 
 def _first_by_id(rows: pa.Table, max_chains: int | None) -> pa.Table:

@@ -34,6 +34,9 @@ _COUNTS = """
     sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
 """
 
+UNDECIDED = "no reference, or the check gave up: `teacher-cache judge` tries again, `--judge` another check"
+"""What an undecided chain may lack, and what helps."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -128,7 +131,7 @@ def stats_text(stats: CacheStats) -> str:
         )
     lines.append(f"{stats.num_truncated:,} truncated ({_share(stats.num_truncated, stats.num_chains)})")
     right = f", {stats.pass_rate:.1%} right" if stats.num_judged else ""
-    undecided = f", {stats.num_undecided:,} undecided (`teacher-cache judge` asks again)" if stats.num_undecided else ""
+    undecided = f", {stats.num_undecided:,} undecided ({UNDECIDED})" if stats.num_undecided else ""
     lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
     reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
     lines.append(f"{stats.num_failed:,} failed" + (f": {reasons}" if reasons else ""))

@@ -20,7 +20,9 @@ from schemas.manifest import RunManifest
 from shared.catalog import Catalog, Table
 from shared.errors import CorruptError
 from shared.files import write_text_atomic
+from shared.log import format_plural
 from shared.shards import open_shard
+from shared.storage import Location
 from teacher_cache.care.shard_checks import Damage
 from teacher_cache.care.verify import VerifyReport
 from teacher_cache.commits import Committer, VisibleSamples, replace_file, rewrite, take_out
@@ -54,16 +56,28 @@ def quarantine(catalog: Catalog, report: VerifyReport) -> list[Quarantined]:
     return taken
 
 
-def quarantine_lines(taken: Sequence[Quarantined]) -> list[str]:
-    """What was done, for a person."""
+def quarantine_lines(taken: Sequence[Quarantined], root: Location) -> list[str]:
+    """What was done to the cache at `root`, and what brings back what is lost, for a person."""
     lines = [f"quarantined {one.file}: {one.num_kept} of {one.num_rows} rows are kept" for one in taken]
+    lost = Counter[str]()
+    for one in taken:
+        lost[one.file.partition("/")[0]] += one.num_rows - one.num_kept
+    if lost["chains"]:
+        lines.append(f"{_gone(lost['chains'], 'chain')} until the build runs again")
+    if lost["verdicts"]:
+        makes = "makes it again" if lost["verdicts"] == 1 else "makes them again"
+        lines.append(f"{_gone(lost['verdicts'], 'verdict')}: teacher-cache judge {root} {makes}")
+    if lost["failures"]:
+        lines.append(f"{_gone(lost['failures'], 'failure')}: the build tries those samples again")
     if taken:
-        lost = sum(one.num_rows - one.num_kept for one in taken if one.file.startswith("chains/"))
         lines.append(
-            f"{lost} chains are gone until the build runs again; versions before this one still name the damaged files "
-            "(teacher-cache gc --delete-removed deletes them)"
+            "versions before this one still name the damaged files (teacher-cache gc --delete-removed deletes them)"
         )
     return lines
+
+
+def _gone(number: int, noun: str) -> str:
+    return f"{format_plural(number, noun)} {'is' if number == 1 else 'are'} gone"
 
 
 def _take(catalog: Catalog, damage: Damage) -> Quarantined:

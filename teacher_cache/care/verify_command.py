@@ -19,6 +19,8 @@ def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]
     report = verify_cache(root)
     lines = [f"{problem.file}: {problem.problem}" for problem in report.problems]
     summary = summary_of(report)
+    is_damaged = bool(report.damages)
+    step = f"teacher-cache verify {root} --quarantine takes damaged files out; the next build makes them again"
     try:
         taken = take_out_damaged(Catalog(root), report) if quarantine and report.damages else []
     except OSError as error:
@@ -26,4 +28,5 @@ def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]
     result = asdict(report)
     del result["damages"]
     result |= {"quarantined": [asdict(one) for one in taken], "ok": report.ok}
-    return result, [*lines, summary, *quarantine_lines(taken)]
+    advice = [step] if is_damaged and not quarantine else []
+    return result, [*lines, summary, *advice, *quarantine_lines(taken, root)]
