@@ -29,6 +29,14 @@ _PLAIN_KINDS = ("float", "int", "str", "bool")
 _KIND = re.compile(rf"^({'|'.join(_PLAIN_KINDS)}|function-.*|[A-Z]\w*Config)$")
 """What pydantic calls the kinds of value that one key may have."""
 
+_PATTERN_WORDS = {
+    r"^[A-Za-z0-9_]+$": "must be letters, digits and underscores",
+    r"^[A-Za-z0-9_\-]+$": "must be letters, digits, underscores and hyphens",
+    r"^[A-Za-z0-9_.\-]+$": "must be letters, digits, underscores, dots and hyphens",
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "must be letters, digits and underscores, no digit first",
+}
+"""What the patterns of names say in words."""
+
 
 class StrictModel(BaseModel):
     """Base of every configuration block: frozen, unknown keys refused with the nearest known name."""
@@ -134,7 +142,7 @@ def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> 
         return model.model_validate(data)
     except ValidationError as error:
         problems = _of_the_meant_kind(error.errors())
-        text = "; ".join(_problem(one) for one in problems[:3])
+        text = "; ".join(_problem(one, data) for one in problems[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ConfigError(f"{where}: {text}{more}") from error
 
@@ -175,9 +183,8 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _problem(error: Any) -> str:
-    # Kinds of value that a key may have stand in the location beside the keys; a reader knows the keys.
-    key = ".".join(str(part) for part in error["loc"] if not _KIND.match(str(part)))
+def _problem(error: Any, data: Mapping[str, Any]) -> str:
+    key = _dotted(error, data)
     named = f"{key}: " if key else ""
     message = _rule(error)
     if error["type"] == "union_tag_invalid":
@@ -189,6 +196,21 @@ def _problem(error: Any) -> str:
     is_said = error["type"] == "missing" or repr(given) in message
     shown = f" (got {'null' if given is None else repr(given)})" if plain and not is_said else ""
     return f"{named}{message[0].lower()}{message[1:]}{shown}"
+
+
+def _dotted(error: Any, data: Any) -> str:
+    """The key as it stands in the file: pydantic's location also names kinds of value and of block, which do not."""
+    parts: list[str] = []
+    node, num_left = data, len(error["loc"])
+    for part in error["loc"]:
+        num_left -= 1
+        is_absent_key = error["type"] == "missing" and not num_left
+        is_there = part in node if isinstance(node, Mapping) else isinstance(node, list | tuple)
+        if _KIND.match(str(part)) or not (is_there or is_absent_key):
+            continue
+        parts.append(str(part))
+        node = node[part] if is_there else None
+    return ".".join(parts)
 
 
 def _of_the_meant_kind(problems: Sequence[Any]) -> Sequence[Any]:
@@ -212,6 +234,8 @@ def _rule(error: Any) -> str:
         return "must be a list, for example [a, b]"
     if kind == "too_short" and not context["actual_length"]:
         return "is empty: it needs at least 1 item"
+    if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERN_WORDS:
+        return _PATTERN_WORDS[context["pattern"]]
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be", 1)
     return message.partition(", unable to ")[0]
 

@@ -1,6 +1,7 @@
 """What crashes leave is adopted or swept, a worker at work is left alone, dropped runs stay readable until deleted."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def test_a_dropped_run_stays_in_older_versions_until_it_is_deleted(tmp_path: Pat
     assert checked.ok
     assert len(checked.removed) == len(doomed)
     assert gc(root).removed == report.removed
+    assert any(re.match(r"no longer in the latest version: \d+ files? \(", line) for line in gc_lines(report))
     deleted = gc(root, delete_removed=True)
     assert deleted.freed_bytes == planned.freed_bytes == sum(file.size_bytes for file in doomed)
     assert deleted.unreadable == planned.unreadable == {"chains": [(1, pinned)]}

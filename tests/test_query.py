@@ -23,7 +23,7 @@ from shared.errors import ConfigError, CorruptError, DataError
 from shared.files import check_out
 from shared.sql import Session
 from shared.terminal import cut, harmless, one_line, pad, width_of
-from teacher_cache.ask.query import check_files, open_caches, run_query
+from teacher_cache.ask.query import check_files, open_caches, run_query, write_views
 from teacher_cache.ask.results import Shown, table_text
 from teacher_cache.ask.sql_shell import SqlShell, is_complete
 from teacher_cache.cli import app
@@ -318,3 +318,36 @@ def test_a_check_finds_the_byte_that_duckdb_reads_over(tmp_path: Path, table: st
         check_files([cache.catalog])
     failed = CliRunner().invoke(app, [*arguments, "--check"])
     assert isinstance(failed.exception, CorruptError)
+
+
+def test_views_replace_an_earlier_export_and_nothing_else(cache: SyntheticCache, tmp_path: Path) -> None:
+    path = tmp_path / "views.duckdb"
+    catalogs = {"main": cache.catalog}
+    write_views(catalogs, path)
+    write_views(catalogs, path)
+    for content in (b"question,answer\n1,2\n3,4\n", b""):
+        notes = tmp_path / "notes.csv"
+        notes.write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=r"notes\.csv exists and is no DuckDB database.*: delete it, or name another"
+        ):
+            write_views(catalogs, notes)
+        assert notes.read_bytes() == content
+
+
+def test_a_session_says_no_rows_and_names_its_own_commands(
+    session: Session,
+    typed: PipeInput,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for line in ("SELECT 1 WHERE false;", "FROM range(9);", ".mode csv", "SELECT 2 AS a;", ".quit"):
+        typed.send_text(line + "\r")
+    SqlShell(session, 3, ["main"]).run(typed, DummyOutput())
+    told = capsys.readouterr().err
+    assert told.count("0 rows\n") == 1
+    assert "the first 3 rows of 9: .rows N shows more, .mode csv all of them" in told
+    run_query(session, "FROM range(9)", max_rows=3)
+    assert "--max-rows shows more, --format csv all of them" in capsys.readouterr().err

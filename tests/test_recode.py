@@ -60,7 +60,7 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pyte
         ("topk-u8", "topk-u8", "is stored as topk-u8 already: teacher-cache copy"),
         ("topk-u8", "topk-f32", "promises what the teacher said, exactly: .* win no precision back"),
         ("topk-f32", "archive", "add --lossy to go on"),
-        ("topk-u8", "zip", "'zip' is unknown"),
+        ("topk-u8", "zip", "'zip' is unknown: choose one of archive, topk-u8$"),
     ],
 )
 def test_what_loses_or_gains_nothing_is_refused(tmp_path: Path, stored: str, codec: str, reason: str) -> None:

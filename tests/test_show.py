@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from schemas.records import Signals
+from shared.drawing import WIDE_IN
 from shared.errors import ConfigError
 from shared.reader import Sample, open_cache
 from teacher_cache.ask.show import candidate_lines, levels_of, parts_of, print_chain, print_token, top1_prob_of
@@ -125,3 +126,10 @@ def test_signals_of_one_token_make_a_page(sample: Sample, tmp_path: Path) -> Non
         Sample(chain, sample.messages, sample.token_ids_T[:1], one, sample.header, sample.piece_of), tmp_path / "x.html"
     )
     assert "which never ended" in (tmp_path / "x.html").read_text()
+
+
+def test_the_chart_of_a_page_takes_its_width(sample: Sample, tmp_path: Path) -> None:
+    write_chain_page(sample, tmp_path / "chain.html")
+    chart = re.search(r'<svg[^>]*viewBox="0 0 ([0-9.]+) ', (tmp_path / "chain.html").read_text())
+    assert chart is not None
+    assert float(chart[1]) == 72 * WIDE_IN

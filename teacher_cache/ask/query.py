@@ -48,10 +48,13 @@ def run_query(
     output_format: str | None = None,
     out: Path | None = None,
     max_rows: int = DEFAULT_MAX_ROWS,
+    *,
+    in_session: bool = False,
 ) -> None:
     """Answers one query on stdout or in `out`. The format is, if not given, that of the file's suffix, or a table.
 
-    A table shows `max_rows` rows and says on stderr what it left out; the other formats hold every row and stream.
+    A table shows `max_rows` rows and says on stderr what it left out, and how more is shown: by options, or by commands
+    where this is `in_session`. The other formats hold every row and stream.
     """
     if query.lstrip().startswith("."):
         command = query.split()[0]
@@ -63,14 +66,16 @@ def run_query(
     if out is None:
         shown = Shown()
         _print(_text(reader, chosen, max_rows, _terminal_width(), shown))
-        _say_rest(shown)
+        if chosen == "table" and not shown.num_rows:
+            note("0 rows")
+        _say_rest(shown, in_session)
     elif chosen == "parquet":
         note(f"{out}: {_write_parquet(reader, out)} rows")
     else:
         shown = Shown()
         with atomic_path(out) as temp, temp.open("w", encoding="utf-8", newline="") as stream:
             stream.writelines(_text(reader, chosen, max_rows, None, shown))
-        _say_rest(shown)
+        _say_rest(shown, in_session)
 
 
 def check_files(catalogs: Iterable[Catalog]) -> None:
@@ -88,8 +93,18 @@ def check_files(catalogs: Iterable[Catalog]) -> None:
 def write_views(catalogs: dict[str, Catalog], path: Path) -> None:
     """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
     check_out("--export-views", path, [one.root for one in catalogs.values()])
+    if path.exists() and not _is_duckdb(path):
+        raise ConfigError(
+            f"--export-views {path} exists and is no DuckDB database, so no earlier export: delete it, or name "
+            "another file"
+        )
     export_views(catalogs, path)
     note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
+
+
+def _is_duckdb(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(12)[8:] == b"DUCK"
 
 
 def read_stdin() -> str:
@@ -132,10 +147,11 @@ def _print(pieces: Iterator[str]) -> None:
     sys.stdout.flush()
 
 
-def _say_rest(shown: Shown) -> None:
+def _say_rest(shown: Shown, in_session: bool) -> None:
     if shown.num_rows > shown.num_shown:
         total = f"{shown.num_rows}" if shown.counted else f"more than {shown.num_rows}"
-        note(f"the first {shown.num_shown} rows of {total}: --max-rows shows more, --format csv all of them")
+        more, every = (".rows N", ".mode csv") if in_session else ("--max-rows", "--format csv")
+        note(f"the first {shown.num_shown} rows of {total}: {more} shows more, {every} all of them")
 
 
 def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:

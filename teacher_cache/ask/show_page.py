@@ -103,4 +103,4 @@ def _entropy_chart(sample: Sample) -> str:
     windows = np.array_split(np.arange(len(entropy_T)), min(len(entropy_T), SMOOTHED_POINTS))
     x = [float(window.mean()) for window in windows]
     y = [float(entropy_T[window].mean()) for window in windows]
-    return line_chart([Line("", x, y)], "position (tokens)", "entropy (nats)", from_zero=True).svg()
+    return line_chart([Line("", x, y)], "position (tokens)", "entropy (nats)", from_zero=True).svg(wide=True)

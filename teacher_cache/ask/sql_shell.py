@@ -100,7 +100,7 @@ class SqlShell:
 
     def _query(self, statement: str) -> None:
         started_s = time.monotonic()
-        run_query(self._session, statement, self._format, max_rows=self._max_rows)
+        run_query(self._session, statement, self._format, max_rows=self._max_rows, in_session=True)
         note(f"{time.monotonic() - started_s:.2f} s")
 
     def _command(self, text: str) -> None:

@@ -121,7 +121,8 @@ def gc_lines(report: GcReport) -> list[str]:
         lines += [f"{label:8} {item.file} ({format_bytes(item.size_bytes)}): {item.why}" for item in items]
     if report.removed:
         size = format_bytes(sum(item.size_bytes for item in report.removed))
-        lines.append(f"removed  {len(report.removed)} files, {size}, which only older versions hold: --delete-removed")
+        files = format_plural(len(report.removed), "file")
+        lines.append(f"no longer in the latest version: {files} ({size}); --delete-removed deletes them")
     for name, ranges in report.unreadable.items():
         spans = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in ranges)
         lines.append(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from schemas import FORMAT_VERSION
 from schemas.manifest import SHARD_METADATA_KEY, ShardHeader
-from schemas.tables import chain_schema
+from schemas.tables import CODECS, chain_schema
 from shared.catalog import Catalog
 from shared.codec import check_codec
 from shared.errors import ConfigError
@@ -31,6 +31,8 @@ def recode_cache(source: Location, dest: Location, codec: str, *, lossy: bool = 
     Raises ConfigError for an unknown codec, where nothing would be gained, and where exact numbers would be rounded
     unless `lossy`; otherwise as `copy_caches`.
     """
+    if codec not in CODECS:
+        raise ConfigError(f"codec {codec!r} is unknown: choose one of {', '.join(sorted({*CODECS} - {EXACT}))}")
     check_codec(codec)
     _check_gain(_codecs(Catalog(source)), source, codec, lossy=lossy)
 
