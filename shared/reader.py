@@ -147,7 +147,7 @@ class Cache:
         if not SAMPLE_PREFIX.match(prefix):
             raise DataError(f"sample {prefix!r} is no sample id: `teacher-cache sql` finds them in chains.sample_id")
         rows = self.arrow(
-            "SELECT sample_id, filename, file_row_number FROM shards"
+            "SELECT sample_id, filename, file_row_number, count(*) OVER () AS num_found FROM shards"
             f" WHERE starts_with(sample_id, {quote(prefix)}) ORDER BY sample_id LIMIT {MAX_NAMED}"
         ).to_pylist()
         if not rows:
@@ -155,7 +155,10 @@ class Cache:
         exact: list[dict[str, Any]] = [row for row in rows if row["sample_id"] == prefix]
         if len(rows) > 1 and not exact:
             names = ", ".join(row["sample_id"] for row in rows)
-            raise DataError(f"several samples of {self.catalog.root} begin with {prefix!r}: {names}: give more of it")
+            count, first = rows[0]["num_found"], "the first " if rows[0]["num_found"] > len(rows) else ""
+            raise DataError(
+                f"{count} samples of {self.catalog.root} begin with {prefix!r}, {first}{names}: give more of it"
+            )
         found: dict[str, Any] = (exact or rows)[0]
         return found
 

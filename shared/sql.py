@@ -257,13 +257,14 @@ def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
     import duckdb
 
     select = _without_end(query)
-    kinds = [statement.type.name for statement in connection.extract_statements(select)]
+    statements = connection.extract_statements(select)
+    kinds = [statement.type.name for statement in statements]
     if not kinds:
         raise ConfigError("query: it is empty: write one SELECT")
     if set(kinds) == {"SELECT"} and len(kinds) > 1:
         raise ConfigError(f"query: {len(kinds)} SELECTs are {len(kinds) - 1} too many: ask one at a time")
     if kinds != ["SELECT"]:
-        found = " and ".join(kind.replace("_", " ") for kind in kinds)
+        found = " and ".join(map(_kind_of, statements))
         raise ConfigError(f"query: one SELECT (or EXPLAIN of one) is allowed here, found {found}: a cache is read-only")
     row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchone()
     tree = json.loads(row[0]) if row else {"error": True}
@@ -286,6 +287,12 @@ def _only_reads(tree: Any) -> bool:
     if (isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES) or "info_type" in tree:
         return False
     return all(_only_reads(one) for one in tree.values())
+
+
+def _kind_of(statement: "duckdb.Statement") -> str:
+    """INSERT, COPY and the like; the user's own word where DuckDB's would be another (PIVOT is MULTI to it)."""
+    kind = statement.type.name
+    return statement.query.split()[0].upper() if kind in ("MULTI", "LOAD") else kind.replace("_", " ")
 
 
 def _without_end(query: str) -> str:

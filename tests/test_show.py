@@ -133,3 +133,11 @@ def test_the_chart_of_a_page_takes_its_width(sample: Sample, tmp_path: Path) -> 
     chart = re.search(r'<svg[^>]*viewBox="0 0 ([0-9.]+) ', (tmp_path / "chain.html").read_text())
     assert chart is not None
     assert float(chart[1]) == 72 * WIDE_IN
+
+
+@pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
+def test_a_rounded_list_says_why_it_differs(tmp_path: Path, codec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_cache(tmp_path / "cache", num_chains=2, codec=codec)
+    with open_cache(made.root) as cache:
+        print_token(cache.sample(made.chains[0].sample_id), 0)
+    assert ("stored as 8-bit codes" in capsys.readouterr().out) == (codec == "topk-u8")

@@ -496,3 +496,16 @@ def test_a_changed_byte_of_a_verdict_file_is_found_before_a_query(tmp_path: Path
     damage(catalog.verdicts.path_of(catalog.verdicts.files()[0]), 0.1)
     with pytest.raises(CorruptError, match=r"not the one in its name: teacher-cache verify .* --quarantine"):
         open_cache(catalog)
+
+
+@pytest.mark.parametrize(
+    ("query", "word"),
+    [
+        ("PIVOT (SELECT 1 AS a, 2 AS b) ON a USING sum(b)", "PIVOT"),
+        ("/* now */ install httpfs;", "INSTALL"),
+        ("LOAD httpfs", "LOAD"),
+    ],
+)
+def test_a_refused_statement_is_named_as_it_was_written(session: Session, query: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=f"is allowed here, found {word}: a cache is read-only"):
+        session.arrow(query)

@@ -26,6 +26,10 @@ CERTAINTY = (0.9, 0.7, 0.5, 0.3)
 STYLES = ("", "color(71)", "color(178)", "color(208)", "color(196)")
 CONTEXT_TOKENS = 12
 MAX_CANDIDATES = 20
+EXACT = "topk-f32"
+ROUNDED = (
+    "the list is stored as 8-bit codes, the sampled token's own probability (above) to 16 bits: they differ a little"
+)
 BAR_WIDTH = 24
 
 
@@ -63,6 +67,9 @@ def print_token(sample: Sample, position: int) -> None:
     console.print(f"{where}  rank {rank}  probability {prob:.4f}  entropy {signals.entropy_T[position]:.3f} nats")
     for line in candidate_lines(sample, position):
         console.print(line, markup=False)
+    if sample.header.codec != EXACT:
+        console.print()
+        console.print(ROUNDED, style="dim")
 
 
 def check_position(sample: Sample, position: int) -> None:
