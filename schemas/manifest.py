@@ -1,10 +1,12 @@
 """What a run and a shard say about themselves: pydantic models of `runs/<run_id>.json` and of the Parquet metadata."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas import FORMAT_VERSION
+from schemas.records import stable_hash
 
 SHARD_METADATA_KEY = b"stillroom"
 """Key of the Parquet key-value metadata under which a shard keeps its ShardHeader as JSON."""
@@ -59,3 +61,18 @@ class RunManifest(_Record):
     prompts: dict[str, Any]
     reasoning: dict[str, Any]
     software: dict[str, str]
+
+
+def run_id_for(
+    name: str,
+    kind: str,
+    teacher_fingerprint: str,
+    sampling: Mapping[str, Any],
+    capture: Mapping[str, Any],
+    reasoning: Mapping[str, Any],
+) -> str:
+    """`<name>_<8 hex>`: another teacher, capture, reasoning or sampling is another run, and so is scoring; more
+    samples of a prompt are not. The arguments are a RunManifest's fields.
+    """
+    how = {key: value for key, value in sampling.items() if key != "samples"} if kind == "generate" else "score"
+    return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how)[:8]}"

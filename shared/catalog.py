@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from schemas.manifest import RunManifest
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
+from shared.delta_log import broken_entries, log_problems
 from shared.errors import CacheConflict, CorruptError, DataError, StillroomError
 from shared.files import sha256_of, sync_file, sync_folder, write_text_atomic
 from shared.object_path import ObjectPath
 from shared.receipts import Receipt, write_receipt
-from shared.storage import Location, check_reachable, delta_options, matching
+from shared.storage import Location, check_reachable, delta_options, matching, require_cache
 from shared.stores import explained
 
 HASH_CHARS = 32
@@ -217,10 +219,7 @@ class Catalog:
         """
         check_reachable(root)
         _require_openable(str(root.absolute()))
-        if not (root / "chains" / "_delta_log").is_dir():
-            raise DataError(
-                f"{root} is not a cache: it has no chains/_delta_log (build one with `teacher-cache build`)"
-            )
+        require_cache(root)
         self.root = root
         self.chains = Table(root / "chains", chains_version)
         self.verdicts = Table(root / "verdicts", verdicts_version)
@@ -247,7 +246,7 @@ class Catalog:
             try:
                 manifest = RunManifest.model_validate_json(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise CorruptError(f"{path} is not a run manifest: {_first_line(error)}") from error
+                raise CorruptError(f"{path} is not a run manifest: {manifest_problem(error)}") from error
             found[manifest.run_id] = manifest
         return found
 
@@ -299,6 +298,15 @@ def check_hash(path: Location) -> None:
         raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 is not the one in its name")
 
 
+def manifest_problem(error: ValueError) -> str:
+    """The first thing that is wrong with a manifest, in one line: key and reason."""
+    if not isinstance(error, ValidationError):
+        return _first_line(error)
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"{key}: {first['msg']}" if key else first["msg"]
+
+
 def _require_openable(path: str) -> None:
     if TWICE_DECODED.search(path):
         raise DataError(f"{path} holds a % before two hex digits, which deltalake cannot open: give it another name")
@@ -308,7 +316,9 @@ def _log_error(folder: Location, error: Exception) -> StillroomError:
     # Of a store an OSError is the way to it, not what lies there.
     if isinstance(folder, ObjectPath) and isinstance(error, OSError):
         return explained(error, str(folder), folder.scheme)
-    return CorruptError(f"{folder}/_delta_log cannot be read: {_first_line(error)}")
+    problems = log_problems(folder / "_delta_log") or broken_entries(folder / "_delta_log")
+    reason = problems[0] if problems else _first_line(error)
+    return CorruptError(f"{folder}/_delta_log cannot be read: {reason}")
 
 
 def _first_line(error: BaseException) -> str:

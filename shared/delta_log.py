@@ -51,6 +51,24 @@ def log_problems(log: Location) -> list[str]:
     ]
 
 
+def broken_entries(log: Location) -> list[str]:
+    """Entries and what is wrong with them that hold no JSON, as one that was cut short; one line each."""
+    entries, _ = _versions(log)
+    found = []
+    for version in sorted(entries):
+        try:
+            _actions(log / f"{version:020d}.json")
+        except CorruptError as error:
+            if isinstance(error.__cause__, OSError):
+                # A disk that refuses to read says nothing about what was written.
+                continue
+            found.append(
+                f"entry {version:020d}.json is damaged or cut short: restore it from a copy; the shards it registered "
+                "are still there"
+            )
+    return found
+
+
 def file_history(log: Location) -> dict[str, list[Span]]:
     """Every file that an entry adds, by path relative to the table, with the versions that hold it.
 

@@ -142,6 +142,21 @@ def check_reachable(root: Location) -> None:
         )
 
 
+def require_cache(root: Location) -> None:
+    """Raises DataError where no cache lies at `root`, naming one that lies up to two folders below it."""
+    if (root / "chains" / "_delta_log").is_dir():
+        return
+    problem = f"{root} is not a cache"
+    if not root.exists() and isinstance(root, Path):
+        raise DataError(f"{problem}: it does not exist (build one with `teacher-cache build`)")
+    if isinstance(root, Path):
+        for pattern in ("*", "*/*"):
+            found = sorted(path.parent.parent for path in root.glob(f"{pattern}/chains/_delta_log"))
+            if found:
+                raise DataError(f"{problem}: did you mean {found[0]}?")
+    raise DataError(f"{problem}: it has no chains/_delta_log (build one with `teacher-cache build`)")
+
+
 def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
     """A Parquet file with page checksums verified; of an object the columns of a row group are fetched side by side.
 

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from schemas.manifest import RunManifest, ShardHeader, Teacher
-from schemas.records import stable_hash
+from schemas.manifest import RunManifest, ShardHeader, Teacher, run_id_for
 from shared.catalog import SHARD_NAME, Catalog
 from shared.config import Json, plain
 from shared.errors import CacheConflict, DataError, StillroomError, one_line
 from shared.interrupt import StopRequest
 from shared.log import Progress, note, warn
+from shared.shards import open_shard
 from shared.storage import Location, matching, relative_name
 from shared.tokens import write_vocab
 from teacher_cache.commits import Committer, VisibleSamples
@@ -99,6 +99,7 @@ class Build:
         """
         pending = Pending(requests, lambda sample_id: self.is_done(sample_id, retry_failures=retry_failures))
         if pending.is_empty():
+            self._restore_description()
             return BuildResult(
                 self.run_id, self.worker, num_total, pending.num_skipped, self.num_adopted, Recorded(), 0.0, None
             )
@@ -195,7 +196,7 @@ class Build:
             RunManifest(
                 run_id=self.run_id,
                 name=config.run,
-                kind="generate" if isinstance(config, BuildConfig) else "score",
+                kind=_kind(config),
                 created_at=known.created_at if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 teacher=teacher.model_copy(update={"vocab_size": info.vocab_size}),
                 sampling=_sampling(config),
@@ -206,7 +207,28 @@ class Build:
                 software=dict(info.software),
             )
         )
-        path = self.catalog.vocab_path(teacher.tokenizer_fingerprint)
+        self._write_vocab()
+
+    def _restore_description(self) -> None:
+        """Writes manifest and vocabulary again where a finished cache has lost them; no engine runs then, so what the
+        engine says of itself stays out of the manifest.
+        """
+        shards = [file for file in self.catalog.chains.files() if file.path.startswith(f"{self.run_id}/")]
+        if not shards:
+            return
+        try:
+            if not (self.config.cache / "runs" / f"{self.run_id}.json").exists():
+                parquet, header = open_shard(self.catalog.chains.path_of(shards[0]))
+                parquet.close()
+                self._describe_run(EngineInfo(header.vocab_size, 0, header.entropy, {}, {}))
+                note(f"wrote runs/{self.run_id}.json again, which was missing")
+            else:
+                self._write_vocab()
+        except OSError as error:
+            raise explained(error) from error
+
+    def _write_vocab(self) -> None:
+        path = self.catalog.vocab_path(self.teacher.record.tokenizer_fingerprint)
         if not path.exists():
             write_vocab(path, self.teacher.tokenizer)
 
@@ -232,10 +254,12 @@ def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
     """`<run>_<8 hex>`: another teacher, capture, reasoning or sampling is another run, and so is scoring; more prompts,
     samples or completions are not.
     """
-    sampling = {key: value for key, value in _sampling(config).items() if key != "samples"}
-    how = sampling if isinstance(config, BuildConfig) else "score"
-    meaning = [teacher.fingerprint, plain(config.capture), plain(config.reasoning), how]
-    return f"{config.run}_{stable_hash('run', *meaning)[:8]}"
+    capture, reasoning = plain(config.capture), plain(config.reasoning)
+    return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning)
+
+
+def _kind(config: BuildConfig | ScoreConfig) -> str:
+    return "generate" if isinstance(config, BuildConfig) else "score"
 
 
 def _sampling(config: BuildConfig | ScoreConfig) -> Json:

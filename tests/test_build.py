@@ -30,6 +30,7 @@ from teacher_cache.judging import judge_cache
 from teacher_cache.metrics import MetricsLog
 from teacher_cache.recorder import Recorder
 from teacher_cache.requests import Finished, Outcome, Request
+from tests.caches import on_disk
 from tests.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 
 ROOT = Path(__file__).parents[1]
@@ -365,3 +366,19 @@ def test_a_metrics_file_that_cannot_be_written_ends_no_build(tmp_path: Path, mon
     start = MetricsLog.__init__
     monkeypatch.setattr(MetricsLog, "__init__", opened)
     assert run_build(make_config(tmp_path / "c"), make_requests(20)).recorded.num_committed == 20
+
+
+def test_a_finished_build_writes_a_lost_manifest_and_vocabulary_again(tmp_path: Path) -> None:
+    cache, requests = tmp_path / "cache", make_requests(6)
+    result = run_build(make_config(cache), requests)
+    catalog = Catalog(cache)
+    before = catalog.runs()[result.run_id]
+    vocab = on_disk(catalog.vocab_paths()[0])
+    vocab.unlink()
+    (cache / "runs" / f"{result.run_id}.json").unlink()
+    assert run_build(make_config(cache), requests).recorded.num_chains == 0
+    assert vocab.exists()
+    after = catalog.runs()[result.run_id]
+    for key in ("teacher", "sampling", "capture", "reasoning", "prompts", "kind", "name"):
+        assert getattr(after, key) == getattr(before, key), key
+    assert verify_cache(cache).ok

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.catalog import Catalog, Table, publish
-from shared.errors import DataError
+from shared.errors import CorruptError, DataError
 from shared.log import format_plural
 from teacher_cache.care.leftovers import find_leftovers, receipt_problems
 from teacher_cache.care.verify import VerifyReport, summary_of, verify_cache
+from teacher_cache.care.verify_command import verify_command
 from tests.caches import damage, make_cache, on_disk
+from tests.fake_builds import make_config, make_requests, run_build
 
 
 @pytest.fixture(params=["topk-f32", "topk-u8"])
@@ -114,7 +116,7 @@ def test_an_unreadable_log_is_a_problem(root: Path) -> None:
     (root / "chains" / "_delta_log" / f"{1:020d}.json").write_text('{"add": ')
     found = problems(verify_cache(root))
     assert len(found) == 1
-    assert "_delta_log cannot be read" in found[0][1]
+    assert "is damaged or cut short" in found[0][1]
     shutil.rmtree(root / "verdicts")
     assert ("verdicts/_delta_log", "is missing") in problems(verify_cache(root))
 
@@ -249,19 +251,95 @@ def test_columns_counts_and_companions_are_checked(root: Path, shard: Path) -> N
     damage(verdict)
     found = problems(verify_cache(root))
     assert any(file == without and "seed is missing" in text for file, text in found)
-    name = f"chains/{shard.relative_to(root / 'chains')}"
-    assert (name, f"its run's manifest runs/{manifest.name} is missing") in found
+    # Once, however many shards it has.
+    again = "the build with its configuration writes it again"
+    assert [text for file, text in found if file == f"runs/{manifest.name}"] == [
+        f"is missing, 4 shards of it are there: {again}"
+    ]
     assert any(file == f"vocab/{vocab.name}" and "not a readable Parquet file" in text for file, text in found)
     assert any(file.startswith("verdicts/") and "bytes that were written" in text for file, text in found)
     vocab.unlink()
     manifest.write_text("{")
     found = problems(verify_cache(root))
-    assert (f"vocab/{vocab.name}", "is missing: tokens have no text in SQL") in found
-    assert any(file == "runs" and "is not a run manifest" in text for file, text in found)
+    assert (f"vocab/{vocab.name}", f"is missing, tokens have no text in SQL: {again}") in found
+    assert any(file == f"runs/{manifest.name}" and "is not a run manifest (Expecting" in text for file, text in found)
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a cache"):
+        verify_cache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"temperature": 0.6', '"temperature": 0.7', "make the run id fake_"),
+        ('"name": "fake"', '"name": "fame"', "make the run id fame_"),
+        ('"revision"', '"revisioo"', "has the unknown key 'revisioo'"),
+        ('"capture"', '"capturd"', "is not a run manifest (capture: Field required)"),
+        ('"run_id": "fake', '"run_id": "fakd', "says that it is run fakd_"),
+        ("b" * 32, "b" * 31 + "a", "the headers of its shards say " + "b" * 32),
+    ],
+)
+def test_a_changed_manifest_is_found(tmp_path: Path, before: str, after: str, message: str) -> None:
+    cache = tmp_path / "cache"
+    run_build(make_config(cache), make_requests(4))
+    assert problems(verify_cache(cache)) == []
+    (manifest,) = (cache / "runs").glob("*.json")
+    text = manifest.read_text()
+    assert before in text
+    manifest.write_text(text.replace(before, after, 1))
+    ((file, problem),) = problems(verify_cache(cache))
+    assert file == f"runs/{manifest.name}"
+    assert message in problem
+    assert problem.endswith("restore it from a copy, or remove it and the build with its configuration writes it again")
+
+
+def test_an_entry_cut_short_is_named_with_its_remedy(root: Path) -> None:
+    entry = root / "chains" / "_delta_log" / f"{1:020d}.json"
+    entry.write_bytes(entry.read_bytes()[:40])
+    text = (
+        f"entry {entry.name} is damaged or cut short: restore it from a copy; the shards it registered are still there"
+    )
+    assert problems(verify_cache(root)) == [("chains/_delta_log", text)]
+    with pytest.raises(CorruptError) as caught:
+        Catalog(root)
+    assert str(caught.value) == f"{root}/chains/_delta_log cannot be read: {text}"
+
+
+def test_a_missing_entry_is_said_alike_by_all_commands(root: Path) -> None:
+    (root / "chains" / "_delta_log" / f"{1:020d}.json").unlink()
+    ((_, text),) = problems(verify_cache(root))
+    with pytest.raises(CorruptError) as caught:
+        Catalog(root)
+    assert str(caught.value) == f"{root}/chains/_delta_log cannot be read: {text}"
+
+
+def test_the_next_step_comes_last(root: Path, shard: Path) -> None:
+    assert "--quarantine" not in "".join(verify_command(root, quarantine=False)[1])
+    damage(shard)
+    step = f"teacher-cache verify {root} --quarantine takes damaged files out; the next build makes them again"
+    assert verify_command(root, quarantine=False)[1][-1] == step
+    assert step not in verify_command(root, quarantine=True)[1]
+
+
+def test_a_path_that_is_no_cache_says_why(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, reason in (
+        ("nowhere", " is not a cache: it does not exist"),
+        ("file", " is a file"),
+        ("empty", " is not a cache: it has no chains/_delta_log"),
+        (".", f" is not a cache: did you mean {root}?"),
+    ):
+        for look in (verify_cache, Catalog):
+            with pytest.raises(DataError) as caught:
+                look(tmp_path / path)
+            assert f"{tmp_path / path}{reason}" in str(caught.value)
+    deeper = tmp_path / "demo" / "below"
+    deeper.parent.mkdir()
+    root.rename(deeper)
+    with pytest.raises(DataError, match=r"did you mean .*demo/below"):
         verify_cache(tmp_path)
 
 

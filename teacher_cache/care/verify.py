@@ -3,7 +3,8 @@
     logs       every entry of the three Delta logs is there and readable, the newest by the writers' receipts
     files      every registered file exists with its size, and its SHA-256 is the one in its name
     shards     header, page checksums, every row group decoded, rows as the log counts them, rows checked (row_checks)
-    cache      sample ids are unique, every shard has its run's manifest and its tokenizer's vocabulary
+    cache      sample ids are unique, every shard has its run's manifest and its tokenizer's vocabulary,
+              manifests say what their run ids and shards say (run_checks)
 
 Files that no log names are orphans: left by a crash, never read, and no error (`teacher-cache gc` sees to them).
 """
@@ -18,11 +19,12 @@ import pyarrow as pa
 
 from schemas.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
 from shared.catalog import Catalog, DataFile, Table, check_hash
-from shared.delta_log import log_problems
-from shared.errors import CorruptError, DataError, StillroomError
+from shared.delta_log import broken_entries, log_problems
+from shared.errors import CorruptError, StillroomError, first_line
 from shared.log import Progress, format_bytes, format_plural
-from shared.storage import Location, check_reachable, open_parquet
+from shared.storage import Location, check_reachable, open_parquet, require_cache
 from teacher_cache.care.leftovers import Leftover, find_leftovers, receipt_problems
+from teacher_cache.care.run_checks import WRITTEN_AGAIN, verify_runs
 from teacher_cache.care.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
 
 TABLES = ("chains", "verdicts", "failures")
@@ -60,11 +62,12 @@ class VerifyReport:
 def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport:
     """Checks everything, `num_threads` shards at a time (None: one a core). Raises DataError where no cache is."""
     check_reachable(root)
-    if not (root / "chains" / "_delta_log").is_dir():
-        raise DataError(f"{root} is not a cache: it has no chains/_delta_log")
+    require_cache(root)
     report = VerifyReport()
     for name in TABLES:
-        report.problems += [Problem(f"{name}/_delta_log", text) for text in log_problems(root / name / "_delta_log")]
+        log = root / name / "_delta_log"
+        problems = log_problems(log) or broken_entries(log)
+        report.problems += [Problem(f"{name}/_delta_log", text) for text in problems]
     if report.problems:
         return report
     try:
@@ -114,17 +117,10 @@ def _verify_shards(catalog: Catalog, num_threads: int, report: VerifyReport) -> 
 
 def _verify_together(catalog: Catalog, findings: list[ShardFindings], report: VerifyReport) -> None:
     report.problems += _duplicates(findings)
-    headers = [(one.file.path, one.header) for one in findings if one.header is not None]
-    try:
-        runs = catalog.runs()
-    except StillroomError as error:
-        report.problems.append(Problem("runs", str(error)))
-    else:
-        for path, header in headers:
-            if header.run_id not in runs:
-                problem = f"its run's manifest runs/{header.run_id}.json is missing"
-                report.problems.append(Problem(f"chains/{path}", problem))
-    for fingerprint in sorted({header.tokenizer_fingerprint for _, header in headers}):
+    headers = [one.header for one in findings if one.header is not None]
+    sound = [one.header for one in findings if one.header is not None and not one.problems]
+    report.problems += [Problem(file, problem) for file, problem in verify_runs(catalog, headers, sound)]
+    for fingerprint in sorted({header.tokenizer_fingerprint for header in headers}):
         report.problems += _verify_vocab(catalog, fingerprint)
 
 
@@ -148,16 +144,16 @@ def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
     path = catalog.vocab_path(fingerprint)
     name = f"vocab/{path.name}"
     if not path.exists():
-        yield Problem(name, "is missing: tokens have no text in SQL")
+        yield Problem(name, f"is missing, tokens have no text in SQL: {WRITTEN_AGAIN}")
         return
     try:
         with open_parquet(path) as file:
             schema = file.read().schema
     except (pa.ArrowException, OSError) as error:
-        yield Problem(name, f"is not a readable Parquet file: {str(error).splitlines()[0]}")
+        yield Problem(name, f"is not a readable Parquet file, remove it: {WRITTEN_AGAIN} ({first_line(error)})")
         return
     if not schema.equals(VOCAB_SCHEMA):
-        yield Problem(name, "has not the columns token_id, piece and is_special")
+        yield Problem(name, f"has not the columns token_id, piece and is_special, remove it: {WRITTEN_AGAIN}")
 
 
 def _verify_small(table: Table, schema: pa.Schema) -> Iterator[tuple[Problem, Damage | None]]:
