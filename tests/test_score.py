@@ -12,7 +12,7 @@ import pytest
 from schemas.records import chain_id_of, scored_sample_id_of
 from shared.catalog import Catalog
 from shared.config import validate_config
-from shared.errors import ConfigError, CorruptError
+from shared.errors import ConfigError, CorruptError, DataError
 from shared.sql import open_cache
 from teacher_cache.build import Build, BuildResult
 from teacher_cache.intake.completions import Completions
@@ -335,3 +335,13 @@ def test_a_field_that_is_null_is_not_called_missing(tmp_path: Path, teacher: Ide
     (refused,) = requests_of(config, teacher)
     assert isinstance(refused, LoadFailure)
     assert refused.message.endswith("field 'messages' is null")
+
+
+def test_a_field_that_no_row_has_is_refused(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [{"p": "2+3?", "c": "5", "right": "5"}])
+    fields = {"prompt_field": "p", "completion_field": "c", "reference_field": "rigth"}
+    config = make_score(tmp_path / "cache", {"kind": "jsonl", "name": "own", "path": str(path), **fields})
+    with pytest.raises(
+        DataError, match=r"source own: no row of .*c\.jsonl has a field 'rigth': did you mean 'right'\?"
+    ):
+        requests_of(config, teacher)
