@@ -15,25 +15,28 @@ MESSAGE = "shard 7 is not what was written"
 
 
 def main(manner: str) -> None:
-    with StopRequest(at_once=True):
+    with StopRequest(at_once=True) as stop:
         from student_train.ranks import joined_ranks
 
         with joined_ranks() as ranks:
             print(f"rank {ranks.rank} is there", file=sys.stderr)
             if ranks.rank == 1 and manner != "well":
-                fail(manner)
+                fail(manner, stop)
             # The others wait for it here, and lose it.
             ranks.sum([1.0])
 
 
-def fail(manner: str) -> None:
+def fail(manner: str, stop: StopRequest) -> None:
     if manner == "damage":
         raise CorruptError(MESSAGE)
     if manner == "exception":
         raise ZeroDivisionError(MESSAGE)
     if manner == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    # Python swallows an interrupt that falls into a destructor; a step of training would look at the request.
+    while not stop.is_set:
+        time.sleep(0.1)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ def test_killed_run_goes_on_bit_for_bit(
     tmp_path: Path,
     cache: SyntheticCache,
     student: Path,
-    ranks: Ranks,
     num_ranks: int,
     stage: Json,
     kills: tuple[int, ...],
@@ -43,10 +42,8 @@ def test_killed_run_goes_on_bit_for_bit(
     """SIGKILL at random times, with a checkpoint every step, so that many hit one being written; then to the end."""
     options = ("--nproc", str(num_ranks))
     whole = make_config(tmp_path / "whole", cache, student, stage, eval=None)
-    if num_ranks == 1:
-        train_run(whole, ranks)
-    else:
-        assert _run(whole, *options)[0] == 0
+    # By the same program: with other threads torch's attention adds in another order.
+    assert _run(whole, *options)[0] == 0
     config = make_config(tmp_path / "run", cache, student, stage, eval=None, checkpoint={"every_steps": 1})
     random_delay = random.Random(num_ranks)
     place = ""
