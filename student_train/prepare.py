@@ -103,10 +103,10 @@ def prepare(
     for number, stage in enumerate(config.stages):
         with _naming_stage(number, stage):
             check_mixes(stage, 1)
-    if is_first:
+    if is_first and config.student.init is not None:
+        # A student is not cut for a run that would be refused: caches that are not there are told of first.
         for cache in config.data.caches:
             Catalog(cache.path, cache.chains_version, cache.verdicts_version)
-    # After what costs nothing to mend: a student is not cut for a run that would be refused.
     require_cut(config.student)
     run = RunFolder(folder)
     accumulations = [_accumulation(config, number, num_ranks) for number in range(len(config.stages))]
