@@ -36,8 +36,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.log import note
-from teacher_cache.requests import Request
+from stillroom.log import note
+from teacher_cache.engine.api import Request
 
 DEMO_TEACHER = Path("runs/demo/teacher")
 K = 64
@@ -71,7 +71,7 @@ def main() -> None:
     say: Callable[[str], None] = (lambda line: None) if options.json else print
     result = _measure_teacher(options.teacher, options, say)
     with tempfile.TemporaryDirectory(prefix="stillroom-tiny-") as folder:
-        from tests.tiny import make_tiny_teacher
+        from tests.helpers.tiny import make_tiny_teacher
 
         make_tiny_teacher(Path(folder))
         result |= {f"tiny_{name}": value for name, value in _measure_teacher(Path(folder), options, say).items()}
@@ -152,7 +152,7 @@ def _run_part(part: str, options: argparse.Namespace) -> Result:
 def _memory(num_rows: int) -> Result:
     """Peak resident memory of a whole build of `num_rows` chains, whose requests come one by one as from a file."""
     from teacher_cache.build import Build
-    from tests.fake_builds import make_config, make_engine, make_requests, make_teacher
+    from tests.helpers.fake_builds import make_config, make_engine, make_requests, make_teacher
 
     with tempfile.TemporaryDirectory(prefix="stillroom-memory-") as folder:
         # Small shards, so that the shorter build closes several as well.
@@ -171,11 +171,10 @@ def _peak_kib() -> int:
 
 def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bool) -> Result:
     """Rounds of every mode on one engine: a list of measurements a mode."""
-    from teacher_cache.config import BuildConfig
-    from teacher_cache.engine_config import EmbeddedConfig
-    from teacher_cache.intake.prompts import load_prompts, requests
-    from teacher_cache.teacher import identify_teacher
-    from teacher_cache.vllm_engine.engine import EmbeddedEngine
+    from teacher_cache.config import BuildConfig, EmbeddedConfig
+    from teacher_cache.engine.teacher import identify_teacher
+    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.prompts.prompts import load_prompts, requests
 
     with tempfile.TemporaryDirectory(prefix="stillroom-capture-") as folder:
         configs = {
@@ -214,7 +213,7 @@ def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bo
 
 def _ask_for(engine: Any, config: Any, mode: str) -> None:
     """Sets what the engine asks vLLM for: the rows of this mode's capture, or without the plugin vLLM's own top k."""
-    from teacher_cache.vllm_engine.wide_rows import Layout
+    from teacher_cache.engine.row_layout import Layout
 
     engine._layout = None
     if config is not None and mode != "plain":
@@ -225,7 +224,7 @@ def _ask_for(engine: Any, config: Any, mode: str) -> None:
 
 def _timed_writer() -> list[float]:
     """Filled with the CPU seconds of each build's writer thread."""
-    from teacher_cache.recorder import Recorder
+    from teacher_cache.writer.recorder import Recorder
 
     writer_s: list[float] = []
     run = Recorder._run

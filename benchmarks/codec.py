@@ -31,15 +31,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.manifest import ShardHeader
-from schemas.records import Capture, Float32, Int32, Int64, Message, Signals, chain_id_of, prompt_id_of, stable_hash
-from schemas.tables import CODECS
-from shared.catalog import Catalog
-from shared.errors import ConfigError, DataError, StillroomError
-from shared.shards import open_shard, read_signals
-from shared.support import scalars_of, support_of
-from teacher_cache.rows import ChainRow
-from teacher_cache.shard import ShardFile
+from stillroom.cache.catalog import Catalog
+from stillroom.cache.shards import open_shard, read_signals
+from stillroom.errors import ConfigError, DataError, StillroomError
+from stillroom.schema.manifest import ShardHeader
+from stillroom.schema.records import (
+    Capture,
+    Float32,
+    Int32,
+    Int64,
+    Message,
+    Signals,
+    chain_id_of,
+    prompt_id_of,
+    stable_hash,
+)
+from stillroom.schema.tables import CODECS
+from teacher_cache.writer.rows import ChainRow, scalars_of, support_of
+from teacher_cache.writer.shard import ShardFile
 
 DEMO_CACHE = Path("runs/demo/cache")
 MAX_SUPPORT, NUCLEUS = 64, 0.999

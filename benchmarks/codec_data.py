@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.codec import MAX_SUPPORT, load_cache
-from shared.errors import StillroomError
-from shared.files import atomic_path
-from shared.log import note
+from stillroom.errors import StillroomError
+from stillroom.log import note
+from stillroom.storage.paths import atomic_path
 
 DEMO_TEACHER = Path("runs/demo/teacher")
 
@@ -71,9 +71,9 @@ def main() -> None:
 
 def write(folder: Path, teacher: Path, max_tokens: int, out: Path) -> int:
     """Generates in `folder` and writes `out`; completion tokens."""
-    from teacher_cache.build_command import build_cache
+    from teacher_cache.build import build_cache
     from teacher_cache.config import BuildConfig
-    from teacher_cache.intake.prompts import parse_worker
+    from teacher_cache.prompts.prompts import parse_worker
 
     prompts = folder / "prompts.jsonl"
     lines = [json.dumps({"prompt": template.format(topic)}) for topic in TOPICS for template in TEMPLATES]

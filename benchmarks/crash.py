@@ -26,11 +26,11 @@ from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from shared.errors import StillroomError
-from shared.log import note
-from teacher_cache.care.gc import gc_cache
-from teacher_cache.requests import Request
-from tests.fake_builds import make_config, make_engine, make_requests, run_build
+from stillroom.errors import StillroomError
+from stillroom.log import note
+from teacher_cache.engine.api import Request
+from teacher_cache.maintenance.gc import gc_cache
+from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
 
 ROWS_A_KILL = 60
 """Prompts that each round adds: more than it gets done, so that a kill never meets an idle process."""
@@ -155,9 +155,9 @@ def _finish(processes: Sequence[BaseProcess]) -> None:
 
 
 def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers: int, seconds: float) -> CrashResult:
-    from shared.catalog import Catalog
-    from teacher_cache.care.verify import verify_cache
-    from teacher_cache.commits import read_sample_ids
+    from stillroom.cache.catalog import Catalog
+    from teacher_cache.maintenance.verify import verify_cache
+    from teacher_cache.writer.commit import read_sample_ids
 
     catalog = Catalog(cache)
     found = [one for file in catalog.chains.files() for one in read_sample_ids(catalog.chains.path_of(file))]

@@ -28,17 +28,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from schemas.manifest import ShardHeader
-from schemas.records import Signals
-from shared.codec import decode, encode
-from shared.config import Json
-from shared.support import support_of
+from stillroom.cache.codec import decode, encode
+from stillroom.config import Json
+from stillroom.schema.manifest import ShardHeader
+from stillroom.schema.records import Signals
+from student_train.data.pack import dense_draws
 from student_train.losses.divergences import LOSS_NAMES, LossMix, LossName, LossTerm, bucket_loss
-from student_train.losses.fused import fused_loss
+from student_train.losses.fused_head import fused_loss
 from student_train.losses.targets import SparseTargets, TailDraws
-from student_train.streaming.pack import dense_draws
-from teacher_cache.vllm_engine.sampler_signals import signal_rows
-from teacher_cache.vllm_engine.wide_rows import Layout, capture_of_rows
+from teacher_cache.engine.plugin.signals import signal_rows
+from teacher_cache.engine.row_layout import Layout, capture_of_rows
+from teacher_cache.writer.rows import support_of
 
 DEMO = Path("runs/demo")
 DENSE_LOSS: LossName = "forward_kl_tail_bucket"
@@ -104,7 +104,7 @@ def main() -> None:
 
 def read_chains(cache: Path, num_tokens: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids) of chains, by sample id, until they have `num_tokens` completion tokens."""
-    from shared.reader import open_cache
+    from stillroom.cache.reader import open_cache
 
     found, seen = [], 0
     with open_cache(cache) as opened:

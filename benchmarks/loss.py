@@ -4,7 +4,7 @@
 
 One step is loss and backward of N tokens from hidden states and head weight, for five sides in one run:
 
-    fused            0.9 forward KL with a tail bucket + 0.1 cross-entropy on top-k targets, student_train.losses.fused
+    fused            0.9 forward KL with a tail bucket + 0.1 cross-entropy on top-k targets, losses.fused_head
     ce               F.cross_entropy of materialised logits [N, V]
     dense_kl         F.kl_div of materialised log-softmax against the teacher's dense distribution [N, V], which a cache
                      would have to hold; building it is not counted
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from student_train.losses.divergences import DEFAULT_MIX
-from student_train.losses.fused import fused_loss
+from student_train.losses.fused_head import fused_loss
 from student_train.losses.targets import SparseTargets
 
 SIDES = ("fused", "ce", "dense_kl", "fused_frozen", "ce_frozen")

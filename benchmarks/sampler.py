@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shared.log import note
-from teacher_cache.vllm_engine.sampler_signals import signal_rows
-from teacher_cache.vllm_engine.wide_rows import Layout
+from stillroom.log import note
+from teacher_cache.engine.plugin.signals import signal_rows
+from teacher_cache.engine.row_layout import Layout
 
 LAYOUTS = {
     "top_64": Layout(64),

@@ -20,16 +20,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from schemas.records import Message, Prompt
-from teacher_cache.config import CaptureConfig, TeacherConfig
-from teacher_cache.engine_config import ServerConfig
-from teacher_cache.http_engine import form_check, handshake, http_client
-from teacher_cache.http_engine.http_client import HttpClient
-from teacher_cache.http_engine.server import ServerEngine
-from teacher_cache.http_engine.wire import Api, CompletionsApi, GenerateApi
-from teacher_cache.requests import Finished, Request
-from teacher_cache.teacher import identify_teacher
-from tests.vllm_server import Server, serve
+from stillroom.schema.records import Message, Prompt
+from teacher_cache.config import CaptureConfig, ServerConfig, TeacherConfig
+from teacher_cache.engine.api import Finished, Request
+from teacher_cache.engine.http import client, handshake
+from teacher_cache.engine.http.client import HttpClient
+from teacher_cache.engine.http.server import ServerEngine
+from teacher_cache.engine.http.wire import Api, CompletionsApi, GenerateApi
+from teacher_cache.engine.teacher import identify_teacher
+from tests.helpers.vllm_server import Server, serve
 
 NUM_AT_ONCE = 16
 NUM_BESIDE = 4
@@ -147,37 +146,37 @@ def _scored(chain: Finished) -> Request:
 @contextmanager
 def _by(api: Api, kind: Kind) -> Iterator[None]:
     """Servers are met as if they had this way alone, and with the plugin or without it."""
-    found_api, found_plugin = handshake._api, form_check._has_plugin
+    found_api, found_plugin = handshake._api, handshake._has_plugin
 
     async def only(http: HttpClient, model: str) -> Api:
         return api
 
-    async def none(http: HttpClient, api: Api, model: str, expected: form_check.Expected) -> bool:
+    async def none(http: HttpClient, api: Api, model: str, expected: handshake.Expected) -> bool:
         return False
 
     handshake._api = only
     if not kind.with_plugin:
-        form_check._has_plugin = none
+        handshake._has_plugin = none
     try:
         yield
     finally:
-        handshake._api, form_check._has_plugin = found_api, found_plugin
+        handshake._api, handshake._has_plugin = found_api, found_plugin
 
 
 @contextmanager
 def _counted_bytes() -> Iterator[list[int]]:
     """Sizes of all JSON that comes in."""
-    parsed, sizes = http_client._parsed, list[int]()
+    parsed, sizes = client._parsed, list[int]()
 
-    def counting(content: bytes) -> http_client.Json:
+    def counting(content: bytes) -> client.Json:
         sizes.append(len(content))
         return parsed(content)
 
-    http_client._parsed = counting
+    client._parsed = counting
     try:
         yield sizes
     finally:
-        http_client._parsed = parsed
+        client._parsed = parsed
 
 
 def _processor_s(pid: int) -> float:

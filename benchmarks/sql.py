@@ -26,17 +26,17 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from schemas.records import Message, Prompt, prompt_id_of, sample_id_of
-from schemas.tables import VERDICT_SCHEMA
-from shared.catalog import Catalog, publish
-from shared.sql import Session, open_cache
-from shared.storage import spool
+from stillroom.cache.catalog import Catalog, publish
+from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
+from stillroom.schema.tables import VERDICT_SCHEMA
+from stillroom.sql.session import Session, open_cache
+from stillroom.storage.paths import spool
 from teacher_cache.build import Build
-from teacher_cache.fake import FakeEngine
-from teacher_cache.intake.prompts import seed_of
-from teacher_cache.requests import Request
-from teacher_cache.teacher import IdentifiedTeacher
-from tests.fake_builds import make_config, make_teacher
+from teacher_cache.engine.api import Request
+from teacher_cache.engine.fake import FakeEngine
+from teacher_cache.engine.teacher import IdentifiedTeacher
+from teacher_cache.prompts.prompts import seed_of
+from tests.helpers.fake_builds import make_config, make_teacher
 
 VOCAB_SIZE = 129_280
 SUPPORT = 64

@@ -26,24 +26,25 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from shared.storage import Location, location
-from student_train.streaming.epoch_plan import PlanSpec
-from student_train.streaming.plans import EpochPlans
-from student_train.streaming.row_buffer import STORE_AHEAD_GROUPS
-from student_train.streaming.select import CacheSource, SelectionRequest, freeze
-from student_train.streaming.selection import (
+from stillroom.storage.paths import Location, location
+from student_train.data.epoch_plan import EpochPlans, PlanSpec
+from student_train.data.rows import STORE_AHEAD_GROUPS
+from student_train.data.selection import (
     SCHEMA,
+    CacheSource,
     PinnedCache,
     Selection,
     SelectionHeader,
+    SelectionRequest,
+    freeze,
     load_selection,
     write_selection,
 )
-from student_train.streaming.stream import PackStream, StreamStats
-from teacher_cache.care.copy_cache import copy_caches
-from tests.caches import make_cache
-from tests.object_store import BUCKET, object_store
-from tests.slow_link import slow_link
+from student_train.data.stream import PackStream, StreamStats
+from teacher_cache.maintenance.copy import copy_caches
+from tests.helpers.caches import make_cache
+from tests.helpers.object_store import BUCKET, object_store
+from tests.helpers.slow_link import slow_link
 
 MEAN_TOKENS = 1500
 GROUP_TOKENS = 65_536

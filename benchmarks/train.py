@@ -37,21 +37,20 @@ from unittest import mock
 import torch
 
 from benchmarks.loss import hardware
-from shared.config import Json, validate_config
-from shared.interrupt import StopRequest
+from stillroom.config import Json, validate_config
+from stillroom.program import StopRequest
 from student_train.config import TrainConfig
-from student_train.documents import hidden_states, keep_apart
+from student_train.data.pack import Pack, TorchPack
 from student_train.evaluate import to_device
 from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
-from student_train.model import use_cpu_where_there_is_no_gpu
-from student_train.ranks import joined_ranks
-from student_train.runfolder import RunFolder
-from student_train.step import take_step
-from student_train.streaming.pack import Pack, TorchPack
-from student_train.train import train
-from tests.caches import make_cache
-from tests.students import make_tokenizer
+from student_train.model.packed_attention import hidden_states, keep_apart
+from student_train.model.student import use_cpu_where_there_is_no_gpu
+from student_train.runtime.ranks import joined_ranks
+from student_train.runtime.run_folder import RunFolder
+from student_train.train import take_step, train
+from tests.helpers.caches import make_cache
+from tests.helpers.students import make_tokenizer
 
 SIDES = ("kd", "ce", "online")
 SUPPORT, DRAWS = 8, 8
@@ -140,7 +139,7 @@ def run_side(side: str, setting: Setting, root: Path) -> Json:
         stop, ranks = stack.enter_context(StopRequest()), stack.enter_context(joined_ranks())
         if side == "online":
             teacher = OnlineTeacher(root / "teacher", ranks.device)
-            stack.enter_context(mock.patch("student_train.step.to_device", teacher.to_device))
+            stack.enter_context(mock.patch("student_train.train.to_device", teacher.to_device))
         train(config, ranks, stop)
     records = RunFolder(config.run).read_metrics()
     later = list(zip(records, cpu_s, strict=True))[1:]

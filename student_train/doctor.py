@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from shared.config import Json
-from shared.doctor import (
+from stillroom.config import Json
+from stillroom.program import (
     Finding,
     diagnosis,
     find_compiler,

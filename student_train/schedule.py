@@ -8,9 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 
+from student_train.config import ScheduleConfig, StageConfig
+from student_train.data.pack import TargetView
 from student_train.losses.divergences import LossMix, LossTerm
-from student_train.stage_config import ScheduleConfig, StageConfig
-from student_train.streaming.pack import TargetView
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:

@@ -1,35 +1,135 @@
-"""`teacher-cache build` and `score`: requests through an engine into a cache; the same command resumes.
+"""What `teacher-cache build` and `score` do before and after the build itself: prompts or completions, teacher, engine,
+and the result.
+
+`teacher-cache build` and `score`: requests through an engine into a cache; the same command resumes.
 
 What is visible is skipped, what was published but not committed is adopted, the rest is generated. One process a
 worker; workers meet only in the Delta log. SIGINT and SIGTERM finish nothing new, make visible what is finished, and
 return.
+
+Requests through an engine to the recorder: what is done is left out, the engine is kept full, failures are
+counted.
 """
 
 import contextlib
+import functools
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from schemas.manifest import RunManifest, ShardHeader, Teacher, run_id_for
-from shared.catalog import SHARD_NAME, Catalog
-from shared.config import Json, plain
-from shared.errors import CacheConflict, DataError, StillroomError, one_line
-from shared.interrupt import StopRequest
-from shared.log import Progress, note, warn
-from shared.shards import open_shard
-from shared.storage import Location, matching, relative_name
-from shared.tokens import write_vocab
-from teacher_cache.commits import Committer, VisibleSamples
-from teacher_cache.config import BuildConfig
-from teacher_cache.generate import Loop, Pending
-from teacher_cache.intake.sources import LoadFailure
-from teacher_cache.locks import lock_path, worker_lock
-from teacher_cache.metrics import MetricsLog
-from teacher_cache.recorder import Recorded, Recorder, explained
-from teacher_cache.requests import Engine, EngineInfo, Request
-from teacher_cache.rows import RowMaker
-from teacher_cache.score_config import ScoreConfig
-from teacher_cache.teacher import IdentifiedTeacher
+from stillroom.cache.catalog import SHARD_NAME, Catalog
+from stillroom.cache.shards import open_shard
+from stillroom.config import Json, plain
+from stillroom.errors import CacheConflict, DataError, StillroomError, one_line
+from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural, note, warn
+from stillroom.models import write_vocab
+from stillroom.program import StopRequest
+from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
+from stillroom.schema.records import Prompt
+from stillroom.storage.paths import Location, matching, relative_name
+from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
+from teacher_cache.engine.api import Engine, EngineInfo, Failed, Outcome, Request
+from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.judging import require_judges
+from teacher_cache.prompts.completions import Completions
+from teacher_cache.prompts.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
+from teacher_cache.prompts.sources import LoadFailure
+from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder, explained
+from teacher_cache.writer.rows import RowMaker
+
+SHOW_INTERVAL_S = 0.25
+
+
+class Pending:
+    """Requests that are not done, read one ahead; load failures in between."""
+
+    def __init__(self, requests: Iterable[Request | LoadFailure], is_done: Callable[[str], bool]) -> None:
+        self.num_skipped = 0
+        self._taken: set[str] = set()
+        self._left = self._undone(iter(requests), is_done)
+        self._next = next(self._left, None)
+
+    def is_empty(self) -> bool:
+        return self._next is None
+
+    def take(self) -> Request | LoadFailure | None:
+        """The next one, None at the end."""
+        taken, self._next = self._next, next(self._left, None) if self._next is not None else None
+        return taken
+
+    def _undone(
+        self, requests: Iterator[Request | LoadFailure], is_done: Callable[[str], bool]
+    ) -> Iterator[Request | LoadFailure]:
+        for request in requests:
+            # The same request twice is one row: within a shard nobody would find the second.
+            if is_done(request.sample_id) or request.sample_id in self._taken:
+                self.num_skipped += 1
+            else:
+                self._taken.add(request.sample_id)
+                yield request
+
+
+class Loop:
+    """Keeps the engine full and hands over what it finishes; `stopped` says why it ended before its work was done."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        pending: Pending,
+        recorder: Recorder,
+        max_consecutive: int | None,
+        stop: StopRequest,
+    ) -> None:
+        self.stopped: str | None = None
+        self._engine, self._pending, self._recorder = engine, pending, recorder
+        self._max_consecutive, self._stop = max_consecutive, stop
+        self._consecutive = 0
+
+    def __iter__(self) -> Iterator[None]:
+        """Comes back SHOW_INTERVAL_S apart, for progress, and once at the end."""
+        shown_s = 0.0
+        while self.stopped is None and (self._fill() or self._engine.num_unfinished):
+            for outcome in self._step():
+                self._count(outcome)
+                self._recorder.put(outcome)
+            if time.monotonic() - shown_s >= SHOW_INTERVAL_S:
+                yield
+                shown_s = time.monotonic()
+        yield
+
+    def _fill(self) -> bool:
+        """Submits while the engine has room; whether there is still something to submit."""
+        while self._engine.has_room() and not self._pending.is_empty():
+            request = self._pending.take()
+            if isinstance(request, LoadFailure):
+                self._recorder.put(request)
+            elif request is not None:
+                self._engine.submit(request)
+        return not self._pending.is_empty()
+
+    def _step(self) -> list[Outcome]:
+        try:
+            outcomes = self._engine.step()
+        except StillroomError:
+            # Ctrl-C reaches the engine's processes too: that they are gone is no news then.
+            if not self._stop.is_set:
+                raise
+            outcomes = []
+        if self._stop.is_set:
+            self.stopped = "interrupted"
+        return outcomes
+
+    def _count(self, outcome: Outcome) -> None:
+        self._consecutive = self._consecutive + 1 if isinstance(outcome, Failed) else 0
+        limit = self._max_consecutive
+        if isinstance(outcome, Failed) and limit is not None and self._consecutive >= limit and self.stopped is None:
+            self.stopped = (
+                f"{self._consecutive} prompts in a row failed, the last with: {outcome.message} "
+                "(failures.max_consecutive is the limit; failed prompts are retried with --retry-failures)"
+            )
+
 
 OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this one's lock for a moment while it adopts what a crash left; a living worker keeps it."""
@@ -286,3 +386,116 @@ def _notes(recorded: Recorded) -> dict[str, str]:
     if recorded.bytes_per_token is not None:
         return {"": f"{recorded.bytes_per_token:.0f} B/token", **notes}
     return notes
+
+
+def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
+    """Fills the cache with what is missing of this worker's share. Raises StillroomError for all that a user can
+    mend.
+    """
+    loaded = load_prompts(config.prompts)
+    _say_loaded(loaded)
+    require_judges(loaded.prompts)
+    teacher = identify_teacher(config.teacher, config.engine)
+    build = Build(config, teacher, worker_name(share))
+    start_engine = functools.partial(_start_engine, config, teacher)
+    try:
+        # Malformed rows are nobody's share: the first worker records them.
+        failures = loaded.failures if share.index == 0 else []
+        wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
+        num_total = num_requests(config, loaded.prompts, share) + len(failures)
+        return build.run(itertools.chain(failures, wanted), num_total, start_engine, retry_failures=retry_failures)
+    finally:
+        build.close()
+
+
+def score_cache(config: ScoreConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
+    """Fills the cache with the completions of this share that are not scored yet. Raises StillroomError for all that a
+    user can mend.
+    """
+    teacher = identify_teacher(config.teacher, config.engine)
+    with Completions(config, teacher) as completions:
+        num_total = completions.count(share)
+        note(f"{num_total} completions")
+        require_judges(Prompt(kind, (), "", "", metadata={"judge": kind}) for kind in completions.judges())
+        build = Build(config, teacher, worker_name(share))
+        start_engine = functools.partial(_start_engine, config, teacher)
+        try:
+            result = build.run(completions.requests(share), num_total, start_engine, retry_failures=retry_failures)
+        finally:
+            build.close()
+        if completions.contaminated:
+            note(f"{len(completions.contaminated)} completions left out whose prompts resemble the evaluation set")
+        return result
+
+
+def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> Engine:
+    engine = config.engine
+    if isinstance(engine, ServerConfig):
+        from teacher_cache.engine.http.server import ServerEngine
+
+        note(f"asking {', '.join(engine.endpoints)}")
+        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture)
+    from teacher_cache.engine.vllm import EmbeddedEngine
+
+    note(f"loading {config.teacher.model}")
+    # The commit that was identified, should a branch have moved on meanwhile.
+    pinned = config.teacher.updated(revision=teacher.record.revision)
+    return EmbeddedEngine(pinned, engine, config.capture, scores=isinstance(config, ScoreConfig))
+
+
+def worker_name(share: WorkerShare) -> str:
+    """`w0` for a whole build, `w<I>of<N>` for a share: other N, other names, so that two layouts never share files."""
+    return "w0" if share.count == 1 else f"w{share.index}of{share.count}"
+
+
+def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
+    """The result for programs. Totals are of the whole cache, rates of this process."""
+    from stillroom.cache.catalog import Catalog
+    from teacher_cache.inspect.stats import cache_stats
+
+    stats = cache_stats(Catalog(config.cache))
+    return {
+        "run_id": result.run_id,
+        "worker": result.worker,
+        "num_wanted": result.num_total,
+        "num_done_before": result.num_done_before,
+        "num_adopted": result.num_adopted,
+        "num_new_chains": result.recorded.num_chains,
+        "num_new_tokens": result.recorded.num_tokens,
+        "num_failures": result.recorded.num_failures,
+        "seconds": result.seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "num_chains": stats.num_chains,
+        "num_tokens": stats.num_tokens,
+        "bytes_per_token": stats.bytes_per_token,
+        "signal_bytes_per_token": stats.signal_bytes_per_token,
+        "pass_rate": stats.pass_rate,
+        "chains_version": stats.chains_version,
+        "stopped": result.stopped,
+    }
+
+
+def result_lines(result: Json, cache: str) -> list[str]:
+    """The result for a person."""
+    rate = "" if result["tokens_per_s"] is None else f" at {result['tokens_per_s']:.0f} tok/s"
+    took = f"{format_count(result['num_new_tokens'])} tokens in {format_duration(result['seconds'])}{rate}"
+    others = f"{result['num_failures']} failed, {result['num_done_before']} were there"
+    size = "" if result["bytes_per_token"] is None else f", {result['bytes_per_token']:.1f} B/token"
+    total = format_bytes((result["bytes_per_token"] or 0.0) * result["num_tokens"])
+    counts = f"{format_plural(result['num_chains'], 'chain')}, {format_count(result['num_tokens'])} tokens"
+    return [
+        f"new     {format_plural(result['num_new_chains'], 'chain')}, {took}; {others}",
+        f"cache   {cache}: {counts}, {total}{size}",
+    ]
+
+
+def _say_loaded(loaded: LoadedPrompts) -> None:
+    note(format_plural(len(loaded.prompts), "prompt"))
+    if loaded.failures:
+        first = loaded.failures[0]
+        note(f"{len(loaded.failures)} rows are no prompts and will be recorded as failures; the first: {first.message}")
+    if loaded.duplicates:
+        first_twin = loaded.duplicates[0]
+        note(f"{len(loaded.duplicates)} duplicates left out; the first: {first_twin.where} repeats {first_twin.kept}")
+    if loaded.contaminated:
+        note(f"{len(loaded.contaminated)} prompts left out that resemble the evaluation set")

@@ -5,22 +5,31 @@ something in the cache is damaged, 130 interrupted (and the command that resumes
 """
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.command_line import FAILED, INTERRUPTED, AsJson, new_program, print_result, run_program
-from shared.errors import ConfigError
-from shared.log import warn
-from teacher_cache.ask import commands as ask
-from teacher_cache.care import commands as care
-from teacher_cache.command_line import CachePath, ConfigPath, Overrides, Worker
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.log import warn
+from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, new_program, print_result, run_program
 
 if TYPE_CHECKING:
     from teacher_cache.build import BuildResult
-    from teacher_cache.config import BuildConfig
-    from teacher_cache.score_config import ScoreConfig
+    from teacher_cache.config import BuildConfig, ScoreConfig
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the build.")]
+CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache, or s3://BUCKET/PREFIX.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. sampling.samples=4; may be given again."),
+]
+Worker = Annotated[str, typer.Option(metavar="I/N", help="Take share I (from 0) of N of the work.")]
+
 
 app = new_program(
     "teacher-cache", "Run a teacher once and keep what it said: chains, and the distribution of every token."
@@ -33,8 +42,7 @@ def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson =
     from dataclasses import asdict
 
     from teacher_cache.config import BuildConfig
-    from teacher_cache.plan import disk_warning, plan_build, plan_lines
-    from teacher_cache.score_plan import plan_score
+    from teacher_cache.plan import disk_warning, plan_build, plan_lines, plan_score
 
     config = _any_config(config_path, overrides)
     planned = plan_build(config) if isinstance(config, BuildConfig) else plan_score(config)
@@ -53,9 +61,9 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Generate what is missing, and capture it. The same command resumes."""
-    from shared.interrupt import StopRequest
-    from teacher_cache.build_command import build_cache
-    from teacher_cache.intake.prompts import parse_worker
+    from stillroom.program import StopRequest
+    from teacher_cache.build import build_cache
+    from teacher_cache.prompts.prompts import parse_worker
 
     config = _config(config_path, overrides)
     with StopRequest(at_once=True):
@@ -72,9 +80,9 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Capture signals of completions that exist already. The same command resumes."""
-    from shared.interrupt import StopRequest
-    from teacher_cache.build_command import score_cache
-    from teacher_cache.intake.prompts import parse_worker
+    from stillroom.program import StopRequest
+    from teacher_cache.build import score_cache
+    from teacher_cache.prompts.prompts import parse_worker
 
     config = _score_config(config_path, overrides)
     with StopRequest(at_once=True):
@@ -104,8 +112,8 @@ def judge(
     """
     from dataclasses import asdict
 
-    from shared.interrupt import StopRequest
-    from shared.storage import location
+    from stillroom.program import StopRequest
+    from stillroom.storage.paths import location
     from teacher_cache.judging import judge_cache
 
     with StopRequest(at_once=True):
@@ -132,7 +140,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what is installed and what is missing. With what it can do here, and the command that mends it."""
-    from shared.doctor import diagnosis_lines
+    from stillroom.program import diagnosis_lines
     from teacher_cache.doctor import diagnose
 
     if config_path is None and overrides:
@@ -143,8 +151,197 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-app.add_typer(care.app)
-app.add_typer(ask.app)
+@app.command()
+def sql(
+    cache: CachePath,
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin; none starts a session.")
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--format", help="table, csv, json, markdown or parquet.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    attach: Annotated[
+        list[str] | None, typer.Option("--attach", metavar="NAME=CACHE", help="Another cache, as schema NAME.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows that a table shows.")] = 40,
+    export_views: Annotated[
+        Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views for the plain duckdb program.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="First read every file and compare it with the hash in its name.")
+    ] = False,
+) -> None:
+    """Ask the cache in SQL (DuckDB). The session reads this cache and nothing else, and writes nothing."""
+    from stillroom.sql.session import Session
+    from stillroom.storage.paths import check_out, location
+    from teacher_cache.inspect.sql import check_files, open_caches, read_stdin, run_query, write_views
+
+    catalogs = open_caches(location(cache), attach or [])
+    if check:
+        check_files(catalogs.values())
+    if export_views is not None:
+        if query is not None or out is not None or output_format is not None:
+            raise ConfigError("--export-views writes a database and answers no query: leave QUERY, --out, --format out")
+        write_views(catalogs, export_views)
+        return
+    if out is not None:
+        check_out("--out", out, [one.root for one in catalogs.values()])
+    with Session(catalogs) as session:
+        if query is None and sys.stdin.isatty() and out is None:
+            from teacher_cache.inspect.sql import SqlShell
+
+            if output_format is not None:
+                raise ConfigError("--format needs a QUERY: a session has .mode")
+            SqlShell(session, max_rows, list(catalogs)).run()
+        else:
+            run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
+
+
+@app.command()
+def show(
+    cache: CachePath,
+    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id, or how one begins.")],
+    token: Annotated[int | None, typer.Option(help="Show the distribution at this token, from 0.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Show one chain, coloured by how sure the teacher was. With --token its alternatives there."""
+    from stillroom.cache.reader import open_cache
+    from stillroom.storage.paths import check_out, location
+    from teacher_cache.inspect.show import print_chain, print_token
+
+    if html is not None:
+        check_out("--html", html, [location(cache)])
+    with open_cache(cache) as opened:
+        # Our own CSV puts texts in quotes.
+        found = opened.sample(sample.strip('"'))
+    if html is not None:
+        from teacher_cache.inspect.show import write_chain_page
+
+        write_chain_page(found, html, token)
+        print(html)
+    elif token is not None:
+        print_token(found, token)
+    else:
+        print_chain(found)
+
+
+@app.command()
+def stats(cache: CachePath, as_json: AsJson = False) -> None:
+    """Count chains, tokens, bytes, truncated, right, failed."""
+    from stillroom.cache.catalog import Catalog
+    from stillroom.storage.paths import location
+    from teacher_cache.inspect.stats import cache_stats, stats_text
+
+    found = cache_stats(Catalog(location(cache)))
+    print_result(found.model_dump(mode="json"), [stats_text(found).rstrip("\n")], as_json)
+
+
+@app.command()
+def report(
+    cache: CachePath,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker's box, for costs.")] = None,
+) -> None:
+    """Write one HTML page about the cache, with plots."""
+    from stillroom.cache.catalog import Catalog
+    from stillroom.storage.paths import check_out, location
+    from teacher_cache.inspect.report import write_cache_report
+
+    check_out("--out", out, [location(cache)])
+    write_cache_report(Catalog(location(cache)), out, price_per_hour)
+    print(out)
+
+
+@app.command()
+def verify(
+    cache: CachePath,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Take damaged files out of the cache, so that the rest is usable.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, counts, decoding and uniqueness. Exit code 3 when something is wrong and stays so."""
+    from stillroom.storage.paths import location
+    from teacher_cache.maintenance.quarantine import verify_command
+
+    result, lines = verify_command(location(cache), quarantine=quarantine)
+    print_result(result, lines, as_json)
+    if not result["ok"]:
+        raise typer.Exit(DAMAGED)
+
+
+@app.command()
+def copy(
+    caches: Annotated[
+        list[str], typer.Argument(metavar="CACHE", help="Caches, the last of them the one that the others go into.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Copy or merge caches, no row twice. Visible shards alone, hashes checked; the same command resumes."""
+    from dataclasses import asdict
+
+    from stillroom.storage.paths import location
+    from teacher_cache.maintenance.copy import copy_caches, copy_lines
+
+    *sources, dest = (location(one) for one in caches)
+    if not sources:
+        raise ConfigError("copy needs at least two folders: SRC... DEST")
+    with _resumable():
+        report = copy_caches(sources, dest)
+    print_result(asdict(report), copy_lines(report, dest), as_json)
+    if report.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def recode(
+    cache: CachePath,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where the new cache goes.")],
+    codec: Annotated[str, typer.Option(help="archive or topk-u8.")],
+    lossy: Annotated[bool, typer.Option("--lossy", help="Round exact distributions to 8-bit codes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a cache anew in another codec; the same command resumes."""
+    from dataclasses import asdict
+
+    from stillroom.storage.paths import location
+    from teacher_cache.maintenance.copy import copy_lines, recode_cache
+
+    with _resumable():
+        report = recode_cache(location(cache), location(dest), codec, lossy=lossy)
+    print_result(asdict(report), copy_lines(report, location(dest)), as_json)
+    if report.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def gc(
+    cache: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0, help="Leave files alone that are younger.")] = 24.0,
+    drop_run: Annotated[
+        list[str] | None, typer.Option("--drop-run", metavar="RUN", help="Take a run, by name or id, out of the cache.")
+    ] = None,
+    delete_removed: Annotated[
+        bool, typer.Option("--delete-removed", help="Delete files that only older versions hold.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adopt or sweep what crashes left; drop runs on request. No row that could be read is lost unless you ask."""
+    from dataclasses import asdict
+
+    from stillroom.storage.paths import location
+    from teacher_cache.maintenance.gc import gc_cache, gc_lines
+
+    report = gc_cache(
+        location(cache),
+        dry_run=dry_run,
+        grace_s=3600 * grace_hours,
+        drop_runs=drop_run or [],
+        delete_removed=delete_removed,
+    )
+    print_result({**asdict(report), "freed_bytes": report.freed_bytes}, gc_lines(report), as_json)
 
 
 def main() -> None:
@@ -155,7 +352,7 @@ def main() -> None:
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:
-    from teacher_cache.build_command import result_json, result_lines
+    from teacher_cache.build import result_json, result_lines
 
     printed = result_json(config, result)
     print_result(printed, result_lines(printed, str(config.cache)), as_json)
@@ -164,13 +361,13 @@ def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_
 
 
 def _any_config(path: Path, overrides: list[str] | None) -> "BuildConfig | ScoreConfig":
-    from shared.config import read_yaml
+    from stillroom.config import read_yaml
 
     return _score_config(path, overrides) if "completions" in read_yaml(path) else _config(path, overrides)
 
 
 def _config(path: Path, overrides: list[str] | None) -> "BuildConfig":
-    from shared.config import load_config, read_yaml
+    from stillroom.config import load_config, read_yaml
     from teacher_cache.config import BuildConfig
 
     if "completions" in read_yaml(path):
@@ -179,12 +376,20 @@ def _config(path: Path, overrides: list[str] | None) -> "BuildConfig":
 
 
 def _score_config(path: Path, overrides: list[str] | None) -> "ScoreConfig":
-    from shared.config import load_config, read_yaml
-    from teacher_cache.score_config import ScoreConfig
+    from stillroom.config import load_config, read_yaml
+    from teacher_cache.config import ScoreConfig
 
     if "prompts" in read_yaml(path):
         raise ConfigError(f"{path} names prompts for which chains are generated: teacher-cache build {path}")
     return load_config(path, overrides or [], ScoreConfig)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StillroomError(f"{error}: mend that and start the same command again, it goes on") from error
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""What this machine has of what a teacher needs: `teacher-cache doctor`. Loads none of it, so it works anywhere."""
+"""What this machine has of what a teacher needs: `teacher-cache doctor`. Loads none of it, so it works anywhere.
+
+What a configuration needs and whether it is there: `teacher-cache doctor CONFIG`. Loads no model.
+"""
 
 import sys
 from typing import TYPE_CHECKING
 
-from shared.config import Json
-from shared.doctor import (
+from stillroom.config import Json
+from stillroom.errors import StillroomError
+from stillroom.judging.sandbox import check_isolation
+from stillroom.program import (
     Finding,
     diagnosis,
     find_compiler,
@@ -16,12 +21,32 @@ from shared.doctor import (
     find_python,
     package_version,
 )
-from shared.errors import StillroomError
-from shared.sandbox import check_isolation
+from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
+from teacher_cache.engine.teacher import identify_teacher
 
 if TYPE_CHECKING:
-    from teacher_cache.config import BuildConfig
-    from teacher_cache.score_config import ScoreConfig
+    from teacher_cache.config import BuildConfig, ScoreConfig
+
+
+def find_configured(config: BuildConfig | ScoreConfig) -> list[Finding]:
+    """The teacher's files, and the endpoints of a server engine as a build would meet them."""
+    try:
+        teacher = identify_teacher(config.teacher, config.engine)
+    except StillroomError as error:
+        return [Finding("teacher", "missing", str(error))]
+    name = f"{config.teacher.model}, vocabulary {teacher.record.vocab_size}, {teacher.record.fingerprint[:8]}"
+    findings = [Finding("teacher", "ok", name)]
+    if isinstance(config.engine, ServerConfig):
+        from teacher_cache.engine.http.server import look_at_endpoints
+
+        try:
+            looks = look_at_endpoints(config.engine, teacher, config.capture)
+        except StillroomError as error:
+            return [*findings, Finding("server", "missing", str(error))]
+        fits = {True: "ok", False: "missing"}
+        findings += [Finding("server", fits[one.max_model_len is not None], f"{one.url} {one.told}") for one in looks]
+    return findings
+
 
 READING = ("pyarrow", "deltalake", "duckdb")
 """Without these a cache cannot be read."""
@@ -83,7 +108,6 @@ def _building(config: "BuildConfig | ScoreConfig | None", has_gpu: bool, install
 def _configured(config: "BuildConfig | ScoreConfig | None") -> list[Finding]:
     if config is None:
         return []
-    from teacher_cache.config_doctor import find_configured
 
     return find_configured(config)
 

@@ -4,6 +4,8 @@ In: a configuration, and the cache if there is one. Out: prompts by source, rows
 exactly what `build` would generate), tokens, bytes, hours, and whether the disk is large enough. Where the cache has
 chains of a source already, lengths and bytes are measured there; else they are upper bounds or documented defaults,
 and the plan says which.
+
+`teacher-cache plan` of completions that are scored: what is left, exactly, for every token is there already.
 """
 
 import shutil
@@ -12,23 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.catalog import Catalog
-from shared.log import Progress, format_bytes, format_count, format_duration, format_plural
-from shared.sql import open_cache
-from shared.storage import Location, check_reachable, matching
+from stillroom.cache.catalog import Catalog
+from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural
+from stillroom.sql.session import open_cache
+from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.build import run_id_of
-from teacher_cache.commits import VisibleSamples
-from teacher_cache.config import BuildConfig, RunConfig
-from teacher_cache.engine_config import ServerConfig
-from teacher_cache.intake.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
-from teacher_cache.intake.sources import LoadFailure
-from teacher_cache.metrics import last_metrics
-from teacher_cache.requests import Request
-from teacher_cache.score_config import ScoreConfig
-from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.config import BuildConfig, RunConfig, ScoreConfig, ServerConfig
+from teacher_cache.engine.api import Request
+from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.prompts.completions import Completions
+from teacher_cache.prompts.prompts import LoadedPrompts, load_prompts, num_requests, requests, sampling_of
+from teacher_cache.prompts.sources import LoadFailure
+from teacher_cache.writer.commit import VisibleSamples
+from teacher_cache.writer.recorder import last_metrics
 
 if TYPE_CHECKING:
-    from teacher_cache.http_engine.endpoint_look import EndpointLook
+    from teacher_cache.engine.http.server import EndpointLook
+
 
 BYTES_PER_TOKEN = 20.0
 BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0, "archive": 1.4}
@@ -115,7 +117,7 @@ def begin_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) ->
     """A plan that counts nothing yet, with a look at the endpoints of a server engine."""
     plan = BuildPlan(run_id=run_id_of(config, teacher.record), cache=str(config.cache))
     if isinstance(config.engine, ServerConfig):
-        from teacher_cache.http_engine.endpoint_look import look_at_endpoints
+        from teacher_cache.engine.http.server import look_at_endpoints
 
         plan.endpoints = look_at_endpoints(config.engine, teacher, config.capture)
     return plan
@@ -321,3 +323,66 @@ def _left_out(plan: BuildPlan) -> str:
 
 def _source_line(source: str, *cells: str) -> str:
     return f"{source:<24}" + "".join(f"{cell:>{max(10, len(cell) + 2)}}" for cell in cells)
+
+
+def plan_score(config: ScoreConfig) -> BuildPlan:
+    """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before it loads the
+    model.
+    """
+    teacher = identify_teacher(config.teacher, config.engine)
+    plan = begin_plan(config, teacher)
+    plan.sources = [SourcePlan(source.name) for source in config.completions.sources]
+    catalog = existing_catalog(config.cache)
+    sources = {one.source: one for one in plan.sources}
+    if catalog is not None:
+        measure(plan, sources, catalog, teacher.record.fingerprint)
+    with Completions(config, teacher) as completions:
+        _count(plan, sources, config, completions)
+    plan.num_contaminated = len(completions.contaminated)
+    overlaps = [f"{one.where} overlaps {one.against}" for one in completions.contaminated]
+    plan.examples += examples("contaminated", overlaps)
+    add_up(plan)
+    plan.num_prompts = sum(one.num_prompts for one in plan.sources)
+    plan.tokens_left_measured = True
+    predict(plan, config, catalog)
+    return plan
+
+
+def _count(plan: BuildPlan, sources: dict[str, SourcePlan], config: ScoreConfig, completions: Completions) -> None:
+    catalog = existing_catalog(config.cache)
+    visible, failed = (visible_samples(catalog, name) for name in ("chains", "failures"))
+    max_model_len = max_model_len_of(plan, config)
+    seen: set[str] = set()
+    prompts: set[str] = set()
+    malformed: list[str] = []
+    with Progress("plan", completions.count(), "chains") as progress:
+        for number, request in enumerate(completions.requests(), start=1):
+            progress.update(number, 0)
+            if isinstance(request, LoadFailure):
+                malformed += [request.message] if request.reason == "malformed" else []
+            one = sources[request.source if isinstance(request, LoadFailure) else request.prompt.source]
+            if request.sample_id in seen:
+                plan.num_duplicates += 1
+                continue
+            seen.add(request.sample_id)
+            if isinstance(request, Request) and request.prompt.prompt_id not in prompts:
+                prompts.add(request.prompt.prompt_id)
+                one.num_prompts += 1
+                plan.num_heldout += request.prompt.split == "heldout"
+            one.num_chains += 1
+            if request.sample_id in visible:
+                one.num_done += 1
+            elif request.sample_id in failed:
+                one.num_failed += 1
+            elif isinstance(request, LoadFailure) or not _fits(request, max_model_len):
+                one.num_unusable += 1
+            else:
+                one.num_left += 1
+                one.tokens_left += request.max_tokens
+    plan.num_malformed = len(malformed)
+    plan.examples += examples("malformed", malformed)
+
+
+def _fits(request: Request, max_model_len: int | None) -> bool:
+    num_tokens = len(request.prompt_token_ids) + request.max_tokens
+    return request.max_tokens > 0 and (max_model_len is None or num_tokens <= max_model_len)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tests.line import Line, run_line
-from tests.vllm_server import serve
+from tests.helpers.line import Line, run_line
+from tests.helpers.vllm_server import serve
 
 # The same examples each time: what is green stays green. `pytest --hypothesis-profile=explore` looks for new ones.
 settings.register_profile("explore")

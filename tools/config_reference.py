@@ -16,10 +16,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.config import StrictModel
+from stillroom.config import StrictModel
 from student_train.config import TrainConfig
-from teacher_cache.config import BuildConfig
-from teacher_cache.score_config import ScoreConfig
+from teacher_cache.config import BuildConfig, ScoreConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 PROGRAMS: tuple[tuple[str, type[StrictModel]], ...] = (

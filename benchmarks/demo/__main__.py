@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
-from shared.files import write_text_atomic
-from shared.log import console, format_duration, note
+from stillroom.log import console, format_duration, note
+from stillroom.storage.paths import write_text_atomic
 
 FOLDER = Path("runs/demo")
 CONFIGS = Path("benchmarks/demo")

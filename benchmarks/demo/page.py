@@ -6,11 +6,11 @@ In: the demo's folder and its summary. Out: one self-contained HTML file.
 from pathlib import Path
 from typing import Any
 
-from shared.catalog import Catalog
-from shared.report import Number, Numbers, Section, Table, Text, format_span, write_report
-from shared.sql import open_cache
+from stillroom.cache.catalog import Catalog
+from stillroom.html.report import Number, Numbers, Section, Table, Text, format_span, write_report
+from stillroom.sql.session import open_cache
 from student_train.report import student_sections
-from teacher_cache.ask.report import cache_sections
+from teacher_cache.inspect.report import cache_sections
 
 INTRO = (
     "A teacher, the language model SmolLM2-135M-Instruct, answered {num_chains} prompts; the cache kept, at every one "

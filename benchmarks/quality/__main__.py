@@ -29,8 +29,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from benchmarks.quality.caches import Chains, build_cache
 from benchmarks.quality.students import make_student, train_student
 from benchmarks.quality.teacher import VOCAB_SIZE, Training, ensure_teacher, write_chains
-from shared.config import Json
-from student_train.ranks import joined_ranks
+from stillroom.config import Json
+from student_train.runtime.ranks import joined_ranks
 
 NUM_TRAIN, NUM_HELDOUT = 1536, 192
 TAIL_BUCKET = {"forward_kl_tail_bucket": 1.0}

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.teacher import VOCAB_SIZE
-from schemas.records import Message, Prompt, prompt_id_of, sample_id_of
-from shared.catalog import Catalog
-from shared.config import Json, validate_config
-from teacher_cache.ask.stats import cache_stats
+from stillroom.cache.catalog import Catalog
+from stillroom.config import Json, validate_config
+from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from teacher_cache.build import Build
 from teacher_cache.config import BuildConfig
-from teacher_cache.requests import EngineInfo, Finished, Outcome, Request
-from teacher_cache.teacher import IdentifiedTeacher, identify_teacher
-from teacher_cache.vllm_engine.sampler_signals import signal_rows
-from teacher_cache.vllm_engine.wide_rows import Layout, capture_of_rows
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
+from teacher_cache.engine.plugin.signals import signal_rows
+from teacher_cache.engine.row_layout import Layout, capture_of_rows
+from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.inspect.stats import cache_stats
 
 SAMPLING = {"temperature": 1.0}
 STEP_CHAINS = 64
@@ -38,7 +38,7 @@ class Chains:
 
 
 class ReplayEngine:
-    """Chains that are there already, captured with the sampler's own functions. A teacher_cache.requests.Engine."""
+    """Chains that are there already, captured with the sampler's own functions. A teacher_cache.engine.api.Engine."""
 
     def __init__(self, model: Any, chains: Chains, layout: Layout) -> None:
         self._model, self._chains, self._layout = model, chains, layout

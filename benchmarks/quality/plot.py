@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from shared.config import Json
+from stillroom.config import Json
 
 FAMILIES = (
     ("renormalised", "#b5651d", "s"),

@@ -11,13 +11,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS, model_config
-from shared.config import Json, validate_config
-from shared.interrupt import StopRequest
+from stillroom.config import Json, validate_config
+from stillroom.program import StopRequest
 from student_train.config import TrainConfig
-from student_train.eval_command import evaluate_config
-from student_train.folders import atomic_folder, save_model
-from student_train.init import init_student
-from student_train.ranks import Ranks
+from student_train.evaluate import evaluate_config
+from student_train.model.folder import atomic_folder, save_model
+from student_train.model.prune import init_student
+from student_train.runtime.ranks import Ranks
 from student_train.train import train
 
 CHAINS_PER_STEP = 6

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.quality.corpus import read_corpus
-from student_train.folders import atomic_folder, save_model
+from student_train.model.folder import atomic_folder, save_model
 
 VOCAB_SIZE = 1024
 SHARPNESS = 0.36

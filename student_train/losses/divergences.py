@@ -51,8 +51,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from shared.config import nearest_name
-from shared.errors import ConfigError
+from stillroom.config import nearest_name
+from stillroom.errors import ConfigError
 from student_train.losses.targets import NO_MASS
 
 LossName = Literal[

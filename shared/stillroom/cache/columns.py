@@ -1,0 +1,124 @@
+"""Arrow list columns as flat arrays and lengths, and the checks that name row and column.
+
+Shape legend: R rows.
+
+Numbers that the codecs make coarser, and back.
+
+Shape legend: T tokens, E entries (supports and draws) of all tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stillroom.errors import CorruptError
+from stillroom.schema.records import Float32, Int32, Int64
+from stillroom.schema.tables import list_of
+
+Array = npt.NDArray[Any]
+
+
+def list_column(values: Array, lengths_R: Int64) -> pa.Array:
+    """A list a row: the next `lengths_R[r]` of the flat values."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int32))
+    array = pa.array(values)
+    return pa.ListArray.from_arrays(offsets, array, type=list_of(array.type))
+
+
+def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[str, Array], dict[str, Int64]]:
+    """Flat values and lengths [R] of list columns. Raises CorruptError for one that is missing or holds nulls."""
+    values, lengths = {}, {}
+    for name in names:
+        column = whole_column(table, name, where)
+        if not pa.types.is_list(column.type):
+            raise CorruptError(f"{where}: column {name} holds {column.type}, not lists: the file is not what it was")
+        flat = column.flatten()
+        if flat.null_count:
+            raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")
+        values[name] = flat.to_numpy(zero_copy_only=False)
+        lengths[name] = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    return values, lengths
+
+
+def whole_column(table: pa.Table, name: str, where: str) -> pa.Array:
+    """A column as one array. Raises CorruptError where it is missing or holds nulls."""
+    if name not in table.column_names:
+        raise CorruptError(f"{where}: column {name} is missing: the file is not what its header says")
+    column = table.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    if column.null_count:
+        raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")
+    return column
+
+
+def require_rows(good_R: npt.NDArray[np.bool_], where: str, column: str, problem: str) -> None:
+    """Raises CorruptError naming the first row that is not good."""
+    if not good_R.all():
+        row = int(np.flatnonzero(~good_R)[0])
+        raise CorruptError(f"{where}: row {row}, column {column} {problem}")
+
+
+def require_values(good: npt.NDArray[np.bool_], offsets: Int64, where: str, column: str, problem: str) -> None:
+    """Raises CorruptError naming the row of the first value that is not good; row r has offsets[r]..offsets[r+1]-1."""
+    if not good.all():
+        row = int(np.searchsorted(offsets[1:], np.flatnonzero(~good)[0], side="right"))
+        raise CorruptError(f"{where}: row {row}, column {column}: a value {problem}")
+
+
+LOGPROB_RANGE_NATS = 32.0
+"""Log probabilities below minus this are stored as minus this by `topk-u8` and `archive`."""
+
+MAX_CODE = 255
+SCALAR_MANTISSA_BITS = 10
+PARTITION_MANTISSA_BITS = 14
+"""An error of a log-partition is a factor on every probability at its temperature: 2e-4 nats at worst below 8."""
+
+_CODE_LOGPROB = (-LOGPROB_RANGE_NATS * (np.arange(MAX_CODE + 1) / MAX_CODE) ** 2).astype(np.float32)
+_CODE_PROB = np.exp(_CODE_LOGPROB.astype(np.float64))
+_TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
+
+
+def codes_of(logprobs: Float32) -> npt.NDArray[np.int16]:
+    """Square-root codes, 0 to 255, of log probabilities in nats."""
+    scaled = np.sqrt(np.clip(-logprobs, 0.0, LOGPROB_RANGE_NATS) / LOGPROB_RANGE_NATS)
+    codes: npt.NDArray[np.int16] = np.rint(MAX_CODE * scaled).astype(np.int16)
+    return codes
+
+
+def tail_codes_of(logmass: Float32) -> npt.NDArray[np.int16]:
+    """Codes of tails; however small, a tail that is there never becomes the code for none."""
+    codes = np.where(np.isneginf(logmass), MAX_CODE, np.minimum(codes_of(logmass), MAX_CODE - 1))
+    return codes.astype(np.int16)
+
+
+def logprobs_of(
+    codes_E: npt.NDArray[np.integer],
+    tails_T: npt.NDArray[np.integer],
+    n_T: Int32,
+    drawn_E: npt.NDArray[np.bool_] | None,
+) -> tuple[Float32, Float32]:
+    """Log probabilities of all entries, n_T a token, and tails, float32 nats: each token's mass, its draws left out
+    (theirs is the tail's), is one.
+    """
+    if not len(n_T):
+        return np.zeros(0, np.float32), np.zeros(0, np.float32)
+    starts_T = np.cumsum(n_T, dtype=np.int64) - n_T
+    probs_E = _CODE_PROB[codes_E]
+    if drawn_E is not None:
+        probs_E[drawn_E] = 0.0
+    mass_T = np.add.reduceat(probs_E, starts_T) + _TAIL_PROB[tails_T]
+    log_mass_T = np.log(mass_T).astype(np.float32)
+    logprobs_E = _CODE_LOGPROB[codes_E] - np.repeat(log_mass_T, n_T)
+    tail_T = np.where(tails_T == MAX_CODE, np.float32(-np.inf), _CODE_LOGPROB[tails_T] - log_mass_T)
+    return logprobs_E, tail_T.astype(np.float32)
+
+
+def round_mantissa(x: Float32, num_bits: int) -> Float32:
+    """Rounds float32 half up to `num_bits` explicit bits of mantissa, so that the others compress to almost nothing."""
+    dropped = 23 - num_bits
+    bits = x.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
+    return ((bits >> dropped) << dropped).astype(np.uint32).view(np.float32)

@@ -1,0 +1,1 @@
+"""Judges of answers, each run in a process with limits."""

@@ -1,0 +1,194 @@
+"""Progress on stderr: a live bar on a terminal, one plain line every ten seconds in a log file. Results go to stdout.
+
+build  412/4000 chains  10%  1.2M tok  183 tok/s now  179 tok/s  106 B/token  0 failed  eta 1:22:10
+
+Text from a cache on a terminal: what a model wrote must not move the cursor, recolour the screen or hide itself.
+"""
+
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+
+# C0 and C1 controls without tab and newline, and the marks that turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+_BREAK = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def harmless(text: str) -> str:
+    """The text with control characters written out, `\\x1b` for an escape; tabs and newlines stay."""
+    return _CONTROL.sub(lambda match: _written_out(match[0]), text)
+
+
+def one_line(text: str) -> str:
+    """`harmless`, with tabs and line breaks written out too."""
+    return harmless("".join(_BREAK.get(character, character) for character in text))
+
+
+def width_of(text: str) -> int:
+    """Columns that the text takes on a terminal (two for a wide character)."""
+    return cell_len(text)
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most `width` columns, an ellipsis for what was cut off."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"
+
+
+def pad(text: str, width: int, *, right: bool = False) -> str:
+    """The text in exactly `width` columns or more, to the left or the right of them."""
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+PLAIN_INTERVAL_S = 10.0
+RATE_WINDOW_S = 30.0
+
+console = Console(stderr=True, highlight=False)
+"""Where people read; never the place of a result."""
+
+
+class Progress:
+    """Progress of one long loop, as a context manager.
+
+    Counts are absolute: `update(done, num_tokens, notes)`. Rates are over the last RATE_WINDOW_S seconds and since the
+    start; what was done before this process started (`done_before`) counts for the bar and not for tokens and rates.
+    The clock of a finished loop stands still at its last update, and a log file gets its last line once.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done_before: int = 0) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done_before = self._done = done_before
+        self._num_tokens = 0
+        self._notes = ""
+        self._started_s = time.monotonic()
+        self._printed_s = self._updated_s = self._started_s
+        self._printed = ""
+        self._window: deque[tuple[float, int]] = deque([(self._started_s, 0)])
+        self._live = console.is_terminal
+        self._bar = RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}", markup=False),
+            console=console,
+            transient=False,
+            disable=not self._live,
+            refresh_per_second=4,
+        )
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task(self._label, total=max(self._total, 1), completed=self._done, line="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show()
+        self._bar.stop()
+        self.print_now()
+
+    def update(self, done: int, num_tokens: int, notes: Mapping[str, str] | None = None) -> None:
+        """Sets absolute counts; `notes` are shown behind the rates as `name value`, unnamed where the name is empty."""
+        now_s = self._updated_s = time.monotonic()
+        self._done, self._num_tokens = done, num_tokens
+        self._notes = "  ".join(f"{name} {value}".strip() for name, value in (notes or {}).items())
+        self._window.append((now_s, num_tokens))
+        while len(self._window) > 2 and now_s - self._window[0][0] > RATE_WINDOW_S:
+            self._window.popleft()
+        self._show()
+        # The last line comes once, by `print_now` or at the end.
+        if done < self._total and now_s - self._printed_s >= PLAIN_INTERVAL_S:
+            self.print_now()
+
+    def print_now(self) -> None:
+        """Gives a log file the line as it stands, unless that is what it got last; on a terminal the bar says it."""
+        line = f"{self._label}  {self._line()}"
+        if self._live or line == self._printed:
+            return
+        console.print(line, markup=False, soft_wrap=True)
+        self._printed, self._printed_s = line, time.monotonic()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self._done, line=self._line())
+
+    def _line(self) -> str:
+        left = self._total - self._done
+        elapsed_s = (time.monotonic() if left > 0 else self._updated_s) - self._started_s
+        first_s, first_tokens = self._window[0]
+        last_s, last_tokens = self._window[-1]
+        now_rate = (last_tokens - first_tokens) / (last_s - first_s) if last_s > first_s else 0.0
+        new = self._done - self._done_before
+        eta = format_duration(elapsed_s / new * left) if new > 0 else "?"
+        share = f"{100 * self._done / self._total:.0f}%" if self._total else "100%"
+        tokens = [
+            f"{format_count(self._num_tokens)} {'new tok' if self._done_before else 'tok'}",
+            *([f"{now_rate:.0f} tok/s now"] if left > 0 else []),
+            f"{self._num_tokens / max(elapsed_s, 1e-9):.0f} tok/s",
+        ]
+        parts = [
+            f"{self._done}/{self._total} {self._unit}",
+            share,
+            # Some loops have no tokens to count, others none yet.
+            *(tokens if self._num_tokens else []),
+            self._notes,
+            f"eta {eta}" if left > 0 else f"in {format_duration(elapsed_s)}",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+def warn(message: str) -> None:
+    """One line on stderr that something needs attention, without stopping."""
+    note(f"warning: {message}")
+
+
+def note(message: str) -> None:
+    """One line on stderr for the person who watches; what a cache brings along cannot act on the terminal."""
+    console.print(harmless(message), markup=False, soft_wrap=True)
+
+
+def format_count(number: float) -> str:
+    """1234567 as 1.2M."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.1f}{suffix}"
+    return f"{number:.0f}"
+
+
+def format_plural(number: int, noun: str) -> str:
+    """1 and "pack" as 1 pack, 2000 as 2,000 packs."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_bytes(size_bytes: float) -> str:
+    """1234567 as 1.2 MB."""
+    for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(size_bytes) >= limit:
+            return f"{size_bytes / limit:.1f} {suffix}"
+    return f"{size_bytes:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """4930 as 1:22:10, 75 as 1:15."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"
+
+
+def is_terminal() -> bool:
+    """Whether results on stdout go to a person rather than to a program."""
+    return sys.stdout.isatty()

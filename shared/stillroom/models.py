@@ -1,0 +1,431 @@
+"""Tokenizers without models: loading, identity, pieces for SQL, where reasoning ends, and whether two vocabularies
+agree.
+
+Nothing here needs torch. Fingerprints are 32 hex characters (stillroom.schema.records.stable_hash).
+
+Identity of a model's weights without reading all of them: a 600 GB model is known in seconds.
+
+A folder's fingerprint covers config.json, the names and sizes of its weight files and NUM_BLOCKS blocks of each, the
+first of which holds the safetensors header (names, shapes, dtypes and offsets of all tensors). Training changes nearly
+every weight, so it changes sampled blocks; a hand edit of a few tensors between the blocks keeps the fingerprint. A
+hub id is identified by the commit that its revision resolves to, which covers every byte.
+
+The Hugging Face hub's own messages: its client says of every attempt that it failed, and we say it once.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.errors import ConfigError, CorruptError, DataError, one_line
+from stillroom.log import note
+from stillroom.schema.records import stable_hash
+from stillroom.schema.tables import VOCAB_SCHEMA
+from stillroom.storage.paths import Location, atomic_path, local_copy
+
+_CLIENT = logging.getLogger("huggingface_hub.utils._http")
+
+
+def hush_hub() -> None:
+    """Lets a hub that does not answer be told by one line instead of two for every attempt. May be called again."""
+    _CLIENT.addFilter(_once)
+
+
+def unreachable(model: str, error: Exception) -> str:
+    """What is said of a name that is no folder and that the hub did not give, with the first sentence of its reason."""
+    reason = one_line(error).split(". ")[0].rstrip(".")
+    return f"{model} is neither a folder nor a hub id that can be reached: {reason}"
+
+
+_said: set[str] = set()
+
+
+def _once(record: logging.LogRecord) -> bool:
+    """Keeps what is no failed attempt; of those the first is told in our words."""
+    text = record.getMessage()
+    if not ("thrown while requesting" in text or text.startswith("Retrying in ")):
+        return True
+    if not _said:
+        _said.add(text)
+        note("the Hugging Face hub does not answer: trying for about half a minute (HF_HUB_OFFLINE=1 asks it nothing)")
+    return False
+
+
+VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
+"""Of tokenizer.json: what a saved copy may say differently. The post-processor only wraps plain text, never templates.
+"""
+
+MARKER = re.compile(r"^(<[^<>\s]+>|\[[^\[\]\s]+\])$")
+"""Added tokens that look like this, such as <think>, are markers even where their tokenizer does not call them
+special.
+"""
+
+
+def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers tokenizer of a folder or hub id. Raises DataError in one line where it cannot be loaded."""
+    try:
+        with _quiet_transformers():
+            from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DataError("tokenizers need the package transformers: pip install transformers") from error
+    _require_folder_or_id(model)
+    hush_hub()
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(_unusable(model, "tokenizer that can be loaded", error)) from error
+
+
+def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """Width of the model's logits out of its config.json. Raises DataError where it does not say."""
+    with _quiet_transformers():
+        from transformers import AutoConfig
+    _require_folder_or_id(model)
+    hush_hub()
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise DataError(_unusable(model, "usable config.json", error)) from error
+
+
+def _require_folder_or_id(model: str) -> None:
+    if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+
+
+def _unusable(model: str, what: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not Path(model).is_dir():
+        return unreachable(model, error)
+    return f"{model} has no {what}: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """One line; for a model with code of its own, which transformers refuses to run unasked, what to do about it."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it ships Python code of its own, which runs only with trust_remote_code: true; trust it as a program"
+    return text[:300]
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Identity of what turns text into ids: vocabulary, merges, normaliser, pre-tokeniser, decoder and added tokens.
+
+    A copy that transformers saved has the same fingerprint. Truncation, padding and the special tokens put around plain
+    text do not count. A tokenizer in Python code counts by its class name, vocabulary and added tokens.
+    """
+    backend = _backend(tokenizer)
+    if backend is None:
+        added = {str(token_id): token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+        return stable_hash("tokenizer", type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added)
+    canonical = {key: value for key, value in backend.items() if key not in VOLATILE_KEYS}
+    model = dict(canonical["model"])
+    # Older files write a merge as "a b", newer ones as ["a", "b"].
+    if "merges" in model:
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
+    return stable_hash("tokenizer", {**canonical, "model": model})
+
+
+def fingerprint_template(tokenizer: Any) -> str:
+    """Identity of the chat template's text, None included."""
+    return stable_hash("template", tokenizer.chat_template)
+
+
+def write_vocab(path: Location, tokenizer: Any) -> None:
+    """Writes every token of the tokenizer in stillroom.schema.tables.VOCAB_SCHEMA, ordered by id."""
+    pieces = pieces_of(tokenizer)
+    special = _special_ids(tokenizer)
+    ids = sorted(pieces)
+    columns = [
+        pa.array(ids, pa.int32()),
+        pa.array([pieces[i] for i in ids], pa.string()),
+        pa.array([i in special for i in ids], pa.bool_()),
+    ]
+    with atomic_path(path) as temp:
+        pq.write_table(pa.Table.from_arrays(columns, schema=VOCAB_SCHEMA), temp, compression="zstd")
+
+
+def pieces_of(tokenizer: Any) -> dict[int, str]:
+    """Text of each single token by id. Bytes that are not UTF-8 by themselves stand as <0xE2>, so that nothing is
+    lost.
+    """
+    backend = _backend(tokenizer)
+    kinds = _decoder_kinds(backend["decoder"]) if backend is not None else set()
+    added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+    byte_of = _byte_level_alphabet()
+    pieces: dict[int, str] = dict(added)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id in added:
+            continue
+        if "ByteLevel" in kinds and all(char in byte_of for char in token):
+            pieces[token_id] = _show_bytes(bytes(byte_of[char] for char in token))
+        elif kinds & {"Metaspace", "Replace"}:
+            pieces[token_id] = token.replace("▁", " ")
+        else:
+            pieces[token_id] = tokenizer.decode([token_id])
+    return pieces
+
+
+def special_pieces(vocab: Location) -> dict[int, str]:
+    """Texts of the special tokens of a cache's vocabulary file by id; none where there is no file.
+
+    Raises CorruptError where the file cannot be read.
+    """
+    if not vocab.exists():
+        return {}
+    table = _read_vocab(vocab)
+    special = table.filter(table.column("is_special"))
+    return dict(zip(special.column("token_id").to_pylist(), special.column("piece").to_pylist(), strict=True))
+
+
+def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bool:
+    """Whether a chain ended by itself; `last_piece` is the text of its last token if that is special, else None.
+
+    Of a scored chain only that token tells: what ends a turn is special and, unlike <think>, no part of the text. Text
+    that was given as cut has none.
+    """
+    if finish_reason != "scored":
+        return finish_reason == "stop"
+    return last_piece is not None and not text.endswith(last_piece)
+
+
+def reasoning_ids(tokenizer: Any, start: str, end: str) -> tuple[int | None, int | None]:
+    """Ids of the tokens that open and close reasoning; None where the tokenizer has no such single token."""
+    vocab = tokenizer.get_vocab()
+    return vocab.get(start), vocab.get(end)
+
+
+def split_reasoning(
+    token_ids: npt.ArrayLike, prompt_token_ids: npt.ArrayLike, start_id: int | None, end_id: int | None
+) -> int | None:
+    """Offset in `token_ids` just after the token that ends the reasoning.
+
+    None where reasoning began (in the completion, or in the prompt by a template that opens it) and never closed; 0
+    where there is none. Prompt [.. <think>], completion [a b </think> c] gives 3; [a b] gives None; a prompt that ends
+    with <think></think> (thinking turned off) and completion [a b] gives 0.
+    """
+    if end_id is None:
+        return 0
+    completion, prompt = np.asarray(token_ids), np.asarray(prompt_token_ids)
+    ends = np.flatnonzero(completion == end_id)
+    if len(ends):
+        return int(ends[0]) + 1
+    began = start_id is not None and (
+        bool((completion == start_id).any()) or _last(prompt, start_id) > _last(prompt, end_id)
+    )
+    return None if began else 0
+
+
+@dataclass(frozen=True, slots=True)
+class VocabDifference:
+    """Where two vocabularies disagree: (id, piece in the cache or None, piece in the other tokenizer or None)."""
+
+    ordinary: list[tuple[int, str | None, str | None]]
+    special: list[tuple[int, str | None, str | None]]
+
+    @property
+    def agree(self) -> bool:
+        """Whether distributions over the cache's ids mean the same to the other tokenizer, special tokens aside."""
+        return not self.ordinary
+
+
+def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
+    """Compares a cache's vocabulary file with a tokenizer, id by id.
+
+    A difference is special when the id is special, or missing, on both sides: control tokens and markers such as
+    <think> may be renamed between relatives. Rows of an embedding past both vocabularies are padding and appear in
+    neither. Raises CorruptError where the file cannot be read.
+    """
+    table = _read_vocab(cached)
+    rows = zip(*(table.column(name).to_pylist() for name in ("token_id", "piece", "is_special")), strict=True)
+    mine: dict[int, tuple[str, bool]] = {token_id: (piece, special) for token_id, piece, special in rows}
+    special_ids = _special_ids(tokenizer)
+    theirs = {token_id: (piece, token_id in special_ids) for token_id, piece in pieces_of(tokenizer).items()}
+    ordinary: list[tuple[int, str | None, str | None]] = []
+    special: list[tuple[int, str | None, str | None]] = []
+    for token_id in sorted(mine.keys() | theirs.keys()):
+        one, other = mine.get(token_id, (None, True)), theirs.get(token_id, (None, True))
+        if one[0] != other[0]:
+            (special if one[1] and other[1] else ordinary).append((token_id, one[0], other[0]))
+    return VocabDifference(ordinary, special)
+
+
+def require_same_vocab(difference: VocabDifference, student: str) -> None:
+    """Raises ConfigError naming ids and pieces where ordinary tokens differ: distributions would teach the wrong
+    words.
+    """
+    if difference.agree:
+        return
+    shown = ", ".join(
+        f"{i} is {mine!r} in the cache and {other!r} in the student" for i, mine, other in difference.ordinary[:3]
+    )
+    raise ConfigError(
+        f"the vocabulary of {student} differs from the cache's in {len(difference.ordinary)} ordinary tokens "
+        f"({shown}): choose a student of the teacher's family, or train on the text alone (data.kind: text)"
+    )
+
+
+def _read_vocab(cached: Location) -> pa.Table:
+    try:
+        with local_copy(cached) as path:
+            return pq.read_table(path, schema=VOCAB_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
+
+
+def _backend(tokenizer: Any) -> dict[str, Any] | None:
+    """tokenizer.json of a fast tokenizer, None for one in Python code."""
+    if not tokenizer.is_fast:
+        return None
+    loaded: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return loaded
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    special = set(tokenizer.all_special_ids)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special or MARKER.match(token.content):
+            special.add(token_id)
+    return special
+
+
+def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    if decoder["type"] == "Sequence":
+        return {kind for part in decoder["decoders"] for kind in _decoder_kinds(part)}
+    return {decoder["type"]}
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte, backwards: printable Latin-1 stands for itself, the rest from U+0100
+    on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _show_bytes(data: bytes) -> str:
+    """UTF-8 text, bytes that belong to no whole character as <0xE2>."""
+    text = data.decode("utf-8", errors="surrogateescape")
+    return "".join(f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text)
+
+
+def _last(ids: npt.NDArray[Any], token_id: int | None) -> int:
+    places = np.flatnonzero(ids == token_id)
+    return int(places[-1]) if len(places) else -1
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Imports transformers without its advice to install torch, which is not needed here."""
+    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        else:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+NUM_BLOCKS = 8
+BLOCK_BYTES = 1 << 20
+VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+def fingerprint_weights(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Fingerprint and resolved revision (the commit of a hub id, None for a folder).
+
+    Raises DataError where a folder holds no weights or config.json, or where a hub id cannot be resolved.
+    """
+    if Path(model).is_dir():
+        return fingerprint_folder(Path(model)), None
+    commit = resolve_revision(model, revision)
+    return stable_hash("hub", model, commit), commit
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Fingerprint of a Hugging Face folder; the same wherever the folder lies."""
+    kept = _settings(folder)
+    weights = _weight_files(folder)
+    if not weights:
+        raise DataError(f"{folder} holds no weights: name a Hugging Face model folder")
+    return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
+
+
+def fingerprint_served(folder: Path, served_name: str) -> str:
+    """Fingerprint of a model whose config.json alone is here: other weights served under the same name look equal."""
+    return stable_hash("served", _settings(folder), served_name)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weight files."""
+    return bool(_weight_files(folder))
+
+
+def resolve_revision(model: str, revision: str | None) -> str:
+    """The commit of a hub id: asked of the hub, or of the local download where the hub cannot be reached."""
+    if revision is not None and COMMIT.match(revision):
+        return revision
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise DataError(f"{model} is no folder, and hub ids need: pip install huggingface_hub") from error
+    hush_hub()
+    try:
+        # The path in the local store names the commit: .../snapshots/<commit>/config.json
+        path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
+    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+        raise DataError(unreachable(model, error)) from error
+    return Path(path).parent.name
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """config.json without what says nothing of the model."""
+    config = folder / "config.json"
+    if not config.exists():
+        raise DataError(f"{folder} holds no config.json: name a Hugging Face model folder")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{config} is not JSON: {error}") from error
+    return {key: value for key, value in settings.items() if key not in VOLATILE_CONFIG_KEYS}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.stem != "training_args")
+    # Where a folder has both, safetensors are what is loaded.
+    return [path for path in files if path.suffix == ".safetensors"] or files
+
+
+def _sampled_hash(path: Path) -> str:
+    """SHA-256 of NUM_BLOCKS blocks spread evenly over the file, ends included; of all bytes of a small file."""
+    size_bytes = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        if size_bytes <= NUM_BLOCKS * BLOCK_BYTES:
+            digest.update(stream.read())
+        else:
+            for block in range(NUM_BLOCKS):
+                stream.seek(block * (size_bytes - BLOCK_BYTES) // (NUM_BLOCKS - 1))
+                digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""What a run and a shard say about themselves: pydantic models of `runs/<run_id>.json` and of the Parquet metadata."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stillroom.schema import FORMAT_VERSION
+from stillroom.schema.records import stable_hash
+
+SHARD_METADATA_KEY = b"stillroom"
+"""Key of the Parquet key-value metadata under which a shard keeps its ShardHeader as JSON."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Teacher(_Record):
+    """Which model spoke. Fingerprints are 32 hex characters; see FORMAT.md for what each covers."""
+
+    model: str
+    revision: str | None = None
+    fingerprint: str = Field(description="hash of the weights', tokenizer's and chat template's fingerprints")
+    weights_fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    vocab_size: int = Field(description="width of the teacher's logits; every stored id is below it")
+
+
+class ShardHeader(_Record):
+    """Everything a reader needs to decode a shard, stored in the shard itself."""
+
+    format_version: int = FORMAT_VERSION
+    codec: str
+    max_support: int = Field(description="largest support a token can have in this shard")
+    nucleus: float | None = Field(description="mass at which the support stops; None keeps max_support entries")
+    draws: int = Field(default=0, description="draws from the tail of a token whose support was cut short; 0: none")
+    temperatures: list[float] = Field(default=[], description="of the stored log-partitions, in their order")
+    entropy: str = Field(description="'exact' over the whole vocabulary or 'support': of the captured top-k and tail")
+    vocab_size: int
+    run_id: str
+    worker: str
+    teacher_fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+
+
+class RunManifest(_Record):
+    """`runs/<run_id>.json`: what was asked of whom, with which software. Never holds secrets."""
+
+    format_version: int = FORMAT_VERSION
+    run_id: str
+    name: str
+    kind: str = Field(description="'generate' or 'score'")
+    created_at: str
+    teacher: Teacher
+    sampling: dict[str, Any]
+    capture: dict[str, Any]
+    engine: dict[str, Any]
+    prompts: dict[str, Any]
+    reasoning: dict[str, Any]
+    software: dict[str, str]
+
+
+def run_id_for(
+    name: str,
+    kind: str,
+    teacher_fingerprint: str,
+    sampling: Mapping[str, Any],
+    capture: Mapping[str, Any],
+    reasoning: Mapping[str, Any],
+) -> str:
+    """`<name>_<8 hex>`: another teacher, capture, reasoning or sampling is another run, and so is scoring; more
+    samples of a prompt are not. The arguments are a RunManifest's fields.
+    """
+    how = {key: value for key, value in sampling.items() if key != "samples"} if kind == "generate" else "score"
+    return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how)[:8]}"

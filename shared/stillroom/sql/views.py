@@ -1,0 +1,205 @@
+"""The SQL of a cache's views: text only, no database.
+
+chains      one row a chain, readable columns, with its latest verdict
+prompts     one row a prompt: samples, pass rate, mean length
+tokens      one row a completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
+topk        one row a stored candidate: rank, piece, probability; those drawn from the tail have no rank
+verdicts    the latest verdict of each judge; failures, runs, vocab as stored
+storage     one row a column of a shard: bytes in Parquet
+chain_places, chain_rows  chains, with the file and row where each lies; its row group, which costs reading all footers
+
+`tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` come from the stored codes as they are: the decoder of
+stillroom.cache.codec also divides by their sum, which differs from one by no more than the codes' own rounding.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from stillroom.cache.columns import LOGPROB_RANGE_NATS, MAX_CODE
+from stillroom.schema.tables import FAILURE_SCHEMA, SQL_CODECS, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
+
+VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage")
+"""What a user sees, in the order they are explained."""
+
+SQL_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
+    pa.int16(): "SMALLINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.timestamp("us", tz="UTC"): "TIMESTAMPTZ",
+    pa.binary(): "BLOB",
+}
+
+
+Layout = tuple[str, int]
+"""Codec and format version of a shard, which decide its columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFiles:
+    """Paths of the Parquet files that the views of one cache read; those of `chains` by the columns they have."""
+
+    chains: Mapping[Layout, Sequence[str]]
+    verdicts: Sequence[str]
+    failures: Sequence[str]
+    vocab: Sequence[str]
+    codecs: Mapping[str, str]
+    """Codecs of the shards of each run that has any, by run id."""
+
+    def paths(self) -> Iterator[str]:
+        """Every file."""
+        for group in (*self.chains.values(), self.verdicts, self.failures, self.vocab):
+            yield from group
+
+
+ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, i: n + draw_n[i]) ELSE topk_n END"
+"""Entries of each token: its support and its draws."""
+
+
+def quote(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def view_statements(files: CacheFiles) -> list[str]:
+    """CREATE VIEW statements in order."""
+    code_prob = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
+    topk_prob = f"coalesce({code_prob.format('topk_codes')}, exp(topk_logprobs))"
+    top1_prob = f"coalesce({code_prob.format('top1_code')}, exp(top1_logprob))"
+    readable = _readable(files)
+    tail_mass = f"coalesce(if(tail_code = {MAX_CODE}, 0, {code_prob.format('tail_code')}), exp(tail_logmass))"
+    return [
+        f"CREATE VIEW shards AS {_shards(files.chains)}",
+        f"CREATE VIEW failures AS {_select(FAILURE_SCHEMA, files.failures)}",
+        rf"""CREATE VIEW vocab AS SELECT token_id, piece, is_special,
+             regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
+           FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
+        f"""CREATE VIEW verdicts AS SELECT sample_id, judge, max(judged_at) AS judged_at,
+             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
+           FROM ({_select(VERDICT_SCHEMA, files.verdicts)}) GROUP BY sample_id, judge""",
+        """CREATE VIEW latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
+             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
+           FROM verdicts GROUP BY sample_id""",
+        """CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source,
+        s.split,
+             list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
+             s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, s.finish_reason,
+             s.finish_reason = 'length' AS truncated, s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
+             s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
+             s.seed, s.worker, s.created_at, s.metadata
+           FROM shards s LEFT JOIN latest_verdicts v USING (sample_id)""",
+        f"CREATE VIEW parquet_columns AS {_parquet_columns(files.chains)}",
+        r"""CREATE VIEW storage AS SELECT regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
+             split_part(path_in_schema, ', ', 1) AS column_name, sum(num_values)::BIGINT AS num_values,
+             sum(total_compressed_size)::BIGINT AS bytes, sum(total_uncompressed_size)::BIGINT AS uncompressed_bytes
+           FROM parquet_columns GROUP BY ALL""",
+        """CREATE VIEW row_groups AS SELECT file_name, row_group_id,
+             sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
+           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows FROM parquet_columns)""",
+        r"""CREATE VIEW chain_places AS SELECT c.*,
+             regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file, p.file_row_number AS row_in_file
+           FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)""",
+        r"""CREATE VIEW chain_rows AS SELECT c.* EXCLUDE (row_in_file), g.row_group_id::INTEGER AS row_group,
+             (c.row_in_file - g.first_row)::INTEGER AS row_in_group
+           FROM chain_places c ASOF JOIN (SELECT *,
+             regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file FROM row_groups) g
+           ON c.file = g.file AND c.row_in_file >= g.first_row""",
+        """CREATE VIEW prompts AS SELECT prompt_id, any_value(source) AS source, any_value(split) AS split,
+             any_value(prompt) AS prompt, any_value(reference) AS reference, count(*) AS num_samples,
+             count(correct) AS num_judged, count(*) FILTER (correct) AS num_correct,
+             avg(correct::INTEGER) AS pass_rate, avg(num_tokens) AS mean_num_tokens,
+             count(*) FILTER (truncated) AS num_truncated
+           FROM chains GROUP BY prompt_id""",
+        f"""CREATE VIEW tokens AS SELECT t.sample_id, t.source, t.position, t.token_id, v.piece, t.logprob, t.rank,
+             t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support, coalesce(t.draws, 0) AS draws,
+             CASE WHEN t.reasoning_end IS NULL OR t.position < t.reasoning_end THEN 'reasoning' ELSE 'answer' END AS
+             part
+           FROM (SELECT sample_id, source, run_id, reasoning_end, unnest(range(len(token_ids))) AS position,
+               unnest(token_ids) AS token_id, unnest(sampled_logprob) AS logprob, unnest(sampled_rank) AS rank,
+               unnest(entropy) AS entropy, unnest(topk_n) AS support, unnest(draw_n) AS draws,
+               unnest(tail_codes) AS tail_code,
+               unnest(tail_logmass) AS tail_logmass, unnest(list_where(topk_codes, is_first)) AS top1_code,
+               unnest(list_where(topk_logprobs, is_first)) AS top1_logprob
+             FROM (SELECT *, flatten(list_transform({ENTRY_N}, lambda n: list_resize([true], n, false))) AS is_first
+                   FROM shards WHERE {readable})) t
+           LEFT JOIN runs r USING (run_id)
+           LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
+        f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob,
+             t.rank IS NULL AS drawn
+           FROM (SELECT sample_id, run_id,
+               unnest(flatten(list_transform(entry_n, lambda n, i: list_resize([i - 1], n, i - 1)))) AS position,
+               unnest(flatten(list_transform(entry_n, lambda n, i: list_resize(range(1, topk_n[i] + 1), n)))) AS rank,
+               unnest(topk_ids) AS token_id, unnest(topk_codes) AS topk_codes, unnest(topk_logprobs) AS topk_logprobs
+             FROM (SELECT *, {ENTRY_N} AS entry_n FROM shards WHERE {readable})) t
+           LEFT JOIN runs r USING (run_id)
+           LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
+    ]
+
+
+def _readable(files: CacheFiles) -> str:
+    """A condition that fails the query where distributions lie in columns that SQL cannot read."""
+    if all(codec in SQL_CODECS for codec, _ in files.chains):
+        return "true"
+    reason = (
+        "the views tokens and topk cannot read codec archive: teacher-cache recode CACHE DEST --codec topk-u8 writes "
+        "the cache anew in one that they can; chains reads this one"
+    )
+    return f"error({quote(reason)}) IS NULL"
+
+
+def _shards(files: Mapping[Layout, Sequence[str]]) -> str:
+    """The rows of all layouts, each with NULL for the columns of the others.
+
+    Files of one layout have one schema, so DuckDB need not open all of them before it answers, as
+    `union_by_name` does.
+    """
+    groups = []
+    for layout, paths in files.items():
+        own = set(chain_schema(*layout).names)
+        groups.append(_select(table_schema(), paths, ("filename", "file_row_number"), own))
+    return " UNION ALL ".join(groups) or _select(table_schema(), [], ("filename", "file_row_number"))
+
+
+def _select(
+    schema: pa.Schema, paths: Sequence[str], virtual: Sequence[str] = (), present: set[str] | None = None
+) -> str:
+    """SELECT of the schema's columns, NULL for those not `present` in the files (None: all are)."""
+    if not paths:
+        columns = [f"NULL::{_sql_type(field.type)} AS {field.name}" for field in schema]
+        extra = [f"NULL::{'VARCHAR' if name == 'filename' else 'BIGINT'} AS {name}" for name in virtual]
+        return f"SELECT {', '.join([*columns, *extra])} WHERE false"
+    columns = [
+        field.name if present is None or field.name in present else f"NULL::{_sql_type(field.type)} AS {field.name}"
+        for field in schema
+    ]
+    # Otherwise a folder named column=value anywhere on the cache's path would replace that column.
+    options = "".join(f", {name} = true" for name in virtual) + ", hive_partitioning = false"
+    return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
+
+
+def _parquet_columns(files: Mapping[Layout, Sequence[str]]) -> str:
+    """One row a column chunk, out of the shards' footers."""
+    paths = [path for group in files.values() for path in group]
+    columns = {"file_name": "VARCHAR", "path_in_schema": "VARCHAR"} | dict.fromkeys(
+        ("row_group_id", "row_group_num_rows", "num_values", "total_compressed_size", "total_uncompressed_size"),
+        "BIGINT",
+    )
+    if not paths:
+        return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in columns.items())} WHERE false"
+    return f"SELECT {', '.join(columns)} FROM parquet_metadata({_listed(paths)})"
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return f"[{', '.join(quote(path) for path in paths)}]"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"{_sql_type(kind.value_type)}[]"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{field.name} {_sql_type(field.type)}' for field in kind)})"
+    return SQL_TYPES[kind]

@@ -1,0 +1,297 @@
+"""An object or a prefix of a store, which answers those of pathlib.Path's questions that the project asks.
+
+An object appears whole or not at all when its upload ends: one put takes the place of temporary name, fsync and rename.
+
+How an object store is reached, with how much patience, and what its errors mean in one line.
+
+Credentials, endpoint and region are facts of the machine and come from where the vendors' tools take them
+(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS,
+AZURE_STORAGE_ACCOUNT_NAME, ...); they are never written anywhere.
+"""
+
+import contextlib
+import datetime
+import fnmatch
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from stillroom.errors import ConfigError, DataError, StillroomError, one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+STREAM_BYTES = 8 << 20
+"""What one request of a sequential read or write carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStat:
+    """Size in bytes and time of the last change (seconds, the store's clock), named as os.stat names them."""
+
+    st_size: int
+    st_mtime: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectPath:
+    """An object or a prefix of a store. Methods mean what those of pathlib.Path mean; folders need not be made.
+
+    All that ask the store raise DataError where it refuses access, and StillroomError where it cannot be reached.
+    """
+
+    scheme: str
+    key: str
+    """`bucket/prefix/name`, without a slash at either end."""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.key}"
+
+    def __truediv__(self, other: str | PurePosixPath) -> "ObjectPath":
+        return ObjectPath(self.scheme, f"{self.key}/{other}")
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.key).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.key).stem
+
+    @property
+    def parent(self) -> "ObjectPath":
+        return ObjectPath(self.scheme, str(PurePosixPath(self.key).parent))
+
+    def relative_to(self, other: "ObjectPath") -> PurePosixPath:
+        return PurePosixPath(self.key).relative_to(other.key)
+
+    def resolve(self) -> "ObjectPath":
+        return self
+
+    def absolute(self) -> "ObjectPath":
+        return self
+
+    def exists(self) -> bool:
+        return bool(self._info().type != file_type().NotFound)
+
+    def is_file(self) -> bool:
+        return bool(self._info().type == file_type().File)
+
+    def is_dir(self) -> bool:
+        return bool(self._info().type == file_type().Directory)
+
+    def stat(self) -> ObjectStat:
+        """Raises FileNotFoundError where there is no such object."""
+        info = self._info()
+        if info.type != file_type().File:
+            raise FileNotFoundError(f"{self} does not exist")
+        return ObjectStat(info.size, info.mtime_ns / 1e9 if info.mtime_ns is not None else 0.0)
+
+    def iterdir(self) -> Iterator["ObjectPath"]:
+        """What lies directly below, objects and prefixes; nothing where there is nothing."""
+        yield from self._below(recursive=False)
+
+    def glob(self, pattern: str) -> Iterator["ObjectPath"]:
+        """Of what lies directly below, the names that match; the pattern holds no slash."""
+        assert "/" not in pattern
+        yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def rglob(self, pattern: str) -> Iterator["ObjectPath"]:
+        """Every object below whose name matches."""
+        yield from (path for path in self._below(recursive=True) if fnmatch.fnmatchcase(path.name, pattern))
+
+    def parts(self) -> Iterator[bytes]:
+        """The object's bytes in order, STREAM_BYTES at a time."""
+        with self.explained(), self._store().open_input_stream(self.key) as stream:
+            while part := stream.read(STREAM_BYTES):
+                yield part
+
+    def open_file(self) -> "pa.NativeFile":
+        """The object for random access. Each read is a request."""
+        with self.explained():
+            return self._store().open_input_file(self.key)
+
+    def read_bytes(self) -> bytes:
+        """The whole object. Raises FileNotFoundError where there is none."""
+        with self.explained(), self._store().open_input_stream(self.key) as stream:
+            content: bytes = stream.read()
+            return content
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, content: bytes | bytearray) -> None:
+        """Puts the whole object; readers see the old one or the new one."""
+        with self.explained(), self._store().open_output_stream(self.key) as stream:
+            stream.write(content)
+
+    def upload(self, local: Path) -> None:
+        """Puts a local file. A process that dies on the way leaves nothing that anybody sees.
+
+        Raises OSError where the file cannot be read.
+        """
+        with local.open("rb") as source:
+            with self.explained():
+                stream = self._store().open_output_stream(self.key)
+            try:
+                while part := source.read(STREAM_BYTES):
+                    with self.explained():
+                        stream.write(part)
+                with self.explained():
+                    stream.close()
+            except BaseException:
+                # Closing is the only way to let go of an upload, and it may make visible what there is of it.
+                with contextlib.suppress(OSError, StillroomError):
+                    stream.close()
+                    self.unlink(missing_ok=True)
+                raise
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Removes the object. Raises FileNotFoundError where there is none and that is not ok."""
+        try:
+            with self.explained():
+                self._store().delete_file(self.key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises errors of the store as one line that names this path."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise explained(error, str(self), self.scheme) from error
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing to do: a prefix exists as soon as an object has it."""
+
+    def _store(self) -> Any:
+        return file_system(self.scheme)
+
+    def _info(self) -> Any:
+        with self.explained():
+            return self._store().get_file_info(self.key)
+
+    def _below(self, recursive: bool) -> list["ObjectPath"]:
+        from pyarrow.fs import FileSelector
+
+        with self.explained():
+            found = self._store().get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive))
+        return sorted(
+            ObjectPath(self.scheme, info.path) for info in found if not recursive or info.type == file_type().File
+        )
+
+
+def file_type() -> Any:
+    """pyarrow.fs.FileType, loaded late."""
+    from pyarrow.fs import FileType
+
+    return FileType
+
+
+SCHEMES = ("s3", "gs", "az")
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 30.0
+PROBE_ATTEMPTS = 2
+"""A wrong endpoint is told at once."""
+PATIENT_ATTEMPTS = 6
+"""A store that answered before may rest for some seconds: a run goes on."""
+
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|AccessKeyId|SIGNATURE|privileges|Forbidden|Unauthorized|credential|access token", re.I
+)
+_UNREACHED = re.compile(r"NETWORK_CONNECTION|curlCode|timed? ?out|error sending request|new connection", re.I)
+_ELSEWHERE = re.compile(r"HTTP status 30[17]|PermanentRedirect|AuthorizationHeaderMalformed", re.I)
+_KEYS_OF_SCHEME = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+def file_system(scheme: str, max_attempts: int | None = None) -> Any:
+    """pyarrow's file system of a scheme, as the environment says now. Raises ConfigError where that is too little."""
+    return _file_system(scheme, max_attempts or PATIENT_ATTEMPTS, _facts())
+
+
+def delta_options(scheme: str) -> dict[str, str]:
+    """What deltalake must be told besides what it takes from the environment itself."""
+    options = {
+        "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
+        "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
+        "max_retries": str(PATIENT_ATTEMPTS - 1),
+        "retry_timeout": "60s",
+    }
+    if scheme == "s3":
+        # A commit is a put that fails where another came first: without it two workers could both make one version.
+        options["aws_conditional_put"] = "etag"
+        if (endpoint := _s3_endpoint()) is not None:
+            options["aws_endpoint_url"] = endpoint
+            options["allow_http"] = str(endpoint.startswith("http://")).lower()
+    return options
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether reading failed because of the store or the way to it, so that nothing is said of the bytes."""
+    text = str(error)
+    return "AWS Error" in text or "Azure" in text or "google::cloud" in text
+
+
+def explained(error: BaseException, where: str, scheme: str) -> StillroomError:
+    """The error of a store as one line for the user, without anything that was sent to it."""
+    text = one_line(error)
+    if _UNREACHED.search(text):
+        reason = text.rpartition("Details: ")[2].rpartition("operation: ")[2]
+        return StillroomError(f"{where}: {endpoint_of(scheme)} cannot be reached: {reason[:200]}")
+    if _ELSEWHERE.search(text):
+        return DataError(f"{where}: the bucket lies in another region: set AWS_REGION to it")
+    if _REFUSED.search(text):
+        keys = _KEYS_OF_SCHEME[scheme]
+        return DataError(f"{where}: {endpoint_of(scheme)} refuses access: check the key in the environment ({keys})")
+    return StillroomError(f"{where}: the store failed: {text.rpartition('operation: ')[2][:200]}")
+
+
+def endpoint_of(scheme: str) -> str:
+    """What to call the store in a message, without a password that its URL might hold."""
+    if scheme != "s3":
+        return {"gs": "Google Cloud Storage", "az": "Azure"}[scheme]
+    endpoint = _s3_endpoint()
+    return "AWS (AWS_ENDPOINT_URL names another store)" if endpoint is None else re.sub("//[^/@]*@", "//", endpoint)
+
+
+def _s3_endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def _facts() -> tuple[str | None, ...]:
+    """Of the environment, what the constructors below are told by us."""
+    names = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
+    return (_s3_endpoint(), *(os.environ.get(name) for name in names))
+
+
+@functools.cache
+def _file_system(scheme: str, max_attempts: int, facts: tuple[str | None, ...]) -> Any:
+    """pyarrow's file system of the scheme; `facts` tells apart what the environment said when it was made."""
+    from pyarrow import fs
+
+    if scheme == "s3":
+        return fs.S3FileSystem(
+            endpoint_override=facts[0],
+            connect_timeout=CONNECT_TIMEOUT_S,
+            request_timeout=REQUEST_TIMEOUT_S,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=max_attempts),
+        )
+    if scheme == "gs":
+        return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=CONNECT_TIMEOUT_S * max_attempts))
+    account, key, token = facts[1:]
+    if account is None:
+        raise ConfigError("az:// needs AZURE_STORAGE_ACCOUNT_NAME in the environment")
+    return fs.AzureFileSystem(account, account_key=key, sas_token=token)

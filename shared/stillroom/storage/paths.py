@@ -1,0 +1,279 @@
+"""Where a cache lies: a folder, or a prefix in an object store. The code that reads and writes caches takes either.
+
+A folder is a `pathlib.Path` and stays exactly that. `s3://bucket/prefix`, `gs://bucket/prefix` and
+`az://container/prefix` are an ObjectPath, which answers those of Path's questions that the project asks, through the
+file systems of pyarrow. An object appears whole or not at all when its upload ends: one put takes the place of
+temporary name, fsync and rename.
+
+Files that become visible whole: temporary name, fsync, rename. Hashes of what was written.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import PlainSerializer, PlainValidator
+
+from stillroom.errors import ConfigError, DataError
+from stillroom.storage import objects
+from stillroom.storage.objects import STREAM_BYTES, ObjectPath, file_type
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+
+_URL = re.compile(rf"^({'|'.join(objects.SCHEMES)})://(.*)$")
+_OTHER_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*://")
+
+
+Location = Path | ObjectPath
+"""Where a cache, or a file of it, lies."""
+
+
+def location(text: str | Path | ObjectPath) -> Location:
+    """A folder's path, or the URL of a store. Raises ConfigError for a URL that is neither s3, gs nor az."""
+    if not isinstance(text, str):
+        return text
+    match = _URL.match(text)
+    if match is None:
+        if _OTHER_URL.match(text):
+            raise ConfigError(f"{text} is no place for a cache: name a folder, or s3://, gs:// or az://BUCKET/PREFIX")
+        return Path(text)
+    bucket, _, prefix = match[2].partition("/")
+    parts = [part for part in prefix.split("/") if part]
+    if not bucket or not parts or {".", ".."} & set(parts):
+        raise ConfigError(f"{text} names no prefix of a bucket: write {match[1]}://BUCKET/PREFIX")
+    return ObjectPath(match[1], "/".join([bucket, *parts]))
+
+
+def _validated(value: Any) -> Location:
+    if not isinstance(value, (str, Path, ObjectPath)):
+        raise ValueError("a cache is named by a path or a URL")
+    try:
+        return location(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+CacheRoot = Annotated[
+    Path | ObjectPath, PlainValidator(_validated), PlainSerializer(str, return_type=str, when_used="json")
+]
+"""Where a cache lies, as a field of a configuration: a path or a URL."""
+
+
+def matching(folder: Location, pattern: str) -> list[Location]:
+    """What lies directly in `folder` under a name that matches, in order."""
+    if isinstance(folder, Path):
+        return [*sorted(folder.glob(pattern))]
+    return [*sorted(folder.glob(pattern))]
+
+
+def files_below(folder: Location) -> list[Location]:
+    """Every file below `folder`, in order."""
+    if isinstance(folder, Path):
+        return [*sorted(path for path in folder.rglob("*") if path.is_file())]
+    return [*sorted(folder.rglob("*"))]
+
+
+def parts_of(path: Location) -> Iterator[bytes]:
+    """A file's bytes in order, STREAM_BYTES at a time. Raises FileNotFoundError where there is none."""
+    if not isinstance(path, Path):
+        yield from path.parts()
+        return
+    with path.open("rb") as stream:
+        while part := stream.read(STREAM_BYTES):
+            yield part
+
+
+def relative_name(path: Location, folder: Location) -> str:
+    """`path` as seen from `folder`, with slashes. Example: runs/r0.json."""
+    if isinstance(path, Path) and isinstance(folder, Path):
+        return path.relative_to(folder).as_posix()
+    return str(path).removeprefix(f"{folder}/")
+
+
+@contextlib.contextmanager
+def local_copy(path: Location) -> Iterator[Path]:
+    """A small file as one of this machine: itself in a folder, else a copy that is gone afterwards."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="stillroom-get-") as folder:
+        local = Path(folder) / path.name
+        local.write_bytes(path.read_bytes())
+        yield local
+
+
+def spool(folder: Location) -> Path:
+    """Where what will lie in `folder` is written first: there, or for a store in a folder of ours below TMPDIR.
+
+    Raises DataError where that folder is another user's.
+    """
+    if isinstance(folder, Path):
+        return folder
+    name = f"stillroom-{os.getuid()}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    local = Path(tempfile.gettempdir()) / name
+    local.mkdir(mode=0o700, exist_ok=True)
+    if local.stat().st_uid != os.getuid():
+        raise DataError(f"{local} belongs to another user: set TMPDIR to a folder of your own")
+    return local
+
+
+def check_reachable(root: Location) -> None:
+    """Asks the store of `root` whether it is there and knows us, without patience; a folder need not exist yet.
+
+    Raises DataError where a file stands in the folder's place, where there is no such bucket or it refuses access,
+    StillroomError where it cannot be reached.
+    """
+    if isinstance(root, Path):
+        if root.is_file():
+            raise DataError(f"{root} is a file, and a cache is a folder: name a folder, which need not exist yet")
+        return
+    bucket = root.key.partition("/")[0]
+    probe = objects.file_system(root.scheme, objects.PROBE_ATTEMPTS)
+    with root.explained():
+        # A key may be allowed the prefix and not the bucket, so that is asked only where there is no prefix.
+        missing = all(probe.get_file_info(key).type == file_type().NotFound for key in (root.key, bucket))
+    if missing:
+        raise DataError(
+            f"{root}: there is no bucket {bucket!r} at {objects.endpoint_of(root.scheme)}: make it, or mend the name"
+        )
+
+
+def require_cache(root: Location) -> None:
+    """Raises DataError where no cache lies at `root`, naming one that lies up to two folders below it."""
+    if (root / "chains" / "_delta_log").is_dir():
+        return
+    problem = f"{root} is not a cache"
+    if not root.exists() and isinstance(root, Path):
+        raise DataError(f"{problem}: it does not exist (build one with `teacher-cache build`)")
+    if isinstance(root, Path):
+        for pattern in ("*", "*/*"):
+            found = sorted(path.parent.parent for path in root.glob(f"{pattern}/chains/_delta_log"))
+            if found:
+                raise DataError(f"{problem}: did you mean {found[0]}?")
+    raise DataError(f"{problem}: it has no chains/_delta_log (build one with `teacher-cache build`)")
+
+
+def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
+    """A Parquet file with page checksums verified; of an object the columns of a row group are fetched side by side.
+
+    `options` are those of pyarrow.parquet.ParquetFile. Raises FileNotFoundError, pa.ArrowException, or what ObjectPath
+    raises.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if isinstance(path, Path):
+            return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, **options)
+        return pq.ParquetFile(
+            path.key,
+            filesystem=objects.file_system(path.scheme),
+            page_checksum_verification=True,
+            pre_buffer=True,
+            **options,
+        )
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"the footer names columns in bytes that are no text: {error}") from error
+    except OSError as error:
+        # A footer that is damaged is an OSError as well.
+        if isinstance(path, Path) or not objects.is_store_error(error):
+            raise
+        raise objects.explained(error, str(path), path.scheme) from error
+
+
+def delta_options(root: Location) -> dict[str, str] | None:
+    """What deltalake must be told to open a table in `root`; None for a folder."""
+    return None if isinstance(root, Path) else objects.delta_options(root.scheme)
+
+
+TEMP_SUFFIX = ".tmp"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Location) -> Iterator[Path]:
+    """Yields a temporary sibling to write to; on success it is fsynced and renamed to `path`, on error removed.
+
+    For an object store it is a local file, put whole on success.
+    """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="stillroom-put-") as folder:
+            local = Path(folder) / path.name
+            yield local
+            path.upload(local)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    try:
+        yield temp
+        sync_file(temp)
+        temp.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def check_out(flag: str, out: Path, caches: Sequence[Location] = ()) -> None:
+    """Raises ConfigError where what `flag` names would be written into a cache, DataError where it cannot be written.
+
+    No folder is made for it: one that is missing is a slip more often than a wish.
+    """
+    for root in caches:
+        if isinstance(root, Path) and out.resolve().is_relative_to(root.resolve()):
+            raise ConfigError(f"{flag} {out} lies in the cache {root}, which is read-only here: write elsewhere")
+    if out.is_dir():
+        raise DataError(f"{flag} {out} is a folder: name a file")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{flag} {out}: there is no folder {out.parent}: make it, or name a file in one that exists")
+
+
+def write_text_atomic(path: Location, text: str) -> None:
+    """Writes UTF-8 text so that readers see the old file or the new one, never a part."""
+    with atomic_path(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a written file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries, so that a rename survives a power cut."""
+    sync_file(path)
+
+
+def file_clock_s(folder: Location) -> float:
+    """What the file system of `folder` takes for now: ages of files must not depend on this machine's clock."""
+    if not isinstance(folder, Path):
+        stamp = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+        try:
+            stamp.write_bytes(b"")
+            return stamp.stat().st_mtime
+        finally:
+            stamp.unlink(missing_ok=True)
+    probe = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def sha256_of(path: Location) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    for part in parts_of(path):
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,211 @@
+"""From a run's configuration to what its streams read: frozen selections, how they are packed, and the tokenizer check.
+
+Refusals come here, before any model is loaded: an empty selection, a cache without what a loss needs, a vocabulary
+that is not the student's.
+
+The held-out chains of a run: frozen with it like those it learns from, but chosen anew when `eval` asks for others.
+
+What was measured on other chains is kept, and compared with nothing: evaluations carry the hash of their selection.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillroom.cache.catalog import Catalog
+from stillroom.config import Json
+from stillroom.errors import ConfigError, naming
+from stillroom.log import note
+from stillroom.models import (
+    compare_vocab,
+    fingerprint_template,
+    fingerprint_tokenizer,
+    load_tokenizer,
+    require_same_vocab,
+    vocab_size_of,
+)
+from stillroom.storage.paths import Location
+from student_train.config import DataConfig, EvalConfig, StageConfig, StudentConfig, TrainConfig, stage_key
+from student_train.data.epoch_plan import PlanSpec
+from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection, open_selection
+from student_train.losses.divergences import LossMix
+
+SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the student's tokenizer has to do with the cache's. `notes` are lines for the person who watches."""
+
+    num_ids: int
+    """Rows that the student's embeddings must have."""
+    notes: list[str]
+    same_tokenizer: bool
+    """Whether tokenizer and chat template of the student's folder are the cache's own."""
+
+
+def sources_of(data: DataConfig) -> list[CacheSource]:
+    """The configured caches as a selection wants them."""
+    return [
+        CacheSource(cache.path, cache.weight, cache.chains_version, cache.verdicts_version) for cache in data.caches
+    ]
+
+
+def train_request(data: DataConfig, number: int, stage: StageConfig) -> SelectionRequest:
+    """What stage number `number`, from 0, learns from."""
+    key = "data.where" if stage.where is None else f"{stage_key(number, stage.name)}: where"
+    return SelectionRequest(sources_of(data), stage.where or data.where, data.weight, data.max_chains, key=key)
+
+
+def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
+    """What the student is evaluated on; cache weights do not count there."""
+    sources = [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
+    return SelectionRequest(sources, config.where, None, config.max_chains, key="eval.where")
+
+
+def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
+    """The frozen selection at `path`, made where there is none yet; for `kind: text` its tokens are the student's."""
+    if data.kind == "distributions":
+        return open_selection(path, request)
+    from student_train.data.text import HuggingFaceText, open_text_selection
+
+    with naming("student.model"):
+        tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+        width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    return open_text_selection(path, request, HuggingFaceText(tokenizer, width), data.text)
+
+
+def reopen_data(path: Path, request: SelectionRequest) -> Selection:
+    """The selection that another rank has made at `path`."""
+    return load_selection(path, [source.root for source in request.sources])
+
+
+def plan_spec(config: TrainConfig, stage_index: int) -> PlanSpec:
+    """How the chains of a stage are packed and ordered; each stage has an order of its own."""
+    data = config.data
+    return PlanSpec(
+        pack_tokens=data.pack_tokens,
+        seed=config.seed * len(config.stages) + stage_index,
+        max_tokens=data.max_tokens,
+        long_chains=data.long_chains,
+    )
+
+
+def eval_spec(data: DataConfig) -> PlanSpec:
+    """How held-out chains are packed: in the same way, in an order that never changes."""
+    return PlanSpec(pack_tokens=data.pack_tokens, max_tokens=data.max_tokens, long_chains=data.long_chains)
+
+
+def check_losses(mix: LossMix, selection: Selection) -> None:
+    """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
+    for term in mix.terms:
+        if term.needs_draws and not selection.header.draws:
+            raise ConfigError(
+                f"{term.name} needs draws from the tail, which not every selected shard holds: use "
+                "forward_kl_stored_tail, or build a cache with capture.draws"
+            )
+        if term.needs_distribution and selection.is_text:
+            raise ConfigError(f"{term.name} needs distributions: set data.kind: distributions")
+
+
+def check_temperature(selection: Selection, stage: StageConfig) -> None:
+    """Raises ConfigError where the cache lacks the log-partition of the stage's temperature, or of a schedule's end."""
+    asked = stage.temperature
+    held = selection.header.temperatures
+    if asked == 1.0 or (isinstance(asked, float) and asked in held):
+        return
+    names = ", ".join(f"{one:g}" for one in held) or "none besides 1"
+    if isinstance(asked, float):
+        raise ConfigError(
+            f"temperature {asked:g} needs the teacher's log-partition at it; the selected chains hold {names}: use one "
+            f"of them, or build a cache with capture.temperatures: [{asked:g}]"
+        )
+    if not held:
+        raise ConfigError(
+            "temperature is a schedule, but the selected chains hold no other than 1: build a cache with "
+            "capture.temperatures"
+        )
+
+
+def check_vocabulary(student: StudentConfig, selection: Selection, caches: Sequence[Location]) -> Vocabulary:
+    """Compares the student's tokenizer with the cache's.
+
+    Equal fingerprints are fine. Otherwise ordinary ids must agree; special tokens may differ, and so may the number of
+    embedding rows. Raises ConfigError naming the ids where they do not.
+    """
+    with naming("student.model"):
+        width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    if selection.is_text:
+        return Vocabulary(width, [], same_tokenizer=True)
+    num_ids = max(width, selection.header.vocab_size)
+    notes = []
+    if width < num_ids:
+        notes.append(
+            f"{student.model} has {width} embedding rows, the cache's ids go up to {num_ids - 1}: "
+            f"{num_ids - width} rows are added, each the mean of the others"
+        )
+    with naming("student.model"):
+        tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    same_template = selection.header.template_fingerprints == [fingerprint_template(tokenizer)]
+    cached = selection.header.tokenizer_fingerprints[0]
+    if fingerprint_tokenizer(tokenizer) == cached:
+        if not same_template:
+            notes.append("the student's chat template is not the cache's: the student learns the cache's")
+        return Vocabulary(num_ids, notes, same_tokenizer=same_template)
+    difference = compare_vocab(_vocab_path(caches, cached), tokenizer)
+    require_same_vocab(difference, student.model)
+    notes.append(
+        f"the student adopts the cache's tokenizer; {len(difference.special)} special tokens differ"
+        + "".join(f"; id {i}: {mine!r} for {other!r}" for i, mine, other in difference.special[:SHOWN_DIFFERENCES])
+        + (", ..." if len(difference.special) > SHOWN_DIFFERENCES else "")
+    )
+    return Vocabulary(num_ids, notes, same_tokenizer=False)
+
+
+def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:
+    paths = [Catalog(root).vocab_path(fingerprint) for root in caches]
+    for path in paths:
+        if path.exists():
+            return path
+    raise ConfigError(f"{paths[0]} is missing, and the student's tokenizer is not the cache's: copy the cache whole")
+
+
+def open_heldout(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
+    """The selection frozen at `path`, made anew where `eval` asks for other chains by now.
+
+    Raises ConfigError, DataError, CorruptError.
+    """
+    if path.exists() and not is_answered(path, request):
+        note("eval asks for other held-out chains than before: they are selected anew, and the best checkpoint with it")
+        _forget(path)
+    return open_data(path, request, data, student)
+
+
+def is_answered(path: Path, request: SelectionRequest) -> bool:
+    """Whether a selection is kept at `path` that was asked the same of its caches. Raises CorruptError."""
+    if not path.exists():
+        return False
+    header = load_selection(path, [source.root for source in request.sources]).header
+    return (header.where, header.max_chains) == (request.where, request.max_chains)
+
+
+def kept_or_temporary(kept: Path, request: SelectionRequest | None, temp: Path) -> Path:
+    """`kept` where it holds what is asked, else a path in the folder `temp`: for commands that change no run."""
+    return kept if request is not None and is_answered(kept, request) else temp / kept.name
+
+
+def before_and_after(evals: Sequence[Json]) -> tuple[Json | None, Json | None]:
+    """The last of a run's evaluations, and the one before its first step where that was on the same chains."""
+    if not evals:
+        return None, None
+    first, last = evals[0], evals[-1]
+    is_start = (first["stage_number"], first["step"]) == (0, 0)
+    return (first if is_start and first.get("selection") == last.get("selection") else None), last
+
+
+def _forget(path: Path) -> None:
+    """Removes a selection, and last of all the file that says what was asked."""
+    path.with_name(f"{path.stem}.source.parquet").unlink(missing_ok=True)
+    shutil.rmtree(path.parent / f"{path.stem}-text", ignore_errors=True)
+    path.unlink()

@@ -1,0 +1,304 @@
+"""Pieces of chains to one packed sequence and the targets of its loss positions. Labels shift by one here, and only
+here.
+
+In: decoded rows and which of their tokens to take. Out: numpy arrays of one pack; `to_torch` makes tensors of them.
+The hidden state at position i of a document predicts its token i + 1, so the first completion token is predicted by the
+last prompt token, and the last completion token's own hidden state predicts nothing. Prompts have no loss.
+
+    L tokens of the pack, N loss tokens, K largest support in the pack, M most draws of a token in it, S temperatures
+
+What each token counts in the losses, out of what the cache says of it: before any model has seen the batch.
+
+In: a pack. Out: the same pack with its chains' weights multiplied token by token. What depends on the student (focal
+weights) is a matter of the losses.
+
+    N loss tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
+from student_train.config import TokenWeightsConfig
+from student_train.data.rows import RowBlock
+
+if TYPE_CHECKING:
+    import torch
+
+    from student_train.losses.targets import SparseTargets
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPiece:
+    """Tokens first..stop-1 of one chain (counted from its prompt's first), with a loss on loss..stop-1, in a pack.
+
+    `row` is the chain's number in the selection, `index` its number in `block`.
+    """
+
+    row: int
+    block: RowBlock
+    index: int
+    first: int
+    loss: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One packed sequence. int32 and float32 unless said otherwise.
+
+    input_ids_L, position_ids_L (from 0 in every document) and document_ids_L (0, 1, ...: a token sees its document
+    only). predict_positions_N int64: where in the pack the hidden state lies that predicts each loss token.
+    sampled_ids_N: the tokens to predict. weights_N: the chain's weight. row_N and token_N: key of each loss token, the
+    chain's number in the selection and the token's place in the completion.
+    ids_NK, logprobs_NK (padding: id 0 and -inf), tail_logmass_N, entropy_N (nats): the teacher's word; for text alone
+    K is 0 and the other two are None. draw_ids_NM, draw_logprobs_NM, draw_weights_NM (padding: id 0, -inf, 0) where
+    the cache holds draws; log_partitions_NS where it holds other temperatures.
+    """
+
+    input_ids_L: Int32
+    position_ids_L: Int32
+    document_ids_L: Int32
+    predict_positions_N: Int64
+    sampled_ids_N: Int32
+    weights_N: Float32
+    row_N: Int32
+    token_N: Int32
+    ids_NK: Int32
+    logprobs_NK: Float32
+    tail_logmass_N: Float32 | None
+    entropy_N: Float32 | None
+    draw_ids_NM: Int32 | None = None
+    draw_logprobs_NM: Float32 | None = None
+    draw_weights_NM: Float32 | None = None
+    log_partitions_NS: Float32 | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """L, tokens that the model reads."""
+        return len(self.input_ids_L)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """N, tokens that the loss counts."""
+        return len(self.sampled_ids_N)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPack:
+    """A pack on a device. int64: input_ids, position_ids [1, L] and predict_positions [N].
+
+    document_lengths: tokens of each document, in their order.
+    """
+
+    input_ids_1L: torch.Tensor
+    position_ids_1L: torch.Tensor
+    document_lengths: tuple[int, ...]
+    predict_positions_N: torch.Tensor
+    entropy_N: torch.Tensor | None
+    targets: SparseTargets
+
+
+def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
+    """Concatenates pieces, in their order, into one pack."""
+    lengths_D = np.array([piece.stop - piece.first for piece in pieces], np.int64)
+    starts_D = np.cumsum(lengths_D) - lengths_D
+    document_ids_L = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths_D)
+    position_ids_L = np.arange(len(document_ids_L), dtype=np.int32) - starts_D.astype(np.int32)[document_ids_L]
+    num_losses_D = np.array([piece.stop - piece.loss for piece in pieces], np.int64)
+    document_N = np.repeat(np.arange(len(pieces)), num_losses_D)
+    place_N = np.arange(len(document_N)) - (np.cumsum(num_losses_D) - num_losses_D)[document_N]
+    # Prompt of 3, completion of 2: token 3 of the document is the first with a loss; position 3 - 1 predicts it.
+    loss_D = np.array([piece.loss - piece.first for piece in pieces], np.int64)
+    predict_positions_N = (starts_D + loss_D - 1)[document_N] + place_N
+    input_ids_L = np.concatenate([_tokens(piece) for piece in pieces])
+    first_token_D = np.array([_first_loss_token(piece) for piece in pieces], np.int32)
+    signals = _signals(pieces)
+    ids_NK, logprobs_NK = _dense(signals) if signals is not None else _no_support(len(document_N), 0)
+    draw_ids_NM, draw_logprobs_NM, draw_weights_NM = _draws(signals)
+    return Pack(
+        input_ids_L=input_ids_L,
+        position_ids_L=position_ids_L,
+        document_ids_L=document_ids_L,
+        predict_positions_N=predict_positions_N,
+        sampled_ids_N=input_ids_L[predict_positions_N + 1],
+        weights_N=np.array([piece.weight for piece in pieces], np.float32)[document_N],
+        row_N=np.array([piece.row for piece in pieces], np.int32)[document_N],
+        token_N=first_token_D[document_N] + place_N.astype(np.int32),
+        ids_NK=ids_NK,
+        logprobs_NK=logprobs_NK,
+        tail_logmass_N=signals.tail_logmass_T if signals is not None else None,
+        entropy_N=signals.entropy_T if signals is not None else None,
+        draw_ids_NM=draw_ids_NM,
+        draw_logprobs_NM=draw_logprobs_NM,
+        draw_weights_NM=draw_weights_NM,
+        log_partitions_NS=signals.log_partitions_TS if signals is not None else None,
+    )
+
+
+def empty_pack(*, with_signals: bool) -> Pack:
+    """One token, no loss: what a rank computes on while others finish the last step of a run."""
+    none = np.zeros(0, np.float32) if with_signals else None
+    # A support of no tokens is one entry wide: width 0 would say that there are no distributions.
+    ids_NK, logprobs_NK = _no_support(0, int(with_signals))
+    zero_L, nothing_N = np.zeros(1, np.int32), np.zeros(0, np.int32)
+    return Pack(
+        input_ids_L=zero_L,
+        position_ids_L=zero_L,
+        document_ids_L=zero_L,
+        predict_positions_N=np.zeros(0, np.int64),
+        sampled_ids_N=nothing_N,
+        weights_N=np.zeros(0, np.float32),
+        row_N=nothing_N,
+        token_N=nothing_N,
+        ids_NK=ids_NK,
+        logprobs_NK=logprobs_NK,
+        tail_logmass_N=none,
+        entropy_N=none,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetView:
+    """What a mix of losses wants of the targets.
+
+    `partition`: column of `temperature` in Pack.log_partitions_NS, None at temperature 1.
+    """
+
+    with_draws: bool = False
+    temperature: float = 1.0
+    partition: int | None = None
+
+
+PLAIN_VIEW = TargetView()
+
+
+def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VIEW) -> TorchPack:
+    """The pack as tensors on `device`, its targets as `view` wants them."""
+    import torch
+
+    from student_train.losses.targets import SparseTargets, TailDraws
+
+    def tensor(array: Int32 | Int64 | Float32) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    sampled_ids_N, weights_N = tensor(pack.sampled_ids_N).long(), tensor(pack.weights_N)
+    if pack.tail_logmass_N is None:
+        targets = SparseTargets.text_alone(sampled_ids_N, weights_N)
+    else:
+        tail_logmass_N = tensor(pack.tail_logmass_N)
+        draws = None
+        if view.with_draws:
+            assert pack.draw_ids_NM is not None
+            assert pack.draw_weights_NM is not None
+            assert pack.draw_logprobs_NM is not None
+            draws = TailDraws(tensor(pack.draw_ids_NM), tensor(pack.draw_weights_NM), tensor(pack.draw_logprobs_NM))
+        targets = SparseTargets(
+            tensor(pack.ids_NK),
+            tensor(pack.logprobs_NK),
+            tail_logmass_N,
+            sampled_ids_N,
+            weights_N,
+            draws=draws,
+        )
+        if view.partition is not None:
+            assert pack.log_partitions_NS is not None
+            column_N = np.ascontiguousarray(pack.log_partitions_NS[:, view.partition])
+            targets = targets.at_temperature(view.temperature, tensor(column_N))
+    return TorchPack(
+        input_ids_1L=tensor(pack.input_ids_L).long().unsqueeze(0),
+        position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
+        document_lengths=tuple(np.bincount(pack.document_ids_L).tolist()),
+        predict_positions_N=tensor(pack.predict_positions_N),
+        entropy_N=None if pack.entropy_N is None else tensor(pack.entropy_N),
+        targets=targets,
+    )
+
+
+def dense_draws(draws: Draws, tail_logmass_N: Float32) -> tuple[Int32, Float32, Float32]:
+    """ids_NM, logprobs_NM and weights_NM: each draw of a token stands for an equal share of the tail's mass.
+
+    Padding: id 0, -inf, 0; M is at least 1.
+    """
+    ids_NM, logprobs_NM = draws.dense(max(1, int(draws.n_T.max(initial=0))))
+    share_N = np.exp(tail_logmass_N) / np.maximum(draws.n_T, 1)
+    weights_NM = np.where(np.isfinite(logprobs_NM), share_N[:, None], 0.0).astype(np.float32)
+    return ids_NM, logprobs_NM, weights_NM
+
+
+def _tokens(piece: PackedPiece) -> Int32:
+    prompt = piece.block.prompt_of(piece.index)
+    completion = piece.block.tokens_of(piece.index)[max(piece.first - len(prompt), 0) : piece.stop - len(prompt)]
+    return np.concatenate([prompt[piece.first :], completion])
+
+
+def _first_loss_token(piece: PackedPiece) -> int:
+    return piece.loss - len(piece.block.prompt_of(piece.index))
+
+
+def _signals(pieces: Sequence[PackedPiece]) -> Signals | None:
+    """Signals of the loss tokens, one after the other; None for text alone."""
+    parts = []
+    for piece in pieces:
+        first = _first_loss_token(piece)
+        part = piece.block.signals_of(piece.index, first, first + piece.stop - piece.loss)
+        if part is None:
+            return None
+        parts.append(part)
+    return Signals(
+        topk_n_T=np.concatenate([part.topk_n_T for part in parts]),
+        topk_ids_N=np.concatenate([part.topk_ids_N for part in parts]),
+        topk_logprobs_N=np.concatenate([part.topk_logprobs_N for part in parts]),
+        tail_logmass_T=np.concatenate([part.tail_logmass_T for part in parts]),
+        sampled_logprob_T=np.concatenate([part.sampled_logprob_T for part in parts]),
+        sampled_rank_T=np.concatenate([part.sampled_rank_T for part in parts]),
+        entropy_T=np.concatenate([part.entropy_T for part in parts]),
+        draws=_all_draws(parts),
+        log_partitions_TS=_all_partitions(parts),
+    )
+
+
+def _all_draws(parts: Sequence[Signals]) -> Draws | None:
+    """Of a selection either every shard holds draws or none of them is used."""
+    found = [part.draws for part in parts if part.draws is not None]
+    return Draws.concat(found) if len(found) == len(parts) else None
+
+
+def _all_partitions(parts: Sequence[Signals]) -> Float32 | None:
+    found = [part.log_partitions_TS for part in parts if part.log_partitions_TS is not None]
+    return np.concatenate(found) if len(found) == len(parts) else None
+
+
+def _draws(signals: Signals | None) -> tuple[Int32, Float32, Float32] | tuple[None, None, None]:
+    if signals is None or signals.draws is None:
+        return None, None, None
+    return dense_draws(signals.draws, signals.tail_logmass_T)
+
+
+def _dense(signals: Signals) -> tuple[Int32, Float32]:
+    return signals.dense(int(signals.topk_n_T.max()))
+
+
+def _no_support(num_tokens: int, k: int) -> tuple[Int32, Float32]:
+    return np.zeros((num_tokens, k), np.int32), np.zeros((num_tokens, k), np.float32)
+
+
+def weighed(pack: Pack, config: TokenWeightsConfig | None) -> Pack:
+    """The pack with weights_N float32 [N] times (1 + entropy)^a times (1 - tail mass)^b, entropy in nats."""
+    if config is None:
+        return pack
+    assert pack.entropy_N is not None
+    assert pack.tail_logmass_N is not None
+    weights_N = pack.weights_N.astype(np.float64)
+    if config.entropy is not None:
+        weights_N *= (1.0 + pack.entropy_N.astype(np.float64)) ** config.entropy
+    if config.tail is not None:
+        held_N = -np.expm1(np.minimum(pack.tail_logmass_N.astype(np.float64), 0.0))
+        weights_N *= held_N**config.tail
+    return replace(pack, weights_N=weights_N.astype(np.float32))

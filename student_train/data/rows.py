@@ -1,0 +1,322 @@
+"""From where a chain lies to its tokens and distributions: decoded rows of a row group.
+
+In: rows of a selection that lie in one row group. Out: token ids and signals of each, as views. Nothing is kept
+(row_buffer.py keeps what is needed), and any number of threads may read at a time.
+
+    R rows of a row group that were asked for, T completion tokens of them
+
+Decoded row groups, kept while they are needed and read before they are: rows in an order known beforehand.
+
+In: which rows will be asked for, in order, and how to read rows of a row group. Out: each row, as its place in a block.
+Cost: every row group is read about once; memory is bounded by a budget whatever the data's size, and by the transients
+of the row groups that are being read.
+
+What is ahead never changes what comes out: a block holds the same rows whoever reads it and when, errors of reading are
+raised where the first row of the row group is due. Only the waiting differs: on storage with round trips of 30 ms a row
+group takes 0.25 s, and eight at a time hide that (benchmarks/results/stream.md).
+
+    I rows asked for in order ("places"), R rows of a row group
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.cache.codec import decode_rows, signal_columns
+from stillroom.cache.shards import open_shard, read_row_group
+from stillroom.errors import CorruptError
+from stillroom.schema.manifest import ShardHeader
+from stillroom.schema.records import Draws, Int32, Int64, Signals
+from student_train.data.selection import Selection, keys_of
+
+KEY_COLUMNS = ["sample_id", "prompt_token_ids", "token_ids"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Decoded rows of one row group.
+
+    rows_R int64 numbers in the selection, ascending; prompt_ids int32 and prompt_offsets int64 [R+1] into it;
+    token_ids_T int32 and token_offsets int64 [R+1]; signals of the same T tokens with entry_offsets_T int64 [T+1] into
+    their flat arrays, both None where only the text is read; draw_offsets_T the same for the draws where there are any.
+    The columns of log_partitions_TS are those of the selection's temperatures.
+    """
+
+    rows_R: Int64
+    prompt_ids: Int32
+    prompt_offsets: Int64
+    token_ids_T: Int32
+    token_offsets: Int64
+    signals: Signals | None
+    entry_offsets_T: Int64 | None
+    draw_offsets_T: Int64 | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the block holds."""
+        arrays: list[npt.NDArray[Any]] = [
+            self.rows_R,
+            self.prompt_ids,
+            self.prompt_offsets,
+            self.token_ids_T,
+            self.token_offsets,
+        ]
+        if self.signals is not None and self.entry_offsets_T is not None:
+            one = self.signals
+            arrays += [one.topk_n_T, one.topk_ids_N, one.topk_logprobs_N, one.tail_logmass_T, one.sampled_logprob_T]
+            arrays += [one.sampled_rank_T, one.entropy_T, self.entry_offsets_T]
+            if one.draws is not None and self.draw_offsets_T is not None:
+                arrays += [one.draws.n_T, one.draws.ids_D, one.draws.logprobs_D, self.draw_offsets_T]
+            if one.log_partitions_TS is not None:
+                arrays.append(one.log_partitions_TS)
+        return sum(array.nbytes for array in arrays)
+
+    def prompt_of(self, index: int) -> Int32:
+        """Prompt token ids of row rows_R[index]."""
+        return self.prompt_ids[self.prompt_offsets[index] : self.prompt_offsets[index + 1]]
+
+    def tokens_of(self, index: int) -> Int32:
+        """Completion token ids of row rows_R[index]."""
+        return self.token_ids_T[self.token_offsets[index] : self.token_offsets[index + 1]]
+
+    def signals_of(self, index: int, start: int, stop: int) -> Signals | None:
+        """Signals of completion tokens start..stop-1 of row rows_R[index]."""
+        if self.signals is None or self.entry_offsets_T is None:
+            return None
+        first, last = int(self.token_offsets[index]) + start, int(self.token_offsets[index]) + stop
+        tokens, entries = slice(first, last), slice(self.entry_offsets_T[first], self.entry_offsets_T[last])
+        all_draws, draws, partitions_TS = self.signals.draws, None, self.signals.log_partitions_TS
+        if all_draws is not None and self.draw_offsets_T is not None:
+            drawn = slice(self.draw_offsets_T[first], self.draw_offsets_T[last])
+            draws = Draws(all_draws.n_T[tokens], all_draws.ids_D[drawn], all_draws.logprobs_D[drawn])
+        return Signals(
+            topk_n_T=self.signals.topk_n_T[tokens],
+            topk_ids_N=self.signals.topk_ids_N[entries],
+            topk_logprobs_N=self.signals.topk_logprobs_N[entries],
+            tail_logmass_T=self.signals.tail_logmass_T[tokens],
+            sampled_logprob_T=self.signals.sampled_logprob_T[tokens],
+            sampled_rank_T=self.signals.sampled_rank_T[tokens],
+            entropy_T=self.signals.entropy_T[tokens],
+            draws=draws,
+            log_partitions_TS=None if partitions_TS is None else partitions_TS[tokens],
+        )
+
+
+def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: bool) -> RowBlock:
+    """Reads and decodes rows `rows_R` (ascending numbers in the selection) of row group `group` of the selection.
+
+    Raises CorruptError naming shard and row group where a page fails its checksum, a value contradicts the format, or a
+    row is not the one that the selection names; DataError for a shard of a newer format.
+    """
+    where = selection.where(group)
+    with_signals = with_signals and not selection.is_text
+    table, decode_signals = _read_table(selection, group, with_signals)
+    _require(int(selection.row_in_group_R[rows_R].max()) < table.num_rows, where, "has fewer rows than were selected")
+    places_R, whole = selection.row_in_group_R[rows_R], table
+    if len(rows_R) < table.num_rows:
+        table = table.take(pa.array(places_R))
+    same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
+    _require(bool(same_R.all()), where, "holds another chain than was selected (sample_id differs)")
+    prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)
+    token_ids_T, token_offsets = _lists(table, "token_ids", where)
+    for offsets, lengths_R in (
+        (prompt_offsets, selection.num_prompt_R[rows_R]),
+        (token_offsets, selection.num_tokens_R[rows_R]),
+    ):
+        _require(
+            bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of another length than was selected"
+        )
+    signals = decode_signals(whole, places_R.astype(np.int64)) if decode_signals is not None else None
+    entry_offsets_T = draw_offsets_T = None
+    if signals is not None:
+        entry_offsets_T = _offsets(signals.topk_n_T)
+        draw_offsets_T = None if signals.draws is None else _offsets(signals.draws.n_T)
+    return RowBlock(
+        rows_R, prompt_ids, prompt_offsets, token_ids_T, token_offsets, signals, entry_offsets_T, draw_offsets_T
+    )
+
+
+def _read_table(
+    selection: Selection, group: int, with_signals: bool
+) -> tuple[pa.Table, Callable[[pa.Table, Int64], Signals] | None]:
+    """The needed columns of a row group, and how to decode signals of some rows; nothing else opens a data file."""
+    path, index, where = selection.path_of(group), int(selection.row_group_G[group]), selection.where(group)
+    if selection.is_text:
+        file = _open_text(selection, group)
+        columns = KEY_COLUMNS
+    else:
+        file, header = open_shard(path)
+        columns = [*KEY_COLUMNS, *(signal_columns(header) if with_signals else [])]
+    with file:
+        _require(index < file.num_row_groups, where, "does not exist in this file")
+        table = read_row_group(file, index, columns, str(path))
+    if not with_signals:
+        return table, None
+    return table, lambda whole, rows: _common(decode_rows(whole, rows, header, where), header, selection)
+
+
+def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Signals:
+    """What every shard of the selection has: draws or none, and the log-partitions of the selection's temperatures."""
+    partitions_TS, temperatures = signals.log_partitions_TS, selection.header.temperatures
+    columns = [header.temperatures.index(temperature) for temperature in temperatures]
+    return replace(
+        signals,
+        draws=signals.draws if selection.header.draws else None,
+        log_partitions_TS=None if partitions_TS is None or not columns else partitions_TS[:, columns],
+    )
+
+
+def _offsets(n_T: Int32) -> Int64:
+    offsets_T = np.zeros(len(n_T) + 1, np.int64)
+    np.cumsum(n_T, out=offsets_T[1:])
+    return offsets_T
+
+
+def _open_text(selection: Selection, group: int) -> pq.ParquetFile:
+    path = selection.path_of(group)
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CorruptError(
+            f"{path} cannot be read: {reason} (delete it and the selection, and they are made anew)"
+        ) from error
+
+
+def _lists(table: pa.Table, name: str, where: str) -> tuple[Int32, Int64]:
+    column = table.column(name).combine_chunks()
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    flat = array.flatten()
+    _require(array.null_count == 0 and flat.null_count == 0, where, f"holds nulls in {name}, which the format forbids")
+    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return flat.to_numpy(zero_copy_only=False), offsets
+
+
+def _require(good: bool, where: str, problem: str) -> None:
+    if not good:
+        raise CorruptError(f"{where} {problem}")
+
+
+FOLDER_AHEAD_GROUPS = 2
+STORE_AHEAD_GROUPS = 8
+"""Row groups that are read, or lie read and unused, before their first row is due. In a store one for each lane of a
+plan, whose lanes come to new row groups together; in a folder reading is arithmetic, which more threads make dearer."""
+
+
+class RowBuffer:
+    """Hands out rows in a known order; the next row groups are read in `pool` meanwhile.
+
+    A block is dropped when its last row was handed out, or when all blocks together exceed the budget: then the one
+    whose next row is due last goes, and what is still due of it is read again. Nothing is read ahead for which the
+    budget has no room. Errors of `load` are raised when the row group's first row is due. One consumer.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int, Int64], RowBlock],
+        rows_I: Int64,
+        group_R: Int32,
+        budget_bytes: int,
+        pool: Executor | None = None,
+        num_ahead: int = STORE_AHEAD_GROUPS,
+    ) -> None:
+        """`load(group, rows)` reads rows of a group; row rows_I[i] is the i-th that will be asked for.
+
+        Without a pool each row group is read when its first row is due. Who made the pool ends it.
+        """
+        self._load = load
+        self._rows_I = rows_I
+        self._group_I = group_R[rows_I]
+        self._budget_bytes = budget_bytes
+        self._pool, self._num_ahead = pool, num_ahead
+        # Places of each group, in the order in which they come: where to look for what is still due of it.
+        self._places_I = np.argsort(self._group_I, kind="stable")
+        self._groups_sorted_I = self._group_I[self._places_I]
+        self._blocks: dict[int, RowBlock] = {}
+        self._unused: set[int] = set()
+        self._loading: dict[int, Future[RowBlock]] = {}
+        self._next = 0
+        # Every group with a place before this one is here, on its way, or was handed out to its last row.
+        self._seen = 0
+        self._largest_bytes = 0
+        self.num_bytes = 0
+        self.max_bytes = 0
+        self.num_reads = 0
+
+    def next_row(self) -> tuple[RowBlock, int]:
+        """The block that holds the next row, and the row's index in it. Raises what reading raised."""
+        row, group = int(self._rows_I[self._next]), int(self._group_I[self._next])
+        self._take_finished()
+        if group not in self._blocks:
+            self._keep(group, self._wait_for(group))
+        block = self._blocks[group]
+        self._unused.discard(group)
+        self._next += 1
+        if not len(self._due_places(group)):
+            self._drop(group)
+        self._read_ahead()
+        return block, int(np.searchsorted(block.rows_R, row))
+
+    def _take_finished(self) -> None:
+        for group, future in list(self._loading.items()):
+            # One that failed stays until its first row is due.
+            if future.done() and future.exception() is None:
+                self._keep(group, self._loading.pop(group).result())
+
+    def _read_ahead(self) -> None:
+        if self._pool is None:
+            return
+        self._seen = max(self._seen, self._next)
+        while (
+            self._seen < len(self._rows_I)
+            and len(self._loading) + len(self._unused) < self._num_ahead
+            and self._has_room()
+        ):
+            group = int(self._group_I[self._seen])
+            if group not in self._blocks and group not in self._loading:
+                self._loading[group] = self._pool.submit(self._load, group, self._due_rows(group))
+            self._seen += 1
+
+    def _has_room(self) -> bool:
+        """For one more block; how large they are is known when the first one is there."""
+        expected_bytes = self.num_bytes + (len(self._loading) + 1) * self._largest_bytes
+        return self._largest_bytes > 0 and expected_bytes <= self._budget_bytes
+
+    def _wait_for(self, group: int) -> RowBlock:
+        future = self._loading.pop(group, None)
+        return self._load(group, self._due_rows(group)) if future is None else future.result()
+
+    def _keep(self, group: int, block: RowBlock) -> None:
+        self._blocks[group] = block
+        self._unused.add(group)
+        self.num_reads += 1
+        self.num_bytes += block.num_bytes
+        self.max_bytes = max(self.max_bytes, self.num_bytes)
+        self._largest_bytes = max(self._largest_bytes, block.num_bytes)
+        while self.num_bytes > self._budget_bytes and len(self._blocks) > 1:
+            next_place = {other: int(self._due_places(other)[0]) for other in self._blocks if other != group}
+            last = max(next_place, key=next_place.__getitem__)
+            self._drop(last)
+            self._seen = min(self._seen, next_place[last])
+
+    def _drop(self, group: int) -> None:
+        self._unused.discard(group)
+        self.num_bytes -= self._blocks.pop(group).num_bytes
+
+    def _due_places(self, group: int) -> Int64:
+        """Places of a group that are still to come, ascending."""
+        start, stop = np.searchsorted(self._groups_sorted_I, [group, group + 1])
+        places = self._places_I[start:stop]
+        due: Int64 = places[np.searchsorted(places, self._next) :]
+        return due
+
+    def _due_rows(self, group: int) -> Int64:
+        """Rows of a group that are still to come, ascending, each once."""
+        return np.unique(self._rows_I[self._due_places(group)])

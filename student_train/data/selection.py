@@ -1,0 +1,527 @@
+"""A frozen selection: one row a chain, where it lies, how long it is and what it weighs. The format of
+`selection.parquet`.
+
+R selected chains, G row groups that hold some of them
+
+Which chains a run trains on: a SQL condition, evaluated once at pinned versions of its caches and kept with the run.
+
+In: caches, a condition over the view `chains`. Out: `selection.parquet`, one row a chain (where it lies, how long it
+is, what it weighs), with a header that says what was asked of which versions. So a run can be repeated while its
+caches grow. Cost: 28 bytes a chain in memory; no token is read.
+
+Columns that SQL selects chains by, read once with their page checksums before a selection is frozen.
+
+DuckDB reads Parquet without verifying checksums, so a changed byte in `split` could bring a held-out chain into
+training without a word. What training itself reads (tokens, distributions) is verified whenever it is read.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from stillroom.cache.catalog import Catalog, DataFile, check_hash
+from stillroom.cache.shards import open_shard, read_row_group
+from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.schema.manifest import ShardHeader
+from stillroom.schema.records import Float32, Int32, Int64
+from stillroom.schema.tables import CHAIN_FIELDS
+from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_with
+from stillroom.sql.session import open_cache
+from stillroom.storage.paths import Location, atomic_path, location
+
+SELECTION_FORMAT = 1
+METADATA_KEY = b"stillroom-selection"
+ID_CHARS = 32
+KEY_CHARS = 16
+
+UInt64 = npt.NDArray[np.uint64]
+
+SCHEMA = pa.schema(
+    [
+        pa.field("cache", pa.int16(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("row_in_group", pa.int32(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class PinnedCache(_Frozen):
+    """A cache as it was when the selection was frozen."""
+
+    root: str
+    weight: float
+    chains_version: int
+    verdicts_version: int
+
+
+class SelectionHeader(_Frozen):
+    """What was asked, of which versions, and what was found."""
+
+    format_version: int = SELECTION_FORMAT
+    caches: list[PinnedCache]
+    where: str | None
+    weight: str | None
+    max_chains: int | None
+    text: str | None = None
+    """None: token ids and distributions of the caches. Else the folder of retokenised text beside the selection."""
+    num_chains: int
+    num_prompt_tokens: int
+    num_tokens: int
+    num_zero_weight: int
+    """Chains left out because their weight is 0."""
+    num_empty: int
+    """Chains left out because they have no completion or no prompt token."""
+    teacher_fingerprints: list[str]
+    tokenizer_fingerprints: list[str]
+    """One, unless the rows were selected for their text."""
+    template_fingerprints: list[str]
+    codecs: list[str]
+    vocab_size: int
+    """Every token id and stored id is below it."""
+    max_support: int
+    """Entries a token's stored distribution has at most; 0 for text."""
+    draws: int = 0
+    """Draws that every shard holds of a token whose support was cut short; 0: not every shard holds any."""
+    temperatures: list[float] = []
+    """Temperatures whose log-partition every shard holds, ascending."""
+    hash: str = ""
+    """Of the rows and of everything above except where the caches lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A frozen selection. Rows are ordered by group; file paths of a group: `path_of`.
+
+    group_R int32, row_in_group_R int32, key_R uint64 (the first 16 hex digits of sample_id), num_prompt_R int32,
+    num_tokens_R int32 (completion), weight_R float32; cache_G int32, file_G int32 (index into files), row_group_G
+    int32.
+    """
+
+    header: SelectionHeader
+    folders: list[Location]
+    files: list[str]
+    cache_G: Int32
+    file_G: Int32
+    row_group_G: Int32
+    group_R: Int32
+    row_in_group_R: Int32
+    key_R: UInt64
+    num_prompt_R: Int32
+    num_tokens_R: Int32
+    weight_R: Float32
+
+    @property
+    def num_chains(self) -> int:
+        return len(self.group_R)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are retokenised text, without distributions."""
+        return self.header.text is not None
+
+    def path_of(self, group: int) -> Location:
+        """The file that row group number `group` lies in."""
+        return self.folders[int(self.cache_G[group])] / self.files[int(self.file_G[group])]
+
+    def where(self, group: int) -> str:
+        """Names a row group in an error."""
+        return f"{self.path_of(group)}: row group {self.row_group_G[group]}"
+
+
+def totals_of(rows: pa.Table) -> dict[str, int]:
+    """The counts of a header that follow from its rows."""
+    return {
+        "num_chains": rows.num_rows,
+        "num_prompt_tokens": int(rows.column("num_prompt_tokens").to_numpy().sum(dtype=np.int64)),
+        "num_tokens": int(rows.column("num_tokens").to_numpy().sum(dtype=np.int64)),
+    }
+
+
+def write_selection(path: Path, rows: pa.Table, header: SelectionHeader) -> Selection:
+    """Writes rows (SCHEMA, ordered by cache, file, row group, row) and header, hash filled in, to `path`."""
+    rows = rows.cast(SCHEMA)
+    selection = _selection(path, rows.column, header, None)
+    selection = replace(selection, header=header.model_copy(update={"hash": _hash(selection)}))
+    table = rows.replace_schema_metadata({METADATA_KEY: selection.header.model_dump_json().encode()})
+    with atomic_path(path) as temp:
+        pq.write_table(table, temp, compression="zstd", write_page_checksum=True)
+    return selection
+
+
+def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selection:
+    """Reads a frozen selection; `roots` says where its caches lie now, None takes where they lay.
+
+    Raises DataError where there is none or a newer program wrote it, CorruptError when it is not what was written.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist: a run freezes its selection when it starts")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["file"]) as file:
+            header = SelectionHeader.model_validate_json((file.schema_arrow.metadata or {})[METADATA_KEY])
+            if header.format_version > SELECTION_FORMAT:
+                raise DataError(
+                    f"{path} has format {header.format_version}, above {SELECTION_FORMAT}: upgrade this program"
+                )
+            if roots is not None and len(roots) != len(header.caches):
+                raise ConfigError(f"{path} selects from {len(header.caches)} caches, {len(roots)} were named")
+
+            def column(name: str) -> pa.ChunkedArray:
+                # One at a time, as the strings are most of the bytes.
+                return file.read(columns=[name], use_threads=False).column(0)
+
+            selection = _selection(path, column, header, roots)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise CorruptError(f"{path} is not a readable selection: {str(error).strip().splitlines()[0]}") from error
+    if _hash(selection) != header.hash:
+        raise CorruptError(f"{path} does not have the hash that its header names: it was changed after it was frozen")
+    return selection
+
+
+def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
+    """uint64 [R]: the first 16 hex digits of each sample id. Raises CorruptError for ids that are not 32 hex digits."""
+    array = _array(sample_ids)
+    if not len(array):
+        return np.zeros(0, np.uint64)
+    try:
+        fixed = array.cast(pa.binary()).cast(pa.binary(ID_CHARS))
+    except pa.ArrowException as error:
+        raise CorruptError(f"{where}: a sample_id does not have 32 characters") from error
+    start = fixed.offset * ID_CHARS
+    text_R32 = np.frombuffer(fixed.buffers()[1], np.uint8)[start : start + len(array) * ID_CHARS]
+    nibbles_R16 = _NIBBLE[text_R32.reshape(len(array), ID_CHARS)[:, :KEY_CHARS]]
+    if int(nibbles_R16.max()) > 15:
+        raise CorruptError(f"{where}: a sample_id holds characters that are not hex digits")
+    bytes_R8 = nibbles_R16[:, 0::2] << 4 | nibbles_R16[:, 1::2]
+    return np.ascontiguousarray(bytes_R8).view(">u8")[:, 0].astype(np.uint64)
+
+
+def _selection(
+    path: Path, column: Callable[[str], pa.ChunkedArray], header: SelectionHeader, roots: Sequence[Location] | None
+) -> Selection:
+    places = list(roots) if roots is not None else [location(cache.root) for cache in header.caches]
+    folders: list[Location] = [root / "chains" for root in places]
+    if header.text is not None:
+        folders = [path.parent / header.text for _ in places]
+    cache_R, row_group_R = _numbers(column("cache")), _numbers(column("row_group"))
+    names = _array(column("file").cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries())
+    # Rows come ordered by file and row group, so one begins wherever a number changes.
+    file_changes_R = _changes(cache_R) | _changes(names.indices.to_numpy())
+    changes_R = file_changes_R | _changes(row_group_R)
+    starts_G = np.flatnonzero(changes_R)
+    return Selection(
+        header=header,
+        folders=folders,
+        files=names.take(pa.array(np.flatnonzero(file_changes_R))).to_pylist(),
+        cache_G=cache_R[starts_G].astype(np.int32),
+        file_G=(np.cumsum(file_changes_R) - 1)[starts_G].astype(np.int32),
+        row_group_G=row_group_R[starts_G],
+        group_R=np.cumsum(changes_R, dtype=np.int32) - np.int32(1),
+        row_in_group_R=_numbers(column("row_in_group")),
+        key_R=keys_of(column("sample_id"), str(path)),
+        num_prompt_R=_numbers(column("num_prompt_tokens")),
+        num_tokens_R=_numbers(column("num_tokens")),
+        weight_R=_numbers(column("weight")),
+    )
+
+
+def _changes(numbers_R: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    changes_R = np.ones(len(numbers_R), bool)
+    changes_R[1:] = numbers_R[1:] != numbers_R[:-1]
+    return changes_R
+
+
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    return np.asarray(_array(column).to_numpy(zero_copy_only=False))
+
+
+def _nibbles() -> npt.NDArray[np.uint8]:
+    table = np.full(256, 255, np.uint8)
+    for value, digit in enumerate(b"0123456789abcdef"):
+        table[digit] = value
+    return table
+
+
+_NIBBLE = _nibbles()
+
+
+def _array(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+
+
+def _hash(selection: Selection) -> str:
+    """Of the header except where the caches lie, and of all that the selection holds in memory."""
+    digest = hashlib.blake2b(digest_size=16)
+    about: dict[str, Any] = selection.header.model_dump(
+        mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}}
+    )
+    digest.update(json.dumps([about, selection.files], sort_keys=True).encode())
+    groups = (selection.cache_G, selection.file_G, selection.row_group_G, selection.group_R, selection.row_in_group_R)
+    chains = (selection.key_R, selection.num_prompt_R, selection.num_tokens_R, selection.weight_R)
+    for array in (*groups, *chains):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+CHECKED_TOGETHER = 16
+"""Shards are read so many at a time: on distant storage each row group costs a round trip."""
+
+LARGE = {
+    "messages": ("messages", "prompt"),
+    "prompt_token_ids": ("prompt_token_ids",),
+    "metadata": ("metadata",),
+    "reference": ("reference",),
+    "text": ("text",),
+    "reasoning": ("reasoning",),
+    "answer": ("answer",),
+}
+"""Columns of text, verified only where the condition names them, and the names that SQL has for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFooter:
+    """What a shard's footer says: its header, and the number of the first row of each of its row groups, int64 [G]."""
+
+    header: ShardHeader
+    first_rows_G: Int64
+
+
+def check_filter_columns(catalog: Catalog, condition: str) -> dict[str, ShardFooter]:
+    """Verifies what a SQL `condition` over `chains` can depend on: small columns, named large ones, verdicts.
+
+    Returns the footers that were read for it, by the shard's path below `chains`. Raises CorruptError naming the shard
+    and row group, or the file of verdicts, that is damaged.
+    """
+    words = set(re.findall(r"\w+", condition.lower()))
+    small = [field.name for field in CHAIN_FIELDS if not pa.types.is_list(field.type) and field.name not in LARGE]
+    columns = [*small, *(name for name, names in LARGE.items() if words.intersection(names))]
+
+    def check_shard(file: DataFile) -> ShardFooter:
+        path = catalog.chains.path_of(file)
+        shard, header = open_shard(path)
+        with shard:
+            sizes_G = [
+                read_row_group(shard, group, columns, str(path)).num_rows for group in range(shard.num_row_groups)
+            ]
+        return ShardFooter(header, np.cumsum(sizes_G, dtype=np.int64) - np.array(sizes_G, np.int64))
+
+    files = catalog.chains.files()
+    with ThreadPoolExecutor(CHECKED_TOGETHER) as pool:
+        verdicts = pool.map(check_hash, map(catalog.verdicts.path_of, catalog.verdicts.files()))
+        footers = dict(zip([file.path for file in files], pool.map(check_shard, files), strict=True))
+        # A list, so that the first error is raised here.
+        list(verdicts)
+    return footers
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSource:
+    """A cache to select from. `weight`: how often an epoch reads each of its chains; version None: the latest."""
+
+    root: Location
+    weight: float = 1.0
+    chains_version: int | None = None
+    verdicts_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRequest:
+    """What to select. `where` is a SQL condition over `chains` (None: all), `weight` a SQL expression (None: 1)."""
+
+    sources: Sequence[CacheSource]
+    where: str | None = None
+    weight: str | None = None
+    max_chains: int | None = None
+    """Keep so many of them, those with the smallest sample ids (which are hashes, so a fair sample); None keeps all."""
+    any_tokenizer: bool = False
+    """Do not refuse shards of several tokenizers: only the text will be read."""
+    key: str = "data.where"
+    """What `where` is called in the configuration, for messages."""
+
+
+def open_selection(path: Path, request: SelectionRequest) -> Selection:
+    """The selection kept at `path`, or a new one frozen there. Raises ConfigError where it was asked something else."""
+    if not path.exists():
+        return freeze(path, request)
+    selection = load_selection(path, [source.root for source in request.sources])
+    check_request(path, selection.header, request)
+    return selection
+
+
+def check_request(path: Path, header: SelectionHeader, request: SelectionRequest) -> None:
+    """Raises ConfigError where a frozen selection answers another request."""
+    asked: dict[str, tuple[object, object]] = {
+        "where": (header.where, request.where),
+        "weight": (header.weight, request.weight),
+        "max_chains": (header.max_chains, request.max_chains),
+    }
+    for cache, source in zip(header.caches, request.sources, strict=True):
+        asked[f"weight of {source.root}"] = (cache.weight, source.weight)
+        if source.chains_version is not None:
+            asked[f"chains_version of {source.root}"] = (cache.chains_version, source.chains_version)
+        if source.verdicts_version is not None:
+            asked[f"verdicts_version of {source.root}"] = (cache.verdicts_version, source.verdicts_version)
+    for name, (kept, wanted) in asked.items():
+        if kept != wanted:
+            raise ConfigError(f"{path} was frozen with {name} {kept!r}, now it is {wanted!r}: name another run folder")
+
+
+def freeze(path: Path, request: SelectionRequest) -> Selection:
+    """Evaluates the request over the view `chains` of each cache and writes the answer to `path`.
+
+    Rows of weight 0 and rows without a prompt or completion token are left out and counted. Raises ConfigError for SQL
+    that DuckDB refuses, an empty selection, weights that are negative or not finite, or shards of different tokenizers.
+    """
+    _check_sources(request.sources)
+    catalogs = [Catalog(source.root, source.chains_version, source.verdicts_version) for source in request.sources]
+    answers = [_query(catalog, number, request) for number, catalog in enumerate(catalogs)]
+    rows = pa.concat_tables([found for found, _ in answers])
+    if not rows.num_rows:
+        raise ConfigError(_empty_message(catalogs, request))
+    weights = rows.column("weight").to_numpy()
+    _check_weights(weights, request.weight)
+    usable = (rows.column("num_tokens").to_numpy() > 0) & (rows.column("num_prompt_tokens").to_numpy() > 0)
+    rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
+    if not rows.num_rows:
+        raise ConfigError(f"{request.key} {request.where!r} selects only chains that are empty or weigh 0: widen it")
+    rows, headers = _locate(catalogs, [footers for _, footers in answers], rows)
+    if not request.any_tokenizer:
+        check_one_tokenizer(headers)
+    header = SelectionHeader(
+        caches=[
+            PinnedCache(
+                root=str(catalog.root.resolve()),
+                weight=source.weight,
+                chains_version=catalog.chains.version,
+                verdicts_version=catalog.verdicts.version,
+            )
+            for catalog, source in zip(catalogs, request.sources, strict=True)
+        ],
+        where=request.where,
+        weight=request.weight,
+        max_chains=request.max_chains,
+        num_zero_weight=int((usable & (weights == 0)).sum()),
+        num_empty=int((~usable).sum()),
+        teacher_fingerprints=sorted({one.teacher_fingerprint for one in headers.values()}),
+        tokenizer_fingerprints=sorted({one.tokenizer_fingerprint for one in headers.values()}),
+        template_fingerprints=sorted({one.template_fingerprint for one in headers.values()}),
+        codecs=sorted({one.codec for one in headers.values()}),
+        vocab_size=max(one.vocab_size for one in headers.values()),
+        max_support=max(one.max_support for one in headers.values()),
+        draws=min(one.draws for one in headers.values()),
+        temperatures=sorted(set.intersection(*(set(one.temperatures) for one in headers.values()))),
+        **totals_of(rows),
+    )
+    return write_selection(path, rows, header)
+
+
+def check_one_tokenizer(headers: dict[str, ShardHeader]) -> None:
+    """Raises ConfigError naming two shards whose tokenizers differ."""
+    first_path, first = next(iter(headers.items()))
+    for path, header in headers.items():
+        if header.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise ConfigError(
+                f"selected shards have two tokenizers: {first_path} has {first.tokenizer_fingerprint}, {path} has "
+                f"{header.tokenizer_fingerprint}: select one with data.where, or train on text alone (data.kind: text)"
+            )
+
+
+def _check_sources(sources: Sequence[CacheSource]) -> None:
+    if not sources:
+        raise ConfigError("no cache is named: a selection needs at least one")
+    roots = [source.root.resolve() for source in sources]
+    for source, root in zip(sources, roots, strict=True):
+        if roots.count(root) > 1:
+            raise ConfigError(f"cache {source.root} is named twice: give it a weight to read it more often")
+        # Below a millionth, the unit that repeats are counted in, no epoch would ever read a chain.
+        if not 0.001 <= source.weight <= 1000:
+            raise ConfigError(f"cache {source.root} has weight {source.weight}: weights lie between 0.001 and 1000")
+
+
+def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa.Table, dict[str, ShardFooter]]:
+    """Places, lengths and weights of the chains that the condition picks, and the footers of all shards by path."""
+    where, weight = request.where, request.weight
+    condition = f"WHERE {in_brackets(where)}" if where is not None else ""
+    expression = in_brackets(weight) if weight is not None else "1"
+    footers = check_filter_columns(catalog, f"{where} {weight}")
+    with open_cache(catalog) as session:
+        check_condition(session, request.key, where)
+        if weight is not None:
+            dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
+        query = (
+            f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
+            f"CAST({expression} AS FLOAT) AS weight FROM chain_places {condition} ORDER BY file, row_in_file"
+        )
+        given = {name: sql for name, sql in ((request.key, where), ("data.weight", weight)) if sql is not None}
+        rows = run_with(session, " or ".join(given), " / ".join(given.values()), query)
+    # A NULL weight reads as nan and is refused with the other bad weights.
+    filled = rows.column("weight").fill_null(float("nan"))
+    return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled), footers
+
+
+def _first_by_id(rows: pa.Table, max_chains: int | None) -> pa.Table:
+    if max_chains is None or rows.num_rows <= max_chains:
+        return rows
+    order = np.argsort(keys_of(rows.column("sample_id"), "the selection"), kind="stable")
+    return rows.take(pa.array(np.sort(order[:max_chains])))
+
+
+def _empty_message(catalogs: Sequence[Catalog], request: SelectionRequest) -> str:
+    names = ", ".join(str(catalog.root) for catalog in catalogs)
+    total = sum(file.num_rows for catalog in catalogs for file in catalog.chains.files())
+    if not total:
+        return f"{names} holds no chains yet: build some first with `teacher-cache build`"
+    return (
+        f"{request.key} {request.where!r} selects none of the {total} chains of {names}: widen it (`teacher-cache sql` "
+        "tries it)"
+    )
+
+
+def _check_weights(weights: Float32, expression: str | None) -> None:
+    bad = ~np.isfinite(weights) | (weights < 0)
+    if bad.any():
+        raise ConfigError(
+            f"data.weight {expression!r} is {weights[bad][0]} for {int(bad.sum())} of {len(weights)} chains: weights "
+            "are finite and not negative (coalesce() mends NULL)"
+        )
+
+
+def _locate(
+    catalogs: Sequence[Catalog], footers: Sequence[dict[str, ShardFooter]], rows: pa.Table
+) -> tuple[pa.Table, dict[str, ShardHeader]]:
+    """Rows as a selection keeps them (SCHEMA), with `row_in_file` as row group and row in it; headers by shard."""
+    cache_R, row_R = rows.column("cache").to_numpy(), rows.column("row_in_file").to_numpy()
+    encoded = rows.column("file").combine_chunks().dictionary_encode()
+    file_R = encoded.indices.to_numpy()
+    starts = np.flatnonzero(np.diff(cache_R, prepend=-1) | np.diff(file_R, prepend=-1)).tolist()
+    files = encoded.dictionary.to_pylist()
+    group_R, place_R = np.zeros(len(row_R), np.int32), np.zeros(len(row_R), np.int32)
+    headers = {}
+    for start, stop in zip(starts, [*starts[1:], len(row_R)], strict=True):
+        cache, file = int(cache_R[start]), files[file_R[start]]
+        footer, mine = footers[cache][file], slice(start, stop)
+        group_R[mine] = np.searchsorted(footer.first_rows_G, row_R[mine], side="right") - 1
+        place_R[mine] = row_R[mine] - footer.first_rows_G[group_R[mine]]
+        headers[str(catalogs[cache].chains.folder / file)] = footer.header
+    columns = {**{name: rows.column(name) for name in rows.column_names}, "row_group": group_R, "row_in_group": place_R}
+    return pa.Table.from_pydict({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA), headers

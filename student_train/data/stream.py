@@ -1,0 +1,276 @@
+"""Packs for one rank, in planned order, read ahead of the training that consumes them.
+
+In: a frozen selection, how to pack it, and which rank of how many asks. Out: an endless or counted run of packs.
+Epochs follow each other without a gap: a global batch may hold the last packs of one epoch and the first of the next,
+so that every chain is seen exactly once an epoch and no step but a run's very last is short. There, ranks without a
+pack get an empty one, as all must take part in every step.
+
+State is (epoch, cursor), the first pack that no rank has consumed: it says the same on every rank, and nothing of how
+many ranks there are. Rank r takes pack cursor + r, then cursor + r + world, ...
+
+    B packs of a global batch (all ranks and accumulation steps), W ranks
+"""
+
+import contextlib
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from stillroom.errors import ConfigError
+from stillroom.schema.records import Int64
+from student_train.data.epoch_plan import EpochPlans, Place, PlanSpec
+from student_train.data.pack import Pack, PackedPiece, build_pack, empty_pack
+from student_train.data.rows import FOLDER_AHEAD_GROUPS, STORE_AHEAD_GROUPS, RowBlock, RowBuffer, read_rows
+from student_train.data.selection import Selection
+
+THREAD_NAME = "pack-stream"
+POLL_S = 0.1
+"""How soon the reading thread notices that it is no longer wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStats:
+    """What a stream has done since it was made.
+
+    stall_s is the time that the consumer waited for packs, num_group_reads counts row groups read (again, where the
+    buffer was too small), max_buffer_bytes is the most that decoded rows took.
+    """
+
+    num_packs: int = 0
+    num_tokens: int = 0
+    num_loss_tokens: int = 0
+    stall_s: float = 0.0
+    num_group_reads: int = 0
+    max_buffer_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What the reading thread hands over: a pack with the state after it, an error, or (neither) the end."""
+
+    pack: Pack | None = None
+    place_after: Place = (0, 0)
+    error: BaseException | None = None
+    num_group_reads: int = 0
+    max_buffer_bytes: int = 0
+
+
+class PackStream:
+    """Iterator over this rank's packs; a context manager that stops its reading threads. One consumer."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        spec: PlanSpec,
+        *,
+        packs_per_step: int,
+        rank: int = 0,
+        world: int = 1,
+        num_epochs: int | None = None,
+        with_signals: bool = True,
+        buffer_mib: int = 1024,
+        prefetch_packs: int = 8,
+        read_ahead_groups: int | None = None,
+    ) -> None:
+        """`packs_per_step` packs make a global batch; None epochs never end; `with_signals` False reads token ids
+        alone; `read_ahead_groups` row groups are read before they are due, within `buffer_mib` of decoded rows (None: 2
+        from folders, 8 from object stores).
+
+        Raises ConfigError where the batch does not divide among the ranks or no chain is left to train on.
+        """
+        if packs_per_step % world:
+            raise ConfigError(
+                f"a global batch of {packs_per_step} packs does not divide among {world} ranks: make it a multiple"
+            )
+        assert 0 <= rank < world
+        assert buffer_mib > 0
+        assert prefetch_packs > 0
+        assert read_ahead_groups is None or read_ahead_groups >= 0
+        self.plans = EpochPlans(selection, spec, num_epochs)
+        self._packs_per_step, self._rank, self._world = packs_per_step, rank, world
+        self._with_signals = with_signals and not selection.is_text
+        self._budget_bytes, self._prefetch_packs = buffer_mib << 20, prefetch_packs
+        is_distant = not all(isinstance(folder, Path) for folder in selection.folders)
+        usual = STORE_AHEAD_GROUPS if is_distant else FOLDER_AHEAD_GROUPS
+        self._read_ahead_groups = usual if read_ahead_groups is None else read_ahead_groups
+        self._place: Place = (0, 0)
+        self._stats = StreamStats()
+        self._queue: queue.Queue[_Item] = queue.Queue(prefetch_packs)
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Pack]:
+        return self
+
+    def __next__(self) -> Pack:
+        """The next pack; it counts as consumed on every rank. Raises what reading raised, such as CorruptError."""
+        if self._ended:
+            raise StopIteration
+        if self._thread is None:
+            self._start()
+        started_s = time.perf_counter()
+        item = self._queue.get()
+        waited_s = time.perf_counter() - started_s
+        if item.pack is None:
+            self.close()
+            self._ended = True
+            if item.error is not None:
+                raise item.error
+            raise StopIteration
+        self._place = item.place_after
+        self._count(item, item.pack, waited_s)
+        return item.pack
+
+    @property
+    def num_steps(self) -> int | None:
+        """Optimizer steps from the beginning to the end, None where epochs never end; plans every epoch."""
+        if self.plans.num_epochs is None:
+            return None
+        return -(-self.plans.total_packs() // self._packs_per_step)
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts since the stream was made."""
+        return self._stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where consumption stands: epoch, cursor and the hash of the plan they are meant for. JSON-ready."""
+        epoch, cursor = self._place
+        return {"epoch": epoch, "cursor": cursor, "plan": self.plans.hash}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state, of any number of ranks. Raises ConfigError where it belongs to another plan."""
+        if state["plan"] != self.plans.hash:
+            raise ConfigError(
+                "the checkpoint's place in the data belongs to another selection or packing: resume with the run's own "
+                "settings, or name another run folder"
+            )
+        self.close()
+        self._place = self.plans.place(int(state["epoch"]), int(state["cursor"]))
+        self._ended = False
+
+    def close(self) -> None:
+        """Stops reading ahead. Packs that were read and not consumed are read again if iteration goes on."""
+        if self._thread is None:
+            return
+        self._closing.set()
+        self._thread.join()
+        self._thread = None
+
+    def _start(self) -> None:
+        self._closing = threading.Event()
+        self._queue = queue.Queue(self._prefetch_packs)
+        reader = threading.Thread(target=self._read_ahead, args=(self._place,), name=THREAD_NAME, daemon=True)
+        self._thread = reader
+        reader.start()
+
+    def _count(self, item: _Item, pack: Pack, waited_s: float) -> None:
+        stats = self._stats
+        self._stats = replace(
+            stats,
+            num_packs=stats.num_packs + 1,
+            num_tokens=stats.num_tokens + pack.num_tokens,
+            num_loss_tokens=stats.num_loss_tokens + pack.num_loss_tokens,
+            stall_s=stats.stall_s + waited_s,
+            num_group_reads=stats.num_group_reads + item.num_group_reads,
+            max_buffer_bytes=max(stats.max_buffer_bytes, item.max_buffer_bytes),
+        )
+
+    def _read_ahead(self, place: Place) -> None:
+        try:
+            with self._loaders() as pool, contextlib.closing(self._items(place, pool)) as items:
+                for item in items:
+                    if not self._put(item):
+                        return
+            self._put(_Item())
+        except BaseException as error:  # noqa: BLE001 - raised again where the packs are consumed
+            self._put(_Item(error=error))
+
+    def _put(self, item: _Item) -> bool:
+        """False when the stream was closed meanwhile."""
+        while not self._closing.is_set():
+            try:
+                self._queue.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _loaders(self) -> contextlib.AbstractContextManager[Executor | None]:
+        """Threads that read row groups before they are due; leaving waits for those that are being read."""
+        if not self._read_ahead_groups:
+            return contextlib.nullcontext()
+        return ThreadPoolExecutor(self._read_ahead_groups, thread_name_prefix=THREAD_NAME)
+
+    def _items(self, place: Place, pool: Executor | None) -> Generator[_Item, None, None]:
+        """Packs of this rank from a place on, each with the place after all ranks have taken theirs."""
+        plans, num_taken = self.plans, 0
+        reader: _EpochReader | None = None
+        # All ranks stop at the same pack: when the data has ended and the step that was begun is whole.
+        while not plans.is_end(place[0]) or num_taken * self._world % self._packs_per_step:
+            epoch, cursor = plans.place(place[0], place[1] + self._rank)
+            place = plans.place(place[0], place[1] + self._world)
+            num_taken += 1
+            if plans.is_end(epoch):
+                yield _Item(empty_pack(with_signals=self._with_signals), place)
+                continue
+            if reader is None or reader.epoch != epoch:
+                reader = _EpochReader(plans, epoch, cursor, self._world, functools.partial(self._buffer, pool))
+            reads_before = reader.buffer.num_reads
+            pack = reader.read(cursor)
+            num_reads = reader.buffer.num_reads - reads_before
+            yield _Item(pack, place, num_group_reads=num_reads, max_buffer_bytes=reader.buffer.max_bytes)
+
+    def _buffer(self, pool: Executor | None, rows_I: Int64) -> RowBuffer:
+        selection = self.plans.selection
+
+        def load(group: int, rows_R: Int64) -> RowBlock:
+            return read_rows(selection, group, rows_R, with_signals=self._with_signals)
+
+        return RowBuffer(load, rows_I, selection.group_R, self._budget_bytes, pool, self._read_ahead_groups)
+
+
+class _EpochReader:
+    """Packs `cursor`, `cursor + world`, ... of one epoch, read in this order."""
+
+    def __init__(
+        self, plans: EpochPlans, epoch: int, cursor: int, world: int, make_buffer: Callable[[Int64], RowBuffer]
+    ) -> None:
+        self.epoch = epoch
+        self._plans, self._plan = plans, plans.plan(epoch)
+        pack_I = np.repeat(np.arange(self._plan.num_packs), np.diff(self._plan.offsets))
+        mine_I = (pack_I >= cursor) & ((pack_I - cursor) % world == 0)
+        self.buffer = make_buffer(plans.pieces.row_P[self._plan.items_I[mine_I]].astype(np.int64))
+
+    def read(self, cursor: int) -> Pack:
+        pieces, items = self._plans.pieces, self._plan.pack(cursor)
+        weight_R = self._plans.selection.weight_R
+        packed = []
+        for row, first, loss, stop in zip(
+            pieces.row_P[items].tolist(),
+            pieces.first_P[items].tolist(),
+            pieces.loss_P[items].tolist(),
+            pieces.stop_P[items].tolist(),
+            strict=True,
+        ):
+            block, index = self.buffer.next_row()
+            packed.append(PackedPiece(row, block, index, first, loss, stop, float(weight_R[row])))
+        return build_pack(packed)

@@ -1,0 +1,325 @@
+"""A language model head that computes the losses itself, in the place of the model's own.
+
+In: a model whose output embeddings are a plain linear layer. Out: the same weights in a `FusedHead`, whose forward
+gives logits as before, or losses or metrics where it is given targets. As the loss is the forward of the module that
+owns the weight, whatever gathers weights around forwards (ZeRO-3) works, and so do tied embeddings and peft's LoRA on
+the head.
+
+    N loss tokens, H hidden, V vocabulary, R LoRA rank, J terms
+
+Losses on a sparse teacher, fused with the language model head and chunked over tokens.
+
+In: hidden states [N, H], the head's weight [V, H], sparse targets, a mix of named losses. Out: sums in nats, of which
+the total carries gradients to hidden, weight, bias and a LoRA pair on the head.
+Cost: the three matrix products of plain cross-entropy (two with a frozen head or frozen body, one without gradient),
+and one [chunk, V] buffer instead of three [N, V] ones. The gradient is computed in the forward pass, chunk by chunk,
+and kept (hidden [N, H] and weight [V, H], float32), so backward is one multiplication (the plan of Liger Kernel,
+arXiv 2410.10989).
+
+Only 2 + K + E numbers a token, log q at the slots of a loss and of its tail, pass through autograd; `sparse_softmax.py`
+carries their gradient to all V logits in closed form. Divergences therefore are plain formulas in `divergences.py`.
+
+    N loss tokens, C tokens of a chunk, V vocabulary, H hidden, R LoRA rank, K support, E extra slots, J terms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stillroom.errors import ConfigError
+from student_train.losses.chunk import chunk_losses
+from student_train.losses.divergences import LossMix, weighted_sum
+from student_train.losses.head_chunks import HeadChunks, HeadInputs
+from student_train.losses.metrics import TokenMetrics, metrics_tensor
+from student_train.losses.targets import SparseTargets
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over tokens; divide once, after the all-reduce.
+
+    Attributes:
+        loss_sum: float32 scalar, sum over terms and tokens of term weight x token weight x nats; has the gradient.
+        num_tokens: N.
+        weight_sum: float32 scalar, sum of the token weights (focal factor included); no gradient.
+        term_sums: float32 scalar for each term by name, token weights in and term weight out, so that
+            loss_sum = sum over terms of term weight x term sum; no gradient. Distribution losses carry temperature^2.
+    """
+
+    loss_sum: Tensor
+    num_tokens: int
+    weight_sum: Tensor
+    term_sums: dict[str, Tensor]
+
+
+def fused_loss(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets: SparseTargets,
+    mix: LossMix,
+    *,
+    bias_V: Tensor | None = None,
+    lora_hidden_NR: Tensor | None = None,
+    lora_weight_VR: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """All losses of `mix` at once, of logits = hidden W^T (+ bias) (+ lora_hidden lora_weight^T), never materialised.
+
+    hidden and weight may be float32, bfloat16, float16 or float64; matrix products run in the weight's dtype,
+    everything else and the accumulated gradients in float32 (float64 for float64). `lora_hidden_NR` is A x with the
+    LoRA scaling in it, `lora_weight_VR` is B. Gradients go to those inputs that require them, and are not computed
+    under no_grad. Call backward once: it consumes the gradients.
+
+    Raises:
+        ConfigError: the targets lack what a loss of the mix needs.
+    """
+    head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens)
+    return sums_of(mix, targets, *fused_loss_tensors(head, targets, mix))
+
+
+def sums_of(
+    mix: LossMix, targets: SparseTargets, loss_sum: Tensor, term_sums_J: Tensor, weight_sum: Tensor
+) -> LossSums:
+    """Give the plain tensors of `fused_loss_tensors` their names."""
+    return LossSums(loss_sum, targets.num_tokens, weight_sum, dict(zip(mix.names, term_sums_J.unbind(), strict=True)))
+
+
+def fused_loss_tensors(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum, term_sums_J, weight_sum): what `fused_loss` names, as plain tensors that module hooks understand."""
+    refuse_missing(mix, targets)
+    # Decided here: inside an autograd function `ctx.needs_input_grad` stays true under no_grad.
+    needs_grad = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head.tensors
+    )
+    if not any(needs_grad):
+        return _forward(HeadChunks(head), targets, mix, with_gradient=False)
+    sums: tuple[Tensor, Tensor, Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        *head.tensors, head.chunk_tokens, targets, mix, needs_grad
+    )
+    return sums
+
+
+def refuse_missing(mix: LossMix, targets: SparseTargets) -> None:
+    """Raise ConfigError where the targets lack what a loss of the mix needs."""
+    for term in mix.terms:
+        if term.needs_distribution and not term.needs_draws and targets.num_support == 0:
+            raise ConfigError(
+                f"{term.name} needs the teacher's distribution and these targets hold none: use cross_entropy"
+            )
+        if term.needs_draws and targets.draws is None:
+            raise ConfigError(
+                f"{term.name} needs draws from the tail, which this cache does not hold: use forward_kl_stored_tail"
+            )
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        lora_hidden_NR: Tensor | None,
+        lora_weight_VR: Tensor | None,
+        chunk_tokens: int | None,
+        targets: SparseTargets,
+        mix: LossMix,
+        needs_grad: tuple[bool, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens)
+        chunks = HeadChunks(head, needs_grad)
+        loss_sum, term_sums_J, weight_sum = _forward(chunks, targets, mix, with_gradient=True)
+        ctx.mark_non_differentiable(term_sums_J, weight_sum)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in head.tensors]
+        ctx.save_for_backward(*chunks.gradients)
+        return loss_sum, term_sums_J, weight_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, or the weight's gradient would exist twice; a second backward (retain_graph) is then refused by
+        # autograd's version check. The product comes before the cast, so that fp16 loss scales do not overflow.
+        gradients = [
+            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *gradients, None, None, None, None
+
+
+def _forward(
+    chunks: HeadChunks, targets: SparseTargets, mix: LossMix, *, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum, term_sums_J, weight_sum) over all chunks; the gradient, if asked for, stays in `chunks.gradients`."""
+    term_sums_J = torch.zeros(len(mix.terms), dtype=chunks.dtype, device=targets.ids_NK.device)
+    weight_sum = torch.zeros((), dtype=chunks.dtype, device=targets.ids_NK.device)
+    # Precision is chosen here, not by an enclosing autocast.
+    with torch.autocast(targets.ids_NK.device.type, enabled=False):
+        for start, stop in chunks.spans():
+            logits_CV = chunks.logits(start, stop)
+            values_CJ, weights_C = chunk_losses(
+                logits_CV, targets.narrow(start, stop), mix, with_gradient=with_gradient
+            )
+            term_sums_J += (weights_C.unsqueeze(1) * values_CJ).sum(dim=0)
+            weight_sum += weights_C.sum()
+            if with_gradient:
+                chunks.accumulate(start, stop, logits_CV)
+    return weighted_sum(mix, term_sums_J), term_sums_J, weight_sum
+
+
+# What Hugging Face models do to logits after the head, by the name of the setting (Gemma, Cohere, Granite, Falcon-H1,
+# RecurrentGemma, Muse): the value that means nothing is done.
+_LOGIT_SETTINGS: dict[str, float | None] = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+
+
+class CausalModel(Protocol):
+    """What `fuse_head` asks of a model; every Hugging Face causal language model has it."""
+
+    @property
+    def config(self) -> Any: ...
+
+    def get_output_embeddings(self) -> torch.nn.Module | None: ...
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None: ...
+
+
+class FusedHead(torch.nn.Linear):
+    """`torch.nn.Linear` [V, H] whose forward can also be the fused loss; state dict and weights are the same."""
+
+    @staticmethod
+    def sharing(linear: torch.nn.Linear) -> FusedHead:
+        """A head around the very Parameters of `linear`, so that tied embeddings stay tied."""
+        has_bias = linear.bias is not None
+        head = FusedHead(
+            linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=linear.weight.dtype
+        )
+        head.weight = linear.weight
+        if has_bias:
+            head.bias = linear.bias
+        return head.train(linear.training)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        *,
+        targets: SparseTargets | None = None,
+        mix: LossMix | None = None,
+        lora_hidden_NR: Tensor | None = None,
+        lora_weight_VR: Tensor | None = None,
+        chunk_tokens: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Logits [..., V] without targets; with targets and mix the tensors of `fused_loss_tensors`; with targets alone
+        those of `metrics_tensor`. `head_loss` and `head_metrics` give them names.
+
+        Plain tensors, and targets as keywords, because DeepSpeed's hooks look for tensors in positional inputs and in
+        outputs that are tensors or tuples.
+        """
+        if targets is None:
+            return super().forward(input)
+        head = HeadInputs(input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens)
+        return metrics_tensor(head, targets) if mix is None else fused_loss_tensors(head, targets, mix)
+
+
+def fuse_head(model: CausalModel) -> FusedHead:
+    """Put a FusedHead in the place of the model's head and return it; call before peft and DeepSpeed wrap the model.
+
+    Raises:
+        ConfigError: no head, a head that is not a plain `torch.nn.Linear` (quantised, say), or a model that scales or
+            caps its logits after the head, which the fused losses would not see.
+    """
+    linear = model.get_output_embeddings()
+    if isinstance(linear, FusedHead):
+        return linear
+    if type(linear) is not torch.nn.Linear:
+        raise ConfigError(f"the student's head is a {type(linear).__name__}: losses need a plain torch.nn.Linear head")
+    refuse_changed_logits(model.config.to_dict())
+    head = FusedHead.sharing(linear)
+    model.set_output_embeddings(head)
+    return head
+
+
+def refuse_changed_logits(model_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a Hugging Face config (as a dict, nested text config included) scales or caps logits."""
+    for part in (model_config, model_config.get("text_config") or {}):
+        for name, neutral in _LOGIT_SETTINGS.items():
+            value = part.get(name)
+            if value is not None and value != neutral:
+                raise ConfigError(
+                    f"the student's config has {name}={value}: losses are fused with a head whose logits are used as "
+                    "they are, choose a student that neither scales nor caps them"
+                )
+
+
+def head_loss(
+    head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, mix: LossMix, *, chunk_tokens: int | None = None
+) -> LossSums:
+    """`fused_loss` through the model's output embeddings as they stand: a FusedHead, or peft's LoRA or copy around one.
+
+    Raises:
+        ConfigError: the targets lack what the mix needs, or the adapter has no plain low-rank form (DoRA and the like).
+    """
+    fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
+    loss_sum, term_sums_J, weight_sum = fused(
+        hidden_NH,
+        targets=targets,
+        mix=mix,
+        lora_hidden_NR=lora_hidden_NR,
+        lora_weight_VR=lora_weight_VR,
+        chunk_tokens=chunk_tokens,
+    )
+    return sums_of(mix, targets, loss_sum, term_sums_J, weight_sum)
+
+
+@torch.no_grad()
+def head_metrics(
+    head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, *, chunk_tokens: int | None = None
+) -> TokenMetrics:
+    """`sparse_metrics` through the model's output embeddings as they stand, without gradient; see `head_loss`."""
+    fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
+    metrics_8N: Tensor = fused(
+        hidden_NH,
+        targets=targets,
+        lora_hidden_NR=lora_hidden_NR,
+        lora_weight_VR=lora_weight_VR,
+        chunk_tokens=chunk_tokens,
+    )
+    return TokenMetrics(*metrics_8N.unbind())
+
+
+def _without_lora(head: torch.nn.Module, hidden_NH: Tensor) -> tuple[torch.nn.Module, Tensor | None, Tensor | None]:
+    """(head below the adapter, A x scaled [N, R], B [V, R]); several active adapters are concatenated along R."""
+    if isinstance(head, FusedHead):
+        return head, None, None
+    from peft.tuners.lora import Linear as LoraLinear
+
+    if not isinstance(head, LoraLinear):
+        return head, None, None
+    active = [] if head.disable_adapters or head.merged else [a for a in head.active_adapters if a in head.lora_A]
+    if any(adapter in head.lora_variant or head.lora_bias[adapter] for adapter in active):
+        raise ConfigError(
+            "LoRA on the head must be plain: switch off DoRA, lora_bias and other variants, or leave lm_head out"
+        )
+    if not active:
+        return head.get_base_layer(), None, None
+    lora_hidden, lora_weight = [], []
+    for adapter in active:
+        lora_a, lora_b = head.lora_A[adapter], head.lora_B[adapter]
+        assert isinstance(lora_a, torch.nn.Linear)
+        assert isinstance(lora_b, torch.nn.Linear)
+        dropped_NH = head.lora_dropout[adapter](hidden_NH.to(lora_a.weight.dtype))
+        lora_hidden.append(lora_a(dropped_NH) * head.scaling[adapter])
+        # Under ZeRO-3 reading `weight` within the engine's forward gathers it and registers it with the outer module.
+        lora_weight.append(lora_b.weight)
+    return head.get_base_layer(), torch.cat(lora_hidden, dim=1), torch.cat(lora_weight, dim=1)

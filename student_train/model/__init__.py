@@ -1,0 +1,1 @@
+"""The student model: loading, packed attention, pruning, saving."""

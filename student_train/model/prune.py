@@ -1,0 +1,108 @@
+"""A student cut from a teacher by depth: evenly spaced layers, the first and the last among them.
+
+In: a Hugging Face decoder. Out: a Hugging Face folder with fewer layers, everything else as it was. Such a student
+starts far nearer to the teacher than random weights (DistilBERT, arXiv 1910.01108; Minitron, 2407.14679).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError
+from stillroom.log import note
+from stillroom.models import fingerprint_weights, load_tokenizer
+from stillroom.storage.paths import write_text_atomic
+from student_train.config import StudentConfig
+from student_train.model.folder import atomic_folder, refuse_existing, save_model
+
+RECORD = "init.json"
+
+
+def kept_layers(num_teacher: int, num_student: int) -> list[int]:
+    """Evenly spaced layer numbers, first and last included. 30 layers to 4: 0, 10, 19, 29. One alone: the first."""
+    if not 1 <= num_student <= num_teacher:
+        raise ConfigError(f"layers={num_student} is outside 1..{num_teacher}, the layers of the teacher")
+    if num_student == 1:
+        return [0]
+    return [round(number * (num_teacher - 1) / (num_student - 1)) for number in range(num_student)]
+
+
+def init_student(teacher: str, num_layers: int, out: Path) -> Json:
+    """Writes the student's folder and says what was kept. A folder that the same call wrote before is left as it is.
+
+    Raises ConfigError where `out` holds something else or the teacher is no decoder with a list of layers, DataError
+    where the teacher cannot be loaded.
+    """
+    fingerprint, revision = fingerprint_weights(teacher)
+    asked = {"teacher": teacher, "teacher_weights_fingerprint": fingerprint, "num_layers": num_layers}
+    if (out / RECORD).exists():
+        record: Json = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        if {key: record.get(key) for key in asked} == asked:
+            note(f"{out} is there already, cut in the same way: it is left as it is")
+            return record
+    refuse_existing(out)
+    model = _load(teacher)
+    config = model.config.to_dict()
+    kept = keep_layers(model, num_layers)
+    record = {
+        **asked,
+        "teacher_revision": revision,
+        "teacher_layers": int(config["num_hidden_layers"]),
+        "kept_layers": kept,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "folder": str(out),
+    }
+    with atomic_folder(out) as temp:
+        save_model(model, load_tokenizer(teacher), temp)
+        write_text_atomic(temp / RECORD, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def require_cut(student: StudentConfig) -> None:
+    """Raises ConfigError where the configuration says how the student is cut and its folder was not cut so."""
+    if student.init is None:
+        return
+    folder, asked = Path(student.model), student.init
+    if not folder.exists():
+        raise ConfigError(f"student.model: {folder} is not there yet: `student-train init` with this file makes it")
+    if not (folder / RECORD).exists():
+        return
+    record: Json = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    found, wanted = (record["teacher"], record["num_layers"]), (asked.teacher, asked.layers)
+    if found != wanted:
+        raise ConfigError(
+            f"student.init asks for {wanted[1]} layers of {wanted[0]}, but {folder} holds {found[1]} layers of "
+            f"{found[0]}: name another folder in student.model, or remove this one and run `student-train init`"
+        )
+
+
+def keep_layers(model: Any, num_layers: int) -> list[int]:
+    """Cuts a decoder in place to evenly spaced layers and returns their numbers; settings given layer by layer follow.
+
+    Raises ConfigError where the model has no decoder with a list of layers.
+    """
+    import torch
+
+    decoder = model.get_decoder()
+    config = model.config
+    num_teacher = config.to_dict().get("num_hidden_layers")
+    layers = dict(decoder.named_children()).get("layers")
+    if not isinstance(layers, torch.nn.ModuleList) or len(layers) != num_teacher:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be cut: init knows decoders with model.layers (Llama, Qwen2, Qwen3, ...)"
+        )
+    kept = kept_layers(num_teacher, num_layers)
+    decoder.layers = torch.nn.ModuleList([layers[number] for number in kept])
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == num_teacher:
+            setattr(config, name, [value[number] for number in kept])
+    config.num_hidden_layers = len(kept)
+    return kept
+
+
+def _load(teacher: str) -> Any:
+    from student_train.config import StudentConfig
+    from student_train.model.student import load_causal
+
+    return load_causal(teacher, StudentConfig(model=teacher), None)

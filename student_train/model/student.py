@@ -1,0 +1,188 @@
+"""The student as one module whose forward gives losses or metrics of a pack, never logits: what DeepSpeed wraps.
+
+In: a Hugging Face folder. Out: `Student`, a decoder whose head is fused with the losses; all of it trained, the head
+alone, or LoRA adapters. The head's module is called inside this module's forward, so ZeRO-3 gathers its weight.
+
+    L tokens of a pack, N loss tokens, H hidden, J terms of a mix
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.errors import ConfigError, DataError
+from stillroom.models import hush_hub
+from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
+from student_train.data.pack import TorchPack
+from student_train.losses.divergences import LossMix
+from student_train.losses.fused_head import fuse_head, head_loss, head_metrics
+from student_train.model.packed_attention import Apart, hidden_states, keep_apart
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Student(torch.nn.Module):
+    """A causal language model (`model`, under peft or not) that computes losses at chosen positions of a pack."""
+
+    def __init__(self, model: Any, chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk_tokens = chunk_tokens
+        self.apart = keep_apart(self.causal)
+        self._decoder_learns = any(parameter.requires_grad for parameter in self.causal.get_decoder().parameters())
+
+    @property
+    def causal(self) -> Any:
+        """The Hugging Face model, below peft where there is an adapter."""
+        from peft import PeftModel
+
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def forward(self, pack: TorchPack, mix: LossMix | None = None) -> tuple[Tensor, ...]:
+        """With a mix (loss_sum, term_sums_J, weight_sum) of losses.LossSums; without, TokenMetrics as a tuple.
+
+        Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
+        """
+        causal = self.causal
+        # A frozen decoder below a trained head keeps no activations.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
+            hidden_LH = hidden_states(
+                causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths
+            )
+            hidden_NH = hidden_LH.index_select(0, pack.predict_positions_N)
+        head = causal.get_output_embeddings()
+        if mix is not None:
+            sums = head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens)
+            return sums.loss_sum, torch.stack(list(sums.term_sums.values())), sums.weight_sum
+        # A plain tuple: hooks on modules rebuild what they return by its type.
+        return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
+
+
+def load_student(
+    student: StudentConfig, folder: str, stage: StageConfig, engine: EngineConfig, *, seed: int, vocab_size: int
+) -> Student:
+    """The model in `folder` ready to be trained as the stage says, on ids below `vocab_size`.
+
+    Raises ConfigError, DataError.
+    """
+    model = load_causal(folder, student, engine.precision)
+    widen_vocab(model, vocab_size)
+    fuse_head(model)
+    if engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if stage.trainable == "lora":
+        torch.manual_seed(seed)
+        model = add_lora(model, stage.lora or LoraConfig())
+    elif stage.trainable == "head":
+        model.requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(True)
+    model.train()
+    made = Student(model, engine.chunk_tokens)
+    if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
+        raise ConfigError(
+            f"{folder} carries a state from token to token, so the documents of a pack are computed one by one; ranks "
+            "that gather weights at every call (ZeRO 3) would wait for each other for ever: set engine.zero_stage to 2"
+        )
+    return made
+
+
+def use_cpu_where_there_is_no_gpu() -> None:
+    """Tells DeepSpeed, which transformers may import, that it computes on the CPU: it would guess, and say so."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def load_causal(folder: str, student: StudentConfig, precision: str | None) -> Any:
+    """The Hugging Face causal language model in a folder or hub id, on the CPU; precision None is the stored one.
+
+    Raises DataError in one line.
+    """
+    use_cpu_where_there_is_no_gpu()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    hush_hub()
+    revision = student.revision if folder == student.model else None
+    loader: Any = transformers.AutoModelForCausalLM
+    try:
+        model, report = loader.from_pretrained(
+            folder,
+            revision=revision,
+            trust_remote_code=student.trust_remote_code,
+            dtype="auto" if precision is None else DTYPES[precision],
+            attn_implementation=student.attention,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"{folder} is no model that transformers loads: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise DataError(f"{folder} lacks {len(report['missing_keys'])} weights of its own config ({names}, ...)")
+    return model
+
+
+def meta_causal(student: StudentConfig) -> Any:
+    """The student's model out of its config.json alone: modules and shapes without memory. Raises DataError."""
+    use_cpu_where_there_is_no_gpu()
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=student.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"{student.model} has no config that transformers knows: {' '.join(str(error).split())}"
+        ) from error
+
+
+def widen_vocab(model: Any, vocab_size: int) -> int:
+    """Adds embedding rows until there are `vocab_size`, and returns how many; relatives differ in their padding.
+
+    New rows are the mean of the others, so that a head gives them neither much probability nor none.
+    """
+    old_size = model.get_input_embeddings().weight.shape[0]
+    if old_size >= vocab_size:
+        return 0
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[old_size:] = module.weight[:old_size].mean(dim=0)
+    return int(vocab_size - old_size)
+
+
+def add_lora(model: Any, lora: LoraConfig) -> Any:
+    """The model under a peft adapter. Raises ConfigError for target names that it does not have."""
+    import peft
+
+    wanted = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by it, whatever its type
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets or "all-linear",
+    )
+    try:
+        return peft.get_peft_model(model, wanted)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets={lora.targets}: {' '.join(str(error).split())[:200]}") from error
+
+
+def require_lora_targets(model: Any, lora: LoraConfig) -> None:
+    """Raises ConfigError for a target that is the name, or the end of the dotted name, of no layer that peft adapts."""
+    import transformers
+
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, transformers.pytorch_utils.Conv1D)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    for target in lora.targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ConfigError(f"lora.targets: the student has no linear layer {target!r}: there are {known}")

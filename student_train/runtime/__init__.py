@@ -1,0 +1,1 @@
+"""Processes, DeepSpeed, checkpoints and the run folder."""

@@ -1,0 +1,278 @@
+"""DeepSpeed around a student: distribution, ZeRO, optimizer step, saved state. The only file that imports deepspeed.
+
+In: a Student and settings. Out: `Engine`, whose gradients are those of the *sum* of losses over all ranks and
+micro-steps divided by a number that the caller gives, whatever DeepSpeed would have divided by.
+
+DeepSpeed averages gradients over ranks and, by `backward`, over micro-steps. Here `backward` is told not to scale by
+accumulation, and each rank's loss is multiplied by the number of ranks, so that mean over ranks = sum over ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.errors import ConfigError, CorruptError, first_line
+from student_train.config import EngineConfig, StageConfig
+from student_train.data.pack import TorchPack
+from student_train.losses.divergences import LossMix
+from student_train.losses.fused_head import LossSums
+from student_train.losses.metrics import TokenMetrics
+from student_train.model.student import Student
+from student_train.runtime.ranks import Ranks
+
+ADAM_EPS = 1e-8
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+class Engine:
+    """A student under DeepSpeed for one stage. Every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        student: Student,
+        stage: StageConfig,
+        config: EngineConfig,
+        ranks: Ranks,
+        accumulation: int,
+        *,
+        universal: bool,
+    ) -> None:
+        """Spreads the student over the ranks; `universal` when the state to load was made universal."""
+        self._ranks = ranks
+        self._student = student
+        self._is_plain = config.zero_stage == 0 and config.precision == "float32"
+        self._plain_norm: Tensor | None = None
+        with _quiet():
+            import deepspeed
+
+            _refuse_precision(config.precision, deepspeed.accelerator.get_accelerator())
+            optimizer = torch.optim.AdamW(
+                _parameter_groups(student, stage.weight_decay),
+                lr=stage.learning_rate,
+                betas=(stage.beta1, stage.beta2),
+                eps=ADAM_EPS,
+            )
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=student,
+                optimizer=optimizer,
+                config=deepspeed_config(stage, config, ranks.num_ranks, accumulation, universal=universal),
+                dist_init_required=False,
+            )
+        if config.zero_stage == 0 and config.precision != "float32":
+            # DeepSpeed makes Adam's moments by a step on zero gradients, which its bias correction would count.
+            self._deepspeed.optimizer.optimizer.state.clear()
+
+    def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
+        """Sums of one pack's losses, with gradient."""
+        loss_sum, term_sums_J, weight_sum = self._deepspeed(pack, mix)
+        terms = dict(zip(mix.names, term_sums_J.unbind(), strict=True))
+        return LossSums(loss_sum, pack.targets.num_tokens, weight_sum, terms)
+
+    @torch.no_grad()
+    def metrics(self, pack: TorchPack) -> TokenMetrics:
+        """Metrics of one pack's loss tokens; dropout off."""
+        self._deepspeed.eval()
+        values = self._deepspeed(pack)
+        self._deepspeed.train()
+        return TokenMetrics(*values)
+
+    def backward(self, loss_sum: Tensor, total_weight: float, *, is_last: bool) -> None:
+        """Adds the gradient of loss_sum / total_weight; `is_last` for the last micro-step before `step`."""
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        self._deepspeed.backward(loss_sum * (self._ranks.num_ranks / total_weight), scale_wrt_gas=False)
+        if not is_last:
+            self._deepspeed.step()
+
+    def step(self, learning_rate: float) -> bool:
+        """Clips and applies the gradient that was added up; False where float16 overflowed and the step was skipped."""
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = int(self._deepspeed.skipped_steps)
+        self._plain_norm = self._norm_without_zero()
+        self._deepspeed.step()
+        return int(self._deepspeed.skipped_steps) == skipped_before
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient before clipping."""
+        return float(self._deepspeed.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
+
+    def _norm_without_zero(self) -> Tensor | None:
+        """Of gradients that lie whole in their parameters, for which DeepSpeed keeps no norm: ZeRO 0 in float32."""
+        if not self._is_plain:
+            return None
+        grads = [parameter.grad for parameter in self._student.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes trained weights and optimizer state below `folder/tag`; frozen weights are where they came from."""
+        with _quiet():
+            self._deepspeed.save_checkpoint(
+                str(folder), tag=tag, client_state=_universal_info(), save_latest=False, exclude_frozen_parameters=True
+            )
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Takes back what `save` wrote. Raises CorruptError for files that hold more than tensors and plain values."""
+        with _quiet(), _tensors_only(folder / tag):
+            path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        assert path is not None
+
+    def close(self) -> None:
+        """Frees what DeepSpeed holds; the engine is of no use afterwards."""
+        self._deepspeed.destroy()
+
+
+def _refuse_precision(precision: str, accelerator: Any) -> None:
+    """Raises ConfigError for a precision that the machine's accelerator does not have."""
+    supported = {
+        "float32": True,
+        "bfloat16": accelerator.is_bf16_supported(),
+        "float16": accelerator.is_fp16_supported(),
+    }
+    if not supported[precision]:
+        possible = ", ".join(name for name, has in supported.items() if has)
+        raise ConfigError(
+            f"engine.precision={precision} cannot be trained on this {accelerator.device_name()}: take {possible}"
+        )
+
+
+def deepspeed_config(
+    stage: StageConfig, config: EngineConfig, num_ranks: int, accumulation: int, *, universal: bool
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration. No optimizer block: its "AdamW" would compile an operator even on a CPU."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * num_ranks,
+        "gradient_clipping": stage.clip_norm or 0.0,
+        "bf16": {"enabled": config.precision == "bfloat16"},
+        "fp16": {"enabled": config.precision == "float16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
+        # Nothing is printed by DeepSpeed itself.
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def make_universal(source: Path, target: Path) -> None:
+    """Converts a saved ZeRO state to DeepSpeed's universal form, which any number of ranks loads; one process only.
+
+    Raises CorruptError as `Engine.load` does.
+    """
+    from argparse import Namespace
+
+    with _quiet(), _tensors_only(source):
+        from deepspeed.checkpoint import ds_to_universal
+
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(source),
+                output_folder=str(target),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=False,
+            )
+        )
+
+
+def saved_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
+    """Trained weights of a saved state by parameter name of the Hugging Face (or peft) model, on the CPU.
+
+    Raises CorruptError as `Engine.load` does.
+    """
+    with _quiet(), _tensors_only(folder / tag):
+        if zero_stage == 3:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        else:
+            path = folder / tag / "mp_rank_00_model_states.pt"
+            state = torch.load(path, map_location="cpu", weights_only=True)["module"]
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def _parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _universal_info() -> dict[str, Any]:
+    from deepspeed.checkpoint.constants import (
+        UNIVERSAL_CHECKPOINT_INFO,
+        UNIVERSAL_CHECKPOINT_VERSION_KEY,
+        UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+    )
+
+    # ds_to_universal refuses a state that does not say which version of its rules it follows.
+    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+
+
+@contextlib.contextmanager
+def _tensors_only(folder: Path) -> Iterator[None]:
+    """Makes DeepSpeed load tensors, plain values and four small classes of its own, and nothing that runs code.
+
+    It asks torch for unrestricted pickle, in which a file from elsewhere could run any program; torch's variable
+    overrides that. Raises CorruptError, naming `folder`, for a file that holds anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except UnpicklingError as error:
+        raise CorruptError(
+            f"{folder} holds more than tensors, so it is not loaded (it could run code): {first_line(error)}"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps DeepSpeed's greetings, deprecation warnings and progress bars from the terminal, not its errors."""
+    greetings = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(greetings), contextlib.redirect_stderr(greetings):
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: F401 - its logger exists from here on
+
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(logging.ERROR)
+        for handler in logger.handlers:
+            # Its own handler, which writes to what was stdout when it was imported: the place of results.
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.__stderr__)
+        yield

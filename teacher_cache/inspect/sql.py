@@ -1,0 +1,553 @@
+"""`teacher-cache sql`: one query over one or more caches, or an interactive session.
+
+In: a SELECT, from the command line or stdin. Out: its result on stdout or in a file that becomes visible whole. The
+session is locked (sql.session): it reads the caches' files and nothing else, and writes nowhere; the file of `--out` is
+written by this module, never by the query.
+
+Query results as text: table, csv, json, markdown. Everything but a table streams, one record batch at a time.
+
+In: a stream of record batches. Out: pieces of text. A table is for eyes: it is cut to the width of the terminal and to
+a number of rows, numbers to six digits. The others are for programs and hold every row and digit.
+
+The interactive session of `teacher-cache sql`: history, several lines up to `;`, Ctrl-C ends the query and stays,
+Ctrl-D leaves.
+"""
+
+import contextlib
+import datetime
+import decimal
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
+from prompt_toolkit.lexers import PygmentsLexer
+from prompt_toolkit.output import Output
+from pygments.lexers.sql import SqlLexer
+
+from stillroom.cache.catalog import Catalog, check_hash
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.log import Progress, cut, harmless, note, one_line, pad, width_of
+from stillroom.sql.session import Session, export_views
+from stillroom.sql.views import VIEWS, quote
+from stillroom.storage.paths import Location, atomic_path, check_out, location
+
+MIN_COLUMN_WIDTH = 12
+"""Columns of text are not squeezed below this; a table that is still too wide is shown one value a line."""
+
+COUNTING_LIMIT_S = 1.0
+"""How long the rows that a table leaves out are counted."""
+
+EXPLAINED = ["explain_key", "explain_value"]
+"""Columns of the answer to EXPLAIN. Its plan is drawn in lines, and shown as drawn."""
+
+GAP = "  "
+
+
+@dataclass(slots=True)
+class Shown:
+    """How much of a result a table holds. `num_rows` is a lower bound unless `counted`."""
+
+    num_shown: int = 0
+    num_rows: int = 0
+    counted: bool = True
+
+
+def table_text(reader: pa.RecordBatchReader, max_rows: int, width: int | None, shown: Shown) -> Iterator[str]:
+    """A table of the first `max_rows` rows in `width` columns (None: as wide as it gets), and what that was in
+    `shown`.
+    """
+    rows: list[list[Any]] = []
+    for batch in reader:
+        rows.extend(_rows(batch.slice(0, max_rows - len(rows))))
+        shown.num_rows += batch.num_rows
+        if shown.num_rows > max_rows:
+            break
+    shown.num_shown = len(rows)
+    if reader.schema.names == EXPLAINED:
+        yield from (f"{plan}\n" for _, plan in rows)
+        return
+    _count_rest(reader, shown)
+    names = [one_line(name) for name in reader.schema.names]
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(width_of, column)) for column in zip(names, *cells, strict=True)]
+    numeric = [_is_number(field.type) for field in reader.schema]
+    fitted = _fit(widths, numeric, width)
+    if fitted is None:
+        yield from _records(names, cells, width)
+    else:
+        yield from _lines(names, cells, fitted, numeric)
+
+
+def csv_text(reader: pa.RecordBatchReader) -> Iterator[str]:
+    """RFC 4180 with a header line; NULL is an empty field, an empty string is `""`, lists and structs are JSON."""
+    header = True
+    for batch in _with_empty(reader):
+        sink = pa.BufferOutputStream()
+        arrays = [_csv_column(array) for array in batch.columns]
+        plain = pa.Table.from_arrays(arrays, names=batch.schema.names)
+        pyarrow.csv.write_csv(plain, sink, pyarrow.csv.WriteOptions(include_header=header))
+        yield sink.getvalue().to_pybytes().decode("utf-8")
+        header = False
+
+
+def json_text(reader: pa.RecordBatchReader) -> Iterator[str]:
+    """An array of objects, one a line. NaN and infinities, which JSON lacks, are null; times are ISO 8601."""
+    names = _distinct(reader.schema.names)
+    yield "["
+    first = True
+    for batch in reader:
+        lines = [
+            json.dumps(dict(zip(names, map(_plain, row), strict=True)), ensure_ascii=False) for row in _rows(batch)
+        ]
+        if lines:
+            yield ("\n" if first else ",\n") + ",\n".join(lines)
+            first = False
+    yield "\n]\n"
+
+
+def markdown_text(reader: pa.RecordBatchReader) -> Iterator[str]:
+    """A GitHub table; numbers to six digits, markup in cells escaped."""
+    yield _markdown_row(reader.schema.names)
+    yield _markdown_row(["--:" if _is_number(field.type) else "---" for field in reader.schema])
+    for batch in reader:
+        yield "".join(_markdown_row([_markdown_cell(value) for value in row]) for row in _rows(batch))
+
+
+def _with_empty(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """The batches, preceded by an empty one, so that a result without rows has its header too."""
+    yield pa.RecordBatch.from_pylist([], schema=reader.schema)
+    yield from reader
+
+
+def _rows(batch: pa.RecordBatch) -> list[list[Any]]:
+    columns = [column.to_pylist() for column in batch.columns]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _count_rest(reader: pa.RecordBatchReader, shown: Shown) -> None:
+    started_s = time.monotonic()
+    for batch in reader:
+        shown.num_rows += batch.num_rows
+        if time.monotonic() - started_s > COUNTING_LIMIT_S:
+            shown.counted = False
+            return
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return one_line(_string(value))
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime.datetime):
+        return value.replace(tzinfo=None).isoformat(sep=" ", timespec="seconds" if not value.microsecond else "auto")
+    if isinstance(value, (list, dict)):
+        return json.dumps(_plain(value), ensure_ascii=False)
+    return str(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
+
+
+def _csv_column(array: pa.Array) -> pa.Array:
+    kind = array.type
+    simple = _is_number(kind) or pa.types.is_boolean(kind)
+    if simple or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return array
+    values = [None if value is None else _csv_value(value) for value in array.to_pylist()]
+    return pa.array(values, pa.string())
+
+
+def _csv_value(value: Any) -> str:
+    plain = _plain(value)
+    return json.dumps(plain, ensure_ascii=False) if isinstance(plain, (list, dict)) else str(plain)
+
+
+def _markdown_cell(value: Any) -> str:
+    text = _cell(value)
+    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("`", "&#96;"), ("|", "\\|")):
+        text = text.replace(character, escaped)
+    return text
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names made unique, so that no column of an object is lost: `x`, `x_1`."""
+    counts: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        seen = counts.get(name, 0)
+        counts[name] = seen + 1
+        distinct.append(name if seen == 0 else f"{name}_{seen}")
+    return distinct
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def _fit(widths: list[int], numeric: Sequence[bool], width: int | None) -> list[int] | None:
+    """Column widths that together fit: the widest columns of text give first. None where they cannot."""
+    if width is None:
+        return widths
+    fitted = list(widths)
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
+    while excess > 0:
+        squeezable = [i for i, size in enumerate(fitted) if not numeric[i] and size > MIN_COLUMN_WIDTH]
+        if not squeezable:
+            return None
+        widest = max(squeezable, key=lambda i: fitted[i])
+        fitted[widest] -= 1
+        excess -= 1
+    return fitted
+
+
+def _lines(
+    names: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int], numeric: Sequence[bool]
+) -> Iterator[str]:
+    def line(row: Sequence[str]) -> str:
+        padded = [pad(cut(text, size), size, right=num) for text, size, num in zip(row, widths, numeric, strict=True)]
+        return GAP.join(padded).rstrip() + "\n"
+
+    yield line(names)
+    yield GAP.join("─" * size for size in widths) + "\n"
+    for row in cells:
+        yield line(row)
+
+
+def _records(names: Sequence[str], cells: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    label = max(map(width_of, names))
+    for number, row in enumerate(cells, 1):
+        yield f"─ row {number} ".ljust(label + len(GAP), "─") + "\n"
+        for name, text in zip(names, row, strict=True):
+            shown = text if width is None else cut(text, max(width - label - len(GAP), MIN_COLUMN_WIDTH))
+            yield f"{pad(name, label)}{GAP}{shown}\n"
+
+
+FORMATS = ("table", "csv", "json", "markdown", "parquet")
+SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table"}
+DEFAULT_MAX_ROWS = 40
+ROWS_PER_GROUP = 65536
+
+
+def open_caches(cache: Location, attach: Sequence[str]) -> dict[str, Catalog]:
+    """The cache as `main` and those of `attach`, each `NAME=CACHE`, as schemas of their names."""
+    catalogs = {"main": Catalog(cache)}
+    for item in attach:
+        name, equals, folder = item.partition("=")
+        if not equals or not name or not folder:
+            raise ConfigError(f"--attach {item!r} is not of the form NAME=CACHE, for example r1=/data/r1-cache")
+        if name in catalogs:
+            raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
+        catalogs[name] = Catalog(location(folder))
+    return catalogs
+
+
+def run_query(
+    session: Session,
+    query: str,
+    output_format: str | None = None,
+    out: Path | None = None,
+    max_rows: int = DEFAULT_MAX_ROWS,
+    *,
+    in_session: bool = False,
+) -> None:
+    """Answers one query on stdout or in `out`. The format is, if not given, that of the file's suffix, or a table.
+
+    A table shows `max_rows` rows and says on stderr what it left out, and how more is shown: by options, or by commands
+    where this is `in_session`. The other formats hold every row and stream.
+    """
+    if query.lstrip().startswith("."):
+        command = query.split()[0]
+        raise ConfigError(f"query: {command} is for a session on a terminal: here is asked in SQL, such as FROM chains")
+    chosen = _format_of(output_format, out)
+    if chosen == "parquet" and out is None:
+        raise ConfigError("--format parquet needs --out FILE: it is not text")
+    reader = session.batches(query)
+    if out is None:
+        shown = Shown()
+        _print(_text(reader, chosen, max_rows, _terminal_width(), shown))
+        if chosen == "table" and not shown.num_rows:
+            note("0 rows")
+        _say_rest(shown, in_session)
+    elif chosen == "parquet":
+        note(f"{out}: {_write_parquet(reader, out)} rows")
+    else:
+        shown = Shown()
+        with atomic_path(out) as temp, temp.open("w", encoding="utf-8", newline="") as stream:
+            stream.writelines(_text(reader, chosen, max_rows, None, shown))
+        _say_rest(shown, in_session)
+
+
+def check_files(catalogs: Iterable[Catalog]) -> None:
+    """Reads every file of the caches and compares it with the hash in its name: DuckDB does not verify page checksums.
+
+    Raises CorruptError naming the first file that is damaged.
+    """
+    tables = [table for one in catalogs for table in (one.chains, one.verdicts, one.failures)]
+    paths = [table.path_of(file) for table in tables for file in table.files()]
+    with ThreadPoolExecutor() as pool, Progress("check", len(paths), "files") as progress:
+        for number, _ in enumerate(pool.map(check_hash, paths), start=1):
+            progress.update(number, 0)
+
+
+def write_views(catalogs: dict[str, Catalog], path: Path) -> None:
+    """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
+    check_out("--export-views", path, [one.root for one in catalogs.values()])
+    if path.exists() and not _is_duckdb(path):
+        raise ConfigError(
+            f"--export-views {path} exists and is no DuckDB database, so no earlier export: delete it, or name "
+            "another file"
+        )
+    export_views(catalogs, path)
+    note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
+
+
+def _is_duckdb(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(12)[8:] == b"DUCK"
+
+
+def read_stdin() -> str:
+    """The query on stdin."""
+    text = sys.stdin.read()
+    if not text.strip():
+        raise ConfigError("no query on stdin: give one as an argument, pipe one in, or start on a terminal")
+    return text
+
+
+def _format_of(output_format: str | None, out: Path | None) -> str:
+    if output_format is None:
+        if out is None:
+            return "table"
+        if out.suffix not in SUFFIXES:
+            raise ConfigError(f"--out {out}: say --format, or end the name in {', '.join(SUFFIXES)}")
+        return SUFFIXES[out.suffix]
+    if output_format not in FORMATS:
+        raise ConfigError(f"--format {output_format} is unknown: choose one of {', '.join(FORMATS)}")
+    return output_format
+
+
+def _text(
+    reader: pa.RecordBatchReader, output_format: str, max_rows: int, width: int | None, shown: Shown
+) -> Iterator[str]:
+    if output_format == "csv":
+        return csv_text(reader)
+    if output_format == "json":
+        return json_text(reader)
+    if output_format == "markdown":
+        return markdown_text(reader)
+    return table_text(reader, max_rows, width, shown)
+
+
+def _print(pieces: Iterator[str]) -> None:
+    """To stdout; on a terminal with control characters written out."""
+    on_terminal = sys.stdout.isatty()
+    for piece in pieces:
+        sys.stdout.write(harmless(piece) if on_terminal else piece)
+    sys.stdout.flush()
+
+
+def _say_rest(shown: Shown, in_session: bool) -> None:
+    if shown.num_rows > shown.num_shown:
+        total = f"{shown.num_rows}" if shown.counted else f"more than {shown.num_rows}"
+        more, every = (".rows N", ".mode csv") if in_session else ("--max-rows", "--format csv")
+        note(f"the first {shown.num_shown} rows of {total}: {more} shows more, {every} all of them")
+
+
+def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:
+    num_rows = 0
+    try:
+        with atomic_path(out) as temp, pq.ParquetWriter(temp, reader.schema, compression="zstd") as writer:
+            for batch in reader:
+                writer.write_batch(batch, row_group_size=ROWS_PER_GROUP)
+                num_rows += batch.num_rows
+    except pa.ArrowNotImplementedError as error:
+        raise ConfigError(
+            f"--out {out}: Parquet has no such type ({error}): cast it, for example to VARCHAR"
+        ) from error
+    return num_rows
+
+
+def _terminal_width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+PROMPT = "sql> "
+CONTINUED = "...> "
+KEYWORDS = """
+    SELECT FROM WHERE GROUP BY ORDER LIMIT JOIN LEFT USING ON AS AND OR NOT NULL IS IN LIKE BETWEEN CASE WHEN THEN ELSE
+    END WITH DISTINCT HAVING OVER PARTITION QUALIFY FILTER EXPLAIN ANALYZE DESCRIBE SUMMARIZE UNION ALL
+    avg count max median min quantile_cont regexp_matches sum
+"""
+HELP = """\
+A query ends with `;` and may take several lines. Tab completes.
+.tables          the views and what they hold
+.schema VIEW     the columns of a view
+.mode FORMAT     table, csv, json or markdown
+.rows N          how many rows a table shows
+.help            this text
+.quit            leave (also Ctrl-D); Ctrl-C ends a running query
+"""
+ABOUT = {
+    "chains": "one row a chain, with its latest verdict",
+    "prompts": "one row a prompt: samples, pass rate, mean length",
+    "tokens": "one row a completion token: log probability, rank, entropy, tail mass",
+    "topk": "one row a stored candidate of a token",
+    "verdicts": "the latest verdict of each judge on each sample",
+    "failures": "requests that the engine refused",
+    "runs": "one row a build: teacher, sampling, software",
+    "vocab": "the text of every token",
+    "storage": "bytes of each column of each shard",
+}
+
+
+class SqlShell:
+    """One session at the prompt: where results go and how."""
+
+    def __init__(self, session: Session, max_rows: int, caches: Sequence[str]) -> None:
+        self._session, self._max_rows, self._caches = session, max_rows, caches
+        self._format = "table"
+
+    def run(self, terminal_in: Input | None = None, terminal_out: Output | None = None) -> None:
+        """Reads and answers until the user leaves. The two arguments stand in for the terminal in tests."""
+        prompt: PromptSession[str] = PromptSession(
+            PROMPT,
+            history=_history(),
+            lexer=PygmentsLexer(SqlLexer),
+            completer=WordCompleter(self._words(), ignore_case=True, match_middle=False),
+            complete_while_typing=False,
+            multiline=Condition(lambda: not is_complete(prompt.default_buffer.text)),
+            prompt_continuation=CONTINUED,
+            input=terminal_in,
+            output=terminal_out,
+        )
+        note(".help explains, .tables lists the views; a query ends with `;`, Ctrl-D leaves")
+        while True:
+            try:
+                text = prompt.prompt().strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            if text in (".quit", ".exit"):
+                return
+            with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being told
+                self._answer(text)
+
+    def _answer(self, text: str) -> None:
+        try:
+            if text.startswith("."):
+                self._command(text)
+            elif text:
+                for statement in self._session.statements(text):
+                    self._query(statement)
+        except StillroomError as error:
+            note(str(error))
+        except KeyboardInterrupt:
+            note("interrupted")
+
+    def _query(self, statement: str) -> None:
+        started_s = time.monotonic()
+        run_query(self._session, statement, self._format, max_rows=self._max_rows, in_session=True)
+        note(f"{time.monotonic() - started_s:.2f} s")
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text.rstrip(";").partition(" ")
+        argument = argument.strip()
+        if name == ".help":
+            print(HELP, end="")
+        elif name == ".tables":
+            self._tables()
+        elif name == ".schema":
+            _, _, view = argument.rpartition(".")
+            if view not in VIEWS:
+                raise ConfigError(f".schema {argument}: name one of {', '.join(VIEWS)}")
+            query = f"SELECT column_name AS column, column_type AS type FROM (DESCRIBE {argument})"
+            run_query(self._session, query, max_rows=200)
+        elif name == ".mode":
+            if argument not in FORMATS or argument == "parquet":
+                raise ConfigError(f".mode {argument}: choose table, csv, json or markdown")
+            self._format = argument
+        elif name == ".rows":
+            if not argument.isdigit() or int(argument) < 1:
+                raise ConfigError(f".rows {argument}: give a whole number of at least 1")
+            self._max_rows = int(argument)
+        else:
+            raise ConfigError(f"{name} is unknown: .help lists what there is")
+
+    def _tables(self) -> None:
+        for cache in self._caches:
+            prefix = "" if cache == "main" else f"{cache}."
+            for view in VIEWS:
+                print(f"{prefix + view:<20} {ABOUT[view]}")
+
+    def _words(self) -> list[str]:
+        views = ", ".join(quote(view) for view in VIEWS)
+        query = f"SELECT DISTINCT column_name FROM information_schema.columns WHERE table_name IN ({views})"
+        columns = [str(name) for name in self._session.arrow(query).column(0).to_pylist()]
+        return sorted(
+            {*VIEWS, *columns, *KEYWORDS.split(), *(f"{name}.chains" for name in self._caches if name != "main")}
+        )
+
+
+def is_complete(text: str) -> bool:
+    """Whether Enter ends the input: nothing, a dot command, or a query whose last character is `;`."""
+    bare = re.sub(r"--[^\n]*", "", text).strip()
+    return not bare or bare.startswith(".") or bare.endswith(";")
+
+
+def _history() -> History:
+    """The history file in the user's state folder, readable to the user alone; in memory where that cannot be."""
+    base = os.environ.get("XDG_STATE_HOME")
+    path = (Path(base) if base else Path.home() / ".local" / "state") / "stillroom" / "sql_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+    except OSError as error:
+        note(f"no history: {path} cannot be written ({error.strerror})")
+        return InMemoryHistory()
+    return FileHistory(str(path))

@@ -1,0 +1,181 @@
+"""`teacher-cache stats`: the numbers of a cache, for eyes and for programs.
+
+In: a cache. Out: counts, bytes and shares, by source, split and run. Reads scalars and Parquet footers, never a
+distribution.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from stillroom.cache.catalog import Catalog
+from stillroom.log import format_bytes, format_count, format_plural, one_line, pad, width_of
+from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
+from stillroom.sql.session import Session, open_cache
+from stillroom.sql.views import quote
+
+SIGNAL_COLUMNS = tuple(
+    dict.fromkeys(field.name for fields in (TOKEN_FIELDS, *SIGNAL_FIELDS.values()) for field in fields)
+)
+"""Columns that exist for the distributions: what a cache of plain text would not have."""
+
+_COUNTS = """
+    count(*) AS num_chains, count(DISTINCT prompt_id) AS num_prompts,
+    coalesce(sum(num_tokens), 0)::BIGINT AS num_tokens,
+    coalesce(sum(num_prompt_tokens), 0)::BIGINT AS num_prompt_tokens,
+    coalesce(sum(num_reasoning_tokens), 0)::BIGINT AS num_reasoning_tokens,
+    avg(num_tokens) AS mean_num_tokens, count(*) FILTER (truncated) AS num_truncated, count(correct) AS num_judged,
+    count(*) FILTER (correct IS NULL AND judge IS NOT NULL) AS num_undecided,
+    avg(correct::INTEGER) AS pass_rate, sum(mean_entropy * num_tokens) / sum(num_tokens) AS mean_entropy,
+    sum(mean_tail_mass * num_tokens) / sum(num_tokens) AS mean_tail_mass,
+    sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
+"""
+
+UNDECIDED = "no reference, or the check gave up: `teacher-cache judge` tries again, `--judge` another check"
+"""What an undecided chain may lack, and what helps."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Counts(_Record):
+    """Of a set of chains. Means of signals are over tokens; None where the set is empty or nothing is judged."""
+
+    num_chains: int
+    num_prompts: int
+    num_tokens: int
+    num_prompt_tokens: int
+    num_reasoning_tokens: int
+    mean_num_tokens: float | None
+    num_truncated: int
+    num_judged: int
+    num_undecided: int = Field(description="chains whose latest verdict is that their judge could not tell")
+    pass_rate: float | None
+    mean_entropy: float | None
+    mean_tail_mass: float | None
+    mean_support: float | None
+
+
+class CacheStats(Counts):
+    """A whole cache. `bytes_per_token`: bytes of the shard files over the completion tokens in them."""
+
+    num_shards: int
+    shard_bytes: int
+    signal_bytes: int = Field(description="bytes of the columns that hold distributions and per-token scalars")
+    bytes_per_token: float | None
+    signal_bytes_per_token: float | None
+    num_failed: int = Field(description="samples that failed and have not succeeded since")
+    failures: dict[str, int] = Field(description="the same by reason")
+    by_source: dict[str, Counts]
+    by_split: dict[str, Counts]
+    by_run: dict[str, Counts]
+    chains_version: int
+    verdicts_version: int
+    failures_version: int
+
+
+def cache_stats(catalog: Catalog) -> CacheStats:
+    """Counts everything at the catalog's versions."""
+    with open_cache(catalog) as session:
+        return session_stats(session, catalog)
+
+
+def session_stats(session: Session, catalog: Catalog) -> CacheStats:
+    """The same in a session that is open already."""
+    (whole,) = session.arrow(f"SELECT {_COUNTS} FROM chains").to_pylist()
+    files = catalog.chains.files()
+    shard_bytes = sum(file.size_bytes for file in files)
+    listed = ", ".join(quote(name) for name in SIGNAL_COLUMNS)
+    (signals,) = session.arrow(
+        f"SELECT coalesce(sum(bytes), 0)::BIGINT AS bytes FROM storage WHERE column_name IN ({listed})"
+    ).to_pylist()
+    failures = session.arrow(
+        "SELECT reason, count(DISTINCT sample_id) AS num FROM failures"
+        " WHERE sample_id NOT IN (SELECT sample_id FROM chains) GROUP BY reason ORDER BY num DESC, reason"
+    ).to_pylist()
+    num_tokens = whole["num_tokens"]
+    return CacheStats(
+        **whole,
+        num_shards=len(files),
+        shard_bytes=shard_bytes,
+        signal_bytes=signals["bytes"],
+        bytes_per_token=shard_bytes / num_tokens if num_tokens else None,
+        signal_bytes_per_token=signals["bytes"] / num_tokens if num_tokens else None,
+        num_failed=sum(row["num"] for row in failures),
+        failures={row["reason"]: row["num"] for row in failures},
+        by_source=_grouped(session, "source"),
+        by_split=_grouped(session, "split"),
+        by_run=_grouped(session, "run_id"),
+        chains_version=catalog.chains.version,
+        verdicts_version=catalog.verdicts.version,
+        failures_version=catalog.failures.version,
+    )
+
+
+def stats_text(stats: CacheStats) -> str:
+    """The numbers as lines for a terminal."""
+    reasoning = _share(stats.num_reasoning_tokens, stats.num_tokens)
+    chains, prompts = format_plural(stats.num_chains, "chain"), format_plural(stats.num_prompts, "prompt")
+    lines = [
+        f"{chains} of {prompts} in {format_plural(stats.num_shards, 'shard')}",
+        f"{stats.num_tokens:,} completion tokens ({reasoning} reasoning), {stats.num_prompt_tokens:,} prompt tokens",
+    ]
+    if stats.bytes_per_token is not None and stats.signal_bytes_per_token is not None:
+        lines.append(
+            f"{format_bytes(stats.shard_bytes)}: {stats.bytes_per_token:.1f} B/token, "
+            f"{stats.signal_bytes_per_token:.1f} of them signals"
+        )
+    lines.append(f"{stats.num_truncated:,} truncated ({_share(stats.num_truncated, stats.num_chains)})")
+    right = f", {stats.pass_rate:.1%} right" if stats.num_judged else ""
+    undecided = f", {stats.num_undecided:,} undecided ({UNDECIDED})" if stats.num_undecided else ""
+    lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
+    reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
+    lines.append(f"{stats.num_failed:,} failed" + (f": {reasons}" if reasons else ""))
+    lines.append(
+        f"versions: chains {stats.chains_version}, verdicts {stats.verdicts_version}, failures {stats.failures_version}"
+    )
+    for title, groups in (("source", stats.by_source), ("split", stats.by_split), ("run", stats.by_run)):
+        lines += ["", *_aligned(title, groups)]
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(session: Session, column: str) -> dict[str, Counts]:
+    table: pa.Table = session.arrow(
+        f"SELECT {column} AS name, {_COUNTS} FROM chains GROUP BY {column} ORDER BY {column}"
+    )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return {row.pop("name"): Counts(**row) for row in rows}
+
+
+def _aligned(title: str, groups: dict[str, Counts]) -> list[str]:
+    rows = [[title, "chains", "tokens", "mean length", "truncated", "right", "entropy (nats)"]]
+    for name, counts in groups.items():
+        rows.append(
+            [
+                one_line(name),
+                f"{counts.num_chains:,}",
+                format_count(counts.num_tokens),
+                f"{counts.mean_num_tokens:.0f}",
+                _share(counts.num_truncated, counts.num_chains),
+                "-" if counts.pass_rate is None else f"{counts.pass_rate:.1%}",
+                f"{counts.mean_entropy:.3f}",
+            ]
+        )
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            pad(cell, size, right=number > 0) for number, (cell, size) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0%"

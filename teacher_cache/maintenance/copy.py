@@ -1,0 +1,342 @@
+"""`teacher-cache copy SRC... DEST`: caches into one, shard by shard, by their Delta logs.
+
+Only what a source's latest version shows is copied; every byte is checked against the hash in its file's name on the
+way. Rows whose sample is visible in the destination are left out, so overlapping caches merge and the same command
+goes on after a kill. Builds may go on in sources and destination meanwhile.
+
+`teacher-cache recode CACHE DEST --codec NAME`: a cache anew in another codec.
+
+In: a cache. Out: another with the same chains, verdicts, failures, manifests and vocabularies, whose distributions are
+stored differently. Crash-safe and resumable as `copy` is, whose commit protocol it uses; one row group is in memory.
+"""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.cache.catalog import HASH_CHARS, SHARD_NAME, Catalog, DataFile, Table
+from stillroom.cache.codec import check_codec
+from stillroom.cache.delta_log import log_problems
+from stillroom.cache.shards import open_shard, read_row_group
+from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.log import Progress, format_bytes, format_plural, warn
+from stillroom.program import StopRequest
+from stillroom.schema import FORMAT_VERSION
+from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest, ShardHeader
+from stillroom.schema.tables import CODECS, chain_schema
+from stillroom.storage.paths import Location, atomic_path, check_reachable, local_copy, parts_of
+from teacher_cache.judging import commit_verdict_file, verdict_temp
+from teacher_cache.maintenance.orphans import receipt_problems
+from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, worker_lock
+from teacher_cache.writer.rewrite import recode_columns
+from teacher_cache.writer.shard import parquet_options
+
+COPIER = "copied"
+"""Stands in the names of copied files where others have their worker; rows keep theirs."""
+CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine"}
+
+
+Rewrite = Callable[[Path, Path], None]
+"""Writes the shard at the first path anew to the second."""
+
+
+@dataclass(slots=True)
+class CopyReport:
+    """What came into the destination; `num_known` rows were there already. `stopped`: it was interrupted."""
+
+    num_shards: int = 0
+    num_chains: int = 0
+    num_known: int = 0
+    num_verdicts: int = 0
+    num_failures: int = 0
+    size_bytes: int = 0
+    stopped: bool = False
+
+
+def copy_caches(sources: Sequence[Location], dest: Location, rewrite: Rewrite | None = None) -> CopyReport:
+    """Copies what `sources` show into `dest`, a cache or a folder that is empty or not there yet; `rewrite` makes each
+    shard's file out of the checked copy.
+
+    Raises ConfigError for caches that may not be mixed or lie in each other, DataError where one is none or of a newer
+    format, CorruptError naming a shard or log that is damaged, CacheConflict while another copy into `dest` runs.
+    """
+    _require_apart(sources, dest)
+    catalogs = [_open_source(source) for source in sources]
+    check_reachable(dest)
+    if dest.exists() and not dest.is_dir():
+        raise DataError(f"{dest} is a file: name a cache, or a folder that is not there yet")
+    others = {path.name for path in dest.iterdir()} - CACHE_FOLDERS if dest.exists() else set()
+    if others and not (dest / "chains" / "_delta_log").is_dir():
+        raise DataError(f"{dest} holds other things ({min(others)}): name a cache, or a folder that is not there yet")
+    target = Catalog.create(dest)
+    _require_same_meaning([*catalogs, target])
+    report, total = CopyReport(), sum(file.num_rows for source in catalogs for file in source.chains.files())
+    _warn_of_space(catalogs, target)
+    with contextlib.ExitStack() as stack:
+        for run_id in sorted({run_id for source in catalogs for run_id in source.runs()}):
+            stack.enter_context(worker_lock(lock_path(dest, run_id, COPIER), 0.0))
+        stop = stack.enter_context(StopRequest())
+        progress = stack.enter_context(Progress("copy", total, "chains"))
+        for source in catalogs:
+            _copy_companions(source, target)
+            for _ in _copy_one(source, target, report, rewrite):
+                progress.update(report.num_chains + report.num_known, 0, {"": format_bytes(report.size_bytes)})
+                if stop.is_set:
+                    report.stopped = True
+                    return report
+    return report
+
+
+def copy_lines(report: CopyReport, dest: Location) -> list[str]:
+    """The result for a person."""
+    known = f"; {report.num_known} were there already" if report.num_known else ""
+    counts = [
+        f"{format_plural(report.num_chains, 'chain')} in {format_plural(report.num_shards, 'shard')}",
+        format_bytes(report.size_bytes),
+        format_plural(report.num_verdicts, "verdict"),
+        format_plural(report.num_failures, "failure"),
+    ]
+    return [f"{dest}: {', '.join(counts)}{known}"]
+
+
+def _require_apart(sources: Sequence[Location], dest: Location) -> None:
+    folders = [path.resolve() for path in (*sources, dest)]
+    for i, one in enumerate(folders):
+        for other in folders[i + 1 :]:
+            if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
+                raise ConfigError(f"{one} and {other} are the same folder or lie in each other: name separate caches")
+
+
+def _open_source(root: Location) -> Catalog:
+    catalog = Catalog(root)
+    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+        problems = log_problems(table.folder / "_delta_log") or receipt_problems(table)
+        if problems:
+            raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: a copy would lack chains")
+    for run in catalog.runs().values():
+        if run.format_version > FORMAT_VERSION:
+            raise DataError(
+                f"run {run.run_id} of {root} has format version {run.format_version}, this program reads up to "
+                f"{FORMAT_VERSION}: upgrade it"
+            )
+    missing = {_run_of(file) for file in catalog.chains.files()} - set(catalog.runs())
+    if missing:
+        raise CorruptError(f"{root}/runs/{min(missing)}.json is missing: nobody could say what its chains are")
+    return catalog
+
+
+def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
+    """A run id stands for a teacher, a capture and a sampling; in one cache it must stand for one of each."""
+    seen: dict[str, tuple[Location, dict[str, object]]] = {}
+    for catalog in catalogs:
+        for run_id, run in catalog.runs().items():
+            root, meaning = seen.setdefault(run_id, (catalog.root, _meaning(run)))
+            different = [key for key, value in _meaning(run).items() if value != meaning[key]]
+            if different:
+                raise ConfigError(
+                    f"run {run_id} of {catalog.root} and that of {root} differ in {different[0]}: chains of two "
+                    "meanings may not stand under one run; build one of them again under another run name"
+                )
+
+
+def _meaning(run: RunManifest) -> dict[str, object]:
+    sampling = {key: value for key, value in run.sampling.items() if key != "samples"}
+    fingerprint = run.teacher.fingerprint
+    tokenizer = run.teacher.tokenizer_fingerprint
+    return {
+        "teacher": fingerprint,
+        "tokenizer": tokenizer,
+        "kind": run.kind,
+        "sampling": sampling,
+        "capture": run.capture,
+        "reasoning": run.reasoning,
+    }
+
+
+def _warn_of_space(sources: Sequence[Catalog], target: Catalog) -> None:
+    size_bytes = sum(file.size_bytes for source in sources for file in source.chains.files())
+    if not isinstance(target.root, Path):
+        return
+    free_bytes = shutil.disk_usage(target.root).free
+    if size_bytes > free_bytes:
+        warn(
+            f"the sources hold {format_bytes(size_bytes)}, {format_bytes(free_bytes)} are free in {target.root}: "
+            "enough only where most of it is there already"
+        )
+
+
+def _copy_companions(source: Catalog, target: Catalog) -> None:
+    """Vocabularies and manifests, before the first row refers to them."""
+    for path in source.vocab_paths():
+        if not (target.root / "vocab" / path.name).exists():
+            with atomic_path(target.root / "vocab" / path.name) as temp, local_copy(path) as local:
+                shutil.copyfile(local, temp)
+    known = target.runs()
+    for run_id, run in source.runs().items():
+        if run_id not in known:
+            target.write_run(run)
+
+
+def _copy_one(source: Catalog, target: Catalog, report: CopyReport, rewrite: Rewrite | None) -> Iterator[None]:
+    """Comes back after every file, so that a caller may show progress or stop."""
+    _copy_verdicts(source, target, report)
+    yield
+    yield from _copy_rows(source.failures, target.failures, report, None)
+    yield from _copy_rows(source.chains, target.chains, report, rewrite)
+
+
+def _copy_rows(source: Table, target: Table, report: CopyReport, rewrite: Rewrite | None) -> Iterator[None]:
+    visible = VisibleSamples(target)
+    committers: dict[str, Committer] = {}
+    is_chains = target.folder.name == "chains"
+    for file in source.files():
+        run_id = _run_of(file)
+        if run_id not in committers:
+            committers[run_id] = Committer(target, visible, run_id, COPIER)
+            committers[run_id].recover()
+            visible.refresh()
+        size_bytes = 0
+        num_fresh = sum(sample_id not in visible for sample_id in read_sample_ids(source.path_of(file)))
+        if num_fresh:
+            temp = committers[run_id].temp_path()
+            temp.parent.mkdir(parents=True, exist_ok=True)
+            _copy_checked(source.path_of(file), temp)
+            if rewrite is not None:
+                temp = _rewritten(temp, committers[run_id].temp_path(), rewrite)
+            size_bytes = temp.stat().st_size
+            num_fresh = committers[run_id].commit(temp, file.num_rows)
+        if is_chains:
+            report.num_shards += bool(num_fresh)
+            report.num_chains += num_fresh
+            report.num_known += file.num_rows - num_fresh
+            report.size_bytes += size_bytes if num_fresh else 0
+        else:
+            report.num_failures += num_fresh
+        yield
+
+
+def _rewritten(copied: Path, temp: Path, rewrite: Rewrite) -> Path:
+    """What `rewrite` makes of the copy, which goes."""
+    try:
+        rewrite(copied, temp)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    finally:
+        copied.unlink(missing_ok=True)
+    return temp
+
+
+def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None:
+    """Whole files: of one sample there are verdicts of several judges and times, and the latest counts."""
+    known = {_hash_of(file) for file in target.verdicts.files()}
+    for file in source.verdicts.files():
+        if _hash_of(file) in known:
+            continue
+        temp = verdict_temp(target.verdicts, COPIER)
+        _copy_checked(source.verdicts.path_of(file), temp)
+        commit_verdict_file(target.verdicts, temp, file.num_rows, _run_of(file), COPIER)
+        report.num_verdicts += file.num_rows
+
+
+def _copy_checked(path: Location, temp: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with temp.open("wb") as out:
+            for chunk in parts_of(path):
+                digest.update(chunk)
+                out.write(chunk)
+        name = SHARD_NAME.match(path.name)
+        if name is None or digest.hexdigest()[:HASH_CHARS] != name["hash"]:
+            raise CorruptError(
+                f"{path} does not have the bytes that were written: `teacher-cache verify --quarantine` takes it out "
+                "of its cache, then copy again"
+            )
+    except FileNotFoundError as error:
+        temp.unlink(missing_ok=True)
+        raise CorruptError(f"{path} is registered but missing") from error
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+
+
+def _run_of(file: DataFile) -> str:
+    return file.path.partition("/")[0]
+
+
+def _hash_of(file: DataFile) -> str:
+    name = SHARD_NAME.match(Path(file.path).name)
+    return name["hash"] if name is not None else file.path
+
+
+EXACT = "topk-f32"
+
+
+def recode_cache(source: Location, dest: Location, codec: str, *, lossy: bool = False) -> CopyReport:
+    """Writes what `source` shows to `dest` with every shard in `codec`.
+
+    Raises ConfigError for an unknown codec, where nothing would be gained, and where exact numbers would be rounded
+    unless `lossy`; otherwise as `copy_caches`.
+    """
+    if codec not in CODECS:
+        raise ConfigError(f"codec {codec!r} is unknown: choose one of {', '.join(sorted({*CODECS} - {EXACT}))}")
+    check_codec(codec)
+    _check_gain(_codecs(Catalog(source)), source, codec, lossy=lossy)
+
+    def recode(copied: Path, temp: Path) -> None:
+        recode_shard(copied, temp, codec)
+
+    return copy_caches([source], dest, recode)
+
+
+def recode_shard(path: Path, temp: Path, codec: str) -> None:
+    """Writes the shard at `path` to `temp` in another codec, row group by row group; all but the signals is kept.
+
+    Raises CorruptError naming row group, row and column where the shard is damaged.
+    """
+    file, old = open_shard(path)
+    new = old.model_copy(update={"codec": codec, "format_version": FORMAT_VERSION})
+    schema = chain_schema(codec).with_metadata({SHARD_METADATA_KEY: new.model_dump_json()})
+    with file, pq.ParquetWriter(temp, schema, **parquet_options(schema, new.vocab_size)) as writer:
+        for index in range(file.num_row_groups):
+            table = read_row_group(file, index, file.schema_arrow.names, str(path))
+            writer.write_table(_recoded(table, old, codec, schema, f"{path}: row group {index}"))
+
+
+def _recoded(table: pa.Table, header: ShardHeader, codec: str, schema: pa.Schema, where: str) -> pa.Table:
+    coded = table if header.codec == codec and header.format_version == FORMAT_VERSION else None
+    if coded is not None:
+        return coded.select(schema.names).cast(schema)
+    columns = recode_columns(table, header, codec, where)
+    return pa.table({name: columns[name] if name in columns else table.column(name) for name in schema.names}, schema)
+
+
+def _codecs(catalog: Catalog) -> Sequence[str]:
+    found = set()
+    for data_file in catalog.chains.files():
+        file, header = open_shard(catalog.chains.path_of(data_file))
+        file.close()
+        found.add(header.codec)
+    return sorted(found)
+
+
+def _check_gain(codecs: Sequence[str], source: Location, codec: str, *, lossy: bool) -> None:
+    if not set(codecs) - {codec}:
+        stored = f"is stored as {codec} already" if codecs else "holds no chain"
+        raise ConfigError(f"{source} {stored}: teacher-cache copy copies it")
+    if EXACT in codecs and codec != EXACT and not lossy:
+        raise ConfigError(
+            f"{source} holds exact distributions ({EXACT}), which {codec} rounds to 8-bit codes: add --lossy to go on"
+        )
+    if codec == EXACT:
+        raise ConfigError(
+            f"{source} holds 8-bit codes ({', '.join(sorted(set(codecs) - {EXACT}))}), and {EXACT} promises what the "
+            "teacher said, exactly: recoding would take three times the bytes and win no precision back; a build with "
+            f"capture.codec={EXACT} writes exact distributions"
+        )

@@ -1,0 +1,1 @@
+"""Completions to rows, shards and commits."""

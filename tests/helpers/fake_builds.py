@@ -1,0 +1,105 @@
+"""Builds with the fake engine: the real path from requests to visible rows, without a model.
+
+As a program (`python -m tests.helpers.fake_builds CACHE I/N NUM_PROMPTS STEP_S`) it is one worker, to be killed.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from stillroom.schema.manifest import Teacher
+from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
+from stillroom.storage.paths import Location, location
+from teacher_cache.build import Build, BuildResult
+from teacher_cache.config import BuildConfig
+from teacher_cache.engine.api import Engine, Request
+from teacher_cache.engine.fake import FakeEngine
+from teacher_cache.engine.teacher import IdentifiedTeacher
+from teacher_cache.prompts.prompts import seed_of
+from tests.helpers.tiny_tokenizer import byte_level
+
+VOCAB_SIZE = 400
+K = 8
+EOS_ID = 1
+MAX_TOKENS = 60
+SAMPLING = {"temperature": 0.6, "max_tokens": MAX_TOKENS}
+
+
+def make_config(cache: Location, **blocks: object) -> BuildConfig:
+    """A configuration whose prompts block is for the manifest alone: requests come from `make_requests`."""
+    return BuildConfig.model_validate(
+        {
+            "cache": cache,
+            "run": "fake",
+            "teacher": {"model": "fake"},
+            "prompts": {"sources": [{"kind": "jsonl", "name": "fake", "path": "none.jsonl", "prompt_field": "text"}]},
+            "capture": {"max_support": K, "draws": 0},
+            "shard": {"row_group_tokens": 500, "max_mb": 0.05},
+            **blocks,
+        }
+    )
+
+
+def make_teacher() -> IdentifiedTeacher:
+    """A tokenizer and made-up fingerprints."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<|im_end|>")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    record = Teacher(
+        model="fake",
+        fingerprint="f" * 32,
+        weights_fingerprint="a" * 32,
+        tokenizer_fingerprint="b" * 32,
+        template_fingerprint="c" * 32,
+        vocab_size=VOCAB_SIZE,
+    )
+    return IdentifiedTeacher(record, tokenizer)
+
+
+def make_requests(num_prompts: int, index: int = 0, count: int = 1) -> list[Request]:
+    """One request a prompt; a worker has every `count`th."""
+    made = []
+    for number in range(index, num_prompts, count):
+        messages = (Message("user", f"question {number}"),)
+        prompt = Prompt(prompt_id_of(messages), messages, "fake", "train", reference="5", metadata={"number": number})
+        ids = [0, 10 + number % 200, 20, 3 + number // 200]
+        seed = seed_of(0, prompt.prompt_id, 0)
+        sample_id = sample_id_of("f" * 32, ids, SAMPLING, seed, 0)
+        made.append(Request(prompt, ids, 0, seed, SAMPLING, MAX_TOKENS, sample_id))
+    return made
+
+
+def make_engine(step_s: float = 0.0, refuse: Callable[[Request], str | None] | None = None) -> FakeEngine:
+    return FakeEngine(VOCAB_SIZE, K, mean_tokens=40, eos_id=EOS_ID, step_s=step_s, refuse=refuse)
+
+
+def run_build(
+    config: BuildConfig,
+    requests: Sequence[Request],
+    start_engine: Callable[[], Engine] = make_engine,
+    worker: str = "w0",
+    *,
+    retry_failures: bool = False,
+) -> BuildResult:
+    """One process' build, from opening the cache to giving the lock back."""
+    build = Build(config, make_teacher(), worker)
+    try:
+        return build.run(requests, len(requests), start_engine, retry_failures=retry_failures)
+    finally:
+        build.close()
+
+
+def main() -> None:
+    cache, share, num_prompts, step_s = sys.argv[1:]
+    index, count = map(int, share.split("/"))
+    requests = make_requests(int(num_prompts), index, count)
+    config = make_config(location(cache), shard={"row_group_tokens": 200, "max_mb": 0.01})
+    result = run_build(config, requests, lambda: make_engine(float(step_s)), f"w{index}of{count}")
+    # 130 as the command itself would end.
+    sys.stdout.flush()
+    os._exit(130 if result.stopped else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A rank for test_launch.py: joins the others, then one of them fails in the way that is asked for.
+
+python -m tests.helpers.rank_program damage | kill | exception | wait | well
+"""
+
+import os
+import signal
+import sys
+import time
+
+from stillroom.errors import CorruptError, StillroomError
+from stillroom.program import StopRequest
+
+MESSAGE = "shard 7 is not what was written"
+
+
+def main(manner: str) -> None:
+    with StopRequest(at_once=True) as stop:
+        from student_train.runtime.ranks import joined_ranks
+
+        with joined_ranks() as ranks:
+            print(f"rank {ranks.rank} is there", file=sys.stderr)
+            if ranks.rank == 1 and manner != "well":
+                fail(manner, stop)
+            # The others wait for it here, and lose it.
+            ranks.sum([1.0])
+
+
+def fail(manner: str, stop: StopRequest) -> None:
+    if manner == "damage":
+        raise CorruptError(MESSAGE)
+    if manner == "exception":
+        raise ZeroDivisionError(MESSAGE)
+    if manner == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    # Python swallows an interrupt that falls into a destructor; a step of training would look at the request.
+    while not stop.is_set:
+        time.sleep(0.1)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except StillroomError as failure:
+        print(f"student-train: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,172 @@
+"""Real vLLM on a tiny teacher, once a test session, in a process of its own (vLLM changes the process that it runs in).
+
+`run_session(folder)` returns what the engine gave, by the path that its log probabilities took. As a program it is that
+process.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stillroom.schema.records import Capture, Message, Prompt, prompt_id_of
+from teacher_cache.config import CaptureConfig
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
+from tests.helpers import ROOT
+from tests.helpers.tiny import VOCAB_SIZE, make_tiny_teacher
+
+K = 12
+CAPTURE = CaptureConfig(max_support=K, draws=6, temperatures=[0.5, 2.0])
+NUM_CHAINS = 10
+MAX_MODEL_LEN = 128
+
+
+@dataclass(frozen=True)
+class Session:
+    """`arrays` and `flat` map sample ids to what came back; `dicts` to vLLM's default: a list of {id: (lp, rank)}.
+    `scores` and `flat_scores` are of the same chains, given as completions, and of those that `make_scored` adds.
+    """
+
+    teacher: Path
+    info: EngineInfo
+    arrays: dict[str, Outcome]
+    flat: dict[str, Outcome]
+    dicts: dict[str, list[dict[int, tuple[float, int]]]]
+    scores: dict[str, Outcome]
+    flat_scores: dict[str, Outcome]
+    num_tokens: int
+    num_scored_tokens: int
+    stdout: str
+
+
+def run_session(folder: Path) -> Session:
+    """Starts vLLM, generates, ends it."""
+    make_tiny_teacher(folder / "teacher")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    command = [sys.executable, "-m", "tests.helpers.vllm_session", str(folder)]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    results = pickle.loads((folder / "session.pickle").read_bytes())
+    info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens = results
+    outcomes = (arrays, flat, dicts, scores, flat_scores)
+    return Session(folder / "teacher", info, *outcomes, num_tokens, num_scored_tokens, ended.stdout)
+
+
+def make_requests() -> list[Request]:
+    """Good requests, and one of each bad kind in their middle."""
+    sampling = {"temperature": 0.8, "top_p": 0.9}
+    good = [_request(f"good{i}", [0, 20 + i, 30, 2, 1], sampling, i) for i in range(NUM_CHAINS)]
+    bad = [
+        _request("empty", [], {}, 0),
+        _request("long", [5] * MAX_MODEL_LEN, {}, 0),
+        _request("vocabulary", [5, VOCAB_SIZE], {}, 0),
+        _request("refused", [5, 6], {"top_p": 7.0}, 0),
+    ]
+    return [*good[:5], *bad, *good[5:]]
+
+
+def make_scored(chains: dict[str, Finished]) -> list[Request]:
+    """Requests that score these chains, one that fills the model's length, one of a token, and bad ones."""
+    given = [
+        (name, chain.request.prompt_token_ids, chain.capture.token_ids_T.tolist()) for name, chain in chains.items()
+    ]
+    given += [
+        ("full", [5, 6], [7] * (MAX_MODEL_LEN - 2)),
+        ("single", [5], [1]),
+        ("nothing", [5], []),
+        ("too long", [5, 6], [7] * (MAX_MODEL_LEN - 1)),
+        ("vocabulary", [5], [6, VOCAB_SIZE]),
+    ]
+    prompt = make_requests()[0].prompt
+    return [Request(prompt, ids, 0, None, {}, len(tokens), name, tokens) for name, ids, tokens in given]
+
+
+def _request(sample_id: str, ids: list[int], sampling: dict[str, float], index: int) -> Request:
+    messages = (Message("user", sample_id),)
+    prompt = Prompt(prompt_id_of(messages), messages, "s", "train")
+    return Request(prompt, ids, index, 2**62 + index, sampling, 40, sample_id)
+
+
+def main() -> None:
+    from teacher_cache.config import EmbeddedConfig, TeacherConfig
+    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm_capture import install_arrays, uninstall_arrays
+
+    folder = Path(sys.argv[1])
+    config = EmbeddedConfig(
+        dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, kv_cache_gb=0.05
+    )
+    engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
+    arrays = _generate(engine, make_requests())
+    num_tokens = engine.num_tokens
+    scores = _generate(engine, make_scored(finished(arrays)))
+    num_scored_tokens = engine.num_tokens - num_tokens
+    uninstall_arrays()
+    flat = _generate(engine, make_requests())
+    flat_scores = _generate(engine, make_scored(finished(arrays)))
+    dicts = _default_path(engine)
+    assert install_arrays() is None
+    engine.close()
+    engine.close()
+    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens)
+    (folder / "session.pickle").write_bytes(pickle.dumps(results))
+
+
+def _generate(engine, requests: list[Request]) -> dict[str, Outcome]:  # type: ignore[no-untyped-def]
+    outcomes: dict[str, Outcome] = {}
+    while requests or engine.num_unfinished:
+        while requests and engine.has_room():
+            engine.submit(requests.pop(0))
+        outcomes.update({outcome.request.sample_id: outcome for outcome in engine.step()})
+    return outcomes
+
+
+def _default_path(engine) -> dict[str, list[dict[int, tuple[float, int]]]]:  # type: ignore[no-untyped-def]
+    """What vLLM gives whoever asks for logprobs in the usual way, for the good requests."""
+    from vllm.inputs.engine import tokens_input
+
+    inner = engine._engine
+    for request in make_requests():
+        if request.sample_id.startswith("good"):
+            params = engine._sampling_params(request)
+            # The top candidates as vLLM itself computes them.
+            params.flat_logprobs, params.logprobs, params.extra_args = False, K, None
+            inner.add_request(request.sample_id, tokens_input(list(request.prompt_token_ids)), params)
+    found = {}
+    while inner.has_unfinished_requests():
+        for output in inner.step():
+            rows = output.outputs[0].logprobs
+            found[output.request_id] = [{i: (one.logprob, one.rank) for i, one in row.items()} for row in rows]
+    return found
+
+
+def capture_of_dicts(rows: list[dict[int, tuple[float, int]]], k: int) -> Capture:
+    """A Capture out of dictionaries: insertion order is the sampled token, then the top k; a double stands once."""
+    sampled = [next(iter(row)) for row in rows]
+    # The double keeps its first place and takes its last value: rank in the top k.
+    ordered = [sorted(row.items(), key=lambda item: (-item[1][0], item[1][1])) for row in rows]
+    top = [[item for item in row if item[1][1] <= k][:k] for row in ordered]
+    return Capture(
+        token_ids_T=np.array(sampled, np.int32),
+        sampled_logprob_T=np.array([row[token][0] for row, token in zip(rows, sampled, strict=True)], np.float32),
+        sampled_rank_T=np.array([row[token][1] for row, token in zip(rows, sampled, strict=True)], np.int32),
+        topk_ids_TK=np.array([[token for token, _ in row] for row in top], np.int32),
+        topk_logprobs_TK=np.array([[value for _, (value, _) in row] for row in top], np.float32),
+    )
+
+
+def finished(outcomes: dict[str, Outcome]) -> dict[str, Finished]:
+    return {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Finished)}
+
+
+if __name__ == "__main__":
+    main()

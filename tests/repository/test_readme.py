@@ -1,0 +1,66 @@
+"""The README's commands do what it says: those that need no GPU are run, in order, where a demo was."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stillroom.config import load_config
+from student_train.config import TrainConfig
+from teacher_cache.config import BuildConfig, ScoreConfig
+from tests.helpers.line import REPOSITORY, TEACHER, Line
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+EXAMPLES = REPOSITORY / "docs" / "examples"
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Command lines of the ```bash blocks, which run anywhere; blocks without a language need a GPU or a network."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [shlex.split(row, comments=True) for block in blocks for row in block.splitlines() if row.strip()]
+
+
+def test_the_commands_run_in_order(line: Line, vllm_server: str) -> None:
+    served = {**TEACHER, "cache": "runs/demo/served", "engine": {"kind": "server", "endpoints": [vllm_server]}}
+    (line.folder / "benchmarks/demo/served.yaml").write_text(yaml.safe_dump(served))
+    commands = commands_of(README)
+    assert len(commands) > 10
+    assert {command[0] for command in commands} == {"teacher-cache", "student-train"}
+    for command in commands:
+        # The tiny teacher has two layers to keep, where the demo's has thirty.
+        line.program(*("2" if command[:2] == ["student-train", "init"] and word == "6" else word for word in command))
+    assert (line.folder / "cache.html").stat().st_size > 5_000
+    assert (line.folder / "runs/demo/student-export/model.safetensors").exists()
+    for cache in ("served", "scored"):
+        assert list((line.folder / "runs/demo" / cache / "chains").rglob("*.parquet"))
+
+
+def test_every_folder_and_file_that_it_links_to_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    for link in links:
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_every_example_that_it_names_is_there_and_valid() -> None:
+    named = set(re.findall(r"docs/examples/[\w.\-]+\.yaml", README))
+    assert named == {f"docs/examples/{path.name}" for path in EXAMPLES.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_are_valid(path: Path) -> None:
+    assert load_config(path, [], model_of(path)).model_dump()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks/demo").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_demos_configurations_are_valid(path: Path) -> None:
+    assert load_config(path, [], model_of(path)).model_dump()
+
+
+def model_of(path: Path) -> type[TrainConfig | BuildConfig | ScoreConfig]:
+    blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "student" in blocks:
+        return TrainConfig
+    return ScoreConfig if "completions" in blocks else BuildConfig

@@ -1,0 +1,343 @@
+"""Caches in an object store, against a real S3 server: what is read equals the local cache by key and bytes, what is
+written is visible whole or not at all, and a store that cannot be used is one line.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from stillroom.cache.catalog import Catalog, DataFile, Table
+from stillroom.cache.reader import open_cache
+from stillroom.cache.shards import open_shard
+from stillroom.config import validate_config
+from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, StillroomError
+from stillroom.storage import objects
+from stillroom.storage.objects import ObjectPath
+from stillroom.storage.paths import Location, location, spool
+from student_train.config import CacheConfig
+from student_train.data.epoch_plan import PlanSpec
+from student_train.data.pack import Pack
+from student_train.data.rows import read_rows
+from student_train.data.selection import CacheSource, SelectionRequest, freeze, load_selection
+from student_train.data.stream import PackStream
+from teacher_cache.cli import app
+from teacher_cache.maintenance.copy import copy_caches
+from teacher_cache.maintenance.gc import gc_cache
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.writer.commit import read_sample_ids
+from tests.helpers import ROOT
+from tests.helpers.caches import SyntheticCache, make_cache
+from tests.helpers.fake_builds import make_config, make_requests, run_build
+from tests.helpers.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
+from tests.helpers.slow_link import slow_link
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with object_store(tmp_path_factory.mktemp("store")) as running:
+        yield running
+
+
+@pytest.fixture
+def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ObjectPath:
+    """An empty prefix of the server."""
+    server.use(monkeypatch)
+    root = location(f"s3://{BUCKET}/{tmp_path.name}")
+    assert isinstance(root, ObjectPath)
+    return root
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
+    return make_cache(tmp_path_factory.mktemp("local") / "cache", num_chains=60, codec="topk-u8", max_tokens=40)
+
+
+def upload(folder: Path, root: ObjectPath) -> None:
+    """The files as any tool would copy them, logs last."""
+    files = sorted((one for one in folder.rglob("*") if one.is_file()), key=lambda one: "_delta_log" in one.parts)
+    for path in files:
+        (root / path.relative_to(folder).as_posix()).upload(path)
+
+
+def epoch(root: Location, folder: Path) -> list[Pack]:
+    folder.mkdir()
+    selection = freeze(folder / "selection.parquet", SelectionRequest([CacheSource(root)], "split = 'train'"))
+    assert load_selection(folder / "selection.parquet").header == selection.header
+    with PackStream(selection, PlanSpec(pack_tokens=128), packs_per_step=1, num_epochs=1, buffer_mib=1) as stream:
+        return list(stream)
+
+
+def visible(root: Location) -> list[str]:
+    table = Catalog(root).chains
+    return sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file)))
+
+
+def test_names_of_places(tmp_path: Path) -> None:
+    root = location("s3://bucket/a//b/")
+    assert (str(root), str(root / "c" / "d.parquet"), (root / "x/y.tmp").name) == (
+        "s3://bucket/a/b",
+        "s3://bucket/a/b/c/d.parquet",
+        "y.tmp",
+    )
+    assert location(str(tmp_path)) == tmp_path
+    assert location("a:b") == Path("a:b")
+    for wrong in ("s3://bucket", "s3:///a", "s3://bucket/../x", "http://host/a", "S3://bucket/a"):
+        with pytest.raises(ConfigError, match="BUCKET/PREFIX"):
+            location(wrong)
+    with pytest.raises(ConfigError, match=r"path: ftp://x/y is no place for a cache.*ftp://x/y"):
+        validate_config({"path": "ftp://x/y"}, CacheConfig, "run.yaml")
+    config = CacheConfig(path=location("gs://bucket/a"))
+    assert config.model_dump(mode="json")["path"] == "gs://bucket/a"
+    assert CacheConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_an_epoch_from_the_store_is_the_local_one_bit_for_bit(
+    local: SyntheticCache, store: ObjectPath, tmp_path: Path
+) -> None:
+    upload(local.root, store)
+    here, there = epoch(local.root, tmp_path / "here"), epoch(store, tmp_path / "there")
+    assert len(here) == len(there) > 5
+    for one, other in zip(here, there, strict=True):
+        assert_same(asdict(one), asdict(other))
+
+
+def test_a_distant_store_gives_the_same_packs(
+    local: SyntheticCache, store: ObjectPath, server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    upload(local.root, store)
+    here = epoch(local.root, tmp_path / "here")
+    with slow_link(server.port, 0.005) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        there = epoch(store, tmp_path / "there")
+    assert len(here) == len(there)
+    for one, other in zip(here, there, strict=True):
+        assert_same(asdict(one), asdict(other))
+
+
+def assert_same(one: object, other: object) -> None:
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_same(value, other[key])
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other)
+    else:
+        assert one == other
+
+
+def test_readers_ask_the_store_and_nothing_else_of_it(local: SyntheticCache, store: ObjectPath) -> None:
+    upload(local.root, store)
+    query = "SELECT * FROM chains ORDER BY sample_id"
+    tokens = "SELECT sample_id, position, piece, entropy, tail_mass FROM tokens ORDER BY ALL"
+    with open_cache(local.root) as here, open_cache(str(store)) as there:
+        assert there.arrow(query).equals(here.arrow(query))
+        assert there.arrow(tokens).equals(here.arrow(tokens))
+        sample_id = local.chains[7].sample_id
+        np.testing.assert_array_equal(there.sample(sample_id).dense(4)[1], here.sample(sample_id).dense(4)[1])
+        (store.parent / "secret.csv").write_bytes(b"a,b\n1,2\n")
+        for forbidden in (f"{store.parent}/secret.csv", f"{store}/runs/{local.manifests[0].run_id}.json"):
+            with pytest.raises(ConfigError, match="Permission Error"):
+                there.arrow(f"SELECT * FROM read_text('{forbidden}')")
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["stats"], ["sql", "SELECT count(*) AS n FROM chains"], ["gc"]])
+def test_commands_take_a_url(local: SyntheticCache, store: ObjectPath, arguments: list[str]) -> None:
+    upload(local.root, store)
+    command, *rest = arguments
+    answered = CliRunner().invoke(app, [command, str(store), *rest], catch_exceptions=False)
+    assert (answered.exit_code, "60" in answered.stdout or command == "gc") == (0, True), answered.output
+
+
+def test_a_flipped_byte_in_the_store_is_found_and_never_trained_on(
+    local: SyntheticCache, store: ObjectPath, tmp_path: Path
+) -> None:
+    upload(local.root, store)
+    path = store / "chains" / Catalog(store).chains.files()[1].path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(bytes(content))
+    report = verify_cache(store)
+    assert [problem.file.rpartition("/")[2] for problem in report.problems][:1] == [path.name]
+    with pytest.raises(CorruptError, match="row group"):
+        epoch(store, tmp_path / "run")
+
+
+def test_a_build_in_the_store_is_the_local_build(store: ObjectPath, tmp_path: Path) -> None:
+    requests = make_requests(60)
+    shards = {"row_group_tokens": 200, "max_mb": 0.01}
+    run_build(make_config(tmp_path / "c", shard=shards), requests)
+    here = make_config(store, shard=shards)
+    first = run_build(here, requests[:40])
+    assert first.recorded.num_shards > 1
+    second = run_build(here, requests, worker="w1")
+    assert (second.num_done_before, second.recorded.num_committed) == (40, 20)
+    assert visible(store) == visible(tmp_path / "c")
+    assert verify_cache(store).ok
+    columns = "sample_id, text, num_tokens, mean_entropy, seed"
+    with open_cache(store) as one, open_cache(tmp_path / "c") as other:
+        query = f"SELECT {columns} FROM chains ORDER BY sample_id"
+        assert one.arrow(query).equals(other.arrow(query))
+    assert [one for one in spool(store / "chains" / first.run_id).iterdir() if one.suffix != ".lock"] == []
+
+
+def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, store: ObjectPath) -> None:
+    def worker(share: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.helpers.fake_builds", str(store), share, "80", "0.01"]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | server.environment, stderr=subprocess.DEVNULL)
+
+    first = [worker("0/2"), worker("1/2")]
+    deadline_s = time.monotonic() + 120
+    while not any((store / "chains").rglob("*.parquet")):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    for process in first:
+        process.kill()
+        process.wait()
+    second = [worker("0/2"), worker("1/2")]
+    assert [process.wait(120) for process in second] == [0, 0]
+    assert visible(store) == sorted(request.sample_id for request in make_requests(80))
+    report = verify_cache(store)
+    assert report.ok
+    gc_cache(store, dry_run=False, grace_s=0.0)
+    assert verify_cache(store).orphans == []
+    assert len(visible(store)) == 80
+
+
+def test_copies_go_to_the_store_and_back(local: SyntheticCache, store: ObjectPath, tmp_path: Path) -> None:
+    assert copy_caches([local.root], store).num_chains == 60
+    assert verify_cache(store).ok
+    assert copy_caches([store], tmp_path / "back").num_chains == 60
+    assert visible(tmp_path / "back") == visible(local.root)
+    with pytest.raises(ConfigError, match="same folder or lie in each other"):
+        copy_caches([store], store / "inside")
+
+
+def test_of_two_commits_to_one_version_one_fails(local: SyntheticCache, store: ObjectPath) -> None:
+    upload(local.root, store)
+    files = [DataFile(f"extra/{name}.parquet", 1, 1) for name in "ab"]
+    tables = [Table(store / "chains") for _ in files]
+    for table, file in zip(tables, files, strict=True):
+        table.path_of(file).write_bytes(b"x")
+
+    def commit(number: int) -> bool:
+        try:
+            tables[number].commit([files[number]], f"stillroom/extra/{number}", 0)
+        except CacheConflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(commit, range(2))) == [False, True]
+    found = Table(store / "chains").files()
+    assert sum(file in found for file in files) == 1
+
+
+def test_a_killed_upload_leaves_nothing(store: ObjectPath, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(1 << 20) * 24)
+    program = (
+        "import sys, time; from pathlib import Path; from shared import storage\n"
+        "class Slow(type(Path())):\n"
+        "    def open(self, *args):\n"
+        "        stream = super().open(*args)\n"
+        "        read = stream.read\n"
+        "        return type('S', (), {'read': lambda s, n: (print('part', flush=True), time.sleep(.2), read(n))[2],\n"
+        "            '__enter__': lambda s: s, '__exit__': lambda s, *a: stream.close()})()\n"
+        "storage.location(sys.argv[1]).upload(Slow(sys.argv[2]))\n"
+    )
+    target = store / "big"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(target), str(big)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as killed:
+        assert killed.stdout is not None
+        for _ in range(3):
+            assert killed.stdout.readline() == "part\n"
+        killed.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    target.upload(big)
+    assert target.stat().st_size == big.stat().st_size
+
+
+def test_an_upload_that_cannot_read_its_file_leaves_nothing(store: ObjectPath) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        (store / "x").upload(Path("/proc/self/mem"))
+    assert not (store / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, DataError, "refuses access: check the key"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, DataError, "refuses access: check the key"),
+        ({"AWS_ENDPOINT_URL": "http://me:pass@127.0.0.1:1"}, StillroomError, "http://127.0.0.1:1 cannot be reached"),
+        ({}, DataError, "there is no bucket 'nowhere'"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line(
+    server: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: dict[str, str],
+    error: type[StillroomError],
+    said: str,
+) -> None:
+    server.use(monkeypatch)
+    for name, value in changes.items():
+        if value:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    root = location(f"s3://{BUCKET if changes else 'nowhere'}/cache")
+    started_s = time.monotonic()
+    for attempt in (lambda: Catalog(root), lambda: verify_cache(root), lambda: Catalog.create(root)):
+        with pytest.raises(error) as caught:
+            attempt()
+        assert type(caught.value) is error
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not {ACCESS_KEY, SECRET_KEY, "wrong", "pass@"} & set(str(caught.value).split())
+        assert "pass@" not in str(caught.value)
+    assert time.monotonic() - started_s < 60, "told at once, not after minutes of patience"
+
+
+def test_a_file_that_is_gone_is_damage_and_a_store_that_is_gone_is_not(
+    local: SyntheticCache, store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(local.root, store)
+    selection = freeze(tmp_path / "selection.parquet", SelectionRequest([CacheSource(store)]))
+    with open_cache(store) as cache:
+        path = store / "chains" / Catalog(store).chains.files()[-1].path
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CorruptError, match=path.name):
+            cache.arrow("SELECT sum(entropy) FROM tokens")
+        path.write_bytes(content[:-9])
+        with pytest.raises(CorruptError, match=path.name):
+            open_shard(path)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setattr(objects, "PATIENT_ATTEMPTS", 2)
+        for ask in (
+            lambda: cache.arrow("SELECT sum(tail_mass) FROM tokens"),
+            lambda: open_shard(path),
+            lambda: read_rows(selection, 0, np.array([0]), with_signals=True),
+        ):
+            with pytest.raises(StillroomError, match="cannot be reached") as caught:
+                ask()
+            assert (type(caught.value), "\n" in str(caught.value)) == (StillroomError, False)
+
+
+def test_a_prefix_without_a_cache_says_so(store: ObjectPath) -> None:
+    with pytest.raises(DataError, match="is not a cache"):
+        Catalog(store)

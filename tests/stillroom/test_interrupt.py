@@ -1,0 +1,55 @@
+"""Ctrl-C once finishes, twice stops; what was there before is put back."""
+
+import os
+import signal
+
+import pytest
+
+from stillroom.program import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillroom.program.TOGETHER_S", 0.0)
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        states = [stop.is_set]
+        os.kill(os.getpid(), number)
+        states.append(stop.is_set)
+        assert states == [False, True]
+        assert "again to stop at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_comes_by_two_ways_counts_once() -> None:
+    """A scheduler's SIGTERM reaches a rank directly and through its launcher."""
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set
+
+
+def test_at_once_until_there_is_something_to_finish() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest(at_once=True):
+        os.kill(os.getpid(), signal.SIGINT)
+    with StopRequest(at_once=True) as stop:
+        stop.finish_first()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set
+
+
+def test_what_breaks_on_the_way_out_is_the_interruption() -> None:
+    """Libraries turn an interruption of their import into errors of their own."""
+
+    def half_import() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("half imported") from error
+
+    with pytest.raises(KeyboardInterrupt), StopRequest(at_once=True):
+        half_import()

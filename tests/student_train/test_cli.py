@@ -1,0 +1,288 @@
+"""`student-train` as a user meets it: help without torch, results on stdout, mistakes in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from student_train import cli
+from tests.helpers import ROOT
+from tests.helpers.caches import SyntheticCache, make_cache
+from tests.helpers.students import make_student, make_tokenizer
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, student
+
+__all__ = ["cache", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command."""
+    monkeypatch.setattr(sys, "argv", ["student-train", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def write_config(tmp_path: Path, cache: SyntheticCache, folder: Path, **blocks: object) -> str:
+    config = {
+        "run": str(tmp_path / "run"),
+        "student": {"model": str(folder)},
+        "data": {"caches": [str(cache.root)], "where": "split = 'train'", "pack_tokens": 128},
+        "stages": [{"learning_rate": 0.01, "batch_tokens": 512}],
+        **blocks,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_help_loads_no_heavy_library() -> None:
+    check = (
+        "import sys; from student_train import cli; sys.argv = ['student-train', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'pyarrow', 'duckdb', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    root = ROOT
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "export" in done.stdout
+
+
+def test_plan_loads_neither_deepspeed_nor_peft(tmp_path: Path, cache: SyntheticCache, student: Path) -> None:
+    config = write_config(tmp_path, cache, student)
+    check = (
+        f"import sys; from student_train import cli; sys.argv = ['student-train', 'plan', {config!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "needless = {'deepspeed', 'peft', 'vllm'} & set(sys.modules)\n"
+        "assert not needless, needless"
+    )
+    root = ROOT
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_counts_without_leaving_a_trace(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    code, out, _ = call(monkeypatch, capsys, "plan", config, "--json")
+    planned = json.loads(out)
+    chains = [chain for chain in cache.chains if chain.split == "train"]
+    stage = planned["stages"][0]
+    assert code == 0
+    assert stage["num_chains"] == len(chains)
+    assert stage["num_tokens"] == sum(len(chain.token_ids) for chain in chains)
+    assert stage["num_steps"] == -(-stage["packs_per_epoch"] // 4)
+    assert planned["heldout_chains"] == len(cache.chains) - len(chains)
+    assert not (tmp_path / "run").exists()
+    code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.epochs=3", "--nproc", "2")
+    assert code == 0
+    assert "4 packs: 2 a rank" in out
+    entries = f"at most {cache.chains[0].signals.topk_n_T.max()} stored entries a token"
+    assert f"loss       forward_kl_stored_tail: {entries}, all others in one bucket\n" in out
+    code, out, _ = call(
+        monkeypatch, capsys, "plan", config, "--set", "stages.0={max_steps: 1, batch_tokens: 128, learning_rate: 1}"
+    )
+    assert "batch      1 pack: 1 a rank\n" in out
+    assert "1 step in all\n" in out
+    assert "is its embeddings too (tied)" not in out
+    code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.trainable=head")
+    assert "is its embeddings too (tied): stage distill trains both" in out
+
+
+def test_plan_says_what_each_loss_makes_of_draws(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, draws=3, heldout_frac=0.0)
+    losses = {
+        "forward_kl_stored_tail": 1.0,
+        "forward_kl_truncated": 1.0,
+        "reverse_kl_tail_bucket": 1.0,
+        "cross_entropy": 1.0,
+    }
+    stage = {"learning_rate": 0.01, "batch_tokens": 512, "losses": losses}
+    config = write_config(
+        tmp_path, drawn, student, stages=[stage], data={"caches": [str(drawn.root)], "pack_tokens": 128}
+    )
+    code, out, err = call(monkeypatch, capsys, "plan", config, "--set", "eval=null")
+    assert code == 0, err
+    entries = "at most 8 stored entries a token"
+    for line in (
+        f"forward_kl_stored_tail: {entries}, the tail estimated from 3 draws",
+        f"forward_kl_truncated: {entries} alone",
+        f"reverse_kl_tail_bucket: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
+        "cross_entropy: the next token",
+    ):
+        assert f"loss       {line}\n" in out
+
+
+def test_a_folder_is_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(monkeypatch, capsys, "plan", str(tmp_path))
+    assert (code, err) == (2, f"student-train: {tmp_path} is a folder: name a YAML configuration file\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.learning_rat=1", "did you mean 'learning_rate'?"),
+        (
+            "stages.0.batch_tokens=500",
+            "stages.0 (distill): batch_tokens=500 is no multiple of data.pack_tokens=128: take 512",
+        ),
+        ("data.where=split = 'nowhere'", "selects none of the 60 chains"),
+        ("data.where=nonsense >", "data.where"),
+        ("data.caches=[nowhere]", "nowhere is not a cache"),
+        ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
+        ("stages.0.losses={kl: 1}", "stages.0 (distill): loss 'kl' is unknown: choose one of cross_entropy, "),
+        (
+            "stages.0.losses={jsd_stored_tail: {beta: 1.5}}",
+            "stages.0 (distill): jsd_stored_tail.beta=1.5 must lie strictly between 0 and 1",
+        ),
+        ("stages.0.temperature=3", "stages.0 (distill): temperature 3 needs the teacher's log-partition"),
+        ("stages.0.where=split = 'nowhere'", "stages.0 (distill): where \"split = 'nowhere'\" selects none"),
+        (
+            "stages.0={learning_rate: 1, batch_tokens: 512, trainable: lora, lora: {targets: [q_proj, q_prj]}}",
+            "stages.0 (distill): lora.targets: the student has no linear layer 'q_prj': there are embed_tokens, ",
+        ),
+        ("stages.0.losses={forward_kl: 1}", "loss 'forward_kl' is unknown: did you mean 'forward_kl_truncated'?"),
+        ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
+        ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere is not there yet"),
+        ("stages.0.losses={}", "stages.0.losses: is empty: it needs at least 1 item"),
+        ("stages.0.losses=[cross_entropy]", "stages.0.losses: must be a mapping of keys to values"),
+        ("data.caches=x", "data.caches: must be a list, for example [a, b] (got 'x')"),
+        ("data.pack_tokens=many", "data.pack_tokens: must be a valid integer (got 'many')"),
+        ("student={}", "student.model: must be given"),
+        (
+            "stages.0.losses={jsd_stored_tail: {weight: {kind: steep, start: 1}}}",
+            "yaml: stages.0.losses.jsd_stored_tail.weight.kind: must be 'linear', ",
+        ),
+        (
+            "stages.0.losses={jsd_stored_tail: {weight: much}}",
+            "jsd_stored_tail.weight: must be a valid number (got 'much')",
+        ),
+        ("data.kind=text", "losses must be {cross_entropy: 1}"),
+        ("stages.0.token_weights={}", "sets neither entropy nor tail"),
+        (
+            "stages.0.losses={cross_entropy: {weight: {kind: elastic, start: 1, end: 2}}}",
+            "has an elastic weight, which follows the held-out loss: set eval.every_steps",
+        ),
+        ("stages.0.lora={}", "lora has no effect with trainable: all"),
+        ("engine={zero_stage: 2, offload_parameters: true}", "offload_parameters needs zero_stage 3"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    code, out, err = call(monkeypatch, capsys, "plan", config, "--set", override)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("stages.0.losses={kl: 1}", "loss 'kl' is unknown"), ("data.caches=[nowhere]", "nowhere is not a cache")],
+)
+def test_a_student_is_not_cut_for_a_run_that_would_be_refused(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    cut = "student={model: nowhere, init: {teacher: x, layers: 2}}"
+    code, _, err = call(monkeypatch, capsys, "plan", config, "--set", cut, "--set", override)
+    assert code == 2
+    assert message in err
+
+
+def test_held_out_chains_that_are_all_too_long_are_refused_before_training(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ("data.max_tokens=30", "data.long_chains=skip", "eval.where=num_prompt_tokens + num_tokens > 30")
+    options = [word for one in overrides for word in ("--set", one)]
+    code, _, err = call(monkeypatch, capsys, "plan", write_config(tmp_path, cache, student), *options)
+    assert code == 2
+    assert "(num_prompt_tokens + num_tokens > 30) are longer than 30 tokens and long_chains='skip' leaves none" in err
+
+
+def test_vocabulary_of_another_family_is_refused_with_its_ids(
+    tmp_path: Path, cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_student(tmp_path / "other", tokenizer=make_tokenizer(first_ordinary="v"))
+    code, _, err = call(monkeypatch, capsys, "plan", write_config(tmp_path, cache, other))
+    assert code == 2
+    assert "differs from the cache's in 297 ordinary tokens (3 is 'w3' in the cache and 'v3' in the student" in err
+
+
+def test_init_from_flags_and_from_a_config(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out_folder = tmp_path / "cut"
+    flags = ["--teacher", str(student), "--layers", "1", "--out", str(out_folder)]
+    code, out, _ = call(monkeypatch, capsys, "init", *flags)
+    assert code == 0
+    assert "layers 0 of 2 of" in out
+    block = {"model": str(out_folder), "init": {"teacher": str(student), "layers": 1}}
+    config = write_config(tmp_path, cache, student, student=block)
+    code, out, err = call(monkeypatch, capsys, "init", config, "--json")
+    assert code == 0
+    assert f"{out_folder} is there already, cut in the same way" in err
+    assert json.loads(out)["kept_layers"] == [0]
+    code, _, err = call(monkeypatch, capsys, "init", config, *flags)
+    assert code == 2
+    assert "exclude each other" in err
+
+
+def test_what_was_not_trained_is_not_exported(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, cache, student)
+    code, _, err = call(monkeypatch, capsys, "export", config, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "train first with `student-train run`" in err
+
+
+def test_doctor_names_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(monkeypatch, capsys, "doctor", "--json")
+    found = {one["name"]: one for one in json.loads(out)["findings"]}
+    assert found["torch"]["state"] == "ok"
+    assert {"deepspeed", "c++ compiler", "python headers", "communication op", "disk"} <= found.keys()

@@ -1,0 +1,502 @@
+"""Training in one process: agreement with a dense reference on unpacked sequences, resumption, stages, refusals."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillroom.config import Json
+from stillroom.errors import CacheConflict, ConfigError, StillroomError
+from stillroom.log import format_count
+from stillroom.program import StopRequest
+from student_train.cli import run_lines
+from student_train.config import TrainConfig
+from student_train.data.selection import load_selection
+from student_train.evaluate import evaluate_config, evaluate_model
+from student_train.model.student import Student, load_student
+from student_train.runtime.checkpoint import find_state, tags
+from student_train.runtime.ranks import Ranks
+from student_train.runtime.run_folder import RunFolder, summarise
+from student_train.train import train
+from tests.helpers.caches import Chain, SyntheticCache
+from tests.helpers.students import make_student
+from tests.helpers.training import (
+    IGNORE_LIBRARY_WARNINGS,
+    StopAfter,
+    cache,
+    losses_of,
+    make_config,
+    ranks,
+    student,
+    train_run,
+)
+
+__all__ = ["cache", "ranks", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+
+@pytest.mark.parametrize(
+    ("pack_tokens", "zero_stage", "attention"),
+    [(64, 2, "sdpa"), (1024, 1, "sdpa"), (256, 3, "eager"), (128, 0, "sdpa")],
+)
+def test_step_equals_dense_mean_over_unpacked_chains(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    pack_tokens: int,
+    zero_stage: int,
+    attention: str,
+) -> None:
+    """One step over everything: loss and gradient are those of each chain alone, averaged over all loss tokens."""
+    config = make_config(
+        tmp_path / "run",
+        cache,
+        student,
+        {"epochs": 1, "batch_tokens": 8192, "clip_norm": None},
+        data={"pack_tokens": pack_tokens},
+        engine={"zero_stage": zero_stage},
+        student={"attention": attention},
+    )
+    (record,) = train_run(config, ranks)
+    loss, kl, ce, grad_norm = _dense_reference(cache, student)
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["parts"]["forward_kl_stored_tail"] == pytest.approx(kl, rel=1e-5)
+    assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+    assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(cache))
+    assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+def test_token_weights_make_the_loss_a_weighted_mean(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    """Loss and gradient against dense sums with (1 + entropy)^2 (1 - tail)^3 on every token."""
+    config = make_config(
+        tmp_path / "run",
+        cache,
+        student,
+        {"epochs": 1, "batch_tokens": 8192, "clip_norm": None, "token_weights": {"entropy": 2.0, "tail": 3.0}},
+    )
+    (record,) = train_run(config, ranks)
+    loss, kl, ce, grad_norm = _dense_reference(cache, student, entropy=2.0, tail=3.0)
+    plain_loss = _dense_reference(cache, student)[0]
+    assert abs(loss - plain_loss) > 1e-3
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["parts"]["forward_kl_stored_tail"] == pytest.approx(kl, rel=1e-5)
+    assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+def test_elastic_weights_follow_the_held_out_loss(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    elastic: Json = {
+        "forward_kl_tail_bucket": {"weight": {"kind": "elastic", "start": 0.9, "end": 0.1}},
+        "cross_entropy": {"weight": {"kind": "elastic", "start": 0.1, "end": 0.9}},
+    }
+    stages: list[Json] = [{"name": "one", "losses": elastic}, {"name": "two", "losses": elastic, "epochs": 1}]
+    evaluation: Json = {"max_chains": 5, "every_steps": 2}
+    whole = make_config(tmp_path / "whole", cache, student, *stages, eval=evaluation)
+    parted = make_config(tmp_path / "parted", cache, student, *stages, eval=evaluation)
+    records = train_run(whole, ranks)
+    evals = RunFolder(whole.run).read_evals()
+    for record in records:
+        here = (record["stage_number"], record["step"])
+        before = [one["forward_kl"] for one in evals if (one["stage_number"], one["step"]) < here]
+        # A stage begins where the one before it ended.
+        start = [one["forward_kl"] for one in evals if (one["stage_number"], one["step"]) < (here[0], 1)][-1]
+        remaining = min(1.0, before[-1] / start)
+        assert record["weights"]["forward_kl_tail_bucket"] == pytest.approx(0.1 + 0.8 * remaining)
+        assert record["weights"]["cross_entropy"] == pytest.approx(0.9 - 0.8 * remaining)
+    assert records[0]["weights"]["cross_entropy"] == pytest.approx(0.1)
+    assert records[6]["weights"]["cross_entropy"] > 0.101
+    train_run(parted, ranks, stop_after=5)
+    assert losses_of(train_run(parted, ranks)) == losses_of(records)
+    changed = make_config(parted.run, cache, student, *stages, eval={**evaluation, "every_steps": 3})
+    with pytest.raises(ConfigError, match=r"was begun with eval\.every_steps=2, now it is 3"):
+        train(changed, ranks, StopRequest())
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 3},
+        {"zero_stage": 0, "precision": "bfloat16"},
+        {"zero_stage": 2, "precision": "bfloat16"},
+        {"zero_stage": 1, "precision": "float16"},
+        {"zero_stage": 2, "precision": "float16"},
+    ],
+)
+def test_every_precision_takes_the_same_steps(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Json,
+) -> None:
+    """Losses after several steps, and so the steps, are those of float32 at ZeRO 2 within the precision's rounding."""
+    # torch computes float16 on any CPU, DeepSpeed asks for one that is fast at it.
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    expected = train_run(make_config(tmp_path / "whole", cache, student, {"max_steps": 5}, eval=None), ranks)
+    records = train_run(
+        make_config(tmp_path / "run", cache, student, {"max_steps": 5}, eval=None, engine=engine), ranks
+    )
+    half = engine.get("precision") is not None
+    assert losses_of(records) == pytest.approx(losses_of(expected), rel=2e-3 if half else 1e-5)
+    norms, expected_norms = ([one["grad_norm"] for one in run] for run in (records, expected))
+    assert norms == pytest.approx(expected_norms, rel=3e-2 if half else 1e-3)
+    assert not any(one["skipped"] for one in records)
+
+
+def test_a_step_that_overflows_is_shown_and_learns_nothing(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    # A weight of this size makes the scaled gradient of the first steps too large for float16.
+    stage: Json = {"epochs": 9, "max_steps": 25, "losses": {"cross_entropy": 50.0}}
+    config = make_config(tmp_path / "run", cache, student, stage, engine={"precision": "float16"}, eval=None)
+    summary = train(config, ranks, StopRequest())
+    records = RunFolder(config.run).read_metrics()
+    skipped = [one["skipped"] for one in records]
+    assert skipped[0]
+    assert not skipped[-1]
+    assert [one["grad_norm"] is None for one in records] == skipped
+    assert summary["num_skipped_steps"] == sum(skipped)
+    assert any("float16 overflowed" in line for line in run_lines(summary))
+
+
+def test_a_precision_that_the_machine_lacks_is_refused(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: False)
+    config = make_config(tmp_path / "run", cache, student, engine={"precision": "float16"}, eval=None)
+    with pytest.raises(ConfigError, match=r"precision=float16 cannot be trained on this cpu: take float32, bfloat16"):
+        train(config, ranks, StopRequest())
+    with pytest.raises(ConfigError, match="float16 needs zero_stage 1, 2 or 3"):
+        make_config(tmp_path / "run", cache, student, engine={"precision": "float16", "zero_stage": 0})
+
+
+def test_held_out_chains_may_change_between_resumptions(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    """Eval turned on late and then changed: evaluated on what is asked, and compared with nothing else."""
+    run = RunFolder(tmp_path / "run")
+
+    def resume(steps: int, evaluation: Json | None) -> Json:
+        config = make_config(run.root, cache, student, {"epochs": 3}, eval=evaluation)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, ranks, StopAfter(steps))
+        return summarise(run, config)
+
+    assert resume(2, None)["heldout_after"] is None
+    late = resume(2, {"max_chains": 5, "every_steps": 2})
+    assert late["heldout_before"] is None
+    assert late["heldout_after"]["num_chains"] == 5
+    assert late["best_checkpoint"] == "distill-000004"
+    other = resume(2, {"max_chains": 3, "where": "split = 'heldout' AND source = 'stories'", "every_steps": 2})
+    assert other["heldout_after"]["num_chains"] == 3
+    assert other["heldout_after"]["where"] == "split = 'heldout' AND source = 'stories'"
+    # The best on other chains is no rival of what is measured now.
+    assert other["best_checkpoint"] == "distill-000006"
+
+
+def test_held_out_numbers_before_and_after_are_of_the_same_chains(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = make_config(run.root, cache, student)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, ranks, StopAfter(2))
+    assert summarise(run, config)["heldout_before"]["step"] == 0
+    changed = make_config(run.root, cache, student, eval={"max_chains": 4})
+    summary = train(changed, ranks, StopRequest())
+    assert summary["heldout_before"] is None
+    assert summary["heldout_after"]["num_chains"] == 4
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [
+        ({"zero_stage": 2}, {}),
+        ({"zero_stage": 0, "precision": "bfloat16", "gradient_checkpointing": True}, {}),
+        ({"zero_stage": 3, "precision": "bfloat16"}, {"trainable": "head"}),
+        ({"zero_stage": 3}, {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}}),
+        ({"zero_stage": 2, "offload_optimizer": True}, {"weight_decay": 0.1}),
+    ],
+)
+def test_interrupted_run_goes_on_bit_for_bit(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
+) -> None:
+    whole = make_config(tmp_path / "whole", cache, student, stage, engine=engine)
+    parted = make_config(tmp_path / "parted", cache, student, stage, engine=engine)
+    expected = losses_of(train_run(whole, ranks))
+    assert losses_of(train_run(parted, ranks, stop_after=4)) == expected[:4]
+    assert losses_of(train_run(parted, ranks)) == expected
+    evals = [RunFolder(config.run).read_evals() for config in (whole, parted)]
+    assert evals[0] == evals[1]
+
+
+def test_what_a_kill_left_behind_is_swept_and_done_again(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    config = make_config(tmp_path / "run", cache, student)
+    expected = losses_of(train_run(make_config(tmp_path / "whole", cache, student), ranks))
+    train_run(config, ranks, stop_after=4)
+    run = RunFolder(config.run)
+    # As after a kill in the middle of step 6's line and of the checkpoint after it.
+    with run.metrics_path.open("a") as file:
+        file.write('{"stage_number": 0, "step": 5, "loss": 123.0}\n{"stage_number": 0, "st')
+    (run.checkpoints / "distill-000006.tmp").mkdir()
+    (run.checkpoints / "distill-000006.tmp" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
+    assert losses_of(train_run(config, ranks)) == expected
+    assert not list(run.checkpoints.glob("*.tmp"))
+
+
+def test_finished_run_is_left_as_it_is(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 2}, tensorboard=True)
+    first = train(config, ranks, StopRequest())
+    assert first == train(config, ranks, StopRequest())
+    assert first["num_steps"] == 2
+    assert list((config.run / "tensorboard").glob("events.*"))
+
+
+def test_keeps_the_last_checkpoints_and_the_best(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    config = make_config(
+        tmp_path / "run",
+        cache,
+        student,
+        # The rate rises to a ruinous one: the first evaluation is the best.
+        {"learning_rate": 1.0, "warmup_frac": 0.99, "clip_norm": None},
+        checkpoint={"every_steps": 1, "keep_last": 2},
+        eval={"every_steps": 1, "max_chains": 5},
+    )
+    train_run(config, ranks)
+    run = RunFolder(config.run)
+    evals = {one["step"]: one["forward_kl"] for one in run.read_evals() if one["step"] > 0}
+    best_step = min(evals, key=lambda step: evals[step])
+    assert find_state(run.checkpoints, "best").step == best_step
+    assert set(tags(run.checkpoints)) == {f"distill-{step:06d}" for step in {best_step, 6, 7}}
+    assert evaluate_config(config, None, "best")["forward_kl"] == pytest.approx(evals[best_step], rel=1e-5)
+
+
+def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    stages: list[Json] = [
+        {"name": "head", "trainable": "head", "max_steps": 2, "losses": {"cross_entropy": 1}},
+        {"name": "lora", "trainable": "lora", "max_steps": 3, "where": "split = 'train' AND source = 'sums'"},
+        {
+            "name": "all",
+            "max_steps": 2,
+            "losses": {
+                "forward_kl_tail_bucket": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}},
+                "jsd_stored_tail": {"weight": {"kind": "linear", "start": 0.0, "end": 0.5}, "beta": 0.3},
+            },
+        },
+    ]
+    every_chain: Json = {"max_chains": None}
+    whole = make_config(tmp_path / "whole", cache, student, *stages, eval=every_chain)
+    parted = make_config(tmp_path / "parted", cache, student, *stages, eval=every_chain)
+    expected = train_run(whole, ranks)
+    train_run(parted, ranks, stop_after=4)
+    assert losses_of(train_run(parted, ranks)) == losses_of(expected)
+    assert [record["stage"] for record in expected] == ["head"] * 2 + ["lora"] * 3 + ["all"] * 2
+    assert [record["weights"]["jsd_stored_tail"] for record in expected[5:]] == [0.0, 0.5]
+    # Each stage's model is a folder of its own, with the adapter merged: evaluated alone it is what the run saw.
+    for entry in RunFolder(whole.run).read_evals()[1:3]:
+        folder = _with_tokenizer(RunFolder(whole.run).model_after(entry["stage"]), student)
+        alone = evaluate_model(str(folder), [cache.root], None)
+        assert alone["num_tokens"] == entry["num_tokens"]
+        assert alone["forward_kl"] == pytest.approx(entry["forward_kl"], rel=1e-5)
+
+
+def test_a_stage_leaves_no_weights_in_memory(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Student] = weakref.WeakSet()
+    num_alive = []
+
+    def watched(*arguments: Any, **options: Any) -> Student:
+        num_alive.append(len(alive))
+        alive.add(loaded := load_student(*arguments, **options))
+        return loaded
+
+    monkeypatch.setattr("student_train.train.load_student", watched)
+    stages: list[Json] = [{"name": name, "max_steps": 1} for name in ("first", "second", "third")]
+    train_run(make_config(tmp_path / "run", cache, student, *stages, eval=None), ranks)
+    assert num_alive == [0, 0, 0]
+
+
+def test_a_stop_in_the_last_step_of_a_stage_ends_there(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    stages: list[Json] = [{"name": "one", "max_steps": 2}, {"name": "two", "max_steps": 2}]
+    config = make_config(tmp_path / "run", cache, student, *stages, eval=None)
+    assert len(train_run(config, ranks, stop_after=2)) == 2
+    # In the last step of all it changes nothing.
+    assert train(config, ranks, StopAfter(2))["num_steps"] == 4
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 3})
+    summary = train(config, ranks, StopRequest())
+    said = capsys.readouterr().err
+    # The last step's line comes once, before the evaluation after it.
+    steps = [line.split("  ")[0] for line in said.splitlines() if line.startswith(("train", "evaluate"))]
+    assert steps == ["evaluate", "train distill", "evaluate"]
+    monkeypatch.setattr("student_train.train.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare"))
+    assert train(config, ranks, StopRequest()) == summary
+    assert capsys.readouterr().err.startswith("the run is finished: distill-000003 is the last step of its last stage")
+
+
+def test_the_end_of_a_run_compares_only_what_is_alike(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    changing = {
+        "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.0}},
+        "cross_entropy": {"weight": {"kind": "linear", "start": 0.0, "end": 1.0}},
+    }
+    stages: list[Json] = [{"name": "same", "max_steps": 2}, {"name": "other", "max_steps": 2, "losses": changing}]
+    config = make_config(tmp_path / "run", cache, student, *stages, eval=None)
+    lines = run_lines(train(config, ranks, StopRequest()))
+    records = RunFolder(config.run).read_metrics()
+    kl, jsd = ([one["parts"].get(name) for one in records] for name in ("forward_kl_stored_tail", "jsd_stored_tail"))
+    ce = [one["parts"]["cross_entropy"] for one in records]
+    loss = losses_of(records)
+    assert lines[0] == (
+        f"same       2 steps, loss {loss[0]:.4f} -> {loss[1]:.4f} "
+        f"(kl {kl[0]:.4f} -> {kl[1]:.4f}, ce {ce[0]:.4f} -> {ce[1]:.4f})"
+    )
+    assert lines[1] == f"other      2 steps, jsd {jsd[2]:.4f} -> {jsd[3]:.4f}, ce {ce[2]:.4f} -> {ce[3]:.4f}"
+    num_read, num_learnt = (format_count(sum(one[n] for one in records)) for n in ("num_tokens", "num_loss_tokens"))
+    assert lines[2].startswith(f"read       {num_read} tokens ({num_learnt} in the loss) in ")
+    assert lines[3] == f"checkpoint {config.run}/checkpoints/other-000002"
+    assert f"student-train export {config.run}/config.yaml --out FOLDER" in lines[4]
+
+
+def test_another_meaning_is_refused_by_name(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    train_run(make_config(tmp_path / "run", cache, student, {"max_steps": 1}), ranks)
+    changed = make_config(tmp_path / "run", cache, student, {"max_steps": 1, "learning_rate": 2e-2})
+    with pytest.raises(ConfigError, match=r"stages\.0\.learning_rate=0\.01, now it is 0\.02: set"):
+        train(changed, ranks, StopRequest())
+    changed = make_config(tmp_path / "run", cache, student, {"max_steps": 2, "learning_rate": 2e-2}, seed=1)
+    with pytest.raises(
+        ConfigError, match=r"seed=0, now it is 1 \(other keys that differ: stages.0.max_steps, stages.0.le"
+    ):
+        train(changed, ranks, StopRequest())
+    kept_longer = make_config(tmp_path / "run", cache, student, {"max_steps": 1}, checkpoint={"keep_last": 5})
+    train(kept_longer, ranks, StopRequest())
+
+
+def test_until_there_is_a_checkpoint_a_run_may_still_mean_another_thing(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    run = tmp_path / "run"
+    refused = make_config(run, cache, student, data={"where": "correct"}, eval={"where": "split = 'nowhere'"})
+    with pytest.raises(ConfigError, match="selects none"):
+        train(refused, ranks, StopRequest())
+    frozen = RunFolder(run).selection_path("distill")
+    assert frozen.exists()
+    assert not RunFolder(run).has_frozen(make_config(run, cache, student))
+    mended = make_config(run, cache, student, data={"where": "num_tokens < 30"})
+    train_run(mended, ranks)
+    assert load_selection(frozen, [cache.root]).header.where == "num_tokens < 30"
+    assert RunFolder(run).has_frozen(mended)
+    with pytest.raises(ConfigError, match=r"was begun with data\.where='num_tokens < 30', now it is 'correct'"):
+        train(refused, ranks, StopRequest())
+
+
+def test_two_processes_never_train_one_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1})
+    with RunFolder(config.run).lock(), pytest.raises(CacheConflict, match="in use by another process"):
+        train(config, ranks, StopRequest())
+
+
+def test_loss_that_is_no_number_ends_the_run(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+) -> None:
+    broken = make_student(tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    model.save_pretrained(broken)
+    config = make_config(tmp_path / "run", cache, broken, eval=None)
+    with pytest.raises(StillroomError, match=r"stages.0 \(distill\): the loss is nan at step 1: lower"):
+        train(config, ranks, StopRequest())
+
+
+def _train_chains(cache: SyntheticCache) -> list[Chain]:
+    return [chain for chain in cache.chains if chain.split == "train"]
+
+
+def _dense_reference(
+    cache: SyntheticCache, student: Path, entropy: float = 0.0, tail: float = 0.0
+) -> tuple[float, float, float, float]:
+    """(loss, KL, CE, norm of the loss's gradient), each chain alone, from full float64 softmaxes.
+
+    Means by weights (1 + entropy)^a (1 - tail mass)^b of the tokens.
+    """
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    kl_sum = torch.zeros((), dtype=torch.float64)
+    ce_sum = torch.zeros((), dtype=torch.float64)
+    weight_sum = 0.0
+    for chain in _train_chains(cache):
+        held_T = 1 - np.exp(chain.signals.tail_logmass_T.astype(np.float64))
+        weights_T = torch.from_numpy((1 + chain.signals.entropy_T.astype(np.float64)) ** entropy * held_T**tail)
+        ids = torch.tensor([*chain.prompt_ids, *chain.token_ids])
+        logits = model(ids[None]).logits[0].double()
+        logprobs_TV = logits[len(chain.prompt_ids) - 1 : -1].log_softmax(dim=-1)
+        sampled_T = torch.tensor(chain.token_ids, dtype=torch.int64)
+        ce_sum = ce_sum - (weights_T * logprobs_TV.gather(1, sampled_T[:, None])[:, 0]).sum()
+        start = 0
+        for token, count in enumerate(chain.signals.topk_n_T.tolist()):
+            support = torch.tensor(chain.signals.topk_ids_N[start : start + count], dtype=torch.int64)
+            teacher = torch.tensor(chain.signals.topk_logprobs_N[start : start + count]).double()
+            teacher_tail = torch.tensor(float(chain.signals.tail_logmass_T[token]), dtype=torch.float64)
+            outside = torch.ones(logprobs_TV.shape[1], dtype=torch.bool)
+            outside[support] = False
+            student_tail = logprobs_TV[token][outside].logsumexp(0)
+            kl = (teacher.exp() * (teacher - logprobs_TV[token, support])).sum()
+            kl_sum = kl_sum + weights_T[token] * (kl + teacher_tail.exp() * (teacher_tail - student_tail))
+            start += count
+        weight_sum += float(weights_T.sum())
+    loss = (0.9 * kl_sum + 0.1 * ce_sum) / weight_sum
+    loss.backward()
+    norms = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None])
+    return (
+        float(loss.detach()),
+        float(kl_sum.detach()) / weight_sum,
+        float(ce_sum.detach()) / weight_sum,
+        float(norms.norm()),
+    )
+
+
+def _with_tokenizer(folder: Path, student: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((student / name).read_bytes())
+    return folder
+
+
+def test_config_is_kept_with_the_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1})
+    train(config, ranks, StopRequest())
+    kept: TrainConfig = RunFolder(config.run).read_config()
+    assert kept == config

@@ -1,0 +1,144 @@
+"""Training on chains as text (a student of another vocabulary), and on chains that are longer than the limit."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError
+from student_train.evaluate import evaluate_config
+from student_train.export import export
+from student_train.plan import plan_run
+from student_train.runtime.checkpoint import find_state
+from student_train.runtime.ranks import Ranks
+from student_train.runtime.run_folder import RunFolder
+from tests.helpers.caches import EOS_ID, Chain, SyntheticCache
+from tests.helpers.students import make_student
+from tests.helpers.tiny_tokenizer import byte_level, save
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, losses_of, make_config, ranks, student, train_run
+
+__all__ = ["cache", "ranks", "student"]
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+LIMIT = 24
+ONE_STEP: Json = {"losses": {"cross_entropy": 1}, "epochs": 1, "batch_tokens": 65536, "clip_norm": None}
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with a byte-level vocabulary, which shares no word with the cache."""
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = AutoTokenizer.from_pretrained(save(byte_level(), folder / "tokenizer"))
+    return make_student(folder / "student", vocab_size=400, tokenizer=tokenizer)
+
+
+def test_text_alone_trains_a_student_of_another_vocabulary(
+    tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks
+) -> None:
+    """The loss of one step over everything is that of the rendered and retokenised chains, each alone."""
+    config = make_config(
+        tmp_path / "run", cache, foreign, ONE_STEP, data={"kind": "text", "pack_tokens": 512}, eval={"max_chains": None}
+    )
+    (record,) = train_run(config, ranks)
+    tokenizer = AutoTokenizer.from_pretrained(foreign)
+    chains = [chain for chain in cache.chains if chain.split == "train"]
+    # A synthetic chain reasons through the first half of its text; the decoder left out both marks.
+    said = [replace(chain, text=_with_marks(chain.text)) for chain in chains]
+    expected, num_tokens = _mean_cross_entropy(foreign, [_as_text(chain, tokenizer) for chain in said])
+    assert record["num_loss_tokens"] == num_tokens
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    before, after = RunFolder(config.run).read_evals()
+    assert before["forward_kl"] is None
+    assert after["cross_entropy"] < before["cross_entropy"]
+    assert evaluate_config(config, None, "last")["cross_entropy"] == pytest.approx(after["cross_entropy"], rel=1e-5)
+    state = find_state(RunFolder(config.run).checkpoints, "last")
+    with pytest.raises(ConfigError, match="--tokenizer has no effect after training on text alone"):
+        export(config, state, tmp_path / "out", adapter_only=False, tokenizer=str(foreign))
+    export(config, state, tmp_path / "out", adapter_only=False, tokenizer=None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+def test_reference_answers_may_be_learnt_instead(
+    tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks
+) -> None:
+    data: Json = {"kind": "text", "text": "reference", "pack_tokens": 512}
+    config = make_config(tmp_path / "run", cache, foreign, ONE_STEP, data=data, eval=None)
+    (record,) = train_run(config, ranks)
+    tokenizer = AutoTokenizer.from_pretrained(foreign)
+    chains = [replace(chain, text="42", finish_reason="stop") for chain in cache.chains if chain.split == "train"]
+    expected, num_tokens = _mean_cross_entropy(foreign, [_as_text(chain, tokenizer) for chain in chains])
+    assert record["num_loss_tokens"] == num_tokens
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigError, match="text: reference has no effect with kind: distributions"):
+        make_config(tmp_path / "run", cache, foreign, data={"text": "reference"})
+
+
+def test_text_run_goes_on_bit_for_bit(tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks) -> None:
+    stage: Json = {"losses": {"cross_entropy": 1}, "batch_tokens": 2048}
+    text: Json = {"kind": "text", "pack_tokens": 512}
+    whole = make_config(tmp_path / "whole", cache, foreign, stage, data=text)
+    parted = make_config(tmp_path / "parted", cache, foreign, stage, data=text)
+    expected = losses_of(train_run(whole, ranks))
+    train_run(parted, ranks, stop_after=3)
+    assert losses_of(train_run(parted, ranks)) == expected
+    assert len(expected) > 4
+
+
+@pytest.mark.parametrize("policy", ["truncate", "skip", "split"])
+def test_long_chains_are_cut_as_the_configuration_says(
+    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, policy: str
+) -> None:
+    data: Json = {"long_chains": policy, "max_tokens": LIMIT}
+    config = make_config(tmp_path / "run", cache, student, ONE_STEP, data=data, eval=None)
+    planned = plan_run(config, 1)["stages"][0]
+    (record,) = train_run(config, ranks)
+    chains = [chain for chain in cache.chains if chain.split == "train"]
+    long = [chain for chain in chains if len(chain.prompt_ids) + len(chain.token_ids) > LIMIT]
+    assert len(long) > 10
+    assert any(chain.token_ids[-1] == EOS_ID for chain in long)
+    if policy == "split":
+        assert planned["num_split"] == len(long)
+        assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in chains)
+        return
+    assert planned[f"num_{'truncated' if policy == 'truncate' else 'skipped'}"] == len(long)
+    kept = [chain for chain in chains if chain not in long] if policy == "skip" else chains
+    # A chain that was cut keeps its beginning and nothing in the place of its end.
+    expected, num_tokens = _mean_cross_entropy(
+        student,
+        [(chain.prompt_ids.tolist(), chain.token_ids.tolist()[: LIMIT - len(chain.prompt_ids)]) for chain in kept],
+    )
+    assert record["num_loss_tokens"] == num_tokens
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def _with_marks(text: str) -> str:
+    half = len(text) // 2
+    return f"<think>\n{text[:half]}</think>{text[half:]}"
+
+
+def _as_text(chain: Chain, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Prompt and completion as another vocabulary's student reads them: the end only where the teacher ended."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": chain.prompt}], tokenize=False, add_generation_prompt=True
+    )
+    end = [tokenizer.eos_token_id] if chain.finish_reason == "stop" else []
+    answer = tokenizer(chain.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"], [*answer, *end]
+
+
+def _mean_cross_entropy(folder: Path, chains: Sequence[tuple[list[int], list[int]]]) -> tuple[float, int]:
+    """(mean, number) over completion tokens, each chain alone, by transformers in float64 softmaxes."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, num_tokens = 0.0, 0
+    for prompt, completion in chains:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0].double()
+        logprobs_TV = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+        total -= float(logprobs_TV.gather(1, torch.tensor(completion)[:, None]).sum())
+        num_tokens += len(completion)
+    return total / num_tokens, num_tokens

@@ -1,0 +1,32 @@
+"""What an answer of HTTP means: to come back later, never, or at once."""
+
+import httpx2
+import pytest
+
+from teacher_cache.engine.http.client import Refused, Unavailable, _answer
+
+
+@pytest.mark.parametrize(
+    ("status", "is_busy"), [(429, True), (503, True), (500, False), (502, False), (401, False), (404, False)]
+)
+def test_busy_is_what_asks_to_come_back(status: int, is_busy: bool) -> None:
+    with pytest.raises(Unavailable, match=f"answers {status}: too much") as caught:
+        _answer(httpx2.Response(status), b'{"error": {"message": "too\\n much"}}')
+    assert (caught.value.is_busy, caught.value.status, caught.value.was_sent) == (is_busy, status, True)
+
+
+@pytest.mark.parametrize(
+    ("header", "pause_s"),
+    [("7", 7.0), ("0", 0.0), ("", 0.0), ("-3", 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), ("³", 0.0), ("nan", 0.0)],
+)
+def test_a_pause_that_is_asked_for_is_kept(header: str, pause_s: float) -> None:
+    headers = [(b"retry-after", header.encode())] if header else []
+    with pytest.raises(Unavailable) as caught:
+        _answer(httpx2.Response(429, headers=headers), b"")
+    assert caught.value.retry_after_s == pause_s
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_is_refused_is_not_asked_again(status: int) -> None:
+    with pytest.raises(Refused, match=f"refused with status {status}|no"):
+        _answer(httpx2.Response(status), b'{"detail": "no"}')

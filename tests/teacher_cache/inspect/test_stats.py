@@ -1,0 +1,61 @@
+"""The numbers of a cache are those of its rows and files."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from stillroom.cache.catalog import Catalog
+from teacher_cache.inspect.stats import SIGNAL_COLUMNS, cache_stats, stats_text
+from teacher_cache.judging import judge_cache
+from tests.helpers.caches import make_cache
+
+
+@pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
+def test_counts_and_bytes_are_those_of_rows_and_files(tmp_path: Path, codec: str) -> None:
+    made = make_cache(tmp_path / "cache", codec=codec, num_runs=2)
+    stats = cache_stats(made.catalog)
+    tokens = sum(len(chain.token_ids) for chain in made.chains)
+    shards = list((made.root / "chains").rglob("*-*.parquet"))
+    shards = [path for path in shards if "_delta_log" not in path.parts]
+    judged = [chain.correct for chain in made.chains if chain.correct is not None]
+    assert (stats.num_chains, stats.num_tokens) == (len(made.chains), tokens)
+    assert stats.num_prompts == len({chain.prompt for chain in made.chains})
+    assert stats.num_truncated == sum(chain.finish_reason == "length" for chain in made.chains)
+    assert (stats.num_judged, stats.pass_rate) == (len(judged), sum(judged) / len(judged))
+    assert (stats.num_shards, stats.shard_bytes) == (len(shards), sum(path.stat().st_size for path in shards))
+    assert stats.bytes_per_token == stats.shard_bytes / tokens
+    assert stats.signal_bytes == sum(signal_bytes(path) for path in shards)
+    assert sum(one.num_chains for one in stats.by_source.values()) == len(made.chains)
+    assert sum(one.num_tokens for one in stats.by_run.values()) == tokens
+    assert set(stats.by_split) == {chain.split for chain in made.chains}
+    text = stats_text(stats)
+    assert f"{tokens:,} completion tokens" in text
+    assert f"{stats.bytes_per_token:.1f} B/token" in text
+
+
+def signal_bytes(path: Path) -> int:
+    metadata = pq.read_metadata(path)
+    columns = [
+        metadata.row_group(group).column(index)
+        for group in range(metadata.num_row_groups)
+        for index in range(metadata.num_columns)
+    ]
+    return sum(one.total_compressed_size for one in columns if one.path_in_schema.split(".")[0] in SIGNAL_COLUMNS)
+
+
+def test_an_empty_cache_has_numbers_too(tmp_path: Path) -> None:
+    stats = cache_stats(Catalog.create(tmp_path / "empty"))
+    assert (stats.num_chains, stats.bytes_per_token, stats.pass_rate) == (0, None, None)
+    assert "0 chains" in stats_text(stats)
+
+
+def test_undecided_chains_are_told_what_helps(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "cache", num_chains=24, judged=False)
+    judge_cache(made.root, kind="code")
+    stats = cache_stats(Catalog(made.root))
+    assert (stats.num_judged, stats.num_undecided) == (0, 24)
+    text = stats_text(stats)
+    assert "0 judged, 24 undecided (no reference, or the check gave up: `teacher-cache judge` tries again" in text
+    assert judge_cache(made.root, kind="regex").by_judge["regex"].num_undecided == 0
+    assert "undecided" not in stats_text(cache_stats(Catalog(made.root)))

@@ -1,0 +1,153 @@
+"""Caches into one: every visible row once, bytes checked, what may not be mixed refused, kills harmless."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stillroom.cache.catalog import Catalog, Table
+from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.schema import FORMAT_VERSION
+from stillroom.sql.session import open_cache
+from teacher_cache.cli import app
+from teacher_cache.maintenance.copy import copy_caches
+from teacher_cache.maintenance.gc import gc_cache
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.writer.commit import read_sample_ids
+from tests.helpers import ROOT
+from tests.helpers.caches import damage, make_cache
+from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
+
+
+def visible(root: Path) -> list[str]:
+    table = Catalog(root).chains
+    return sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file)))
+
+
+def chains(root: Path) -> list[dict[str, object]]:
+    with open_cache(Catalog(root)) as session:
+        rows: list[dict[str, object]] = session.arrow("SELECT * FROM chains ORDER BY sample_id").to_pylist()
+    return rows
+
+
+def test_a_copy_shows_the_same(tmp_path: Path) -> None:
+    source = make_cache(tmp_path / "a", num_chains=40, num_runs=2, num_workers=2).root
+    report = copy_caches([source], tmp_path / "b")
+    assert (report.num_chains, report.num_known, report.num_shards) == (40, 0, len(Catalog(source).chains.files()))
+    assert report.num_verdicts > 0
+    assert chains(tmp_path / "b") == chains(source)
+    checked = verify_cache(tmp_path / "b")
+    assert checked.ok
+    assert (checked.orphans, Catalog(tmp_path / "b").runs()) == ([], Catalog(source).runs())
+    again = copy_caches([source], tmp_path / "b")
+    assert (again.num_chains, again.num_known, again.num_verdicts, again.size_bytes) == (0, 40, 0, 0)
+
+
+def test_overlapping_caches_merge_and_a_build_goes_on_in_the_result(tmp_path: Path) -> None:
+    requests = make_requests(90)
+    run_build(make_config(tmp_path / "a"), requests[:50])
+    bad = {requests[70].sample_id}
+    refusing = lambda: make_engine(refuse=lambda one: "no" if one.sample_id in bad else None)  # noqa: E731
+    run_build(make_config(tmp_path / "b"), requests[30:80], refusing)
+    report = copy_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert (report.num_chains, report.num_known, report.num_failures) == (79, 20, 1)
+    assert visible(tmp_path / "c") == sorted(one.sample_id for one in requests[:80] if one.sample_id not in bad)
+    assert verify_cache(tmp_path / "c").ok
+    result = run_build(make_config(tmp_path / "c"), requests)
+    assert (result.num_adopted, result.recorded.num_chains) == (0, 10)
+    assert copy_caches([tmp_path / "a"], tmp_path / "c").num_known == 50
+
+
+def test_only_what_the_source_shows_is_copied(tmp_path: Path) -> None:
+    source = make_cache(tmp_path / "a", num_chains=48, num_runs=2).root
+    name = next(iter(Catalog(source).runs().values())).name
+    gc_cache(source, dry_run=False, grace_s=0.0, drop_runs=[name])
+    copy_caches([source], tmp_path / "b")
+    assert visible(tmp_path / "b") == visible(source)
+    assert len(list((tmp_path / "b" / "chains").glob("*/*.parquet"))) == len(Catalog(source).chains.files())
+
+
+def test_a_damaged_source_is_named_and_nothing_of_it_is_visible(tmp_path: Path) -> None:
+    source = make_cache(tmp_path / "a", num_chains=30).root
+    table = Catalog(source).chains
+    bad = table.path_of(table.files()[1])
+    damage(bad)
+    for _ in range(2):
+        with pytest.raises(CorruptError, match=bad.name):
+            copy_caches([source], tmp_path / "b")
+    assert len(visible(tmp_path / "b")) == table.files()[0].num_rows
+    assert verify_cache(tmp_path / "b").ok
+    assert not list((tmp_path / "b").rglob("*.tmp"))
+    sorted((source / "chains" / "_delta_log").glob("*.json"))[-1].unlink()
+    with pytest.raises(CorruptError, match="a copy would lack chains"):
+        copy_caches([source], tmp_path / "b")
+
+
+def test_a_file_is_no_destination(tmp_path: Path) -> None:
+    make_cache(tmp_path / "a", 3)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file is a file"):
+        copy_caches([tmp_path / "a"], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_may_not_be_mixed_is_refused(tmp_path: Path) -> None:
+    one, other = (make_cache(tmp_path / name, num_chains=8).root for name in "ab")
+    manifest = next((other / "runs").glob("*.json"))
+    manifest.write_text(manifest.read_text().replace('"temperature":', '"temperature": 0.9, "warmth":'))
+    with pytest.raises(ConfigError, match="differ in sampling"):
+        copy_caches([one, other], tmp_path / "c")
+    version = f'"format_version": {FORMAT_VERSION}'
+    manifest.write_text(manifest.read_text().replace(version, '"format_version": 99'))
+    with pytest.raises(DataError, match="upgrade it"):
+        copy_caches([other], tmp_path / "c")
+    manifest.unlink()
+    with pytest.raises(CorruptError, match="is missing"):
+        copy_caches([other], tmp_path / "c")
+    for dest in (one, one / "inner", tmp_path):
+        with pytest.raises(ConfigError, match="lie in each other"):
+            copy_caches([one], dest)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(DataError, match=r"holds other things \(thesis.tex\)"):
+        copy_caches([one], tmp_path / "full")
+
+
+def test_a_commit_that_never_came_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_cache(tmp_path / "a", num_chains=30).root
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            copy_caches([source], tmp_path / "b")
+    assert copy_caches([source], tmp_path / "b").num_verdicts > 0
+    assert chains(tmp_path / "b") == chains(source)
+
+
+def test_killed_copies_go_on(tmp_path: Path) -> None:
+    """SIGKILL at five moments, SIGINT at one; then the same command ends with everything once."""
+    source = make_cache(tmp_path / "a", num_chains=300, rows_per_group=2, groups_per_shard=1).root
+    command = [sys.executable, "-m", "teacher_cache.cli", "copy", str(source), str(tmp_path / "b")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for number, how in enumerate([signal.SIGKILL] * 5 + [signal.SIGINT]):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        wanted = 20 * number + 5
+        while process.poll() is None and len(list((tmp_path / "b" / "chains").glob("*/*.parquet"))) < wanted:
+            time.sleep(0.01)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert b"this goes on: teacher-cache copy" in errors
+    ended = CliRunner().invoke(app, command[3:])
+    assert ended.exit_code == 0
+    assert chains(tmp_path / "b") == chains(source)
+    checked = verify_cache(tmp_path / "b")
+    assert (checked.problems, checked.orphans) == ([], [])

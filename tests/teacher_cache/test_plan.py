@@ -1,0 +1,216 @@
+"""Plan: exactly what build would do, measured where the cache tells, bounded where it does not."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import teacher_cache.plan
+from stillroom.config import validate_config
+from stillroom.errors import DataError
+from stillroom.schema.records import Capture
+from teacher_cache.build import Build
+from teacher_cache.config import BuildConfig
+from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request
+from teacher_cache.engine.teacher import identify_teacher
+from teacher_cache.plan import disk_warning, plan_build, plan_lines
+from teacher_cache.prompts.prompts import load_prompts, requests
+from teacher_cache.writer.recorder import MetricsLog, Recorded
+from tests.helpers.tiny_tokenizer import byte_level, save
+
+VOCAB_SIZE = 400
+
+
+class InstantEngine:
+    """Answers every request with five tokens at once; those in `refuses` with a failure."""
+
+    def __init__(self, refuses: str) -> None:
+        self.info = EngineInfo(VOCAB_SIZE, 256, "support", {}, {})
+        self.num_tokens = 0
+        self._refuses = refuses
+        self._waiting: list[Request] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting)
+
+    def has_room(self) -> bool:
+        return not self._waiting
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def step(self) -> list[Outcome]:
+        waiting, self._waiting = self._waiting, []
+        return [self._answer(request) for request in waiting]
+
+    def close(self) -> None:
+        pass
+
+    def _answer(self, request: Request) -> Outcome:
+        if self._refuses in request.prompt.messages[0].content:
+            return Failed(request, "refused", "not this one")
+        self.num_tokens += 5
+        ids = np.arange(40, 45, dtype=np.int32)
+        logprobs_TK = np.log(np.tile(np.array([[0.7, 0.2]], np.float32), (5, 1)))
+        topk_TK = np.stack([ids, ids + 1], axis=1)
+        return Finished(request, Capture(ids, logprobs_TK[:, 0], np.ones(5, np.int32), topk_TK, logprobs_TK), "length")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = save(byte_level(), tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": VOCAB_SIZE}))
+    (model / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def config_of(folder: Path, num_sums: int = 6, num_words: int = 4, **more: Any) -> BuildConfig:
+    sources: list[dict[str, Any]] = []
+    for name, count in (("sums", num_sums), ("words", num_words)):
+        path = folder / f"{name}.jsonl"
+        rows = [json.dumps({"q": f"{name} number {n}?"}) for n in range(count)]
+        path.write_text("\n".join([*rows, rows[0], "{bad"]))
+        sources.append({"kind": "jsonl", "name": name, "path": str(path), "prompt_field": "q"})
+    sources[1]["samples"] = 2
+    data = {
+        "cache": str(folder / "cache"),
+        "run": "test",
+        "teacher": {"model": str(folder / "model")},
+        "prompts": {"sources": sources, "heldout_frac": 0.5},
+        "sampling": {"max_tokens": 100},
+        "capture": {"max_support": 16, "draws": 0},
+        **more,
+    }
+    return validate_config(data, BuildConfig, "test")
+
+
+def build(config: BuildConfig, refuses: str = "nothing") -> None:
+    teacher = identify_teacher(config.teacher)
+    loaded = load_prompts(config.prompts)
+    wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
+    job = Build(config, teacher, "w0")
+    try:
+        job.run([*loaded.failures, *wanted], 14, lambda: InstantEngine(refuses))
+    finally:
+        job.close()
+
+
+def test_without_a_cache_everything_is_left_and_bounded(folder: Path) -> None:
+    config = config_of(folder)
+    plan = plan_build(config)
+    assert (plan.num_prompts, plan.num_malformed, plan.num_duplicates) == (10, 2, 2)
+    assert 0 < plan.num_heldout < 10
+    assert (plan.num_chains, plan.num_done, plan.num_left) == (14, 0, 14)
+    assert (plan.tokens_left, plan.tokens_left_measured) == (1400, False)
+    assert (plan.bytes_per_token, plan.bytes_per_token_measured) == (20.0 + 1.8 * 16, False)
+    assert plan.gb_left == pytest.approx(1400 * (20 + 1.8 * 16) / 1e9)
+    warmer = plan_build(config_of(folder, capture={"temperatures": [0.5, 2.0]}))
+    assert warmer.bytes_per_token == plan.bytes_per_token + 8
+    assert plan.hours_left is None
+    assert plan.fits
+    assert disk_warning(plan) is None
+    assert [(one.source, one.num_prompts, one.num_chains) for one in plan.sources] == [("sums", 6, 6), ("words", 4, 8)]
+    assert not config.cache.exists()
+    text = "\n".join(plan_lines(plan))
+    assert "at most, by max_tokens: 1.4k" in text
+    assert f"malformed: {folder / 'sums.jsonl'}:8: not JSON" in text
+    assert f"duplicate: sums {folder / 'sums.jsonl'}:7 is sums {folder / 'sums.jsonl'}:1" in text
+
+
+def test_after_a_build_nothing_is_left_and_more_prompts_are_measured(folder: Path) -> None:
+    build(config_of(folder), refuses="sums number 2")
+    plan = plan_build(config_of(folder))
+    assert (plan.num_chains, plan.num_done, plan.num_failed, plan.num_left) == (14, 13, 1, 0)
+    assert (plan.tokens_left, plan.gb_left) == (0, 0)
+    assert plan_lines(plan)[-1] == "nothing is left to do"
+
+    more = plan_build(config_of(folder, num_sums=16))
+    assert (more.num_done, more.num_failed, more.num_left) == (13, 1, 10)
+    assert more.sources[0].mean_num_tokens == 5.0
+    assert (more.tokens_left, more.tokens_left_measured) == (50.0, True)
+    files = list((folder / "cache" / "chains").glob("*/*.parquet"))
+    assert more.bytes_per_token_measured
+    assert more.bytes_per_token == pytest.approx(sum(file.stat().st_size for file in files) / (13 * 5))
+    assert more.tokens_per_s is not None
+    assert more.hours_left == pytest.approx(50 / more.tokens_per_s / 3600)
+    assert any(line.startswith("time") and "as the last build" in line for line in plan_lines(more))
+
+
+def test_another_sampling_is_another_run_with_the_old_lengths(folder: Path) -> None:
+    build(config_of(folder))
+    plan = plan_build(config_of(folder, sampling={"max_tokens": 3, "temperature": 1.0}))
+    assert (plan.num_done, plan.num_left) == (0, 14)
+    # The same teacher's chains had five tokens; these may have three.
+    assert (plan.tokens_left, plan.bytes_per_token_measured, plan.hours_left) == (42.0, False, None)
+
+
+def test_prompts_without_room_are_counted_apart(folder: Path) -> None:
+    plan = plan_build(config_of(folder, engine={"max_model_len": 20}))
+    assert (plan.num_unusable, plan.num_left) == (14, 0)
+    plan = plan_build(config_of(folder, engine={"max_model_len": 60}))
+    assert (plan.num_unusable, plan.num_left) == (0, 14)
+    assert plan.tokens_left < 14 * 60
+
+
+def test_a_small_disk_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 1000))
+    plan = plan_build(config_of(folder))
+    assert not plan.fits
+    warning = disk_warning(plan)
+    assert warning is not None
+    assert "has 1.0 kB free and the build needs up to 68.3 kB" in warning
+
+
+def test_speed_is_that_of_the_workers_at_work_together(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for worker, time, speed in (("w0of2", 10_000, 100.0), ("w1of2", 9_000, 50.0), ("w0", 1_000, 70.0)):
+        lines = [{"time": time - 10, "tokens_per_s": 1.0}, {"time": time, "tokens_per_s": speed}]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (tmp_path / "runs" / f"test_1.{worker}.metrics.jsonl").write_text(text)
+    assert teacher_cache.plan._last_speed(tmp_path, "test_1") == 150.0
+    assert teacher_cache.plan._last_speed(tmp_path, "test_2") is None
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="holds no weights"):
+        plan_build(config_of(folder))
+
+
+def test_a_metrics_line_that_was_cut_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    path = tmp_path / "runs" / "test_1.w0.metrics.jsonl"
+    path.write_text('{"time": 1.0, "tokens_per_s": 5.0}\n{"time": 2.0, "tok')
+    assert teacher_cache.plan._last_speed(tmp_path, "test_1") == 5.0
+    with MetricsLog(path) as log:
+        log.write(1, 2, 3, Recorded())
+    lines = path.read_text().splitlines()
+    assert (lines[1], len(lines), json.loads(lines[2])["num_done"]) == ('{"time": 2.0, "tok', 3, 1)
+    path.write_text('{"ti')
+    assert teacher_cache.plan._last_speed(tmp_path, "test_1") is None
+
+
+def test_rows_left_out_are_counted_beyond_the_first_few(folder: Path) -> None:
+    config = config_of(folder)
+    path = folder / "sums.jsonl"
+    path.write_text(path.read_text() + "\n{bad" * 3)
+    plan = plan_build(config)
+    assert plan.examples[3] == "malformed: and 2 more"
+    assert sum(line.startswith("malformed: ") for line in plan.examples) == 4
+    plan.num_duplicates = 1
+    assert "5 malformed, 1 duplicate, 0 contaminated" in "\n".join(plan_lines(plan))
+
+
+def test_a_file_is_no_cache(folder: Path) -> None:
+    config = config_of(folder, cache=str(folder / "sums.jsonl"))
+    refused = r"sums\.jsonl is a file, and a cache is a folder"
+    with pytest.raises(DataError, match=refused):
+        plan_build(config)
+    with pytest.raises(DataError, match=refused):
+        Build(config, identify_teacher(config.teacher), "w0")

@@ -1,0 +1,121 @@
+"""What a crash leaves between rename and commit: adopted, reduced or swept, and never twice."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
+from stillroom.errors import CacheConflict, CorruptError
+from teacher_cache.build import Build
+from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, worker_lock
+from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
+
+
+def _without_commits(root: Path, num_prompts: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A build that dies between the rename of its first shard and the commit; returns what lies there."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_build(make_config(root), make_requests(num_prompts))
+    return sorted((root / "chains").glob("*/*.parquet"))
+
+
+def _visible(root: Path) -> list[str]:
+    table = Catalog(root).chains
+    return [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
+
+
+def test_an_orphan_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (orphan,) = _without_commits(tmp_path / "c", 20, monkeypatch)
+    assert _visible(tmp_path / "c") == []
+    result = run_build(make_config(tmp_path / "c"), make_requests(20))
+    assert result.num_adopted == result.num_done_before == 20
+    assert [tmp_path / "c" / "chains" / file.path for file in Catalog(tmp_path / "c").chains.files()] == [orphan]
+
+
+def test_the_orphan_of_another_worker_is_adopted_unless_it_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (orphan,) = _without_commits(tmp_path / "c", 20, monkeypatch)
+    config = make_config(tmp_path / "c")
+    with worker_lock(tmp_path / "c" / "runs" / f"{orphan.parent.name}.w0.lock", 0.0):
+        at_work = Build(config, make_teacher(), "w1")
+        at_work.close()
+    assert at_work.num_adopted == 0
+    assert run_build(config, make_requests(20), worker="w1").num_adopted == 20
+
+
+def test_a_damaged_orphan_is_swept_and_its_chains_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (orphan,) = _without_commits(tmp_path / "c", 20, monkeypatch)
+    orphan.write_bytes(orphan.read_bytes()[:-100])
+    (orphan.parent / ".w0-000000.tmp").write_bytes(b"half a shard")
+    result = run_build(make_config(tmp_path / "c"), make_requests(20))
+    assert (result.num_adopted, result.recorded.num_chains) == (0, 20)
+    assert not orphan.exists()
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+def test_an_orphan_whose_rows_are_partly_visible_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (orphan,) = _without_commits(tmp_path / "c", 20, monkeypatch)
+    saved = tmp_path / orphan.name
+    shutil.move(orphan, saved)
+    run_build(make_config(tmp_path / "c"), make_requests(12), worker="w1")
+    shutil.move(saved, orphan)
+    assert run_build(make_config(tmp_path / "c"), make_requests(20)).num_adopted == 8
+    assert sorted(_visible(tmp_path / "c")) == sorted(request.sample_id for request in make_requests(20))
+    assert not orphan.exists()
+    table = Catalog(tmp_path / "c").chains
+    for file in table.files():
+        check_hash(table.path_of(file))
+
+
+def test_a_file_that_was_registered_meanwhile_is_no_orphan(tmp_path: Path) -> None:
+    """Regression: a table opened before another process committed took the new file for an orphan and removed it."""
+    requests = make_requests(20)
+    run_build(make_config(tmp_path / "c"), requests[:5])
+    stale = Catalog(tmp_path / "c").chains
+    (run_id,) = Catalog(tmp_path / "c").runs()
+    run_build(make_config(tmp_path / "c"), requests)
+    assert Committer(stale, VisibleSamples(stale), run_id, "w0").recover() == 0
+    assert len(_visible(tmp_path / "c")) == 20
+
+
+def test_a_commit_that_was_taken_though_it_seemed_refused_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Table.commit
+
+    def ambiguous(self: Table, files: list[DataFile], application: str, sequence: int) -> None:
+        commit(self, files, application, sequence)
+        raise CacheConflict("the answer was lost")
+
+    monkeypatch.setattr(Table, "commit", ambiguous)
+    assert run_build(make_config(tmp_path / "c"), make_requests(20)).recorded.num_committed == 20
+    assert len(_visible(tmp_path / "c")) == 20
+
+
+def test_a_flipped_byte_is_found_by_the_hash(tmp_path: Path) -> None:
+    run_build(make_config(tmp_path / "c"), make_requests(20))
+    table = Catalog(tmp_path / "c").chains
+    path = table.path_of(table.files()[0])
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptError, match=path.name):
+        check_hash(path)
+
+
+def test_a_shard_cut_short_stops_the_next_build_by_name(tmp_path: Path) -> None:
+    run_build(make_config(tmp_path / "c"), make_requests(20))
+    table = Catalog(tmp_path / "c").chains
+    path = table.path_of(table.files()[0])
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CorruptError, match=f"{path.name} cannot be read"):
+        run_build(make_config(tmp_path / "c"), make_requests(30))
