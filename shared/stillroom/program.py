@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from stillroom.config import Json
 from stillroom.errors import StillroomError
 from stillroom.log import note
 
@@ -163,12 +162,12 @@ class Finding:
     mend: str | None = None
 
 
-def diagnosis(findings: Sequence[Finding]) -> Json:
+def diagnosis(findings: Sequence[Finding]) -> "Json":
     """JSON-ready: all findings, and `ok` unless something is missing."""
     return {"ok": all(one.state != "missing" for one in findings), "findings": [asdict(one) for one in findings]}
 
 
-def diagnosis_lines(found: Json) -> list[str]:
+def diagnosis_lines(found: "Json") -> list[str]:
     """One line a finding, and what mends it."""
     marks = {"ok": "ok", "missing": "MISSING", "optional": "-"}
     lines = []

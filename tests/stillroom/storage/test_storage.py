@@ -246,14 +246,14 @@ def test_a_killed_upload_leaves_nothing(store: ObjectPath, tmp_path: Path) -> No
     big = tmp_path / "big"
     big.write_bytes(os.urandom(1 << 20) * 24)
     program = (
-        "import sys, time; from pathlib import Path; from shared import storage\n"
+        "import sys, time; from pathlib import Path; from stillroom.storage import paths\n"
         "class Slow(type(Path())):\n"
         "    def open(self, *args):\n"
         "        stream = super().open(*args)\n"
         "        read = stream.read\n"
         "        return type('S', (), {'read': lambda s, n: (print('part', flush=True), time.sleep(.2), read(n))[2],\n"
         "            '__enter__': lambda s: s, '__exit__': lambda s, *a: stream.close()})()\n"
-        "storage.location(sys.argv[1]).upload(Slow(sys.argv[2]))\n"
+        "paths.location(sys.argv[1]).upload(Slow(sys.argv[2]))\n"
     )
     target = store / "big"
     with subprocess.Popen(
