@@ -177,7 +177,7 @@ def through_codec(signals: Signals, codec: str, layout: Layout, vocab_size: int)
         template_fingerprint="c",
     )
     token_ids = [np.zeros(len(signals.topk_n_T), np.int32)]
-    columns = encode(codec, [signals], token_ids)
+    columns = encode(codec, [signals])
     return decode(pa.table({"token_ids": pa.array(token_ids), **columns}), header, "memory")[0]
 
 

@@ -276,6 +276,9 @@ def copy(
     caches: Annotated[
         list[str], typer.Argument(metavar="CACHE", help="Caches, the last of them the one that the others go into.")
     ],
+    rounded: Annotated[
+        bool, typer.Option("--round", help="Store exact distributions (topk-f32) as 8-bit codes (topk-u8).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Copy or merge caches, no row twice. Visible shards alone, hashes checked; the same command resumes."""
@@ -288,29 +291,8 @@ def copy(
     if not sources:
         raise ConfigError("copy needs at least two folders: SRC... DEST")
     with _resumable():
-        report = copy_caches(sources, dest)
+        report = copy_caches(sources, dest, rounded=rounded)
     print_result(asdict(report), copy_lines(report, dest), as_json)
-    if report.stopped:
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
-def recode(
-    cache: CachePath,
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where the new cache goes.")],
-    codec: Annotated[str, typer.Option(help="archive or topk-u8.")],
-    lossy: Annotated[bool, typer.Option("--lossy", help="Round exact distributions to 8-bit codes.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a cache anew in another codec; the same command resumes."""
-    from dataclasses import asdict
-
-    from stillroom.storage.paths import location
-    from teacher_cache.maintenance.copy import copy_lines, recode_cache
-
-    with _resumable():
-        report = recode_cache(location(cache), location(dest), codec, lossy=lossy)
-    print_result(asdict(report), copy_lines(report, location(dest)), as_json)
     if report.stopped:
         raise typer.Exit(INTERRUPTED)
 
@@ -348,7 +330,7 @@ def main() -> None:
     """Entry point."""
     # Read when torch is loaded, which tokenizers do long before the engine.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run_program(app, "teacher-cache", ("build", "score", "copy", "recode"))
+    run_program(app, "teacher-cache", ("build", "score", "copy"))
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:

@@ -336,7 +336,7 @@ class CaptureConfig(StrictModel):
     """What is kept of each token's distribution."""
 
     codec: str = "topk-u8"
-    """How distributions are stored: topk-u8 (8-bit codes), topk-f32 (exact) or archive (fewest bytes, not for SQL)."""
+    """How distributions are stored: topk-u8 (8-bit codes) or topk-f32 (exact)."""
     max_support: int = Field(default=8, ge=1, le=1024)
     """Exact entries a token at most: the teacher's most probable tokens with their probabilities."""
     nucleus: float | None = Field(default=0.999, gt=0, lt=1)

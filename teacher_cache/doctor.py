@@ -59,9 +59,8 @@ OPTIONAL = {
     "datasets": "prompts of kind huggingface",
     "reasoning-gym": "prompts of kind reasoning_gym",
     "math-verify": "the judge math",
-    "numba": "the codec archive",
 }
-EXTRAS = {"httpx2": "teacher-server", "numba": "archive"}
+EXTRAS = {"httpx2": "teacher-server"}
 """Extras of stillroom that bring a package in a version that fits."""
 INSTALL_GPU = "pip install 'stillroom[teacher]'"
 INSTALL_SERVER = "pip install 'stillroom[teacher-server]'"

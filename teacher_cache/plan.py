@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 BYTES_PER_TOKEN = 20.0
-BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0, "archive": 1.4}
+BYTES_PER_ENTRY = {"topk-u8": 1.8, "topk-f32": 7.0}
 """At most, with every support full: measured at 16 and 64 entries and a vocabulary of 129,280. Used where the cache
 tells nothing.
 """

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.cache.codec import decode_rows, signal_columns
+from stillroom.cache.codec import decode, signal_columns
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError
 from stillroom.schema.manifest import ShardHeader
@@ -118,9 +118,8 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
     with_signals = with_signals and not selection.is_text
     table, decode_signals = _read_table(selection, group, with_signals)
     _require(int(selection.row_in_group_R[rows_R].max()) < table.num_rows, where, "has fewer rows than were selected")
-    places_R, whole = selection.row_in_group_R[rows_R], table
     if len(rows_R) < table.num_rows:
-        table = table.take(pa.array(places_R))
+        table = table.take(pa.array(selection.row_in_group_R[rows_R]))
     same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
     _require(bool(same_R.all()), where, "holds another chain than was selected (sample_id differs)")
     prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)
@@ -132,7 +131,7 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         _require(
             bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of another length than was selected"
         )
-    signals = decode_signals(whole, places_R.astype(np.int64)) if decode_signals is not None else None
+    signals = decode_signals(table) if decode_signals is not None else None
     entry_offsets_T = draw_offsets_T = None
     if signals is not None:
         entry_offsets_T = _offsets(signals.topk_n_T)
@@ -144,8 +143,8 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
 
 def _read_table(
     selection: Selection, group: int, with_signals: bool
-) -> tuple[pa.Table, Callable[[pa.Table, Int64], Signals] | None]:
-    """The needed columns of a row group, and how to decode signals of some rows; nothing else opens a data file."""
+) -> tuple[pa.Table, Callable[[pa.Table], Signals] | None]:
+    """The needed columns of a row group and a decoder for some of its rows; nothing else opens a data file."""
     path, index, where = selection.path_of(group), int(selection.row_group_G[group]), selection.where(group)
     if selection.is_text:
         file = _open_text(selection, group)
@@ -158,7 +157,7 @@ def _read_table(
         table = read_row_group(file, index, columns, str(path))
     if not with_signals:
         return table, None
-    return table, lambda whole, rows: _common(decode_rows(whole, rows, header, where), header, selection)
+    return table, lambda rows: _common(decode(rows, header, where)[0], header, selection)
 
 
 def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Signals:

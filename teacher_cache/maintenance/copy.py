@@ -4,46 +4,39 @@ Only what a source's latest version shows is copied; every byte is checked again
 way. Rows whose sample is visible in the destination are left out, so overlapping caches merge and the same command
 goes on after a kill. Builds may go on in sources and destination meanwhile.
 
-`teacher-cache recode CACHE DEST --codec NAME`: a cache anew in another codec.
-
-In: a cache. Out: another with the same chains, verdicts, failures, manifests and vocabularies, whose distributions are
-stored differently. Crash-safe and resumable as `copy` is, whose commit protocol it uses; one row group is in memory.
+With --round, exact distributions (`topk-f32`) become 8-bit codes (`topk-u8`) on the way.
 """
 
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache.catalog import HASH_CHARS, SHARD_NAME, Catalog, DataFile, Table
-from stillroom.cache.codec import check_codec
+from stillroom.cache.codec import encode
 from stillroom.cache.delta_log import log_problems
-from stillroom.cache.shards import open_shard, read_row_group
+from stillroom.cache.shards import open_shard, read_signals
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.log import Progress, format_bytes, format_plural, warn
 from stillroom.program import StopRequest
 from stillroom.schema import FORMAT_VERSION
-from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest, ShardHeader
-from stillroom.schema.tables import CODECS, chain_schema
+from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest
+from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, chain_schema
 from stillroom.storage.paths import Location, atomic_path, check_reachable, local_copy, parts_of
 from teacher_cache.judging import commit_verdict_file, verdict_temp
 from teacher_cache.maintenance.orphans import receipt_problems
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, worker_lock
-from teacher_cache.writer.rewrite import recode_columns
 from teacher_cache.writer.shard import parquet_options
 
 COPIER = "copied"
 """Stands in the names of copied files where others have their worker; rows keep theirs."""
 CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine"}
-
-
-Rewrite = Callable[[Path, Path], None]
-"""Writes the shard at the first path anew to the second."""
 
 
 @dataclass(slots=True)
@@ -59,9 +52,9 @@ class CopyReport:
     stopped: bool = False
 
 
-def copy_caches(sources: Sequence[Location], dest: Location, rewrite: Rewrite | None = None) -> CopyReport:
-    """Copies what `sources` show into `dest`, a cache or a folder that is empty or not there yet; `rewrite` makes each
-    shard's file out of the checked copy.
+def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = False) -> CopyReport:
+    """Copies what `sources` show into `dest`, a cache or a folder that is empty or does not exist yet; `rounded` stores
+    exact distributions as 8-bit codes.
 
     Raises ConfigError for caches that may not be mixed or lie in each other, DataError where one is none or of a newer
     format, CorruptError naming a shard or log that is damaged, CacheConflict while another copy into `dest` runs.
@@ -85,7 +78,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, rewrite: Rewrite | 
         progress = stack.enter_context(Progress("copy", total, "chains"))
         for source in catalogs:
             _copy_companions(source, target)
-            for _ in _copy_one(source, target, report, rewrite):
+            for _ in _copy_one(source, target, report, rounded=rounded):
                 progress.update(report.num_chains + report.num_known, 0, {"": format_bytes(report.size_bytes)})
                 if stop.is_set:
                     report.stopped = True
@@ -183,15 +176,15 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
             target.write_run(run)
 
 
-def _copy_one(source: Catalog, target: Catalog, report: CopyReport, rewrite: Rewrite | None) -> Iterator[None]:
+def _copy_one(source: Catalog, target: Catalog, report: CopyReport, *, rounded: bool) -> Iterator[None]:
     """Comes back after every file, so that a caller may show progress or stop."""
     _copy_verdicts(source, target, report)
     yield
-    yield from _copy_rows(source.failures, target.failures, report, None)
-    yield from _copy_rows(source.chains, target.chains, report, rewrite)
+    yield from _copy_rows(source.failures, target.failures, report, rounded=False)
+    yield from _copy_rows(source.chains, target.chains, report, rounded=rounded)
 
 
-def _copy_rows(source: Table, target: Table, report: CopyReport, rewrite: Rewrite | None) -> Iterator[None]:
+def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: bool) -> Iterator[None]:
     visible = VisibleSamples(target)
     committers: dict[str, Committer] = {}
     is_chains = target.folder.name == "chains"
@@ -207,8 +200,8 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, rewrite: Rewrit
             temp = committers[run_id].temp_path()
             temp.parent.mkdir(parents=True, exist_ok=True)
             _copy_checked(source.path_of(file), temp)
-            if rewrite is not None:
-                temp = _rewritten(temp, committers[run_id].temp_path(), rewrite)
+            if rounded:
+                temp = _rounded(temp, committers[run_id].temp_path())
             size_bytes = temp.stat().st_size
             num_fresh = committers[run_id].commit(temp, file.num_rows)
         if is_chains:
@@ -221,10 +214,10 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, rewrite: Rewrit
         yield
 
 
-def _rewritten(copied: Path, temp: Path, rewrite: Rewrite) -> Path:
-    """What `rewrite` makes of the copy, which goes."""
+def _rounded(copied: Path, temp: Path) -> Path:
+    """What `round_shard` makes of the copy, which is removed."""
     try:
-        rewrite(copied, temp)
+        round_shard(copied, temp)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -275,68 +268,19 @@ def _hash_of(file: DataFile) -> str:
     return name["hash"] if name is not None else file.path
 
 
-EXACT = "topk-f32"
-
-
-def recode_cache(source: Location, dest: Location, codec: str, *, lossy: bool = False) -> CopyReport:
-    """Writes what `source` shows to `dest` with every shard in `codec`.
-
-    Raises ConfigError for an unknown codec, where nothing would be gained, and where exact numbers would be rounded
-    unless `lossy`; otherwise as `copy_caches`.
-    """
-    if codec not in CODECS:
-        raise ConfigError(f"codec {codec!r} is unknown: choose one of {', '.join(sorted({*CODECS} - {EXACT}))}")
-    check_codec(codec)
-    _check_gain(_codecs(Catalog(source)), source, codec, lossy=lossy)
-
-    def recode(copied: Path, temp: Path) -> None:
-        recode_shard(copied, temp, codec)
-
-    return copy_caches([source], dest, recode)
-
-
-def recode_shard(path: Path, temp: Path, codec: str) -> None:
-    """Writes the shard at `path` to `temp` in another codec, row group by row group; all but the signals is kept.
-
-    Raises CorruptError naming row group, row and column where the shard is damaged.
-    """
+def round_shard(path: Path, temp: Path) -> None:
+    """Writes an exact shard to `temp` as `topk-u8`, one row group in memory at a time; any other is moved there."""
     file, old = open_shard(path)
-    new = old.model_copy(update={"codec": codec, "format_version": FORMAT_VERSION})
-    schema = chain_schema(codec).with_metadata({SHARD_METADATA_KEY: new.model_dump_json()})
-    with file, pq.ParquetWriter(temp, schema, **parquet_options(schema, new.vocab_size)) as writer:
-        for index in range(file.num_row_groups):
-            table = read_row_group(file, index, file.schema_arrow.names, str(path))
-            writer.write_table(_recoded(table, old, codec, schema, f"{path}: row group {index}"))
-
-
-def _recoded(table: pa.Table, header: ShardHeader, codec: str, schema: pa.Schema, where: str) -> pa.Table:
-    coded = table if header.codec == codec and header.format_version == FORMAT_VERSION else None
-    if coded is not None:
-        return coded.select(schema.names).cast(schema)
-    columns = recode_columns(table, header, codec, where)
-    return pa.table({name: columns[name] if name in columns else table.column(name) for name in schema.names}, schema)
-
-
-def _codecs(catalog: Catalog) -> Sequence[str]:
-    found = set()
-    for data_file in catalog.chains.files():
-        file, header = open_shard(catalog.chains.path_of(data_file))
-        file.close()
-        found.add(header.codec)
-    return sorted(found)
-
-
-def _check_gain(codecs: Sequence[str], source: Location, codec: str, *, lossy: bool) -> None:
-    if not set(codecs) - {codec}:
-        stored = f"is stored as {codec} already" if codecs else "holds no chain"
-        raise ConfigError(f"{source} {stored}: teacher-cache copy copies it")
-    if EXACT in codecs and codec != EXACT and not lossy:
-        raise ConfigError(
-            f"{source} holds exact distributions ({EXACT}), which {codec} rounds to 8-bit codes: add --lossy to go on"
-        )
-    if codec == EXACT:
-        raise ConfigError(
-            f"{source} holds 8-bit codes ({', '.join(sorted(set(codecs) - {EXACT}))}), and {EXACT} promises what the "
-            "teacher said, exactly: recoding would take three times the bytes and win no precision back; a build with "
-            f"capture.codec={EXACT} writes exact distributions"
-        )
+    with file:
+        if old.codec != "topk-f32":
+            path.replace(temp)
+            return
+        new = old.model_copy(update={"codec": "topk-u8", "format_version": FORMAT_VERSION})
+        schema = chain_schema(new.codec).with_metadata({SHARD_METADATA_KEY: new.model_dump_json()})
+        plain = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS]
+        with pq.ParquetWriter(temp, schema, **parquet_options(schema, new.vocab_size)) as writer:
+            for index in range(file.num_row_groups):
+                table, signals, offsets = read_signals(file, old, index, plain, str(path))
+                rows = [signals.slice(int(start), int(stop)) for start, stop in pairwise(offsets)]
+                columns = {name: table.column(name) for name in plain} | encode(new.codec, rows)
+                writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,7 +29,6 @@ from stillroom.log import warn
 from stillroom.schema.manifest import SHARD_METADATA_KEY
 from stillroom.storage.objects import is_store_error
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, matching, open_parquet, relative_name, spool
-from teacher_cache.writer.rewrite import filter_rows
 from teacher_cache.writer.shard import parquet_options
 
 CARE_APPLICATION = "stillroom/care/removals"
@@ -193,18 +191,13 @@ def rewrite(
     with open_parquet(path) as file:
         schema = file.schema_arrow
         is_shard = SHARD_METADATA_KEY in (schema.metadata or {})
-        header = header_of(schema.metadata, str(path)) if is_shard else None
-        vocab_size = header.vocab_size if header is not None else 0
+        vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
         with pq.ParquetWriter(temp, schema, **parquet_options(schema, vocab_size)) as writer:
             for index in range(file.num_row_groups):
                 if groups is not None and index not in groups:
                     continue
                 group = file.read_row_group(index)
-                kept_R = np.array(keep(group), np.bool_)
-                if header is not None:
-                    kept = filter_rows(group, kept_R, header, f"{path}: row group {index}")
-                else:
-                    kept = group.filter(pa.array(kept_R))
+                kept = group.filter(pa.array(keep(group), pa.bool_()))
                 num_rows += kept.num_rows
                 if kept.num_rows:
                     writer.write_table(kept)

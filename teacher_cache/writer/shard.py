@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -87,8 +86,7 @@ class ShardFile:
 
 def rows_to_table(codec: str, rows: Sequence[ChainRow], schema: pa.Schema) -> pa.Table:
     """Rows as the columns of a shard."""
-    token_ids = [np.asarray(row.columns["token_ids"], np.int32) for row in rows]
-    coded = encode(codec, [row.signals for row in rows], token_ids)
+    coded = encode(codec, [row.signals for row in rows])
     plain = {
         field.name: pa.array([row.columns[field.name] for row in rows], field.type)
         for field in CHAIN_FIELDS

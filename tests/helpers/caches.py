@@ -287,7 +287,7 @@ def _encoded(shape: CacheShape, chains: Sequence[Chain]) -> dict[str, pa.Array]:
     parts = []
     for first in range(0, len(chains), shape.rows_per_group):
         group = chains[first : first + shape.rows_per_group]
-        parts.append(encode(shape.codec, [chain.signals for chain in group], [chain.token_ids for chain in group]))
+        parts.append(encode(shape.codec, [chain.signals for chain in group]))
     return {name: pa.concat_arrays([part[name] for part in parts]) for name in parts[0]}
 
 

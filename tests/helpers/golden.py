@@ -91,7 +91,7 @@ def golden_table(codec: str) -> pa.Table:
             }
         )
     plain = pa.Table.from_pylist(rows, pa.schema([field for field in CHAIN_FIELDS if field not in TOKEN_FIELDS]))
-    coded = encode(codec, signals, [capture.token_ids_T for capture in captures()])
+    coded = encode(codec, signals)
     schema = chain_schema(codec)
     columns = [coded.get(name, plain[name] if name in plain.column_names else None) for name in schema.names]
     return pa.table(columns, schema=schema).replace_schema_metadata(

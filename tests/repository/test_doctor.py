@@ -92,13 +92,7 @@ def test_nothing_heavy_is_loaded() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_what_the_archive_needs_comes_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stillroom.program, "package_version", lambda name: None)
     findings = {one["name"]: one for one in teacher_cache.doctor.diagnose()["findings"]}
-    assert findings["numba"] == {
-        "name": "numba",
-        "state": "optional",
-        "value": "not installed: needed for the codec archive",
-        "mend": "pip install 'stillroom[archive]'",
-    }
     assert findings["datasets"]["mend"] == "pip install datasets"

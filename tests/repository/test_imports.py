@@ -31,11 +31,6 @@ HOMES = {
     "deltalake": {"shared/stillroom/cache/catalog.py"},
     "duckdb": {"shared/stillroom/sql/session.py"},
     "httpx2": {"teacher_cache/engine/http/client.py"},
-    "numba": {
-        "shared/stillroom/cache/archive/decode.py",
-        "shared/stillroom/cache/archive/encode.py",
-        "shared/stillroom/cache/archive/lists.py",
-    },
 }
 INSIDE_VLLM = HOMES["vllm"] | {
     "teacher_cache/engine/plugin/batch.py",
@@ -55,7 +50,7 @@ IMPORT_NAMES = {"pyyaml": "yaml"}
 CLIS = ("teacher_cache.cli", "student_train.cli")
 SLOW_TO_IMPORT = {
     *("torch", "transformers", "vllm", "deepspeed", "peft", "datasets", "reasoning_gym", "math_verify", "tensorboard"),
-    *("duckdb", "deltalake", "matplotlib", "httpx2", "numba"),
+    *("duckdb", "deltalake", "matplotlib", "httpx2"),
 }
 
 
@@ -110,7 +105,7 @@ def test_every_library_is_declared() -> None:
     everything = base.union(*extras.values())
     imports = [item for item in imports_of(ROOT) if item.package not in {*PACKAGES, *sys.stdlib_module_names}]
     assert {item.package for item in imports} - everything == set()
-    apart = INSIDE_VLLM | HOMES["httpx2"] | HOMES["numba"]
+    apart = INSIDE_VLLM | HOMES["httpx2"]
     eager = [item for item in imports if item.is_eager and item.file not in apart]
     assert {item.package for item in eager if not item.file.startswith("student_train/")} - base == set()
     assert {item.package for item in eager if item.file.startswith("student_train/")} - base - extras[

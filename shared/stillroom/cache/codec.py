@@ -14,7 +14,6 @@ count them.
             (support and tail), so every decoded distribution sums to one. Scalars a token keep 10 mantissa bits.
             A draw's code is that of its own log probability; what it weighs is the tail's mass over `draw_n`.
 `topk-f32`  everything as float32, exact.
-`archive`   what `topk-u8` holds, entropy coded (cache.archive.blocks): its rows cannot be decoded or moved one by one.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stillroom.cache.archive.columns import BLOBS, check_numba, pack, unpack
 from stillroom.cache.columns import (
     MAX_CODE,
     PARTITION_MANTISSA_BITS,
@@ -50,32 +48,21 @@ PER_ENTRY = ("topk_ids", "topk_codes", "topk_logprobs")
 
 
 def check_codec(codec: str) -> None:
-    """Raises ConfigError unless `codec` is a known name whose packages are installed."""
+    """Raises ConfigError unless `codec` is a known name."""
     if codec not in SIGNAL_FIELDS:
         raise ConfigError(f"codec {codec!r} is unknown: choose one of {', '.join(SIGNAL_FIELDS)}")
-    if codec == "archive":
-        check_numba()
 
 
-def encode(codec: str, rows: Sequence[Signals], token_ids: Sequence[Int32]) -> dict[str, pa.Array]:
-    """Token and signal columns of `rows`, one value a row, typed as schema.tables says; `token_ids` are the rows'
-    completions. All rows of a row group belong in one call: `archive` codes them as one block.
-
-    Raises ConfigError for an unknown codec or one whose packages are missing.
-    """
+def encode(codec: str, rows: Sequence[Signals]) -> dict[str, pa.Array]:
+    """Token and signal columns, one list per row, as schema.tables types them. Raises ConfigError if `codec` is unknown."""
     check_codec(codec)
     n_T = _concat([row.topk_n_T for row in rows], np.int32)
     tokens_R = np.array([len(row.topk_n_T) for row in rows], np.int64)
     values = _flat_values(codec, rows, n_T)
     entries_R = np.array([_num_entries(row) for row in rows], np.int64)
     partitions_R = np.array([len(_flat_partitions(row)) for row in rows], np.int64)
-    packed: dict[str, pa.Array] = {}
-    if codec == "archive":
-        values["token_ids"] = _concat(token_ids, np.int32)
-        packed = pack(values, tokens_R)
-        values = {name: values[name] for name in ("sampled_rank", "sampled_logprob", "entropy", "log_partitions")}
     lengths = dict.fromkeys(PER_ENTRY, entries_R) | {"log_partitions": partitions_R}
-    return {name: list_column(flat, lengths.get(name, tokens_R)) for name, flat in values.items()} | packed
+    return {name: list_column(flat, lengths.get(name, tokens_R)) for name, flat in values.items()}
 
 
 def signal_columns(header: ShardHeader) -> list[str]:
@@ -90,7 +77,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     `table` holds `token_ids` and `signal_columns(header)`. Raises CorruptError naming `where` (the shard), the row and
     the column when lengths, counts, codes or ids contradict the format.
     """
-    values, row_offsets = read_values(table, header, where)
+    values, row_offsets = _read_values(table, header, where)
     n_T, ids_E = values["topk_n"].astype(np.int32), values["topk_ids"]
     draw_n_T = values["draw_n"].astype(np.int32) if header.draws and "draw_n" in values else None
     drawn_E = None if draw_n_T is None else _drawn(n_T, draw_n_T)
@@ -117,19 +104,17 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     return signals, row_offsets
 
 
-def read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict[str, Array], Int64]:
-    """Flat values of `token_ids` and `signal_columns(header)`, those of `archive` as `topk-u8` would store them, and
-    row offsets [R+1] int64 in tokens. All that FORMAT.md wants a reader to check is checked; raises as `decode`.
+def _read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict[str, Array], Int64]:
+    """Flat values of `token_ids` and `signal_columns(header)`, and row offsets [R+1] int64 in tokens.
+
+    Makes every check that FORMAT.md requires of a reader; raises as `decode`.
     """
-    lists = ["token_ids", *(name for name in signal_columns(header) if name not in BLOBS)]
-    values, lengths = read_lists(table, lists, where)
+    values, lengths = read_lists(table, ["token_ids", *signal_columns(header)], where)
     tokens_R = lengths["token_ids"]
     for name in lengths:
         if name not in (*PER_ENTRY, "log_partitions"):
             require_rows(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
     row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
-    if header.codec == "archive":
-        values, lengths = unpack(table, values, lengths, row_offsets, header, where)
     _check_counts(values, lengths, header, row_offsets, where)
     if "log_partitions" in values:
         num = len(header.temperatures)
@@ -146,18 +131,6 @@ def read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict[
         require_values((codes_E >= 0) & (codes_E <= MAX_CODE), entry_offsets, where, "topk_codes", "is outside 0..255")
         require_values((tails_T >= 0) & (tails_T <= MAX_CODE), row_offsets, where, "tail_codes", "is outside 0..255")
     return values, row_offsets
-
-
-def decode_rows(table: pa.Table, rows: Int64, header: ShardHeader, where: str) -> Signals:
-    """Signals of rows `rows`, ascending, of a row group; raises as `decode`. Only `archive` decodes all rows for it."""
-    if len(rows) == table.num_rows:
-        return decode(table, header, where)[0]
-    if header.codec != "archive":
-        return decode(table.take(pa.array(rows)), header, where)[0]
-    signals, offsets = decode(table, header, where)
-    kept_R = np.zeros(table.num_rows, np.bool_)
-    kept_R[rows] = True
-    return signals.keep(np.repeat(kept_R, np.diff(offsets)))
 
 
 def _concat_draws(rows: Sequence[Signals]) -> Draws | None:
@@ -186,7 +159,6 @@ def _interleave(n_T: Int32, draws: Draws, *pairs: tuple[Array, Array]) -> list[A
 
 
 def _flat_values(codec: str, rows: Sequence[Signals], n_T: Int32) -> dict[str, Array]:
-    """Flat values of the columns of a codec whose rows stand alone; those of `topk-u8` for `archive`."""
     draws = _concat_draws(rows)
     ids_E = _concat([row.topk_ids_N for row in rows], np.int32)
     logprobs_E = _concat([row.topk_logprobs_N for row in rows], np.float32)

@@ -70,7 +70,7 @@ def require_values(good: npt.NDArray[np.bool_], offsets: Int64, where: str, colu
 
 
 LOGPROB_RANGE_NATS = 32.0
-"""Log probabilities below minus this are stored as minus this by `topk-u8` and `archive`."""
+"""Log probabilities below minus this are stored as minus this by `topk-u8`."""
 
 MAX_CODE = 255
 SCALAR_MANTISSA_BITS = 10

@@ -126,25 +126,6 @@ class Signals:
     draws: Draws | None = None
     log_partitions_TS: Float32 | None = None
 
-    def keep(self, kept_T: npt.NDArray[np.bool_]) -> "Signals":
-        """Signals of the tokens that `kept_T` marks."""
-        kept_N = np.repeat(kept_T, self.topk_n_T)
-        draws, partitions_TS = self.draws, self.log_partitions_TS
-        if draws is not None:
-            kept_D = np.repeat(kept_T, draws.n_T)
-            draws = Draws(draws.n_T[kept_T], draws.ids_D[kept_D], draws.logprobs_D[kept_D])
-        return Signals(
-            topk_n_T=self.topk_n_T[kept_T],
-            topk_ids_N=self.topk_ids_N[kept_N],
-            topk_logprobs_N=self.topk_logprobs_N[kept_N],
-            tail_logmass_T=self.tail_logmass_T[kept_T],
-            sampled_logprob_T=self.sampled_logprob_T[kept_T],
-            sampled_rank_T=self.sampled_rank_T[kept_T],
-            entropy_T=self.entropy_T[kept_T],
-            draws=draws,
-            log_partitions_TS=None if partitions_TS is None else partitions_TS[kept_T],
-        )
-
     def slice(self, start: int, stop: int) -> "Signals":
         """Signals of tokens start..stop-1, as views."""
         first = int(self.topk_n_T[:start].sum(dtype=np.int64))

@@ -4,11 +4,8 @@ import pyarrow as pa
 
 from stillroom.schema import FORMAT_VERSION
 
-CODECS = ("topk-u8", "topk-f32", "archive")
+CODECS = ("topk-u8", "topk-f32")
 """Codec names a reader of this version understands."""
-
-SQL_CODECS = ("topk-u8", "topk-f32")
-"""Those whose distributions SQL can read."""
 
 MESSAGE_TYPE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
@@ -84,11 +81,6 @@ SIGNAL_FIELDS = {
         pa.field("topk_n", list_of(pa.int16()), nullable=False),
         pa.field("tail_logmass", list_of(pa.float32()), nullable=False),
         *EXTRA_FIELDS,
-    ],
-    "archive": [
-        pa.field("archive_model", pa.binary(), nullable=False),
-        pa.field("archive", pa.binary(), nullable=False),
-        EXTRA_FIELDS[1],
     ],
 }
 """Columns that depend on the codec, in the newest format version."""

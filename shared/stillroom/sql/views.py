@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from stillroom.cache.columns import LOGPROB_RANGE_NATS, MAX_CODE
-from stillroom.schema.tables import FAILURE_SCHEMA, SQL_CODECS, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
+from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
 
 VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage")
 """What a user sees, in the order they are explained."""
@@ -31,7 +31,6 @@ SQL_TYPES = {
     pa.int64(): "BIGINT",
     pa.float32(): "FLOAT",
     pa.timestamp("us", tz="UTC"): "TIMESTAMPTZ",
-    pa.binary(): "BLOB",
 }
 
 
@@ -70,7 +69,6 @@ def view_statements(files: CacheFiles) -> list[str]:
     code_prob = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
     topk_prob = f"coalesce({code_prob.format('topk_codes')}, exp(topk_logprobs))"
     top1_prob = f"coalesce({code_prob.format('top1_code')}, exp(top1_logprob))"
-    readable = _readable(files)
     tail_mass = f"coalesce(if(tail_code = {MAX_CODE}, 0, {code_prob.format('tail_code')}), exp(tail_logmass))"
     return [
         f"CREATE VIEW shards AS {_shards(files.chains)}",
@@ -125,7 +123,7 @@ def view_statements(files: CacheFiles) -> list[str]:
                unnest(tail_logmass) AS tail_logmass, unnest(list_where(topk_codes, is_first)) AS top1_code,
                unnest(list_where(topk_logprobs, is_first)) AS top1_logprob
              FROM (SELECT *, flatten(list_transform({ENTRY_N}, lambda n: list_resize([true], n, false))) AS is_first
-                   FROM shards WHERE {readable})) t
+                   FROM shards)) t
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
         f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob,
@@ -134,21 +132,10 @@ def view_statements(files: CacheFiles) -> list[str]:
                unnest(flatten(list_transform(entry_n, lambda n, i: list_resize([i - 1], n, i - 1)))) AS position,
                unnest(flatten(list_transform(entry_n, lambda n, i: list_resize(range(1, topk_n[i] + 1), n)))) AS rank,
                unnest(topk_ids) AS token_id, unnest(topk_codes) AS topk_codes, unnest(topk_logprobs) AS topk_logprobs
-             FROM (SELECT *, {ENTRY_N} AS entry_n FROM shards WHERE {readable})) t
+             FROM (SELECT *, {ENTRY_N} AS entry_n FROM shards)) t
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
     ]
-
-
-def _readable(files: CacheFiles) -> str:
-    """A condition that fails the query where distributions lie in columns that SQL cannot read."""
-    if all(codec in SQL_CODECS for codec, _ in files.chains):
-        return "true"
-    reason = (
-        "the views tokens and topk cannot read codec archive: teacher-cache recode CACHE DEST --codec topk-u8 writes "
-        "the cache anew in one that they can; chains reads this one"
-    )
-    return f"error({quote(reason)}) IS NULL"
 
 
 def _shards(files: Mapping[Layout, Sequence[str]]) -> str:

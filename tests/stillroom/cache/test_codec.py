@@ -47,14 +47,8 @@ def header(codec: str, **changes: Any) -> ShardHeader:
 
 
 def table_of(codec: str, rows: list[Signals]) -> pa.Table:
-    token_ids = [np.zeros(len(row.topk_n_T), np.int32) for row in rows]
-    tokens = pa.array(token_ids, list_of(pa.int32()))
-    return pa.table({"token_ids": tokens, **encode(codec, rows, token_ids)})
-
-
-def by_id(n_T: Any, ids_N: Any) -> Any:
-    """Ids of each token in rising order: `archive` keeps the order of equal codes and of draws to itself."""
-    return ids_N[np.lexsort((ids_N, np.repeat(np.arange(len(n_T)), n_T)))]
+    tokens = pa.array([np.zeros(len(row.topk_n_T), np.int32) for row in rows], list_of(pa.int32()))
+    return pa.table({"token_ids": tokens, **encode(codec, rows)})
 
 
 def kl_T(signals: Signals, decoded: Signals) -> Any:
@@ -101,7 +95,7 @@ def test_round_trip_keeps_ids_counts_and_rows(codec: str) -> None:
     for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True):
         part = decoded.slice(int(start), int(stop))
         np.testing.assert_array_equal(part.topk_n_T, row.topk_n_T)
-        np.testing.assert_array_equal(by_id(part.topk_n_T, part.topk_ids_N), by_id(row.topk_n_T, row.topk_ids_N))
+        np.testing.assert_array_equal(part.topk_ids_N, row.topk_ids_N)
         np.testing.assert_array_equal(part.sampled_rank_T, row.sampled_rank_T)
         np.testing.assert_allclose(part.sampled_logprob_T, row.sampled_logprob_T, rtol=2**-10)
 
@@ -149,7 +143,7 @@ def test_any_rows_round_trip(lengths: list[int], seed: int, codec: str) -> None:
     decoded, offsets = decode(table_of(codec, rows), header(codec), "shard")
     assert np.diff(offsets).tolist() == lengths
     written = np.concatenate([row.topk_ids_N for row in rows])
-    np.testing.assert_array_equal(by_id(decoded.topk_n_T, decoded.topk_ids_N), by_id(decoded.topk_n_T, written))
+    np.testing.assert_array_equal(decoded.topk_ids_N, written)
     assert np.isfinite(decoded.topk_logprobs_N).all()
 
 
@@ -200,7 +194,7 @@ def test_empty_tables_decode_to_nothing() -> None:
 
 def test_unknown_codec_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="topk-u9"):
-        encode("topk-u9", [], [])
+        encode("topk-u9", [])
 
 
 def test_scalars_are_means_of_the_uncoded_signals() -> None:
@@ -248,17 +242,13 @@ def test_draws_and_log_partitions_round_trip_beside_the_support(codec: str) -> N
     assert read.log_partitions_TS is not None
     assert written.log_partitions_TS is not None
     np.testing.assert_array_equal(read.draws.n_T, written.draws.n_T)
-    n_T, same = written.draws.n_T, by_id(written.draws.n_T, written.draws.ids_D)
-    np.testing.assert_array_equal(by_id(n_T, read.draws.ids_D), same)
-    if codec != "archive":
-        np.testing.assert_array_equal(read.draws.ids_D, written.draws.ids_D)
-        atol = 0.1 if codec == "topk-u8" else 0
-        np.testing.assert_allclose(read.draws.logprobs_D, written.draws.logprobs_D, atol=atol)
+    np.testing.assert_array_equal(read.draws.ids_D, written.draws.ids_D)
+    atol = 0.1 if codec == "topk-u8" else 0
+    np.testing.assert_allclose(read.draws.logprobs_D, written.draws.logprobs_D, atol=atol)
     np.testing.assert_allclose(read.log_partitions_TS, written.log_partitions_TS, rtol=1e-4)
     # The support decodes as if there were no draws: their mass is the tail's and counts once.
     alone, _ = decode(table_of(codec, [plain]), header(codec), "shard")
-    n_T = alone.topk_n_T
-    np.testing.assert_array_equal(by_id(n_T, read.topk_ids_N), by_id(n_T, alone.topk_ids_N))
+    np.testing.assert_array_equal(read.topk_ids_N, alone.topk_ids_N)
     np.testing.assert_array_equal(read.topk_logprobs_N, alone.topk_logprobs_N)
     np.testing.assert_array_equal(read.tail_logmass_T, alone.tail_logmass_T)
 

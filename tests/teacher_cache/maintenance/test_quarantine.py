@@ -15,7 +15,6 @@ from stillroom.schema.manifest import SHARD_METADATA_KEY
 from teacher_cache.build import Build
 from teacher_cache.cli import app
 from teacher_cache.judging import judge_cache
-from teacher_cache.maintenance.copy import recode_cache
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.quarantine import MENDER, quarantine_damaged
 from teacher_cache.maintenance.verify import verify_cache
@@ -122,16 +121,6 @@ def test_of_a_shard_whose_header_is_not_its_runs_nothing_is_kept(root: Path) -> 
     manifest.write_text(manifest.read_text().replace('"nucleus": 0.999', '"nucleus": 0.99'))
     (taken,) = quarantine_damaged(Catalog(root), verify_cache(root))
     assert taken.num_kept == 0
-
-
-def test_a_recoded_cache_keeps_its_sound_rows_too(root: Path, tmp_path: Path) -> None:
-    recode_cache(root, tmp_path / "archive", "archive")
-    path = largest(tmp_path / "archive")
-    lost = damage_group(path, 1, "archive")
-    (taken,) = quarantine_damaged(Catalog(tmp_path / "archive"), verify_cache(tmp_path / "archive"))
-    assert taken.num_rows - taken.num_kept == len(lost)
-    assert sorted(visible(tmp_path / "archive")) == sorted(set(visible(root)) - set(lost))
-    assert verify_cache(tmp_path / "archive").ok
 
 
 def test_rows_that_are_visible_twice_stay_once(root: Path) -> None:
