@@ -185,7 +185,6 @@ def measure(data: Distributions, folder: Path, repeat: int) -> dict[str, Result]
                 groups = range(file.num_row_groups)
                 return [read_signals(file, header, group, [], str(path))[1] for group in groups]
 
-        # The first run compiles what numba compiles.
         write()
         read()
         encode_s, decode_s = _best(write, repeat), _best(read, repeat)

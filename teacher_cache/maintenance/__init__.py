@@ -1,1 +1,1 @@
-"""Care of a cache that exists: verify, quarantine, sweep, copy, recode."""
+"""Care of a cache that exists: verify, quarantine, sweep, copy."""

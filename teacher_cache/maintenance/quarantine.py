@@ -138,7 +138,7 @@ def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
 def _header_is_right(table: Table, damage: Damage, manifest: RunManifest | None) -> bool:
     """Whether the shard's header says what its run's manifest says: a footer has no checksum of its own.
 
-    The codec may be another since `recode`; columns that are not those of the header's codec were found before.
+    `copy --round` may have changed the codec; columns that are not those of the header's codec were found before.
     """
     try:
         shard, header = open_shard(table.path_of(damage.file))

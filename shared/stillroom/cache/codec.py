@@ -54,7 +54,7 @@ def check_codec(codec: str) -> None:
 
 
 def encode(codec: str, rows: Sequence[Signals]) -> dict[str, pa.Array]:
-    """Token and signal columns, one list per row, as schema.tables types them. Raises ConfigError if `codec` is unknown."""
+    """Token and signal columns, one list per row. Raises ConfigError if `codec` is unknown."""
     check_codec(codec)
     n_T = _concat([row.topk_n_T for row in rows], np.int32)
     tokens_R = np.array([len(row.topk_n_T) for row in rows], np.int64)
