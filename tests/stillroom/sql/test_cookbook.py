@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.schema.tables import SQL_CODECS
+from stillroom.schema.tables import CODECS
 from stillroom.sql.session import Session
 from stillroom.sql.views import VIEWS
 from tests.helpers import ROOT
@@ -16,7 +16,7 @@ QUERIES = re.findall(r"^```sql\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module", params=SQL_CODECS)
+@pytest.fixture(scope="module", params=CODECS)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
     return make_cache(tmp_path_factory.mktemp("cache"), codec=request.param, num_chains=60)
 

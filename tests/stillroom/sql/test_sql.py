@@ -15,7 +15,7 @@ import pytest
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, CorruptError, DataError
-from stillroom.schema.tables import SQL_CODECS
+from stillroom.schema.tables import CODECS
 from stillroom.sql.session import Session, export_views, open_cache
 from stillroom.sql.views import VIEWS
 from tests.helpers.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache, on_disk
@@ -23,7 +23,7 @@ from tests.helpers.caches import THINK_END_ID, Chain, SyntheticCache, damage, ma
 SLOW = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = -3"
 
 
-@pytest.fixture(scope="module", params=SQL_CODECS)
+@pytest.fixture(scope="module", params=CODECS)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
     return make_cache(tmp_path_factory.mktemp("cache"), codec=request.param, num_runs=2, num_workers=2)
 
