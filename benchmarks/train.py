@@ -41,14 +41,14 @@ from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
 from student_train.data.pack import Pack, TorchPack
-from student_train.evaluate import to_device
+from student_train.evaluation import to_device
 from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
 from student_train.model.packed_attention import hidden_states, keep_apart
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.ranks import joined_ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.train import take_step, train
+from student_train.training import take_step, train
 from tests.helpers.caches import make_cache
 from tests.helpers.students import make_tokenizer
 

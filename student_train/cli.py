@@ -226,7 +226,7 @@ def run(
     with StopRequest(at_once=True) as stop:
         config = _config(config_path, overrides)
         from student_train.runtime.ranks import joined_ranks
-        from student_train.train import train
+        from student_train.training import train
 
         with joined_ranks() as ranks:
             summary = train(config, ranks, stop)
@@ -258,7 +258,7 @@ def evaluate(
 ) -> None:
     """Compare a student with its teacher. On held-out chains; with --generate its answers with the truth, too."""
     from student_train.answers import DEFAULT_NEW_TOKENS, GenerateConfig
-    from student_train.evaluate import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
+    from student_train.evaluation import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
 
     answers = None
     if generate is not None:
@@ -301,7 +301,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder."""
-    from student_train.export import export as export_checkpoint
+    from student_train.exporting import export as export_checkpoint
     from student_train.runtime.checkpoint import find_state
     from student_train.runtime.run_folder import RunFolder
 

@@ -14,11 +14,11 @@ from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS,
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
-from student_train.evaluate import evaluate_config
+from student_train.evaluation import evaluate_config
 from student_train.model.folder import atomic_folder, save_model
 from student_train.model.prune import init_student
 from student_train.runtime.ranks import Ranks
-from student_train.train import train
+from student_train.training import train
 
 CHAINS_PER_STEP = 6
 LEARNING_RATES = {"scratch": 3e-3, "cut": 2e-3}

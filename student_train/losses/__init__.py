@@ -1,1 +1,38 @@
-"""Losses on a teacher known in part: divergences, targets, and a head that computes both at once without the logits."""
+"""Losses on a partly known teacher: divergences, targets, and a head that computes them without storing logits.
+
+For a training loop of your own:
+
+    mix = LossMix((LossTerm("forward_kl_stored_tail", 0.9), LossTerm("cross_entropy", 0.1)))
+    sums = fused_loss(hidden_NH, lm_head.weight, targets, mix)  # hidden states of the N tokens that have a loss
+    (sums.loss_sum / sums.weight_sum).backward()
+
+Targets come from `student_train.data.to_torch(pack, device).targets`, or from your own tensors as SparseTargets.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from student_train.losses.divergences import LossMix, LossTerm
+    from student_train.losses.fused_head import LossSums, fused_loss
+    from student_train.losses.targets import SparseTargets, TailDraws
+
+__all__ = ["LossMix", "LossSums", "LossTerm", "SparseTargets", "TailDraws", "fused_loss"]
+
+_MODULE_OF = {
+    "LossMix": "divergences",
+    "LossSums": "fused_head",
+    "LossTerm": "divergences",
+    "SparseTargets": "targets",
+    "TailDraws": "targets",
+    "fused_loss": "fused_head",
+}
+
+
+# Lazy: the configuration imports names of losses from this package, and `--help` must not wait for torch.
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -12,7 +12,7 @@ from stillroom.program import StopRequest
 from student_train.config import TrainConfig
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.train import train
+from student_train.training import train
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.students import VOCAB_SIZE, make_student
 

@@ -14,8 +14,8 @@ from stillroom.models import fingerprint_template, fingerprint_tokenizer
 from student_train.cli import export_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import Selection, load_selection
-from student_train.evaluate import evaluate_config, evaluate_model
-from student_train.export import cache_tokenizer, export, trained_model
+from student_train.evaluation import evaluate_config, evaluate_model
+from student_train.exporting import cache_tokenizer, export, trained_model
 from student_train.runtime.checkpoint import CheckpointState, find_state
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
@@ -40,7 +40,7 @@ def own_tokenizer(monkeypatch: pytest.MonkeyPatch, student: Path) -> None:
         )
         return replace(selection, header=header)
 
-    monkeypatch.setattr("student_train.export.load_selection", with_fingerprints)
+    monkeypatch.setattr("student_train.exporting.load_selection", with_fingerprints)
 
 
 @pytest.mark.parametrize(

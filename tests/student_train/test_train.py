@@ -17,12 +17,12 @@ from stillroom.program import StopRequest
 from student_train.cli import run_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
-from student_train.evaluate import evaluate_config, evaluate_model
+from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.model.student import Student, load_student
 from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder, summarise
-from student_train.train import train
+from student_train.training import train
 from tests.helpers.caches import Chain, SyntheticCache
 from tests.helpers.students import make_student
 from tests.helpers.training import (

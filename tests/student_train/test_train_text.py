@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError
-from student_train.evaluate import evaluate_config
-from student_train.export import export
+from student_train.evaluation import evaluate_config
+from student_train.exporting import export
 from student_train.plan import plan_run
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks

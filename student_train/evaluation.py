@@ -31,7 +31,7 @@ from student_train.data.pack import PLAIN_VIEW, Pack, TargetView, TorchPack, emp
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
-from student_train.export import adopt_tokens, cache_tokenizer, trained_model
+from student_train.exporting import adopt_tokens, cache_tokenizer, trained_model
 from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics
 from student_train.losses.targets import SparseTargets, TailDraws

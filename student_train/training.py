@@ -33,8 +33,8 @@ from student_train.data.open import eval_spec
 from student_train.data.pack import Pack, TargetView, weighed
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
-from student_train.evaluate import EvalResult, evaluate, to_device
-from student_train.export import export_stage, initial_folder
+from student_train.evaluation import EvalResult, evaluate, to_device
+from student_train.exporting import export_stage, initial_folder
 from student_train.losses.divergences import LossMix
 from student_train.model.student import load_student
 from student_train.plan import RunPlan, StagePlan, prepare
