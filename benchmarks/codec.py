@@ -176,7 +176,7 @@ def measure(data: Distributions, folder: Path, repeat: int) -> dict[str, Result]
         def write(codec: str = codec, path: Path = path) -> None:
             shard = ShardFile(path, _header(codec, data), ROW_GROUP_TOKENS)
             for columns, one in zip(plain, data.chains, strict=True):
-                shard.add(ChainRow(columns, one.signals()))
+                shard.add(ChainRow(**columns, signals=one.signals()))
             shard.close()
 
         def read(path: Path = path) -> list[Signals]:

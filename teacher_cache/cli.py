@@ -18,7 +18,7 @@ from stillroom.log import warn
 from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, new_program, print_result, run_program
 
 if TYPE_CHECKING:
-    from teacher_cache.build import BuildResult
+    from teacher_cache.building import BuildResult
     from teacher_cache.config import BuildConfig, ScoreConfig
 
 
@@ -62,7 +62,7 @@ def build(
 ) -> None:
     """Generate what is missing, and capture it. The same command resumes."""
     from stillroom.program import StopRequest
-    from teacher_cache.build import build_cache
+    from teacher_cache.building import build_cache
     from teacher_cache.prompts.prompts import parse_worker
 
     config = _config(config_path, overrides)
@@ -81,7 +81,7 @@ def score(
 ) -> None:
     """Capture signals of completions that exist already. The same command resumes."""
     from stillroom.program import StopRequest
-    from teacher_cache.build import score_cache
+    from teacher_cache.building import score_cache
     from teacher_cache.prompts.prompts import parse_worker
 
     config = _score_config(config_path, overrides)
@@ -334,7 +334,7 @@ def main() -> None:
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:
-    from teacher_cache.build import result_json, result_lines
+    from teacher_cache.building import result_json, result_lines
 
     printed = result_json(config, result)
     print_result(printed, result_lines(printed, str(config.cache)), as_json)

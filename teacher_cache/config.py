@@ -1,114 +1,97 @@
-"""What a cache build is asked to do: the YAML of `teacher-cache plan` and `build`.
+"""Configuration of `teacher-cache plan`, `build` and `score`: teacher, engine, prompts or completions, capture.
 
-Which vLLM generates, and how: the `engine` block of the configurations.
-
-Where prompts come from: the sources of a build's configuration.
-
-Which completions are scored, and how: the YAML of `teacher-cache score`.
+Field docstrings are the text of docs/configuration.md (`python -m tools.config_reference`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from stillroom.config import StrictModel
+from stillroom.config import StrictModel, apply_override, read_yaml, validate_config
 from stillroom.errors import ConfigError
 from stillroom.storage.paths import CacheRoot
 
 
 class EmbeddedConfig(StrictModel):
-    """vLLM in this program. Numbers that are None are vLLM's own defaults."""
+    """vLLM in this process. Numbers left at None take vLLM's own defaults."""
 
     kind: Literal["embedded"] = "embedded"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations; auto is the model's own."""
+    """Type of weights and activations; `auto` is the model's own."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Tokens of prompt and completion together."""
+    """Maximum tokens of prompt and completion together."""
     max_num_seqs: int | None = Field(default=None, ge=1)
-    """Chains generated at once."""
+    """Maximum chains generated at once."""
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that one step of the engine computes at most."""
+    """Maximum tokens computed in one engine step."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    """Share of each GPU's memory for weights and key-value cache."""
+    """Fraction of each GPU's memory for weights and KV cache."""
     kv_cache_gb: float | None = Field(default=None, gt=0)
-    """Gigabytes (2^30 bytes) of key-value cache; None: on a GPU by gpu_memory_utilization, on a CPU a quarter of what
-    is free."""
+    """KV cache in GiB (2^30 bytes). None: on a GPU what gpu_memory_utilization leaves, on a CPU a quarter of free
+    memory."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that each layer is spread over."""
+    """Number of GPUs that each layer is split across."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
-    """Groups of GPUs that the layers are dealt to."""
+    """Number of pipeline stages that the layers are divided into."""
     enable_expert_parallel: bool = False
-    """Spread whole experts of a mixture over the GPUs instead of cutting each."""
+    """Place whole experts of a mixture-of-experts model on different GPUs instead of splitting each expert."""
     distributed_executor_backend: Literal["mp", "ray"] | None = None
-    """How workers of several GPUs are started; ray spans machines."""
+    """How multi-GPU workers are started; `ray` spans machines."""
     quantization: str | None = None
-    """vLLM's name of a quantisation to load weights with, such as fp8; null is the model's own."""
+    """Quantization to load weights with, by vLLM's name, such as fp8; None is the model's own."""
     kv_cache_dtype: str | None = None
-    """Of the key-value cache, such as fp8."""
+    """Type of the KV cache, such as fp8."""
     enforce_eager: bool = False
-    """Compile nothing: starts sooner, generates more slowly on a GPU."""
+    """Skip compilation: starts sooner, generates more slowly on a GPU."""
     in_process: bool | None = None
-    """Run the engine's loop in this process; None: on a CPU yes, on a GPU in a process of its own."""
+    """Run the engine loop in this process. None: yes on a CPU, in a separate process on a GPU."""
     max_waiting: int = Field(default=256, ge=1)
-    """Requests handed to the engine beyond those it generates at once, so that it never idles."""
+    """Requests queued in the engine beyond max_num_seqs, so that it never idles."""
 
 
 class ServerConfig(StrictModel):
-    """vLLM servers over HTTP (`vllm serve`): they load the model and choose precision and parallelism themselves.
-    Draws, temperatures and exact entropies need stillroom's plugin in them (docs/signals.md)."""
+    """vLLM servers over HTTP (`vllm serve`), which load the model and choose precision and parallelism themselves.
+    Draws, temperatures and exact entropies need stillroom's plugin installed there (docs/signals.md)."""
 
     kind: Literal["server"]
     endpoints: list[str] = Field(min_length=1)
-    """Addresses such as http://gpu-1:8000: every one serves the same model, and shares the work."""
+    """Addresses such as http://gpu-1:8000, which all serve the same model and share the work."""
     model: str | None = None
-    """Name under which the model is served; None: the only one there."""
+    """Name under which the model is served. None: the only one served."""
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the API key. The key itself is written nowhere."""
+    """Environment variable that holds the API key. The key itself is never written to disk."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Tokens of prompt and completion together; None: what the servers have, which must then be the same."""
+    """Maximum tokens of prompt and completion together. None: the servers' own limit, which must then be the same."""
     max_in_flight: int = Field(default=256, ge=1)
-    """Chains that an endpoint generates at once; above its --max-num-seqs they wait there and count as stalled."""
+    """Concurrent chains per endpoint. Chains above its --max-num-seqs wait there, which counts towards stall_s."""
     max_attempts: int = Field(default=5, ge=1)
-    """How often a chain is asked for when endpoints break down over it; then it is one failure. Answers of an endpoint
-    that is busy (429, 503) do not count."""
+    """Attempts per chain when endpoints break down while generating it; after that it is recorded as a failure. Busy
+    responses (429, 503) do not count."""
     stall_s: float = Field(default=600.0, gt=0)
-    """Seconds without a byte of a chain after which it is asked for again."""
+    """Retry a chain after this many seconds without a byte of it."""
     give_up_minutes: float = Field(default=10.0, gt=0)
-    """Stop when no endpoint was usable for so long, at the start (a server loads for minutes) or later."""
+    """Stop after this many minutes without a usable endpoint, at the start (servers load for minutes) or later."""
 
     @field_validator("endpoints")
     @classmethod
     def _plain_addresses(cls, value: list[str]) -> list[str]:
-        # .../v1 is what OpenAI clients are given: both mean the same server.
+        # OpenAI clients are configured with .../v1: both forms mean the same server.
         addresses = [one.rstrip("/").removesuffix("/v1") for one in value]
         for given, address in zip(value, addresses, strict=True):
             if "@" in address:
                 raise ValueError(f"the address of {address.rpartition('@')[2]} holds a password: use api_key_env")
             if not _is_server_address(address):
-                raise ValueError(f"{given!r} is no address of a server: it looks like http://host:8000")
+                raise ValueError(f"{given!r} is not a server address: expected a form like http://host:8000")
         if len(set(addresses)) < len(addresses):
-            raise ValueError("an endpoint stands there twice")
+            raise ValueError("an endpoint is listed twice")
         return addresses
 
 
-def _is_server_address(address: str) -> bool:
-    if not address.isprintable() or " " in address:
-        return False
-    try:
-        parts = urlsplit(address)
-        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0) and not (
-            parts.query or parts.fragment
-        )
-    except ValueError:
-        # A port that is no number, or half an IPv6 address.
-        return False
-
-
 def _engine_kind(value: Any) -> str:
-    """Embedded where nothing is said."""
+    """The kind of engine; embedded by default."""
     return str(value.get("kind", "embedded")) if isinstance(value, Mapping) else str(value.kind)
 
 
@@ -117,52 +100,76 @@ EngineConfig = Annotated[
     Discriminator(
         _engine_kind,
         custom_error_type="engine_kind",
-        custom_error_message="kind is 'embedded' (vLLM in this program) or 'server' (vLLM over HTTP)",
+        custom_error_message="kind must be 'embedded' (vLLM in this process) or 'server' (vLLM over HTTP)",
     ),
 ]
 
 
-class SourceBase(StrictModel):
-    """What every source of prompts has."""
+class NamedSource(StrictModel):
+    """What every source of prompts and completions has."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
-    """Stands in the cache's `source` column."""
-    samples: int | None = Field(default=None, ge=1)
-    """Chains a prompt; None takes `sampling.samples`."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Completion tokens a chain; None takes `sampling.max_tokens`."""
-    temperature: float | None = Field(default=None, ge=0)
-    """None takes `sampling.temperature`."""
+    """Name of the source, stored in the cache's `source` column."""
     limit: int | None = Field(default=None, ge=1)
-    """Take the first so many prompts."""
-    system: str | None = None
-    """A system message put before each prompt that has none."""
-    instruction: str | None = None
-    """Text appended to the last user message, after a blank line."""
+    """Use at most this many rows, from the start."""
 
 
-class FieldsBase(SourceBase):
-    """How rows of a file or dataset become prompts: `messages`, or one text field."""
+class RowFields(NamedSource):
+    """How rows of a file or dataset become prompts: fields that prompts and completions share."""
 
     messages_field: str | None = None
     """Field with a list of {role, content}."""
     prompt_field: str | None = None
     """Field with the text of one user message."""
+    system: str | None = None
+    """System message for prompts that have none."""
+    instruction: str | None = None
+    """Text appended to the last user message, after a blank line."""
     reference_field: str | None = None
-    """Field with the right answer."""
+    """Field with the reference answer."""
     judge: Literal["math", "exact", "regex", "code"] | None = None
     """How answers are checked against the reference."""
     metadata_fields: list[str] = Field(default_factory=list)
-    """Further fields to keep in the cache's `metadata` column."""
-    drop_final_answer: bool = False
-    """Leave off the assistant messages at the end of `messages`: turns finished conversations into prompts."""
+    """Further fields to store in the cache's `metadata` column."""
+
+    @property
+    def fields(self) -> list[str]:
+        """Every field that is read."""
+        return _distinct(self.messages_field, self.prompt_field, *self.optional_fields)
+
+    @property
+    def optional_fields(self) -> list[str]:
+        """Fields that a row may lack; a name that no row has is a mistake."""
+        return _distinct(self.reference_field, *self.metadata_fields)
 
     @model_validator(mode="after")
-    def _one_field(self) -> "FieldsBase":
+    def _judge_has_reference(self) -> Self:
+        if self.judge is not None and self.reference_field is None:
+            raise ValueError("judge has no effect without reference_field: name the field with the reference answer")
+        return self
+
+
+class PromptSource(NamedSource):
+    """What every source of prompts has."""
+
+    samples: int | None = Field(default=None, ge=1)
+    """Chains per prompt; None takes `sampling.samples`."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Maximum completion tokens per chain; None takes `sampling.max_tokens`."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature; None takes `sampling.temperature`."""
+
+
+class PromptFields(PromptSource, RowFields):
+    """Prompts from rows: exactly one of `messages_field` and `prompt_field`."""
+
+    drop_final_answer: bool = False
+    """Remove assistant messages at the end of `messages`, which turns finished conversations into prompts."""
+
+    @model_validator(mode="after")
+    def _one_field(self) -> Self:
         if (self.messages_field is None) == (self.prompt_field is None):
             raise ValueError("set exactly one of messages_field and prompt_field")
-        if self.judge is not None and self.reference_field is None:
-            raise ValueError("judge has no effect without reference_field: name the field with the right answer")
         if self.drop_final_answer and self.messages_field is None:
             raise ValueError("drop_final_answer has no effect without messages_field")
         return self
@@ -191,35 +198,39 @@ class HuggingFaceDataset(StrictModel):
     dataset: str
     """Hub id such as openai/gsm8k, or a local folder."""
     config: str | None = None
-    """Which configuration of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "train"
-    """Which split of the dataset."""
+    """Split of the dataset."""
     revision: str | None = None
     """Branch, tag or commit of the dataset."""
 
 
-class JsonlSource(FieldsBase, JsonlFile):
+class JsonlSource(PromptFields, JsonlFile):
     """Prompts from a JSON Lines file."""
 
 
-class ParquetSource(FieldsBase, ParquetFile):
+class ParquetSource(PromptFields, ParquetFile):
     """Prompts from a Parquet file."""
 
 
-class HuggingFaceSource(FieldsBase, HuggingFaceDataset):
+class HuggingFaceSource(PromptFields, HuggingFaceDataset):
     """Prompts from a Hugging Face dataset, by hub id or local folder."""
 
 
-class ReasoningGymSource(SourceBase):
+class ReasoningGymSource(PromptSource):
     """Seeded reasoning tasks with their own answer checkers."""
 
     kind: Literal["reasoning_gym"]
     task: str
     """Name of a reasoning-gym dataset, such as chain_sum or gsm_symbolic."""
     size: int = Field(ge=1)
-    """How many tasks are made."""
+    """Number of tasks to generate."""
     seed: int = 0
-    """Of the tasks: the same seed makes the same ones."""
+    """Seed of the tasks: the same seed generates the same tasks."""
+    system: str | None = None
+    """System message for prompts that have none."""
+    instruction: str | None = None
+    """Text appended to the last user message, after a blank line."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the task's own configuration."""
 
@@ -231,48 +242,41 @@ Source = Annotated[
 
 
 class DecontaminateConfig(StrictModel):
-    """Evaluation sets whose questions must not be among the prompts."""
+    """Evaluation sets whose questions must not appear among the prompts."""
 
     against: list[Source] = Field(min_length=1)
-    """Read like sources of prompts: the text of the user messages counts."""
+    """Evaluation sets, read like prompt sources; the text of user messages is compared."""
     ngram: int = Field(default=13, ge=2)
-    """Words in a row that a prompt and an evaluation text must share; shorter evaluation texts count whole."""
-
-
-def require_distinct(names: list[str]) -> None:
-    """Raises ValueError where two sources have the same name."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two sources are named {twice[0]!r}: names tell them apart in SQL")
+    """Consecutive words that a prompt must share with an evaluation text to be skipped; shorter texts must be equal."""
 
 
 class TeacherConfig(StrictModel):
-    """The model that is asked."""
+    """The model that generates or scores chains."""
 
     model: str
-    """A Hugging Face folder or hub id."""
+    """Hugging Face model folder or hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
-    """Run Python code that ships with the model. Only for models you trust as much as your own programs."""
+    """Run Python code that ships with the model. Only for models that you trust as much as your own code."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the model's chat template, such as `enable_thinking: true`."""
+    """Arguments for the model's chat template, such as `enable_thinking: true`."""
 
 
 class PromptsConfig(StrictModel):
-    """Where questions come from, their order and their held-out part."""
+    """Where prompts come from, their order and the held-out split."""
 
     sources: list[Source] = Field(min_length=1)
     seed: int = 0
-    """Of the order in which prompts are asked: a half-built cache is a fair sample of the whole."""
+    """Seed of the prompt order, which is shuffled so that a half-built cache is a fair sample of the whole."""
     heldout_frac: float = Field(default=0.0, ge=0, lt=1)
-    """Share of prompts, chosen by hash of the prompt, whose chains get split 'heldout' instead of 'train'."""
+    """Fraction of prompts whose chains get split 'heldout' instead of 'train'; chosen by hash of the prompt."""
     decontaminate: DecontaminateConfig | None = None
-    """Leave out prompts that overlap an evaluation set."""
+    """Skip prompts that overlap an evaluation set."""
 
     @model_validator(mode="after")
-    def _distinct_names(self) -> "PromptsConfig":
-        require_distinct([source.name for source in self.sources])
+    def _distinct_names(self) -> Self:
+        _require_distinct([source.name for source in self.sources])
         return self
 
 
@@ -281,31 +285,31 @@ SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0, "max_tokens": 32768},
     "greedy": {"temperature": 0.0, "top_p": 1.0},
 }
-"""What the makers of a model recommend in its model card for answers with reasoning; `greedy` is argmax."""
+"""Recommended by the model cards for answers with reasoning; `greedy` is argmax."""
 
 
 class SamplingConfig(StrictModel):
-    """How the teacher draws its tokens. Stored distributions are at temperature 1 whatever stands here."""
+    """How the teacher samples. Stored distributions are at temperature 1 whatever the sampling temperature."""
 
-    # Not part of what is dumped: its values are, and they alone make a run's and a sample's identity.
+    # Excluded from dumps: only the resulting values are part of a run's and a sample's identity.
     preset: Literal["r1", "qwen3", "greedy"] | None = Field(default=None, exclude=True)
-    """Recommended values for a family of models, in the place of the defaults below; keys beside it override it."""
+    """Recommended values for a model family, used instead of the defaults below; other keys override it."""
     temperature: float = Field(default=0.6, ge=0)
-    """DeepSeek recommends 0.6 (0.5 to 0.7) for R1; 0 takes the most probable token."""
+    """Sampling temperature; 0 always takes the most probable token. DeepSeek recommends 0.5 to 0.7 for R1."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    """Draw from the smallest set of tokens with this mass; 1 is off."""
+    """Sample from the smallest set of tokens with this probability mass; 1 is off."""
     top_k: int | None = Field(default=None, ge=1)
-    """Draw from the so many most probable tokens."""
+    """Sample from the top_k most probable tokens only; None is off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Leave out tokens less probable than this share of the most probable one; 0 is off."""
+    """Exclude tokens less probable than this fraction of the most probable one; 0 is off."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Divides the scores of tokens that stand in the chain already; 1 is off."""
+    """Divides the logits of tokens already in the chain; 1 is off."""
     max_tokens: int = Field(default=32768, ge=1)
-    """Completion tokens a chain."""
+    """Maximum completion tokens per chain."""
     samples: int = Field(default=1, ge=1)
-    """Chains a prompt, each with a seed of its own."""
+    """Chains per prompt, each with its own seed."""
     seed: int = 0
-    """Of the draws; each chain has its own, by hash of this, its prompt and its number."""
+    """Base sampling seed; each chain's seed is derived from it, the prompt and the sample index."""
 
     @model_validator(mode="before")
     @classmethod
@@ -315,7 +319,7 @@ class SamplingConfig(StrictModel):
         return data
 
     @model_validator(mode="after")
-    def _greedy_repeats(self) -> "SamplingConfig":
+    def _greedy_repeats(self) -> Self:
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(
                 "samples > 1 at temperature 0 would repeat one chain: raise temperature or set samples to 1"
@@ -324,28 +328,28 @@ class SamplingConfig(StrictModel):
 
 
 class ReasoningConfig(StrictModel):
-    """How a chain's reasoning is told from its answer: by the id of one token."""
+    """Tokens that separate a chain's reasoning from its answer."""
 
     start: str = "<think>"
-    """Opens the reasoning; may stand in the prompt already."""
+    """Token that opens the reasoning; chat templates may already put it into the prompt."""
     end: str = "</think>"
-    """Closes it. A tokenizer without this single token has a teacher that does not reason aloud."""
+    """Token that closes the reasoning. If the tokenizer lacks it, completions count as answers without reasoning."""
 
 
 class CaptureConfig(StrictModel):
-    """What is kept of each token's distribution."""
+    """What is stored of each token's distribution."""
 
     codec: str = "topk-u8"
     """How distributions are stored: topk-u8 (8-bit codes) or topk-f32 (exact)."""
     max_support: int = Field(default=8, ge=1, le=1024)
-    """Exact entries a token at most: the teacher's most probable tokens with their probabilities."""
+    """Maximum exact entries per token: the teacher's most probable tokens with their logprobs."""
     nucleus: float | None = Field(default=0.999, gt=0, lt=1)
-    """Keep the smallest prefix with this mass; None keeps max_support entries always."""
+    """Keep only the smallest set of entries with this probability mass; None always keeps max_support entries."""
     draws: int = Field(default=8, ge=0, le=256)
     """Tokens drawn from the tail where max_support ends before the nucleus: unbiased targets (arXiv 2503.16870).
-    8 exact entries and 8 draws teach more than 64 exact ones, in two fifths of the bytes (docs/signals.md)."""
+    8 exact entries and 8 draws teach more than 64 exact entries, in two fifths of the bytes (docs/signals.md)."""
     temperatures: list[float] = Field(default_factory=list, max_length=8)
-    """Temperatures besides 1 whose log-partition is kept, so that losses at them are exact."""
+    """Temperatures other than 1 whose log-partition is stored, so that losses at these temperatures are exact."""
 
     @field_validator("codec")
     @classmethod
@@ -363,42 +367,42 @@ class CaptureConfig(StrictModel):
     def _usable_temperatures(cls, value: list[float]) -> list[float]:
         bad = [one for one in value if not 0.05 <= one <= 100 or one == 1.0]
         if bad:
-            raise ValueError(f"{bad[0]:g} is no temperature to keep: take numbers from 0.05 to 100 other than 1")
+            raise ValueError(f"{bad[0]:g} is out of range: use temperatures from 0.05 to 100 other than 1")
         if len(set(value)) < len(value):
-            raise ValueError("a temperature stands there twice")
+            raise ValueError("a temperature is listed twice")
         return sorted(value)
 
 
 class ShardConfig(StrictModel):
-    """When a shard closes. A crash costs at most the open shard."""
+    """When a shard is closed. A crash loses at most the open shard."""
 
     max_mb: float = Field(default=512.0, gt=0)
-    """Megabytes (10^6 bytes) of a shard, about."""
+    """Approximate shard size in MB (10^6 bytes)."""
     max_minutes: float = Field(default=10.0, gt=0)
-    """Minutes after which a shard closes however small it is."""
+    """Close a shard after this many minutes, whatever its size."""
     row_group_tokens: int = Field(default=65536, ge=1)
-    """Completion tokens of a row group, which is what a reader loads at a time."""
+    """Completion tokens per row group, the unit that readers load."""
 
 
 class JudgingConfig(StrictModel):
-    """How answers are checked while the cache is built. Verdicts change nothing of what is generated."""
+    """How answers are checked during a build. Verdicts do not affect what is generated."""
 
     processes: int = Field(default=1, ge=1)
-    """Checks at a time; unit tests of code may take half a minute each."""
+    """Number of judge processes; unit tests of code may take half a minute each."""
 
 
 class FailureConfig(StrictModel):
-    """What happens when the engine refuses a prompt."""
+    """When failed prompts stop the build."""
 
     max_consecutive: int | None = Field(default=100, ge=1)
-    """Stop the build after so many failures in a row; None never stops."""
+    """Stop after this many consecutive failures; None never stops."""
 
 
 class RunConfig(StrictModel):
-    """What generating and scoring have in common."""
+    """Settings that `build` and `score` share."""
 
     cache: CacheRoot
-    """Folder to build in, or the URL of a prefix in an object store: s3://, gs:// or az://BUCKET/PREFIX."""
+    """Folder of the cache, or an object store URL: s3://, gs:// or az://BUCKET/PREFIX."""
     run: str = Field(pattern=r"^[A-Za-z0-9_]+$")
     """Name of the run; letters, digits and underscores."""
     teacher: TeacherConfig
@@ -411,13 +415,13 @@ class RunConfig(StrictModel):
 
 
 class BuildConfig(RunConfig):
-    """`teacher-cache plan` and `build`."""
+    """Prompts for which the teacher generates chains."""
 
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
-    def _greedy_source_repeats(self) -> "BuildConfig":
+    def _greedy_source_repeats(self) -> Self:
         for source in self.prompts.sources:
             temperature = self.sampling.temperature if source.temperature is None else source.temperature
             if temperature == 0 and (source.samples or self.sampling.samples) > 1:
@@ -425,81 +429,51 @@ class BuildConfig(RunConfig):
         return self
 
 
-class CompletionBase(StrictModel):
-    """What every source of completions has."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
-    """Stands in the cache's `source` column."""
-    limit: int | None = Field(default=None, ge=1)
-    """Take the first so many rows."""
-
-
-class CompletionFields(CompletionBase):
-    """How rows of a file or dataset become a prompt and its completion, in one of three ways.
+class CompletionFields(RowFields):
+    """How rows become prompts and completions, in one of three ways.
 
     Conversations: `messages_field`, whose last message is the assistant's and is the completion. Texts:
-    `completion_field`, with the prompt in `prompt_field` or in `messages_field`. Tokens: `prompt_ids_field` and
-    `completion_ids_field`, taken as they are; `prompt_field` or `messages_field` may say what the prompt was.
+    `completion_field`, with the prompt in `prompt_field` or `messages_field`. Tokens: `prompt_ids_field` and
+    `completion_ids_field`, used as they are; `prompt_field` or `messages_field` may give the prompt's text.
     """
 
-    messages_field: str | None = None
-    """Field with a list of {role, content}."""
-    prompt_field: str | None = None
-    """Field with the text of one user message."""
     completion_field: str | None = None
-    """Field with the text of the completion, markers such as <think> included."""
+    """Field with the text of the completion, including markers such as <think>."""
     prompt_ids_field: str | None = None
-    """Field with the prompt's token ids, the chat template already applied."""
+    """Field with the prompt's token ids, chat template already applied."""
     completion_ids_field: str | None = None
     """Field with the completion's token ids."""
     append_eos: bool = True
-    """End texts with the tokenizer's end-of-sequence token, as a chain that stopped does; False for texts that were
-    cut. Token ids are never added to."""
-    system: str | None = None
-    """A system message put before each prompt that has none."""
-    instruction: str | None = None
-    """Text appended to the last user message, after a blank line."""
-    reference_field: str | None = None
-    """Field with the right answer."""
-    judge: Literal["math", "exact", "regex", "code"] | None = None
-    """How answers are checked against the reference."""
-    metadata_fields: list[str] = Field(default_factory=list)
-    """Further fields to keep in the cache's `metadata` column."""
+    """End completion texts with the tokenizer's end-of-sequence token, as a chain that stopped does; False for texts
+    that were truncated. Nothing is appended to token ids."""
 
     @property
     def are_ids(self) -> bool:
-        """Whether rows hold tokens rather than texts."""
+        """Whether rows hold token ids rather than texts."""
         return self.completion_ids_field is not None
 
     @property
     def fields(self) -> list[str]:
         """Every field that is read."""
-        prompt = (self.messages_field, self.prompt_field, self.completion_field)
-        ids = (self.prompt_ids_field, self.completion_ids_field)
-        named = (*prompt, *ids, self.reference_field, *self.metadata_fields)
-        return list(dict.fromkeys(name for name in named if name is not None))
+        own = (self.completion_field, self.prompt_ids_field, self.completion_ids_field)
+        return _distinct(self.messages_field, self.prompt_field, *own, *self.optional_fields)
 
     @model_validator(mode="after")
-    def _one_way(self) -> "CompletionFields":
+    def _one_way(self) -> Self:
         if (self.prompt_ids_field is None) != (self.completion_ids_field is None):
-            raise ValueError("prompt_ids_field and completion_ids_field need each other")
+            raise ValueError("set both prompt_ids_field and completion_ids_field, or neither")
         if self.messages_field is not None and self.prompt_field is not None:
-            raise ValueError("messages_field and prompt_field both say what the prompt is: leave one out")
+            raise ValueError("messages_field and prompt_field both give the prompt: remove one")
         if self.are_ids:
-            self._only_ids()
+            for name in ("completion_field", "append_eos", "system", "instruction"):
+                if name in self.model_fields_set:
+                    raise ValueError(f"{name} has no effect on token ids: remove it")
         elif self.messages_field is None and (self.prompt_field is None or self.completion_field is None):
             raise ValueError(
-                "set messages_field (the assistant's turn last), or prompt_field and completion_field, or "
+                "set messages_field (with the assistant's turn last), or prompt_field and completion_field, or "
                 "prompt_ids_field and completion_ids_field"
             )
-        if self.judge is not None and self.reference_field is None:
-            raise ValueError("judge has no effect without reference_field: name the field with the right answer")
         return self
-
-    def _only_ids(self) -> None:
-        for name in ("completion_field", "append_eos", "system", "instruction"):
-            if name in self.model_fields_set:
-                raise ValueError(f"{name} has no effect on token ids: leave it out")
 
 
 class JsonlCompletions(CompletionFields, JsonlFile):
@@ -514,19 +488,19 @@ class HuggingFaceCompletions(CompletionFields, HuggingFaceDataset):
     """Completions from a Hugging Face dataset, by hub id or local folder."""
 
 
-class CacheCompletions(CompletionBase):
-    """Chains of another cache, token by token: prompts, splits, references and metadata come along."""
+class CacheCompletions(NamedSource):
+    """Chains of another cache, token by token, with their prompts, splits, references and metadata."""
 
     kind: Literal["cache"]
     path: CacheRoot
-    """Folder of the other cache, or s3://BUCKET/PREFIX."""
+    """The other cache: a folder or s3://BUCKET/PREFIX."""
     limit: int | None = Field(default=None, ge=1)
-    """Take so many chains, the first by `sample_id`."""
+    """Use at most this many chains, the first by `sample_id`."""
     where: str | None = None
-    """SQL condition over the columns of `chains`, such as `correct AND finish_reason = 'stop'`."""
+    """SQL condition on the columns of `chains`, such as `correct AND finish_reason = 'stop'`."""
     retokenise: bool = False
-    """Score the chains' text in this teacher's own tokens and template: for a teacher with another tokenizer. Their
-    `chain_id` is another then. Reasoning marks that are special tokens of the first teacher are no part of its text."""
+    """Score the chains' text with this teacher's tokenizer and template, for teachers with different tokenizers. The
+    rows then get other `chain_id`s, and reasoning markers that were special tokens are not part of the text."""
 
 
 CompletionSource = Annotated[
@@ -536,22 +510,68 @@ CompletionSource = Annotated[
 
 
 class CompletionsConfig(StrictModel):
-    """Where completions come from, scored in the order of their sources."""
+    """Where completions come from; they are scored in the order of their sources."""
 
     sources: list[CompletionSource] = Field(min_length=1)
     heldout_frac: float = Field(default=0.0, ge=0, lt=1)
-    """Share of prompts, chosen by hash of the prompt, whose chains get split 'heldout' instead of 'train'. Chains of
+    """Fraction of prompts whose chains get split 'heldout' instead of 'train'; chosen by hash of the prompt. Chains of
     another cache keep their split."""
     decontaminate: DecontaminateConfig | None = None
-    """Leave out prompts that overlap an evaluation set."""
+    """Skip prompts that overlap an evaluation set."""
 
     @model_validator(mode="after")
-    def _distinct_names(self) -> "CompletionsConfig":
-        require_distinct([source.name for source in self.sources])
+    def _distinct_names(self) -> Self:
+        _require_distinct([source.name for source in self.sources])
         return self
 
 
 class ScoreConfig(RunConfig):
-    """`teacher-cache plan` and `score`."""
+    """Existing completions that the teacher scores."""
 
     completions: CompletionsConfig
+
+
+FileSource = JsonlSource | ParquetSource | HuggingFaceSource
+RowSource = FileSource | JsonlCompletions | ParquetCompletions | HuggingFaceCompletions
+"""Sources whose rows are read from files and datasets."""
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | None = None) -> BuildConfig | ScoreConfig:
+    """Reads a configuration with `a.b=c` overrides: a ScoreConfig if it has a `completions` block.
+
+    `command` (`build` or `score`) says which kind is wanted. Raises ConfigError for the other kind, or for the first
+    key that is wrong.
+    """
+    data = read_yaml(path)
+    if command == "build" and "completions" in data:
+        raise ConfigError(f"{path} names existing completions, which are scored: teacher-cache score {path}")
+    if command == "score" and "prompts" in data:
+        raise ConfigError(f"{path} names prompts, for which chains are generated: teacher-cache build {path}")
+    for override in overrides:
+        apply_override(data, override)
+    if command == "score" or "completions" in data:
+        return validate_config(data, ScoreConfig, str(path))
+    return validate_config(data, BuildConfig, str(path))
+
+
+def _is_server_address(address: str) -> bool:
+    if not address.isprintable() or " " in address:
+        return False
+    try:
+        parts = urlsplit(address)
+        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0) and not (
+            parts.query or parts.fragment
+        )
+    except ValueError:
+        # A port that is no number, or half an IPv6 address.
+        return False
+
+
+def _distinct(*names: str | None) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _require_distinct(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two sources are named {twice[0]!r}: names distinguish them in SQL")

@@ -37,14 +37,16 @@ def find_configured(config: BuildConfig | ScoreConfig) -> list[Finding]:
     name = f"{config.teacher.model}, vocabulary {teacher.record.vocab_size}, {teacher.record.fingerprint[:8]}"
     findings = [Finding("teacher", "ok", name)]
     if isinstance(config.engine, ServerConfig):
-        from teacher_cache.engine.http.server import look_at_endpoints
+        from teacher_cache.engine.http.server import check_endpoints
 
         try:
-            looks = look_at_endpoints(config.engine, teacher, config.capture)
+            looks = check_endpoints(config.engine, teacher, config.capture)
         except StillroomError as error:
             return [*findings, Finding("server", "missing", str(error))]
         fits = {True: "ok", False: "missing"}
-        findings += [Finding("server", fits[one.max_model_len is not None], f"{one.url} {one.told}") for one in looks]
+        findings += [
+            Finding("server", fits[one.max_model_len is not None], f"{one.url} {one.summary}") for one in looks
+        ]
     return findings
 
 

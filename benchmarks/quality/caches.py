@@ -16,7 +16,7 @@ from benchmarks.quality.teacher import VOCAB_SIZE
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
-from teacher_cache.build import Build
+from teacher_cache.building import Build
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.plugin.signals import signal_rows
@@ -100,7 +100,7 @@ class ReplayEngine:
 
 
 def build_cache(folder: Path, teacher_folder: Path, model: Any, chains: Chains, capture: Json) -> float:
-    """Fills a cache through teacher_cache.build; bytes a token of its shards."""
+    """Fills a cache through teacher_cache.building; bytes a token of its shards."""
     config = validate_config(
         {
             "cache": str(folder),

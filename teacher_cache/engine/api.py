@@ -1,8 +1,7 @@
-"""One chain to be generated, what comes of it, and what the build asks of any engine.
+"""What a build and an engine exchange: requests go in, finished chains and failures come out.
 
-Prompts become Requests; an engine takes them one by one and answers each with a Finished or a Failed, in the order in
-which they end. EmbeddedEngine (vllm_engine.engine) is vLLM in this program, ServerEngine (http_engine.server) vLLM over
-HTTP; FakeEngine (fake) invents the chains.
+An engine answers every Request with a Finished or a Failure, in the order in which chains end. EmbeddedEngine (vllm)
+runs vLLM in this process, ServerEngine (http/server) talks to vLLM over HTTP, FakeEngine (fake) makes chains up.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,30 @@ from stillroom.schema.records import Capture, Prompt, stable_hash
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A sample that gets no chain: one row of the failures table. `message` is one line for a person.
+
+    Reasons: malformed, chat_template (before there is a request); empty_prompt, empty_completion, too_long, vocabulary,
+    refused (by the engine, before it starts); engine_error (while it generates); not_finite (the model's logprobs hold
+    NaN).
+    """
+
+    sample_id: str
+    prompt_id: str
+    source: str
+    sample_index: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt, tokenised, with everything that decides which chain comes back.
+    """A tokenised prompt with everything that determines its chain.
 
-    `sampling` holds temperature, top_p, top_k (None is off), min_p, repetition_penalty and max_tokens; what is missing
-    takes its neutral value. `max_tokens` is the limit of completion tokens. `sample_id` names the row to be.
+    `sampling` holds temperature, top_p, top_k (None is off), min_p, repetition_penalty and max_tokens; missing keys
+    take their neutral value. `max_tokens` limits the completion. `sample_id` identifies the row to be written.
 
-    Where `completion_token_ids` is not None nothing is generated: these tokens are scored, and have no seed.
+    If `completion_token_ids` is given, those tokens are scored, nothing is generated, and `seed` is None.
     """
 
     prompt: Prompt
@@ -31,38 +47,34 @@ class Request:
     sample_id: str
     completion_token_ids: Sequence[int] | None = None
 
+    def failure(self, reason: str, message: str) -> Failure:
+        """The failure that this request ends in."""
+        return Failure(self.sample_id, self.prompt.prompt_id, self.prompt.source, self.sample_index, reason, message)
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A completion and the teacher's view of it. `finish_reason` is `stop`, `length` or `scored`."""
+    """A completion and the teacher's distributions. `finish_reason` is `stop`, `length` or `scored`."""
 
     request: Request
     capture: Capture
     finish_reason: str
 
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A request that came to nothing. `reason` is a short name to count by, `message` one line for a person.
-
-    Reasons: empty_prompt, empty_completion, too_long, vocabulary, refused (by the engine, before it starts),
-    engine_error (while it generates), not_finite (the model's log probabilities hold NaN).
-    """
-
-    request: Request
-    reason: str
-    message: str
+    @property
+    def sample_id(self) -> str:
+        """The request's; a Failure has one too."""
+        return self.request.sample_id
 
 
-Outcome = Finished | Failed
+Outcome = Finished | Failure
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine turned out to be. `entropy` is `exact` or `support`, as in the shard's header.
+    """Facts about a started engine. `entropy` is `exact` or `support`, as in the shard header.
 
     `vocab_size` is the width of the logits; `max_model_len` counts prompt and completion tokens; `software` maps
-    package names to versions, `settings` holds what was resolved while starting, for the run's manifest.
+    package names to versions; `settings` holds what was resolved at startup, for the run manifest.
     """
 
     vocab_size: int
@@ -81,55 +93,55 @@ class Engine(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens generated so far, those of unfinished chains included."""
+        """Completion tokens generated so far, including those of unfinished chains."""
 
     @property
     def num_unfinished(self) -> int:
         """Requests submitted and not yet answered by `step`."""
 
     def has_room(self) -> bool:
-        """Whether another request should be submitted before the next step, so that the engine never idles."""
+        """Whether to submit another request before the next step, so that the engine never idles."""
 
     def submit(self, request: Request) -> None:
-        """Takes a request. One that cannot be generated is answered by `step` with Failed; nothing is raised."""
+        """Accepts a request and raises nothing: an impossible request comes back from `step` as a Failure."""
 
     def step(self) -> list[Outcome]:
-        """Generates a little and returns what ended. Raises StillroomError when the engine itself has died."""
+        """Advances generation and returns what ended. Raises StillroomError if the engine itself died."""
 
     def close(self) -> None:
-        """Stops the engine and its processes; unfinished requests are dropped. May be called twice."""
+        """Stops the engine and its processes and drops unfinished requests. May be called twice."""
 
 
 def seed_of_draws(request: Request) -> int:
-    """Of the draws from the tails of tokens that are given, and so have no seed: the same chain has the same ones."""
+    """Seed for the tail draws of a scored chain, which has no seed of its own: equal chains get equal draws."""
     return int(stable_hash("draws", request.sample_id)[:15], 16)
 
 
-def refusal(request: Request, info: EngineInfo) -> Failed | None:
-    """Why no engine could generate or score this request, or None."""
+def refusal(request: Request, info: EngineInfo) -> Failure | None:
+    """The failure of a request that no engine with this vocabulary and length could serve, else None."""
     ids, completion = request.prompt_token_ids, request.completion_token_ids
     if not ids:
-        return Failed(request, "empty_prompt", "the prompt has no tokens")
+        return request.failure("empty_prompt", "the prompt has no tokens")
     if completion is not None:
         return _unscorable(request, [*ids, *completion], info)
     if len(ids) >= info.max_model_len:
         limit = f"engine.max_model_len={info.max_model_len} leaves no room for a completion"
-        return Failed(request, "too_long", f"the prompt has {len(ids)} tokens: {limit}")
+        return request.failure("too_long", f"the prompt has {len(ids)} tokens: {limit}")
     return _outside(request, ids, info.vocab_size)
 
 
-def _unscorable(request: Request, ids: Sequence[int], info: EngineInfo) -> Failed | None:
+def _unscorable(request: Request, ids: Sequence[int], info: EngineInfo) -> Failure | None:
     if not request.completion_token_ids:
-        return Failed(request, "empty_completion", "the completion has no tokens")
+        return request.failure("empty_completion", "the completion has no tokens")
     if len(ids) > info.max_model_len:
         limit = f"more than engine.max_model_len={info.max_model_len}"
-        return Failed(request, "too_long", f"prompt and completion have {len(ids)} tokens, {limit}")
+        return request.failure("too_long", f"prompt and completion have {len(ids)} tokens, {limit}")
     return _outside(request, ids, info.vocab_size)
 
 
-def _outside(request: Request, ids: Sequence[int], vocab_size: int) -> Failed | None:
+def _outside(request: Request, ids: Sequence[int], vocab_size: int) -> Failure | None:
     low, high = min(ids), max(ids)
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
-        return Failed(request, "vocabulary", f"token {bad} is outside the vocabulary of {vocab_size}")
+        return request.failure("vocabulary", f"token {bad} is outside the vocabulary of {vocab_size}")
     return None

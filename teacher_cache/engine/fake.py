@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillroom.schema.records import Capture, Float32, Int32
-from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request, refusal
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal
 
 NUM_CONTEXTS = 512
 CANDIDATES_PER_CONTEXT = 4
@@ -95,7 +95,7 @@ class FakeEngine:
             return refused
         message = None if self._refuse is None else self._refuse(request)
         if message is not None:
-            return Failed(request, "refused", message)
+            return request.failure("refused", message)
         given = request.completion_token_ids
         if given is not None:
             capture = self._capture(np.random.default_rng(list(given)), len(given), ends=False, given=given)

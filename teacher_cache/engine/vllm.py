@@ -23,7 +23,7 @@ import numpy as np
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import warn
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
-from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request, refusal, seed_of_draws
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.children import die_with_parent
 from teacher_cache.engine.row_layout import Layout, is_marked
 
@@ -251,7 +251,7 @@ class EmbeddedEngine:
             prompt = tokens_input([*request.prompt_token_ids, *(request.completion_token_ids or ())[:-1]])
             self._engine.add_request(request_id, prompt, self._sampling_params(request))
         except (VLLMValidationError, ValueError) as error:
-            self._refused.append(Failed(request, "refused", _one_line(error)))
+            self._refused.append(request.failure("refused", _one_line(error)))
         else:
             self._requests[request_id] = request
 
@@ -320,14 +320,14 @@ class EmbeddedEngine:
         self._num_finished_tokens += len(completion.token_ids if given is None else given)
         self._num_read_tokens += 0 if given is None else len(given) - 1
         if completion.finish_reason not in ("stop", "length"):
-            return Failed(request, "engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
+            return request.failure("engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
         if given is None:
             capture, reason = capture_of(completion.logprobs, completion.token_ids, self._k, self._layout), None
         else:
             rows = (output.prompt_logprobs, completion.logprobs)
             capture, reason = capture_of_scores(*rows, given, self._k, self._layout), "scored"
         if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
-            return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
+            return request.failure("not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
         return Finished(request, capture, reason or completion.finish_reason)
 
 

@@ -195,7 +195,8 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
             committers[run_id].recover()
             visible.refresh()
         size_bytes = 0
-        num_fresh = sum(sample_id not in visible for sample_id in read_sample_ids(source.path_of(file)))
+        sample_ids = read_sample_ids(source.path_of(file))
+        num_fresh = sum(sample_id not in visible for sample_id in sample_ids)
         if num_fresh:
             temp = committers[run_id].temp_path()
             temp.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
             if rounded:
                 temp = _rounded(temp, committers[run_id].temp_path())
             size_bytes = temp.stat().st_size
-            num_fresh = committers[run_id].commit(temp, file.num_rows)
+            num_fresh = committers[run_id].commit(temp, sample_ids)
         if is_chains:
             report.num_shards += bool(num_fresh)
             report.num_chains += num_fresh

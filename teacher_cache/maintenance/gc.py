@@ -22,7 +22,7 @@ from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError
 from stillroom.log import format_bytes, format_plural
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, files_below, matching, relative_name
 from teacher_cache.maintenance.orphans import Leftover, find_leftovers, receipt_problems
-from teacher_cache.writer.commit import Committer, VisibleSamples, is_at_work, lock_path, take_out, worker_lock
+from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
 
 TEMP_NAME = re.compile(rf"^\.(?P<worker>[A-Za-z0-9_.]+)-\d+\.[0-9a-f]+{re.escape(TEMP_SUFFIX)}$")
 COMPANION_FOLDERS = ("runs", "vocab", "receipts", "quarantine")
@@ -149,7 +149,7 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
 
     with contextlib.ExitStack() as locks:
         for path in matching(catalog.root / "runs", f"{run_id}.*.lock"):
-            if is_at_work(path):
+            if is_locked(path):
                 raise CacheConflict(f"run {run_id} is being built ({path} is locked): stop its workers first")
             if not dry_run:
                 locks.enter_context(worker_lock(path, 0.0))
@@ -157,7 +157,7 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
         others = [file for t in (catalog.verdicts, catalog.failures) for file in t.files() if is_of_run(file)]
         if not dry_run:
             for table in (catalog.chains, catalog.verdicts, catalog.failures):
-                take_out(table, is_of_run)
+                remove_files(table, is_of_run)
     size_bytes = sum(file.size_bytes for file in [*chains, *others])
     return Dropped(run_id, len(chains), sum(file.num_rows for file in chains), size_bytes)
 
@@ -211,7 +211,7 @@ def _clean_worker(
     with contextlib.ExitStack() as stack:
         try:
             for lock in locks if old else []:
-                if is_at_work(lock):
+                if is_locked(lock):
                     raise CacheConflict(f"{lock} is locked")
                 if not report.dry_run and lock.exists():
                     stack.enter_context(worker_lock(lock, 0.0))

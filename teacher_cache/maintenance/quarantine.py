@@ -29,9 +29,9 @@ from teacher_cache.writer.commit import (
     Committer,
     VisibleSamples,
     lock_path,
+    remove_files,
     replace_file,
     rewrite,
-    take_out,
     worker_lock,
 )
 
@@ -103,7 +103,7 @@ def _take(catalog: Catalog, damage: Damage) -> Quarantined:
     write_text_atomic(note, json.dumps(content, indent=2) + "\n")
     num_kept = _keep_sound_rows(catalog, damage) if damage.table == "chains" and damage.good_groups else 0
     if not num_kept:
-        take_out(table, lambda file: file.path == damage.file.path)
+        remove_files(table, lambda file: file.path == damage.file.path)
     write_text_atomic(note, json.dumps({**content, "num_kept": num_kept}, indent=2) + "\n")
     return Quarantined(name, damage.file.num_rows, num_kept, tuple(problems))
 

@@ -1,1 +1,1 @@
-"""What the teacher is asked or made to read: files, datasets, task generators, other caches."""
+"""Prompts to generate from and completions to score: files, datasets, task generators, other caches."""

@@ -1,9 +1,8 @@
-"""Finds prompts that share a run of words with an evaluation set.
+"""Finds prompts that overlap an evaluation set.
 
-A prompt is contaminated when any `ngram` consecutive words of its user messages stand in the same order in an
-evaluation text; case, punctuation and spacing do not count. An evaluation text shorter than that contaminates only a
-prompt that says just the same. This is the 13-gram overlap of GPT-3 (arXiv 2005.14165, appendix C), applied to the
-questions.
+A prompt is contaminated if any `ngram` consecutive words of its user messages appear in an evaluation text; case,
+punctuation and spacing do not count. An evaluation text shorter than that contaminates only a prompt with exactly the
+same words. This is the 13-gram overlap of GPT-3 (arXiv 2005.14165, appendix C), applied to the questions.
 """
 
 import re
@@ -22,17 +21,17 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Contaminated:
-    """A prompt that was left out, and the evaluation text it overlaps."""
+    """A prompt that was left out, and the evaluation text that it overlaps."""
 
     where: str
     against: str
 
 
 class EvaluationTexts:
-    """Runs of words of the evaluation sets, ready to be looked up."""
+    """Index of the evaluation sets' word n-grams."""
 
     def __init__(self, config: DecontaminateConfig) -> None:
-        """Reads the sets. Raises DataError where one cannot be read, has a malformed row or is empty."""
+        """Reads the sets. Raises DataError if one cannot be read, has a malformed row or is empty."""
         self._ngram = config.ngram
         self._places: dict[Words, str] = {}
         for source in config.against:
@@ -48,11 +47,11 @@ class EvaluationTexts:
                 raise DataError(f"prompts.decontaminate: source {source.name} holds no text")
 
     def overlap(self, messages: Sequence[Message]) -> str | None:
-        """Where the first shared run of words comes from, None for a clean prompt."""
+        """The place of the first shared n-gram, None for a clean prompt."""
         return next((self._places[run] for run in self._runs(_words(messages)) if run in self._places), None)
 
     def _runs(self, words: Words) -> Iterator[Words]:
-        # A text shorter than a run is one run of its own length: it equals only a text with just these words.
+        # A text shorter than an n-gram counts whole: it matches only a text with exactly the same words.
         return (words[start : start + self._ngram] for start in range(max(len(words) - self._ngram, 0) + 1))
 
 

@@ -1,11 +1,10 @@
-"""The commit protocol: every sample visible at most once, whoever else writes, wherever this process died.
+"""The commit protocol: every sample is visible at most once, whoever else writes and wherever a process dies.
 
-A shard is published (renamed) before it is committed. To commit: read the log anew; drop from the shard the rows whose
-sample is visible by now; commit on exactly that version; if another commit came first, begin again. What was published
-and never committed is found by its worker's next start and adopted, or removed when its bytes are not what its name
-says.
+A shard is published (renamed) before it is committed. To commit: refresh the log; drop rows whose sample has become
+visible; commit on exactly that version; if another commit came first, start over. A file that was published but never
+committed is adopted at its worker's next start, or removed if its bytes do not match its name.
 
-One process a worker: a lock on a file beside the run's manifest, gone with the process that holds it.
+One process per worker: it holds a lock on a file beside the run's manifest, which the system releases when it dies.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -31,15 +30,17 @@ from stillroom.storage.objects import is_store_error
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, matching, open_parquet, relative_name, spool
 from teacher_cache.writer.shard import parquet_options
 
-CARE_APPLICATION = "stillroom/care/removals"
+REMOVAL_APPLICATION = "stillroom/care/removals"
 MAX_ATTEMPTS = 200
 MAX_PAUSE_S = 0.5
+NO_LOCKS_GRACE_S = 86400.0
+"""Age from which a worker's unfinished files count as abandoned if the file system has no locks."""
 
 T = TypeVar("T")
 
 
 class VisibleSamples:
-    """Ids of all samples of a table that are visible, kept up to date file by file: about 100 bytes a sample."""
+    """Ids of a table's visible samples, updated file by file; about 100 bytes per sample."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -47,12 +48,16 @@ class VisibleSamples:
         self._ids: set[bytes] = set()
 
     def refresh(self) -> None:
-        """Reads the log, and the ids of files that are new in it. Raises CorruptError naming one that is damaged."""
+        """Reads the log and the ids of its new files. Raises CorruptError naming a damaged file."""
         self._table.refresh()
         for file in self._table.files():
             if file.path not in self._read:
-                self._ids.update(_key(sample_id) for sample_id in read_sample_ids(self._table.path_of(file)))
-                self._read.add(file.path)
+                self.add(file.path, read_sample_ids(self._table.path_of(file)))
+
+    def add(self, path: str, sample_ids: Iterable[str]) -> None:
+        """Adds the ids of a visible file that are known without reading it."""
+        self._ids.update(map(_key, sample_ids))
+        self._read.add(path)
 
     def __contains__(self, sample_id: str) -> bool:
         return _key(sample_id) in self._ids
@@ -61,12 +66,12 @@ class VisibleSamples:
         return len(self._ids)
 
     def holds(self, path: str) -> bool:
-        """Whether the file is registered, as of the last refresh."""
+        """Whether the file is visible as of the last refresh."""
         return path in self._read
 
 
 class Committer:
-    """Commits one worker's files to one table. Its process must hold the worker's lock. Not thread-safe."""
+    """Commits one worker's files to one table. The process must hold the worker's lock. Not thread-safe."""
 
     def __init__(self, table: Table, visible: VisibleSamples, run_id: str, worker: str) -> None:
         self._table = table
@@ -80,27 +85,26 @@ class Committer:
         return next_sequence(self._table, self.application)
 
     def temp_path(self) -> Path:
-        """Where the next file is written until it is finished."""
-        # The token keeps two processes apart that are the same worker where the file system has no locks.
+        """Temporary path of the next file."""
+        # Without file locks two processes may run as the same worker: the token separates their files.
         return spool(self._folder) / f".{self._worker}-{self.next_sequence:06d}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
 
-    def commit(self, temp: Path, num_rows: int) -> int:
-        """Publishes a finished file and makes its rows visible, except those that are already. Returns how many were
-        new.
+    def commit(self, temp: Path, sample_ids: Sequence[str]) -> int:
+        """Publishes a finished file with these rows and makes those visible that are not yet; returns their number.
 
-        Raises CacheConflict when others commit without a pause for minutes.
+        Raises CacheConflict if others keep committing for minutes.
         """
-        return self._commit(self.publish(temp, num_rows))
+        return self._commit(self.publish(temp, len(sample_ids)), sample_ids)
 
     def publish(self, temp: Path, num_rows: int) -> DataFile:
-        """Gives a finished file its name; it is visible only once it is committed."""
+        """Gives a finished file its final name; it becomes visible only with a commit."""
         return publish(temp, self._table.folder, self._stem(), num_rows)
 
     def recover(self, abandoned_s: float = 0.0) -> int:
-        """Adopts files of this worker that were published but not committed, sweeps temporary ones; rows adopted.
+        """Adopts published files of this worker and removes its temporary ones; returns the number of adopted rows.
 
-        Files younger than `abandoned_s` seconds are left alone. A file whose transaction is over and that is not
-        visible was taken out of the table on purpose: it stays.
+        Files younger than `abandoned_s` seconds are left alone. A file whose transaction is committed but which is not
+        visible was removed from the table on purpose, so it is not adopted.
         """
         self._table.refresh()
         for temp in spool(self._folder).glob(f".{self._worker}-*{TEMP_SUFFIX}"):
@@ -119,19 +123,16 @@ class Committer:
         return num_adopted
 
     def adopt(self, path: Location) -> int:
-        """Makes the rows of a published file visible that are not yet; removes it where it is damaged. How many rows
-        were new.
-        """
-        relative = relative_name(path, self._table.folder)
+        """Makes rows of a published file visible that are not yet; returns their number. Removes a damaged file."""
         try:
             check_hash(path)
-            with open_parquet(path) as file:
-                num_rows = file.metadata.num_rows
-        except (CorruptError, pa.ArrowException) as error:
-            warn(f"{path} is damaged and was never visible, its chains are generated again ({error})")
+            sample_ids = read_sample_ids(path)
+        except CorruptError as error:
+            warn(f"{path} is damaged and was never visible: removed, its chains will be generated again ({error})")
             path.unlink()
             return 0
-        return self._commit(DataFile(relative, path.stat().st_size, num_rows))
+        file = DataFile(relative_name(path, self._table.folder), path.stat().st_size, len(sample_ids))
+        return self._commit(file, sample_ids)
 
     def _is_abandoned(self, path: Location, abandoned_s: float) -> bool:
         return not abandoned_s or file_clock_s(path.parent) - path.stat().st_mtime >= abandoned_s
@@ -143,33 +144,25 @@ class Committer:
     def _stem(self) -> str:
         return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
 
-    def _commit(self, file: DataFile) -> int:
-        left = file
-
+    def _commit(self, file: DataFile, sample_ids: Sequence[str]) -> int:
         def attempt() -> int:
-            nonlocal left
+            nonlocal file, sample_ids
             self._visible.refresh()
-            if self._visible.holds(left.path):
-                # The log took an earlier attempt after all.
-                return left.num_rows
-            reduced = self._without_visible(left)
-            if reduced is None:
-                return 0
-            left = reduced
-            self._table.commit([left], self.application, self.next_sequence)
-            return left.num_rows
+            if self._visible.holds(file.path):
+                # The log took an earlier attempt although it seemed to fail.
+                return file.num_rows
+            fresh_ids = [sample_id for sample_id in sample_ids if sample_id not in self._visible]
+            if len(fresh_ids) < len(sample_ids):
+                path = self._table.path_of(file)
+                if fresh_ids:
+                    file, sample_ids = self._rewrite(path), fresh_ids
+                path.unlink()
+            if fresh_ids:
+                self._table.commit([file], self.application, self.next_sequence)
+                self._visible.add(file.path, fresh_ids)
+            return len(fresh_ids)
 
         return until_first(self._table, attempt)
-
-    def _without_visible(self, file: DataFile) -> DataFile | None:
-        """The file, a smaller one without rows that are visible already, or None where none is left."""
-        path = self._table.path_of(file)
-        fresh = [sample_id not in self._visible for sample_id in read_sample_ids(path)]
-        if all(fresh):
-            return file
-        smaller = self._rewrite(path) if any(fresh) else None
-        path.unlink()
-        return smaller
 
     def _rewrite(self, path: Location) -> DataFile:
         def is_fresh(rows: pa.Table) -> list[bool]:
@@ -183,9 +176,9 @@ class Committer:
 def rewrite(
     path: Location, temp: Path, keep: Callable[[pa.Table], Sequence[bool]], groups: Collection[int] | None = None
 ) -> int:
-    """Writes the rows that `keep` wants of each row group to `temp`, encoded as the format says; how many there were.
+    """Writes the rows that `keep` selects in each row group to `temp`; returns their number.
 
-    `groups` None reads all row groups; others are not even looked at. Page checksums are verified on the way.
+    With `groups`, other row groups are not read at all. Page checksums are verified.
     """
     num_rows = 0
     with open_parquet(path) as file:
@@ -204,10 +197,10 @@ def rewrite(
     return num_rows
 
 
-def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path, num_rows: int) -> bool:
-    """Puts a finished file in the place of `old` in one transaction; False where `old` is no longer visible.
+def replace_file(table: Table, committer: Committer, old: DataFile, temp: Path, num_rows: int) -> bool:
+    """Replaces `old` with a finished file in one transaction; False if `old` is no longer visible.
 
-    The caller makes sure that the file's rows are among those of `old`. `old` stays on the disk for older versions.
+    The file's rows must be among those of `old`, which stays on disk for older versions.
     """
     new = committer.publish(temp, num_rows)
 
@@ -215,7 +208,7 @@ def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path
         table.refresh()
         files = table.files()
         if any(file.path == new.path for file in files):
-            # The log took an earlier attempt after all.
+            # The log took an earlier attempt although it seemed to fail.
             return True
         if old not in files:
             table.path_of(new).unlink()
@@ -226,35 +219,35 @@ def replace_file(table: Table, committer: "Committer", old: DataFile, temp: Path
     return until_first(table, attempt)
 
 
-def take_out(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]:
-    """Takes the visible files that `choose` wants out of the latest version, in one transaction; returns them.
+def remove_files(table: Table, choose: Callable[[DataFile], bool]) -> list[DataFile]:
+    """Removes the visible files that `choose` selects from the latest version, in one transaction; returns them.
 
-    They stay on the disk, where older versions find them. Raises CacheConflict when others commit without a pause.
+    They stay on disk for older versions. Raises CacheConflict if others keep committing for minutes.
     """
 
     def attempt() -> list[DataFile]:
         table.refresh()
         chosen = [file for file in table.files() if choose(file)]
         if chosen:
-            table.commit([], CARE_APPLICATION, next_sequence(table, CARE_APPLICATION), chosen)
+            table.commit([], REMOVAL_APPLICATION, next_sequence(table, REMOVAL_APPLICATION), chosen)
         return chosen
 
     return until_first(table, attempt)
 
 
 def until_first(table: Table, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, which reads the log anew and commits; again and again while another commit comes first.
+    """Calls `attempt`, which refreshes the log and commits, until no other commit comes first; returns its result.
 
-    Raises CacheConflict when others commit without a pause for minutes.
+    Raises CacheConflict if others keep committing for minutes.
     """
     jitter = random.Random(f"{table.folder} {os.getpid()}")
     for number in range(MAX_ATTEMPTS):
         try:
             return attempt()
         except CacheConflict:
-            # Many workers that retry in step would collide again.
+            # Workers that retry in step would collide again.
             time.sleep(jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**number)))
-    raise CacheConflict(f"{table.folder} is being written to by others without a pause: try again later")
+    raise CacheConflict(f"{table.folder}: other processes commit without a pause: try again later")
 
 
 def next_sequence(table: Table, application: str) -> int:
@@ -264,7 +257,7 @@ def next_sequence(table: Table, application: str) -> int:
 
 
 def read_sample_ids(path: Location) -> list[str]:
-    """The `sample_id` column of a file of any table. Raises CorruptError where it cannot be read."""
+    """The `sample_id` column of a file of any table. Raises CorruptError if it cannot be read."""
     try:
         with open_parquet(path) as file:
             ids: list[str] = file.read(columns=["sample_id"], use_threads=False).column(0).to_pylist()
@@ -274,33 +267,20 @@ def read_sample_ids(path: Location) -> list[str]:
     return ids
 
 
-def _key(sample_id: str) -> bytes:
-    # Half the memory of the text: ids are hex. Other text is kept as it is.
-    try:
-        return bytes.fromhex(sample_id)
-    except ValueError:
-        return sample_id.encode()
-
-
-NO_LOCKS_GRACE_S = 86400.0
-"""Where nothing says whether a worker is at work, its unfinished files count as abandoned after so long."""
-
-
 def lock_path(cache: Location, run_id: str, worker: str) -> Location:
-    """The file that a worker of a run keeps locked."""
+    """The file that a running worker keeps locked."""
     return cache / "runs" / f"{run_id}.{worker}.lock"
 
 
 @contextlib.contextmanager
 def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
-    """Holds an exclusive lock that ends with the process. Raises CacheConflict when another keeps it over `wait_s`.
+    """Holds an exclusive lock that ends with the process. Raises CacheConflict if another holds it beyond `wait_s`.
 
-    Yields the age in seconds from which on the worker's unfinished files are nobody's: 0 under a lock, and
-    NO_LOCKS_GRACE_S where the file system or the store has none, so that a second process as this worker leaves the
-    first one's alone.
+    Yields the age in seconds from which the worker's unfinished files count as abandoned: 0 under a lock, and
+    NO_LOCKS_GRACE_S without file locks, so that a second process of the same worker leaves the first one's files alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A store has no locks: there this one keeps apart the processes of one machine.
+    # An object store has no locks: a local file then separates at least the processes of one machine.
     with (spool(path.parent) / path.name).open("a") as stream:
         deadline_s = time.monotonic() + wait_s
         while (abandoned_s := _try_lock(stream, path)) is None:
@@ -313,15 +293,15 @@ def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
         yield abandoned_s if isinstance(path, Path) else NO_LOCKS_GRACE_S
 
 
-def is_at_work(path: Location) -> bool:
-    """Whether a process holds this lock. Writes nothing, so it works on a cache that is read-only."""
+def is_locked(path: Location) -> bool:
+    """Whether a process holds this lock. Writes nothing, so it works on a read-only cache."""
     try:
         with (spool(path.parent) / path.name).open("r") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        # No such worker ever, or no locks on this file system.
+        # There was never such a worker, or the file system has no locks.
         return False
     return False
 
@@ -334,7 +314,15 @@ def _try_lock(stream: IO[str], path: Location) -> float | None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        # Some network file systems have no locks. The commit protocol still keeps every row single.
-        warn(f"{path.parent} cannot be locked ({error.strerror}): make sure that no two processes are the same worker")
+        # Some network file systems have no locks. The commit protocol still prevents duplicate rows.
+        warn(f"{path.parent} cannot be locked ({error.strerror}): make sure that no two processes run as one worker")
         return NO_LOCKS_GRACE_S
     return 0.0
+
+
+def _key(sample_id: str) -> bytes:
+    # Ids are hex: bytes take half the memory.
+    try:
+        return bytes.fromhex(sample_id)
+    except ValueError:
+        return sample_id.encode()

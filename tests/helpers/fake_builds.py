@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from stillroom.storage.paths import Location, location
-from teacher_cache.build import Build, BuildResult
+from teacher_cache.building import Build, BuildResult
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Engine, Request
 from teacher_cache.engine.fake import FakeEngine

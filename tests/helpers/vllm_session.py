@@ -126,7 +126,7 @@ def _generate(engine, requests: list[Request]) -> dict[str, Outcome]:  # type: i
     while requests or engine.num_unfinished:
         while requests and engine.has_room():
             engine.submit(requests.pop(0))
-        outcomes.update({outcome.request.sample_id: outcome for outcome in engine.step()})
+        outcomes.update({outcome.sample_id: outcome for outcome in engine.step()})
     return outcomes
 
 

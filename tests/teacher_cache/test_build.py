@@ -22,7 +22,7 @@ from stillroom.judging.judges import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Capture
 from stillroom.storage.paths import relative_name
-from teacher_cache.build import Build
+from teacher_cache.building import Build
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.judging import judge_cache
@@ -147,7 +147,7 @@ def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -
 
 
 def test_a_second_process_as_the_same_worker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.build.OWN_LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("teacher_cache.building.OWN_LOCK_WAIT_S", 0.0)
     build = Build(make_config(tmp_path / "c"), make_teacher(), "w0")
     with pytest.raises(CacheConflict, match="another process builds as this worker"):
         Build(make_config(tmp_path / "c"), make_teacher(), "w0")
@@ -164,13 +164,13 @@ def test_the_same_request_twice_is_one_row(tmp_path: Path) -> None:
 def test_the_last_line_of_progress_counts_every_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    take = Recorder._take
+    record = Recorder._record
 
-    def take_slowly(recorder: Recorder, outcome: Finished) -> None:
+    def record_slowly(recorder: Recorder, outcome: Finished) -> None:
         time.sleep(0.02)
-        take(recorder, outcome)
+        record(recorder, outcome)
 
-    monkeypatch.setattr(Recorder, "_take", take_slowly)
+    monkeypatch.setattr(Recorder, "_record", record_slowly)
     run_build(make_config(tmp_path / "c"), make_requests(10))
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("build")]
     assert shown[-1].startswith("build  10/10 chains  100%"), shown
@@ -271,14 +271,12 @@ def test_a_run_that_goes_on_with_entropies_of_another_kind_says_so(
         engine.info = dataclasses.replace(engine.info, settings={"sampler": sampler})
         return engine
 
-    config, told = (
-        make_config(tmp_path / "c"),
-        "was begun with exact entropies, this engine gives entropies of the stored",
-    )
+    config = make_config(tmp_path / "c")
     run_build(config, make_requests(5), lambda: engine_of("plugin"))
     run_build(config, make_requests(10), lambda: engine_of("plugin"))
     assert "was begun with" not in capsys.readouterr().err
     run_build(config, make_requests(15), lambda: engine_of("vllm"))
+    told = "was begun with exact entropies and continues with entropies of the stored support"
     assert told in capsys.readouterr().err
 
 

@@ -224,7 +224,7 @@ def test_a_signal_while_the_model_loads_names_the_command_that_goes_on(
     def loading(*_: object, **__: object) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(f"teacher_cache.build.{command}_cache", loading)
+    monkeypatch.setattr(f"teacher_cache.building.{command}_cache", loading)
     monkeypatch.setattr(f"teacher_cache.cli.{'_config' if command == 'build' else '_score_config'}", lambda *_: None)
     result = run(capsys, monkeypatch, command, "c.yaml")
     assert (result.code, result.out) == (130, "")

@@ -13,9 +13,9 @@ import teacher_cache.plan
 from stillroom.config import validate_config
 from stillroom.errors import DataError
 from stillroom.schema.records import Capture
-from teacher_cache.build import Build
+from teacher_cache.building import Build
 from teacher_cache.config import BuildConfig
-from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.plan import disk_warning, plan_build, plan_lines
 from teacher_cache.prompts.prompts import load_prompts, requests
@@ -53,7 +53,7 @@ class InstantEngine:
 
     def _answer(self, request: Request) -> Outcome:
         if self._refuses in request.prompt.messages[0].content:
-            return Failed(request, "refused", "not this one")
+            return request.failure("refused", "not this one")
         self.num_tokens += 5
         ids = np.arange(40, 45, dtype=np.int32)
         logprobs_TK = np.log(np.tile(np.array([[0.7, 0.2]], np.float32), (5, 1)))
@@ -138,7 +138,7 @@ def test_after_a_build_nothing_is_left_and_more_prompts_are_measured(folder: Pat
     assert more.bytes_per_token == pytest.approx(sum(file.stat().st_size for file in files) / (13 * 5))
     assert more.tokens_per_s is not None
     assert more.hours_left == pytest.approx(50 / more.tokens_per_s / 3600)
-    assert any(line.startswith("time") and "as the last build" in line for line in plan_lines(more))
+    assert any(line.startswith("time") and "as in the last build" in line for line in plan_lines(more))
 
 
 def test_another_sampling_is_another_run_with_the_old_lengths(folder: Path) -> None:

@@ -14,13 +14,12 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema.records import chain_id_of, scored_sample_id_of
 from stillroom.sql.session import open_cache
-from teacher_cache.build import Build, BuildResult
+from teacher_cache.building import Build, BuildResult
 from teacher_cache.config import ScoreConfig
-from teacher_cache.engine.api import Engine, Request
+from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import WorkerShare
-from teacher_cache.prompts.sources import LoadFailure
 from tests.helpers.fake_builds import EOS_ID, K, make_config, make_engine, make_requests, make_teacher, run_build
 from tests.helpers.tiny_tokenizer import CHAT_TEMPLATE
 
@@ -74,7 +73,7 @@ def run_score(
             build.close()
 
 
-def requests_of(config: ScoreConfig, teacher: IdentifiedTeacher) -> list[Request | LoadFailure]:
+def requests_of(config: ScoreConfig, teacher: IdentifiedTeacher) -> list[Request | Failure]:
     with Completions(config, teacher) as completions:
         return list(completions.requests())
 
@@ -189,7 +188,7 @@ def test_bad_rows_fail_alone(tmp_path: Path, teacher: IdentifiedTeacher) -> None
     path = write_jsonl(tmp_path / "a.jsonl", [*bad, ROWS[0]])
     config = make_score(tmp_path / "c", {"kind": "jsonl", "path": path, "messages_field": "messages"})
     found = requests_of(config, teacher)
-    assert [one.reason for one in found if isinstance(one, LoadFailure)] == ["malformed"] * 7 + ["chat_template"]
+    assert [one.reason for one in found if isinstance(one, Failure)] == ["malformed"] * 7 + ["chat_template"]
     result = run_score(config, teacher)
     assert (result.recorded.num_chains, result.recorded.num_failures, result.num_total) == (1, 8, 9)
     assert run_score(config, teacher, lambda: pytest.fail("nothing is left")).num_done_before == 9
@@ -264,8 +263,8 @@ def test_scored_chains_are_scored_again_as_they_ended(tmp_path: Path, teacher: I
     [
         ({}, "set messages_field"),
         ({"prompt_field": "q"}, "set messages_field"),
-        ({"completion_ids_field": "c"}, "need each other"),
-        ({"messages_field": "m", "prompt_field": "q"}, "both say what the prompt is"),
+        ({"completion_ids_field": "c"}, "set both"),
+        ({"messages_field": "m", "prompt_field": "q"}, "both give the prompt"),
         ({"prompt_ids_field": "p", "completion_ids_field": "c", "append_eos": True}, "no effect on token ids"),
         ({"messages_field": "m", "judge": "exact"}, "no effect without reference_field"),
         ({"messages_field": "m", "samples": 2}, "unknown key 'samples'"),
@@ -298,7 +297,7 @@ def test_what_are_no_token_ids_is_a_malformed_row(
     path = write_jsonl(tmp_path / "a.jsonl", [{"p": [3], "c": [4]}, {"p": [3], "c": [4], field: ids}])
     source = {"kind": "jsonl", "path": path, "prompt_ids_field": "p", "completion_ids_field": "c"}
     _, refused = requests_of(make_score(tmp_path / "c", source), teacher)
-    assert isinstance(refused, LoadFailure)
+    assert isinstance(refused, Failure)
     assert f"field '{field}' is not a list of token ids" in refused.message
 
 
@@ -333,7 +332,7 @@ def test_a_field_that_is_null_is_not_called_missing(tmp_path: Path, teacher: Ide
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": None}])
     config = make_score(tmp_path / "c", {"kind": "jsonl", "path": path, "messages_field": "messages"})
     (refused,) = requests_of(config, teacher)
-    assert isinstance(refused, LoadFailure)
+    assert isinstance(refused, Failure)
     assert refused.message.endswith("field 'messages' is null")
 
 

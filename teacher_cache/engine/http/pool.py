@@ -24,7 +24,7 @@ from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import note, warn
 from stillroom.schema.records import Capture
 from teacher_cache.config import ServerConfig
-from teacher_cache.engine.api import EngineInfo, Failed, Finished, Outcome, Request, seed_of_draws
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, seed_of_draws
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable
 from teacher_cache.engine.http.handshake import (
     KEY_STATUS,
@@ -176,7 +176,7 @@ def pause_s(num_failures: int, jitter: random.Random) -> float:
 
 def _outcome(request: Request, capture: Capture, finish_reason: str) -> Outcome:
     if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
-        return Failed(request, "not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
+        return request.failure("not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
     return Finished(request, capture, finish_reason)
 
 
@@ -312,7 +312,7 @@ class EndpointPool:
         try:
             outcome = await endpoint.ask(served, request, min(request.max_tokens, room))
         except Refused as error:
-            return Failed(request, "refused", str(error))
+            return request.failure("refused", str(error))
         except KeyRefused as error:
             self._answers.put(error)
             return None
@@ -335,7 +335,7 @@ class EndpointPool:
             job.num_attempts += error.was_sent
         if job.num_attempts >= self._config.max_attempts:
             tried = f"after {job.num_attempts} attempts {endpoint.url} {error}"
-            return Failed(job.request, "engine_error", tried)
+            return job.request.failure("engine_error", tried)
         # It stays in `num_unfinished` while it waits.
         pause = max(pause_s(job.num_attempts + job.num_waits, self._jitter), min(error.retry_after_s, MAX_BACKOFF_S))
         asyncio.get_running_loop().call_later(pause, self.offer, job)

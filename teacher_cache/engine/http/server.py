@@ -183,35 +183,35 @@ MAX_SILENCE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointLook:
-    """What an endpoint of a server engine turned out to be; `max_model_len` None where it does not fit."""
+class EndpointStatus:
+    """State of one endpoint in a line; `max_model_len` is None if a build cannot use it."""
 
     url: str
-    told: str
+    summary: str
     max_model_len: int | None
 
 
-def look_at_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointLook]:
-    """What each endpoint serves, or why a build could not use it. Raises ConfigError where the API key is missing."""
+def check_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointStatus]:
+    """What each endpoint serves, or why a build could not use it. Raises ConfigError if the API key is missing."""
     key = api_key_of(config)
     expected = expected_of(config, teacher.record, teacher.tokenizer, capture)
 
-    async def look() -> list[EndpointLook]:
+    async def look() -> list[EndpointStatus]:
         return await asyncio.gather(*(_look(url, key, expected) for url in config.endpoints))
 
     return asyncio.run(look())
 
 
-async def _look(url: str, key: str | None, expected: Expected) -> EndpointLook:
+async def _look(url: str, key: str | None, expected: Expected) -> EndpointStatus:
     async with HttpClient(url, key, MAX_SILENCE_S) as http:
         try:
             served = await shake_hands(http, expected)
         except Unavailable as error:
-            return EndpointLook(url, f"cannot be used now: {error}", None)
+            return EndpointStatus(url, f"cannot be used now: {error}", None)
         except ConfigError as error:
-            return EndpointLook(url, f"does not fit: {str(error).removeprefix(url).strip()}", None)
-    told = (
+            return EndpointStatus(url, f"does not fit: {str(error).removeprefix(url).strip()}", None)
+    summary = (
         f"serves {served.model}, max_model_len {served.max_model_len}, vllm {served.version}, {served.api.path}, "
         f"{'entropy of the candidates alone (no plugin)' if served.form.layout is None else 'sampler plugin'}"
     )
-    return EndpointLook(url, told, served.max_model_len)
+    return EndpointStatus(url, summary, served.max_model_len)

@@ -16,7 +16,7 @@ from student_train.data.rows import read_rows
 from student_train.data.selection import CacheSource, SelectionRequest, open_selection
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.writer.commit import take_out
+from teacher_cache.writer.commit import remove_files
 from tests.helpers.caches import CacheShape, make_cache, on_disk, write_cache
 
 CODES = "SELECT sample_id, topk_codes, tail_codes, topk_n FROM shards ORDER BY sample_id"
@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
     with file:
         content = file.read().drop_columns(["draw_n", "log_partitions"])
     older = header.model_copy(update={"format_version": 1}).model_dump_json()
-    take_out(table, lambda one: one == name)
+    remove_files(table, lambda one: one == name)
     temp = root / "chains" / ".old.tmp"
     pq.write_table(content.replace_schema_metadata({SHARD_METADATA_KEY: older}), temp, write_page_checksum=True)
     table.commit([publish(temp, table.folder, f"{header.run_id}/mended-000000", content.num_rows)], "test/mended", 1)

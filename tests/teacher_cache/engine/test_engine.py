@@ -8,7 +8,7 @@ import pytest
 from stillroom.errors import ConfigError
 from stillroom.schema.records import Capture
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
-from teacher_cache.engine.api import Failed
+from teacher_cache.engine.api import Failure
 from teacher_cache.engine.row_layout import Layout
 from tests.helpers.tiny import VOCAB_SIZE
 from tests.helpers.vllm_session import (
@@ -158,12 +158,12 @@ def test_scoring_a_chain_gives_what_its_generation_gave(session: Session) -> Non
 def test_chains_of_any_length_that_fits_are_scored(session: Session) -> None:
     assert len(finished(session.scores)["full"].capture.token_ids_T) == MAX_MODEL_LEN - 2
     assert finished(session.scores)["single"].capture.token_ids_T.tolist() == [1]
-    reasons = {name: one.reason for name, one in session.scores.items() if isinstance(one, Failed)}
+    reasons = {name: one.reason for name, one in session.scores.items() if isinstance(one, Failure)}
     assert reasons == {"nothing": "empty_completion", "too long": "too_long", "vocabulary": "vocabulary"}
 
 
 def test_bad_prompts_fail_alone_and_say_why(session: Session) -> None:
-    failed = {name: outcome for name, outcome in session.arrays.items() if isinstance(outcome, Failed)}
+    failed = {name: outcome for name, outcome in session.arrays.items() if isinstance(outcome, Failure)}
     reasons = {name: outcome.reason for name, outcome in failed.items()}
     assert reasons == {"empty": "empty_prompt", "long": "too_long", "vocabulary": "vocabulary", "refused": "refused"}
     assert "top_p" in failed["refused"].message

@@ -12,7 +12,7 @@ from stillroom.cache.catalog import Catalog, Table
 from stillroom.errors import CacheConflict
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY
-from teacher_cache.build import Build
+from teacher_cache.building import Build
 from teacher_cache.cli import app
 from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache

@@ -14,7 +14,7 @@ from stillroom.errors import ConfigError, DataError
 from stillroom.models import load_tokenizer
 from stillroom.schema.records import Message, Prompt, sample_id_of
 from teacher_cache.config import BuildConfig, PromptsConfig
-from teacher_cache.engine.api import Request
+from teacher_cache.engine.api import Failure, Request
 from teacher_cache.prompts.prompts import (
     LoadedPrompts,
     load_prompts,
@@ -24,7 +24,6 @@ from teacher_cache.prompts.prompts import (
     seed_of,
     tokenize,
 )
-from teacher_cache.prompts.sources import LoadFailure
 from tests.helpers.tiny_tokenizer import byte_level, save
 
 
@@ -63,10 +62,10 @@ def build_config(*sources: dict[str, Any], **sampling: Any) -> BuildConfig:
     return validate_config(data, BuildConfig, "test")
 
 
-def ask(config: BuildConfig, tokenizer: Any, worker: str = "0/1") -> tuple[list[Request], list[LoadFailure]]:
+def ask(config: BuildConfig, tokenizer: Any, worker: str = "0/1") -> tuple[list[Request], list[Failure]]:
     prompts = load_prompts(config.prompts).prompts
     stream = list(requests(config, prompts, tokenizer, "teacher", parse_worker(worker)))
-    return [x for x in stream if isinstance(x, Request)], [x for x in stream if isinstance(x, LoadFailure)]
+    return [x for x in stream if isinstance(x, Request)], [x for x in stream if isinstance(x, Failure)]
 
 
 def test_jsonl_rows_become_prompts_with_reference_and_metadata(tmp_path: Path) -> None:

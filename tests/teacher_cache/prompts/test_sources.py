@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stillroom.errors import DataError
+from teacher_cache.config import HuggingFaceDataset
 from teacher_cache.prompts.sources import count_jsonl_rows, huggingface_rows, jsonl_rows, parquet_rows
 
 
@@ -58,7 +59,7 @@ def test_a_stream_that_breaks_off_says_after_how_many_rows(monkeypatch: pytest.M
     hub.exceptions = types.SimpleNamespace(DatasetsError=OSError)  # type: ignore[attr-defined]
     hub.load_dataset = lambda *_, **__: Rows()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    rows = huggingface_rows("hub/set", None, "train", None, limit=5, fields=["q"], name="s")
+    rows = huggingface_rows(HuggingFaceDataset(kind="huggingface", dataset="hub/set"), 5, ["q"], "s")
     assert [next(rows).values, next(rows).values] == [{"q": "1"}, {"q": "2"}]
     with pytest.raises(DataError, match="dataset hub/set breaks off after 2 rows: Server disconnected without"):
         next(rows)

@@ -7,7 +7,7 @@ import pytest
 
 from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
 from stillroom.errors import CacheConflict, CorruptError
-from teacher_cache.build import Build
+from teacher_cache.building import Build
 from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, worker_lock
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
 

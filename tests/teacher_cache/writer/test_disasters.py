@@ -19,7 +19,7 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomError
 from stillroom.sql.session import open_cache
-from teacher_cache.build import Build
+from teacher_cache.building import Build
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers import ROOT
@@ -140,7 +140,7 @@ def test_a_lock_is_refused_to_a_second_process_while_the_first_lives(tmp_path: P
                     break
                 time.sleep(0.05)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("teacher_cache.build.OWN_LOCK_WAIT_S", 0.0)
+                patch.setattr("teacher_cache.building.OWN_LOCK_WAIT_S", 0.0)
                 with pytest.raises(CacheConflict, match="another process builds as this worker"):
                     Build(make_config(tmp_path / "c", shard=SHARDS), make_teacher(), "w0of1")
         finally:

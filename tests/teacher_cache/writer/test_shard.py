@@ -3,9 +3,7 @@ written.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +13,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard, read_signals
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Int32
+from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS
 from teacher_cache.config import CaptureConfig, ReasoningConfig
 from teacher_cache.engine.api import Finished, Request
 from teacher_cache.writer.rows import ChainRow, RowMaker, support_of
@@ -116,8 +115,8 @@ def test_reasoning_is_split_on_its_token(tmp_path: Path) -> None:
             topk_ids_TK=capture.topk_ids_TK[repeat],
             topk_logprobs_TK=capture.topk_logprobs_TK[repeat],
         )
-        row = maker.row(Finished(finished.request, cut, "stop")).columns
-        return row["reasoning"], row["answer"], row["reasoning_end"], row["num_reasoning_tokens"]
+        row = maker.row(Finished(finished.request, cut, "stop"))
+        return row.reasoning, row.answer, row.reasoning_end, row.num_reasoning_tokens
 
     closed = [start, *hello, end, *five]
     assert split(closed) == ("hello", "5", len(hello) + 2, len(hello) + 2)
@@ -138,17 +137,22 @@ def test_reasoning_that_the_template_opened_is_found_and_an_unfinished_one_is_ma
     opened = dataclasses.replace(finished.request, prompt_token_ids=[*finished.request.prompt_token_ids, start])
     silent = dataclasses.replace(finished.request, prompt_token_ids=[*finished.request.prompt_token_ids, start, end])
 
-    def columns(request: Request, token_ids: Int32, reason: str) -> Mapping[str, Any]:
-        return maker.row(Finished(request, dataclasses.replace(capture, token_ids_T=token_ids), reason)).columns
+    def make(request: Request, token_ids: Int32, reason: str) -> ChainRow:
+        return maker.row(Finished(request, dataclasses.replace(capture, token_ids_T=token_ids), reason))
 
-    row = columns(opened, closed, "stop")
-    assert (row["reasoning_end"], row["num_reasoning_tokens"]) == (6, 6)
-    assert row["reasoning"] is not None
-    assert row["answer"] is not None
-    row = columns(opened, plain, "length")
-    assert (row["reasoning_end"], row["answer"], row["num_reasoning_tokens"]) == (None, None, len(plain))
-    assert row["reasoning"] is not None
-    assert columns(silent, plain, "stop")["reasoning_end"] == 0
+    row = make(opened, closed, "stop")
+    assert (row.reasoning_end, row.num_reasoning_tokens) == (6, 6)
+    assert row.reasoning is not None
+    assert row.answer is not None
+    row = make(opened, plain, "length")
+    assert (row.reasoning_end, row.answer, row.num_reasoning_tokens) == (None, None, len(plain))
+    assert row.reasoning is not None
+    assert make(silent, plain, "stop").reasoning_end == 0
+
+
+def test_a_row_has_a_field_for_every_plain_column() -> None:
+    wanted = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS]
+    assert [field.name for field in dataclasses.fields(ChainRow)] == [*wanted, "signals"]
 
 
 def test_memory_of_the_writer_is_one_row_group(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Capture
 from teacher_cache.config import CaptureConfig, ServerConfig
-from teacher_cache.engine.api import Failed, Finished, Outcome, Request
+from teacher_cache.engine.api import Failure, Finished, Outcome, Request
 from teacher_cache.engine.http import pool
 from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
 from teacher_cache.engine.http.server import ServerEngine
@@ -74,8 +74,8 @@ def answers(engine: ServerEngine, requests: list[Request]) -> dict[str, Outcome]
         outcomes: dict[str, Outcome] = {}
         while engine.num_unfinished:
             for outcome in engine.step():
-                assert outcome.request.sample_id not in outcomes
-                outcomes[outcome.request.sample_id] = outcome
+                assert outcome.sample_id not in outcomes
+                outcomes[outcome.sample_id] = outcome
         return outcomes
     finally:
         engine.close()
@@ -171,9 +171,9 @@ def test_one_bad_prompt_is_one_failure(server: FakeServer, has_generate: bool) -
     requests = make_requests(10)
     server.behaviour.trouble = lambda body: "400" if asks(body, requests[3]) else None
     outcomes = answers(make_engine(server), requests)
-    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failed)]
-    assert [(one.request, one.reason, one.message) for one in failed] == [
-        (requests[3], "refused", "status 400 on demand")
+    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    assert [(one.sample_id, one.reason, one.message) for one in failed] == [
+        (requests[3].sample_id, "refused", "status 400 on demand")
     ]
     assert sum(asks(body, requests[3]) for body in server.behaviour.seen) == 1, "a refusal is not asked again"
 
@@ -195,7 +195,7 @@ def test_a_request_that_always_fails_is_one_failure(
     server.behaviour.trouble = lambda body: trouble if asks(body, requests[2]) else None
     outcomes = answers(make_engine(server, max_attempts=3), requests)
     failed = outcomes[requests[2].sample_id]
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, Failure)
     assert failed.reason == reason
     assert message in failed.message
     assert sum(isinstance(outcome, Finished) for outcome in outcomes.values()) == 5
@@ -233,7 +233,7 @@ def test_an_endpoint_that_dies_is_left_out_and_comes_back(
         engine.close()
         assert len(other.behaviour.seen) > num_seen, "it is asked again"
     assert {type(outcome) for outcome in outcomes} == {Finished}
-    assert len({outcome.request.sample_id for outcome in outcomes}) == 300
+    assert len({outcome.sample_id for outcome in outcomes}) == 300
     said = capsys.readouterr().err
     assert "left out and tried again, 1 of 2 go on" in said
     assert f"{other.url} is there" in said
@@ -273,7 +273,7 @@ def test_without_endpoints_the_engine_gives_up_in_one_line(server: FakeServer) -
 
 def step_for_ever(engine: ServerEngine) -> None:
     while True:
-        assert not any(isinstance(outcome, Failed) for outcome in engine.step())
+        assert not any(isinstance(outcome, Failure) for outcome in engine.step())
 
 
 def test_a_build_whose_servers_vanish_keeps_what_is_finished_and_resumes(tmp_path: Path, server: FakeServer) -> None:
@@ -412,7 +412,7 @@ def test_completions_that_exist_are_scored(server: FakeServer, has_generate: boo
         assert outcome.finish_reason == "scored"
         assert_fits(outcome.capture, ids)
     failed = outcomes[too_long.sample_id]
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, Failure)
     assert failed.reason == "too_long"
 
 

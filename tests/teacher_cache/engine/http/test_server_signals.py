@@ -10,7 +10,7 @@ import torch
 
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Capture
-from teacher_cache.engine.api import Failed, Finished, Outcome, seed_of_draws
+from teacher_cache.engine.api import Failure, Finished, Outcome, seed_of_draws
 from teacher_cache.engine.http import pool
 from teacher_cache.engine.http.server import ServerEngine
 from teacher_cache.engine.plugin.signals import signal_rows
@@ -102,8 +102,8 @@ def test_a_plugin_whose_numbers_are_not_finite_is_one_failure(server: FakeServer
     requests = make_requests(3)
     server.behaviour.nan_seeds = {requests[1].seed or 0}
     outcomes = answers(make_engine(server, capture=SIGNALS), requests)
-    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failed)]
-    assert [(one.request, one.reason) for one in failed] == [(requests[1], "not_finite")]
+    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    assert [(one.sample_id, one.reason) for one in failed] == [(requests[1].sample_id, "not_finite")]
 
 
 def test_endpoints_of_two_kinds_are_refused(server: FakeServer) -> None:

@@ -1,0 +1,468 @@
+"""`teacher-cache build` and `score`: requests through an engine into a cache; the same command resumes.
+
+Samples that are visible are skipped, files that were published but not committed are adopted, and the rest is
+generated. One process per worker; workers meet only in the Delta log. On SIGINT or SIGTERM nothing new is started, what
+is finished becomes visible, and the call returns.
+"""
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from stillroom.cache.catalog import SHARD_NAME, Catalog
+from stillroom.cache.shards import open_shard
+from stillroom.config import Json, plain
+from stillroom.errors import CacheConflict, DataError, StillroomError, one_line
+from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural, note, warn
+from stillroom.models import write_vocab
+from stillroom.program import StopRequest
+from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
+from stillroom.schema.records import Prompt
+from stillroom.storage.paths import Location, matching, relative_name
+from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
+from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
+from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.judging import require_judges
+from teacher_cache.prompts.completions import Completions
+from teacher_cache.prompts.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
+from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder, explained
+from teacher_cache.writer.rows import RowMaker
+
+SHOW_INTERVAL_S = 0.25
+OWN_LOCK_WAIT_S = 20.0
+"""Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """What one process did. `seconds` is generation without loading the model; `stopped` says why it ended early."""
+
+    run_id: str
+    worker: str
+    num_total: int
+    num_done_before: int
+    num_adopted: int
+    recorded: Recorded
+    seconds: float
+    stopped: str | None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Completion tokens per second of generation, None if nothing was generated."""
+        return self.recorded.num_tokens / self.seconds if self.recorded.num_tokens else None
+
+
+def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
+    """Generates the missing chains of this worker's share. Raises StillroomError for everything a user can fix."""
+    loaded = load_prompts(config.prompts)
+    _note_loaded(loaded)
+    require_judges(loaded.prompts)
+    teacher = identify_teacher(config.teacher, config.engine)
+    with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
+        # Malformed rows belong to no share: the first worker records them.
+        failures = loaded.failures if share.index == 0 else []
+        wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
+        num_total = num_requests(config, loaded.prompts, share) + len(failures)
+        start_engine = functools.partial(_start_engine, config, teacher)
+        return build.run(itertools.chain(failures, wanted), num_total, start_engine, retry_failures=retry_failures)
+
+
+def score_cache(config: ScoreConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
+    """Scores the remaining completions of this share. Raises StillroomError for everything a user can fix."""
+    teacher = identify_teacher(config.teacher, config.engine)
+    with Completions(config, teacher) as completions:
+        num_total = completions.count(share)
+        note(format_plural(num_total, "completion"))
+        require_judges(Prompt(kind, (), "", "", metadata={"judge": kind}) for kind in completions.judges())
+        with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
+            start_engine = functools.partial(_start_engine, config, teacher)
+            result = build.run(completions.requests(share), num_total, start_engine, retry_failures=retry_failures)
+        if completions.contaminated:
+            num = format_plural(len(completions.contaminated), "completion")
+            note(f"{num} skipped: their prompts overlap the evaluation set")
+        return result
+
+
+class Build:
+    """One worker's build of one cache. The cache is open and the worker locked until `close`."""
+
+    def __init__(self, config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, worker: str) -> None:
+        """Opens or creates the cache, locks the worker, and recovers what a crash left behind.
+
+        Raises CacheConflict if another process runs as this worker, DataError if the cache cannot be written,
+        CorruptError if a registered file is damaged.
+        """
+        self.config, self.teacher, self.worker = config, teacher, worker
+        self.run_id = run_id_of(config, teacher.record)
+        with contextlib.ExitStack() as locks:
+            try:
+                self.catalog = Catalog.create(config.cache)
+                own_abandoned_s = locks.enter_context(worker_lock(self._lock_path(worker), OWN_LOCK_WAIT_S))
+                self._chains = VisibleSamples(self.catalog.chains)
+                self._failures = VisibleSamples(self.catalog.failures)
+                self.num_adopted = self._recover(own_abandoned_s)
+                self._chains.refresh()
+                self._failures.refresh()
+            except OSError as error:
+                raise DataError(f"{config.cache} cannot be opened for writing: {one_line(error)}") from error
+            self._locks = locks.pop_all()
+
+    def run(
+        self,
+        requests: Iterable[Request | Failure],
+        num_total: int,
+        start_engine: Callable[[], Engine],
+        *,
+        retry_failures: bool = False,
+    ) -> BuildResult:
+        """Generates what is not done. The engine is started only if something is left to do.
+
+        Raises StillroomError, after making finished chains visible, when the engine dies or after
+        `failures.max_consecutive` consecutive failures.
+        """
+        pending = _Pending(requests, functools.partial(self._is_done, retry_failures=retry_failures))
+        if pending.is_empty():
+            self._restore_description()
+            return self._result(num_total, pending, Recorded(), 0.0, None)
+        engine = start_engine()
+        try:
+            with StopRequest() as stop:
+                return self._generate(engine, pending, num_total, stop)
+        finally:
+            engine.close()
+
+    def close(self) -> None:
+        """Releases the worker's lock."""
+        self._locks.close()
+
+    def _is_done(self, sample_id: str, *, retry_failures: bool) -> bool:
+        return sample_id in self._chains or (not retry_failures and sample_id in self._failures)
+
+    def _generate(self, engine: Engine, pending: "_Pending", num_total: int, stop: StopRequest) -> BuildResult:
+        try:
+            self._describe_run(engine.info)
+        except OSError as error:
+            raise explained(error) from error
+        config = self.config
+        rows = RowMaker(self.teacher.tokenizer, config.capture, config.reasoning, self.run_id, self.worker)
+        header = self._header(engine.info)
+        started_s = time.monotonic()
+        with (
+            Recorder(
+                self.catalog, header, config.shard, rows, self._chains, self._failures, config.judging
+            ) as recorder,
+            Progress("build", num_total, "chains", done_before=pending.num_skipped) as progress,
+            MetricsLog(config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
+        ):
+            recorded = recorder.recorded
+            loop = _Loop(engine, pending, recorder, config.failures.max_consecutive, stop)
+            for _ in loop:
+                done = pending.num_skipped + recorded.num_chains + recorded.num_failures
+                progress.update(done, engine.num_tokens, _notes(recorded))
+                metrics.write(done, num_total, engine.num_tokens, recorded)
+            if loop.stopped is not None:
+                note(f"{loop.stopped}: saving finished chains")
+            recorder.finish(stop)
+            # The recorder's thread has counted the last outcomes only now.
+            done = pending.num_skipped + recorded.num_chains + recorded.num_failures
+            progress.update(done, engine.num_tokens, _notes(recorded))
+        seconds = (recorder.closed_s or time.monotonic()) - started_s
+        if recorded.num_unjudged:
+            num = format_plural(recorded.num_unjudged, "chain")
+            note(f"{num} without a verdict. Judge with: teacher-cache judge {config.cache}")
+        if loop.stopped is not None and not stop.is_set:
+            raise StillroomError(loop.stopped)
+        return self._result(num_total, pending, recorded, seconds, loop.stopped)
+
+    def _result(
+        self, num_total: int, pending: "_Pending", recorded: Recorded, seconds: float, stopped: str | None
+    ) -> BuildResult:
+        num_done_before, num_adopted = pending.num_skipped, self.num_adopted
+        return BuildResult(
+            self.run_id, self.worker, num_total, num_done_before, num_adopted, recorded, seconds, stopped
+        )
+
+    def _recover(self, own_abandoned_s: float) -> int:
+        """Adopts files that workers of this run published but did not commit, except those of running workers."""
+        num_rows = 0
+        for worker in sorted({self.worker, *self._workers_with_files()}):
+            abandoned_s = own_abandoned_s
+            with contextlib.ExitStack() as stack:
+                if worker != self.worker:
+                    try:
+                        abandoned_s = stack.enter_context(worker_lock(self._lock_path(worker), 0.0))
+                    except CacheConflict:
+                        continue
+                for table, visible in ((self.catalog.chains, self._chains), (self.catalog.failures, self._failures)):
+                    num_rows += Committer(table, visible, self.run_id, worker).recover(abandoned_s)
+        if num_rows:
+            note(f"adopted {format_plural(num_rows, 'row')} that an interrupted build had written but not registered")
+        return num_rows
+
+    def _workers_with_files(self) -> set[str]:
+        found = set()
+        for table in (self.catalog.chains, self.catalog.failures):
+            known = {file.path for file in table.files()}
+            for path in matching(table.folder / self.run_id, "*.parquet"):
+                name = SHARD_NAME.match(path.name)
+                if name is not None and relative_name(path, table.folder) not in known:
+                    found.add(name["worker"])
+        return found
+
+    def _lock_path(self, worker: str) -> Location:
+        return lock_path(self.config.cache, self.run_id, worker)
+
+    def _describe_run(self, info: EngineInfo) -> None:
+        """Writes manifest and vocabulary, before the first row refers to them."""
+        config, teacher = self.config, self.teacher.record
+        known = self.catalog.runs().get(self.run_id)
+        if known is not None:
+            _warn_of_other_entropies(known, info)
+        self.catalog.write_run(
+            RunManifest(
+                run_id=self.run_id,
+                name=config.run,
+                kind=_kind(config),
+                created_at=known.created_at if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                teacher=teacher.model_copy(update={"vocab_size": info.vocab_size}),
+                sampling=_sampling(config),
+                capture=plain(config.capture),
+                engine={**plain(config.engine), **info.settings},
+                prompts=plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
+                reasoning=plain(config.reasoning),
+                software=dict(info.software),
+            )
+        )
+        self._write_vocab()
+
+    def _restore_description(self) -> None:
+        """Rewrites a missing manifest or vocabulary of a finished cache. No engine runs then, so the manifest lacks
+        what the engine resolves at startup.
+        """
+        shards = [file for file in self.catalog.chains.files() if file.path.startswith(f"{self.run_id}/")]
+        if not shards:
+            return
+        try:
+            if (self.config.cache / "runs" / f"{self.run_id}.json").exists():
+                self._write_vocab()
+                return
+            parquet, header = open_shard(self.catalog.chains.path_of(shards[0]))
+            parquet.close()
+            self._describe_run(EngineInfo(header.vocab_size, 0, header.entropy, {}, {}))
+            note(f"rewrote runs/{self.run_id}.json, which was missing")
+        except OSError as error:
+            raise explained(error) from error
+
+    def _write_vocab(self) -> None:
+        path = self.catalog.vocab_path(self.teacher.record.tokenizer_fingerprint)
+        if not path.exists():
+            write_vocab(path, self.teacher.tokenizer)
+
+    def _header(self, info: EngineInfo) -> ShardHeader:
+        capture, teacher = self.config.capture, self.teacher.record
+        return ShardHeader(
+            codec=capture.codec,
+            max_support=min(capture.max_support, info.vocab_size),
+            nucleus=capture.nucleus,
+            draws=capture.draws,
+            temperatures=capture.temperatures,
+            entropy=info.entropy,
+            vocab_size=info.vocab_size,
+            run_id=self.run_id,
+            worker=self.worker,
+            teacher_fingerprint=teacher.fingerprint,
+            tokenizer_fingerprint=teacher.tokenizer_fingerprint,
+            template_fingerprint=teacher.template_fingerprint,
+        )
+
+
+def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
+    """`<run>_<8 hex>`: a different teacher, capture, reasoning or sampling makes a different run, and so does scoring;
+    more prompts, samples or completions do not.
+    """
+    capture, reasoning = plain(config.capture), plain(config.reasoning)
+    return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning)
+
+
+def worker_name(share: WorkerShare) -> str:
+    """`w0` for a whole build, `w<I>of<N>` for a share, so that builds with different N never share file names."""
+    return "w0" if share.count == 1 else f"w{share.index}of{share.count}"
+
+
+def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
+    """The result for programs. Totals are of the whole cache, rates of this process."""
+    from teacher_cache.inspect.stats import cache_stats
+
+    stats = cache_stats(Catalog(config.cache))
+    return {
+        "run_id": result.run_id,
+        "worker": result.worker,
+        "num_wanted": result.num_total,
+        "num_done_before": result.num_done_before,
+        "num_adopted": result.num_adopted,
+        "num_new_chains": result.recorded.num_chains,
+        "num_new_tokens": result.recorded.num_tokens,
+        "num_failures": result.recorded.num_failures,
+        "seconds": result.seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "num_chains": stats.num_chains,
+        "num_tokens": stats.num_tokens,
+        "bytes_per_token": stats.bytes_per_token,
+        "signal_bytes_per_token": stats.signal_bytes_per_token,
+        "pass_rate": stats.pass_rate,
+        "chains_version": stats.chains_version,
+        "stopped": result.stopped,
+    }
+
+
+def result_lines(result: Json, cache: str) -> list[str]:
+    """The result for a person."""
+    rate = "" if result["tokens_per_s"] is None else f" at {result['tokens_per_s']:.0f} tok/s"
+    took = f"{format_count(result['num_new_tokens'])} tokens in {format_duration(result['seconds'])}{rate}"
+    others = f"{result['num_failures']} failed, {result['num_done_before']} done before"
+    size = "" if result["bytes_per_token"] is None else f", {result['bytes_per_token']:.1f} B/token"
+    total = format_bytes((result["bytes_per_token"] or 0.0) * result["num_tokens"])
+    counts = f"{format_plural(result['num_chains'], 'chain')}, {format_count(result['num_tokens'])} tokens"
+    return [
+        f"new     {format_plural(result['num_new_chains'], 'chain')}, {took}; {others}",
+        f"cache   {cache}: {counts}, {total}{size}",
+    ]
+
+
+class _Pending:
+    """Requests that are not done, read one ahead, with failures of loading in between."""
+
+    def __init__(self, requests: Iterable[Request | Failure], is_done: Callable[[str], bool]) -> None:
+        self.num_skipped = 0
+        self._seen: set[str] = set()
+        self._remaining = self._undone(requests, is_done)
+        self._next = next(self._remaining, None)
+
+    def is_empty(self) -> bool:
+        return self._next is None
+
+    def pop(self) -> Request | Failure | None:
+        """The next one, None at the end."""
+        popped, self._next = self._next, next(self._remaining, None) if self._next is not None else None
+        return popped
+
+    def _undone(
+        self, requests: Iterable[Request | Failure], is_done: Callable[[str], bool]
+    ) -> Iterator[Request | Failure]:
+        for request in requests:
+            # Commits compare a shard with visible rows only, so a repeat within a shard would go unnoticed.
+            if is_done(request.sample_id) or request.sample_id in self._seen:
+                self.num_skipped += 1
+            else:
+                self._seen.add(request.sample_id)
+                yield request
+
+
+class _Loop:
+    """Keeps the engine full and records its outcomes; `stopped` says why it ended early."""
+
+    def __init__(
+        self, engine: Engine, pending: _Pending, recorder: Recorder, max_consecutive: int | None, stop: StopRequest
+    ) -> None:
+        self.stopped: str | None = None
+        self._engine, self._pending, self._recorder = engine, pending, recorder
+        self._max_consecutive, self._stop = max_consecutive, stop
+        self._consecutive = 0
+
+    def __iter__(self) -> Iterator[None]:
+        """Yields every SHOW_INTERVAL_S, for progress, and once at the end."""
+        shown_s = 0.0
+        while self.stopped is None and (self._fill() or self._engine.num_unfinished):
+            for outcome in self._step():
+                self._count(outcome)
+                self._recorder.put(outcome)
+            if time.monotonic() - shown_s >= SHOW_INTERVAL_S:
+                yield
+                shown_s = time.monotonic()
+        yield
+
+    def _fill(self) -> bool:
+        """Submits while the engine has room; False once everything is submitted."""
+        while self._engine.has_room() and not self._pending.is_empty():
+            request = self._pending.pop()
+            if isinstance(request, Failure):
+                self._recorder.put(request)
+            elif request is not None:
+                self._engine.submit(request)
+        return not self._pending.is_empty()
+
+    def _step(self) -> list[Outcome]:
+        try:
+            outcomes = self._engine.step()
+        except StillroomError:
+            # Ctrl-C reaches the engine's processes too, so after it a dead engine is expected.
+            if not self._stop.is_set:
+                raise
+            outcomes = []
+        if self._stop.is_set:
+            self.stopped = "interrupted"
+        return outcomes
+
+    def _count(self, outcome: Outcome) -> None:
+        self._consecutive = self._consecutive + 1 if isinstance(outcome, Failure) else 0
+        limit = self._max_consecutive
+        if isinstance(outcome, Failure) and limit is not None and self._consecutive >= limit and self.stopped is None:
+            self.stopped = (
+                f"{self._consecutive} prompts in a row failed, the last with: {outcome.message} "
+                "(failures.max_consecutive is the limit; failed prompts are retried with --retry-failures)"
+            )
+
+
+def _kind(config: BuildConfig | ScoreConfig) -> str:
+    return "generate" if isinstance(config, BuildConfig) else "score"
+
+
+def _sampling(config: BuildConfig | ScoreConfig) -> Json:
+    return plain(config.sampling) if isinstance(config, BuildConfig) else {}
+
+
+def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
+    """Warns if the run was begun with the sampler plugin and continues without it, or the other way round."""
+    before, now = known.engine.get("sampler"), info.settings.get("sampler")
+    if before is not None and now is not None and before != now:
+        kinds = {"plugin": "exact entropies", "vllm": "entropies of the stored support"}
+        warn(
+            f"run {known.run_id} was begun with {kinds.get(before, before)} and continues with {kinds.get(now, now)}: "
+            "each shard's header says which it holds"
+        )
+
+
+def _notes(recorded: Recorded) -> dict[str, str]:
+    size = {} if recorded.bytes_per_token is None else {"": f"{recorded.bytes_per_token:.0f} B/token"}
+    return {**size, "failed": str(recorded.num_failures)}
+
+
+def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> Engine:
+    engine = config.engine
+    if isinstance(engine, ServerConfig):
+        from teacher_cache.engine.http.server import ServerEngine
+
+        note(f"connecting to {', '.join(engine.endpoints)}")
+        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture)
+    from teacher_cache.engine.vllm import EmbeddedEngine
+
+    note(f"loading {config.teacher.model}")
+    # Load the commit that was fingerprinted, even if the branch has moved on since.
+    pinned = config.teacher.updated(revision=teacher.record.revision)
+    return EmbeddedEngine(pinned, engine, config.capture, scores=isinstance(config, ScoreConfig))
+
+
+def _note_loaded(loaded: LoadedPrompts) -> None:
+    note(format_plural(len(loaded.prompts), "prompt"))
+    if loaded.failures:
+        rows, first = format_plural(len(loaded.failures), "malformed row"), loaded.failures[0].message
+        note(f"{rows} will be recorded as failures; the first: {first}")
+    if loaded.duplicates:
+        twins, twin = format_plural(len(loaded.duplicates), "duplicate"), loaded.duplicates[0]
+        note(f"{twins} skipped; the first: {twin.where} repeats {twin.kept}")
+    if loaded.contaminated:
+        note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")
