@@ -532,7 +532,8 @@ class ScoreConfig(RunConfig):
 
 
 FileSource = JsonlSource | ParquetSource | HuggingFaceSource
-RowSource = FileSource | JsonlCompletions | ParquetCompletions | HuggingFaceCompletions
+FileCompletions = JsonlCompletions | ParquetCompletions | HuggingFaceCompletions
+RowSource = FileSource | FileCompletions
 """Sources whose rows are read from files and datasets."""
 
 

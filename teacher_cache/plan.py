@@ -94,7 +94,7 @@ class BuildPlan:
 
 
 def plan_build(config: BuildConfig) -> BuildPlan:
-    """Raises DataError or ConfigError as `build` would before loading the model."""
+    """Raises DataError or ConfigError as `build` would before it starts."""
     loaded = load_prompts(config.prompts)
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.prompts.sources])
@@ -106,7 +106,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
 
 
 def plan_score(config: ScoreConfig) -> BuildPlan:
-    """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before loading the model."""
+    """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before it starts."""
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.completions.sources])
     with Completions(config, teacher) as completions:

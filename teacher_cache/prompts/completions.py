@@ -27,7 +27,7 @@ from stillroom.errors import ConfigError, CorruptError
 from stillroom.models import came_to_its_end, compare_vocab, reasoning_ids, special_pieces
 from stillroom.schema.records import Message, Prompt, prompt_id_of, scored_sample_id_of, stable_hash
 from stillroom.sql.session import Session
-from teacher_cache.config import CacheCompletions, CompletionFields, CompletionSource, ScoreConfig
+from teacher_cache.config import CacheCompletions, CompletionFields, CompletionSource, FileCompletions, ScoreConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
@@ -275,7 +275,7 @@ def _are_tokens(source: CompletionSource) -> bool:
     return source.are_ids if isinstance(source, CompletionFields) else not source.retokenise
 
 
-def _of_row(source: CompletionFields, row: Row, heldout_frac: float, tokenizer: Any) -> Completion | Failure:
+def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: Any) -> Completion | Failure:
     if isinstance(row.values, str):
         return malformed(source.name, row.where, row.values)
     try:

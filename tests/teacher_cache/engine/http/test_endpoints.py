@@ -129,11 +129,11 @@ def test_the_engine_block_is_checked_by_its_kind(tmp_path: Path, folder: Path) -
     assert good.endpoints == [url]
     for change, message in (
         ({"dtype": "float32"}, "unknown key 'dtype'"),
-        ({"endpoints": ["gpu-1:8000"]}, "is no address of a server"),
+        ({"endpoints": ["gpu-1:8000"]}, "is not a server address"),
         ({"endpoints": ["http://me:secret@gpu-1"]}, r"holds .*password.*api_key_env"),
-        ({"endpoints": [url, f"{url}/v1"]}, "stands there twice"),
+        ({"endpoints": [url, f"{url}/v1"]}, "is listed twice"),
         ({"endpoints": []}, "at least 1 item"),
-        ({"kind": "sever"}, "kind is 'embedded' .* or 'server'"),
+        ({"kind": "sever"}, "kind must be 'embedded' .* or 'server'"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             as_config(served(tmp_path, folder, url, **change))

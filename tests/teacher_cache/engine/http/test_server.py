@@ -473,7 +473,7 @@ def test_a_key_that_no_header_takes_is_refused_unseen(
     "address", ["http://h:port", "http://h:99999", "http://h o", "http://[::1", "http://h:0", "http://a\nb", "h:8000"]
 )
 def test_what_is_no_address_is_refused_when_the_configuration_is_read(address: str) -> None:
-    with pytest.raises(ValueError, match="is no address of a server"):
+    with pytest.raises(ValueError, match="is not a server address"):
         ServerConfig.model_validate({"kind": "server", "endpoints": [address]})
 
 
