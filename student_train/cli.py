@@ -216,21 +216,30 @@ def run(
 ) -> None:
     """Train, or go on from the last checkpoint of the same run."""
     from stillroom.program import StopRequest
-    from student_train.runtime.ranks import end_with_parent, launch
+    from student_train.runtime.run_folder import summary_if_finished
 
     if nproc > 1:
+        from student_train.runtime.ranks import launch
+
         rank = [sys.executable, "-P", "-m", "student_train.cli", *_arguments_of_a_rank(sys.argv[1:])]
         raise typer.Exit(launch(nproc, rank))
-    end_with_parent()
+    is_rank = "RANK" in os.environ
+    if is_rank:
+        from student_train.runtime.ranks import end_with_parent
+
+        end_with_parent()
     # From here on, before seconds of imports: Ctrl-C ends at once until there are steps to save.
     with StopRequest(at_once=True) as stop:
         config = _config(config_path, overrides)
-        from student_train.runtime.ranks import joined_ranks
-        from student_train.training import train
+        summary = None if is_rank else summary_if_finished(config)
+        is_first = True
+        if summary is None:
+            from student_train.runtime.ranks import joined_ranks
+            from student_train.training import train
 
-        with joined_ranks() as ranks:
-            summary = train(config, ranks, stop)
-    if ranks.is_first:
+            with joined_ranks() as ranks:
+                summary, is_first = train(config, ranks, stop), ranks.is_first
+    if is_first:
         print_result(summary, run_lines(summary), as_json)
 
 

@@ -47,7 +47,7 @@ from student_train.data.selection import Selection, SelectionHeader, SelectionRe
 from student_train.data.stream import PackStream
 from student_train.losses.divergences import LossMix, LossTerm
 from student_train.model.prune import require_cut
-from student_train.model.student import meta_causal, require_lora_targets
+from student_train.model.shape import ModelShape, model_shape
 from student_train.runtime.checkpoint import latest_state
 from student_train.runtime.metrics_log import require_tensorboard
 from student_train.runtime.run_folder import RunFolder
@@ -174,11 +174,19 @@ def _check_lora_targets(config: TrainConfig) -> None:
     named = [(number, stage) for number, stage in enumerate(config.stages) if stage.lora and stage.lora.targets]
     if not named:
         return
-    model = meta_causal(config.student)
+    layers = model_shape(config.student).adaptable
     for number, stage in named:
         assert stage.lora is not None
         with _naming_stage(number, stage):
-            require_lora_targets(model, stage.lora)
+            _require_lora_targets(layers, stage.lora)
+
+
+def _require_lora_targets(layers: list[str], lora: LoraConfig) -> None:
+    """Raises ConfigError for a target that is the name, or the end of the dotted name, of no layer that peft adapts."""
+    for target in lora.targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ConfigError(f"lora.targets: the student has no linear layer {target!r}: there are {known}")
 
 
 def _require_one_teacher_vocabulary(selections: list[Selection]) -> None:
@@ -249,18 +257,6 @@ ACTIVATIONS_PER_LAYER = 34
 """Values of hidden width that a layer keeps a token for its backward pass (arXiv 2205.05198, table 2)."""
 
 
-@dataclass(frozen=True)
-class _Shape:
-    num_parameters: int
-    num_head: int
-    linear_widths: dict[str, int]
-    """Inputs plus outputs of each linear layer of the decoder, by name."""
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    has_tied_head: bool
-
-
 def plan_run(config: TrainConfig, num_ranks: int) -> Json:
     """Counts of the selection that the run has frozen, or would freeze, and an estimate of its memory.
 
@@ -282,8 +278,8 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
             barrier=lambda: None,
             heldout_path=kept_or_temporary(RunFolder(folder).heldout_path, wanted, Path(temp)),
         )
-        shape = _shape(config.student, plan.vocabulary.num_ids)
-        stages = [_stage(stage, config, shape, num_ranks) for stage in plan.stages]
+        shape = model_shape(config.student)
+        stages = [_stage(stage, config, shape, plan.vocabulary.num_ids, num_ranks) for stage in plan.stages]
         heldout = plan.heldout
         return {
             "run": str(config.run),
@@ -297,7 +293,7 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
         }
 
 
-def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int) -> Json:
+def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:
     header = stage.selection.header
     with stage.stream(0, num_ranks) as stream:
         plans = stream.plans
@@ -325,7 +321,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: _Shape, num_ranks: int)
         "losses": {term.name: _targets_of(term, header) for term in stage.mix.terms},
         "temperatures": temperature_steps(stage.config, header.temperatures, stage.num_steps),
         "trainable": stage.config.trainable,
-        "memory_gib_per_rank": _memory_gib(stage.config, config, shape, num_ranks),
+        "memory_gib_per_rank": _memory_gib(stage.config, config, shape, num_ids, num_ranks),
     }
 
 
@@ -341,7 +337,7 @@ def _targets_of(term: LossTerm, header: SelectionHeader) -> str:
     return f"{entries}, all others in one bucket" if term.needs_tail else f"{entries} alone"
 
 
-def _memory_gib(stage: StageConfig, config: TrainConfig, shape: _Shape, num_ranks: int) -> Json:
+def _memory_gib(stage: StageConfig, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:
     """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk."""
     engine = config.engine
     width = WEIGHT_BYTES[engine.precision]
@@ -356,12 +352,12 @@ def _memory_gib(stage: StageConfig, config: TrainConfig, shape: _Shape, num_rank
         "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
         "optimizer": trained * ADAM_BYTES / (num_ranks if engine.zero_stage >= 1 else 1),
         "activations": config.data.pack_tokens * shape.hidden_size * width * kept * layers,
-        "logits": _chunk_tokens(engine) * shape.vocab_size * 4 * 2,
+        "logits": _chunk_tokens(engine) * num_ids * 4 * 2,
     }
     return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}
 
 
-def _notes_on_heads(config: TrainConfig, shape: _Shape) -> list[str]:
+def _notes_on_heads(config: TrainConfig, shape: ModelShape) -> list[str]:
     names = [stage.name for stage in config.stages if stage.trainable == "head"]
     if not (names and shape.has_tied_head):
         return []
@@ -382,23 +378,3 @@ def _lora_size(stage: StageConfig, linears: dict[str, int]) -> int:
         if lora.targets is None or any(name == one or name.endswith(f".{one}") for one in lora.targets)
     ]
     return lora.r * sum(chosen)
-
-
-def _shape(student: StudentConfig, vocab_size: int) -> _Shape:
-    """Sizes of the student out of its config.json."""
-    import torch
-
-    model = meta_causal(student)
-    return _Shape(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_head=sum(parameter.numel() for parameter in model.get_output_embeddings().parameters()),
-        linear_widths={
-            name: module.in_features + module.out_features
-            for name, module in model.get_decoder().named_modules()
-            if isinstance(module, torch.nn.Linear)
-        },
-        num_layers=int(model.config.num_hidden_layers),
-        hidden_size=int(model.config.hidden_size),
-        vocab_size=vocab_size,
-        has_tied_head=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-    )

@@ -120,6 +120,29 @@ def _reason(error: Exception) -> str:
     return text[:300]
 
 
+def fingerprints_from_files(model: str) -> tuple[str, str] | None:
+    """Fingerprints of the tokenizer and the chat template in a local folder that transformers saved, without
+    transformers; None where it must be asked: hub ids, tokenizers in Python code, several templates.
+    """
+    folder = Path(model)
+    tokenizer, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not (tokenizer.is_file() and settings.is_file()) or (folder / "additional_chat_templates").exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        backend = json.loads(Tokenizer.from_file(str(tokenizer)).to_str())
+        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        jinja = folder / "chat_template.jinja"
+        if jinja.exists():
+            template = jinja.read_text(encoding="utf-8")
+    except Exception:  # noqa: BLE001 - tokenizers raises plain Exceptions; transformers then says what is wrong
+        return None
+    if not (template is None or isinstance(template, str)):
+        return None
+    return _fingerprint_backend(backend), stable_hash("template", template)
+
+
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Identity of what turns text into ids: vocabulary, merges, normaliser, pre-tokeniser, decoder and added tokens.
 
@@ -130,6 +153,10 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     if backend is None:
         added = {str(token_id): token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
         return stable_hash("tokenizer", type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added)
+    return _fingerprint_backend(backend)
+
+
+def _fingerprint_backend(backend: dict[str, Any]) -> str:
     canonical = {key: value for key, value in backend.items() if key not in VOLATILE_KEYS}
     model = dict(canonical["model"])
     # Older files write a merge as "a b", newer ones as ["a", "b"].

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json
@@ -21,6 +22,7 @@ from stillroom.models import (
     compare_vocab,
     fingerprint_template,
     fingerprint_tokenizer,
+    fingerprints_from_files,
     load_tokenizer,
     require_same_vocab,
     vocab_size_of,
@@ -29,7 +31,10 @@ from stillroom.storage.paths import Location
 from student_train.config import DataConfig, EvalConfig, StageConfig, StudentConfig, TrainConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection, open_selection
-from student_train.losses.divergences import LossMix
+from student_train.model.shape import read_config
+
+if TYPE_CHECKING:
+    from student_train.losses.divergences import LossMix
 
 SHOWN_DIFFERENCES = 5
 
@@ -97,7 +102,7 @@ def eval_spec(data: DataConfig) -> PlanSpec:
     return PlanSpec(pack_tokens=data.pack_tokens, max_tokens=data.max_tokens, long_chains=data.long_chains)
 
 
-def check_losses(mix: LossMix, selection: Selection) -> None:
+def check_losses(mix: "LossMix", selection: Selection) -> None:
     """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
     for term in mix.terms:
         if term.needs_draws and not selection.header.draws:
@@ -134,8 +139,13 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
     Equal fingerprints are fine. Otherwise ordinary ids must agree; special tokens may differ, and so may the number of
     embedding rows. Raises ConfigError naming the ids where they do not.
     """
+    config = read_config(student)
     with naming("student.model"):
-        width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+        width = (
+            vocab_size_of(student.model, student.revision, student.trust_remote_code)
+            if config is None
+            else int(config["vocab_size"])
+        )
     if selection.is_text:
         return Vocabulary(width, [], same_tokenizer=True)
     num_ids = max(width, selection.header.vocab_size)
@@ -145,11 +155,14 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
             f"{student.model} has {width} embedding rows, the cache's ids go up to {num_ids - 1}: "
             f"{num_ids - width} rows are added, each the mean of the others"
         )
-    with naming("student.model"):
-        tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
-    same_template = selection.header.template_fingerprints == [fingerprint_template(tokenizer)]
     cached = selection.header.tokenizer_fingerprints[0]
-    if fingerprint_tokenizer(tokenizer) == cached:
+    found = fingerprints_from_files(student.model)
+    if found is None or found[0] != cached:
+        with naming("student.model"):
+            tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
+        found = fingerprint_tokenizer(tokenizer), fingerprint_template(tokenizer)
+    same_template = selection.header.template_fingerprints == [found[1]]
+    if found[0] == cached:
         if not same_template:
             notes.append("the student's chat template is not the cache's: the student learns the cache's")
         return Vocabulary(num_ids, notes, same_tokenizer=same_template)

@@ -176,13 +176,9 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         raise ConfigError(f"lora.targets={lora.targets}: {' '.join(str(error).split())[:200]}") from error
 
 
-def require_lora_targets(model: Any, lora: LoraConfig) -> None:
-    """Raises ConfigError for a target that is the name, or the end of the dotted name, of no layer that peft adapts."""
+def adaptable_layers(model: Any) -> list[str]:
+    """Dotted names of the layers that peft can adapt."""
     import transformers
 
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, transformers.pytorch_utils.Conv1D)
-    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    for target in lora.targets or []:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-            raise ConfigError(f"lora.targets: the student has no linear layer {target!r}: there are {known}")
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]

@@ -11,14 +11,16 @@ step, rank).
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stillroom.errors import CorruptError, DataError
 from stillroom.storage.paths import sync_file, sync_folder, write_text_atomic
-from student_train.runtime.engine import Engine, make_universal
-from student_train.runtime.ranks import Ranks
+
+if TYPE_CHECKING:
+    from student_train.runtime.engine import Engine
+    from student_train.runtime.ranks import Ranks
 
 LATEST = "latest.json"
 STATE = "state.json"
@@ -109,7 +111,7 @@ def tags(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"*/{STATE}") if path.parent.suffix not in (TEMP, UNIVERSAL))
 
 
-def save(folder: Path, engine: Engine, state: CheckpointState, keep_last: int, ranks: Ranks) -> None:
+def save(folder: Path, engine: "Engine", state: CheckpointState, keep_last: int, ranks: "Ranks") -> None:
     """Writes a checkpoint and removes those that are no longer kept; called by all ranks together."""
     temp = folder / f"{state.tag}{TEMP}"
     if ranks.is_first:
@@ -124,7 +126,7 @@ def save(folder: Path, engine: Engine, state: CheckpointState, keep_last: int, r
     ranks.barrier()
 
 
-def load(folder: Path, engine: Engine, state: CheckpointState, ranks: Ranks) -> None:
+def load(folder: Path, engine: "Engine", state: CheckpointState, ranks: "Ranks") -> None:
     """Gives the engine back what it had at `state`; `needs_universal` says how the engine must have been made."""
     tag = state.tag
     if needs_universal(state, ranks.num_ranks):
@@ -132,6 +134,8 @@ def load(folder: Path, engine: Engine, state: CheckpointState, ranks: Ranks) -> 
         if ranks.is_first and not (folder / tag).exists():
             temp = folder / f"{tag}{TEMP}"
             _remove(temp)
+            from student_train.runtime.engine import make_universal
+
             make_universal(folder / state.tag, temp)
             temp.replace(folder / tag)
         ranks.barrier()

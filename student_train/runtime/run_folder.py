@@ -22,6 +22,7 @@ import yaml
 
 from stillroom.config import Json, plain, read_yaml, validate_config
 from stillroom.errors import CacheConflict, ConfigError, CorruptError
+from stillroom.log import note
 from stillroom.storage.paths import write_text_atomic
 from student_train.config import TrainConfig, meaning_of
 from student_train.data.open import before_and_after
@@ -162,6 +163,21 @@ class RunFolder:
 
 def _shown(meaning: dict[str, Any], key: str) -> str:
     return repr(meaning[key]) if key in meaning else "not set"
+
+
+def summary_if_finished(config: TrainConfig) -> Json | None:
+    """The summary of a run that has nothing left to train, before anything slow is imported; else None.
+
+    Raises ConfigError where the run's configuration means something else, CorruptError.
+    """
+    run = RunFolder(config.run)
+    state = latest_state(run.checkpoints)
+    if state is None or not state.stage_is_done or state.stage != len(config.stages) - 1:
+        return None
+    with run.lock():
+        run.open(config, has_learnt=True)
+    note(f"the run is finished: {state.tag} is the last step of its last stage; nothing is left to train")
+    return summarise(run, config)
 
 
 def summarise(run: RunFolder, config: TrainConfig) -> Json:

@@ -1,0 +1,126 @@
+"""Sizes of a student, and whether its vocabulary is the cache's, from its files alone.
+
+In: a Hugging Face folder or hub id. Out: counts and layer names for `plan`, without a model. A local folder of a plain
+decoder is read as JSON and safetensors headers, in milliseconds; everything else (hub ids, experts, layouts not known
+here) is built by transformers on the meta device, which costs ten seconds of imports.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student_train.config import StudentConfig
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Counts of a causal language model."""
+
+    num_parameters: int
+    num_head: int
+    linear_widths: dict[str, int]
+    """Inputs plus outputs of each linear layer of the decoder, by name below it."""
+    adaptable: list[str]
+    """Dotted names of the layers that peft can adapt."""
+    num_layers: int
+    hidden_size: int
+    has_tied_head: bool
+
+
+def model_shape(student: StudentConfig) -> ModelShape:
+    """Raises DataError where transformers does not know the model."""
+    return _from_files(student) or _from_meta(student)
+
+
+def read_config(student: StudentConfig) -> dict[str, Any] | None:
+    """config.json of a local folder whose architecture transformers ships; None where transformers must be asked."""
+    path = Path(student.model) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or "auto_map" in config or not _is_known(config.get("model_type")):
+        return None
+    return config if all(isinstance(config.get(key), int) for key in SIZES) else None
+
+
+def _is_known(model_type: Any) -> bool:
+    """Whether the installed transformers has this architecture; its import alone takes a second."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None or not isinstance(model_type, str) or not model_type:
+        return False
+    return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
+
+
+def _from_files(student: StudentConfig) -> ModelShape | None:
+    config = read_config(student)
+    shapes = None if config is None else _tensor_shapes(Path(student.model))
+    if config is None or not shapes or shapes.get(f"{EMBEDDING}.weight") is None:
+        return None
+    is_tied = f"{HEAD}.weight" not in shapes
+    # Both a head in the file and a tied configuration: what transformers makes of that is its own business.
+    if not is_tied and config.get("tie_word_embeddings", False):
+        return None
+    linears = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight") and not name.startswith((EMBEDDING, HEAD))
+    }
+    if not all(name.startswith("model.layers.") and "expert" not in name for name in linears):
+        return None
+    return ModelShape(
+        num_parameters=sum(_size(shape) for shape in shapes.values()),
+        num_head=_size(shapes[f"{EMBEDDING if is_tied else HEAD}.weight"]),
+        linear_widths={name.removeprefix("model."): sum(shape) for name, shape in linears.items()},
+        adaptable=[EMBEDDING, *linears, HEAD],
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        has_tied_head=is_tied,
+    )
+
+
+def _tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="numpy") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return shapes
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for width in shape:
+        size *= width
+    return size
+
+
+def _from_meta(student: StudentConfig) -> ModelShape:
+    import torch
+
+    from student_train.model.student import adaptable_layers, meta_causal
+
+    model = meta_causal(student)
+    return ModelShape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_head=sum(parameter.numel() for parameter in model.get_output_embeddings().parameters()),
+        linear_widths={
+            name: module.in_features + module.out_features
+            for name, module in model.get_decoder().named_modules()
+            if isinstance(module, torch.nn.Linear)
+        },
+        adaptable=adaptable_layers(model),
+        num_layers=int(model.config.num_hidden_layers),
+        hidden_size=int(model.config.hidden_size),
+        has_tied_head=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    )
