@@ -171,7 +171,7 @@ def test_a_slow_library_behind_two_modules_is_found(tmp_path: Path) -> None:
     write(tmp_path, "shared/stillroom/deep.py", "def f():\n    import transformers")
     reached = eager_closure(tmp_path, "teacher_cache.cli")
     assert set(reached) == {"torch"}
-    assert reached["torch"] == ["teacher_cache.cli", "teacher_cache.building", "stillroom", "torch"]
+    assert reached["torch"] == ["teacher_cache.cli", "teacher_cache.build", "stillroom", "torch"]
 
 
 def write(root: Path, file: str, source: str) -> Path:
