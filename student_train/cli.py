@@ -337,12 +337,12 @@ def report(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed and what is missing. With what it can do here, and the command that mends it."""
-    from stillroom.program import diagnosis_lines
+    from stillroom.doctor import report_lines
     from student_train.doctor import diagnose
 
-    found = diagnose()
-    print_result(found, diagnosis_lines(found), as_json)
-    if not found["ok"]:
+    result = diagnose()
+    print_result(result, report_lines(result), as_json)
+    if not result["ok"]:
         raise typer.Exit(1)
 
 

@@ -1,69 +1,58 @@
-"""What this machine has of what a student needs, and the command that mends what is missing: `student-train doctor`."""
+"""`student-train doctor`: what this machine has of what a student needs."""
 
 import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from stillroom.config import Json
-from stillroom.program import (
-    Finding,
-    diagnosis,
-    find_compiler,
-    find_cpu,
-    find_disk,
-    find_headers,
-    find_package,
-    find_python,
-)
+from stillroom.doctor import Check, check_machine, check_package, report
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "duckdb", "deltalake", "pyarrow")
-OPTIONAL_PACKAGES = ("tensorboard", "flash-attn")
+REQUIRED = ("torch", "transformers", "deepspeed", "peft", "safetensors", "duckdb", "deltalake", "pyarrow")
+OPTIONAL = {"tensorboard": "TensorBoard logs", "flash-attn": "faster attention on GPUs"}
 INSTALL = "pip install 'stillroom[student]'"
 LOW_DISK_GB = 20.0
 
 
-def diagnose() -> Json:
-    """All findings, and `ok` unless something is missing."""
-    return diagnosis(
+def diagnose() -> dict[str, Any]:
+    """All checks, and `ok` unless something is missing."""
+    return report(
         [
-            find_python(),
-            *(find_package(name, "missing", INSTALL) for name in PACKAGES),
-            *(find_package(name, "optional", f"pip install {name}") for name in OPTIONAL_PACKAGES),
-            *_gpus(),
-            find_compiler("DeepSpeed builds an operator"),
-            find_headers("DeepSpeed builds an operator"),
-            _communication_op(),
-            find_cpu(),
-            find_disk(LOW_DISK_GB, "checkpoints take 14 bytes a trained parameter"),
+            *(check_package(name, INSTALL) for name in REQUIRED),
+            *(check_package(name, f"pip install {name}", use) for name, use in OPTIONAL.items()),
+            *_check_cuda(),
+            *check_machine(
+                "DeepSpeed builds an operator", LOW_DISK_GB, "checkpoints take 14 bytes per trained parameter"
+            ),
+            _check_communication_op(),
         ]
     )
 
 
-def _gpus() -> list[Finding]:
+def _check_cuda() -> list[Check]:
+    """GPUs that torch can use, which may be fewer than the driver lists."""
     try:
         import torch
     except ImportError:
         return []
     if not torch.cuda.is_available():
         has_driver = shutil.which("nvidia-smi") is not None
-        mend = "pip install torch  # a build for CUDA, not the CPU one" if has_driver else None
-        return [Finding("gpu", "optional", "none that torch can use: training runs on the CPU", mend)]
-    found = []
-    for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
-        found.append(Finding(f"gpu {number}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
-    return found
+        fix = "pip install torch  # a CUDA build, not the CPU one" if has_driver else None
+        return [Check("gpu", "optional", "none that torch can use: training runs on the CPU", fix)]
+    properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [
+        Check(f"gpu {number}", "ok", f"{one.name}, {one.total_memory / 2**30:.0f} GiB")
+        for number, one in enumerate(properties)
+    ]
 
 
-def _communication_op() -> Finding:
-    """DeepSpeed's shared-memory operator for ranks on a CPU, compiled at the first start where it is not built."""
+def _check_communication_op() -> Check:
+    """DeepSpeed's shared-memory operator for ranks on a CPU, which the first start compiles if it is not built."""
     name = "communication op"
     if (spec := importlib.util.find_spec("deepspeed")) is None or spec.origin is None:
-        return Finding(name, "optional", "DeepSpeed is not installed", INSTALL)
-    if list((Path(spec.origin).parent / "ops" / "comm").glob("deepspeed_shm_comm_op*.so")):
-        return Finding(name, "ok", "built")
+        return Check(name, "optional", "DeepSpeed is not installed", INSTALL)
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    if list(cache.glob("**/deepspeed_shm_comm_op*.so")):
-        return Finding(name, "ok", f"built, in {cache}")
-    return Finding(name, "optional", "not built: the first start on a CPU compiles it, about 45 s")
+    for folder in (Path(spec.origin).parent / "ops" / "comm", cache):
+        if list(folder.glob("**/deepspeed_shm_comm_op*.so")):
+            return Check(name, "ok", f"built, in {folder}")
+    return Check(name, "optional", "not built: the first start on a CPU compiles it, about 45 s")

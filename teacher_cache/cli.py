@@ -1,13 +1,10 @@
-"""`teacher-cache`: a teacher's chains and distributions, generated once, kept, and asked about.
+"""`teacher-cache`: generate a teacher's chains and distributions once, store them, and query them.
 
-stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run time, 2 usage or configuration, 3
-something in the cache is damaged, 130 interrupted (and the command that resumes is printed).
+Commands import what they need when they run, so that `--help` and `sql` start fast.
 """
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,36 +12,37 @@ import typer
 
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import warn
-from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, new_program, print_result, run_program
+from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, StopRequest, new_program, print_result, run_program
 
 if TYPE_CHECKING:
     from teacher_cache.building import BuildResult
     from teacher_cache.config import BuildConfig, ScoreConfig
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the build.")]
-CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache, or s3://BUCKET/PREFIX.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
+CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or s3://BUCKET/PREFIX.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. sampling.samples=4; may be given again."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sampling.samples=4. Repeatable."),
 ]
-Worker = Annotated[str, typer.Option(metavar="I/N", help="Take share I (from 0) of N of the work.")]
+Worker = Annotated[str, typer.Option(metavar="I/N", help="Process share I (from 0) of N.")]
+RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
 
 
 app = new_program(
-    "teacher-cache", "Run a teacher once and keep what it said: chains, and the distribution of every token."
+    "teacher-cache", "Run a teacher once and store its chains with the probability distribution of every token."
 )
 
 
 @app.command()
 def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a build, or a score, has left to do. What it will take, too; loads no model."""
+    """Show what a build or score has left to do. Estimates tokens, disk space and time without loading the model."""
     from dataclasses import asdict
 
-    from teacher_cache.config import BuildConfig
+    from teacher_cache.config import BuildConfig, load_run_config
     from teacher_cache.plan import disk_warning, plan_build, plan_lines, plan_score
 
-    config = _any_config(config_path, overrides)
+    config = load_run_config(config_path, overrides or ())
     planned = plan_build(config) if isinstance(config, BuildConfig) else plan_score(config)
     print_result(asdict(planned), plan_lines(planned), as_json)
     warning = disk_warning(planned)
@@ -57,17 +55,17 @@ def build(
     config_path: ConfigPath,
     overrides: Overrides = None,
     worker: Worker = "0/1",
-    retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Ask failed prompts again.")] = False,
+    retry_failures: RetryFailures = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate what is missing, and capture it. The same command resumes."""
-    from stillroom.program import StopRequest
-    from teacher_cache.building import build_cache
-    from teacher_cache.prompts.prompts import parse_worker
+    """Generate and store the missing chains. The same command resumes."""
+    import teacher_cache
+    from teacher_cache.config import BuildConfig, load_run_config
 
-    config = _config(config_path, overrides)
+    config = load_run_config(config_path, overrides or (), "build")
+    assert isinstance(config, BuildConfig)
     with StopRequest(at_once=True):
-        result = build_cache(config, parse_worker(worker), retry_failures=retry_failures)
+        result = teacher_cache.build(config, worker=worker, retry_failures=retry_failures)
     _print_build(config, result, as_json)
 
 
@@ -76,17 +74,17 @@ def score(
     config_path: ConfigPath,
     overrides: Overrides = None,
     worker: Worker = "0/1",
-    retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Score failed completions again.")] = False,
+    retry_failures: RetryFailures = False,
     as_json: AsJson = False,
 ) -> None:
-    """Capture signals of completions that exist already. The same command resumes."""
-    from stillroom.program import StopRequest
-    from teacher_cache.building import score_cache
-    from teacher_cache.prompts.prompts import parse_worker
+    """Store the teacher's distributions on existing completions. The same command resumes."""
+    import teacher_cache
+    from teacher_cache.config import ScoreConfig, load_run_config
 
-    config = _score_config(config_path, overrides)
+    config = load_run_config(config_path, overrides or (), "score")
+    assert isinstance(config, ScoreConfig)
     with StopRequest(at_once=True):
-        result = score_cache(config, parse_worker(worker), retry_failures=retry_failures)
+        result = teacher_cache.score(config, worker=worker, retry_failures=retry_failures)
     _print_build(config, result, as_json)
 
 
@@ -97,57 +95,56 @@ def judge(
         str | None,
         typer.Option(
             "--judge",
-            help="Judge every chain by this kind: math, exact, regex, reasoning_gym or code; default: as its prompt "
-            "says.",
+            help="Judge every chain with this judge: math, exact, regex, reasoning_gym or code. Default: the one "
+            "that its prompt names.",
         ),
     ] = None,
-    where: Annotated[str | None, typer.Option(help="SQL condition over chains.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Also chains that were judged before.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Checks at a time.")] = 1,
+    where: Annotated[str | None, typer.Option(help="SQL condition on chains.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Include chains that were judged before.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Number of judge processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Check answers; verdicts are added beside the shards.
+    """Check answers and add verdicts. Shards are not rewritten.
 
-    A chain's newest verdict, whichever judge gave it, is what `correct` shows; one that is undecided replaces none.
+    `correct` shows a chain's newest verdict from any judge; an undecided verdict never replaces a decided one.
     """
     from dataclasses import asdict
 
-    from stillroom.program import StopRequest
-    from stillroom.storage.paths import location
-    from teacher_cache.judging import judge_cache
+    import teacher_cache
 
     with StopRequest(at_once=True):
-        report = judge_cache(location(cache), kind, where, again, processes)
+        report = teacher_cache.judge(cache, kind=kind, where=where, again=again, processes=processes)
     for warning in report.warnings():
         warn(warning)
     lines = [
         f"{name}: {one.num_chains} judged, {one.num_correct} right, {one.num_wrong} wrong, "
         f"{one.num_undecided} undecided"
-        + (f", {one.num_kept} of them keep the verdict they had" if one.num_kept else "")
+        + (f" ({one.num_kept} of them keep their earlier verdict)" if one.num_kept else "")
         for name, one in report.by_judge.items()
     ]
     if report.num_without_judge:
-        lines.append(f"{report.num_without_judge} chains name no judge: choose one with --judge")
+        lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge")
     print_result(asdict(report), lines or ["nothing to judge"], as_json)
 
 
 @app.command()
 def doctor(
     config_path: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Look also at this configuration's teacher and servers.")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also check this configuration's teacher and servers.")
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is installed and what is missing. With what it can do here, and the command that mends it."""
-    from stillroom.program import diagnosis_lines
+    """Check what is installed. Lists what is missing and the command that installs it."""
+    from stillroom.doctor import report_lines
+    from teacher_cache.config import load_run_config
     from teacher_cache.doctor import diagnose
 
     if config_path is None and overrides:
-        raise ConfigError("--set has no effect without a CONFIG: name one, or leave it out")
-    found = diagnose(None if config_path is None else _any_config(config_path, overrides))
-    print_result(found, diagnosis_lines(found), as_json)
-    if not found["ok"]:
+        raise ConfigError("--set has no effect without a CONFIG: name one, or remove --set")
+    result = diagnose(None if config_path is None else load_run_config(config_path, overrides or ()))
+    print_result(result, report_lines(result), as_json)
+    if not result["ok"]:
         raise typer.Exit(FAILED)
 
 
@@ -155,24 +152,26 @@ def doctor(
 def sql(
     cache: CachePath,
     query: Annotated[
-        str | None, typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin; none starts a session.")
+        str | None,
+        typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin. Without it an interactive session starts."),
     ] = None,
     output_format: Annotated[
         str | None, typer.Option("--format", help="table, csv, json, markdown or parquet.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file instead of stdout.")] = None,
     attach: Annotated[
-        list[str] | None, typer.Option("--attach", metavar="NAME=CACHE", help="Another cache, as schema NAME.")
+        list[str] | None,
+        typer.Option("--attach", metavar="NAME=CACHE", help="Attach another cache as schema NAME. Repeatable."),
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows that a table shows.")] = 40,
+    max_rows: Annotated[int, typer.Option(min=1, help="Maximum rows of a printed table.")] = 40,
     export_views: Annotated[
-        Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views for the plain duckdb program.")
+        Path | None, typer.Option(metavar="FILE.duckdb", help="Write the views to a database for the duckdb program.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="First read every file and compare it with the hash in its name.")
+        bool, typer.Option("--check", help="First verify every file against the hash in its name.")
     ] = False,
 ) -> None:
-    """Ask the cache in SQL (DuckDB). The session reads this cache and nothing else, and writes nothing."""
+    """Query the cache in SQL (DuckDB). Read-only; other files cannot be accessed."""
     from stillroom.sql.session import Session
     from stillroom.storage.paths import check_out, location
     from teacher_cache.inspect.sql import check_files, open_caches, read_stdin, run_query, write_views
@@ -182,7 +181,7 @@ def sql(
         check_files(catalogs.values())
     if export_views is not None:
         if query is not None or out is not None or output_format is not None:
-            raise ConfigError("--export-views writes a database and answers no query: leave QUERY, --out, --format out")
+            raise ConfigError("--export-views runs no query: remove QUERY, --out and --format")
         write_views(catalogs, export_views)
         return
     if out is not None:
@@ -192,7 +191,7 @@ def sql(
             from teacher_cache.inspect.sql import SqlShell
 
             if output_format is not None:
-                raise ConfigError("--format needs a QUERY: a session has .mode")
+                raise ConfigError("--format needs a QUERY: use .mode in a session")
             SqlShell(session, max_rows, list(catalogs)).run()
         else:
             run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
@@ -201,11 +200,11 @@ def sql(
 @app.command()
 def show(
     cache: CachePath,
-    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id, or how one begins.")],
-    token: Annotated[int | None, typer.Option(help="Show the distribution at this token, from 0.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id or a unique prefix of one.")],
+    token: Annotated[int | None, typer.Option(help="Show the distribution at this token (from 0).")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
 ) -> None:
-    """Show one chain, coloured by how sure the teacher was. With --token its alternatives there."""
+    """Show one chain, coloured by the teacher's confidence. With --token: the alternatives at one token."""
     from stillroom.cache.reader import open_cache
     from stillroom.storage.paths import check_out, location
     from teacher_cache.inspect.show import print_chain, print_token
@@ -213,7 +212,7 @@ def show(
     if html is not None:
         check_out("--html", html, [location(cache)])
     with open_cache(cache) as opened:
-        # Our own CSV puts texts in quotes.
+        # Ids copied from our CSV output come in quotes.
         found = opened.sample(sample.strip('"'))
     if html is not None:
         from teacher_cache.inspect.show import write_chain_page
@@ -228,7 +227,7 @@ def show(
 
 @app.command()
 def stats(cache: CachePath, as_json: AsJson = False) -> None:
-    """Count chains, tokens, bytes, truncated, right, failed."""
+    """Print counts of chains, tokens, bytes, truncations, verdicts and failures."""
     from stillroom.cache.catalog import Catalog
     from stillroom.storage.paths import location
     from teacher_cache.inspect.stats import cache_stats, stats_text
@@ -240,10 +239,12 @@ def stats(cache: CachePath, as_json: AsJson = False) -> None:
 @app.command()
 def report(
     cache: CachePath,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker's box, for costs.")] = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of one worker's machine, to show costs.")
+    ] = None,
 ) -> None:
-    """Write one HTML page about the cache, with plots."""
+    """Write an HTML report of the cache with charts."""
     from stillroom.cache.catalog import Catalog
     from stillroom.storage.paths import check_out, location
     from teacher_cache.inspect.report import write_cache_report
@@ -257,11 +258,11 @@ def report(
 def verify(
     cache: CachePath,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Take damaged files out of the cache, so that the rest is usable.")
+        bool, typer.Option("--quarantine", help="Remove damaged files from the cache, so that the rest is usable.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check hashes, counts, decoding and uniqueness. Exit code 3 when something is wrong and stays so."""
+    """Check hashes, counts, decoding and uniqueness. Exits with 3 if damage remains."""
     from stillroom.storage.paths import location
     from teacher_cache.maintenance.quarantine import verify_command
 
@@ -273,15 +274,13 @@ def verify(
 
 @app.command()
 def copy(
-    caches: Annotated[
-        list[str], typer.Argument(metavar="CACHE", help="Caches, the last of them the one that the others go into.")
-    ],
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Source caches, followed by the destination.")],
     rounded: Annotated[
         bool, typer.Option("--round", help="Store exact distributions (topk-f32) as 8-bit codes (topk-u8).")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Copy or merge caches, no row twice. Visible shards alone, hashes checked; the same command resumes."""
+    """Copy or merge caches without duplicate rows. Verifies hashes; the same command resumes."""
     from dataclasses import asdict
 
     from stillroom.storage.paths import location
@@ -289,9 +288,11 @@ def copy(
 
     *sources, dest = (location(one) for one in caches)
     if not sources:
-        raise ConfigError("copy needs at least two folders: SRC... DEST")
-    with _resumable():
+        raise ConfigError("copy needs at least two caches: SOURCE... DEST")
+    try:
         report = copy_caches(sources, dest, rounded=rounded)
+    except OSError as error:
+        raise StillroomError(f"{error}: fix that and run the same command again to resume") from error
     print_result(asdict(report), copy_lines(report, dest), as_json)
     if report.stopped:
         raise typer.Exit(INTERRUPTED)
@@ -300,17 +301,18 @@ def copy(
 @app.command()
 def gc(
     cache: CachePath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
-    grace_hours: Annotated[float, typer.Option(min=0, help="Leave files alone that are younger.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24.0,
     drop_run: Annotated[
-        list[str] | None, typer.Option("--drop-run", metavar="RUN", help="Take a run, by name or id, out of the cache.")
+        list[str] | None,
+        typer.Option("--drop-run", metavar="RUN", help="Remove a run from the cache, by name or id. Repeatable."),
     ] = None,
     delete_removed: Annotated[
-        bool, typer.Option("--delete-removed", help="Delete files that only older versions hold.")
+        bool, typer.Option("--delete-removed", help="Delete files that only older versions use.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Adopt or sweep what crashes left; drop runs on request. No row that could be read is lost unless you ask."""
+    """Adopt or delete files that crashes left behind. Readable rows are removed only by --drop-run."""
     from dataclasses import asdict
 
     from stillroom.storage.paths import location
@@ -328,7 +330,7 @@ def gc(
 
 def main() -> None:
     """Entry point."""
-    # Read when torch is loaded, which tokenizers do long before the engine.
+    # torch reads it when it is loaded, which tokenizers do long before the engine starts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run_program(app, "teacher-cache", ("build", "score", "copy"))
 
@@ -340,38 +342,6 @@ def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_
     print_result(printed, result_lines(printed, str(config.cache)), as_json)
     if result.stopped is not None:
         raise typer.Exit(INTERRUPTED)
-
-
-def _any_config(path: Path, overrides: list[str] | None) -> "BuildConfig | ScoreConfig":
-    from stillroom.config import read_yaml
-
-    return _score_config(path, overrides) if "completions" in read_yaml(path) else _config(path, overrides)
-
-
-def _config(path: Path, overrides: list[str] | None) -> "BuildConfig":
-    from stillroom.config import load_config, read_yaml
-    from teacher_cache.config import BuildConfig
-
-    if "completions" in read_yaml(path):
-        raise ConfigError(f"{path} names completions that exist already: teacher-cache score {path}")
-    return load_config(path, overrides or [], BuildConfig)
-
-
-def _score_config(path: Path, overrides: list[str] | None) -> "ScoreConfig":
-    from stillroom.config import load_config, read_yaml
-    from teacher_cache.config import ScoreConfig
-
-    if "prompts" in read_yaml(path):
-        raise ConfigError(f"{path} names prompts for which chains are generated: teacher-cache build {path}")
-    return load_config(path, overrides or [], ScoreConfig)
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StillroomError(f"{error}: mend that and start the same command again, it goes on") from error
 
 
 if __name__ == "__main__":

