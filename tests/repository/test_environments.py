@@ -17,7 +17,7 @@ TEACHER_ONLY = {"vllm", "teacher_cache"}
 STUDENT_ONLY = {"deepspeed", "peft", "tensorboard", "student_train"}
 NOT_IN_BASE = {
     *("vllm", "deepspeed", "peft", "tensorboard", "torch", "transformers", "tokenizers", "safetensors", "accelerate"),
-    *("datasets", "reasoning_gym", "math_verify", "gguf", "huggingface_hub", "pandas", "sympy"),
+    *("datasets", "reasoning_gym", "math_verify", "gguf", "huggingface_hub", "pandas", "polars", "sympy"),
 }
 
 HIDE = """

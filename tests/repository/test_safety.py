@@ -272,7 +272,7 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def commands_that_show(cache: Path) -> list[list[str]]:
     with open_cache(cache) as opened:
-        sample = opened.arrow("SELECT min(sample_id) AS one FROM chains")["one"][0].as_py()
+        sample = opened.sql("SELECT min(sample_id) AS one FROM chains").fetchall()[0][0]
     folder = str(cache)
     return [
         ["sql", folder, "SELECT prompt, source, reference, metadata, text FROM chains LIMIT 3"],
@@ -317,7 +317,7 @@ def on_a_terminal(command: list[str]) -> str:
 def test_nothing_from_a_cache_acts_on_a_page(nasty: Path, tmp_path: Path) -> None:
     write_cache_report(Catalog(nasty), tmp_path / "report.html")
     with open_cache(nasty) as opened:
-        sample = opened.sample(opened.arrow("SELECT min(sample_id) AS one FROM chains")["one"][0].as_py())
+        sample = opened.sample(opened.sql("SELECT min(sample_id) AS one FROM chains").fetchall()[0][0])
     write_chain_page(sample, tmp_path / "chain.html")
     for name in ("report.html", "chain.html"):
         page = (tmp_path / name).read_text()

@@ -1,49 +1,59 @@
-"""A cache from Python, for notebooks and programs:
+"""A cache as Python reads it: `stillroom.open_cache` returns the Cache of this module.
 
-    from stillroom.cache.reader import open_cache
-    cache = open_cache("runs/demo/cache")
-    cache.sql("SELECT source, avg(num_tokens) FROM chains GROUP BY source").df()
-    ids_TK, logprobs_TK = cache.sample("3fa1").dense(64)
+What `sql` may read is restricted as in `teacher-cache sql`. Chains are decoded a row group at a time, the unit that
+Parquet reads.
 
-Needs the base install alone: no torch. What `sql` may read is locked down as in `teacher-cache sql`.
-
-Shape legend: T completion tokens, K candidates of a token by falling probability.
+Shape legend: R rows (chains) of a row group, T completion tokens, K candidates of a token by falling probability.
 """
+
+from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stillroom.cache.catalog import Catalog
-from stillroom.cache.shards import open_shard, read_signals
-from stillroom.errors import DataError
+from stillroom.cache.codec import decode, signal_columns
+from stillroom.cache.shards import open_shard, read_row_group
+from stillroom.errors import DataError, StillroomError
 from stillroom.schema.manifest import ShardHeader
-from stillroom.schema.records import Float32, Int32, Signals
+from stillroom.schema.records import Float32, Int32, Int64, Signals
+from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS
+from stillroom.sql.conditions import check_condition, in_brackets
 from stillroom.sql.session import Session
 from stillroom.sql.views import quote
 from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import location, open_parquet
 
 if TYPE_CHECKING:
-    import duckdb
-
+    import pandas
+    import polars
 
 SAMPLE_PREFIX = re.compile(r"^[0-9A-Za-z_\-]{1,64}$")
 MAX_NAMED = 5
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+_LISTS = ("messages", "prompt_token_ids", "token_ids")
+_SCALARS = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS and field.name not in _LISTS]
+_PLACES = """SELECT c.sample_id, c.correct, c.score, c.judge, s.filename, s.file_row_number
+    FROM (SELECT sample_id, correct, score, judge FROM chains{condition}) c
+    JOIN (SELECT sample_id, filename, file_row_number FROM shards) s USING (sample_id)
+    ORDER BY s.filename, s.file_row_number"""
+
 
 def open_cache(
     root: str | Path | ObjectPath, chains_version: int | None = None, verdicts_version: int | None = None
-) -> "Cache":
+) -> Cache:
     """Opens a cache at its latest version, or at pinned ones. Raises DataError where there is none."""
     return Cache(Catalog(location(root), chains_version, verdicts_version))
 
@@ -53,8 +63,7 @@ class Sample:
     """One chain with its decoded distributions.
 
     `chain` is its row of the view `chains`, `messages` the prompt, token_ids_T int32 the completion; `signals` the
-    stored distributions, `header` what the shard says of them; `piece_of` the text of every token, candidate and draw
-    alone.
+    stored distributions, `header` what the shard says about them; `piece_of` the text of any single token.
     """
 
     chain: dict[str, Any]
@@ -66,16 +75,70 @@ class Sample:
 
     @property
     def pieces_T(self) -> list[str]:
-        """The text of each completion token alone."""
+        """The text of each completion token by itself."""
         return [self.piece_of[token] for token in self.token_ids_T.tolist()]
 
     def dense(self, k: int | None = None) -> tuple[Int32, Float32]:
         """ids_TK int32 and logprobs_TK float32 (nats) by falling probability; past a token's support id 0 and -inf.
 
-        `k` None is the largest support that the shard allows; what lies outside the support is
-        `signals.tail_logmass_T`.
+        `k` None is the largest support the shard allows. The log mass outside the support is `signals.tail_logmass_T`.
         """
         return self.signals.dense(self.header.max_support if k is None else k)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Chains of one row group: `table` has R rows of the requested columns, `signals` all their distributions.
+
+    Row r owns tokens offsets_R[r] to offsets_R[r + 1] - 1 of the signals (int64, R + 1 entries).
+    """
+
+    table: pa.Table
+    signals: Signals
+    offsets_R: Int64
+    header: ShardHeader
+
+    def signals_of(self, row: int) -> Signals:
+        """Distributions of one row, as views."""
+        return self.signals.slice(int(self.offsets_R[row]), int(self.offsets_R[row + 1]))
+
+
+class Result:
+    """The answer to a query, computed each time one of its methods asks for it. Printed, it shows the first rows."""
+
+    def __init__(self, session: Session, query: str) -> None:
+        self._session, self._query = session, query
+        self._relation = session.relation(query)
+
+    def __repr__(self) -> str:
+        return repr(self._relation)
+
+    def arrow(self) -> pa.Table:
+        """An Arrow table."""
+        return self._session.arrow(self._query)
+
+    def df(self) -> pandas.DataFrame:
+        """A pandas DataFrame. Raises StillroomError if pandas is not installed."""
+        try:
+            import pandas  # noqa: F401 - pyarrow's own error does not say what to install
+        except ImportError as error:
+            raise _not_installed("pandas") from error
+        frame: pandas.DataFrame = self.arrow().to_pandas()
+        return frame
+
+    def pl(self) -> polars.DataFrame:
+        """A Polars DataFrame. Raises StillroomError if Polars is not installed."""
+        try:
+            import polars
+        except ImportError as error:
+            raise _not_installed("polars") from error
+        frame = polars.from_arrow(self.arrow())
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """Rows as tuples."""
+        return [tuple(row.values()) for row in self.arrow().to_pylist()]
 
 
 class Cache:
@@ -84,6 +147,7 @@ class Cache:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
         self.session = Session({"main": catalog})
+        self._pieces: dict[str, dict[int, str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -94,78 +158,104 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Ends the SQL session; decoded samples stay usable."""
+        """Ends the SQL session. Decoded samples stay usable."""
         self.session.close()
 
-    def sql(self, query: str) -> "duckdb.DuckDBPyRelation":
-        """A DuckDB relation: run when it is asked for rows, with `df()`, `pl()`, `arrow()`, `fetchall()` or printed.
+    def sql(self, query: str) -> Result:
+        """The result of one SELECT over the views `chains`, `prompts`, `tokens`, `topk`, `verdicts`, ... (docs/sql.md).
 
-        Raises ConfigError where the query is wrong or is no SELECT.
+        Raises ConfigError if the query is wrong or is not a SELECT.
         """
-        return self.session.relation(query)
-
-    def arrow(self, query: str) -> pa.Table:
-        """The result as an Arrow table. Raises ConfigError where the query is wrong or is no SELECT."""
-        return self.session.arrow(query)
+        return Result(self.session, query)
 
     def sample(self, sample_id: str) -> Sample:
-        """The chain whose `sample_id` begins so, decoded. Raises DataError where none or several do."""
-        found = self._find(sample_id)
-        path = location(found["filename"])
-        shard, header = open_shard(path)
-        with shard:
-            group, row = _row_group(shard, found["file_row_number"])
-            table, signals, offsets = read_signals(shard, header, group, ["token_ids", "messages"], str(path))
-        start, stop = int(offsets[row]), int(offsets[row + 1])
-        token_ids_T = table.column("token_ids")[row].values.to_numpy()
-        own = signals.slice(start, stop)
-        ids = {*token_ids_T.tolist(), *own.topk_ids_N.tolist()}
-        if own.draws is not None:
-            ids.update(own.draws.ids_D.tolist())
-        (chain,) = self.arrow(f"SELECT * FROM chains WHERE sample_id = {quote(found['sample_id'])}").to_pylist()
-        return Sample(
-            chain=chain,
-            messages=table.column("messages")[row].as_py(),
-            token_ids_T=token_ids_T,
-            signals=own,
-            header=header,
-            piece_of=self._pieces(ids, header.tokenizer_fingerprint),
-        )
+        """The decoded chain whose `sample_id` begins with these characters. Raises DataError for none or several."""
+        return next(self.samples(f"sample_id = {quote(self._find(sample_id))}"))
 
-    def _pieces(self, ids: set[int], tokenizer_fingerprint: str) -> dict[int, str]:
-        """The text of each id; `<id>` where the cache has no vocabulary of that tokenizer."""
-        pieces = {token: f"<{token}>" for token in ids}
-        path = self.catalog.vocab_path(tokenizer_fingerprint)
-        if path.exists():
-            wanted = pa.array(sorted(ids), pa.int32())
-            with open_parquet(path) as file:
-                table = file.read(columns=["token_id", "piece"])
-            table = table.filter(pc.is_in(table.column("token_id"), wanted))
-            pieces |= dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
-        return pieces
+    def samples(self, where: str | None = None) -> Iterator[Sample]:
+        """Decoded chains that meet a SQL condition over `chains`, in the order they are stored.
 
-    def _find(self, prefix: str) -> dict[str, Any]:
+        Reads only row groups that hold a match, one at a time. Raises ConfigError if the condition is wrong.
+        """
+        check_condition(self.session, "where", where)
+        for places, group in self._groups([*_SCALARS, "messages", "token_ids"], where):
+            pieces = self._pieces_of(group.header.tokenizer_fingerprint)
+            token_ids = group.table.column("token_ids")
+            rows = group.table.drop_columns(["token_ids"]).to_pylist()
+            for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+                messages = row.pop("messages")
+                yield Sample(
+                    chain=_chain(row, messages, place),
+                    messages=messages,
+                    token_ids_T=token_ids[number].values.to_numpy(),
+                    signals=group.signals_of(number),
+                    header=group.header,
+                    piece_of=pieces,
+                )
+
+    def row_groups(self, columns: Sequence[str] = ("sample_id",), where: str | None = None) -> Iterator[RowGroup]:
+        """Distributions in bulk: each row group with a match, its matching rows decoded at once.
+
+        `columns` are those of the shards (schemas/FORMAT.md), such as sample_id or token_ids.
+        """
+        check_condition(self.session, "where", where)
+        for _, group in self._groups(columns, where):
+            yield group
+
+    def _groups(self, columns: Sequence[str], where: str | None) -> Iterator[tuple[list[dict[str, Any]], RowGroup]]:
+        """Row groups that hold matches, with the places and latest verdicts of those."""
+        condition = "" if where is None else f" WHERE {in_brackets(where)}"
+        found = self.session.arrow(_PLACES.format(condition=condition))
+        for filename, rows in groupby(found.to_pylist(), itemgetter("filename")):
+            path = location(filename)
+            shard, header = open_shard(path)
+            with shard:
+                for index, places, rows_R in _by_row_group(shard, list(rows)):
+                    needed = list(dict.fromkeys([*columns, "token_ids", *signal_columns(header)]))
+                    table = read_row_group(shard, index, needed, str(path))
+                    if len(rows_R) < table.num_rows:
+                        table = table.take(pa.array(rows_R))
+                    signals, offsets_R = decode(table, header, f"{path}: row group {index}")
+                    yield places, RowGroup(table.select(list(columns)), signals, offsets_R, header)
+
+    def _pieces_of(self, tokenizer_fingerprint: str) -> dict[int, str]:
+        """The text of every token; `<id>` for one that the cache's vocabulary does not have."""
+        if tokenizer_fingerprint not in self._pieces:
+            pieces = _Pieces()
+            path = self.catalog.vocab_path(tokenizer_fingerprint)
+            if path.exists():
+                with open_parquet(path) as file:
+                    table = file.read(columns=["token_id", "piece"])
+                pieces.update(zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True))
+            self._pieces[tokenizer_fingerprint] = pieces
+        return self._pieces[tokenizer_fingerprint]
+
+    def _find(self, prefix: str) -> str:
         if not SAMPLE_PREFIX.match(prefix):
-            raise DataError(f"sample {prefix!r} is no sample id: `teacher-cache sql` finds them in chains.sample_id")
-        rows = self.arrow(
-            "SELECT sample_id, filename, file_row_number, count(*) OVER () AS num_found FROM shards"
+            raise DataError(f"sample {prefix!r} is not a sample id: `teacher-cache sql` lists them in chains.sample_id")
+        rows = self.session.arrow(
+            "SELECT DISTINCT sample_id, count(DISTINCT sample_id) OVER () AS num_found FROM shards"
             f" WHERE starts_with(sample_id, {quote(prefix)}) ORDER BY sample_id LIMIT {MAX_NAMED}"
         ).to_pylist()
-        if not rows:
+        found: list[str] = [row["sample_id"] for row in rows]
+        if not found:
             raise DataError(f"no sample of {self.catalog.root} begins with {prefix!r}")
-        exact: list[dict[str, Any]] = [row for row in rows if row["sample_id"] == prefix]
-        if len(rows) > 1 and not exact:
-            names = ", ".join(row["sample_id"] for row in rows)
+        if len(found) > 1 and prefix not in found:
             count, first = rows[0]["num_found"], "the first " if rows[0]["num_found"] > len(rows) else ""
             raise DataError(
-                f"{count} samples of {self.catalog.root} begin with {prefix!r}, {first}{names}: give more of it"
+                f"{count} samples of {self.catalog.root} begin with {prefix!r}, {first}{', '.join(found)}: "
+                "add more characters"
             )
-        found: dict[str, Any] = (exact or rows)[0]
-        return found
+        return prefix if prefix in found else found[0]
+
+
+class _Pieces(dict[int, str]):
+    def __missing__(self, token: int) -> str:
+        return f"<{token}>"
 
 
 def readable(pieces: Sequence[str]) -> list[str]:
-    """Pieces as one reads them: bytes of a character that several tokens share stand, as the character, in the last.
+    """Pieces as text: a character whose bytes several tokens share appears whole at the last of them.
 
     Example: `["a", "<0xC3>", "<0xA9>"]` becomes `["a", "", "é"]`.
     """
@@ -178,17 +268,32 @@ def readable(pieces: Sequence[str]) -> list[str]:
 
 def _bytes_of(piece: str) -> bytes:
     parts = _BYTE.split(piece)
-    # Every second part is the number of a byte, the others are text.
+    # re.split with one group alternates text and byte values.
     return b"".join(
         bytes([int(part, 16)]) if number % 2 else part.encode("utf-8", "replace") for number, part in enumerate(parts)
     )
 
 
-def _row_group(shard: pq.ParquetFile, row_in_file: int) -> tuple[int, int]:
-    """Row group of a row, and its number in it."""
-    for group in range(shard.num_row_groups):
-        num_rows = shard.metadata.row_group(group).num_rows
-        if row_in_file < num_rows:
-            return group, row_in_file
-        row_in_file -= num_rows
-    raise AssertionError("DuckDB numbered a row past the file's end")
+def _not_installed(package: str) -> StillroomError:
+    return StillroomError(f"{package} is not installed: pip install 'stillroom[notebook]'")
+
+
+def _chain(row: dict[str, Any], messages: list[dict[str, str]], place: dict[str, Any]) -> dict[str, Any]:
+    """The row of the view `chains` from a shard's scalars and its latest verdict."""
+    prompts = [message["content"] for message in messages if message["role"] == "user"]
+    verdict = {name: place[name] for name in ("correct", "score", "judge")}
+    return row | verdict | {"prompt": prompts[-1] if prompts else None, "truncated": row["finish_reason"] == "length"}
+
+
+def _by_row_group(
+    shard: pq.ParquetFile, places: list[dict[str, Any]]
+) -> Iterator[tuple[int, list[dict[str, Any]], Int64]]:
+    """Row groups that hold some of the rows, which are ordered by their number in the file."""
+    sizes = [shard.metadata.row_group(index).num_rows for index in range(shard.num_row_groups)]
+    ends = np.cumsum(sizes)
+    numbers = np.array([place["file_row_number"] for place in places], np.int64)
+    # Row 5 of groups that end at rows 3, 6, ... is row 2 of group 1.
+    group_of = np.searchsorted(ends, numbers, side="right")
+    for index in np.unique(group_of):
+        mine = np.flatnonzero(group_of == index)
+        yield int(index), [places[number] for number in mine], numbers[mine] - (ends[index] - sizes[index])

@@ -140,14 +140,14 @@ def test_readers_ask_the_store_and_nothing_else_of_it(local: SyntheticCache, sto
     query = "SELECT * FROM chains ORDER BY sample_id"
     tokens = "SELECT sample_id, position, piece, entropy, tail_mass FROM tokens ORDER BY ALL"
     with open_cache(local.root) as here, open_cache(str(store)) as there:
-        assert there.arrow(query).equals(here.arrow(query))
-        assert there.arrow(tokens).equals(here.arrow(tokens))
+        assert there.sql(query).arrow().equals(here.sql(query).arrow())
+        assert there.sql(tokens).arrow().equals(here.sql(tokens).arrow())
         sample_id = local.chains[7].sample_id
         np.testing.assert_array_equal(there.sample(sample_id).dense(4)[1], here.sample(sample_id).dense(4)[1])
         (store.parent / "secret.csv").write_bytes(b"a,b\n1,2\n")
         for forbidden in (f"{store.parent}/secret.csv", f"{store}/runs/{local.manifests[0].run_id}.json"):
             with pytest.raises(ConfigError, match="Permission Error"):
-                there.arrow(f"SELECT * FROM read_text('{forbidden}')")
+                there.sql(f"SELECT * FROM read_text('{forbidden}')")
 
 
 @pytest.mark.parametrize("arguments", [["verify"], ["stats"], ["sql", "SELECT count(*) AS n FROM chains"], ["gc"]])
@@ -186,7 +186,7 @@ def test_a_build_in_the_store_is_the_local_build(store: ObjectPath, tmp_path: Pa
     columns = "sample_id, text, num_tokens, mean_entropy, seed"
     with open_cache(store) as one, open_cache(tmp_path / "c") as other:
         query = f"SELECT {columns} FROM chains ORDER BY sample_id"
-        assert one.arrow(query).equals(other.arrow(query))
+        assert one.sql(query).arrow().equals(other.sql(query).arrow())
     assert [one for one in spool(store / "chains" / first.run_id).iterdir() if one.suffix != ".lock"] == []
 
 
@@ -322,14 +322,14 @@ def test_a_file_that_is_gone_is_damage_and_a_store_that_is_gone_is_not(
         content = path.read_bytes()
         path.unlink()
         with pytest.raises(CorruptError, match=path.name):
-            cache.arrow("SELECT sum(entropy) FROM tokens")
+            cache.sql("SELECT sum(entropy) FROM tokens").arrow()
         path.write_bytes(content[:-9])
         with pytest.raises(CorruptError, match=path.name):
             open_shard(path)
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         monkeypatch.setattr(objects, "PATIENT_ATTEMPTS", 2)
         for ask in (
-            lambda: cache.arrow("SELECT sum(tail_mass) FROM tokens"),
+            lambda: cache.sql("SELECT sum(tail_mass) FROM tokens").arrow(),
             lambda: open_shard(path),
             lambda: read_rows(selection, 0, np.array([0]), with_signals=True),
         ):
