@@ -77,7 +77,8 @@ def test_a_frozen_selection_is_loaded_again_and_refuses_other_arguments(place: P
 
 
 def test_overrides_need_a_file() -> None:
-    config = TrainConfig.model_construct()
+    incomplete: Any = TrainConfig.model_construct
+    config = incomplete()
     with pytest.raises(stillroom.ConfigError, match=r"config\.updated"):
         student_train.train(config, overrides=["seed=1"])
     with pytest.raises(stillroom.ConfigError, match=r"nowhere\.yaml does not exist"):
