@@ -1,11 +1,8 @@
-"""`student-train report`: one run told in charts, or several compared, as sections of a self-contained HTML page.
+"""`student-train report`: one run in charts, or several compared, as sections of a self-contained HTML page.
 
-In: run folders, finished or not. Out: numbers, charts and tables whose titles say what they show. Loads no model.
-
-Several runs side by side, as sections of a report: what differs between them, and what came of it.
-
-In: runs that were read. Out: tables and charts. Numbers are ranked only where they measure the same: held-out ones on
-the same chains, training losses of the same sums on the same data.
+In: run folders, finished or not. Out: numbers, charts and tables. Loads no model. Parts of a loss are shown before
+their weights; their sum only where one set of weights makes it the same sum at every step. No run is called best:
+numbers of different chains, losses or weights do not rank.
 """
 
 import json
@@ -15,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import Json
-from stillroom.html.charts import Change, Drawing, Line, Mark, before_after, line_chart, plain_number
+from stillroom.html.charts import Line, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
 from stillroom.log import format_count, format_plural
 from student_train.config import meaning_of
@@ -23,10 +20,8 @@ from student_train.data.open import before_and_after
 from student_train.run_curves import (
     MEASURES,
     NUM_WINDOWS,
-    Measure,
     Run,
     Stage,
-    capital,
     curve,
     eval_table,
     loss_unit,
@@ -37,21 +32,29 @@ from student_train.run_curves import (
     token_axis,
 )
 
-DECIDES_LOSS = re.compile(r"data\.|stages\.\d+(\.(losses|temperature|focal_gamma|token_weights|where)|$)")
-"""Keys that decide what the training loss is a mean of."""
-
 NO_STAGE = "no such stage"
-
 _STAGE_KEY = re.compile(r"stages\.(\d+)\.")
 
 
-def comparison_sections(runs: Sequence[Run]) -> list[Section]:
-    """Sections on two runs or more. Raises ConfigError, DataError where a configuration cannot be read."""
-    different = differences(runs)
+def write_student_report(folders: Sequence[Path], out: Path) -> None:
+    """Writes the page. Raises ConfigError, DataError as `student_sections` does."""
+    names = ", ".join(folder.resolve().name for folder in folders)
+    write_report(out, f"Student {names}" if len(folders) == 1 else f"Students {names}", student_sections(*folders))
+
+
+def student_sections(*folders: Path) -> list[Section]:
+    """The report's sections, to stand alone or beside others. Raises DataError for a folder that holds no run."""
+    runs = read_runs(folders)
+    if len(runs) == 1:
+        first = Section("The student", [_overview(runs[0]), *_heldout_change(runs[0])])
+        training = [*_stage_table(runs[0]), *_losses(runs), *_learning_rate(runs[0]), *_speed(runs)]
+    else:
+        first = Section("What differs", [_differing_keys(runs), _progress_table(runs)])
+        training = [*_losses(runs), *_speed(runs)]
     return [
-        Section("What differs", [_configs(runs, different), *_doings(runs)]),
-        Section("Held-out results", [*eval_table(runs), *_compared_heldout(runs)]),
-        Section("Training", [*_training_losses(runs, different), *_compared_speed(runs)]),
+        first,
+        Section("Held-out evaluations", [*eval_table(runs), *_heldout_curves(runs)]),
+        Section("Training", training),
     ]
 
 
@@ -74,20 +77,19 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def _keys(run: Run) -> Json:
-    """What decides what is learnt, and what it is judged on."""
+    """What decides what is learnt, and what it is evaluated on."""
     config = run.config()
     judged = {} if config.eval is None else {"eval.where": config.eval.where, "eval.max_chains": config.eval.max_chains}
     return {**meaning_of(config), **judged}
 
 
-def _configs(runs: Sequence[Run], different: dict[str, list[Any]]) -> Piece:
+def _differing_keys(runs: Sequence[Run]) -> Piece:
+    different = differences(runs)
     if not different:
-        return Text("The configurations are the same in all that decides what is learnt and judged.")
+        return Text("The configurations are the same in everything that decides what is learnt and evaluated.")
     rows = [[key, *map(_value, values)] for key, values in different.items()]
     title = f"The configurations differ in {format_plural(len(different), 'key')}"
-    note = "Keys of a stage that one run alone has are left out: the table below names its stages and losses."
-    stages = {len(run.config().stages) for run in runs}
-    return Table(title, ["key", *(run.name for run in runs)], rows, note if len(stages) > 1 else "")
+    return Table(title, ["key", *(run.name for run in runs)], rows)
 
 
 def _value(value: Any) -> str:
@@ -96,7 +98,7 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _doings(runs: Sequence[Run]) -> list[Piece]:
+def _progress_table(runs: Sequence[Run]) -> Piece:
     facts: list[tuple[str, Callable[[Run], str]]] = [
         ("stages", lambda run: ", ".join(stage.name for stage in run.stages()) or "-"),
         ("losses", _loss_texts),
@@ -106,8 +108,8 @@ def _doings(runs: Sequence[Run]) -> list[Piece]:
         ("speed", lambda run: "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f} tok/s"),
         ("waiting for data", lambda run: f"{run.stall_frac:.1%}"),
     ]
-    rows = [[name, *(tell(run) for run in runs)] for name, tell in facts]
-    return [Table("What each run has done so far", ["", *(run.name for run in runs)], rows)]
+    rows = [[name, *(text_of(run) for run in runs)] for name, text_of in facts]
+    return Table("Progress of each run", ["", *(run.name for run in runs)], rows)
 
 
 def _loss_texts(run: Run) -> str:
@@ -119,156 +121,13 @@ def _loss_texts(run: Run) -> str:
     return "; ".join(f"{stage.name}: {text}" for stage, text in zip(run.stages(), texts, strict=True)) or "-"
 
 
-def _compared_heldout(runs: Sequence[Run]) -> list[Piece]:
-    axis = token_axis(runs)
-    pieces: list[Piece] = []
-    for measure in MEASURES:
-        curves = {number: run.eval_curve(measure.name) for number, run in enumerate(runs)}
-        drawn = {number: (x, y) for number, (x, y) in curves.items() if len(y)}
-        if measure.name == "js" or not any(len(y) > 1 for _, y in drawn.values()):
-            continue
-        lines = [
-            Line(runs[number].name, x / axis.unit, measure.scale * y, series=number) for number, (x, y) in drawn.items()
-        ]
-        chart = line_chart(
-            lines,
-            axis.label,
-            f"{measure.words} ({measure.unit})",
-            from_zero=measure.unit == "%",
-            marks=_marks(runs, axis.unit),
-        )
-        last = {number: float(y[-1]) for number, (_, y) in drawn.items()}
-        pieces.append(Figure(_heldout_title(runs, measure, last), chart, not_comparable([runs[one] for one in last])))
-    return pieces
-
-
-def _heldout_title(runs: Sequence[Run], measure: Measure, last: dict[int, float]) -> str:
-    """What the last evaluations say; no run is first on chains of its own. `last`: run number to value."""
-    words = f"Held-out {measure.words}"
-    if len(last) == 1:
-        ((number, value),) = last.items()
-        return f"{words} at the last evaluation: {measure.shown(value)}, in “{runs[number].name}” alone"
-    if not_comparable([runs[number] for number in last]):
-        return f"{words} at the last evaluation, on different chains: {_spread(last, measure.shown)}"
-    return f"{words} at the last evaluation {_ranked(runs, last, measure.shown, measure.less_is_better)}"
-
-
-def _spread(last: dict[int, float], shown: Callable[[float], str]) -> str:
-    return f"{shown(min(last.values()))} to {shown(max(last.values()))}"
-
-
-def _ranked(runs: Sequence[Run], last: dict[int, float], shown: Callable[[float], str], less_is_better: bool) -> str:
-    best = shown((min if less_is_better else max)(last.values()))
-    first = [f"“{runs[number].name}”" for number, value in last.items() if shown(value) == best]
-    if len(first) == len(last):
-        return f"is the same in {' and '.join(first) if len(first) == 2 else f'all {len(first)} runs'}: {best}"
-    return f"is {'lowest' if less_is_better else 'highest'} in {' and '.join(first)}: {best}"
-
-
-def _training_losses(runs: Sequence[Run], different: dict[str, list[Any]]) -> list[Piece]:
-    """The whole loss where it is one sum for all, else its parts."""
-    having = {number: run for number, run in enumerate(runs) if run.steps}
-    if not having:
-        return []
-    axis, marks = token_axis(runs), _marks(runs, token_axis(runs).unit)
-    if _is_one_sum(list(having.values()), different):
-        lines = [
-            curve(run.name, run.tokens() / axis.unit, run.column("loss"), number) for number, run in having.items()
-        ]
-        last = {number: float(line.y[-1]) for number, line in zip(having, lines, strict=True)}
-        title = f"The training loss at the end {_ranked(runs, last, '{:.3f} nats'.format, less_is_better=True)}"
-        return [Figure(title, line_chart(lines, axis.label, "loss (nats a token)", marks=marks))]
-    note = "Before its weight."
-    if _sums_differ(different):
-        note += " The runs' losses, weights or data differ: where a curve ends ranks no run."
-    pieces: list[Piece] = []
-    for part in dict.fromkeys(part for run in having.values() for stage in run.stages() for part in stage.parts()):
-        lines = [
-            part_curve(run, part, axis.unit, run.name, number)
-            for number, run in having.items()
-            if any(part in stage.parts() for stage in run.stages())
-        ]
-        chart = line_chart(lines, axis.label, f"{loss_unit(part)} a token", marks=marks)
-        pieces.append(Figure(f"{capital(loss_words(part))} while training", chart, note))
-    return pieces
-
-
-def _is_one_sum(runs: Sequence[Run], different: dict[str, list[Any]]) -> bool:
-    weights = [run.steps[0]["weights"] for run in runs]
-    return (
-        not _sums_differ(different)
-        and all(run.has_one_loss for run in runs)
-        and all(one == weights[0] for one in weights)
-    )
-
-
-def _sums_differ(different: dict[str, list[Any]]) -> bool:
-    return any(DECIDES_LOSS.match(key) for key in different)
-
-
-def _compared_speed(runs: Sequence[Run]) -> list[Piece]:
-    having = {number: run for number, run in enumerate(runs) if run.tokens_per_s is not None}
-    if not having:
-        return []
-    axis = token_axis(runs)
-
-    def chart(column: str, scale: float, label: str) -> Drawing:
-        lines = [
-            curve(run.name, run.tokens() / axis.unit, scale * run.column(column), number)
-            for number, run in having.items()
-        ]
-        return line_chart(lines, axis.label, label, from_zero=True, marks=_marks(runs, axis.unit))
-
-    rates = {number: run.tokens_per_s or 0.0 for number, run in having.items()}
-    waits = {number: run.stall_frac for number, run in having.items()}
-    speed_title = f"Speed over all steps {_ranked(runs, rates, '{:,.0f} tokens a second'.format, less_is_better=False)}"
-    stall_title = f"Waiting for data took {_spread(waits, '{:.1%}'.format)} of the time in steps"
-    return [
-        Figure(speed_title, chart("tokens_per_s", 1.0, "tokens a second")),
-        Figure(stall_title, chart("stall_frac", 100.0, "waiting (% of a step)")),
-    ]
-
-
-def _marks(runs: Sequence[Run], unit: float) -> list[Mark]:
-    """Where the stages of each run begin, in its colour; of all runs where they begin together."""
-    marks: dict[tuple[str, float], list[int]] = {}
-    for number, run in enumerate(runs):
-        for mark in run.stage_marks(unit):
-            marks.setdefault((mark.name, mark.x), []).append(number)
-    return [Mark(name, x, of[0] if len(of) == 1 else None) for (name, x), of in marks.items()]
-
-
-MAX_STAGES_IN_TITLE = 3
-
-
-def write_student_report(folders: Sequence[Path], out: Path) -> None:
-    """Writes the page. Raises ConfigError, DataError as `student_sections` does."""
-    names = ", ".join(folder.resolve().name for folder in folders)
-    write_report(out, f"Student {names}" if len(folders) == 1 else f"Students {names}", student_sections(*folders))
-
-
-def student_sections(*folders: Path) -> list[Section]:
-    """The report's sections, to stand alone or beside others. Raises DataError for a folder that holds no run."""
-    runs = read_runs(folders)
-    if len(runs) > 1:
-        return comparison_sections(runs)
-    (run,) = runs
-    return [
-        Section("The student", [_overview(run), *_heldout_change(run)]),
-        Section(
-            "Training", [*_stage_table(run), *_losses(run), *_heldout_curves(run), *_learning_rate(run), *_speed(run)]
-        ),
-        Section("Evaluations", eval_table(runs)),
-    ]
-
-
 def _overview(run: Run) -> Piece:
     stages = run.stages()
-    told = ", ".join(f"{stage.name} {len(stage.steps):,}" for stage in stages) if len(stages) > 1 else ""
+    by_stage = ", ".join(f"{stage.name} {len(stage.steps):,}" for stage in stages) if len(stages) > 1 else ""
     loss_tokens = f"{format_count(run.column('num_loss_tokens').sum())} with a loss" if run.steps else ""
     rate = run.tokens_per_s
     numbers = [
-        Number("optimizer steps", f"{len(run.steps):,}", told or "".join(stage.name for stage in stages)),
+        Number("optimizer steps", f"{len(run.steps):,}", by_stage or "".join(stage.name for stage in stages)),
         Number("tokens read", format_count(run.num_tokens), loss_tokens),
         Number("time in steps", format_span(run.seconds), f"{run.stall_frac:.1%} waiting for data"),
         Number("speed", "-" if rate is None else f"{rate:,.0f} tok/s", "over all steps and ranks"),
@@ -295,45 +154,27 @@ def _loss_numbers(run: Run, stages: Sequence[Stage]) -> list[Number]:
         numbers.append(Number(loss_words(part), f"{end:.3f} {loss_unit(part)}", f"in training; {start:.3f} {began}"))
     if run.has_one_loss and len(numbers) > 1:
         start, end = last.ends(None)
-        numbers.append(Number("loss", f"{end:.3f} nats", f"in training, the sum by weights; {start:.3f} {began}"))
+        numbers.append(Number("loss", f"{end:.3f} nats", f"in training, the weighted sum; {start:.3f} {began}"))
     return numbers
 
 
 def _heldout_change(run: Run) -> list[Piece]:
-    if len(run.evals) < 2:
-        return []
     before, after = before_and_after(run.evals)
-    if before is None or after is None:
+    if before is None or after is None or before is after:
         return []
-    changes = []
+    rows = []
     for measure in MEASURES:
         first, last = before.get(measure.name), after.get(measure.name)
-        if first is None or last is None:
-            continue
-        text = f"{measure.shown(first).removesuffix(' nats')} → {measure.shown(last)}"
-        if measure.unit == "%":
-            changes.append(Change(measure.words, first, last, text, limit=1.0))
-        else:
-            change = f" ({100 * (last - first) / first:+.0f}%)" if first else ""
-            changes.append(Change(measure.words, first, last, f"{text}{change}"))
-    if not changes:
-        return []
-    note = (
-        "Means over held-out tokens. Lower is better, but for agreement, whose frame is 0 to 100%; the other scales go "
-        "from 0 to the larger of the two."
-    )
-    return [Figure(_change_title(before, after), before_after(changes), note)]
-
-
-def _change_title(before: Json, after: Json) -> str:
-    if not before.get("forward_kl"):
-        return "The student before and after, on chains it never saw"
-    less = 100 * (1 - after["forward_kl"] / before["forward_kl"])
-    return f"Held-out KL to the teacher is {abs(less):.0f}% {'lower' if less >= 0 else 'higher'} than before training"
+        if first is not None and last is not None:
+            change = f"{100 * (last - first) / first:+.0f}%" if first and measure.unit != "%" else "-"
+            rows.append([measure.words, measure.shown(first), measure.shown(last), change])
+    note = "Means over held-out tokens. Lower is better, except for agreement."
+    columns = ["", "before", "after", "change"]
+    return [Table("Before and after training", columns, rows, note, right=frozenset({1, 2, 3}))] if rows else []
 
 
 def _stage_table(run: Run) -> list[Piece]:
-    """Parts by stage, where no one number tells how the loss went."""
+    """Parts by stage, where no single number tells how the loss went."""
     if not run.steps or run.has_one_loss:
         return []
     rows = []
@@ -344,103 +185,89 @@ def _stage_table(run: Run) -> list[Piece]:
             rows.append([f"{named}: {loss_words(part)}", stage.weight_words(part), f"{start:.3f}", f"{end:.3f}"])
         if stage.has_one_loss and len(stage.parts()) > 1:
             start, end = stage.ends(None)
-            rows.append([f"{named}: sum by weights", "-", f"{start:.3f}", f"{end:.3f}"])
+            rows.append([f"{named}: weighted sum", "-", f"{start:.3f}", f"{end:.3f}"])
     note = (
-        "Nats a token on the chains that the stage learns from. Compare within a stage: another one may have other "
-        f"chains, weights of tokens or losses. No sum is given where weights change. {_windows_note(run)}"
+        "Nats a token on the chains of the stage. Compare within a stage: another one may have other chains, token "
+        f"weights or losses. No sum is given where weights change. {_windows_note(run)}"
     )
     columns = ["loss", "weight", "at the start", "at the end"]
-    return [Table("The parts of the loss, stage by stage", columns, rows, note.strip(), right=frozenset({1, 2, 3}))]
+    return [Table("Losses by stage", columns, rows, note.strip(), right=frozenset({1, 2, 3}))]
 
 
-def _losses(run: Run) -> list[Piece]:
-    if not run.steps:
+def _losses(runs: Sequence[Run]) -> list[Piece]:
+    """One chart for each part of the loss, and for one run with one loss the sum."""
+    runs_by_number = {number: run for number, run in enumerate(runs) if run.steps}
+    if not runs_by_number:
         return []
-    axis, stages = token_axis([run]), run.stages()
-    parts = list(dict.fromkeys(part for stage in stages for part in stage.parts()))
-    if run.has_one_loss:
-        first, last = stages[0].ends(None)
-        lines = [part_curve(run, part, axis.unit, name) for part, name in _line_names(parts).items()]
-        if len(parts) > 1:
-            lines.append(curve("loss", run.tokens() / axis.unit, run.column("loss")))
-        title = f"The loss {_went(first, last)} from {first:.2f} to {last:.2f} nats a token"
-        note = "The loss is the sum of its parts by their weights." if len(parts) > 1 else ""
-        return [Figure(title, line_chart(lines, axis.label, "nats a token"), f"{note} {_windows_note(run)}".strip())]
-    marks = run.stage_marks(axis.unit)
-    return [
-        Figure(
-            _part_title(part, stages),
-            line_chart([part_curve(run, part, axis.unit, "")], axis.label, f"{loss_unit(part)} a token", marks=marks),
-            f"Before its weight. {_windows_note(run)}".strip(),
-        )
-        for part in parts
-    ]
+    axis, is_one = token_axis(runs), len(runs) == 1
+    marks = runs[0].stage_marks(axis.unit) if is_one else []
+    note = f"Before its weight. {_windows_note(*runs_by_number.values())}".strip()
+    pieces: list[Piece] = []
+    if is_one and runs[0].has_one_loss and len(runs[0].stages()[0].parts()) > 1:
+        whole = curve("", runs[0].tokens() / axis.unit, runs[0].column("loss"))
+        pieces.append(Figure("Loss: weighted sum of its parts", line_chart([whole], axis.label, "nats a token")))
+    for part in dict.fromkeys(
+        part for run in runs_by_number.values() for stage in run.stages() for part in stage.parts()
+    ):
+        lines = [
+            part_curve(run, part, axis.unit, "" if is_one else run.name, number)
+            for number, run in runs_by_number.items()
+            if any(part in stage.parts() for stage in run.stages())
+        ]
+        chart = line_chart(lines, axis.label, f"{loss_unit(part)} a token", marks=marks)
+        words = loss_words(part)
+        pieces.append(Figure(f"{words[:1].upper()}{words[1:]} in training", chart, note))
+    return pieces
 
 
-def _line_names(parts: Sequence[str]) -> dict[str, str]:
-    """Short ones for a chart, where they tell the parts apart."""
-    short = {part: loss_words(part).partition(" (")[0] for part in parts}
-    return short if len(set(short.values())) == len(parts) else {part: loss_words(part) for part in parts}
-
-
-def _part_title(part: str, stages: Sequence[Stage]) -> str:
-    told = [(stage.name, *stage.ends(part)) for stage in stages if part in stage.parts()]
-    words = capital(loss_words(part))
-    if len(told) > MAX_STAGES_IN_TITLE:
-        return f"{words} in each of {len(told)} stages"
-    return f"{words}: " + ", ".join(f"{first:.3f} → {last:.3f} in {name}" for name, first, last in told)
-
-
-def _went(first: float, last: float) -> str:
-    return "falls" if last < first else "rises" if last > first else "goes"
-
-
-def _windows_note(run: Run) -> str:
-    if max(len(stage.steps) for stage in run.stages()) <= NUM_WINDOWS:
-        return ""
-    return f"Means of {NUM_WINDOWS} windows; bands hold the steps between the 10th and 90th percentile."
-
-
-def _heldout_curves(run: Run) -> list[Piece]:
-    axis = token_axis([run])
+def _heldout_curves(runs: Sequence[Run]) -> list[Piece]:
+    axis, is_one = token_axis(runs), len(runs) == 1
+    marks = runs[0].stage_marks(axis.unit) if is_one else []
     pieces: list[Piece] = []
     for measure in MEASURES:
-        x, y = run.eval_curve(measure.name)
-        if len(y) < 2 or measure.name == "js":
+        curves = {number: run.eval_curve(measure.name) for number, run in enumerate(runs)}
+        if measure.name == "js" or not any(len(y) > 1 for _, y in curves.values()):
             continue
-        chart = line_chart(
-            [Line("", x / axis.unit, measure.scale * y)],
-            axis.label,
-            f"{measure.words} ({measure.unit})",
-            from_zero=measure.unit == "%",
-            marks=run.stage_marks(axis.unit),
-        )
-        pieces.append(Figure(f"Held-out {measure.words}: {measure.shown(y[-1])} at the last evaluation", chart))
+        lines = [
+            Line("" if is_one else runs[number].name, x / axis.unit, measure.scale * y, series=number)
+            for number, (x, y) in curves.items()
+            if len(y)
+        ]
+        label = f"{measure.words} ({measure.unit})"
+        chart = line_chart(lines, axis.label, label, from_zero=measure.unit == "%", marks=marks)
+        pieces.append(Figure(f"Held-out {measure.words}", chart, not_comparable(runs)))
     return pieces
 
 
 def _learning_rate(run: Run) -> list[Piece]:
     if not run.steps:
         return []
-    axis, rates = token_axis([run]), run.column("learning_rate")
-    line, marks = Line("", run.tokens() / axis.unit, rates), run.stage_marks(axis.unit)
-    chart = line_chart([line], axis.label, "learning rate", from_zero=True, marks=marks)
-    return [Figure(f"The learning rate peaks at {plain_number(float(f'{rates.max():.2g}'))}", chart)]
-
-
-def _speed(run: Run) -> list[Piece]:
-    if not run.steps or run.tokens_per_s is None:
-        return []
     axis = token_axis([run])
-    x, marks = run.tokens() / axis.unit, run.stage_marks(axis.unit)
-    rates, waits = curve("", x, run.column("tokens_per_s")), curve("", x, 100 * run.column("stall_frac"))
+    line, marks = Line("", run.tokens() / axis.unit, run.column("learning_rate")), run.stage_marks(axis.unit)
+    return [Figure("Learning rate", line_chart([line], axis.label, "learning rate", from_zero=True, marks=marks))]
+
+
+def _speed(runs: Sequence[Run]) -> list[Piece]:
+    timed = {number: run for number, run in enumerate(runs) if run.tokens_per_s is not None}
+    if not timed:
+        return []
+    axis, is_one = token_axis(runs), len(runs) == 1
+    marks = runs[0].stage_marks(axis.unit) if is_one else []
+
+    def figure(title: str, column: str, scale: float, label: str) -> Figure:
+        lines = [
+            curve("" if is_one else run.name, run.tokens() / axis.unit, scale * run.column(column), number)
+            for number, run in timed.items()
+        ]
+        return Figure(title, line_chart(lines, axis.label, label, from_zero=True, marks=marks))
+
     return [
-        Figure(
-            f"{run.tokens_per_s:,.0f} tokens a second over all steps",
-            line_chart([rates], axis.label, "tokens a second", from_zero=True, marks=marks),
-        ),
-        Figure(
-            f"{run.stall_frac:.1%} of the time in steps was waiting for data",
-            line_chart([waits], axis.label, "waiting (% of a step)", from_zero=True, marks=marks),
-        ),
+        figure("Speed", "tokens_per_s", 1.0, "tokens a second"),
+        figure("Waiting for data", "stall_frac", 100.0, "waiting (% of a step)"),
     ]
+
+
+def _windows_note(*runs: Run) -> str:
+    if max(len(stage.steps) for run in runs for stage in run.stages()) <= NUM_WINDOWS:
+        return ""
+    return f"Means of {NUM_WINDOWS} windows; bands hold the steps between the 10th and 90th percentile."

@@ -1,9 +1,7 @@
-"""What reports read of a run: its configuration, its numbers by step, its stages, and curves of them to draw.
+"""What reports read of a run: configuration, numbers by step, stages, held-out evaluations, and curves of them.
 
-In: run folders, finished or not. Out: arrays by optimizer step. Reads config.yaml, metrics.jsonl and eval.json alone;
-loads no model and needs no torch.
-
-Held-out evaluations as reports show them: which measures, in which words, and a table of them.
+In: run folders, finished or not. Out: arrays by optimizer step. Reads config.yaml, metrics.jsonl and eval.json only;
+needs no torch.
 """
 
 import re
@@ -111,11 +109,11 @@ class Run:
         stages = self.stages()
         return len(stages) == 1 and stages[0].has_one_loss
 
-    def stage_marks(self, unit: float, number: int | None = None) -> list[Mark]:
+    def stage_marks(self, unit: float) -> list[Mark]:
         """Where each stage begins, in tokens over `unit`; none where there is one stage alone."""
         stages, ends = self.stages(), [0.0, *self.tokens()]
         starts = np.cumsum([0, *(len(stage.steps) for stage in stages)])[:-1]
-        marks = [Mark(stage.name, ends[start] / unit, number) for stage, start in zip(stages, starts, strict=True)]
+        marks = [Mark(stage.name, ends[start] / unit) for stage, start in zip(stages, starts, strict=True)]
         return marks if len(marks) > 1 else []
 
     def eval_curve(self, name: str) -> tuple[Array, Array]:
@@ -204,23 +202,17 @@ def loss_unit(name: str) -> str:
     return "share" if name.startswith("total_variation") else "nats"
 
 
-def capital(sentence: str) -> str:
-    """With a capital first."""
-    return sentence[:1].upper() + sentence[1:]
-
-
 def _what_is_summed(step: Json) -> tuple[Json, float | None]:
     return step["weights"], step.get("temperature")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of an evaluation: its name in eval.json, in words, unit, and whether less is better."""
+    """A number of an evaluation: its name in eval.json, in words, and its unit."""
 
     name: str
     words: str
     unit: str
-    less_is_better: bool = True
 
     @property
     def scale(self) -> float:
@@ -236,7 +228,7 @@ MEASURES = (
     Measure("forward_kl", "KL to the teacher", "nats"),
     Measure("js", "JSD to the teacher", "nats"),
     Measure("cross_entropy", "cross-entropy", "nats"),
-    Measure("top1_agreement", "top-1 agreement", "%", less_is_better=False),
+    Measure("top1_agreement", "top-1 agreement", "%"),
 )
 
 _PLAIN: Callable[[float], str] = "{:.4f}".format

@@ -1,24 +1,9 @@
 """`teacher-cache report`: what a cache holds, as sections of a self-contained HTML page.
 
-In: a cache. Out: numbers, charts and tables whose titles say what they show. Chains are read by their scalars; only the
-charts of single tokens decode distributions, of a sample where the cache is large, and say so.
+In: a cache. Out: numbers, charts and tables. Chains are read by their scalars. Only the charts of single tokens decode
+distributions, in whole row groups spread over the shards, up to two million tokens, and the page says so.
 
-What building a cache took, as pieces of its report: time, money, failed requests, bytes.
-
-In: a session on the cache. Out: charts and numbers.
-
-Charts of single tokens: how sure the teacher was along the chain, how many candidates that took, where it hesitates.
-
-In: a sample of decoded signals. Out: figures. Everything is computed over arrays of tokens.
-
-Shape legend: T sampled tokens, B bins of positions.
-
-A sample of a cache's decoded signals, for charts: whole row groups, spread evenly over the shards.
-
-In: a cache. Out: per-token arrays of some two million tokens at most, one after the other. Everything where the cache
-is small; otherwise the sample says of how many shards it is.
-
-Shape legend: T sampled tokens, R sampled chains.
+Shape legend: T sampled tokens, R sampled chains, B bins of positions.
 """
 
 from collections.abc import Iterator
@@ -39,120 +24,25 @@ from stillroom.sql.session import Session, open_cache
 from stillroom.storage.paths import open_parquet
 from teacher_cache.inspect.stats import SIGNAL_COLUMNS, CacheStats, session_stats
 
-NUM_TIME_BINS = 60
+Array = npt.NDArray[Any]
 
+MAX_VALUES = 50_000
+"""Chains in a histogram; more would not change its shares."""
+MIN_COMPARED = 20
+"""Right and wrong chains are drawn apart from this many of each on."""
+MAX_BARS = 20
+SHOWN_ID = 12
+"""Characters of a sample's id: `show` accepts a prefix."""
+NUM_TIME_BINS = 60
 PAUSE_S = 600
 """A worker that finished no chain for longer was not running."""
-
-
-def throughput(session: Session) -> list[Piece]:
-    """Tokens a second over the time that the cache was built."""
-    (span,) = session.arrow(
-        "SELECT epoch(min(created_at)) AS first, epoch(max(created_at)) AS last,"
-        " strftime(min(created_at), '%d %b %Y %H:%M UTC') AS began FROM chains"
-    ).to_pylist()
-    if span["first"] is None or span["last"] - span["first"] < 1:
-        return []
-    seconds = span["last"] - span["first"]
-    unit_s, unit = (3600.0, "hours") if seconds > 2 * 3600 else (60.0, "minutes") if seconds > 120 else (1.0, "seconds")
-    bin_s = seconds / NUM_TIME_BINS
-    rows = session.arrow(
-        f"SELECT least(floor((epoch(created_at) - {span['first']}) / {bin_s}), {NUM_TIME_BINS - 1})::INTEGER AS bin,"
-        " sum(num_tokens)::BIGINT AS tokens FROM chains GROUP BY bin"
-    ).to_pylist()
-    rates = np.zeros(NUM_TIME_BINS)
-    for row in rows:
-        rates[row["bin"]] = row["tokens"] / bin_s
-    centers = (np.arange(NUM_TIME_BINS) + 0.5) * bin_s / unit_s
-    svg = line_chart(
-        [Line("", centers, rates)], f"{unit} since the first chain", "completion tokens a second", from_zero=True
-    )
-    title = f"{rates.mean():,.0f} tokens a second over {format_span(seconds)}"
-    return [Figure(title, svg, f"Tokens of the chains that finished in each {bin_s:,.3g} s, from {span['began']}.")]
-
-
-def cost(session: Session, stats: CacheStats, price_per_hour: float | None) -> list[Piece]:
-    """Worker time so far, and what a million more tokens would take."""
-    (busy,) = session.arrow(
-        f"""SELECT coalesce(sum(gap) FILTER (gap <= {PAUSE_S}), 0) AS seconds,
-          count(DISTINCT run_id || '/' || worker) AS n
-        FROM (SELECT run_id, worker, epoch(created_at) - epoch(lag(created_at) OVER (PARTITION BY run_id, worker
-          ORDER BY created_at)) AS gap FROM chains)"""
-    ).to_pylist()
-    if busy["seconds"] < 1:
-        return []
-    hours = busy["seconds"] / 3600
-    rate = stats.num_tokens / busy["seconds"]
-    per_million = 1e6 / rate
-    numbers = [
-        Number(
-            "worker time so far",
-            format_span(busy["seconds"]),
-            f"of {format_plural(busy['n'], 'worker')}, without pauses",
-        ),
-        Number("a worker's rate", f"{rate:,.0f} tok/s", "completion tokens"),
-        Number("time for a million more tokens", format_span(per_million), "with one worker at this rate"),
-        Number(
-            "space for a million more tokens",
-            format_bytes(1e6 * (stats.bytes_per_token or 0)),
-            f"at {stats.bytes_per_token or 0:.1f} B a token",
-        ),
-    ]
-    if price_per_hour is not None:
-        numbers += [
-            Number("cost so far", f"{hours * price_per_hour:,.2f}", f"at {price_per_hour:g} a worker-hour"),
-            Number(
-                "price of a million more tokens",
-                f"{per_million / 3600 * price_per_hour:,.2f}",
-                "at this rate and price",
-            ),
-        ]
-    return [Numbers(numbers)]
-
-
-def failures(session: Session, stats: CacheStats) -> list[Piece]:
-    """Reasons of requests that have no answer, with an example of each."""
-    if not stats.failures:
-        return []
-    told = session.arrow("SELECT reason, min(message) AS message FROM failures GROUP BY reason").to_pylist()
-    messages = {row["reason"]: row["message"] for row in told}
-    rows = [[reason, f"{num:,}", one_line_of(messages[reason])] for reason, num in stats.failures.items()]
-    return [Table("Requests that failed", ["reason", "samples", "for example"], rows, right=frozenset({1}))]
-
-
-def storage(session: Session, stats: CacheStats) -> list[Piece]:
-    """Bytes a token by column."""
-    rows = session.arrow(
-        "SELECT column_name, sum(bytes)::BIGINT AS bytes FROM storage GROUP BY column_name ORDER BY bytes DESC"
-    ).to_pylist()
-    if not rows or not stats.num_tokens:
-        return []
-    total = sum(row["bytes"] for row in rows)
-    top = rows[:14]
-    rest = sum(row["bytes"] for row in rows[14:])
-    names = [row["column_name"] for row in top] + (["all others"] if rest else [])
-    sizes = [row["bytes"] for row in top] + ([rest] if rest else [])
-    per_token = [size / stats.num_tokens for size in sizes]
-    texts = [f"{each:.2f} B, {_small_percent(size / total)}" for each, size in zip(per_token, sizes, strict=True)]
-    signals = sum(row["bytes"] for row in rows if row["column_name"] in SIGNAL_COLUMNS)
-    largest = f"“{top[0]['column_name']}” takes {100 * top[0]['bytes'] / total:.0f}% of the bytes"
-    title = f"{largest}, all columns of distributions together {100 * signals / total:.0f}%"
-    note = "Compressed size in the shards over completion tokens; what Parquet adds around the columns is left out."
-    return [Figure(title, bars(names, per_token, texts, "bytes a completion token"), note, is_tall=True)]
-
-
-def one_line_of(text: str | None) -> str:
-    """The beginning of a text, in one line."""
-    line = " ".join((text or "").split())
-    return line[:90] + ("…" if len(line) > 90 else "")
-
-
-def _small_percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else "<1%"
-
-
 MAX_SHARDS = 24
 MAX_TOKENS = 2_000_000
+NUM_POSITION_BINS = 48
+MIN_TOKENS_IN_BIN = 20
+"""A bin with fewer tokens is left out: its quantiles would be noise."""
+MIN_OCCURRENCES = 20
+NUM_PIECES = 14
 
 
 @dataclass(frozen=True)
@@ -219,83 +109,159 @@ def sample_signals(catalog: Catalog, max_tokens: int = MAX_TOKENS) -> SignalSamp
     return SignalSample(**arrays, max_support=max_support, entropy=entropy, is_whole=is_whole)
 
 
-Array = npt.NDArray[Any]
-
-NUM_POSITION_BINS = 48
-MIN_TOKENS_IN_BIN = 20
-"""A bin with fewer tokens is left out: its quantiles would be noise."""
-
-MIN_OCCURRENCES = 20
-NUM_PIECES = 14
+def write_cache_report(catalog: Catalog, out: Path, price_per_hour: float | None = None) -> None:
+    """Writes the page. `price_per_hour` is what one worker costs an hour, in any currency."""
+    write_report(out, f"Teacher cache {catalog.root.resolve().name}", cache_sections(catalog, price_per_hour))
 
 
-def token_figures(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
+def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> list[Section]:
+    """The report's sections, to stand alone or beside others."""
+    with open_cache(catalog) as session:
+        stats = session_stats(session, catalog)
+        sample = sample_signals(catalog)
+        pieces: dict[str, list[Piece]] = {
+            "The cache": [_overview(stats), *_runs(session)],
+            "Chains": [*_lengths(session, stats), *_pass_rates(stats), *_truncation(stats)],
+            "Certainty": [] if sample is None else list(_token_figures(catalog, sample)),
+            "Building": [*_throughput(session), *_cost(session, stats, price_per_hour), *_failures(session, stats)],
+            "Storage": _storage(session, stats),
+            "Chains to look at": _examples(session, catalog),
+        }
+    intros = {"Certainty": "" if sample is None else _sample_note(sample, stats)}
+    return [Section(title, parts, intros.get(title, "")) for title, parts in pieces.items() if parts]
+
+
+def _overview(stats: CacheStats) -> Piece:
+    judged = f"of {stats.num_judged:,} judged" if stats.num_judged else "nothing judged yet"
+    signals = (
+        "" if stats.signal_bytes_per_token is None else f"{stats.signal_bytes_per_token:.1f} of them distributions"
+    )
+    return Numbers(
+        [
+            Number("chains", f"{stats.num_chains:,}", f"of {format_plural(stats.num_prompts, 'prompt')}"),
+            Number("tokens", format_count(stats.num_tokens), f"of completions{_mean_length(stats)}"),
+            Number("answers right", _percent(stats.pass_rate), judged),
+            Number(
+                "truncated",
+                _percent(_ratio(stats.num_truncated, stats.num_chains)),
+                format_plural(stats.num_truncated, "chain"),
+            ),
+            Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats a token"),
+            Number("mean tail mass", _percent(stats.mean_tail_mass, 2), "outside the stored candidates"),
+            Number("bytes a token", _unit(stats.bytes_per_token, "B", 1), signals),
+            Number("on disk", format_bytes(stats.shard_bytes), format_plural(stats.num_shards, "shard")),
+            Number("unanswered", f"{stats.num_failed:,}", "failed requests"),
+        ]
+    )
+
+
+def _runs(session: Session) -> list[Piece]:
+    rows = session.arrow(
+        "SELECT r.run_id, r.teacher, r.codec, r.kind, strftime(r.created_at, '%d %b %Y %H:%M') AS began,"
+        " count(c.sample_id) AS chains, coalesce(sum(c.num_tokens), 0)::BIGINT AS tokens"
+        " FROM runs r LEFT JOIN chains c USING (run_id) GROUP BY ALL ORDER BY began, r.run_id"
+    ).to_pylist()
+    cells = [
+        [row["run_id"], row["teacher"], row["kind"], row["codec"] or "-", row["began"], f"{row['chains']:,}",
+         format_count(row["tokens"])]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["run", "teacher", "kind", "codec", "began (UTC)", "chains", "tokens"]
+    return [Table("Runs", columns, cells, right=frozenset({5, 6}), long=frozenset({1}))] if cells else []
+
+
+def _lengths(session: Session, stats: CacheStats) -> list[Piece]:
+    if not stats.num_chains:
+        return []
+    lengths = {
+        verdict: session.arrow(
+            f"SELECT num_tokens FROM chains WHERE {condition} ORDER BY hash(sample_id) LIMIT {MAX_VALUES}"
+        )
+        .column(0)
+        .to_numpy()
+        for verdict, condition in (("right", "correct"), ("wrong", "NOT correct"), ("", "true"))
+    }
+    groups = [Group(name, values) for name, values in lengths.items() if name and len(values) >= MIN_COMPARED]
+    chart = histogram(
+        groups if len(groups) == 2 else [Group("", lengths[""])], "completion tokens", "share of chains (%)"
+    )
+    return [Figure("Length of chains", chart, "The last bin holds the longest 0.5% of chains.")]
+
+
+def _pass_rates(stats: CacheStats) -> list[Piece]:
+    rates = {name: counts for name, counts in stats.by_source.items() if counts.pass_rate is not None}
+    ordered = sorted(rates.items(), key=lambda item: -(item[1].pass_rate or 0))
+    if not ordered:
+        return []
+    shown = ordered if len(ordered) <= MAX_BARS else [*ordered[: MAX_BARS // 2], *ordered[-MAX_BARS // 2 :]]
+    note = "" if shown is ordered else f"The best and worst {MAX_BARS // 2} of {len(ordered)} sources."
+    chart = bars(
+        [name for name, _ in shown],
+        [100 * (counts.pass_rate or 0) for _, counts in shown],
+        [f"{_percent(counts.pass_rate)} of {counts.num_judged:,}" for _, counts in shown],
+        "chains judged right (%)",
+        limit=100,
+    )
+    return [Figure("Pass rate by source", chart, note)]
+
+
+def _truncation(stats: CacheStats) -> list[Piece]:
+    cut = {name: counts for name, counts in stats.by_source.items() if counts.num_truncated}
+    ordered = sorted(cut.items(), key=lambda item: -item[1].num_truncated / item[1].num_chains)[:MAX_BARS]
+    if not ordered:
+        return []
+    shares = [100 * counts.num_truncated / counts.num_chains for _, counts in ordered]
+    texts = [f"{share:.1f}% of {counts.num_chains:,}" for share, (_, counts) in zip(shares, ordered, strict=True)]
+    chart = bars([name for name, _ in ordered], shares, texts, "chains cut by the token limit (%)", limit=100)
+    return [Figure("Truncation by source", chart)]
+
+
+def _sample_note(sample: SignalSample, stats: CacheStats) -> str:
+    total = format_count(stats.num_tokens)
+    of = (
+        f"all {total} tokens"
+        if sample.is_whole
+        else f"a sample of {format_count(len(sample.token_ids_T))} of {total} tokens"
+    )
+    kind = "" if sample.entropy == "exact" else " Here it covers the captured candidates, a lower bound."
+    return f"From {of}. An entropy of 0.69 nats (log 2) means a choice between two equally likely tokens.{kind}"
+
+
+def _token_figures(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
     """The charts that the sample has enough tokens for."""
     bins_T, centers_B = _position_bins(sample)
-    yield from _entropy_along(sample, bins_T, centers_B)
-    yield from _tail_along(sample, bins_T, centers_B)
-    yield _top1(sample)
-    yield _supports(sample)
+    x_label = "position in the chain (tokens)"
+    kept_B, quantiles = _by_bin(sample.entropy_T, bins_T, len(centers_B))
+    if len(kept_B) > 1:
+        x = centers_B[kept_B]
+        mean = Line("mean", x, quantiles["mean"], quantiles["p10"], quantiles["p90"])
+        chart = line_chart([mean, Line("median", x, quantiles["p50"])], x_label, "entropy (nats)", from_zero=True)
+        title = f"Entropy along the chain: {np.mean(sample.entropy_T):.2f} nats on average"
+        yield Figure(title, chart, "The band holds the tokens between the 10th and 90th percentile.")
+    kept_B, quantiles = _by_bin(sample.tail_mass_T, bins_T, len(centers_B))
+    if len(kept_B) > 1:
+        x = centers_B[kept_B]
+        lines = [Line("mean", x, 100 * quantiles["mean"]), Line("90th percentile", x, 100 * quantiles["p90"])]
+        chart = line_chart(lines, x_label, "tail mass (%)", from_zero=True)
+        note = "Probability outside the stored candidates, kept as one number a token."
+        if len(draws_T := sample.draws_T[sample.draws_T > 0]):
+            share = len(draws_T) / len(sample.draws_T)
+            note += f" {share:.0%} of the tokens also have {draws_T.mean():.0f} draws from it."
+        yield Figure(f"Tail mass along the chain: {np.mean(sample.tail_mass_T):.2%} on average", chart, note)
+    chart = histogram(
+        [Group("", 100 * sample.top1_prob_T)], "probability of the first choice (%)", "share of tokens (%)", num_bins=25
+    )
+    sure = float(np.mean(sample.top1_prob_T >= 0.9))
+    yield Figure(f"First choice: at least 90% probability on {sure:.0%} of the tokens", chart)
+    full = float(np.mean(sample.support_T >= sample.max_support))
+    chart = histogram([Group("", sample.support_T)], "stored candidates", "share of tokens (%)", num_bins=64)
+    note = f"{full:.0%} of the tokens have the maximum of {sample.max_support}."
+    yield Figure(f"Support: {np.mean(sample.support_T):.1f} candidates a token", chart, note)
     yield from _hesitations(catalog, sample)
 
 
-def _entropy_along(sample: SignalSample, bins_T: Array, centers_B: Array) -> Iterator[Figure]:
-    kept_B, quantiles = _by_bin(sample.entropy_T, bins_T, len(centers_B))
-    if len(kept_B) < 2:
-        return
-    x = centers_B[kept_B]
-    lines = [
-        Line("mean", x, quantiles["mean"], quantiles["p10"], quantiles["p90"]),
-        Line("median", x, quantiles["p50"]),
-    ]
-    start, later = quantiles["mean"][0], float(np.mean(quantiles["mean"][1:]))
-    if start > 1.15 * later:
-        title = f"The teacher is least sure at the start: {start:.2f} nats there, {later:.2f} later"
-    elif start < later / 1.15:
-        title = f"The teacher gets less sure as it goes: {start:.2f} nats at the start, {later:.2f} later"
-    else:
-        title = f"The teacher is about as sure all along: {float(np.mean(sample.entropy_T)):.2f} nats a token"
-    svg = line_chart(lines, "position in the chain (tokens)", "entropy (nats)", from_zero=True)
-    yield Figure(title, svg, "The band holds the tokens between the 10th and 90th percentile.")
-
-
-def _tail_along(sample: SignalSample, bins_T: Array, centers_B: Array) -> Iterator[Figure]:
-    kept_B, quantiles = _by_bin(sample.tail_mass_T, bins_T, len(centers_B))
-    if len(kept_B) < 2:
-        return
-    x = centers_B[kept_B]
-    mean = float(np.mean(sample.tail_mass_T))
-    lines = [Line("mean", x, 100 * quantiles["mean"]), Line("90th percentile", x, 100 * quantiles["p90"])]
-    svg = line_chart(lines, "position in the chain (tokens)", "outside the candidates (%)", from_zero=True)
-    note = "What the cache keeps only as a sum."
-    if len(draws_T := sample.draws_T[sample.draws_T > 0]):
-        share = len(draws_T) / len(sample.draws_T)
-        note = f"What the cache keeps as a sum; on {share:.0%} of the tokens also {draws_T.mean():.0f} draws from it."
-    yield Figure(f"The stored candidates hold {1 - mean:.2%} of the probability", svg, note)
-
-
-def _top1(sample: SignalSample) -> Figure:
-    sure = float(np.mean(sample.top1_prob_T >= 0.9))
-    svg = histogram(
-        [Group("", 100 * sample.top1_prob_T)], "probability of the first choice (%)", "share of tokens (%)", num_bins=25
-    )
-    return Figure(f"On {sure:.0%} of the tokens the first choice has at least 90%", svg)
-
-
-def _supports(sample: SignalSample) -> Figure:
-    mean, full = float(np.mean(sample.support_T)), float(np.mean(sample.support_T >= sample.max_support))
-    svg = histogram([Group("", sample.support_T)], "stored candidates", "share of tokens (%)", num_bins=64)
-    title = f"For each token {mean:.1f} candidates are stored on average"
-    return Figure(
-        title,
-        svg,
-        f"The likeliest tokens at that place, with their probabilities. {full:.0%} of the places have the most, "
-        f"{sample.max_support}.",
-    )
-
-
 def _hesitations(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
-    """Tokens before which the distribution was widest, on average over their occurrences."""
+    """Tokens with the highest mean entropy of the choice that produced them."""
     ids, inverse_T, counts = np.unique(sample.token_ids_T, return_inverse=True, return_counts=True)
     means = np.bincount(inverse_T, weights=sample.entropy_T) / counts
     common = np.flatnonzero(counts >= MIN_OCCURRENCES)
@@ -305,13 +271,9 @@ def _hesitations(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
     top = common[np.argsort(-means[common], kind="stable")][:NUM_PIECES]
     names = [f"“{visible(pieces.get(int(ids[index]), str(ids[index])))}”" for index in top]
     texts = [f"{means[index]:.2f} nats, {counts[index]:,}×" for index in top]
-    svg = bars(names, means[top], texts, "mean entropy of the choice (nats)")
-    yield Figure(
-        f"The teacher hesitates most where it goes on with {names[0]}",
-        svg,
-        f"How unsure it was before the token, and how often that occurs: {MIN_OCCURRENCES} times or more.",
-        is_tall=True,
-    )
+    chart = bars(names, means[top], texts, "mean entropy (nats)")
+    note = f"Mean entropy of the choice that produced the token, and its count ({MIN_OCCURRENCES} or more)."
+    yield Figure("Least certain tokens", chart, note, is_tall=True)
 
 
 def _position_bins(sample: SignalSample) -> tuple[Array, Array]:
@@ -355,182 +317,122 @@ def visible(piece: str) -> str:
     return piece
 
 
-MAX_VALUES = 50_000
-"""Histograms of chains draw so many at most; their shares do not change for that."""
-
-MIN_COMPARED = 20
-"""Right and wrong chains are compared from so many of each on: fewer say little of the rest."""
-
-MAX_BARS = 20
-SHOWN_ID = 12
-"""Characters of a sample's id: `show` takes how one begins."""
-
-
-def write_cache_report(catalog: Catalog, out: Path, price_per_hour: float | None = None) -> None:
-    """Writes the page. `price_per_hour` is what one worker costs an hour, in any currency."""
-    write_report(out, f"Teacher cache {catalog.root.resolve().name}", cache_sections(catalog, price_per_hour))
-
-
-def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> list[Section]:
-    """The report's sections, to stand alone or beside others."""
-    with open_cache(catalog) as session:
-        stats = session_stats(session, catalog)
-        sample = sample_signals(catalog)
-        pieces: dict[str, list[Piece]] = {
-            "The cache": [_overview(stats), *_runs(session)],
-            "Chains": [*_lengths(session, stats), *pass_rate_figures(stats), *_truncation(stats)],
-            "How sure the teacher was": _certainty(catalog, sample),
-            "Building it": [*throughput(session), *cost(session, stats, price_per_hour), *failures(session, stats)],
-            "Where the bytes are": storage(session, stats),
-            "Chains to look at": _examples(session, catalog),
-        }
-    intros = {"How sure the teacher was": _sample_note(sample, stats)}
-    return [Section(title, parts, intros.get(title, "")) for title, parts in pieces.items() if parts]
-
-
-def _overview(stats: CacheStats) -> Piece:
-    judged = f"of {stats.num_judged:,} judged" if stats.num_judged else "nothing is judged yet"
-    signals = (
-        "" if stats.signal_bytes_per_token is None else f"{stats.signal_bytes_per_token:.1f} of them distributions"
-    )
-    return Numbers(
-        [
-            Number("chains", f"{stats.num_chains:,}", f"of {format_plural(stats.num_prompts, 'prompt')}"),
-            Number("tokens", format_count(stats.num_tokens), f"of completions{_mean_length(stats)}"),
-            Number("answers right", _percent(stats.pass_rate), judged),
-            Number(
-                "truncated",
-                _percent(_ratio(stats.num_truncated, stats.num_chains)),
-                format_plural(stats.num_truncated, "chain"),
-            ),
-            Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats a token"),
-            Number("mean tail mass", _percent(stats.mean_tail_mass, 2), "probability outside the stored candidates"),
-            Number("bytes a token", _unit(stats.bytes_per_token, "B", 1), signals),
-            Number("on disk", format_bytes(stats.shard_bytes), format_plural(stats.num_shards, "shard")),
-            Number("unanswered", f"{stats.num_failed:,}", "requests that failed and were not answered since"),
-        ]
-    )
-
-
-def _runs(session: Session) -> list[Piece]:
-    rows = session.arrow(
-        "SELECT r.run_id, r.teacher, r.codec, r.kind, strftime(r.created_at, '%d %b %Y %H:%M') AS began,"
-        " count(c.sample_id) AS chains, coalesce(sum(c.num_tokens), 0)::BIGINT AS tokens"
-        " FROM runs r LEFT JOIN chains c USING (run_id) GROUP BY ALL ORDER BY began, r.run_id"
+def _throughput(session: Session) -> list[Piece]:
+    """Tokens a second over the time that the cache was built."""
+    (span,) = session.arrow(
+        "SELECT epoch(min(created_at)) AS first, epoch(max(created_at)) AS last,"
+        " strftime(min(created_at), '%d %b %Y %H:%M UTC') AS began FROM chains"
     ).to_pylist()
-    cells = [
-        [row["run_id"], row["teacher"], row["kind"], row["codec"] or "-", row["began"], f"{row['chains']:,}",
-         format_count(row["tokens"])]
-        for row in rows
-    ]  # fmt: skip
-    columns = ["run", "teacher", "kind", "codec", "began (UTC)", "chains", "tokens"]
-    return [Table("Runs that wrote it", columns, cells, right=frozenset({5, 6}), long=frozenset({1}))] if cells else []
-
-
-def _lengths(session: Session, stats: CacheStats) -> list[Piece]:
-    if not stats.num_chains:
+    if span["first"] is None or span["last"] - span["first"] < 1:
         return []
-    lengths = {
-        verdict: session.arrow(
-            f"SELECT num_tokens FROM chains WHERE {condition} ORDER BY hash(sample_id) LIMIT {MAX_VALUES}"
-        )
-        .column(0)
-        .to_numpy()
-        for verdict, condition in (("right", "correct"), ("wrong", "NOT correct"), ("", "true"))
-    }
-    groups = [Group(name, values) for name, values in lengths.items() if name and len(values) >= MIN_COMPARED]
-    if len(groups) == 2:
-        right, wrong = (float(np.median(group.values)) for group in groups)
-        title = f"Right chains are {_compared(right, wrong)}: median {right:,.0f} tokens against {wrong:,.0f}"
-    else:
-        groups = [Group("", lengths[""])]
-        title = f"Half of the chains have {np.median(lengths['']):,.0f} tokens or more"
-    svg = histogram(groups, "completion tokens of a chain", "share of chains (%)")
-    return [Figure(title, svg, "The longest 0.5% of chains stand in the last bin.")]
+    seconds = span["last"] - span["first"]
+    unit_s, unit = (3600.0, "hours") if seconds > 2 * 3600 else (60.0, "minutes") if seconds > 120 else (1.0, "seconds")
+    bin_s = seconds / NUM_TIME_BINS
+    rows = session.arrow(
+        f"SELECT least(floor((epoch(created_at) - {span['first']}) / {bin_s}), {NUM_TIME_BINS - 1})::INTEGER AS bin,"
+        " sum(num_tokens)::BIGINT AS tokens FROM chains GROUP BY bin"
+    ).to_pylist()
+    rates = np.zeros(NUM_TIME_BINS)
+    for row in rows:
+        rates[row["bin"]] = row["tokens"] / bin_s
+    centers = (np.arange(NUM_TIME_BINS) + 0.5) * bin_s / unit_s
+    chart = line_chart(
+        [Line("", centers, rates)], f"{unit} since the first chain", "completion tokens a second", from_zero=True
+    )
+    title = f"Throughput: {rates.mean():,.0f} tokens a second over {format_span(seconds)}"
+    return [Figure(title, chart, f"Tokens of chains finished in each {bin_s:,.3g} s, from {span['began']}.")]
 
 
-def _compared(right: float, wrong: float) -> str:
-    if right < 0.95 * wrong:
-        return "shorter"
-    return "longer" if right > 1.05 * wrong else "about as long as wrong ones"
-
-
-def pass_rate_figures(stats: CacheStats) -> list[Figure]:
-    """Pass rates by source, the best first; nothing where nothing is judged."""
-    rates = {name: counts for name, counts in stats.by_source.items() if counts.pass_rate is not None}
-    ordered = sorted(rates.items(), key=lambda item: -(item[1].pass_rate or 0))
-    if not ordered:
+def _cost(session: Session, stats: CacheStats, price_per_hour: float | None) -> list[Piece]:
+    """Worker time so far, and what a million more tokens would take."""
+    (busy,) = session.arrow(
+        f"""SELECT coalesce(sum(gap) FILTER (gap <= {PAUSE_S}), 0) AS seconds,
+          count(DISTINCT run_id || '/' || worker) AS n
+        FROM (SELECT run_id, worker, epoch(created_at) - epoch(lag(created_at) OVER (PARTITION BY run_id, worker
+          ORDER BY created_at)) AS gap FROM chains)"""
+    ).to_pylist()
+    if busy["seconds"] < 1:
         return []
-    (best, top), (worst, bottom) = ordered[0], ordered[-1]
-    num_last = sum(counts.pass_rate == bottom.pass_rate for _, counts in ordered)
-    title = f"“{best}”: {_percent(top.pass_rate)} right"
-    if num_last == len(ordered) > 1:
-        title = f"All {num_last} sources have {_percent(top.pass_rate)} right"
-    elif num_last > 1:
-        title = (
-            f"“{best}” is easiest ({_percent(top.pass_rate)} right), {num_last} sources have "
-            f"{_percent(bottom.pass_rate)}"
-        )
-    elif len(ordered) > 1:
-        title = (
-            f"“{best}” is easiest ({_percent(top.pass_rate)} right), “{worst}” hardest ({_percent(bottom.pass_rate)})"
-        )
-    shown = ordered if len(ordered) <= MAX_BARS else [*ordered[: MAX_BARS // 2], *ordered[-MAX_BARS // 2 :]]
-    note = "" if shown is ordered else f"The best and worst {MAX_BARS // 2} of {len(ordered)} sources."
-    svg = bars(
-        [name for name, _ in shown],
-        [100 * (counts.pass_rate or 0) for _, counts in shown],
-        [f"{_percent(counts.pass_rate)} of {counts.num_judged:,}" for _, counts in shown],
-        "chains judged right (%)",
-        limit=100,
-    )
-    return [Figure(title, svg, note)]
+    hours = busy["seconds"] / 3600
+    rate = stats.num_tokens / busy["seconds"]
+    per_million = 1e6 / rate
+    numbers = [
+        Number(
+            "worker time so far",
+            format_span(busy["seconds"]),
+            f"of {format_plural(busy['n'], 'worker')}, without pauses",
+        ),
+        Number("a worker's rate", f"{rate:,.0f} tok/s", "completion tokens"),
+        Number("time for a million more tokens", format_span(per_million), "with one worker at this rate"),
+        Number(
+            "space for a million more tokens",
+            format_bytes(1e6 * (stats.bytes_per_token or 0)),
+            f"at {stats.bytes_per_token or 0:.1f} B a token",
+        ),
+    ]
+    if price_per_hour is not None:
+        numbers += [
+            Number("cost so far", f"{hours * price_per_hour:,.2f}", f"at {price_per_hour:g} a worker-hour"),
+            Number(
+                "price of a million more tokens",
+                f"{per_million / 3600 * price_per_hour:,.2f}",
+                "at this rate and price",
+            ),
+        ]
+    return [Numbers(numbers)]
 
 
-def _truncation(stats: CacheStats) -> list[Piece]:
-    cut = {name: counts for name, counts in stats.by_source.items() if counts.num_truncated}
-    ordered = sorted(cut.items(), key=lambda item: -item[1].num_truncated / item[1].num_chains)[:MAX_BARS]
-    if not ordered:
+def _failures(session: Session, stats: CacheStats) -> list[Piece]:
+    """Reasons of failed requests, with an example of each."""
+    if not stats.failures:
         return []
-    shares = [100 * counts.num_truncated / counts.num_chains for _, counts in ordered]
-    texts = [f"{share:.1f}% of {counts.num_chains:,}" for share, (_, counts) in zip(shares, ordered, strict=True)]
-    title = f"“{ordered[0][0]}” runs into the token limit most often: {shares[0]:.0f}% of its chains"
-    chart = bars([name for name, _ in ordered], shares, texts, "chains cut by the token limit (%)", limit=100)
-    return [Figure(title, chart)]
+    found = session.arrow("SELECT reason, min(message) AS message FROM failures GROUP BY reason").to_pylist()
+    messages = {row["reason"]: row["message"] for row in found}
+    rows = [[reason, f"{num:,}", _first_line(messages[reason])] for reason, num in stats.failures.items()]
+    return [Table("Failed requests", ["reason", "samples", "for example"], rows, right=frozenset({1}))]
 
 
-def _certainty(catalog: Catalog, sample: SignalSample | None) -> list[Piece]:
-    return list(token_figures(catalog, sample)) if sample is not None else []
+def _storage(session: Session, stats: CacheStats) -> list[Piece]:
+    """Bytes a token by column."""
+    rows = session.arrow(
+        "SELECT column_name, sum(bytes)::BIGINT AS bytes FROM storage GROUP BY column_name ORDER BY bytes DESC"
+    ).to_pylist()
+    if not rows or not stats.num_tokens:
+        return []
+    total = sum(row["bytes"] for row in rows)
+    top = rows[:14]
+    rest = sum(row["bytes"] for row in rows[14:])
+    names = [row["column_name"] for row in top] + (["all others"] if rest else [])
+    sizes = [row["bytes"] for row in top] + ([rest] if rest else [])
+    per_token = [size / stats.num_tokens for size in sizes]
+    texts = [f"{each:.2f} B, {_small_percent(size / total)}" for each, size in zip(per_token, sizes, strict=True)]
+    signals = sum(row["bytes"] for row in rows if row["column_name"] in SIGNAL_COLUMNS)
+    title = f"Bytes by column: distributions take {100 * signals / total:.0f}%"
+    note = "Compressed size of the columns over completion tokens, without Parquet's own overhead."
+    return [Figure(title, bars(names, per_token, texts, "bytes a completion token"), note, is_tall=True)]
 
 
-def _sample_note(sample: SignalSample | None, stats: CacheStats) -> str:
-    if sample is None:
-        return ""
-    nats = " Entropy counts what the teacher wavered between: log 2 = 0.69 nats are two tokens, each as likely."
-    of = (
-        nats
-        if sample.entropy == "exact"
-        else f"{nats} Here it is of the captured candidates, the rest counted as one: a lower bound."
-    )
-    if sample.is_whole:
-        return f"From all {format_count(stats.num_tokens)} tokens.{of}"
-    return (
-        f"From a sample of {format_count(len(sample.token_ids_T))} of {format_count(stats.num_tokens)} tokens, in row "
-        f"groups spread over the shards.{of}"
-    )
+def _first_line(text: str | None) -> str:
+    """The beginning of a text, in one line."""
+    line = " ".join((text or "").split())
+    return line[:90] + ("…" if len(line) > 90 else "")
+
+
+def _small_percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "<1%"
 
 
 def _examples(session: Session, catalog: Catalog) -> list[Piece]:
     wanted = (
-        ("The longest", "num_tokens DESC"),
-        ("The least sure: highest mean entropy", "mean_entropy DESC"),
-        ("The surest: lowest mean entropy", "mean_entropy"),
-        ("The least likely: lowest mean log-probability", "mean_logprob"),
-        ("Wrong, and the surest of those", "mean_entropy"),
+        ("Longest", "num_tokens DESC"),
+        ("Least certain: highest mean entropy", "mean_entropy DESC"),
+        ("Most certain: lowest mean entropy", "mean_entropy"),
+        ("Least likely: lowest mean log probability", "mean_logprob"),
+        ("Wrong and most certain", "mean_entropy"),
     )
     rows = []
-    for words, order in wanted:
-        condition = "WHERE NOT correct" if words.startswith("Wrong") else ""
+    for label, order in wanted:
+        condition = "WHERE NOT correct" if label.startswith("Wrong") else ""
         found: list[dict[str, Any]] = session.arrow(
             "SELECT sample_id, source, num_tokens, mean_entropy, correct, prompt FROM chains"
             f" {condition} ORDER BY {order}, sample_id LIMIT 1"
@@ -538,16 +440,14 @@ def _examples(session: Session, catalog: Catalog) -> list[Piece]:
         for row in found:
             verdict = {True: "right", False: "wrong", None: "not judged"}[row["correct"]]
             rows.append(
-                [words, row["sample_id"][:SHOWN_ID], row["source"], verdict, f"{row['num_tokens']:,}",
-                 f"{row['mean_entropy']:.3f}", one_line_of(row["prompt"])]
+                [label, row["sample_id"][:SHOWN_ID], row["source"], verdict, f"{row['num_tokens']:,}",
+                 f"{row['mean_entropy']:.3f}", _first_line(row["prompt"])]
             )  # fmt: skip
     if not rows:
         return []
     columns = ["chain", "sample", "source", "verdict", "tokens", "entropy (nats)", "prompt"]
-    note = (
-        f"To read one token by token, here the first: teacher-cache show {catalog.root} {rows[0][1]} --html chain.html"
-    )
-    return [Table("The extremes", columns, rows, note, right=frozenset({4, 5}), long=frozenset({6}))]
+    note = f"Read one token by token: teacher-cache show {catalog.root} {rows[0][1]} --html chain.html"
+    return [Table("Extremes", columns, rows, note, right=frozenset({4, 5}), long=frozenset({6}))]
 
 
 def _ratio(part: int, whole: int) -> float | None:
