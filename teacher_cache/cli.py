@@ -188,7 +188,7 @@ def sql(
         check_out("--out", out, [one.root for one in catalogs.values()])
     with Session(catalogs) as session:
         if query is None and sys.stdin.isatty() and out is None:
-            from teacher_cache.inspect.sql import SqlShell
+            from teacher_cache.inspect.shell import SqlShell
 
             if output_format is not None:
                 raise ConfigError("--format needs a QUERY: use .mode in a session")

@@ -1,25 +1,17 @@
-"""`teacher-cache sql`: one query over one or more caches, or an interactive session.
+"""`teacher-cache sql`: one query over one or more caches; the interactive session is in shell.py.
 
-In: a SELECT, from the command line or stdin. Out: its result on stdout or in a file that becomes visible whole. The
+In: a SELECT, from the command line or stdin. Out: its result on stdout, or in a file that becomes visible whole. The
 session is locked (sql.session): it reads the caches' files and nothing else, and writes nowhere; the file of `--out` is
 written by this module, never by the query.
 
-Query results as text: table, csv, json, markdown. Everything but a table streams, one record batch at a time.
-
-In: a stream of record batches. Out: pieces of text. A table is for eyes: it is cut to the width of the terminal and to
-a number of rows, numbers to six digits. The others are for programs and hold every row and digit.
-
-The interactive session of `teacher-cache sql`: history, several lines up to `;`, Ctrl-C ends the query and stays,
-Ctrl-D leaves.
+A table is cut to the width of the terminal and to a number of rows, numbers to six digits. csv, json, markdown and
+parquet hold every row and digit, and stream one record batch at a time.
 """
 
-import contextlib
 import datetime
 import decimal
 import json
 import math
-import os
-import re
 import shutil
 import sys
 import time
@@ -32,22 +24,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import Input
-from prompt_toolkit.lexers import PygmentsLexer
-from prompt_toolkit.output import Output
-from pygments.lexers.sql import SqlLexer
 
 from stillroom.cache.catalog import Catalog, check_hash
-from stillroom.errors import ConfigError, StillroomError
+from stillroom.errors import ConfigError
 from stillroom.log import Progress, cut, harmless, note, one_line, pad, width_of
 from stillroom.sql.session import Session, export_views
-from stillroom.sql.views import VIEWS, quote
 from stillroom.storage.paths import Location, atomic_path, check_out, location
 
+FORMATS = ("table", "csv", "json", "markdown", "parquet")
+SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table"}
+DEFAULT_MAX_ROWS = 40
+ROWS_PER_GROUP = 65536
 MIN_COLUMN_WIDTH = 12
 """Columns of text are not squeezed below this; a table that is still too wide is shown one value a line."""
 
@@ -67,6 +54,92 @@ class Shown:
     num_shown: int = 0
     num_rows: int = 0
     counted: bool = True
+
+
+def open_caches(cache: Location, attach: Sequence[str]) -> dict[str, Catalog]:
+    """The cache as `main` and those of `attach`, each `NAME=CACHE`, as schemas of their names."""
+    catalogs = {"main": Catalog(cache)}
+    for item in attach:
+        name, equals, folder = item.partition("=")
+        if not equals or not name or not folder:
+            raise ConfigError(f"--attach {item!r} is not of the form NAME=CACHE, for example r1=/data/r1-cache")
+        if name in catalogs:
+            raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
+        catalogs[name] = Catalog(location(folder))
+    return catalogs
+
+
+def run_query(
+    session: Session,
+    query: str,
+    output_format: str | None = None,
+    out: Path | None = None,
+    max_rows: int = DEFAULT_MAX_ROWS,
+    *,
+    in_session: bool = False,
+) -> None:
+    """Answers one query on stdout or in `out`. The format is, if not given, that of the file's suffix, or a table.
+
+    A table shows `max_rows` rows and says on stderr what it left out, and how more is shown: by options, or by commands
+    where this is `in_session`. The other formats hold every row and stream.
+    """
+    if query.lstrip().startswith("."):
+        command = query.split()[0]
+        raise ConfigError(f"query: {command} is for a session on a terminal: here is asked in SQL, such as FROM chains")
+    chosen = _format_of(output_format, out)
+    if chosen == "parquet" and out is None:
+        raise ConfigError("--format parquet needs --out FILE: it is not text")
+    reader = session.batches(query)
+    if out is None:
+        shown = Shown()
+        _print(_text(reader, chosen, max_rows, _terminal_width(), shown))
+        if chosen == "table" and not shown.num_rows:
+            note("0 rows")
+        _say_rest(shown, in_session)
+    elif chosen == "parquet":
+        note(f"{out}: {_write_parquet(reader, out)} rows")
+    else:
+        shown = Shown()
+        with atomic_path(out) as temp, temp.open("w", encoding="utf-8", newline="") as stream:
+            stream.writelines(_text(reader, chosen, max_rows, None, shown))
+        _say_rest(shown, in_session)
+
+
+def check_files(catalogs: Iterable[Catalog]) -> None:
+    """Reads every file of the caches and compares it with the hash in its name: DuckDB does not verify page checksums.
+
+    Raises CorruptError naming the first file that is damaged.
+    """
+    tables = [table for one in catalogs for table in (one.chains, one.verdicts, one.failures)]
+    paths = [table.path_of(file) for table in tables for file in table.files()]
+    with ThreadPoolExecutor() as pool, Progress("check", len(paths), "files") as progress:
+        for number, _ in enumerate(pool.map(check_hash, paths), start=1):
+            progress.update(number, 0)
+
+
+def write_views(catalogs: dict[str, Catalog], path: Path) -> None:
+    """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
+    check_out("--export-views", path, [one.root for one in catalogs.values()])
+    if path.exists() and not _is_duckdb(path):
+        raise ConfigError(
+            f"--export-views {path} exists and is no DuckDB database, so no earlier export: delete it, or name "
+            "another file"
+        )
+    export_views(catalogs, path)
+    note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
+
+
+def _is_duckdb(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(12)[8:] == b"DUCK"
+
+
+def read_stdin() -> str:
+    """The query on stdin."""
+    text = sys.stdin.read()
+    if not text.strip():
+        raise ConfigError("no query on stdin: give one as an argument, pipe one in, or start on a terminal")
+    return text
 
 
 def table_text(reader: pa.RecordBatchReader, max_rows: int, width: int | None, shown: Shown) -> Iterator[str]:
@@ -267,98 +340,6 @@ def _records(names: Sequence[str], cells: Sequence[Sequence[str]], width: int | 
             yield f"{pad(name, label)}{GAP}{shown}\n"
 
 
-FORMATS = ("table", "csv", "json", "markdown", "parquet")
-SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table"}
-DEFAULT_MAX_ROWS = 40
-ROWS_PER_GROUP = 65536
-
-
-def open_caches(cache: Location, attach: Sequence[str]) -> dict[str, Catalog]:
-    """The cache as `main` and those of `attach`, each `NAME=CACHE`, as schemas of their names."""
-    catalogs = {"main": Catalog(cache)}
-    for item in attach:
-        name, equals, folder = item.partition("=")
-        if not equals or not name or not folder:
-            raise ConfigError(f"--attach {item!r} is not of the form NAME=CACHE, for example r1=/data/r1-cache")
-        if name in catalogs:
-            raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
-        catalogs[name] = Catalog(location(folder))
-    return catalogs
-
-
-def run_query(
-    session: Session,
-    query: str,
-    output_format: str | None = None,
-    out: Path | None = None,
-    max_rows: int = DEFAULT_MAX_ROWS,
-    *,
-    in_session: bool = False,
-) -> None:
-    """Answers one query on stdout or in `out`. The format is, if not given, that of the file's suffix, or a table.
-
-    A table shows `max_rows` rows and says on stderr what it left out, and how more is shown: by options, or by commands
-    where this is `in_session`. The other formats hold every row and stream.
-    """
-    if query.lstrip().startswith("."):
-        command = query.split()[0]
-        raise ConfigError(f"query: {command} is for a session on a terminal: here is asked in SQL, such as FROM chains")
-    chosen = _format_of(output_format, out)
-    if chosen == "parquet" and out is None:
-        raise ConfigError("--format parquet needs --out FILE: it is not text")
-    reader = session.batches(query)
-    if out is None:
-        shown = Shown()
-        _print(_text(reader, chosen, max_rows, _terminal_width(), shown))
-        if chosen == "table" and not shown.num_rows:
-            note("0 rows")
-        _say_rest(shown, in_session)
-    elif chosen == "parquet":
-        note(f"{out}: {_write_parquet(reader, out)} rows")
-    else:
-        shown = Shown()
-        with atomic_path(out) as temp, temp.open("w", encoding="utf-8", newline="") as stream:
-            stream.writelines(_text(reader, chosen, max_rows, None, shown))
-        _say_rest(shown, in_session)
-
-
-def check_files(catalogs: Iterable[Catalog]) -> None:
-    """Reads every file of the caches and compares it with the hash in its name: DuckDB does not verify page checksums.
-
-    Raises CorruptError naming the first file that is damaged.
-    """
-    tables = [table for one in catalogs for table in (one.chains, one.verdicts, one.failures)]
-    paths = [table.path_of(file) for table in tables for file in table.files()]
-    with ThreadPoolExecutor() as pool, Progress("check", len(paths), "files") as progress:
-        for number, _ in enumerate(pool.map(check_hash, paths), start=1):
-            progress.update(number, 0)
-
-
-def write_views(catalogs: dict[str, Catalog], path: Path) -> None:
-    """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
-    check_out("--export-views", path, [one.root for one in catalogs.values()])
-    if path.exists() and not _is_duckdb(path):
-        raise ConfigError(
-            f"--export-views {path} exists and is no DuckDB database, so no earlier export: delete it, or name "
-            "another file"
-        )
-    export_views(catalogs, path)
-    note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
-
-
-def _is_duckdb(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(12)[8:] == b"DUCK"
-
-
-def read_stdin() -> str:
-    """The query on stdin."""
-    text = sys.stdin.read()
-    if not text.strip():
-        raise ConfigError("no query on stdin: give one as an argument, pipe one in, or start on a terminal")
-    return text
-
-
 def _format_of(output_format: str | None, out: Path | None) -> str:
     if output_format is None:
         if out is None:
@@ -414,140 +395,3 @@ def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:
 
 def _terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-PROMPT = "sql> "
-CONTINUED = "...> "
-KEYWORDS = """
-    SELECT FROM WHERE GROUP BY ORDER LIMIT JOIN LEFT USING ON AS AND OR NOT NULL IS IN LIKE BETWEEN CASE WHEN THEN ELSE
-    END WITH DISTINCT HAVING OVER PARTITION QUALIFY FILTER EXPLAIN ANALYZE DESCRIBE SUMMARIZE UNION ALL
-    avg count max median min quantile_cont regexp_matches sum
-"""
-HELP = """\
-A query ends with `;` and may take several lines. Tab completes.
-.tables          the views and what they hold
-.schema VIEW     the columns of a view
-.mode FORMAT     table, csv, json or markdown
-.rows N          how many rows a table shows
-.help            this text
-.quit            leave (also Ctrl-D); Ctrl-C ends a running query
-"""
-ABOUT = {
-    "chains": "one row a chain, with its latest verdict",
-    "prompts": "one row a prompt: samples, pass rate, mean length",
-    "tokens": "one row a completion token: log probability, rank, entropy, tail mass",
-    "topk": "one row a stored candidate of a token",
-    "verdicts": "the latest verdict of each judge on each sample",
-    "failures": "requests that the engine refused",
-    "runs": "one row a build: teacher, sampling, software",
-    "vocab": "the text of every token",
-    "storage": "bytes of each column of each shard",
-}
-
-
-class SqlShell:
-    """One session at the prompt: where results go and how."""
-
-    def __init__(self, session: Session, max_rows: int, caches: Sequence[str]) -> None:
-        self._session, self._max_rows, self._caches = session, max_rows, caches
-        self._format = "table"
-
-    def run(self, terminal_in: Input | None = None, terminal_out: Output | None = None) -> None:
-        """Reads and answers until the user leaves. The two arguments stand in for the terminal in tests."""
-        prompt: PromptSession[str] = PromptSession(
-            PROMPT,
-            history=_history(),
-            lexer=PygmentsLexer(SqlLexer),
-            completer=WordCompleter(self._words(), ignore_case=True, match_middle=False),
-            complete_while_typing=False,
-            multiline=Condition(lambda: not is_complete(prompt.default_buffer.text)),
-            prompt_continuation=CONTINUED,
-            input=terminal_in,
-            output=terminal_out,
-        )
-        note(".help explains, .tables lists the views; a query ends with `;`, Ctrl-D leaves")
-        while True:
-            try:
-                text = prompt.prompt().strip()
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
-                return
-            if text in (".quit", ".exit"):
-                return
-            with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being told
-                self._answer(text)
-
-    def _answer(self, text: str) -> None:
-        try:
-            if text.startswith("."):
-                self._command(text)
-            elif text:
-                for statement in self._session.statements(text):
-                    self._query(statement)
-        except StillroomError as error:
-            note(str(error))
-        except KeyboardInterrupt:
-            note("interrupted")
-
-    def _query(self, statement: str) -> None:
-        started_s = time.monotonic()
-        run_query(self._session, statement, self._format, max_rows=self._max_rows, in_session=True)
-        note(f"{time.monotonic() - started_s:.2f} s")
-
-    def _command(self, text: str) -> None:
-        name, _, argument = text.rstrip(";").partition(" ")
-        argument = argument.strip()
-        if name == ".help":
-            print(HELP, end="")
-        elif name == ".tables":
-            self._tables()
-        elif name == ".schema":
-            _, _, view = argument.rpartition(".")
-            if view not in VIEWS:
-                raise ConfigError(f".schema {argument}: name one of {', '.join(VIEWS)}")
-            query = f"SELECT column_name AS column, column_type AS type FROM (DESCRIBE {argument})"
-            run_query(self._session, query, max_rows=200)
-        elif name == ".mode":
-            if argument not in FORMATS or argument == "parquet":
-                raise ConfigError(f".mode {argument}: choose table, csv, json or markdown")
-            self._format = argument
-        elif name == ".rows":
-            if not argument.isdigit() or int(argument) < 1:
-                raise ConfigError(f".rows {argument}: give a whole number of at least 1")
-            self._max_rows = int(argument)
-        else:
-            raise ConfigError(f"{name} is unknown: .help lists what there is")
-
-    def _tables(self) -> None:
-        for cache in self._caches:
-            prefix = "" if cache == "main" else f"{cache}."
-            for view in VIEWS:
-                print(f"{prefix + view:<20} {ABOUT[view]}")
-
-    def _words(self) -> list[str]:
-        views = ", ".join(quote(view) for view in VIEWS)
-        query = f"SELECT DISTINCT column_name FROM information_schema.columns WHERE table_name IN ({views})"
-        columns = [str(name) for name in self._session.arrow(query).column(0).to_pylist()]
-        return sorted(
-            {*VIEWS, *columns, *KEYWORDS.split(), *(f"{name}.chains" for name in self._caches if name != "main")}
-        )
-
-
-def is_complete(text: str) -> bool:
-    """Whether Enter ends the input: nothing, a dot command, or a query whose last character is `;`."""
-    bare = re.sub(r"--[^\n]*", "", text).strip()
-    return not bare or bare.startswith(".") or bare.endswith(";")
-
-
-def _history() -> History:
-    """The history file in the user's state folder, readable to the user alone; in memory where that cannot be."""
-    base = os.environ.get("XDG_STATE_HOME")
-    path = (Path(base) if base else Path.home() / ".local" / "state") / "stillroom" / "sql_history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.touch(mode=0o600)
-    except OSError as error:
-        note(f"no history: {path} cannot be written ({error.strerror})")
-        return InMemoryHistory()
-    return FileHistory(str(path))

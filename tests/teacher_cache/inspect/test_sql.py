@@ -24,11 +24,10 @@ from stillroom.log import cut, harmless, one_line, pad, width_of
 from stillroom.sql.session import Session
 from stillroom.storage.paths import check_out
 from teacher_cache.cli import app
+from teacher_cache.inspect.shell import SqlShell, is_complete
 from teacher_cache.inspect.sql import (
     Shown,
-    SqlShell,
     check_files,
-    is_complete,
     open_caches,
     run_query,
     table_text,
