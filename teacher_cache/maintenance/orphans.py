@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stillroom.cache.catalog import Table
-from stillroom.cache.delta_log import Span, file_history, read_receipts
+from stillroom.cache.delta_log import Span, file_history, read_markers
 from stillroom.storage.paths import TEMP_SUFFIX, files_below, relative_name
 
 
@@ -55,7 +55,7 @@ def receipt_problems(table: Table) -> list[str]:
     Raises CorruptError for a receipt that cannot be read.
     """
     problems = []
-    receipts = read_receipts(table.folder)
+    receipts = read_markers(table.folder)
     # After the receipts: what was committed since this table was opened is no loss.
     table.refresh()
     for receipt in receipts:

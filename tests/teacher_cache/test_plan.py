@@ -209,7 +209,7 @@ def test_rows_left_out_are_counted_beyond_the_first_few(folder: Path) -> None:
 
 def test_a_file_is_no_cache(folder: Path) -> None:
     config = config_of(folder, cache=str(folder / "sums.jsonl"))
-    refused = r"sums\.jsonl is a file, and a cache is a folder"
+    refused = r"sums\.jsonl is a file: name a folder"
     with pytest.raises(DataError, match=refused):
         plan_build(config)
     with pytest.raises(DataError, match=refused):

@@ -1,14 +1,14 @@
-"""Which files make up a cache: three Delta logs, run manifests and vocabularies under one root. The only file that
-imports deltalake.
+"""The files that make up a cache: three Delta tables, run manifests and vocabularies. Only this file imports deltalake.
 
 pyarrow writes the data files; the Delta log only says which of them are visible. A data file is written under a
 temporary name, fsynced, renamed to a name that carries its SHA-256, and then committed with an AddAction and the
-worker's transaction number. So a file is visible whole or not at all, a reader sees one consistent version, and a
-file's bytes can be checked against its own name wherever it was copied.
+worker's transaction number. Hence a file is visible whole or not at all, a reader sees one consistent version, and a
+file can be checked against its own name wherever it is copied.
 
     CACHE/chains/<run>/<worker>-<sequence>-<sha256, 32 hex>.parquet     + chains/_delta_log/
-    CACHE/verdicts/..., CACHE/failures/...                               the same manner
-    CACHE/runs/<run_id>.json, CACHE/vocab/<tokenizer fingerprint>.parquet, CACHE/receipts/ (stillroom.cache.delta_log)
+    CACHE/verdicts/..., CACHE/failures/...                               likewise
+    CACHE/runs/<run_id>.json, CACHE/vocab/<tokenizer fingerprint>.parquet
+    CACHE/receipts/                                                      commit markers (stillroom.cache.delta_log)
 """
 
 import json
@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from stillroom.cache.delta_log import Receipt, broken_entries, log_problems, write_receipt
-from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomError
+from stillroom.cache.delta_log import CommitMarker, broken_entries, log_problems, write_marker
+from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomError, first_line
 from stillroom.schema.manifest import RunManifest
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from stillroom.storage.objects import ObjectPath, explained
@@ -44,9 +44,9 @@ SHARD_NAME = re.compile(
     rf"^(?P<worker>[A-Za-z0-9_.]+)-(?P<sequence>\d{{6,}})-(?P<hash>[0-9a-f]{{{HASH_CHARS}}})\.parquet$"
 )
 TWICE_DECODED = re.compile(r"%[0-9A-Fa-f]{2}")
-"""deltalake 1.6 reads such a path with the two digits decoded once too often, and finds nothing there."""
+"""deltalake 1.6 decodes such a path twice and does not find it."""
 TABLE_CONFIGURATION = {
-    # Without this, entries older than 30 days vanish at checkpoints and pinned versions with them.
+    # Otherwise checkpoints drop entries older than 30 days, and with them pinned versions.
     "delta.enableExpiredLogCleanup": "false",
     "delta.checkpointInterval": "100",
 }
@@ -54,7 +54,7 @@ TABLE_CONFIGURATION = {
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One visible file of a table: path relative to the table's folder, size in bytes, rows."""
+    """One visible file of a table; `path` is relative to the table's folder."""
 
     path: str
     size_bytes: int
@@ -62,10 +62,10 @@ class DataFile:
 
 
 class Table:
-    """One Delta log and the folder of Parquet files it speaks of. Reads are of one version until `refresh`."""
+    """One Delta log and its folder of Parquet files. Shows one version until `refresh`."""
 
     def __init__(self, folder: Location, version: int | None = None) -> None:
-        """Opens an existing table. Raises DataError where there is none, CorruptError for a log that cannot be read."""
+        """Opens an existing table. Raises DataError if there is none, CorruptError if its log cannot be read."""
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
@@ -78,13 +78,13 @@ class Table:
             if version is not None:
                 self._delta.load_as_version(version)
         except TableNotFoundError as error:
-            raise DataError(f"{folder} holds no Delta table: name the folder of a cache") from error
+            raise DataError(f"{folder} is not a Delta table: name the folder of a cache") from error
         except (DeltaError, OSError, ValueError) as error:
             raise _log_error(folder, error) from error
 
     @classmethod
     def create(cls, folder: Location, schema: pa.Schema) -> "Table":
-        """Opens the table, making it first where there is none; safe when several workers do so at once."""
+        """Opens the table, creating it if needed; safe when several workers do so at once."""
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
@@ -97,13 +97,13 @@ class Table:
                 )
             except DeltaError as error:
                 if not DeltaTable.is_deltatable(str(folder), options):
-                    raise CacheConflict(f"cannot create the table {folder}: {_first_line(error)}") from error
+                    raise CacheConflict(f"cannot create the table {folder}: {first_line(error)}") from error
         table = cls(folder)
         table._add_columns(schema)
         return table
 
     def _add_columns(self, schema: pa.Schema) -> None:
-        """Adds the nullable columns of a newer format to an older table; its files stay as they are."""
+        """Adds the nullable columns of a newer format to an older table; its files are unchanged."""
         from deltalake import Field, Schema
         from deltalake.exceptions import DeltaError
 
@@ -118,11 +118,11 @@ class Table:
             # Another worker may have been first.
             self.refresh()
             if not {one.name for one in missing} <= {one.name for one in self._delta.schema().fields}:
-                raise CacheConflict(f"cannot add columns to {self.folder}: {_first_line(error)}") from error
+                raise CacheConflict(f"cannot add columns to {self.folder}: {first_line(error)}") from error
 
     @property
     def version(self) -> int:
-        """Number of the version being read."""
+        """The version shown."""
         return self._delta.version()
 
     def refresh(self) -> None:
@@ -136,7 +136,7 @@ class Table:
 
     def files(self) -> list[DataFile]:
         """Visible files of this version, ordered by path."""
-        # pa.table() would do as well, but imports pandas where it is installed: most of a second.
+        # pa.table() would also work, but imports pandas if it is installed: most of a second.
         actions = pa.RecordBatchReader.from_stream(self._delta.get_add_actions(flatten=True)).read_all()
         rows = zip(
             actions.column("path").to_pylist(),
@@ -147,11 +147,11 @@ class Table:
         return sorted((DataFile(path, size, num or 0) for path, size, num in rows), key=lambda file: file.path)
 
     def path_of(self, file: DataFile) -> Location:
-        """Where a visible file lies."""
+        """Path of a visible file."""
         return self.folder / file.path
 
     def last_sequence(self, application: str) -> int | None:
-        """Number of the last transaction that `application` committed, None before the first."""
+        """Number of the last transaction committed by `application`, None before the first."""
         return self._delta.transaction_version(application)
 
     def commit(
@@ -159,26 +159,26 @@ class Table:
     ) -> None:
         """Makes `files` visible as transaction `sequence` of `application`, on exactly the version last refreshed to.
 
-        Files in `removed` leave the table in the same transaction; they stay on the disk for older versions.
-        Every file must exist with the stated size. Raises CacheConflict when another commit came first (refresh, look
-        again at what is visible, and retry) or when the sequence was committed already.
+        Files in `removed` leave the table in the same transaction and stay on disk for older versions. Every file must
+        exist with the stated size. Raises CacheConflict if another commit came first (refresh, check again what is
+        visible, and retry) or if the sequence is already committed.
         """
         from deltalake import CommitProperties
         from deltalake.exceptions import CommitFailedError, DeltaError
         from deltalake.transaction import RemoveAction, Transaction
 
-        # After the refresh below others may have committed too.
+        # Taken now: after the refresh below, others may have committed too.
         version = self.version + 1
         last = self.last_sequence(application)
         if last is not None and sequence <= last:
-            raise CacheConflict(f"transaction {sequence} of {application} is committed already (last is {last})")
+            raise CacheConflict(f"transaction {sequence} of {application} is already committed (last is {last})")
         now_ms = int(time.time() * 1000)
         actions = [
             *(self._add_action(file) for file in files),
             *(RemoveAction(file.path, True, now_ms, file.size_bytes, {}) for file in removed),
         ]
         properties = CommitProperties(
-            # With retries two handles could both commit the same rows; without, the second must look again.
+            # With retries, two handles could both commit the same rows.
             max_commit_retries=0,
             app_transactions=[Transaction(application, sequence)],
         )
@@ -187,13 +187,13 @@ class Table:
                 actions, mode="append", schema=self._delta.schema(), commit_properties=properties
             )
         except CommitFailedError as error:
-            raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
+            raise CacheConflict(f"another commit to {self.folder} came first: {first_line(error)}") from error
         except DeltaError as error:
             if "conflict" in str(error).lower() or "already exists" in str(error).lower():
-                raise CacheConflict(f"another commit to {self.folder} came first: {_first_line(error)}") from error
+                raise CacheConflict(f"another commit to {self.folder} came first: {first_line(error)}") from error
             raise
         self.refresh()
-        write_receipt(self.folder, Receipt(application, sequence, version))
+        write_marker(self.folder, CommitMarker(application, sequence, version))
 
     def _add_action(self, file: DataFile) -> Any:
         from deltalake.transaction import AddAction
@@ -222,7 +222,7 @@ class Catalog:
     ) -> None:
         """Opens an existing cache, at pinned versions where given.
 
-        Raises DataError where there is none or its store refuses access, StillroomError where that cannot be reached.
+        Raises DataError if there is none or its store refuses access, StillroomError if the store cannot be reached.
         """
         check_reachable(root)
         _require_openable(str(root.absolute()))
@@ -234,10 +234,10 @@ class Catalog:
 
     @classmethod
     def create(cls, root: Location) -> "Catalog":
-        """Opens the cache, making it first where there is none."""
+        """Opens the cache, creating it if needed."""
         check_reachable(root)
         _require_openable(str(root.absolute()))
-        # chains comes last: its log is what tells a cache from a folder.
+        # chains comes last: its log is what makes a folder a cache.
         for name, schema in (
             ("failures", FAILURE_SCHEMA),
             ("verdicts", VERDICT_SCHEMA),
@@ -247,7 +247,7 @@ class Catalog:
         return cls(root)
 
     def runs(self) -> dict[str, RunManifest]:
-        """Manifests by run id. Raises CorruptError naming the file that cannot be read."""
+        """Manifests by run id. Raises CorruptError naming one that cannot be read."""
         found = {}
         for path in matching(self.root / "runs", "*.json"):
             try:
@@ -262,7 +262,7 @@ class Catalog:
         write_text_atomic(self.root / "runs" / f"{manifest.run_id}.json", manifest.model_dump_json(indent=2) + "\n")
 
     def vocab_path(self, tokenizer_fingerprint: str) -> Location:
-        """Where the pieces of a tokenizer are kept."""
+        """Path of a tokenizer's vocabulary."""
         return self.root / "vocab" / f"{tokenizer_fingerprint}.parquet"
 
     def vocab_paths(self) -> list[Location]:
@@ -271,10 +271,10 @@ class Catalog:
 
 
 def publish(temp: Path, folder: Location, relative_stem: str, num_rows: int) -> DataFile:
-    """Gives a finished temporary file its final, hash-bearing name below `folder`; the file is then ready to commit.
+    """Gives a finished temporary file its final name, which contains its hash, below `folder`: ready to commit.
 
-    `relative_stem` is `<run>/<worker>-<sequence>`. The rename is atomic and flushed to the disk before this returns.
-    For an object store it is one put, and the local file is removed.
+    `relative_stem` is `<run>/<worker>-<sequence>`. The rename is atomic and flushed to disk before this returns. For an
+    object store the file is uploaded and the local one removed.
     """
     sync_file(temp)
     path = f"{relative_stem}-{sha256_of(temp)[:HASH_CHARS]}.parquet"
@@ -294,7 +294,7 @@ def check_hash(path: Location) -> None:
     """Raises CorruptError unless the file's bytes have the SHA-256 that its name carries."""
     match = SHARD_NAME.match(path.name)
     if match is None:
-        raise CorruptError(f"{path} is not named <worker>-<sequence>-<hash>.parquet: this cache did not write it")
+        raise CorruptError(f"{path} is not named <worker>-<sequence>-<hash>.parquet: stillroom did not write it")
     if not path.exists():
         raise CorruptError(f"{path} is registered but missing")
     try:
@@ -302,13 +302,13 @@ def check_hash(path: Location) -> None:
     except OSError as error:
         raise StillroomError(f"{path} cannot be read: {error.strerror}") from error
     if found[:HASH_CHARS] != match["hash"]:
-        raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 is not the one in its name")
+        raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 differs from the one in its name")
 
 
 def manifest_problem(error: ValueError) -> str:
-    """The first thing that is wrong with a manifest, in one line: key and reason."""
+    """The first problem of a manifest in one line: key and reason."""
     if not isinstance(error, ValidationError):
-        return _first_line(error)
+        return first_line(error)
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
     return f"{key}: {first['msg']}" if key else first["msg"]
@@ -316,17 +316,13 @@ def manifest_problem(error: ValueError) -> str:
 
 def _require_openable(path: str) -> None:
     if TWICE_DECODED.search(path):
-        raise DataError(f"{path} holds a % before two hex digits, which deltalake cannot open: give it another name")
+        raise DataError(f"{path} contains a % before two hex digits, which deltalake cannot open: rename it")
 
 
 def _log_error(folder: Location, error: Exception) -> StillroomError:
-    # Of a store an OSError is the way to it, not what lies there.
+    # From a store, an OSError is about access, not about content.
     if isinstance(folder, ObjectPath) and isinstance(error, OSError):
         return explained(error, str(folder), folder.scheme)
     problems = log_problems(folder / "_delta_log") or broken_entries(folder / "_delta_log")
-    reason = problems[0] if problems else _first_line(error)
+    reason = problems[0] if problems else first_line(error)
     return CorruptError(f"{folder}/_delta_log cannot be read: {reason}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

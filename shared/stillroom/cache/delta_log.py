@@ -1,12 +1,10 @@
-"""What a `_delta_log` says entry by entry: entries that are missing, and every file that was ever visible.
+"""The entries of a `_delta_log`, one by one: which are missing, and every file that was ever visible.
 
-deltalake reads the latest state; care of a cache must also know what older versions hold. Entries are JSON lines
-(https://github.com/delta-io/delta/blob/master/PROTOCOL.md), checkpoints are not read.
+deltalake reads the latest state; maintenance must also know what older versions hold. Entries are JSON lines
+(https://github.com/delta-io/delta/blob/master/PROTOCOL.md); checkpoints are not read.
 
-Receipts: what each writer last committed to each table, kept beside the tables.
-
-A Delta log whose newest entry is lost looks like a shorter log that is whole. The receipt, written after the commit,
-still knows of it.
+A log that lost its newest entry looks like a shorter log that is complete. So after each commit its writer records a
+commit marker beside the tables:
 
     CACHE/receipts/<table>.<application, / as .>.json
 """
@@ -14,7 +12,7 @@ still knows of it.
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from urllib.parse import unquote
 
 from stillroom.errors import CorruptError, StillroomError
@@ -23,44 +21,45 @@ from stillroom.storage.paths import Location, matching, write_text_atomic
 
 LOG_ENTRY = re.compile(r"^(\d{20})\.json$")
 LOG_CHECKPOINT = re.compile(r"^(\d{20})\.checkpoint.*\.parquet$")
+MARKER_FOLDER = "receipts"
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A file was visible from version `added` to version `removed` - 1, or still is where that is None."""
+    """A file is visible from version `added` to version `removed` - 1, or until now if that is None."""
 
     added: int
     removed: int | None
 
 
 def log_problems(log: Location) -> list[str]:
-    """Entries of the folder `log` that are missing between the first and the last that is there, one line each."""
+    """One line for each entry missing between the first and the last in the folder `log`."""
     if not log.is_dir():
         return ["is missing"]
     entries, checkpoints = _versions(log)
     if not entries and not checkpoints:
-        return ["holds no entry: no file of this table can be told from an orphan"]
+        return ["has no entry: files of this table cannot be distinguished from orphans"]
     last, bridged = max(entries | checkpoints), max(checkpoints, default=-1)
     missing = [version for version in range(last + 1) if version not in entries]
     hinted = _hinted_checkpoint(log)
     lost = [] if hinted is None or hinted in checkpoints else [hinted]
     return [
-        f"checkpoint {version} is missing, to which _last_checkpoint points: restore it from a copy, or remove "
-        "_last_checkpoint, which loses nothing while every entry is there"
+        f"checkpoint {version}, to which _last_checkpoint points, is missing: restore it from a copy, or delete "
+        "_last_checkpoint, which loses nothing while every entry exists"
         for version in lost
     ] + [
         f"entry {version:020d}.json is missing: restore it from a copy; "
         + (
             f"versions before the checkpoint {bridged} can no longer be read"
             if version <= bridged
-            else "the shards it registered are still there"
+            else "the shards it registered still exist"
         )
         for version in missing
     ]
 
 
 def broken_entries(log: Location) -> list[str]:
-    """Entries and what is wrong with them that hold no JSON, as one that was cut short; one line each."""
+    """One line for each entry that is not JSON, for example because it was truncated."""
     entries, _ = _versions(log)
     found = []
     for version in sorted(entries):
@@ -68,19 +67,19 @@ def broken_entries(log: Location) -> list[str]:
             _actions(log / f"{version:020d}.json")
         except CorruptError as error:
             if isinstance(error.__cause__, OSError):
-                # A disk that refuses to read says nothing about what was written.
+                # A disk that cannot be read says nothing about what was written.
                 continue
             found.append(
-                f"entry {version:020d}.json is damaged or cut short: restore it from a copy; the shards it registered "
-                "are still there"
+                f"entry {version:020d}.json is damaged or truncated: restore it from a copy; the shards it registered "
+                "still exist"
             )
     return found
 
 
 def file_history(log: Location) -> dict[str, list[Span]]:
-    """Every file that an entry adds, by path relative to the table, with the versions that hold it.
+    """Every file that was ever added, by path relative to the table, with the versions that hold it.
 
-    Raises CorruptError where an entry is missing or no JSON: what cannot be read may have named any file.
+    Raises CorruptError if an entry is missing or not JSON: it may have named any file.
     """
     problems = log_problems(log)
     if problems:
@@ -99,9 +98,9 @@ def file_history(log: Location) -> dict[str, list[Span]]:
 
 
 def merged_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
-    """First and last versions that hold at least one of these files; spans that have no end are left out.
+    """Ranges of versions (first, last) that hold at least one of these files; spans without an end are ignored.
 
-    Example: spans 2..5 and 4..9 (not included) become [(2, 8)].
+    Example: spans from 2 until before 5 and from 4 until before 9 become [(2, 8)].
     """
     merged: list[tuple[int, int]] = []
     for first, last in sorted((span.added, span.removed - 1) for span in spans if span.removed is not None):
@@ -110,6 +109,38 @@ def merged_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
         else:
             merged.append((first, last))
     return merged
+
+
+@dataclass(frozen=True, slots=True)
+class CommitMarker:
+    """The last transaction that an application committed to a table, and the version that it became."""
+
+    application: str
+    sequence: int
+    version: int
+
+
+def write_marker(table: Location, marker: CommitMarker) -> None:
+    """Records a commit to the table in folder `table`. If that fails, the commit stands and a warning says so."""
+    path = table.parent / MARKER_FOLDER / f"{table.name}.{marker.application.replace('/', '.')}.json"
+    try:
+        write_text_atomic(path, json.dumps(asdict(marker)) + "\n")
+    except (OSError, StillroomError) as error:
+        warn(f"{path} cannot be written ({error}): the commit itself succeeded")
+
+
+def read_markers(table: Location) -> list[CommitMarker]:
+    """Commit markers of the table in folder `table`. Raises CorruptError naming one that cannot be read."""
+    markers = []
+    for path in matching(table.parent / MARKER_FOLDER, f"{table.name}.*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            markers.append(CommitMarker(content["application"], int(content["sequence"]), int(content["version"])))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(
+                f"{path} is not a readable commit marker ({error}): delete it, only `verify` needs it"
+            ) from error
+    return markers
 
 
 def _versions(log: Location) -> tuple[set[int], set[int]]:
@@ -126,7 +157,7 @@ def _hinted_checkpoint(log: Location) -> int | None:
     try:
         return int(json.loads(hint.read_text(encoding="utf-8"))["version"])
     except (OSError, ValueError, KeyError, TypeError):
-        # deltalake looks for checkpoints by itself then.
+        # deltalake then finds checkpoints by listing the folder.
         return None
 
 
@@ -135,37 +166,3 @@ def _actions(entry: Location) -> list[dict[str, dict[str, str]]]:
         return [json.loads(line) for line in entry.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise CorruptError(f"{entry} cannot be read: {' '.join(str(error).split())}") from error
-
-
-FOLDER = "receipts"
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """The last transaction that an application committed to a table, and the version which that became."""
-
-    application: str
-    sequence: int
-    version: int
-
-
-def write_receipt(table: Location, receipt: Receipt) -> None:
-    """Notes a commit to the table in folder `table`. A receipt that cannot be written undoes no commit: it warns."""
-    path = table.parent / FOLDER / f"{table.name}.{receipt.application.replace('/', '.')}.json"
-    content = {"application": receipt.application, "sequence": receipt.sequence, "version": receipt.version}
-    try:
-        write_text_atomic(path, json.dumps(content) + "\n")
-    except (OSError, StillroomError) as error:
-        warn(f"{path} cannot be written ({error}): the commit stands")
-
-
-def read_receipts(table: Location) -> list[Receipt]:
-    """Receipts of the table in folder `table`. Raises CorruptError naming one that cannot be read."""
-    receipts = []
-    for path in matching(table.parent / FOLDER, f"{table.name}.*.json"):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            receipts.append(Receipt(content["application"], int(content["sequence"]), int(content["version"])))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{path} is no receipt ({error}): remove it, nothing but a check needs it") from error
-    return receipts

@@ -1,8 +1,8 @@
-"""Object stores as DuckDB can read them: an fsspec file system over stillroom.storage.paths, read-only.
+"""Object stores for DuckDB: a read-only fsspec file system over the stores of stillroom.storage.objects.
 
-DuckDB's own extension for stores is not among Python's packages, and a session that is locked down must not fetch one.
-A file system registered with the connection is asked for the very ranges that DuckDB wants: of a shard the footer and
-the columns of the query. What may be opened is DuckDB's `allowed_paths`, as for files.
+DuckDB's own extension for stores is not on PyPI, and a locked session must not download one. Through a registered file
+system DuckDB requests exactly the ranges it wants: a shard's footer and the columns of the query. What may be opened is
+restricted by DuckDB's `allowed_paths`, as for local files.
 """
 
 import datetime
@@ -15,42 +15,38 @@ from fsspec.spec import AbstractFileSystem
 from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import location
 
+# Shards never change under their name, so that DuckDB may keep what it has read.
+_MODIFIED = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
+
 
 class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
-    """Opens, sizes and dates objects of one scheme (s3, gs or az). Each knows its own path and nothing is listed."""
+    """Objects of one scheme (s3, gs or az), with the methods that DuckDB calls. Nothing is listed."""
 
     cachable = False
 
     def __init__(self, scheme: str) -> None:
         super().__init__()
         self.protocol = scheme
+        self._sizes: dict[str, int] = {}
 
     def open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> "ObjectFile":
-        """The object for reading. Raises what stillroom.storage.paths.ObjectPath raises."""
+        """The object for reading. Raises what stillroom.storage.objects.ObjectPath raises."""
         if mode != "rb":
             raise PermissionError(f"{path}: a cache is read-only")
         return ObjectFile(self._path(path))
 
-    def exists(self, path: str, **_: Any) -> bool:
-        return self._path(path).is_file()
-
-    def isfile(self, path: str) -> bool:
-        return self._path(path).is_file()
-
-    def isdir(self, path: str) -> bool:
-        return False
-
     def glob(self, path: str, *_: Any, **__: Any) -> list[str]:
-        """The path alone: every file is named."""
+        """The path itself: views name every file, and a `[` in a bucket's keys is no pattern."""
         return [path]
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        stat = self._path(path).stat()
-        return {"name": path, "size": stat.st_size, "type": "file", "mtime": stat.st_mtime}
+        # DuckDB asks at every open, and each answer is a request.
+        if path not in self._sizes:
+            self._sizes[path] = self._path(path).stat().st_size
+        return {"name": path, "size": self._sizes[path], "type": "file"}
 
     def modified(self, path: str) -> datetime.datetime:
-        # Shards never change under their name, so that DuckDB may keep what it has read.
-        return datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
+        return _MODIFIED
 
     def _path(self, path: str) -> ObjectPath:
         full = location(path if "://" in path else f"{self.protocol}://{path}")
@@ -59,7 +55,11 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
 
 
 class ObjectFile:
-    """One object, open for reading. Threads that share it have a position each: DuckDB seeks and then reads."""
+    """An object open for reading, with a position for each thread that reads it.
+
+    DuckDB's threads share a file, and each seeks and then reads. fsspec's ArrowFSWrapper keeps one position for all:
+    with eight threads it handed DuckDB pages from the wrong place.
+    """
 
     def __init__(self, path: ObjectPath) -> None:
         self._path = path
@@ -68,9 +68,8 @@ class ObjectFile:
         self._place = threading.local()
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        base = {0: 0, 1: self.tell(), 2: self.size}[whence]
-        self._place.offset = base + offset
-        return base + offset
+        self._place.offset = offset + {0: 0, 1: self.tell(), 2: self.size}[whence]
+        return self.tell()
 
     def tell(self) -> int:
         return int(self._place.__dict__.get("offset", 0))

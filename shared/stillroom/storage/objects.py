@@ -1,12 +1,10 @@
-"""An object or a prefix of a store, which answers those of pathlib.Path's questions that the project asks.
+"""Object stores through pyarrow's file systems: paths into them, patience with them, their errors in one line.
 
-An object appears whole or not at all when its upload ends: one put takes the place of temporary name, fsync and rename.
+An object becomes visible whole when its upload ends, so one put replaces temporary name, fsync and rename.
 
-How an object store is reached, with how much patience, and what its errors mean in one line.
-
-Credentials, endpoint and region are facts of the machine and come from where the vendors' tools take them
+Credentials, endpoint and region are facts of the machine. They come from where the vendors' tools take them
 (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME, ...); they are never written anywhere.
+AZURE_STORAGE_ACCOUNT_NAME, ...) and are never written anywhere.
 """
 
 import contextlib
@@ -25,9 +23,26 @@ from stillroom.errors import ConfigError, DataError, StillroomError, one_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
+SCHEMES = ("s3", "gs", "az")
 STREAM_BYTES = 8 << 20
-"""What one request of a sequential read or write carries."""
+"""Bytes per request of a sequential read or write."""
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 30.0
+PROBE_ATTEMPTS = 2
+"""A wrong endpoint is reported at once."""
+PATIENT_ATTEMPTS = 6
+"""A store that answered before may be unavailable for some seconds without ending a run."""
+
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|AccessKeyId|SIGNATURE|privileges|Forbidden|Unauthorized|credential|access token", re.I
+)
+_UNREACHED = re.compile(r"NETWORK_CONNECTION|curlCode|timed? ?out|error sending request|new connection", re.I)
+_ELSEWHERE = re.compile(r"HTTP status 30[17]|PermanentRedirect|AuthorizationHeaderMalformed", re.I)
+_KEYS_OF_SCHEME = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +55,15 @@ class ObjectStat:
 
 @dataclass(frozen=True, slots=True, order=True)
 class ObjectPath:
-    """An object or a prefix of a store. Methods mean what those of pathlib.Path mean; folders need not be made.
+    """An object or a prefix of a store, with those methods of pathlib.Path that stillroom uses.
 
-    All that ask the store raise DataError where it refuses access, and StillroomError where it cannot be reached.
+    Folders need not be created. Methods that access the store raise DataError if it refuses access, StillroomError if
+    it cannot be reached.
     """
 
     scheme: str
     key: str
-    """`bucket/prefix/name`, without a slash at either end."""
+    """`bucket/prefix/name` without leading or trailing slash."""
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.key}"
@@ -77,27 +93,27 @@ class ObjectPath:
         return self
 
     def exists(self) -> bool:
-        return bool(self._info().type != file_type().NotFound)
+        return bool(self._info().type.name != "NotFound")
 
     def is_file(self) -> bool:
-        return bool(self._info().type == file_type().File)
+        return bool(self._info().type.name == "File")
 
     def is_dir(self) -> bool:
-        return bool(self._info().type == file_type().Directory)
+        return bool(self._info().type.name == "Directory")
 
     def stat(self) -> ObjectStat:
-        """Raises FileNotFoundError where there is no such object."""
+        """Raises FileNotFoundError if there is no such object."""
         info = self._info()
-        if info.type != file_type().File:
+        if info.type.name != "File":
             raise FileNotFoundError(f"{self} does not exist")
         return ObjectStat(info.size, info.mtime_ns / 1e9 if info.mtime_ns is not None else 0.0)
 
     def iterdir(self) -> Iterator["ObjectPath"]:
-        """What lies directly below, objects and prefixes; nothing where there is nothing."""
+        """Objects and prefixes directly below; empty if there are none."""
         yield from self._below(recursive=False)
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
-        """Of what lies directly below, the names that match; the pattern holds no slash."""
+        """Objects and prefixes directly below whose name matches; the pattern has no slash."""
         assert "/" not in pattern
         yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
@@ -117,7 +133,7 @@ class ObjectPath:
             return self._store().open_input_file(self.key)
 
     def read_bytes(self) -> bytes:
-        """The whole object. Raises FileNotFoundError where there is none."""
+        """The whole object. Raises FileNotFoundError if there is none."""
         with self.explained(), self._store().open_input_stream(self.key) as stream:
             content: bytes = stream.read()
             return content
@@ -131,9 +147,9 @@ class ObjectPath:
             stream.write(content)
 
     def upload(self, local: Path) -> None:
-        """Puts a local file. A process that dies on the way leaves nothing that anybody sees.
+        """Uploads a local file; a process that dies meanwhile leaves nothing visible.
 
-        Raises OSError where the file cannot be read.
+        Raises OSError if the file cannot be read.
         """
         with local.open("rb") as source:
             with self.explained():
@@ -145,14 +161,14 @@ class ObjectPath:
                 with self.explained():
                     stream.close()
             except BaseException:
-                # Closing is the only way to let go of an upload, and it may make visible what there is of it.
+                # pyarrow cannot abort an upload: closing may make a partial object visible, which is then deleted.
                 with contextlib.suppress(OSError, StillroomError):
                     stream.close()
                     self.unlink(missing_ok=True)
                 raise
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Removes the object. Raises FileNotFoundError where there is none and that is not ok."""
+        """Deletes the object. Raises FileNotFoundError if there is none, unless `missing_ok`."""
         try:
             with self.explained():
                 self._store().delete_file(self.key)
@@ -171,7 +187,7 @@ class ObjectPath:
             raise explained(error, str(self), self.scheme) from error
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing to do: a prefix exists as soon as an object has it."""
+        """Does nothing: a prefix exists as soon as an object has it."""
 
     def _store(self) -> Any:
         return file_system(self.scheme)
@@ -185,45 +201,16 @@ class ObjectPath:
 
         with self.explained():
             found = self._store().get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive))
-        return sorted(
-            ObjectPath(self.scheme, info.path) for info in found if not recursive or info.type == file_type().File
-        )
-
-
-def file_type() -> Any:
-    """pyarrow.fs.FileType, loaded late."""
-    from pyarrow.fs import FileType
-
-    return FileType
-
-
-SCHEMES = ("s3", "gs", "az")
-CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 30.0
-PROBE_ATTEMPTS = 2
-"""A wrong endpoint is told at once."""
-PATIENT_ATTEMPTS = 6
-"""A store that answered before may rest for some seconds: a run goes on."""
-
-_REFUSED = re.compile(
-    r"ACCESS_DENIED|AccessKeyId|SIGNATURE|privileges|Forbidden|Unauthorized|credential|access token", re.I
-)
-_UNREACHED = re.compile(r"NETWORK_CONNECTION|curlCode|timed? ?out|error sending request|new connection", re.I)
-_ELSEWHERE = re.compile(r"HTTP status 30[17]|PermanentRedirect|AuthorizationHeaderMalformed", re.I)
-_KEYS_OF_SCHEME = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
+        return sorted(ObjectPath(self.scheme, info.path) for info in found if not recursive or info.type.name == "File")
 
 
 def file_system(scheme: str, max_attempts: int | None = None) -> Any:
-    """pyarrow's file system of a scheme, as the environment says now. Raises ConfigError where that is too little."""
+    """pyarrow's file system of a scheme, as configured by the environment. Raises ConfigError if that is incomplete."""
     return _file_system(scheme, max_attempts or PATIENT_ATTEMPTS, _facts())
 
 
 def delta_options(scheme: str) -> dict[str, str]:
-    """What deltalake must be told besides what it takes from the environment itself."""
+    """Storage options for deltalake beyond what it reads from the environment itself."""
     options = {
         "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
         "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
@@ -231,7 +218,7 @@ def delta_options(scheme: str) -> dict[str, str]:
         "retry_timeout": "60s",
     }
     if scheme == "s3":
-        # A commit is a put that fails where another came first: without it two workers could both make one version.
+        # A commit is a put that fails if another came first; without this two workers could both create a version.
         options["aws_conditional_put"] = "etag"
         if (endpoint := _s3_endpoint()) is not None:
             options["aws_endpoint_url"] = endpoint
@@ -240,19 +227,19 @@ def delta_options(scheme: str) -> dict[str, str]:
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether reading failed because of the store or the way to it, so that nothing is said of the bytes."""
+    """Whether a read failed because of the store or the network, which says nothing about the stored bytes."""
     text = str(error)
     return "AWS Error" in text or "Azure" in text or "google::cloud" in text
 
 
 def explained(error: BaseException, where: str, scheme: str) -> StillroomError:
-    """The error of a store as one line for the user, without anything that was sent to it."""
+    """A store's error as one line for the user, without anything that was sent to the store."""
     text = one_line(error)
     if _UNREACHED.search(text):
         reason = text.rpartition("Details: ")[2].rpartition("operation: ")[2]
         return StillroomError(f"{where}: {endpoint_of(scheme)} cannot be reached: {reason[:200]}")
     if _ELSEWHERE.search(text):
-        return DataError(f"{where}: the bucket lies in another region: set AWS_REGION to it")
+        return DataError(f"{where}: the bucket is in another region: set AWS_REGION to it")
     if _REFUSED.search(text):
         keys = _KEYS_OF_SCHEME[scheme]
         return DataError(f"{where}: {endpoint_of(scheme)} refuses access: check the key in the environment ({keys})")
@@ -260,7 +247,7 @@ def explained(error: BaseException, where: str, scheme: str) -> StillroomError:
 
 
 def endpoint_of(scheme: str) -> str:
-    """What to call the store in a message, without a password that its URL might hold."""
+    """The store's name for messages, without a password that its URL might contain."""
     if scheme != "s3":
         return {"gs": "Google Cloud Storage", "az": "Azure"}[scheme]
     endpoint = _s3_endpoint()
@@ -272,14 +259,14 @@ def _s3_endpoint() -> str | None:
 
 
 def _facts() -> tuple[str | None, ...]:
-    """Of the environment, what the constructors below are told by us."""
+    """What the constructors below take from the environment."""
     names = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
     return (_s3_endpoint(), *(os.environ.get(name) for name in names))
 
 
 @functools.cache
 def _file_system(scheme: str, max_attempts: int, facts: tuple[str | None, ...]) -> Any:
-    """pyarrow's file system of the scheme; `facts` tells apart what the environment said when it was made."""
+    """`facts` is part of the key, so that a changed environment makes a new file system."""
     from pyarrow import fs
 
     if scheme == "s3":

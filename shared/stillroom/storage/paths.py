@@ -1,11 +1,7 @@
-"""Where a cache lies: a folder, or a prefix in an object store. The code that reads and writes caches takes either.
+"""Where a cache is stored: a folder, or a prefix in an object store. Code that reads and writes caches accepts both.
 
-A folder is a `pathlib.Path` and stays exactly that. `s3://bucket/prefix`, `gs://bucket/prefix` and
-`az://container/prefix` are an ObjectPath, which answers those of Path's questions that the project asks, through the
-file systems of pyarrow. An object appears whole or not at all when its upload ends: one put takes the place of
-temporary name, fsync and rename.
-
-Files that become visible whole: temporary name, fsync, rename. Hashes of what was written.
+A folder is an ordinary `pathlib.Path`. `s3://bucket/prefix`, `gs://bucket/prefix` and `az://container/prefix` are an
+ObjectPath with the same methods. Files become visible whole: temporary name, fsync, rename; or one put.
 """
 
 import contextlib
@@ -22,39 +18,38 @@ from pydantic import PlainSerializer, PlainValidator
 
 from stillroom.errors import ConfigError, DataError
 from stillroom.storage import objects
-from stillroom.storage.objects import STREAM_BYTES, ObjectPath, file_type
+from stillroom.storage.objects import STREAM_BYTES, ObjectPath
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-
+TEMP_SUFFIX = ".tmp"
 _URL = re.compile(rf"^({'|'.join(objects.SCHEMES)})://(.*)$")
 _OTHER_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*://")
 
-
 Location = Path | ObjectPath
-"""Where a cache, or a file of it, lies."""
+"""Where a cache, or one of its files, is stored."""
 
 
 def location(text: str | Path | ObjectPath) -> Location:
-    """A folder's path, or the URL of a store. Raises ConfigError for a URL that is neither s3, gs nor az."""
+    """A folder's path or a store's URL. Raises ConfigError for a URL that is not s3, gs or az."""
     if not isinstance(text, str):
         return text
     match = _URL.match(text)
     if match is None:
         if _OTHER_URL.match(text):
-            raise ConfigError(f"{text} is no place for a cache: name a folder, or s3://, gs:// or az://BUCKET/PREFIX")
+            raise ConfigError(f"{text} is not supported: name a folder, or s3://, gs:// or az://BUCKET/PREFIX")
         return Path(text)
     bucket, _, prefix = match[2].partition("/")
     parts = [part for part in prefix.split("/") if part]
     if not bucket or not parts or {".", ".."} & set(parts):
-        raise ConfigError(f"{text} names no prefix of a bucket: write {match[1]}://BUCKET/PREFIX")
+        raise ConfigError(f"{text} is not a prefix in a bucket: write {match[1]}://BUCKET/PREFIX")
     return ObjectPath(match[1], "/".join([bucket, *parts]))
 
 
 def _validated(value: Any) -> Location:
     if not isinstance(value, (str, Path, ObjectPath)):
-        raise ValueError("a cache is named by a path or a URL")
+        raise ValueError("must be a path or a URL")
     try:
         return location(value)
     except ConfigError as error:
@@ -64,25 +59,25 @@ def _validated(value: Any) -> Location:
 CacheRoot = Annotated[
     Path | ObjectPath, PlainValidator(_validated), PlainSerializer(str, return_type=str, when_used="json")
 ]
-"""Where a cache lies, as a field of a configuration: a path or a URL."""
+"""A cache's path or URL as a field of a configuration."""
 
 
 def matching(folder: Location, pattern: str) -> list[Location]:
-    """What lies directly in `folder` under a name that matches, in order."""
+    """Entries directly in `folder` whose name matches, sorted."""
     if isinstance(folder, Path):
         return [*sorted(folder.glob(pattern))]
     return [*sorted(folder.glob(pattern))]
 
 
 def files_below(folder: Location) -> list[Location]:
-    """Every file below `folder`, in order."""
+    """Every file below `folder`, sorted."""
     if isinstance(folder, Path):
         return [*sorted(path for path in folder.rglob("*") if path.is_file())]
     return [*sorted(folder.rglob("*"))]
 
 
 def parts_of(path: Location) -> Iterator[bytes]:
-    """A file's bytes in order, STREAM_BYTES at a time. Raises FileNotFoundError where there is none."""
+    """A file's bytes, STREAM_BYTES at a time. Raises FileNotFoundError if there is none."""
     if not isinstance(path, Path):
         yield from path.parts()
         return
@@ -92,7 +87,7 @@ def parts_of(path: Location) -> Iterator[bytes]:
 
 
 def relative_name(path: Location, folder: Location) -> str:
-    """`path` as seen from `folder`, with slashes. Example: runs/r0.json."""
+    """`path` relative to `folder`, with slashes. Example: runs/r0.json."""
     if isinstance(path, Path) and isinstance(folder, Path):
         return path.relative_to(folder).as_posix()
     return str(path).removeprefix(f"{folder}/")
@@ -100,7 +95,7 @@ def relative_name(path: Location, folder: Location) -> str:
 
 @contextlib.contextmanager
 def local_copy(path: Location) -> Iterator[Path]:
-    """A small file as one of this machine: itself in a folder, else a copy that is gone afterwards."""
+    """A small file as a local one: the file itself, or a temporary copy of an object."""
     if isinstance(path, Path):
         yield path
         return
@@ -111,9 +106,9 @@ def local_copy(path: Location) -> Iterator[Path]:
 
 
 def spool(folder: Location) -> Path:
-    """Where what will lie in `folder` is written first: there, or for a store in a folder of ours below TMPDIR.
+    """The local folder in which files for `folder` are written first: itself, or for a store one below TMPDIR.
 
-    Raises DataError where that folder is another user's.
+    Raises DataError if that folder belongs to another user.
     """
     if isinstance(folder, Path):
         return folder
@@ -126,28 +121,28 @@ def spool(folder: Location) -> Path:
 
 
 def check_reachable(root: Location) -> None:
-    """Asks the store of `root` whether it is there and knows us, without patience; a folder need not exist yet.
+    """Checks with few retries that the store of `root` answers and grants access; a folder need not exist yet.
 
-    Raises DataError where a file stands in the folder's place, where there is no such bucket or it refuses access,
-    StillroomError where it cannot be reached.
+    Raises DataError if `root` is a file, there is no such bucket or access is refused; StillroomError if the store
+    cannot be reached.
     """
     if isinstance(root, Path):
         if root.is_file():
-            raise DataError(f"{root} is a file, and a cache is a folder: name a folder, which need not exist yet")
+            raise DataError(f"{root} is a file: name a folder, which need not exist yet")
         return
     bucket = root.key.partition("/")[0]
     probe = objects.file_system(root.scheme, objects.PROBE_ATTEMPTS)
     with root.explained():
-        # A key may be allowed the prefix and not the bucket, so that is asked only where there is no prefix.
-        missing = all(probe.get_file_info(key).type == file_type().NotFound for key in (root.key, bucket))
+        # Credentials may allow the prefix but not the bucket, so the bucket is checked only if there is no prefix.
+        missing = all(probe.get_file_info(key).type.name == "NotFound" for key in (root.key, bucket))
     if missing:
         raise DataError(
-            f"{root}: there is no bucket {bucket!r} at {objects.endpoint_of(root.scheme)}: make it, or mend the name"
+            f"{root}: there is no bucket {bucket!r} at {objects.endpoint_of(root.scheme)}: create it, or fix the name"
         )
 
 
 def require_cache(root: Location) -> None:
-    """Raises DataError where no cache lies at `root`, naming one that lies up to two folders below it."""
+    """Raises DataError if there is no cache at `root`, naming one up to two folders below it."""
     if (root / "chains" / "_delta_log").is_dir():
         return
     problem = f"{root} is not a cache"
@@ -162,10 +157,9 @@ def require_cache(root: Location) -> None:
 
 
 def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
-    """A Parquet file with page checksums verified; of an object the columns of a row group are fetched side by side.
+    """Opens a Parquet file with page checksums verified; columns of an object's row group are fetched in parallel.
 
-    `options` are those of pyarrow.parquet.ParquetFile. Raises FileNotFoundError, pa.ArrowException, or what ObjectPath
-    raises.
+    `options` go to pyarrow.parquet.ParquetFile. Raises FileNotFoundError, pa.ArrowException or what ObjectPath raises.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -181,27 +175,24 @@ def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
             **options,
         )
     except UnicodeDecodeError as error:
-        raise pa.ArrowInvalid(f"the footer names columns in bytes that are no text: {error}") from error
+        raise pa.ArrowInvalid(f"the footer names columns in bytes that are not text: {error}") from error
     except OSError as error:
-        # A footer that is damaged is an OSError as well.
+        # A damaged footer is an OSError too.
         if isinstance(path, Path) or not objects.is_store_error(error):
             raise
         raise objects.explained(error, str(path), path.scheme) from error
 
 
 def delta_options(root: Location) -> dict[str, str] | None:
-    """What deltalake must be told to open a table in `root`; None for a folder."""
+    """Storage options with which deltalake opens a table in `root`; None for a folder."""
     return None if isinstance(root, Path) else objects.delta_options(root.scheme)
-
-
-TEMP_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
 def atomic_path(path: Location) -> Iterator[Path]:
-    """Yields a temporary sibling to write to; on success it is fsynced and renamed to `path`, on error removed.
+    """Yields a temporary sibling to write to. On success it is fsynced and renamed to `path`, on error removed.
 
-    For an object store it is a local file, put whole on success.
+    For an object store it is a local file, uploaded on success.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="stillroom-put-") as folder:
@@ -221,21 +212,19 @@ def atomic_path(path: Location) -> Iterator[Path]:
 
 
 def check_out(flag: str, out: Path, caches: Sequence[Location] = ()) -> None:
-    """Raises ConfigError where what `flag` names would be written into a cache, DataError where it cannot be written.
-
-    No folder is made for it: one that is missing is a slip more often than a wish.
-    """
+    """Raises ConfigError if the file that `flag` names would be inside a cache, DataError if it cannot be written."""
     for root in caches:
         if isinstance(root, Path) and out.resolve().is_relative_to(root.resolve()):
-            raise ConfigError(f"{flag} {out} lies in the cache {root}, which is read-only here: write elsewhere")
+            raise ConfigError(f"{flag} {out} is inside the cache {root}, which is read-only here: write elsewhere")
     if out.is_dir():
         raise DataError(f"{flag} {out} is a folder: name a file")
+    # Not created: a missing folder is more often a typo than intended.
     if not out.absolute().parent.is_dir():
-        raise DataError(f"{flag} {out}: there is no folder {out.parent}: make it, or name a file in one that exists")
+        raise DataError(f"{flag} {out}: there is no folder {out.parent}: create it, or name a file in an existing one")
 
 
 def write_text_atomic(path: Location, text: str) -> None:
-    """Writes UTF-8 text so that readers see the old file or the new one, never a part."""
+    """Writes UTF-8 text so that readers see the old file or the new one, never a partial one."""
     with atomic_path(path) as temp:
         temp.write_text(text, encoding="utf-8")
 
@@ -255,17 +244,10 @@ def sync_folder(path: Path) -> None:
 
 
 def file_clock_s(folder: Location) -> float:
-    """What the file system of `folder` takes for now: ages of files must not depend on this machine's clock."""
-    if not isinstance(folder, Path):
-        stamp = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
-        try:
-            stamp.write_bytes(b"")
-            return stamp.stat().st_mtime
-        finally:
-            stamp.unlink(missing_ok=True)
+    """The time now by the clock of the storage, so that ages of files do not depend on this machine's clock."""
     probe = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
     try:
-        probe.touch()
+        probe.write_bytes(b"")
         return probe.stat().st_mtime
     finally:
         probe.unlink(missing_ok=True)

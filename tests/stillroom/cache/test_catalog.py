@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash, publish
-from stillroom.cache.delta_log import read_receipts
+from stillroom.cache.delta_log import read_markers
 from stillroom.errors import CacheConflict, CorruptError, DataError
 from stillroom.schema.tables import FAILURE_SCHEMA
 from tests.helpers.caches import on_disk
@@ -49,7 +49,7 @@ def test_published_files_are_visible_only_after_the_commit(catalog: Catalog) -> 
     assert Catalog(catalog.root).failures.last_sequence("app/w0") == 0
 
 
-def test_a_receipt_names_the_version_that_its_commit_became(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_marker_names_the_version_of_its_commit(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though others have committed by the time it is written."""
     other, refresh = Catalog(catalog.root).failures, Table.refresh
 
@@ -61,7 +61,7 @@ def test_a_receipt_names_the_version_that_its_commit_became(catalog: Catalog, mo
 
     monkeypatch.setattr(Table, "refresh", refresh_late)
     catalog.failures.commit([written(catalog.failures, "run/w0-000000")], "app/w0", 0)
-    versions = {one.application: one.version for one in read_receipts(catalog.failures.folder)}
+    versions = {one.application: one.version for one in read_markers(catalog.failures.folder)}
     assert (versions, catalog.failures.version) == ({"app/w0": 1, "app/w1": 2}, 2)
 
 
@@ -79,7 +79,7 @@ def test_of_two_writers_on_one_version_the_second_must_look_again(catalog: Catal
 def test_a_replayed_transaction_is_refused_also_by_a_fresh_handle(catalog: Catalog) -> None:
     file = written(catalog.failures, "run/w0-000000")
     catalog.failures.commit([file], "app/w0", 0)
-    with pytest.raises(CacheConflict, match="committed already"):
+    with pytest.raises(CacheConflict, match="already committed"):
         Catalog(catalog.root).failures.commit([file], "app/w0", 0)
     assert len(Catalog(catalog.root).failures.files()) == 1
 

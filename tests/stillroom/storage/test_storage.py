@@ -94,7 +94,7 @@ def test_names_of_places(tmp_path: Path) -> None:
     for wrong in ("s3://bucket", "s3:///a", "s3://bucket/../x", "http://host/a", "S3://bucket/a"):
         with pytest.raises(ConfigError, match="BUCKET/PREFIX"):
             location(wrong)
-    with pytest.raises(ConfigError, match=r"path: ftp://x/y is no place for a cache.*ftp://x/y"):
+    with pytest.raises(ConfigError, match=r"path: ftp://x/y is not supported.*ftp://x/y"):
         validate_config({"path": "ftp://x/y"}, CacheConfig, "run.yaml")
     config = CacheConfig(path=location("gs://bucket/a"))
     assert config.model_dump(mode="json")["path"] == "gs://bucket/a"

@@ -78,7 +78,7 @@ def test_a_missing_log_entry_is_named(root: Path, entry: int) -> None:
     assert problems(verify_cache(root)) == [
         (
             "chains/_delta_log",
-            f"entry {entry:020d}.json is missing: restore it from a copy; the shards it registered are still there",
+            f"entry {entry:020d}.json is missing: restore it from a copy; the shards it registered still exist",
         )
     ]
 
@@ -116,7 +116,7 @@ def test_an_unreadable_log_is_a_problem(root: Path) -> None:
     (root / "chains" / "_delta_log" / f"{1:020d}.json").write_text('{"add": ')
     found = problems(verify_cache(root))
     assert len(found) == 1
-    assert "is damaged or cut short" in found[0][1]
+    assert "is damaged or truncated" in found[0][1]
     shutil.rmtree(root / "verdicts")
     assert ("verdicts/_delta_log", "is missing") in problems(verify_cache(root))
 
@@ -299,7 +299,7 @@ def test_an_entry_cut_short_is_named_with_its_remedy(root: Path) -> None:
     entry = root / "chains" / "_delta_log" / f"{1:020d}.json"
     entry.write_bytes(entry.read_bytes()[:40])
     text = (
-        f"entry {entry.name} is damaged or cut short: restore it from a copy; the shards it registered are still there"
+        f"entry {entry.name} is damaged or truncated: restore it from a copy; the shards it registered still exist"
     )
     assert problems(verify_cache(root)) == [("chains/_delta_log", text)]
     with pytest.raises(CorruptError) as caught:
