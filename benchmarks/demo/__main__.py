@@ -185,5 +185,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        note("interrupted; this goes on: make demo")
+        note("Interrupted. Resume with: make demo")
         sys.exit(INTERRUPTED)

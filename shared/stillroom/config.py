@@ -1,6 +1,6 @@
-"""YAML files and `--set a.b=c` overrides to validated, frozen models. Mistakes come back as one ConfigError line.
+"""YAML files and `--set a.b=c` overrides to validated, frozen models. Mistakes become one ConfigError line.
 
-Environment variables and home folders in values are not expanded: an experiment means the same on every machine.
+Environment variables and `~` in values are not expanded, so an experiment means the same on every machine.
 """
 
 import difflib
@@ -23,11 +23,11 @@ SECRETS = {
     "an API key": re.compile(r"\bsk-[A-Za-z0-9_\-]{20,}"),
     "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
 }
-"""What a configuration must not hold: it is copied into manifests, run folders, reports and model cards."""
+"""Must not be in a configuration: it is copied into manifests, run folders, reports and model cards."""
 
 _PLAIN_KINDS = ("float", "int", "str", "bool")
 _KIND = re.compile(rf"^({'|'.join(_PLAIN_KINDS)}|function-.*|[A-Z]\w*Config)$")
-"""What pydantic calls the kinds of value that one key may have."""
+"""Parts of pydantic's error locations that are names of types, not keys."""
 
 _PATTERN_WORDS = {
     r"^[A-Za-z0-9_]+$": "must be letters, digits and underscores",
@@ -35,11 +35,11 @@ _PATTERN_WORDS = {
     r"^[A-Za-z0-9_.\-]+$": "must be letters, digits, underscores, dots and hyphens",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "must be letters, digits and underscores, no digit first",
 }
-"""What the patterns of names say in words."""
+"""The patterns of names in words."""
 
 
 class StrictModel(BaseModel):
-    """Base of every configuration block: frozen, unknown keys refused with the nearest known name."""
+    """Base of every configuration block: frozen; unknown keys are refused with the nearest known name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
@@ -62,7 +62,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: YAML forbids it, PyYAML silently takes the last one."""
+    """Refuses duplicate keys in a mapping: YAML forbids them, PyYAML silently takes the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         mapping = super().compose_mapping_node(anchor)
@@ -71,7 +71,7 @@ class _Loader(yaml.SafeLoader):
         for key in scalars:
             name, line = key.value, key.start_mark.line + 1
             if name in lines:
-                raise ValueError(f"key {name!r} stands twice, in lines {lines[name]} and {line}: keep one")
+                raise ValueError(f"key {name!r} appears twice, in lines {lines[name]} and {line}: keep one")
             lines[name] = line
         return mapping
 
@@ -88,7 +88,7 @@ def load_config(path: Path, overrides: Sequence[str], model: type[Model]) -> Mod
 
 
 def read_yaml(path: Path) -> Json:
-    """The mapping in a YAML file. Raises ConfigError where it is missing, not YAML, or not a mapping."""
+    """The mapping in a YAML file. Raises ConfigError if it is missing, not YAML, or not a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -109,7 +109,7 @@ def read_yaml(path: Path) -> Json:
 
 
 def apply_override(data: Json, override: str) -> None:
-    """Sets one dotted key in place; list items by number (`stages.0.epochs=2`)."""
+    """Sets one dotted key in place; list items are numbered (`stages.0.epochs=2`)."""
     dotted, equals, raw = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"--set {override!r} is not of the form key=value, for example sampling.temperature=0.6")
@@ -130,12 +130,12 @@ def apply_override(data: Json, override: str) -> None:
 
 
 def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> Model:
-    """Validates `data`. Raises ConfigError with the first problem, and how many more there are."""
+    """Validates `data`. Raises ConfigError with the first problems and the number of others."""
     for key, text in _texts(data):
         for name, pattern in SECRETS.items():
             if pattern.search(text):
                 raise ConfigError(
-                    f"{where}: {key} holds {name}, and a configuration is copied into manifests and reports: leave it "
+                    f"{where}: {key} holds {name}, and a configuration is copied into manifests and reports: move it "
                     "to the environment (HF_TOKEN, AWS_..., engine.api_key_env, ~/.netrc)"
                 )
     try:
@@ -148,7 +148,7 @@ def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> 
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and texts of everything inside."""
+    """Dotted keys and values of all strings inside."""
     if isinstance(value, Mapping):
         for name, one in value.items():
             yield from _texts(one, f"{key}.{name}".lstrip("."))
@@ -160,7 +160,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """What is wrong and where, without the excerpt."""
+    """The problem and its place, without the excerpt."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
@@ -199,7 +199,7 @@ def _problem(error: Any, data: Mapping[str, Any]) -> str:
 
 
 def _dotted(error: Any, data: Any) -> str:
-    """The key as it stands in the file: pydantic's location also names kinds of value and of block, which do not."""
+    """The key as written in the file: pydantic's location also contains names of types, which the file does not."""
     parts: list[str] = []
     node, num_left = data, len(error["loc"])
     for part in error["loc"]:
@@ -214,7 +214,7 @@ def _dotted(error: Any, data: Any) -> str:
 
 
 def _of_the_meant_kind(problems: Sequence[Any]) -> Sequence[Any]:
-    """Where a key may hold a number or a mapping, the problem with the one that was given: not that it is no other."""
+    """If a key takes a number or a mapping, keeps the problems of the kind that was given."""
 
     def is_meant(problem: Any) -> bool:
         kind = str(problem["loc"][-1]) if problem["loc"] else ""
@@ -224,7 +224,7 @@ def _of_the_meant_kind(problems: Sequence[Any]) -> Sequence[Any]:
 
 
 def _rule(error: Any) -> str:
-    """What is wrong, in words of YAML instead of Python's."""
+    """The broken rule in terms of YAML instead of Python."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "missing":
         return "must be given"

@@ -1,12 +1,12 @@
-"""Errors a user can meet, each with the exit code its command ends with.
+"""Errors that users may see, each with the exit code of the command that it ends.
 
     StillroomError              1  failed at run time
     ├── ConfigError             2  a value of the configuration or command line breaks a rule
-    ├── DataError               2  input that the user named cannot be used (missing, malformed, empty)
+    ├── DataError               2  input named by the user is missing, malformed or empty
     ├── CorruptError            3  stored bytes are not what was written
     └── CacheConflict           1  another process holds or changed what this one needs
 
-Messages are one line: what, where, the rule, the remedy. A command prints them without a traceback.
+Messages are one line: what, where, the rule, the remedy. Commands print them without a traceback.
 """
 
 import re
@@ -17,13 +17,13 @@ _COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 
 class StillroomError(Exception):
-    """Base of every error meant for a user's eyes."""
+    """Base of all errors meant for users."""
 
     exit_code = 1
 
 
 class ConfigError(StillroomError):
-    """A setting is unknown, missing, out of range or without effect."""
+    """A setting is unknown, missing, out of range or has no effect."""
 
     exit_code = 2
 
@@ -35,7 +35,7 @@ class DataError(StillroomError):
 
 
 class CorruptError(StillroomError):
-    """Stored bytes contradict themselves, their hash or the format."""
+    """Stored bytes contradict each other, their hash or the format."""
 
     exit_code = 3
 
@@ -46,7 +46,7 @@ class CacheConflict(StillroomError):
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Puts the key of the configuration that named an input before what is wrong with the input (DataError)."""
+    """Prefixes a DataError with the configuration key that named the input."""
     try:
         yield
     except DataError as error:
@@ -54,10 +54,10 @@ def naming(key: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, without line breaks and terminal colours; its type where it says nothing."""
+    """A library's message without line breaks and terminal colours; its type if the message is empty."""
     return " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's error says, or its type where it says nothing."""
+    """The first line of a library's message; its type if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

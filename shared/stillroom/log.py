@@ -1,8 +1,8 @@
 """Progress on stderr: a live bar on a terminal, one plain line every ten seconds in a log file. Results go to stdout.
 
-build  412/4000 chains  10%  1.2M tok  183 tok/s now  179 tok/s  106 B/token  0 failed  eta 1:22:10
+    build  412/4000 chains  10%  1.2M tok  183 tok/s now  179 tok/s  106 B/token  0 failed  eta 1:22:10
 
-Text from a cache on a terminal: what a model wrote must not move the cursor, recolour the screen or hide itself.
+Text from a cache must not control the terminal: what a model wrote may not move the cursor, change colours or hide.
 """
 
 import re
@@ -18,55 +18,21 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-# C0 and C1 controls without tab and newline, and the marks that turn the direction of writing.
+# C0 and C1 controls except tab and newline, and marks that change the writing direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 _BREAK = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def harmless(text: str) -> str:
-    """The text with control characters written out, `\\x1b` for an escape; tabs and newlines stay."""
-    return _CONTROL.sub(lambda match: _written_out(match[0]), text)
-
-
-def one_line(text: str) -> str:
-    """`harmless`, with tabs and line breaks written out too."""
-    return harmless("".join(_BREAK.get(character, character) for character in text))
-
-
-def width_of(text: str) -> int:
-    """Columns that the text takes on a terminal (two for a wide character)."""
-    return cell_len(text)
-
-
-def cut(text: str, width: int) -> str:
-    """The text in at most `width` columns, an ellipsis for what was cut off."""
-    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"
-
-
-def pad(text: str, width: int, *, right: bool = False) -> str:
-    """The text in exactly `width` columns or more, to the left or the right of them."""
-    space = " " * (width - cell_len(text))
-    return space + text if right else text + space
-
-
-def _written_out(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
 PLAIN_INTERVAL_S = 10.0
 RATE_WINDOW_S = 30.0
-
 console = Console(stderr=True, highlight=False)
-"""Where people read; never the place of a result."""
+"""For people; results never go here."""
 
 
 class Progress:
     """Progress of one long loop, as a context manager.
 
     Counts are absolute: `update(done, num_tokens, notes)`. Rates are over the last RATE_WINDOW_S seconds and since the
-    start; what was done before this process started (`done_before`) counts for the bar and not for tokens and rates.
-    The clock of a finished loop stands still at its last update, and a log file gets its last line once.
+    start. What earlier processes did (`done_before`) counts for the bar but not for tokens and rates. The clock of a
+    finished loop stops at its last update.
     """
 
     def __init__(self, label: str, total: int, unit: str, done_before: int = 0) -> None:
@@ -103,7 +69,7 @@ class Progress:
         self.print_now()
 
     def update(self, done: int, num_tokens: int, notes: Mapping[str, str] | None = None) -> None:
-        """Sets absolute counts; `notes` are shown behind the rates as `name value`, unnamed where the name is empty."""
+        """Sets absolute counts; `notes` follow the rates as `name value`, without the name if it is empty."""
         now_s = self._updated_s = time.monotonic()
         self._done, self._num_tokens = done, num_tokens
         self._notes = "  ".join(f"{name} {value}".strip() for name, value in (notes or {}).items())
@@ -111,12 +77,12 @@ class Progress:
         while len(self._window) > 2 and now_s - self._window[0][0] > RATE_WINDOW_S:
             self._window.popleft()
         self._show()
-        # The last line comes once, by `print_now` or at the end.
+        # The last line is printed once, by `print_now` or at the end.
         if done < self._total and now_s - self._printed_s >= PLAIN_INTERVAL_S:
             self.print_now()
 
     def print_now(self) -> None:
-        """Gives a log file the line as it stands, unless that is what it got last; on a terminal the bar says it."""
+        """Prints the current line to a log file unless it was just printed; on a terminal the bar shows it."""
         line = f"{self._label}  {self._line()}"
         if self._live or line == self._printed:
             return
@@ -143,7 +109,7 @@ class Progress:
         parts = [
             f"{self._done}/{self._total} {self._unit}",
             share,
-            # Some loops have no tokens to count, others none yet.
+            # Some loops have no tokens, others none yet.
             *(tokens if self._num_tokens else []),
             self._notes,
             f"eta {eta}" if left > 0 else f"in {format_duration(elapsed_s)}",
@@ -152,13 +118,18 @@ class Progress:
 
 
 def warn(message: str) -> None:
-    """One line on stderr that something needs attention, without stopping."""
+    """Prints a warning line on stderr."""
     note(f"warning: {message}")
 
 
 def note(message: str) -> None:
-    """One line on stderr for the person who watches; what a cache brings along cannot act on the terminal."""
+    """Prints one line on stderr, with control characters escaped: it may contain text from a cache."""
     console.print(harmless(message), markup=False, soft_wrap=True)
+
+
+def is_terminal() -> bool:
+    """Whether results on stdout go to a person rather than a program."""
+    return sys.stdout.isatty()
 
 
 def format_count(number: float) -> str:
@@ -189,6 +160,32 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"
 
 
-def is_terminal() -> bool:
-    """Whether results on stdout go to a person rather than to a program."""
-    return sys.stdout.isatty()
+def harmless(text: str) -> str:
+    """The text with control characters escaped, such as `\\x1b`; tabs and newlines are kept."""
+    return _CONTROL.sub(lambda match: _written_out(match[0]), text)
+
+
+def one_line(text: str) -> str:
+    """`harmless`, with tabs and line breaks escaped too."""
+    return harmless("".join(_BREAK.get(character, character) for character in text))
+
+
+def width_of(text: str) -> int:
+    """Width of the text on a terminal, where some characters take two columns."""
+    return cell_len(text)
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most `width` columns, with an ellipsis if it was cut."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"
+
+
+def pad(text: str, width: int, *, right: bool = False) -> str:
+    """The text padded to `width` columns, left-aligned or right-aligned."""
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -1,16 +1,10 @@
-"""Tokenizers without models: loading, identity, pieces for SQL, where reasoning ends, and whether two vocabularies
-agree.
+"""Tokenizers and identities of models, without torch.
 
-Nothing here needs torch. Fingerprints are 32 hex characters (stillroom.schema.records.stable_hash).
-
-Identity of a model's weights without reading all of them: a 600 GB model is known in seconds.
-
-A folder's fingerprint covers config.json, the names and sizes of its weight files and NUM_BLOCKS blocks of each, the
-first of which holds the safetensors header (names, shapes, dtypes and offsets of all tensors). Training changes nearly
-every weight, so it changes sampled blocks; a hand edit of a few tensors between the blocks keeps the fingerprint. A
-hub id is identified by the commit that its revision resolves to, which covers every byte.
-
-The Hugging Face hub's own messages: its client says of every attempt that it failed, and we say it once.
+Fingerprints are 32 hex characters (stillroom.schema.records.stable_hash). A folder's covers config.json, the names and
+sizes of its weight files and NUM_BLOCKS blocks of each, so that a 600 GB model is identified in seconds. The first
+block holds the safetensors header: names, shapes, dtypes and offsets of all tensors. Training changes nearly every
+weight, hence sampled blocks; editing a few tensors between the blocks by hand keeps the fingerprint. A hub id is
+identified by the commit that its revision resolves to, which covers every byte.
 """
 
 import contextlib
@@ -36,45 +30,20 @@ from stillroom.schema.tables import VOCAB_SCHEMA
 from stillroom.storage.paths import Location, atomic_path, local_copy
 
 _CLIENT = logging.getLogger("huggingface_hub.utils._http")
-
-
-def hush_hub() -> None:
-    """Lets a hub that does not answer be told by one line instead of two for every attempt. May be called again."""
-    _CLIENT.addFilter(_once)
-
-
-def unreachable(model: str, error: Exception) -> str:
-    """What is said of a name that is no folder and that the hub did not give, with the first sentence of its reason."""
-    reason = one_line(error).split(". ")[0].rstrip(".")
-    return f"{model} is neither a folder nor a hub id that can be reached: {reason}"
-
-
 _said: set[str] = set()
-
-
-def _once(record: logging.LogRecord) -> bool:
-    """Keeps what is no failed attempt; of those the first is told in our words."""
-    text = record.getMessage()
-    if not ("thrown while requesting" in text or text.startswith("Retrying in ")):
-        return True
-    if not _said:
-        _said.add(text)
-        note("the Hugging Face hub does not answer: trying for about half a minute (HF_HUB_OFFLINE=1 asks it nothing)")
-    return False
-
-
 VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
-"""Of tokenizer.json: what a saved copy may say differently. The post-processor only wraps plain text, never templates.
-"""
-
+"""Keys of tokenizer.json that may differ in a saved copy. The post-processor wraps plain text only, never templates."""
 MARKER = re.compile(r"^(<[^<>\s]+>|\[[^\[\]\s]+\])$")
-"""Added tokens that look like this, such as <think>, are markers even where their tokenizer does not call them
-special.
-"""
+"""Added tokens such as <think> count as special even if their tokenizer does not mark them so."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+NUM_BLOCKS = 8
+BLOCK_BYTES = 1 << 20
+VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a folder or hub id. Raises DataError in one line where it cannot be loaded."""
+    """The transformers tokenizer of a folder or hub id. Raises DataError if it cannot be loaded."""
     try:
         with _quiet_transformers():
             from transformers import AutoTokenizer
@@ -89,7 +58,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
 
 
 def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """Width of the model's logits out of its config.json. Raises DataError where it does not say."""
+    """Width of the model's logits, from its config.json. Raises DataError if that does not say."""
     with _quiet_transformers():
         from transformers import AutoConfig
     _require_folder_or_id(model)
@@ -101,28 +70,10 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
         raise DataError(_unusable(model, "usable config.json", error)) from error
 
 
-def _require_folder_or_id(model: str) -> None:
-    if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
-
-
-def _unusable(model: str, what: str, error: Exception) -> str:
-    if isinstance(error, OSError) and not Path(model).is_dir():
-        return unreachable(model, error)
-    return f"{model} has no {what}: {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    """One line; for a model with code of its own, which transformers refuses to run unasked, what to do about it."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text or "custom code" in text:
-        return "it ships Python code of its own, which runs only with trust_remote_code: true; trust it as a program"
-    return text[:300]
-
-
 def fingerprints_from_files(model: str) -> tuple[str, str] | None:
-    """Fingerprints of the tokenizer and the chat template in a local folder that transformers saved, without
-    transformers; None where it must be asked: hub ids, tokenizers in Python code, several templates.
+    """Fingerprints of tokenizer and chat template of a local folder, without importing transformers.
+
+    None for what needs transformers: hub ids, tokenizers in Python code, several templates.
     """
     folder = Path(model)
     tokenizer, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
@@ -144,25 +95,16 @@ def fingerprints_from_files(model: str) -> tuple[str, str] | None:
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Identity of what turns text into ids: vocabulary, merges, normaliser, pre-tokeniser, decoder and added tokens.
+    """Identity of everything that turns text into ids: vocabulary, merges, normaliser, decoder, added tokens, ...
 
-    A copy that transformers saved has the same fingerprint. Truncation, padding and the special tokens put around plain
-    text do not count. A tokenizer in Python code counts by its class name, vocabulary and added tokens.
+    A copy saved by transformers has the same fingerprint. Truncation, padding and special tokens around plain text
+    do not count. A tokenizer in Python code is identified by class name, vocabulary and added tokens.
     """
     backend = _backend(tokenizer)
     if backend is None:
         added = {str(token_id): token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
         return stable_hash("tokenizer", type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added)
     return _fingerprint_backend(backend)
-
-
-def _fingerprint_backend(backend: dict[str, Any]) -> str:
-    canonical = {key: value for key, value in backend.items() if key not in VOLATILE_KEYS}
-    model = dict(canonical["model"])
-    # Older files write a merge as "a b", newer ones as ["a", "b"].
-    if "merges" in model:
-        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
-    return stable_hash("tokenizer", {**canonical, "model": model})
 
 
 def fingerprint_template(tokenizer: Any) -> str:
@@ -185,9 +127,7 @@ def write_vocab(path: Location, tokenizer: Any) -> None:
 
 
 def pieces_of(tokenizer: Any) -> dict[int, str]:
-    """Text of each single token by id. Bytes that are not UTF-8 by themselves stand as <0xE2>, so that nothing is
-    lost.
-    """
+    """Text of each token by id. Bytes that are not valid UTF-8 by themselves are shown as <0xE2>."""
     backend = _backend(tokenizer)
     kinds = _decoder_kinds(backend["decoder"]) if backend is not None else set()
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
@@ -206,9 +146,9 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
 
 
 def special_pieces(vocab: Location) -> dict[int, str]:
-    """Texts of the special tokens of a cache's vocabulary file by id; none where there is no file.
+    """Texts of the special tokens in a cache's vocabulary file by id; empty if there is no file.
 
-    Raises CorruptError where the file cannot be read.
+    Raises CorruptError if the file cannot be read.
     """
     if not vocab.exists():
         return {}
@@ -220,8 +160,7 @@ def special_pieces(vocab: Location) -> dict[int, str]:
 def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bool:
     """Whether a chain ended by itself; `last_piece` is the text of its last token if that is special, else None.
 
-    Of a scored chain only that token tells: what ends a turn is special and, unlike <think>, no part of the text. Text
-    that was given as cut has none.
+    For a scored chain only that token tells: what ends a turn is special and, unlike <think>, not part of the text.
     """
     if finish_reason != "scored":
         return finish_reason == "stop"
@@ -229,7 +168,7 @@ def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bo
 
 
 def reasoning_ids(tokenizer: Any, start: str, end: str) -> tuple[int | None, int | None]:
-    """Ids of the tokens that open and close reasoning; None where the tokenizer has no such single token."""
+    """Ids of the tokens that open and close reasoning; None if that is not a single token of the tokenizer."""
     vocab = tokenizer.get_vocab()
     return vocab.get(start), vocab.get(end)
 
@@ -239,8 +178,8 @@ def split_reasoning(
 ) -> int | None:
     """Offset in `token_ids` just after the token that ends the reasoning.
 
-    None where reasoning began (in the completion, or in the prompt by a template that opens it) and never closed; 0
-    where there is none. Prompt [.. <think>], completion [a b </think> c] gives 3; [a b] gives None; a prompt that ends
+    None if reasoning began (in the completion, or in a prompt whose template opens it) and never ended; 0 if there is
+    none. Prompt [.. <think>], completion [a b </think> c] gives 3; [a b] gives None; a prompt that ends
     with <think></think> (thinking turned off) and completion [a b] gives 0.
     """
     if end_id is None:
@@ -257,7 +196,7 @@ def split_reasoning(
 
 @dataclass(frozen=True, slots=True)
 class VocabDifference:
-    """Where two vocabularies disagree: (id, piece in the cache or None, piece in the other tokenizer or None)."""
+    """Differences of two vocabularies: (id, piece in the cache or None, piece in the other tokenizer or None)."""
 
     ordinary: list[tuple[int, str | None, str | None]]
     special: list[tuple[int, str | None, str | None]]
@@ -271,9 +210,9 @@ class VocabDifference:
 def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
     """Compares a cache's vocabulary file with a tokenizer, id by id.
 
-    A difference is special when the id is special, or missing, on both sides: control tokens and markers such as
-    <think> may be renamed between relatives. Rows of an embedding past both vocabularies are padding and appear in
-    neither. Raises CorruptError where the file cannot be read.
+    A difference is special if the id is special or missing on both sides: control tokens and markers such as <think>
+    may be renamed within a model family. Rows of an embedding past both vocabularies are padding and appear in neither.
+    Raises CorruptError if the file cannot be read.
     """
     table = _read_vocab(cached)
     rows = zip(*(table.column(name).to_pylist() for name in ("token_id", "piece", "is_special")), strict=True)
@@ -290,9 +229,7 @@ def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
 
 
 def require_same_vocab(difference: VocabDifference, student: str) -> None:
-    """Raises ConfigError naming ids and pieces where ordinary tokens differ: distributions would teach the wrong
-    words.
-    """
+    """Raises ConfigError naming ids and pieces if ordinary tokens differ: distributions would teach wrong words."""
     if difference.agree:
         return
     shown = ", ".join(
@@ -304,12 +241,117 @@ def require_same_vocab(difference: VocabDifference, student: str) -> None:
     )
 
 
-def _read_vocab(cached: Location) -> pa.Table:
+def fingerprint_weights(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Fingerprint and resolved revision (the commit of a hub id, None for a folder).
+
+    Raises DataError if a folder has no weights or config.json, or if a hub id cannot be resolved.
+    """
+    if Path(model).is_dir():
+        return fingerprint_folder(Path(model)), None
+    commit = resolve_revision(model, revision)
+    return stable_hash("hub", model, commit), commit
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Fingerprint of a Hugging Face folder, independent of its path."""
+    kept = _settings(folder)
+    weights = _weight_files(folder)
+    if not weights:
+        raise DataError(f"{folder} holds no weights: name a Hugging Face model folder")
+    return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
+
+
+def fingerprint_served(folder: Path, served_name: str) -> str:
+    """Fingerprint of a model with only its config.json: other weights served under the same name look equal."""
+    return stable_hash("served", _settings(folder), served_name)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weight files."""
+    return bool(_weight_files(folder))
+
+
+def resolve_revision(model: str, revision: str | None) -> str:
+    """The commit of a hub id, from the hub or, if that cannot be reached, from the local download."""
+    if revision is not None and COMMIT.match(revision):
+        return revision
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
     try:
-        with local_copy(cached) as path:
-            return pq.read_table(path, schema=VOCAB_SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
+        import huggingface_hub
+    except ImportError as error:
+        raise DataError(f"{model} is not a folder, and hub ids need: pip install huggingface_hub") from error
+    hush_hub()
+    try:
+        # The path in the local store names the commit: .../snapshots/<commit>/config.json
+        path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
+    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+        raise DataError(unreachable(model, error)) from error
+    return Path(path).parent.name
+
+
+def hush_hub() -> None:
+    """Reports a hub that does not answer in one line, instead of two per attempt. May be called repeatedly."""
+    _CLIENT.addFilter(_once)
+
+
+def unreachable(model: str, error: Exception) -> str:
+    """The message for a name that is not a folder and that the hub did not provide."""
+    reason = one_line(error).split(". ")[0].rstrip(".")
+    return f"{model} is neither a folder nor a hub id that can be reached: {reason}"
+
+
+def _once(record: logging.LogRecord) -> bool:
+    """Drops log records of failed attempts; the first is replaced by our own line."""
+    text = record.getMessage()
+    if not ("thrown while requesting" in text or text.startswith("Retrying in ")):
+        return True
+    if not _said:
+        _said.add(text)
+        note("the Hugging Face hub does not answer: retrying for half a minute (HF_HUB_OFFLINE=1 never asks it)")
+    return False
+
+
+def _require_folder_or_id(model: str) -> None:
+    if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+
+
+def _unusable(model: str, what: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not Path(model).is_dir():
+        return unreachable(model, error)
+    return f"{model} has no {what}: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line; for a model that ships code, what that means."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it ships Python code of its own, which runs only with trust_remote_code: true; trust it like a program"
+    return text[:300]
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences transformers' advice to install torch, which is not needed here."""
+    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        else:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
+
+
+def _fingerprint_backend(backend: dict[str, Any]) -> str:
+    canonical = {key: value for key, value in backend.items() if key not in VOLATILE_KEYS}
+    model = dict(canonical["model"])
+    # Older files write a merge as "a b", newer ones as ["a", "b"].
+    if "merges" in model:
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
+    return stable_hash("tokenizer", {**canonical, "model": model})
 
 
 def _backend(tokenizer: Any) -> dict[str, Any] | None:
@@ -318,6 +360,14 @@ def _backend(tokenizer: Any) -> dict[str, Any] | None:
         return None
     loaded: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return loaded
+
+
+def _read_vocab(cached: Location) -> pa.Table:
+    try:
+        with local_copy(cached) as path:
+            return pq.read_table(path, schema=VOCAB_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -337,16 +387,14 @@ def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte, backwards: printable Latin-1 stands for itself, the rest from U+0100
-    on.
-    """
+    """Byte of each character in GPT-2's alphabet: printable Latin-1 maps to itself, the rest to U+0100 and on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _show_bytes(data: bytes) -> str:
-    """UTF-8 text, bytes that belong to no whole character as <0xE2>."""
+    """UTF-8 text; bytes that do not form a whole character as <0xE2>."""
     text = data.decode("utf-8", errors="surrogateescape")
     return "".join(f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text)
 
@@ -356,78 +404,8 @@ def _last(ids: npt.NDArray[Any], token_id: int | None) -> int:
     return int(places[-1]) if len(places) else -1
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Imports transformers without its advice to install torch, which is not needed here."""
-    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
-        else:
-            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
-
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-NUM_BLOCKS = 8
-BLOCK_BYTES = 1 << 20
-VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
-COMMIT = re.compile(r"^[0-9a-f]{40}$")
-
-
-def fingerprint_weights(model: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Fingerprint and resolved revision (the commit of a hub id, None for a folder).
-
-    Raises DataError where a folder holds no weights or config.json, or where a hub id cannot be resolved.
-    """
-    if Path(model).is_dir():
-        return fingerprint_folder(Path(model)), None
-    commit = resolve_revision(model, revision)
-    return stable_hash("hub", model, commit), commit
-
-
-def fingerprint_folder(folder: Path) -> str:
-    """Fingerprint of a Hugging Face folder; the same wherever the folder lies."""
-    kept = _settings(folder)
-    weights = _weight_files(folder)
-    if not weights:
-        raise DataError(f"{folder} holds no weights: name a Hugging Face model folder")
-    return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
-
-
-def fingerprint_served(folder: Path, served_name: str) -> str:
-    """Fingerprint of a model whose config.json alone is here: other weights served under the same name look equal."""
-    return stable_hash("served", _settings(folder), served_name)
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weight files."""
-    return bool(_weight_files(folder))
-
-
-def resolve_revision(model: str, revision: str | None) -> str:
-    """The commit of a hub id: asked of the hub, or of the local download where the hub cannot be reached."""
-    if revision is not None and COMMIT.match(revision):
-        return revision
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise DataError(f"{model} is no folder, and hub ids need: pip install huggingface_hub") from error
-    hush_hub()
-    try:
-        # The path in the local store names the commit: .../snapshots/<commit>/config.json
-        path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
-    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
-        raise DataError(unreachable(model, error)) from error
-    return Path(path).parent.name
-
-
 def _settings(folder: Path) -> dict[str, Any]:
-    """config.json without what says nothing of the model."""
+    """config.json without keys that do not describe the model."""
     config = folder / "config.json"
     if not config.exists():
         raise DataError(f"{folder} holds no config.json: name a Hugging Face model folder")
@@ -440,12 +418,12 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.stem != "training_args")
-    # Where a folder has both, safetensors are what is loaded.
+    # If a folder has both, transformers loads safetensors.
     return [path for path in files if path.suffix == ".safetensors"] or files
 
 
 def _sampled_hash(path: Path) -> str:
-    """SHA-256 of NUM_BLOCKS blocks spread evenly over the file, ends included; of all bytes of a small file."""
+    """SHA-256 of NUM_BLOCKS blocks spread evenly over the file, both ends included; of all bytes of a small file."""
     size_bytes = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as stream:

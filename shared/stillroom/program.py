@@ -1,9 +1,8 @@
-"""What the two programs' command lines have in common: the version, exit codes, results, and how a program ends.
+"""What the command lines of both programs share: version, results, exit codes, and a clean stop.
 
 stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed at run time, 2 usage or configuration, 3 stored
-bytes are damaged, 130 interrupted (and the command that resumes is printed).
-
-A polite end: the first Ctrl-C or SIGTERM asks for it, the second one stops at once.
+bytes are damaged, 130 interrupted (and the command that resumes is printed). The first Ctrl-C or SIGTERM requests a
+stop, the second one stops immediately.
 """
 
 import json
@@ -26,15 +25,18 @@ from stillroom.log import note
 if TYPE_CHECKING:
     from stillroom.config import Json
 
-
 FAILED, DAMAGED, INTERRUPTED = 1, 3, 130
 STDOUT = 1
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ANNOUNCEMENT = b"\nStopping: finishing and saving. Press Ctrl-C again to stop immediately.\n"
+STDERR = 2
+TOGETHER_S = 1.0
+"""Signals this close count once: a scheduler signals all processes of a job, and a launcher among them forwards it."""
 
 
 def new_program(name: str, text: str) -> typer.Typer:
-    """A program whose commands are still to come; it knows `--version` and shell completion."""
+    """A program without commands yet, with `--version` and shell completion."""
     app = typer.Typer(
         name=name,
         help=text,
@@ -46,7 +48,7 @@ def new_program(name: str, text: str) -> typer.Typer:
 
     @app.callback(invoke_without_command=True)
     def _main(
-        show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+        show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     ) -> None:
         if show_version:
             print(version("stillroom"))
@@ -61,7 +63,7 @@ def print_result(result: "Json", lines: list[str], as_json: bool) -> None:
 
 
 def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
-    """Runs a command: one line for a user's mistake, and the right exit code; `resumable` commands say how to go on."""
+    """Runs a command: one line for a user's mistake, the right exit code, how to resume one of the `resumable` ones."""
     try:
         app(prog_name=name)
     except StillroomError as error:
@@ -70,30 +72,15 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
     except SystemExit as end:
         _leave_quietly(end)
         if end.code == INTERRUPTED and sys.argv[1:2] and sys.argv[1] in resumable:
-            note(f"interrupted; this goes on: {shlex.join([name, *sys.argv[1:]])}")
+            note(f"Interrupted. Resume with: {shlex.join([name, *sys.argv[1:]])}")
         raise
 
 
-def _leave_quietly(end: SystemExit) -> None:
-    """Ends the program as a broken pipe ends any other, without a word, if `end` came of one: `stats CACHE | head`."""
-    if isinstance(end.__context__, BrokenPipeError):
-        # Python flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
-        sys.exit(128 + signal.SIGPIPE)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ANNOUNCEMENT = b"\nstopping: what is at hand is finished and saved first (again to stop at once)\n"
-STDERR = 2
-TOGETHER_S = 1.0
-"""Signals so close are one: a scheduler signals all processes of a job, and a launcher among them passes it on."""
-
-
 class StopRequest:
-    """While entered, turns the first signal into `is_set`; the second raises KeyboardInterrupt. Main thread only.
+    """While entered, the first signal sets `is_set` and the second raises KeyboardInterrupt. Main thread only.
 
-    With `at_once` the first one raises already, until `finish_first` says that there is something to finish; whatever
-    else goes wrong on the way out (a library left half imported) is then a KeyboardInterrupt too.
+    With `at_once` the first one raises too, until `finish_first` is called because there is something to save. Other
+    errors on the way out (from a half-imported library) then also become KeyboardInterrupt.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -105,7 +92,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._on_signal) for one in SIGNALS}
-            # A program may be started with them blocked, so that none arrives before this can answer it.
+            # A launcher may start programs with signals blocked, so that none arrives before this handler exists.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
@@ -119,7 +106,7 @@ class StopRequest:
             raise KeyboardInterrupt from error
 
     def finish_first(self) -> None:
-        """From here on the first signal lets what is at hand be finished."""
+        """From now on the first signal lets current work finish."""
         self._at_once = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -130,8 +117,16 @@ class StopRequest:
         if was_set or self._at_once:
             raise KeyboardInterrupt
         try:
-            # Not print: the signal may have come in the middle of one, which Python refuses to enter again.
+            # Not print: the signal may interrupt one, and Python's buffered writer is not reentrant.
             os.write(STDERR, ANNOUNCEMENT)
         except OSError:
-            # Nobody reads any more: that is no reason not to save.
+            # stderr is closed, which must not prevent saving.
             return
+
+
+def _leave_quietly(end: SystemExit) -> None:
+    """Ends silently, as other programs do, if `end` was caused by a broken pipe: `stats CACHE | head`."""
+    if isinstance(end.__context__, BrokenPipeError):
+        # Python flushes stdout again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        sys.exit(128 + signal.SIGPIPE)

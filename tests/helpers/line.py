@@ -65,7 +65,7 @@ class Line:
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 130, said[-4000:]
-        assert f"this goes on: {' '.join(command)}" in said
+        assert f"Resume with: {' '.join(command)}" in said
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **FAST_ENGINE, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

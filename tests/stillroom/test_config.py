@@ -79,8 +79,8 @@ def test_files_that_are_no_mapping_are_refused(path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cache: a\nrun: b\nrun: c\n", r"key 'run' stands twice, in lines 2 and 3"),
-        ("sampling: {seed: 1, seed: 2}\n", r"key 'seed' stands twice, in lines 1 and 1"),
+        ("cache: a\nrun: b\nrun: c\n", r"key 'run' appears twice, in lines 2 and 3"),
+        ("sampling: {seed: 1, seed: 2}\n", r"key 'seed' appears twice, in lines 1 and 1"),
     ],
 )
 def test_keys_that_stand_twice_are_refused(path: Path, text: str, message: str) -> None:

@@ -19,7 +19,7 @@ def test_the_first_signal_asks_and_the_second_stops(
         os.kill(os.getpid(), number)
         states.append(stop.is_set)
         assert states == [False, True]
-        assert "again to stop at once" in capfd.readouterr().err
+        assert "again to stop immediately" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before

@@ -231,4 +231,4 @@ def test_a_signal_while_the_model_loads_prints_the_command_that_resumes(
     monkeypatch.chdir(tmp_path)
     result = run(capsys, monkeypatch, command, "c.yaml")
     assert (result.code, result.out) == (130, "")
-    assert result.err.endswith(f"interrupted; this goes on: teacher-cache {command} c.yaml\n")
+    assert result.err.endswith(f"Interrupted. Resume with: teacher-cache {command} c.yaml\n")

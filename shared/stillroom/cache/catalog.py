@@ -302,7 +302,9 @@ def check_hash(path: Location) -> None:
     except OSError as error:
         raise StillroomError(f"{path} cannot be read: {error.strerror}") from error
     if found[:HASH_CHARS] != match["hash"]:
-        raise CorruptError(f"{path} does not have the bytes that were written: its SHA-256 differs from the one in its name")
+        raise CorruptError(
+            f"{path} does not have the bytes that were written: its SHA-256 differs from the one in its name"
+        )
 
 
 def manifest_problem(error: ValueError) -> str:

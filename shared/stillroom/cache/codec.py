@@ -1,18 +1,18 @@
-"""Captured distributions to stored columns and back: the only place that knows how signals become numbers on disk.
+"""Distributions to stored columns and back: the only place that knows how signals become numbers on disk.
 
-In: Signals (ragged support, draws, tail mass). Out: Arrow columns, one value a chain, and back. Everything is
-vectorised over tokens; no Python object a token or candidate.
+In: Signals (ragged support, draws, tail mass). Out: Arrow columns, one list per chain, and back. Everything is
+vectorised over tokens; there is no Python object per token or candidate.
 
 Shape legend: T tokens, S temperatures, R rows (chains); N stored candidates, D stored draws and E both of all tokens
 (flat).
 
-The entries of a token are its support in rank order and then its draws, in the same columns; `topk_n` and `draw_n`
+The entries of a token are its support in rank order followed by its draws, in the same columns; `topk_n` and `draw_n`
 count them.
 
 `topk-u8`   log probability as 8-bit square-root code c: lp = -32 (c/255)^2 nats, resolution finest near certainty.
             The tail's log mass has the same code, up to 254; 255 means no tail. Decoding divides by the decoded total
-            (support and tail), so every decoded distribution sums to one. Scalars a token keep 10 mantissa bits.
-            A draw's code is that of its own log probability; what it weighs is the tail's mass over `draw_n`.
+            (support and tail), so every decoded distribution sums to one. Scalars per token keep 10 mantissa bits.
+            A draw's code is that of its own log probability; its weight is the tail's mass over `draw_n`.
 `topk-f32`  everything as float32, exact.
 """
 
@@ -42,9 +42,8 @@ from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
 from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS, signal_fields
 
 Array = npt.NDArray[Any]
-
 PER_ENTRY = ("topk_ids", "topk_codes", "topk_logprobs")
-"""Columns with one value an entry; the others have one a token."""
+"""Columns with one value per entry; the others have one per token."""
 
 
 def check_codec(codec: str) -> None:
@@ -74,8 +73,8 @@ def signal_columns(header: ShardHeader) -> list[str]:
 def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, Int64]:
     """Signals of all rows of `table`, one after the other, and row offsets [R+1] int64 in tokens.
 
-    `table` holds `token_ids` and `signal_columns(header)`. Raises CorruptError naming `where` (the shard), the row and
-    the column when lengths, counts, codes or ids contradict the format.
+    `table` has `token_ids` and `signal_columns(header)`. Raises CorruptError naming `where` (the shard), row and column
+    if lengths, counts, codes or ids contradict the format.
     """
     values, row_offsets = _read_values(table, header, where)
     n_T, ids_E = values["topk_n"].astype(np.int32), values["topk_ids"]
@@ -113,13 +112,13 @@ def _read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
     tokens_R = lengths["token_ids"]
     for name in lengths:
         if name not in (*PER_ENTRY, "log_partitions"):
-            require_rows(lengths[name] == tokens_R, where, name, "has not one entry a token of token_ids")
+            require_rows(lengths[name] == tokens_R, where, name, "does not have one entry per token of token_ids")
     row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
     _check_counts(values, lengths, header, row_offsets, where)
     if "log_partitions" in values:
         num = len(header.temperatures)
         good_R = lengths["log_partitions"] == tokens_R * num
-        require_rows(good_R, where, "log_partitions", f"has not {num} entries a token, one a temperature")
+        require_rows(good_R, where, "log_partitions", f"does not have {num} entries per token, one per temperature")
     ids_E = values["topk_ids"]
     if len(ids_E) and (int(ids_E.min()) < 0 or int(ids_E.max()) >= header.vocab_size):
         bad_E = (ids_E < 0) | (ids_E >= header.vocab_size)
@@ -133,29 +132,25 @@ def _read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
     return values, row_offsets
 
 
-def _concat_draws(rows: Sequence[Signals]) -> Draws | None:
-    """The draws of all rows, or None where no row has any."""
-    if all(row.draws is None for row in rows):
-        return None
-    return Draws.concat([row.draws or Draws.none(len(row.topk_n_T)) for row in rows])
-
-
-def _drawn(n_T: Int32, draw_n_T: Int32) -> npt.NDArray[np.bool_]:
-    """Which entries are draws: of each token n_T entries are not, the next draw_n_T are."""
-    kinds_2T = np.tile([False, True], len(n_T))
-    return np.repeat(kinds_2T, np.stack([n_T, draw_n_T], axis=1).reshape(-1))
-
-
-def _interleave(n_T: Int32, draws: Draws, *pairs: tuple[Array, Array]) -> list[Array]:
-    """Each pair (of the support [N], of the draws [D]) as one array [E], token by token."""
-    drawn_E = _drawn(n_T, draws.n_T)
-    merged = []
-    for support_N, draws_D in pairs:
-        both_E = np.zeros(len(drawn_E), support_N.dtype)
-        both_E[~drawn_E] = support_N
-        both_E[drawn_E] = draws_D
-        merged.append(both_E)
-    return merged
+def _check_counts(
+    values: dict[str, Array], lengths: dict[str, Int64], header: ShardHeader, row_offsets: Int64, where: str
+) -> None:
+    """Checks support and draw counts of every token, and that they add up to the number of entries."""
+    entry_n_T = values["topk_n"].astype(np.int64)
+    good_T = (entry_n_T >= 1) & (entry_n_T <= header.max_support)
+    require_values(good_T, row_offsets, where, "topk_n", "is outside 1..max_support")
+    if "draw_n" in values:
+        draw_n_T = values["draw_n"].astype(np.int64)
+        good_T = (draw_n_T >= 0) & (draw_n_T <= header.draws)
+        require_values(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
+        entry_n_T += draw_n_T
+    total_T = np.concatenate([[0], np.cumsum(entry_n_T)])
+    entries_R = total_T[row_offsets[1:]] - total_T[row_offsets[:-1]]
+    for name in PER_ENTRY:
+        if name in lengths:
+            require_rows(
+                lengths[name] == entries_R, where, name, "does not have the number of entries that the counts add up to"
+            )
 
 
 def _flat_values(codec: str, rows: Sequence[Signals], n_T: Int32) -> dict[str, Array]:
@@ -186,6 +181,31 @@ def _flat_values(codec: str, rows: Sequence[Signals], n_T: Int32) -> dict[str, A
     }
 
 
+def _concat_draws(rows: Sequence[Signals]) -> Draws | None:
+    """The draws of all rows, or None if no row has any."""
+    if all(row.draws is None for row in rows):
+        return None
+    return Draws.concat([row.draws or Draws.none(len(row.topk_n_T)) for row in rows])
+
+
+def _drawn(n_T: Int32, draw_n_T: Int32) -> npt.NDArray[np.bool_]:
+    """Marks entries that are draws: each token has n_T entries of its support, then draw_n_T draws."""
+    kinds_2T = np.tile([False, True], len(n_T))
+    return np.repeat(kinds_2T, np.stack([n_T, draw_n_T], axis=1).reshape(-1))
+
+
+def _interleave(n_T: Int32, draws: Draws, *pairs: tuple[Array, Array]) -> list[Array]:
+    """Merges each pair (support [N], draws [D]) into one array [E], token by token."""
+    drawn_E = _drawn(n_T, draws.n_T)
+    merged = []
+    for support_N, draws_D in pairs:
+        both_E = np.zeros(len(drawn_E), support_N.dtype)
+        both_E[~drawn_E] = support_N
+        both_E[drawn_E] = draws_D
+        merged.append(both_E)
+    return merged
+
+
 def _num_entries(row: Signals) -> int:
     return len(row.topk_ids_N) + (0 if row.draws is None else len(row.draws.ids_D))
 
@@ -203,24 +223,3 @@ def _partitions(values: dict[str, Array], header: ShardHeader) -> Float32 | None
 
 def _concat(parts: Sequence[Array], dtype: type[Any]) -> Array:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
-
-
-def _check_counts(
-    values: dict[str, Array], lengths: dict[str, Int64], header: ShardHeader, row_offsets: Int64, where: str
-) -> None:
-    """Supports and draws of every token are allowed, and together as many as there are entries."""
-    entry_n_T = values["topk_n"].astype(np.int64)
-    good_T = (entry_n_T >= 1) & (entry_n_T <= header.max_support)
-    require_values(good_T, row_offsets, where, "topk_n", "is outside 1..max_support")
-    if "draw_n" in values:
-        draw_n_T = values["draw_n"].astype(np.int64)
-        good_T = (draw_n_T >= 0) & (draw_n_T <= header.draws)
-        require_values(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
-        entry_n_T += draw_n_T
-    total_T = np.concatenate([[0], np.cumsum(entry_n_T)])
-    entries_R = total_T[row_offsets[1:]] - total_T[row_offsets[:-1]]
-    for name in PER_ENTRY:
-        if name in lengths:
-            require_rows(
-                lengths[name] == entries_R, where, name, "has not the number of entries that the counts add up to"
-            )

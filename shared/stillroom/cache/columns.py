@@ -1,10 +1,6 @@
-"""Arrow list columns as flat arrays and lengths, and the checks that name row and column.
+"""List columns as flat arrays with lengths, the checks that name row and column, and the coarse codes of numbers.
 
-Shape legend: R rows.
-
-Numbers that the codecs make coarser, and back.
-
-Shape legend: T tokens, E entries (supports and draws) of all tokens.
+Shape legend: R rows, T tokens, E entries (supports and draws) of all tokens.
 """
 
 from collections.abc import Sequence
@@ -19,22 +15,31 @@ from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.schema.tables import list_of
 
 Array = npt.NDArray[Any]
+LOGPROB_RANGE_NATS = 32.0
+"""`topk-u8` stores lower log probabilities as minus this."""
+MAX_CODE = 255
+SCALAR_MANTISSA_BITS = 10
+PARTITION_MANTISSA_BITS = 14
+"""An error of a log-partition scales every probability at its temperature: at most 2e-4 nats below 8."""
+_CODE_LOGPROB = (-LOGPROB_RANGE_NATS * (np.arange(MAX_CODE + 1) / MAX_CODE) ** 2).astype(np.float32)
+_CODE_PROB = np.exp(_CODE_LOGPROB.astype(np.float64))
+_TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
 
 
 def list_column(values: Array, lengths_R: Int64) -> pa.Array:
-    """A list a row: the next `lengths_R[r]` of the flat values."""
+    """One list per row: row r takes the next `lengths_R[r]` of the flat values."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int32))
     array = pa.array(values)
     return pa.ListArray.from_arrays(offsets, array, type=list_of(array.type))
 
 
 def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[str, Array], dict[str, Int64]]:
-    """Flat values and lengths [R] of list columns. Raises CorruptError for one that is missing or holds nulls."""
+    """Flat values and lengths [R] of list columns. Raises CorruptError if one is missing or contains nulls."""
     values, lengths = {}, {}
     for name in names:
         column = whole_column(table, name, where)
         if not pa.types.is_list(column.type):
-            raise CorruptError(f"{where}: column {name} holds {column.type}, not lists: the file is not what it was")
+            raise CorruptError(f"{where}: column {name} holds {column.type}, not lists: the file is damaged")
         flat = column.flatten()
         if flat.null_count:
             raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")
@@ -44,7 +49,7 @@ def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[
 
 
 def whole_column(table: pa.Table, name: str, where: str) -> pa.Array:
-    """A column as one array. Raises CorruptError where it is missing or holds nulls."""
+    """A column as one array. Raises CorruptError if it is missing or contains nulls."""
     if name not in table.column_names:
         raise CorruptError(f"{where}: column {name} is missing: the file is not what its header says")
     column = table.column(name).combine_chunks()
@@ -56,41 +61,28 @@ def whole_column(table: pa.Table, name: str, where: str) -> pa.Array:
 
 
 def require_rows(good_R: npt.NDArray[np.bool_], where: str, column: str, problem: str) -> None:
-    """Raises CorruptError naming the first row that is not good."""
+    """Raises CorruptError naming the first bad row."""
     if not good_R.all():
         row = int(np.flatnonzero(~good_R)[0])
         raise CorruptError(f"{where}: row {row}, column {column} {problem}")
 
 
 def require_values(good: npt.NDArray[np.bool_], offsets: Int64, where: str, column: str, problem: str) -> None:
-    """Raises CorruptError naming the row of the first value that is not good; row r has offsets[r]..offsets[r+1]-1."""
+    """Raises CorruptError naming the row of the first bad value; row r has values offsets[r] to offsets[r + 1] - 1."""
     if not good.all():
         row = int(np.searchsorted(offsets[1:], np.flatnonzero(~good)[0], side="right"))
         raise CorruptError(f"{where}: row {row}, column {column}: a value {problem}")
 
 
-LOGPROB_RANGE_NATS = 32.0
-"""Log probabilities below minus this are stored as minus this by `topk-u8`."""
-
-MAX_CODE = 255
-SCALAR_MANTISSA_BITS = 10
-PARTITION_MANTISSA_BITS = 14
-"""An error of a log-partition is a factor on every probability at its temperature: 2e-4 nats at worst below 8."""
-
-_CODE_LOGPROB = (-LOGPROB_RANGE_NATS * (np.arange(MAX_CODE + 1) / MAX_CODE) ** 2).astype(np.float32)
-_CODE_PROB = np.exp(_CODE_LOGPROB.astype(np.float64))
-_TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
-
-
 def codes_of(logprobs: Float32) -> npt.NDArray[np.int16]:
-    """Square-root codes, 0 to 255, of log probabilities in nats."""
+    """Square-root codes, 0 to 255, of log probabilities in nats; resolution is finest near certainty."""
     scaled = np.sqrt(np.clip(-logprobs, 0.0, LOGPROB_RANGE_NATS) / LOGPROB_RANGE_NATS)
     codes: npt.NDArray[np.int16] = np.rint(MAX_CODE * scaled).astype(np.int16)
     return codes
 
 
 def tail_codes_of(logmass: Float32) -> npt.NDArray[np.int16]:
-    """Codes of tails; however small, a tail that is there never becomes the code for none."""
+    """Codes of tails; an existing tail, however small, never gets the code for none."""
     codes = np.where(np.isneginf(logmass), MAX_CODE, np.minimum(codes_of(logmass), MAX_CODE - 1))
     return codes.astype(np.int16)
 
@@ -101,8 +93,9 @@ def logprobs_of(
     n_T: Int32,
     drawn_E: npt.NDArray[np.bool_] | None,
 ) -> tuple[Float32, Float32]:
-    """Log probabilities of all entries, n_T a token, and tails, float32 nats: each token's mass, its draws left out
-    (theirs is the tail's), is one.
+    """Log probabilities of all entries, n_T per token, and tails, float32 nats, normalised to mass 1 per token.
+
+    Draws (`drawn_E`) do not count towards that mass, because theirs is the tail's.
     """
     if not len(n_T):
         return np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -118,7 +111,7 @@ def logprobs_of(
 
 
 def round_mantissa(x: Float32, num_bits: int) -> Float32:
-    """Rounds float32 half up to `num_bits` explicit bits of mantissa, so that the others compress to almost nothing."""
+    """Rounds float32 to `num_bits` explicit mantissa bits, half away from zero; the zeroed bits compress well."""
     dropped = 23 - num_bits
     bits = x.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
     return ((bits >> dropped) << dropped).astype(np.uint32).view(np.float32)

@@ -16,7 +16,7 @@ from stillroom.storage.paths import Location, open_parquet
 
 
 def open_shard(path: Location) -> tuple[pq.ParquetFile, ShardHeader]:
-    """Opens a shard with page checksums verified. Raises CorruptError or, for a newer format, DataError."""
+    """Opens a shard with page checksums verified. Raises CorruptError, or DataError for a newer format."""
     try:
         file = open_parquet(path)
     except FileNotFoundError as error:
@@ -27,10 +27,10 @@ def open_shard(path: Location) -> tuple[pq.ParquetFile, ShardHeader]:
 
 
 def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
-    """The shard's own description out of the Parquet key-value metadata."""
+    """The shard's header, from the Parquet key-value metadata."""
     raw = (metadata or {}).get(SHARD_METADATA_KEY)
     if raw is None:
-        raise CorruptError(f"{where} has no stillroom header: it is not a shard of a cache")
+        raise CorruptError(f"{where} has no stillroom header: it is not a shard")
     try:
         header = ShardHeader.model_validate_json(raw)
     except ValueError as error:
@@ -45,9 +45,7 @@ def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
 
 
 def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], where: str) -> pa.Table:
-    """One row group's columns. Raises CorruptError where one is missing, a page fails its checksum or cannot be
-    decoded.
-    """
+    """Columns of one row group. Raises CorruptError if one is missing, fails its checksum or cannot be decoded."""
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
         raise CorruptError(f"{where}: column {missing[0]} is missing: the file is not what its header says")
@@ -61,7 +59,7 @@ def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], whe
 def read_signals(
     file: pq.ParquetFile, header: ShardHeader, index: int, columns: Sequence[str], where: str
 ) -> tuple[pa.Table, Signals, Int64]:
-    """Row group `index`: the asked columns, its decoded signals, and row offsets [R+1] into the signals' tokens."""
+    """Row group `index`: the requested columns, decoded signals, and row offsets [R+1] into the signals' tokens."""
     needed = list(dict.fromkeys([*columns, "token_ids", *signal_columns(header)]))
     table = read_row_group(file, index, needed, where)
     signals, offsets = decode(table, header, f"{where}: row group {index}")

@@ -1,4 +1,4 @@
-"""The on-disk contract of a stillroom cache, and nothing else. FORMAT.md in this folder is normative."""
+"""The on-disk contract of a cache: records, Arrow schemas, manifests. schemas/FORMAT.md is normative."""
 
 FORMAT_VERSION = 2
-"""Major version written into every shard and manifest; readers accept this version and older ones."""
+"""Version written into every shard and manifest; readers accept this one and older ones."""

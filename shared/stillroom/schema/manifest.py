@@ -1,4 +1,4 @@
-"""What a run and a shard say about themselves: pydantic models of `runs/<run_id>.json` and of the Parquet metadata."""
+"""Models of `runs/<run_id>.json` and of the header in a shard's Parquet metadata."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.records import stable_hash
 
 SHARD_METADATA_KEY = b"stillroom"
-"""Key of the Parquet key-value metadata under which a shard keeps its ShardHeader as JSON."""
+"""Key of the Parquet metadata that holds a shard's ShardHeader as JSON."""
 
 
 class _Record(BaseModel):
@@ -17,7 +17,7 @@ class _Record(BaseModel):
 
 
 class Teacher(_Record):
-    """Which model spoke. Fingerprints are 32 hex characters; see FORMAT.md for what each covers."""
+    """The teacher model. Fingerprints are 32 hex characters; FORMAT.md says what each covers."""
 
     model: str
     revision: str | None = None
@@ -34,8 +34,10 @@ class ShardHeader(_Record):
     format_version: int = FORMAT_VERSION
     codec: str
     max_support: int = Field(description="largest support a token can have in this shard")
-    nucleus: float | None = Field(description="mass at which the support stops; None keeps max_support entries")
-    draws: int = Field(default=0, description="draws from the tail of a token whose support was cut short; 0: none")
+    nucleus: float | None = Field(description="mass at which the support ends; null keeps max_support entries")
+    draws: int = Field(
+        default=0, description="draws from the tail of a token whose support ends before the nucleus; 0: none"
+    )
     temperatures: list[float] = Field(default=[], description="of the stored log-partitions, in their order")
     entropy: str = Field(description="'exact' over the whole vocabulary or 'support': of the captured top-k and tail")
     vocab_size: int
@@ -47,7 +49,7 @@ class ShardHeader(_Record):
 
 
 class RunManifest(_Record):
-    """`runs/<run_id>.json`: what was asked of whom, with which software. Never holds secrets."""
+    """`runs/<run_id>.json`: teacher, settings and software of a run. Never contains secrets."""
 
     format_version: int = FORMAT_VERSION
     run_id: str
@@ -71,8 +73,8 @@ def run_id_for(
     capture: Mapping[str, Any],
     reasoning: Mapping[str, Any],
 ) -> str:
-    """`<name>_<8 hex>`: another teacher, capture, reasoning or sampling is another run, and so is scoring; more
-    samples of a prompt are not. The arguments are a RunManifest's fields.
+    """`<name>_<8 hex>`. A different teacher, capture, reasoning or sampling makes a different run, and so does scoring;
+    more samples per prompt do not. The arguments are fields of RunManifest.
     """
     how = {key: value for key, value in sampling.items() if key != "samples"} if kind == "generate" else "score"
     return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how)[:8]}"

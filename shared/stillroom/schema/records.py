@@ -1,8 +1,8 @@
-"""What flows between the stages: a prompt, what the engine captured for one completion, and the signals a codec stores.
+"""Records that flow between the stages: prompts, captures of one completion, signals as codecs store them, and ids.
 
-Shape legend: T completion tokens, K captured candidates a token, M draws a token, S temperatures besides 1, N stored
-candidates and D stored draws of all tokens (ragged, flat), R rows. Log probabilities are natural logarithms of the
-teacher's own distribution at temperature 1, before penalties and truncation.
+Shape legend: T completion tokens, K captured candidates per token, M draws per token, S temperatures besides 1, N
+stored candidates and D stored draws of all tokens (ragged, flat), R rows. Log probabilities are natural logarithms of
+the teacher's own distribution at temperature 1, before penalties and truncation.
 """
 
 import hashlib
@@ -29,9 +29,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question for the teacher. `prompt_id` depends on the messages alone, so equal questions are found by equal
-    ids.
-    """
+    """One question for the teacher. `prompt_id` depends on the messages only: equal questions have equal ids."""
 
     prompt_id: str
     messages: tuple[Message, ...]
@@ -43,11 +41,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """The teacher's view of one completion as the engine gives it, nothing cut off yet.
+    """The teacher's distributions for one completion as the engine returns them, before the support is cut.
 
     token_ids_T int32, sampled_logprob_T float32, sampled_rank_T int32 (1 is the most probable token), topk_ids_TK int32
-    and topk_logprobs_TK float32 by falling probability. What only an engine with the sampler's plugin gives is None
-    elsewhere: entropy_T float32 in nats over the whole vocabulary; draw_ids_TM int32 and draw_logprobs_TM float32, M
+    and topk_logprobs_TK float32 by falling probability. The rest needs the plugin inside the sampler and is None
+    without it: entropy_T float32 in nats over the whole vocabulary; draw_ids_TM int32 and draw_logprobs_TM float32, M
     draws with replacement from the distribution outside the K candidates, each with the teacher's own log probability;
     log_partitions_TS float32, log sum_v p_v^(1/tau_s) for each of S temperatures.
     """
@@ -89,7 +87,7 @@ class Draws:
 
     @staticmethod
     def concat(parts: Sequence["Draws"]) -> "Draws":
-        """One after the other; at least one."""
+        """The parts in order; at least one."""
         return Draws(
             n_T=np.concatenate([part.n_T for part in parts]),
             ids_D=np.concatenate([part.ids_D for part in parts]),
@@ -145,8 +143,8 @@ class Signals:
     def dense(self, k: int) -> tuple[Int32, Float32]:
         """Rank-ordered arrays ids_TK int32 and logprobs_TK float32; slots past the support hold id 0 and -inf.
 
-        Tokens with more than k entries are cut to their first k (the tail does not grow for that: pass k >= max
-        support).
+        Tokens with more than k entries keep their first k; the tail does not grow accordingly, so pass k >= max_support
+        for losses.
         """
         return ragged_to_dense(self.topk_n_T, self.topk_ids_N, self.topk_logprobs_N, k)
 
@@ -168,9 +166,7 @@ def ragged_to_dense(n_T: Int32, ids_N: Int32, logprobs_N: Float32, k: int) -> tu
 
 
 def stable_hash(*parts: object) -> str:
-    """32 hex characters (BLAKE2b, 16 bytes) of the canonical JSON of the parts; the same on every machine and
-    version.
-    """
+    """32 hex characters (BLAKE2b, 16 bytes) of the parts' canonical JSON; the same on every machine and version."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
@@ -181,7 +177,7 @@ def prompt_id_of(messages: Sequence[Message]) -> str:
 
 
 def chain_id_of(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-    """Identity of a chain whoever judged it: joins what two teachers think of the same tokens."""
+    """Identity of a chain independent of the teacher: joins what two teachers think of the same tokens."""
     return stable_hash("chain", list(map(int, prompt_token_ids)), list(map(int, token_ids)))
 
 
@@ -192,11 +188,11 @@ def sample_id_of(
     seed: int,
     sample_index: int,
 ) -> str:
-    """Identity of a generated row: the same request of the same teacher always has the same id."""
+    """Identity of a generated row: the same request to the same teacher always has the same id."""
     ids = list(map(int, prompt_token_ids))
     return stable_hash("sample", teacher_fingerprint, ids, dict(sampling), seed, sample_index)
 
 
 def scored_sample_id_of(teacher_fingerprint: str, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-    """Identity of a scored row: completion tokens stand in for sampling, seed and index."""
+    """Identity of a scored row: completion tokens replace sampling, seed and index."""
     return stable_hash("scored", teacher_fingerprint, list(map(int, prompt_token_ids)), list(map(int, token_ids)))

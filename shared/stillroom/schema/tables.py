@@ -5,7 +5,7 @@ import pyarrow as pa
 from stillroom.schema import FORMAT_VERSION
 
 CODECS = ("topk-u8", "topk-f32")
-"""Codec names a reader of this version understands."""
+"""Codecs that this version reads and writes."""
 
 MESSAGE_TYPE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
@@ -65,7 +65,7 @@ EXTRA_FIELDS = [
     pa.field("draw_n", list_of(pa.int16()), nullable=False),
     pa.field("log_partitions", list_of(pa.float32()), nullable=False),
 ]
-"""Columns of the signals that shards of format version 1 do not have."""
+"""Signal columns that shards of format version 1 lack."""
 
 SIGNAL_FIELDS = {
     "topk-u8": [
@@ -83,10 +83,10 @@ SIGNAL_FIELDS = {
         *EXTRA_FIELDS,
     ],
 }
-"""Columns that depend on the codec, in the newest format version."""
+"""Columns that depend on the codec, in the current format version."""
 
 CHAIN_FIELDS = [*IDENTITY_FIELDS, *PROMPT_FIELDS, *COMPLETION_FIELDS, *SCALAR_FIELDS, *TOKEN_FIELDS]
-"""Columns of every chain whatever the codec."""
+"""Columns of every chain, whatever the codec."""
 
 VERDICT_SCHEMA = pa.schema(
     [

@@ -1,4 +1,4 @@
-"""A user's SQL inside a query of ours: errors speak of the user's text alone, by the name the user knows it by.
+"""A user's SQL inside a query of ours: errors refer to the user's text only, by the name the user knows it by.
 
 DuckDB's own message shows the query around it, which the user never wrote.
 """
@@ -19,25 +19,25 @@ UNKNOWN_COLUMN = re.compile(
 
 
 def in_brackets(condition: str) -> str:
-    """The condition as a query holds it: the line breaks let it end in a `--` comment."""
+    """The condition in parentheses; the line breaks allow it to end in a `--` comment."""
     return f"(\n{condition}\n)"
 
 
 def check_condition(session: Session, name: str, condition: str | None) -> None:
-    """Raises ConfigError naming `name` where a SQL condition over `chains` is empty or wrong by itself."""
+    """Raises ConfigError naming `name` if a SQL condition over `chains` is empty or wrong by itself."""
     if condition is not None:
         dry_run(session, name, condition, f"SELECT 1 FROM chains WHERE {in_brackets(condition)} LIMIT 0")
 
 
 def dry_run(session: Session, name: str, given: str, query: str) -> None:
-    """Refuses what `given` has wrong by itself; it stands in `query` between line breaks, as in what is run after."""
+    """Raises ConfigError if `given` is wrong by itself; `query` contains it between line breaks."""
     if not given.strip():
-        raise ConfigError(f"{name} is empty: leave it out, or say what it selects by")
+        raise ConfigError(f"{name} is empty: leave it out, or give a SQL expression")
     run_with(session, name, given, query)
 
 
 def run_with(session: Session, name: str, given: str, query: str) -> pa.Table:
-    """The result of a query that holds `given` from its second line on. Raises ConfigError of `given` alone."""
+    """The result of a query that has `given` from its second line on. Raises ConfigError about `given` only."""
     try:
         return session.arrow(query)
     except ConfigError as error:
@@ -45,11 +45,11 @@ def run_with(session: Session, name: str, given: str, query: str) -> pa.Table:
 
 
 def _reason(said: str, given: str) -> str:
-    """What DuckDB says, of the user's text alone: without its excerpt, which shows the query around that."""
+    """DuckDB's message about the user's text, without its excerpt of the query around that."""
     text = said.removeprefix("query: ")
     place = EXCERPT.search(text)
     text = EXCERPT.sub("", text).removesuffix(" Candidate functions:")
-    # The user's first line is the second of the query; an error behind the last one is at our own bracket.
+    # The user's text begins in line 2 of the query; an error after its last line is at our own parenthesis.
     if text.startswith("Parser Error") and place and int(place[1]) > 1 + len(given.splitlines()):
         return "it ends too early, or its brackets do not match"
     unknown = UNKNOWN_COLUMN.fullmatch(text)

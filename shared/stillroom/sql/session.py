@@ -1,10 +1,7 @@
-"""SQL over a cache: DuckDB views on exactly the files that the catalog shows, locked down. The only file that imports
-duckdb.
+"""SQL over a cache: locked DuckDB views on exactly the files that the catalog shows. Only this file imports duckdb.
 
-The views live in a small database file that is made for the session and opened read-only; the configuration is then
+The views are in a small database file that is made for the session and opened read-only. The configuration is then
 locked with external access off, so that a query can read the cache's files and nothing else, and write nowhere.
-
-What the views of a cache are made on: its visible files by layout, and its runs as rows. No database.
 """
 
 import contextlib
@@ -31,133 +28,33 @@ from stillroom.storage.paths import Location, atomic_path
 if TYPE_CHECKING:
     import duckdb
 
-
 REWRITTEN = ("copied-", "mended-")
-"""How the names of shards begin that another shard was made into."""
+"""Prefixes of shards made from other shards."""
 OPENED_TOGETHER = 8
 HASHED_BYTES = 64 * 2**20
-"""Verdict files are hashed for every session up to this much in all: a fraction of a second."""
-
-
-def visible_files(catalog: Catalog) -> CacheFiles:
-    """Every visible file by table, shards by layout, vocabularies. Raises CorruptError as `require_sound` does."""
-    require_sound(catalog)
-
-    def visible(table: Table) -> list[str]:
-        return [str(table.path_of(file).absolute()) for file in table.files()]
-
-    by_layout: dict[Layout, list[str]] = {}
-    codecs: dict[str, set[str]] = {}
-    for layout, files in _alike(catalog):
-        by_layout.setdefault(layout, []).extend(str(catalog.chains.path_of(file).absolute()) for file in files)
-        codecs.setdefault(_run_of(files[0]), set()).add(layout[0])
-    return CacheFiles(
-        chains=by_layout,
-        verdicts=visible(catalog.verdicts),
-        failures=visible(catalog.failures),
-        vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
-        codecs={run_id: ", ".join(sorted(names)) for run_id, names in codecs.items()},
-    )
-
-
-def require_sound(catalog: Catalog) -> None:
-    """Raises CorruptError where a registered file is missing or has another size, or a verdict file another hash.
-
-    Of a cache on a disk: in an object store each question is a request, and a query says what it did not find.
-    """
-    if not isinstance(catalog.root, Path):
-        return
-    remedy = f"teacher-cache verify {catalog.root} --quarantine"
-    for table in (catalog.chains, catalog.verdicts, catalog.failures):
-        for file in table.files():
-            path = table.path_of(file)
-            if not path.exists():
-                raise CorruptError(f"{path} is registered but missing: {remedy}")
-            size_bytes = path.stat().st_size
-            if size_bytes != file.size_bytes:
-                raise CorruptError(f"{path} has {size_bytes} bytes, {file.size_bytes} were registered: {remedy}")
-    left_bytes = HASHED_BYTES
-    for file in catalog.verdicts.files():
-        left_bytes -= file.size_bytes
-        if left_bytes < 0:
-            return
-        try:
-            check_hash(catalog.verdicts.path_of(file))
-        except CorruptError as error:
-            raise CorruptError(f"{error}: {remedy}") from error
-
-
-def run_rows(runs: Mapping[str, RunManifest], codecs: Mapping[str, str]) -> Iterator[list[Any]]:
-    """Rows of the table `runs`; `codecs` says what a run's shards are in now, which `recode` may have changed."""
-    for run in runs.values():
-        dumped = run.model_dump(mode="json")
-        yield [
-            run.run_id,
-            run.name,
-            run.kind,
-            run.created_at,
-            run.teacher.model,
-            run.teacher.fingerprint,
-            run.teacher.tokenizer_fingerprint,
-            codecs.get(run.run_id, run.capture.get("codec")),
-            *(
-                json.dumps(dumped[key], sort_keys=True)
-                for key in ("sampling", "capture", "engine", "prompts", "software")
-            ),
-        ]
-
-
-def _alike(catalog: Catalog) -> list[tuple[Layout, list[DataFile]]]:
-    """Shards that have one layout. All that a run's build wrote are alike, so one of them is opened; `recode` gives a
-    run's shards another, and `copy` and `verify --quarantine` keep it, so each of theirs is.
-    """
-    alike: dict[str, list[DataFile]] = {}
-    for file in catalog.chains.files():
-        is_rewritten = file.path.rpartition("/")[2].startswith(REWRITTEN)
-        alike.setdefault(file.path if is_rewritten else _run_of(file), []).append(file)
-    firsts = [catalog.chains.path_of(files[0]) for files in alike.values()]
-    with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
-        layouts = list(pool.map(_layout_of, firsts))
-    return list(zip(layouts, alike.values(), strict=True))
-
-
-def _run_of(file: DataFile) -> str:
-    return file.path.partition("/")[0]
-
-
-def _layout_of(path: Location) -> Layout:
-    file, header = open_shard(path)
-    file.close()
-    return header.codec, header.format_version
-
-
+"""Each session hashes verdict files up to this total: a fraction of a second."""
 T = TypeVar("T")
-
 DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "ZSTD", "Parquet file")
-"""What DuckDB's message holds when a file is missing or damaged."""
-
+"""Parts of DuckDB's messages about missing or damaged files."""
 LINE_NUMBER = re.compile(r"\bLINE (\d+):")
-
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
-
 READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-"""Nodes of DuckDB's syntax tree that read; it has others for COPY, INSERT and their like inside a WITH clause."""
-
-# Words alone in the brackets: with strings or brackets inside, what follows could be made to look like another query.
+"""Nodes of DuckDB's syntax tree that only read; there are others for COPY, INSERT and the like in a WITH clause."""
+# Only words in the parentheses: strings or parentheses could make what follows look like another query.
 EXPLAIN_PREFIX = re.compile(r"EXPLAIN\s+(?:ANALYZE\s+)?(?:\([A-Za-z_,\s]*\)\s*)?", re.IGNORECASE)
 
 
 class Session:
     """A locked DuckDB connection over one or more caches; a context manager.
 
-    Queries run in a thread of their own, so that Ctrl-C ends the query and leaves the session usable.
+    Queries run in a separate thread, so that Ctrl-C ends the query and leaves the session usable.
     """
 
     def __init__(self, catalogs: Mapping[str, Catalog]) -> None:
-        """Makes the views; the cache named `main` is the one whose views need no prefix.
+        """Creates the views; those of the cache named `main` need no prefix.
 
-        Raises ConfigError for a name that is no plain SQL identifier, CorruptError where shards are missing or damaged.
+        Raises ConfigError for a name that is not a plain SQL identifier, CorruptError for missing or damaged shards.
         """
         import duckdb
 
@@ -182,20 +79,20 @@ class Session:
         self.close()
 
     def arrow(self, query: str) -> pa.Table:
-        """The whole result. Raises ConfigError with DuckDB's reason where the query is wrong or not allowed."""
+        """The whole result. Raises ConfigError with DuckDB's reason if the query is wrong or not allowed."""
         return self.batches(query).read_all()
 
     def batches(self, query: str, rows_per_batch: int = 8192) -> pa.RecordBatchReader:
         """The result as a stream of record batches, for results larger than memory; several may be open at once.
 
-        Raises ConfigError or CorruptError, also while it is read.
+        Raises ConfigError or CorruptError, also while being read.
         """
         cursor = self.connection.cursor()
         reader = self._run(cursor, lambda: _start(cursor, query, rows_per_batch))
         return pa.RecordBatchReader.from_batches(reader.schema, self._pull(cursor, reader))
 
     def relation(self, query: str) -> "duckdb.DuckDBPyRelation":
-        """The query as a DuckDB relation, run when it is asked for rows. Raises ConfigError as `batches` does."""
+        """The query as a DuckDB relation, which runs when rows are requested. Raises ConfigError as `batches` does."""
         import duckdb
 
         cursor = self.connection.cursor()
@@ -205,7 +102,7 @@ class Session:
             raise query_error(error) from error
 
     def statements(self, text: str) -> list[str]:
-        """The statements in `text`, which `;` ends. Raises ConfigError where one cannot be parsed."""
+        """The statements in `text`, separated by `;`. Raises ConfigError if one cannot be parsed."""
         import duckdb
 
         try:
@@ -214,7 +111,7 @@ class Session:
             raise query_error(error) from error
 
     def _pull(self, cursor: "duckdb.DuckDBPyConnection", reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-        # Not for StopIteration: a future that raises it never ends.
+        # With a default, because a future that raises StopIteration never ends.
         def next_batch() -> pa.RecordBatch | None:
             return next(reader, None)
 
@@ -234,7 +131,7 @@ class Session:
             raise query_error(error) from error
 
     def explain(self, query: str) -> str:
-        """DuckDB's plan, which shows the columns and filters that reach Parquet."""
+        """DuckDB's plan, which shows the columns and filters pushed down to Parquet."""
         rows = self.arrow(f"EXPLAIN {query}").to_pylist()
         return "\n".join(str(row["explain_value"]) for row in rows)
 
@@ -247,25 +144,16 @@ class Session:
         self._folder.cleanup()
 
 
-def _interrupt(cursor: "duckdb.DuckDBPyConnection", future: Future[T]) -> None:
-    # An interrupt that comes before the query has begun to run is lost: say it until the query has ended.
-    while not future.done():
-        cursor.interrupt()
-        # A second Ctrl-C must not leave a query behind that the next one would wait for.
-        with contextlib.suppress(StillRunning, KeyboardInterrupt):
-            future.exception(timeout=0.05)
-
-
 def open_cache(catalog: Catalog) -> Session:
-    """A session over one cache, at the versions the catalog is pinned to."""
+    """A session over one cache, at the versions of the catalog."""
     return Session({"main": catalog})
 
 
 def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
-    """Writes the views to a database file for the plain duckdb program and notebooks, replacing an older one.
+    """Writes the views to a database file for the duckdb program and notebooks, replacing an older one.
 
-    The views name the shards of this moment by absolute path: nothing of the data is copied, and chains that are
-    built later are seen after the next export. Such a file is not locked.
+    The views name the current shards by absolute path. No data is copied; chains built later appear after the next
+    export. Such a file is not locked.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the database file to write, for example views.duckdb")
@@ -274,13 +162,13 @@ def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
 
 
 def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
-    """DuckDB's error as one line for the user: a damaged file is a CorruptError, anything else the query's fault.
+    """DuckDB's error as one line for the user: CorruptError for a damaged file, else ConfigError about the query.
 
-    `num_lines_before` is how many lines stood before the user's own, which DuckDB counts too.
+    `num_lines_before` is the number of lines before the user's own, which DuckDB counts too.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Traceback"):
-        # The only Python that DuckDB calls is stillroom.sql.object_files; its error is the last line.
+        # DuckDB calls Python only for stillroom.sql.object_files; the last line is its error.
         kind, _, problem = lines[-1].partition(": ")
         return CorruptError(f"{problem} is missing") if kind == "FileNotFoundError" else StillroomError(problem)
     text = " ".join(lines[:2]) if lines else type(error).__name__
@@ -290,8 +178,111 @@ def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
     return ConfigError(f"query: {text}")
 
 
+def visible_files(catalog: Catalog) -> CacheFiles:
+    """Every visible file by table, shards by layout. Raises CorruptError as `require_sound` does."""
+    require_sound(catalog)
+
+    def visible(table: Table) -> list[str]:
+        return [str(table.path_of(file).absolute()) for file in table.files()]
+
+    by_layout: dict[Layout, list[str]] = {}
+    codecs: dict[str, set[str]] = {}
+    for layout, files in _alike(catalog):
+        by_layout.setdefault(layout, []).extend(str(catalog.chains.path_of(file).absolute()) for file in files)
+        codecs.setdefault(_run_of(files[0]), set()).add(layout[0])
+    return CacheFiles(
+        chains=by_layout,
+        verdicts=visible(catalog.verdicts),
+        failures=visible(catalog.failures),
+        vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
+        codecs={run_id: ", ".join(sorted(names)) for run_id, names in codecs.items()},
+    )
+
+
+def require_sound(catalog: Catalog) -> None:
+    """Raises CorruptError if a registered file is missing or has another size, or a verdict file another hash.
+
+    Only for a cache on disk: in an object store each check is a request, and a query reports what it does not find.
+    """
+    if not isinstance(catalog.root, Path):
+        return
+    remedy = f"teacher-cache verify {catalog.root} --quarantine"
+    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+        for file in table.files():
+            path = table.path_of(file)
+            if not path.exists():
+                raise CorruptError(f"{path} is registered but missing: {remedy}")
+            size_bytes = path.stat().st_size
+            if size_bytes != file.size_bytes:
+                raise CorruptError(f"{path} has {size_bytes} bytes, {file.size_bytes} were registered: {remedy}")
+    left_bytes = HASHED_BYTES
+    for file in catalog.verdicts.files():
+        left_bytes -= file.size_bytes
+        if left_bytes < 0:
+            return
+        try:
+            check_hash(catalog.verdicts.path_of(file))
+        except CorruptError as error:
+            raise CorruptError(f"{error}: {remedy}") from error
+
+
+def run_rows(runs: Mapping[str, RunManifest], codecs: Mapping[str, str]) -> Iterator[list[Any]]:
+    """Rows of the table `runs`; `codecs` are those of a run's shards now, which `copy --round` may have changed."""
+    for run in runs.values():
+        dumped = run.model_dump(mode="json")
+        yield [
+            run.run_id,
+            run.name,
+            run.kind,
+            run.created_at,
+            run.teacher.model,
+            run.teacher.fingerprint,
+            run.teacher.tokenizer_fingerprint,
+            codecs.get(run.run_id, run.capture.get("codec")),
+            *(
+                json.dumps(dumped[key], sort_keys=True)
+                for key in ("sampling", "capture", "engine", "prompts", "software")
+            ),
+        ]
+
+
+def _alike(catalog: Catalog) -> list[tuple[Layout, list[DataFile]]]:
+    """Shards grouped by layout.
+
+    All shards that a run's build wrote are alike, so one of them is opened. Those that `copy` and `verify --quarantine`
+    wrote may differ (with one footer per run, draws of a run of mixed versions showed as NULL), so each is opened.
+    """
+    alike: dict[str, list[DataFile]] = {}
+    for file in catalog.chains.files():
+        is_rewritten = file.path.rpartition("/")[2].startswith(REWRITTEN)
+        alike.setdefault(file.path if is_rewritten else _run_of(file), []).append(file)
+    firsts = [catalog.chains.path_of(files[0]) for files in alike.values()]
+    with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
+        layouts = list(pool.map(_layout_of, firsts))
+    return list(zip(layouts, alike.values(), strict=True))
+
+
+def _run_of(file: DataFile) -> str:
+    return file.path.partition("/")[0]
+
+
+def _layout_of(path: Location) -> Layout:
+    file, header = open_shard(path)
+    file.close()
+    return header.codec, header.format_version
+
+
+def _interrupt(cursor: "duckdb.DuckDBPyConnection", future: Future[T]) -> None:
+    # An interrupt before the query has started is lost, so repeat it until the query ends.
+    while not future.done():
+        cursor.interrupt()
+        # A second Ctrl-C must not leave a running query behind, which the next one would wait for.
+        with contextlib.suppress(StillRunning, KeyboardInterrupt):
+            future.exception(timeout=0.05)
+
+
 def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
-    """Makes a DuckDB file with the views of all caches; the Parquet files that they read."""
+    """Creates a DuckDB file with the views of all caches; returns the Parquet files that they read."""
     import duckdb
 
     paths: list[str] = []
@@ -308,7 +299,7 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
 
 
 def _register_stores(connection: "duckdb.DuckDBPyConnection", catalogs: Mapping[str, Catalog]) -> list[str]:
-    """Lets the connection read the object stores that caches lie in; their schemes."""
+    """Lets the connection read the object stores of the caches; returns their schemes."""
     schemes = sorted({one.root.scheme for one in catalogs.values() if isinstance(one.root, ObjectPath)})
     if schemes:
         from stillroom.sql.object_files import ObjectFiles
@@ -323,13 +314,36 @@ def _create_views(
 ) -> None:
     if schema != "main":
         if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES:
-            raise ConfigError(f"cache name {schema!r} is no free SQL name: use letters, digits and underscores")
+            raise ConfigError(f"cache name {schema!r} is not a free SQL name: use letters, digits and underscores")
         connection.execute(f'CREATE SCHEMA "{schema}"')
     connection.execute(f'USE "{schema}"')
     _create_runs(connection, runs, files.codecs)
     for statement in view_statements(files):
         connection.execute(statement)
     connection.execute("USE main")
+
+
+def _create_runs(
+    connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest], codecs: Mapping[str, str]
+) -> None:
+    connection.execute(
+        "CREATE TABLE runs (run_id VARCHAR, name VARCHAR, kind VARCHAR, created_at TIMESTAMPTZ, teacher VARCHAR,"
+        " teacher_fingerprint VARCHAR, tokenizer VARCHAR, codec VARCHAR, sampling JSON, capture JSON, engine JSON,"
+        " prompts JSON, software JSON)"
+    )
+    for row in run_rows(runs, codecs):
+        connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
+
+
+def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None:
+    listed = ", ".join(quote(path) for path in paths)
+    connection.execute("SET autoinstall_known_extensions = false")
+    connection.execute("SET autoload_known_extensions = false")
+    connection.execute("SET GLOBAL TimeZone = 'UTC'")
+    connection.execute("SET GLOBAL parquet_metadata_cache = true")
+    connection.execute(f"SET allowed_paths = [{listed}]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
 
 
 def _start(connection: "duckdb.DuckDBPyConnection", query: str, rows_per_batch: int) -> pa.RecordBatchReader:
@@ -364,15 +378,15 @@ def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
     if not kinds:
         raise ConfigError("query: it is empty: write one SELECT")
     if set(kinds) == {"SELECT"} and len(kinds) > 1:
-        raise ConfigError(f"query: {len(kinds)} SELECTs are {len(kinds) - 1} too many: ask one at a time")
+        raise ConfigError(f"query: {len(kinds)} SELECTs given: run one at a time")
     if kinds != ["SELECT"]:
         found = " and ".join(map(_kind_of, statements))
         raise ConfigError(f"query: one SELECT (or EXPLAIN of one) is allowed here, found {found}: a cache is read-only")
     row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchone()
     tree = json.loads(row[0]) if row else {"error": True}
     if tree["error"] or not _only_reads(tree):
-        raise ConfigError("query: a part of it is no SELECT: a cache is read-only")
-    # Planned below another SELECT, where DuckDB itself refuses WITH clauses that write.
+        raise ConfigError("query: part of it is not a SELECT: a cache is read-only")
+    # Planned inside another SELECT, where DuckDB itself refuses WITH clauses that write.
     try:
         connection.execute(f"EXPLAIN SELECT * FROM (\n{select}\n)")
     except duckdb.Error as error:
@@ -392,13 +406,13 @@ def _only_reads(tree: Any) -> bool:
 
 
 def _kind_of(statement: "duckdb.Statement") -> str:
-    """INSERT, COPY and the like; the user's own word where DuckDB's would be another (PIVOT is MULTI to it)."""
+    """INSERT, COPY and the like; the user's own word if DuckDB has another one (PIVOT is MULTI)."""
     kind = statement.type.name
     return statement.query.split()[0].upper() if kind in ("MULTI", "LOAD") else kind.replace("_", " ")
 
 
 def _without_end(query: str) -> str:
-    """The query up to the `;` behind it, with comments around that left off."""
+    """The query without a final `;` and comments around it."""
     import duckdb
 
     text = query.encode()
@@ -407,26 +421,3 @@ def _without_end(query: str) -> str:
             break
         text = text[:offset]
     return text.decode()
-
-
-def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None:
-    listed = ", ".join(quote(path) for path in paths)
-    connection.execute("SET autoinstall_known_extensions = false")
-    connection.execute("SET autoload_known_extensions = false")
-    connection.execute("SET GLOBAL TimeZone = 'UTC'")
-    connection.execute("SET GLOBAL parquet_metadata_cache = true")
-    connection.execute(f"SET allowed_paths = [{listed}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
-
-
-def _create_runs(
-    connection: "duckdb.DuckDBPyConnection", runs: Mapping[str, RunManifest], codecs: Mapping[str, str]
-) -> None:
-    connection.execute(
-        "CREATE TABLE runs (run_id VARCHAR, name VARCHAR, kind VARCHAR, created_at TIMESTAMPTZ, teacher VARCHAR,"
-        " teacher_fingerprint VARCHAR, tokenizer VARCHAR, codec VARCHAR, sampling JSON, capture JSON, engine JSON,"
-        " prompts JSON, software JSON)"
-    )
-    for row in run_rows(runs, codecs):
-        connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)

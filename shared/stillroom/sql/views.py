@@ -1,15 +1,15 @@
 """The SQL of a cache's views: text only, no database.
 
-chains      one row a chain, readable columns, with its latest verdict
-prompts     one row a prompt: samples, pass rate, mean length
-tokens      one row a completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
-topk        one row a stored candidate: rank, piece, probability; those drawn from the tail have no rank
+chains      one row per chain: readable columns and its latest verdict
+prompts     one row per prompt: samples, pass rate, mean length
+tokens      one row per completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
+topk        one row per stored candidate: rank, piece, probability; draws from the tail have no rank
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
-storage     one row a column of a shard: bytes in Parquet
-chain_places, chain_rows  chains, with the file and row where each lies; its row group, which costs reading all footers
+storage     one row per column of a shard: bytes in Parquet
+chain_places, chain_rows  chains with the file and row of each, or with its row group, which reads all footers
 
-`tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` come from the stored codes as they are: the decoder of
-stillroom.cache.codec also divides by their sum, which differs from one by no more than the codes' own rounding.
+`tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` are the stored codes; stillroom.cache.codec also divides by their
+sum, which differs from one by no more than the rounding of the codes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from stillroom.cache.columns import LOGPROB_RANGE_NATS, MAX_CODE
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
 
 VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage")
-"""What a user sees, in the order they are explained."""
+"""Views for users, in the order of the documentation."""
 
 SQL_TYPES = {
     pa.string(): "VARCHAR",
@@ -33,21 +33,20 @@ SQL_TYPES = {
     pa.timestamp("us", tz="UTC"): "TIMESTAMPTZ",
 }
 
-
 Layout = tuple[str, int]
-"""Codec and format version of a shard, which decide its columns."""
+"""Codec and format version of a shard, which determine its columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheFiles:
-    """Paths of the Parquet files that the views of one cache read; those of `chains` by the columns they have."""
+    """Parquet files that the views of one cache read; those of `chains` by their layout."""
 
     chains: Mapping[Layout, Sequence[str]]
     verdicts: Sequence[str]
     failures: Sequence[str]
     vocab: Sequence[str]
     codecs: Mapping[str, str]
-    """Codecs of the shards of each run that has any, by run id."""
+    """Codecs of each run's shards, by run id."""
 
     def paths(self) -> Iterator[str]:
         """Every file."""
@@ -56,7 +55,7 @@ class CacheFiles:
 
 
 ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, i: n + draw_n[i]) ELSE topk_n END"
-"""Entries of each token: its support and its draws."""
+"""Number of entries of each token: its support and its draws."""
 
 
 def quote(text: str) -> str:
@@ -139,10 +138,9 @@ def view_statements(files: CacheFiles) -> list[str]:
 
 
 def _shards(files: Mapping[Layout, Sequence[str]]) -> str:
-    """The rows of all layouts, each with NULL for the columns of the others.
+    """The rows of all layouts, with NULL for columns that a layout lacks.
 
-    Files of one layout have one schema, so DuckDB need not open all of them before it answers, as
-    `union_by_name` does.
+    Files of one layout have one schema, so DuckDB need not open all of them first, as with `union_by_name`.
     """
     groups = []
     for layout, paths in files.items():
@@ -154,7 +152,7 @@ def _shards(files: Mapping[Layout, Sequence[str]]) -> str:
 def _select(
     schema: pa.Schema, paths: Sequence[str], virtual: Sequence[str] = (), present: set[str] | None = None
 ) -> str:
-    """SELECT of the schema's columns, NULL for those not `present` in the files (None: all are)."""
+    """SELECT of the schema's columns, NULL for those not `present` in the files (None: all are present)."""
     if not paths:
         columns = [f"NULL::{_sql_type(field.type)} AS {field.name}" for field in schema]
         extra = [f"NULL::{'VARCHAR' if name == 'filename' else 'BIGINT'} AS {name}" for name in virtual]
@@ -163,13 +161,13 @@ def _select(
         field.name if present is None or field.name in present else f"NULL::{_sql_type(field.type)} AS {field.name}"
         for field in schema
     ]
-    # Otherwise a folder named column=value anywhere on the cache's path would replace that column.
+    # Otherwise a folder named column=value on the cache's path would replace that column.
     options = "".join(f", {name} = true" for name in virtual) + ", hive_partitioning = false"
     return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
 
 
 def _parquet_columns(files: Mapping[Layout, Sequence[str]]) -> str:
-    """One row a column chunk, out of the shards' footers."""
+    """One row per column chunk, from the shards' footers."""
     paths = [path for group in files.values() for path in group]
     columns = {"file_name": "VARCHAR", "path_in_schema": "VARCHAR"} | dict.fromkeys(
         ("row_group_id", "row_group_num_rows", "num_values", "total_compressed_size", "total_uncompressed_size"),

@@ -279,5 +279,5 @@ def test_lying_draw_counts_are_named(column: str, value: int) -> None:
 def test_log_partitions_of_another_count_are_named() -> None:
     capture = captured_with_draws(40, 2000, 4, 0, (2.0,))
     table = table_of("topk-u8", [support_of(capture, 4, None)])
-    with pytest.raises(CorruptError, match="row 0, column log_partitions has not 2 entries"):
+    with pytest.raises(CorruptError, match="row 0, column log_partitions does not have 2 entries"):
         decode(table, header("topk-u8").model_copy(update={"temperatures": [2.0, 3.0]}), "s")

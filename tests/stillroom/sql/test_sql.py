@@ -357,7 +357,7 @@ def test_a_mistake_is_one_line(session: Session) -> None:
     [
         ("SELECT *\nFROM nowhere.chains", r"LINE 2: FROM nowhere\.chains"),
         ("SELECT *\nFRM chains", "LINE 2: FRM chains"),
-        ("SELECT 1; SELECT 2", "query: 2 SELECTs are 1 too many: ask one at a time"),
+        ("SELECT 1; SELECT 2", "query: 2 SELECTs given: run one at a time"),
         ("-- nothing", "query: it is empty"),
     ],
 )

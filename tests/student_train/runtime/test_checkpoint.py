@@ -89,7 +89,7 @@ def test_interrupted_before_the_first_step_ends_at_once(
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert "this goes on: student-train run" in said
+    assert "Resume with: student-train run" in said
     assert not RunFolder(config.run).read_metrics()
 
 
@@ -105,7 +105,7 @@ def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
-    assert "interrupted; this goes on: student-train run" in said
+    assert "Interrupted. Resume with: student-train run" in said
     assert "--nproc 2" in said
     assert said.count("training on 2 ranks\n") == 1
     # Of all ranks, not of the first alone.

@@ -151,7 +151,7 @@ def test_killed_copies_go_on(tmp_path: Path) -> None:
         process.send_signal(how)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert b"this goes on: teacher-cache copy" in errors
+    assert b"Resume with: teacher-cache copy" in errors
     ended = CliRunner().invoke(app, command[3:])
     assert ended.exit_code == 0
     assert chains(tmp_path / "b") == chains(source)

@@ -298,9 +298,7 @@ def test_a_changed_manifest_is_found(tmp_path: Path, before: str, after: str, me
 def test_an_entry_cut_short_is_named_with_its_remedy(root: Path) -> None:
     entry = root / "chains" / "_delta_log" / f"{1:020d}.json"
     entry.write_bytes(entry.read_bytes()[:40])
-    text = (
-        f"entry {entry.name} is damaged or truncated: restore it from a copy; the shards it registered still exist"
-    )
+    text = f"entry {entry.name} is damaged or truncated: restore it from a copy; the shards it registered still exist"
     assert problems(verify_cache(root)) == [("chains/_delta_log", text)]
     with pytest.raises(CorruptError) as caught:
         Catalog(root)
