@@ -494,7 +494,7 @@ def test_a_shard_of_another_size_is_named(tmp_path: Path) -> None:
 def test_a_changed_byte_of_a_verdict_file_is_found_before_a_query(tmp_path: Path) -> None:
     catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
     damage(catalog.verdicts.path_of(catalog.verdicts.files()[0]), 0.1)
-    with pytest.raises(CorruptError, match=r"not the one in its name: teacher-cache verify .* --quarantine"):
+    with pytest.raises(CorruptError, match=r"differs from the one in its name: teacher-cache verify .* --quarantine"):
         open_cache(catalog)
 
 
