@@ -1,14 +1,12 @@
-"""Verdicts on chains: while a cache is built, and again whenever somebody wants to (`teacher-cache judge`).
+"""Judges answers during a build (JudgeQueue) and on demand (`teacher-cache judge`), and commits the verdicts.
 
-In: answers and references. Out: rows of the verdicts table, which is small and apart from the shards, so that judging
-again neither generates nor rewrites anything. Rows are only ever added; the latest verdict on a sample
-counts. So one that decides nothing is not written over one that does.
+In: answers and references. Out: rows of the verdicts table, which is small and separate from the shards, so judging
+again neither generates nor rewrites anything. Rows are only added, and the latest verdict of a sample counts; hence an
+undecided verdict is not written over a decided one.
 
-Judging beside a build: answers wait in a bounded queue, processes of their own judge them, nobody waits for one.
-
-A program that hangs takes a judge tens of seconds. The recorder hands answers over and goes on; what is judged by the
-time a shard closes is committed then. What does not fit into the queue, or is not judged when the build is interrupted
-or killed, has no verdict, and `teacher-cache judge` finds it by that.
+A program that hangs keeps a judge busy for tens of seconds, so a build never waits for one: answers queue up, and
+finished verdicts are committed whenever a shard closes. Answers that do not fit into the queue, or are not judged when
+the build is interrupted, have no verdict, which is how `teacher-cache judge` finds them.
 """
 
 import datetime
@@ -42,14 +40,19 @@ from stillroom.storage.paths import TEMP_SUFFIX, Location, spool
 from teacher_cache.writer.commit import lock_path, next_sequence, until_first, worker_lock
 
 COMMIT_ROWS = 20_000
-"""Verdicts committed at once: at most so many are judged again after a crash."""
+"""Verdicts committed at once, which is how many are judged again after a crash at most."""
 JUDGE_RUN = "judge"
-"""Stands in file names where builds have their run."""
+"""Takes the run's place in the file names of `teacher-cache judge`."""
+MAX_WAITING = 10_000
+"""Answers that may wait during a build: tens of MB of text."""
+POLL_S = 0.2
+
+_OWN_JUDGE = "json_extract_string(metadata, '$.judge')"
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedSample:
-    """One row of the verdicts table to be."""
+    """One row to be added to the verdicts table."""
 
     sample_id: str
     judge: str
@@ -58,7 +61,7 @@ class JudgedSample:
 
 @dataclass(slots=True)
 class JudgeSummary:
-    """What one judge found. `num_kept` of the undecided chains have a verdict from before, and keep it."""
+    """What one judge found. `num_kept` of the undecided chains keep an earlier verdict."""
 
     num_chains: int = 0
     num_correct: int = 0
@@ -67,7 +70,7 @@ class JudgeSummary:
     num_kept: int = 0
 
     def add(self, verdict: Verdict, is_kept: bool) -> None:
-        """Counts one verdict; `is_kept` where it leaves an earlier one as it is."""
+        """Counts one verdict; `is_kept` if an earlier one stays in place."""
         self.num_chains += 1
         self.num_correct += verdict.correct is True
         self.num_wrong += verdict.correct is False
@@ -77,47 +80,84 @@ class JudgeSummary:
 
 @dataclass(slots=True)
 class JudgeReport:
-    """What `judge_cache` did: counts by judge, and chains that name no judge."""
+    """What `judge_cache` did: counts by judge, and chains without one."""
 
     by_judge: dict[str, JudgeSummary] = field(default_factory=dict)
     num_without_judge: int = 0
 
     def warnings(self) -> list[str]:
-        """A line for each judge that could decide on no chain."""
+        """A line for each judge that could decide no chain."""
         return [
             f"none of {format_plural(one.num_chains, 'chain')} has what judge {name} needs ({NEEDS[name]}), or its "
-            "checks gave up: " + ("their verdicts stay as they were" if one.num_kept else "they stay undecided")
+            "checks timed out: " + ("earlier verdicts are kept" if one.num_kept else "the chains stay undecided")
             for name, one in self.by_judge.items()
             if one.num_undecided == one.num_chains
         ]
 
 
 def judge_of(prompt: Prompt) -> str | None:
-    """The kind of check that the prompt's source asks for."""
+    """The kind of judge that the prompt's source asks for."""
     kind = prompt.metadata.get("judge")
     return None if kind is None else str(kind)
 
 
 def require_judges(prompts: Iterable[Prompt]) -> None:
-    """Raises StillroomError, before anything is generated, where a judge that prompts name cannot work here."""
+    """Raises StillroomError, before anything is generated, if a judge that prompts name cannot work here."""
     kinds = {kind for prompt in prompts if (kind := judge_of(prompt)) is not None}
     for kind in sorted(kinds):
         check_kind(kind)
         require_judge(kind)
 
 
+def judge_cache(
+    root: Location, kind: str | None = None, where: str | None = None, again: bool = False, num_processes: int = 1
+) -> JudgeReport:
+    """Judges chains of a cache and commits the verdicts as it goes.
+
+    `kind` judges every chain with one judge, None each chain with the one that its prompt names. `where` is a SQL
+    condition on the columns of `chains`. Unless `again`, chains whose latest verdict is this judge's decision are
+    skipped, or with None those that have a decision and one of their own judge. An undecided verdict never replaces a
+    decided one, whichever judge gave it.
+    Raises ConfigError for an unknown kind or a wrong condition, StillroomError for a missing package.
+    """
+    if kind is not None:
+        check_kind(kind)
+    catalog = Catalog(root)
+    report = JudgeReport()
+    with open_cache(catalog) as session, ExitStack() as stack:
+        kinds, total = _count_pending(session, kind, where, again, report)
+        if not total:
+            return report
+        judges = [stack.enter_context(JudgeProcess()) for _ in range(num_processes)]
+        for judge in judges:
+            judge.prepare(kinds)
+        progress = stack.enter_context(Progress("judge", total, "chains"))
+        worker = _lock_own_name(root, stack)
+        latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
+        # Commits on every exit, also after an interrupt: what was judged need not be judged again.
+        pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest, worker))
+        query = _pending_query("sample_id, answer, reference, metadata", kind, where, again)
+        for sample, had_verdict in _judged(session, query, judges):
+            is_kept = had_verdict and sample.verdict.correct is None
+            report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict, is_kept)
+            if not is_kept:
+                pending.add(sample)
+            progress.update(sum(summary.num_chains for summary in report.by_judge.values()), 0)
+    return report
+
+
 def commit_verdicts(
     table: Table, samples: Sequence[JudgedSample], run_id: str, worker: str, after: datetime.datetime | None = None
 ) -> None:
-    """Makes the verdicts visible, all or none, as given later than `after`.
+    """Makes the verdicts visible, all or none, with a time later than `after`.
 
-    Raises CacheConflict when others commit without a pause for it.
+    Raises CacheConflict if others keep committing.
     """
     if not samples:
         return
     now = datetime.datetime.now(datetime.UTC)
     if after is not None and now <= after:
-        # The clock was set back, or another machine's was ahead: the latest verdict must count all the same.
+        # Clocks differ or were set back, but the newest verdict must have the latest time.
         now = after + datetime.timedelta(microseconds=1)
     columns: dict[str, list[Any]] = {
         "sample_id": [sample.sample_id for sample in samples],
@@ -134,17 +174,17 @@ def commit_verdicts(
         with suppress(OSError):
             temp.unlink(missing_ok=True)
         problem = f"{table.folder} cannot be written: {one_line(error)}"
-        raise StillroomError(f"{problem}: mend that and judge again") from error
+        raise StillroomError(f"{problem}: fix that and judge again") from error
     commit_verdict_file(table, temp, len(samples), run_id, worker)
 
 
 def verdict_temp(table: Table, worker: str) -> Path:
-    """Where a file of verdicts is written until it is finished."""
+    """Temporary path of a file of verdicts."""
     return spool(table.folder) / f".{worker}-0.{secrets.token_hex(4)}{TEMP_SUFFIX}"
 
 
 def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, worker: str) -> None:
-    """Makes a finished file of verdicts visible. Raises CacheConflict when others commit without a pause for it."""
+    """Makes a finished file of verdicts visible. Raises CacheConflict if others keep committing."""
     application = f"stillroom/{run_id}/{worker}"
     table.refresh()
     try:
@@ -154,52 +194,104 @@ def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, wo
 
     def attempt() -> None:
         table.refresh()
-        # Verdicts add up and never exclude each other: whoever came first, these are still true.
+        # Verdicts never exclude each other, so nothing has to be dropped after another commit.
         if file not in table.files():
             table.commit([file], application, next_sequence(table, application))
 
     until_first(table, attempt)
 
 
-def judge_cache(
-    root: Location, kind: str | None = None, where: str | None = None, again: bool = False, num_processes: int = 1
-) -> JudgeReport:
-    """Judges chains of a cache and commits the verdicts as it goes.
+class JudgeQueue:
+    """Judges of one build. `put`, `finished` and `wait` are for one thread, `hurry` and `close` for any."""
 
-    `kind` judges every chain by one kind, None each chain by the judge that its prompt names. `where` is a SQL
-    condition on the columns of `chains`. Unless `again`, chains whose latest verdict is this kind's decision are left
-    out, or with None those that have a verdict and one of the judge that their prompt names.
-    An undecided verdict never takes the place of a decided one, whichever judge gave that.
-    Raises ConfigError for an unknown kind or a wrong condition, StillroomError for a package that is missing.
-    """
-    if kind is not None:
-        check_kind(kind)
-    catalog = Catalog(root)
-    report = JudgeReport()
-    with open_cache(catalog) as session, ExitStack() as stack:
-        kinds, total = _pending(session, kind, where, again, report)
-        if not total:
-            return report
-        judges = [stack.enter_context(JudgeProcess()) for _ in range(num_processes)]
-        for judge in judges:
-            judge.prepare(kinds)
-        progress = stack.enter_context(Progress("judge", total, "chains"))
-        worker = _own_name(root, stack)
-        # Runs also when this is interrupted: what was judged need not be judged again.
-        latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
-        pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest, worker))
-        query = _query("sample_id, answer, reference, metadata", kind, where, again)
-        for sample, had_verdict in _judged(session, query, judges):
-            is_kept = had_verdict and sample.verdict.correct is None
-            report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict, is_kept)
-            if not is_kept:
-                pending.add(sample)
-            progress.update(sum(summary.num_chains for summary in report.by_judge.values()), 0)
-    return report
+    def __init__(self, num_processes: int, max_waiting: int = MAX_WAITING) -> None:
+        """Starts no process before the first answer arrives."""
+        self.num_left = 0
+        """Answers left to `teacher-cache judge`."""
+        self._max_waiting = max_waiting
+        self._judges = [JudgeProcess() for _ in range(num_processes)]
+        self._free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
+        for judge in self._judges:
+            self._free.put(judge)
+        self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="judge")
+        self._pending: dict[Future[JudgedSample | None], None] = {}
+        self._done: deque[Future[JudgedSample | None]] = deque()
+        self._hurried = False
+
+    def put(self, sample_id: str, prompt: Prompt, answer: str | None) -> None:
+        """Queues an answer; does nothing for a prompt without a judge."""
+        kind = judge_of(prompt)
+        if kind is None:
+            return
+        if len(self._pending) >= self._max_waiting:
+            # Finished verdicts that wait for their shard to close take no room.
+            self._settle()
+        if self._hurried or len(self._pending) >= self._max_waiting:
+            self.num_left += 1
+            return
+        future = self._threads.submit(self._judge, sample_id, kind, answer, prompt.reference, prompt.metadata)
+        self._pending[future] = None
+
+    def finished(self) -> list[JudgedSample]:
+        """New verdicts since the last call. Raises StillroomError if a judge cannot work."""
+        judged: list[JudgedSample] = []
+        self._settle()
+        while self._done:
+            error = self._done[0].exception()
+            if error is not None and judged:
+                # Hand over the good verdicts first; the next call raises the error.
+                break
+            future = self._done.popleft()
+            if error is not None:
+                raise error
+            verdict = future.result()
+            self.num_left += verdict is None
+            judged += [] if verdict is None else [verdict]
+        return judged
+
+    def wait(self) -> None:
+        """Waits until everything is judged or `hurry` is called; the rest is left to `teacher-cache judge`."""
+        while self._pending and not self._hurried and not all(future.done() for future in self._pending):
+            time.sleep(POLL_S)
+        for future in [future for future in self._pending if not future.done()]:
+            future.cancel()
+            del self._pending[future]
+            self.num_left += 1
+
+    def hurry(self) -> None:
+        """Leaves answers that are not judged yet to `teacher-cache judge`."""
+        self._hurried = True
+
+    def close(self) -> None:
+        """Ends the processes, even in the middle of a check."""
+        self._hurried = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for judge in self._judges:
+            judge.kill()
+        self._threads.shutdown(wait=True)
+        for judge in self._judges:
+            judge.close()
+
+    def _settle(self) -> None:
+        for future in [future for future in self._pending if future.done()]:
+            del self._pending[future]
+            self._done.append(future)
+
+    def _judge(
+        self, sample_id: str, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any]
+    ) -> JudgedSample | None:
+        if self._hurried:
+            return None
+        judge = self._free.get()
+        try:
+            verdict = judge.judge(kind, answer, reference, metadata)
+        finally:
+            self._free.put(judge)
+        return JudgedSample(sample_id, kind, verdict)
 
 
 class _Uncommitted:
-    """Verdicts on their way to the table: committed every COMMIT_ROWS, and at the end however that comes."""
+    """Verdicts to be committed: every COMMIT_ROWS, and on exit however that happens."""
 
     def __init__(self, table: Table, after: datetime.datetime | None, worker: str) -> None:
         self._table, self._after, self._worker = table, after, worker
@@ -223,9 +315,9 @@ class _Uncommitted:
         commit_verdicts(self._table, samples, JUDGE_RUN, self._worker, self._after)
 
 
-def _own_name(root: Location, stack: ExitStack) -> str:
-    """A name whose lock is held until the stack unwinds, so that `gc` leaves this process's files alone; several may
-    judge at once.
+def _lock_own_name(root: Location, stack: ExitStack) -> str:
+    """The first free worker name, locked until the stack unwinds: `gc` then leaves this process's files alone, and
+    several processes may judge at once.
     """
     for number in itertools.count():
         name = f"j{number}"
@@ -234,14 +326,14 @@ def _own_name(root: Location, stack: ExitStack) -> str:
         except CacheConflict:
             continue
         except OSError as error:
-            raise StillroomError(f"{root} cannot be written: {one_line(error)}: mend that and judge again") from error
+            raise StillroomError(f"{root} cannot be written: {one_line(error)}: fix that and judge again") from error
         return name
     raise AssertionError
 
 
 def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[tuple[JudgedSample, bool]]:
-    """Verdicts in the order of the rows, `len(judges)` checks at a time, a batch of rows in memory; and whether the
-    chain had one that decides before.
+    """Verdicts in the order of the rows, `len(judges)` checks at a time, with one batch of rows in memory; and whether
+    the chain had a decided verdict before.
     """
     free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
     for judge in judges:
@@ -260,153 +352,48 @@ def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Ite
             for batch in session.batches(query, rows_per_batch=256):
                 yield from pool.map(check, batch.to_pylist())
         except BaseException:
-            # A check may take minutes: nobody waits for it any more.
+            # Leaving the pool would wait for running checks, which may take minutes.
             for judge in judges:
                 judge.kill()
             raise
 
 
-def _pending(
+def _count_pending(
     session: Session, kind: str | None, where: str | None, again: bool, report: JudgeReport
 ) -> tuple[list[str], int]:
-    """Kinds that are needed, and how many chains there are to judge."""
+    """The judges that are needed, and the number of chains to judge."""
     check_condition(session, "--where", where)
-    query = f"SELECT judge, count(*) AS n FROM ({_query('sample_id', kind, where, again)}) GROUP BY judge"
-    rows = _counted(session, where, query)
-    counts = Counter({row["judge"]: row["n"] for row in rows.to_pylist()})
+    query = f"SELECT judge, count(*) AS n FROM ({_pending_query('sample_id', kind, where, again)}) GROUP BY judge"
+    counts = Counter({row["judge"]: row["n"] for row in _select(session, where, query).to_pylist()})
     if kind is None:
         condition = "true" if where is None else in_brackets(where)
         query = f"SELECT count(*) AS n FROM chains WHERE {condition} AND {_OWN_JUDGE} IS NULL"
-        report.num_without_judge = _counted(session, where, query).column("n").to_pylist()[0]
+        report.num_without_judge = _select(session, where, query).column("n").to_pylist()[0]
     for name in counts:
         if name not in KINDS:
-            raise ConfigError(f"the cache's prompts name the judge {name!r}, which is unknown: choose one with --judge")
+            raise ConfigError(f"the cache's prompts name the unknown judge {name!r}: choose one with --judge")
     return sorted(counts), counts.total()
 
 
-def _counted(session: Session, where: str | None, query: str) -> pa.Table:
+def _select(session: Session, where: str | None, query: str) -> pa.Table:
     return session.arrow(query) if where is None else run_with(session, "--where", where, query)
 
 
-_OWN_JUDGE = "json_extract_string(metadata, '$.judge')"
-
-
-def _query(columns: str, kind: str | None, where: str | None, again: bool) -> str:
-    """SELECT of the chains to judge, with the judge's name as `judge`, and `has_verdict` where the latest verdict
-    decides. The condition sees the columns of `chains` alone.
+def _pending_query(columns: str, kind: str | None, where: str | None, again: bool) -> str:
+    """SELECT of the chains to judge, with the judge's name as `judge`, and `has_verdict` if the latest verdict decides.
+    The condition sees the columns of `chains` only.
     """
     condition = "true" if where is None else in_brackets(where)
     judge = _OWN_JUDGE if kind is None else f"'{kind}'"
-    asked = (
+    selected = (
         f"SELECT {columns}, {judge} AS judge, chains.correct IS NOT NULL AS has_verdict, chains.judge AS latest_judge"
         f" FROM chains WHERE {condition} AND {judge} IS NOT NULL"
     )
     if again:
-        return asked
+        return selected
     if kind is not None:
-        return f"SELECT * FROM ({asked}) WHERE NOT (has_verdict AND latest_judge = judge)"
+        return f"SELECT * FROM ({selected}) WHERE NOT (has_verdict AND latest_judge = judge)"
     return (
-        f"SELECT p.* FROM ({asked}) p WHERE NOT has_verdict OR NOT EXISTS (SELECT 1 FROM verdicts v"
+        f"SELECT p.* FROM ({selected}) p WHERE NOT has_verdict OR NOT EXISTS (SELECT 1 FROM verdicts v"
         " WHERE v.sample_id = p.sample_id AND v.judge = p.judge AND v.correct IS NOT NULL)"
     )
-
-
-MAX_WAITING = 10_000
-"""Answers that may wait, some tens of MB of text."""
-POLL_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    sample_id: str
-    kind: str
-    answer: str | None
-    reference: str | None
-    metadata: Mapping[str, Any]
-
-
-class JudgeQueue:
-    """Judges of one build. `put`, `finished` and `wait` are for one thread, `hurry` and `close` for any."""
-
-    def __init__(self, num_processes: int, max_waiting: int = MAX_WAITING) -> None:
-        """Starts no process before the first answer comes."""
-        self.num_left = 0
-        """Answers that were left to `teacher-cache judge`."""
-        self._max_waiting = max_waiting
-        self._judges = [JudgeProcess() for _ in range(num_processes)]
-        self._free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
-        for judge in self._judges:
-            self._free.put(judge)
-        self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="judge")
-        self._pending: dict[Future[JudgedSample | None], None] = {}
-        self._done: deque[Future[JudgedSample | None]] = deque()
-        self._hurried = False
-
-    def put(self, sample_id: str, prompt: Prompt, answer: str | None) -> None:
-        """Hands over an answer; of a prompt without a judge it does nothing."""
-        kind = judge_of(prompt)
-        if kind is None:
-            return
-        if len(self._pending) >= self._max_waiting:
-            # Verdicts that wait for their shard to close take no answer's place.
-            self._settle()
-        if self._hurried or len(self._pending) >= self._max_waiting:
-            self.num_left += 1
-            return
-        asked = _Answer(sample_id, kind, answer, prompt.reference, prompt.metadata)
-        self._pending[self._threads.submit(self._judge, asked)] = None
-
-    def finished(self) -> list[JudgedSample]:
-        """Verdicts that have come since the last call. Raises StillroomError where a judge cannot work."""
-        judged: list[JudgedSample] = []
-        self._settle()
-        while self._done:
-            error = self._done[0].exception()
-            if error is not None and judged:
-                # The next call raises it: what was judged is good.
-                break
-            future = self._done.popleft()
-            if error is not None:
-                raise error
-            verdict = future.result()
-            self.num_left += verdict is None
-            judged += [] if verdict is None else [verdict]
-        return judged
-
-    def wait(self) -> None:
-        """Until everything is judged, or `hurry` says that nobody waits any more; the rest is left to others."""
-        while self._pending and not self._hurried and not all(future.done() for future in self._pending):
-            time.sleep(POLL_S)
-        for future in [future for future in self._pending if not future.done()]:
-            future.cancel()
-            del self._pending[future]
-            self.num_left += 1
-
-    def hurry(self) -> None:
-        """What is not judged by now is left to `teacher-cache judge`."""
-        self._hurried = True
-
-    def close(self) -> None:
-        """Ends the processes, in the middle of a check if need be."""
-        self._hurried = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for judge in self._judges:
-            judge.kill()
-        self._threads.shutdown(wait=True)
-        for judge in self._judges:
-            judge.close()
-
-    def _settle(self) -> None:
-        for future in [future for future in self._pending if future.done()]:
-            del self._pending[future]
-            self._done.append(future)
-
-    def _judge(self, asked: _Answer) -> JudgedSample | None:
-        if self._hurried:
-            return None
-        judge = self._free.get()
-        try:
-            verdict = judge.judge(asked.kind, asked.answer, asked.reference, asked.metadata)
-        finally:
-            self._free.put(judge)
-        return JudgedSample(asked.sample_id, asked.kind, verdict)

@@ -1,1 +1,1 @@
-"""Care of a cache that exists: verify, quarantine, sweep, copy."""
+"""Maintenance of a cache: verify, quarantine, gc, copy."""

@@ -1,10 +1,10 @@
-"""`teacher-cache copy SRC... DEST`: caches into one, shard by shard, by their Delta logs.
+"""`teacher-cache copy SOURCE... DEST`: merges caches into one, shard by shard.
 
-Only what a source's latest version shows is copied; every byte is checked against the hash in its file's name on the
-way. Rows whose sample is visible in the destination are left out, so overlapping caches merge and the same command
-goes on after a kill. Builds may go on in sources and destination meanwhile.
+Copies what each source's latest version shows and verifies every byte against the hash in its file's name. Rows whose
+sample is already visible in the destination are skipped, so overlapping caches merge, and the same command resumes
+after a kill. Builds may run in sources and destination meanwhile.
 
-With --round, exact distributions (`topk-f32`) become 8-bit codes (`topk-u8`) on the way.
+With --round, exact distributions (`topk-f32`) are stored as 8-bit codes (`topk-u8`).
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, chain_schema
 from stillroom.storage.paths import Location, atomic_path, check_reachable, local_copy, parts_of
 from teacher_cache.judging import commit_verdict_file, verdict_temp
-from teacher_cache.maintenance.orphans import receipt_problems
+from teacher_cache.maintenance.orphans import lost_commits
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, worker_lock
 from teacher_cache.writer.shard import parquet_options
 
 COPIER = "copied"
-"""Stands in the names of copied files where others have their worker; rows keep theirs."""
+"""Takes the worker's place in the names of copied files; rows keep their own worker."""
 CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine"}
 
 
 @dataclass(slots=True)
 class CopyReport:
-    """What came into the destination; `num_known` rows were there already. `stopped`: it was interrupted."""
+    """What was copied; `num_known` rows were in the destination before. `stopped`: interrupted by a signal."""
 
     num_shards: int = 0
     num_chains: int = 0
@@ -53,20 +53,20 @@ class CopyReport:
 
 
 def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = False) -> CopyReport:
-    """Copies what `sources` show into `dest`, a cache or a folder that is empty or does not exist yet; `rounded` stores
+    """Copies what `sources` show into `dest`, a cache or a folder that is empty or does not exist; `rounded` stores
     exact distributions as 8-bit codes.
 
-    Raises ConfigError for caches that may not be mixed or lie in each other, DataError where one is none or of a newer
-    format, CorruptError naming a shard or log that is damaged, CacheConflict while another copy into `dest` runs.
+    Raises ConfigError for caches that cannot be merged or contain each other, DataError for what is not a cache or has
+    a newer format, CorruptError naming a damaged shard or log, CacheConflict while another copy into `dest` runs.
     """
     _require_apart(sources, dest)
     catalogs = [_open_source(source) for source in sources]
     check_reachable(dest)
     if dest.exists() and not dest.is_dir():
-        raise DataError(f"{dest} is a file: name a cache, or a folder that is not there yet")
+        raise DataError(f"{dest} is a file: name a cache or a new folder")
     others = {path.name for path in dest.iterdir()} - CACHE_FOLDERS if dest.exists() else set()
     if others and not (dest / "chains" / "_delta_log").is_dir():
-        raise DataError(f"{dest} holds other things ({min(others)}): name a cache, or a folder that is not there yet")
+        raise DataError(f"{dest} holds other files ({min(others)}): name a cache or a new folder")
     target = Catalog.create(dest)
     _require_same_meaning([*catalogs, target])
     report, total = CopyReport(), sum(file.num_rows for source in catalogs for file in source.chains.files())
@@ -88,7 +88,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
 
 def copy_lines(report: CopyReport, dest: Location) -> list[str]:
     """The result for a person."""
-    known = f"; {report.num_known} were there already" if report.num_known else ""
+    known = f"; {report.num_known} were there before" if report.num_known else ""
     counts = [
         f"{format_plural(report.num_chains, 'chain')} in {format_plural(report.num_shards, 'shard')}",
         format_bytes(report.size_bytes),
@@ -103,13 +103,13 @@ def _require_apart(sources: Sequence[Location], dest: Location) -> None:
     for i, one in enumerate(folders):
         for other in folders[i + 1 :]:
             if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
-                raise ConfigError(f"{one} and {other} are the same folder or lie in each other: name separate caches")
+                raise ConfigError(f"{one} and {other} are the same folder or contain each other: name separate caches")
 
 
 def _open_source(root: Location) -> Catalog:
     catalog = Catalog(root)
     for table in (catalog.chains, catalog.verdicts, catalog.failures):
-        problems = log_problems(table.folder / "_delta_log") or receipt_problems(table)
+        problems = log_problems(table.folder / "_delta_log") or lost_commits(table)
         if problems:
             raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: a copy would lack chains")
     for run in catalog.runs().values():
@@ -120,12 +120,15 @@ def _open_source(root: Location) -> Catalog:
             )
     missing = {_run_of(file) for file in catalog.chains.files()} - set(catalog.runs())
     if missing:
-        raise CorruptError(f"{root}/runs/{min(missing)}.json is missing: nobody could say what its chains are")
+        raise CorruptError(
+            f"{root}/runs/{min(missing)}.json is missing, so its chains cannot be identified: restore it from a copy, "
+            "or run its build again, which rewrites it"
+        )
     return catalog
 
 
 def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
-    """A run id stands for a teacher, a capture and a sampling; in one cache it must stand for one of each."""
+    """In one cache a run id must stand for one teacher, one capture and one sampling."""
     seen: dict[str, tuple[Location, dict[str, object]]] = {}
     for catalog in catalogs:
         for run_id, run in catalog.runs().items():
@@ -133,18 +136,16 @@ def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
             different = [key for key, value in _meaning(run).items() if value != meaning[key]]
             if different:
                 raise ConfigError(
-                    f"run {run_id} of {catalog.root} and that of {root} differ in {different[0]}: chains of two "
-                    "meanings may not stand under one run; build one of them again under another run name"
+                    f"run {run_id} of {catalog.root} and of {root} differ in {different[0]}: build one of them again "
+                    "under another run name"
                 )
 
 
 def _meaning(run: RunManifest) -> dict[str, object]:
     sampling = {key: value for key, value in run.sampling.items() if key != "samples"}
-    fingerprint = run.teacher.fingerprint
-    tokenizer = run.teacher.tokenizer_fingerprint
     return {
-        "teacher": fingerprint,
-        "tokenizer": tokenizer,
+        "teacher": run.teacher.fingerprint,
+        "tokenizer": run.teacher.tokenizer_fingerprint,
         "kind": run.kind,
         "sampling": sampling,
         "capture": run.capture,
@@ -159,8 +160,8 @@ def _warn_of_space(sources: Sequence[Catalog], target: Catalog) -> None:
     free_bytes = shutil.disk_usage(target.root).free
     if size_bytes > free_bytes:
         warn(
-            f"the sources hold {format_bytes(size_bytes)}, {format_bytes(free_bytes)} are free in {target.root}: "
-            "enough only where most of it is there already"
+            f"the sources hold {format_bytes(size_bytes)}, but {target.root} has {format_bytes(free_bytes)} free: "
+            "enough only if most of it was copied before"
         )
 
 
@@ -177,7 +178,7 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
 
 
 def _copy_one(source: Catalog, target: Catalog, report: CopyReport, *, rounded: bool) -> Iterator[None]:
-    """Comes back after every file, so that a caller may show progress or stop."""
+    """Yields after every file, so that the caller can show progress or stop."""
     _copy_verdicts(source, target, report)
     yield
     yield from _copy_rows(source.failures, target.failures, report, rounded=False)
@@ -202,7 +203,7 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
             temp.parent.mkdir(parents=True, exist_ok=True)
             _copy_checked(source.path_of(file), temp)
             if rounded:
-                temp = _rounded(temp, committers[run_id].temp_path())
+                temp = _round(temp, committers[run_id].temp_path())
             size_bytes = temp.stat().st_size
             num_fresh = committers[run_id].commit(temp, sample_ids)
         if is_chains:
@@ -215,20 +216,8 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
         yield
 
 
-def _rounded(copied: Path, temp: Path) -> Path:
-    """What `round_shard` makes of the copy, which is removed."""
-    try:
-        round_shard(copied, temp)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    finally:
-        copied.unlink(missing_ok=True)
-    return temp
-
-
 def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None:
-    """Whole files: of one sample there are verdicts of several judges and times, and the latest counts."""
+    """Copies whole files: a sample may have many verdicts, so files are compared by hash and not row by row."""
     known = {_hash_of(file) for file in target.verdicts.files()}
     for file in source.verdicts.files():
         if _hash_of(file) in known:
@@ -249,8 +238,8 @@ def _copy_checked(path: Location, temp: Path) -> None:
         name = SHARD_NAME.match(path.name)
         if name is None or digest.hexdigest()[:HASH_CHARS] != name["hash"]:
             raise CorruptError(
-                f"{path} does not have the bytes that were written: `teacher-cache verify --quarantine` takes it out "
-                "of its cache, then copy again"
+                f"{path} does not have the bytes that were written: remove it with "
+                "`teacher-cache verify --quarantine`, then copy again"
             )
     except FileNotFoundError as error:
         temp.unlink(missing_ok=True)
@@ -269,19 +258,25 @@ def _hash_of(file: DataFile) -> str:
     return name["hash"] if name is not None else file.path
 
 
-def round_shard(path: Path, temp: Path) -> None:
-    """Writes an exact shard to `temp` as `topk-u8`, one row group in memory at a time; any other is moved there."""
-    file, old = open_shard(path)
+def _round(copied: Path, temp: Path) -> Path:
+    """Replaces the copy of an exact shard with a `topk-u8` one at `temp`; returns the path of the file to commit."""
+    file, old = open_shard(copied)
     with file:
         if old.codec != "topk-f32":
-            path.replace(temp)
-            return
+            return copied
         new = old.model_copy(update={"codec": "topk-u8", "format_version": FORMAT_VERSION})
         schema = chain_schema(new.codec).with_metadata({SHARD_METADATA_KEY: new.model_dump_json()})
         plain = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS]
-        with pq.ParquetWriter(temp, schema, **parquet_options(schema, new.vocab_size)) as writer:
-            for index in range(file.num_row_groups):
-                table, signals, offsets = read_signals(file, old, index, plain, str(path))
-                rows = [signals.slice(int(start), int(stop)) for start, stop in pairwise(offsets)]
-                columns = {name: table.column(name) for name in plain} | encode(new.codec, rows)
-                writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
+        try:
+            with pq.ParquetWriter(temp, schema, **parquet_options(schema, new.vocab_size)) as writer:
+                for index in range(file.num_row_groups):
+                    table, signals, offsets = read_signals(file, old, index, plain, str(copied))
+                    rows = [signals.slice(int(start), int(stop)) for start, stop in pairwise(offsets)]
+                    columns = {name: table.column(name) for name in plain} | encode(new.codec, rows)
+                    writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        finally:
+            copied.unlink(missing_ok=True)
+    return temp

@@ -1,11 +1,11 @@
-"""`teacher-cache gc`: what a crash left behind is adopted or swept, whole runs are dropped on request.
+"""`teacher-cache gc`: adopts or deletes what crashes left behind, and removes whole runs on request.
 
-    adopted    shards that were written and not registered: the rows become visible
-    swept      unfinished files, and files whose rows are all visible elsewhere or damaged: no row is lost
-    removed    files that only older versions hold (dropped runs, quarantined shards); deleted on request alone
-    kept       files of a worker at work, files younger than the grace, files of other programs
+    adopted    complete shards that were never registered: their rows become visible
+    swept      unfinished files, and files that are damaged or whose rows are all visible elsewhere: no row is lost
+    removed    files that only older versions use (dropped runs, quarantined shards); deleted only on request
+    kept       files of running workers, files younger than the grace period, files of other programs
 
-Nothing is touched while a log is damaged: without an entry, its shards look like orphans.
+Nothing is touched while a log is damaged: without one of its entries, that entry's shards look like orphans.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from stillroom.config import nearest_name
 from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, one_line
 from stillroom.log import format_bytes, format_plural
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, files_below, matching, relative_name
-from teacher_cache.maintenance.orphans import Leftover, find_leftovers, receipt_problems
+from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
 
 TEMP_NAME = re.compile(rf"^\.(?P<worker>[A-Za-z0-9_.]+)-\d+\.[0-9a-f]+{re.escape(TEMP_SUFFIX)}$")
@@ -30,7 +30,7 @@ COMPANION_FOLDERS = ("runs", "vocab", "receipts", "quarantine")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One file below the cache, and why it was treated so."""
+    """One file of the cache, and why it was treated so."""
 
     file: str
     size_bytes: int
@@ -39,7 +39,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What a dropped run no longer shows."""
+    """What left the latest version with a run."""
 
     run_id: str
     num_shards: int
@@ -49,8 +49,8 @@ class Dropped:
 
 @dataclass(slots=True)
 class GcReport:
-    """What was done, or with `dry_run` would be. `unreadable` are ranges of versions (first, last) of each table that
-    name a deleted file; `num_adopted` counts rows (files before a dry run's adoption are in `adoptable`).
+    """What was done, or would be with `dry_run`. `unreadable` are ranges of versions (first, last) of each table that
+    use a deleted file; `num_adopted` counts rows (a dry run lists files in `adoptable`).
     """
 
     dry_run: bool
@@ -71,35 +71,32 @@ class GcReport:
 def gc_cache(
     root: Location, *, dry_run: bool, grace_s: float, drop_runs: Sequence[str] = (), delete_removed: bool = False
 ) -> GcReport:
-    """Cleans the cache at `root`; files younger than `grace_s` seconds stay.
+    """Cleans the cache at `root`; files younger than `grace_s` seconds are kept.
 
-    `drop_runs` names runs (by name or id) whose shards, failures and verdicts leave the latest version; their files
-    stay for older versions until `delete_removed`, which deletes what the latest version does not hold.
-    Raises CorruptError while a log is damaged, ConfigError for an unknown run, CacheConflict for a run at work,
-    DataError where the cache cannot be written.
+    `drop_runs` names runs (by name or id) whose shards, failures and verdicts leave the latest version. Their files
+    stay for older versions until `delete_removed`, which deletes whatever the latest version does not use.
+    Raises CorruptError if a log is damaged, ConfigError for an unknown run, CacheConflict for a running one, DataError
+    if the cache cannot be written.
     """
+    report = GcReport(dry_run)
     try:
-        return _gc(Catalog(root), GcReport(dry_run), grace_s, drop_runs, delete_removed)
+        catalog = Catalog(root)
+        tables = (catalog.chains, catalog.verdicts, catalog.failures)
+        for table in tables:
+            if problems := lost_commits(table):
+                raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is swept from a damaged cache")
+        for run_id in _runs_named(catalog, drop_runs):
+            report.dropped.append(_drop_run(catalog, run_id, dry_run))
+        if not dry_run:
+            # A cache without runs has no such folder yet.
+            (root / "runs").mkdir(parents=True, exist_ok=True)
+        now_s = time.time() if dry_run else file_clock_s(root / "runs")
+        collector = _Collector(report, now_s, grace_s, delete_removed)
+        for table in tables:
+            collector.clean_table(table)
+        collector.sweep_companions(root)
     except OSError as error:
         raise DataError(f"{root} cannot be written: {one_line(error)}") from error
-
-
-def _gc(catalog: Catalog, report: GcReport, grace_s: float, drop_runs: Sequence[str], delete_removed: bool) -> GcReport:
-    root, dry_run = catalog.root, report.dry_run
-    tables = (catalog.chains, catalog.verdicts, catalog.failures)
-    for table in tables:
-        problems = receipt_problems(table)
-        if problems:
-            raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is swept from a damaged cache")
-    for run_id in _runs_named(catalog, drop_runs):
-        report.dropped.append(_drop_run(catalog, run_id, dry_run))
-    if not dry_run:
-        # An empty cache has no runs yet.
-        (root / "runs").mkdir(parents=True, exist_ok=True)
-    now_s = time.time() if dry_run else file_clock_s(root / "runs")
-    for table in tables:
-        _clean_table(table, report, now_s, grace_s, delete_removed)
-    _sweep_companions(root, report, now_s, grace_s)
     return report
 
 
@@ -109,12 +106,16 @@ def gc_lines(report: GcReport) -> list[str]:
     for one in report.dropped:
         lines.append(
             f"dropped  run {one.run_id}: {format_plural(one.num_shards, 'shard')}, "
-            f"{format_plural(one.num_chains, 'chain')}, {format_bytes(one.size_bytes)} leave the latest version; a "
-            "build with its configuration would make them again"
+            f"{format_plural(one.num_chains, 'chain')}, {format_bytes(one.size_bytes)} leave the latest version; "
+            "running its build again would regenerate them"
         )
     if report.num_adopted or report.adoptable:
-        rows = f"{report.num_adopted} rows that were" if report.num_adopted else f"{len(report.adoptable)} files"
-        lines.append(f"adopted  {rows} written and not registered")
+        rows = (
+            format_plural(report.num_adopted, "row")
+            if report.num_adopted
+            else format_plural(len(report.adoptable), "file")
+        )
+        lines.append(f"adopted  {rows} written but not registered")
     for label, items in (("swept", report.swept), ("deleted", report.deleted), ("kept", report.kept)):
         lines += [f"{label:8} {item.file} ({format_bytes(item.size_bytes)}): {item.why}" for item in items]
     if report.removed:
@@ -124,7 +125,7 @@ def gc_lines(report: GcReport) -> list[str]:
     for name, ranges in report.unreadable.items():
         spans = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in ranges)
         lines.append(
-            f"versions {spans} of {name} can no longer be read whole: a student whose selection is pinned there must "
+            f"versions {spans} of {name} can no longer be read in full: a student whose selection is pinned there must "
             "select again"
         )
     freed = f"{format_bytes(report.freed_bytes)} freed" if report.freed_bytes else "nothing to free"
@@ -162,102 +163,112 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
     return Dropped(run_id, len(chains), sum(file.num_rows for file in chains), size_bytes)
 
 
-def _clean_table(table: Table, report: GcReport, now_s: float, grace_s: float, delete_removed: bool) -> None:
-    root, history = table.folder.parent, file_history(table.folder / "_delta_log")
-    leftovers = find_leftovers(table, history)
-    removed = [(root / one.file, one.size_bytes) for one in leftovers if one.kind == "removed"]
-    if report.dry_run:
-        # What the drop would have taken out is still visible.
-        doomed = {one.run_id for one in report.dropped}
-        files = [file for file in table.files() if file.path.partition("/")[0] in doomed]
-        removed += [(table.path_of(file), file.size_bytes) for file in files]
-    spans: list[Span] = []
-    for path, size_bytes in removed:
-        relative = relative_name(path, table.folder)
-        item = Item(f"{table.folder.name}/{relative}", size_bytes, "only older versions hold it")
-        (report.deleted if delete_removed else report.removed).append(item)
-        spans += [span if span.removed else Span(span.added, table.version + 1) for span in history[relative]]
-        if delete_removed and not report.dry_run:
-            path.unlink(missing_ok=True)
-    if delete_removed and spans:
-        report.unreadable[table.folder.name] = merged_ranges(spans)
-    # Read once, when the first file is adopted.
-    visible = VisibleSamples(table)
-    for (run_id, worker), group in _by_worker([one for one in leftovers if one.kind != "removed"]).items():
-        _clean_worker(visible, table, run_id, worker, group, report, now_s, grace_s)
+class _Collector:
+    """Decides about every orphan file and records that in the report."""
 
+    def __init__(self, report: GcReport, now_s: float, grace_s: float, delete_removed: bool) -> None:
+        self._report, self._now_s, self._grace_s, self._delete_removed = report, now_s, grace_s, delete_removed
+        self._dropped = {one.run_id for one in report.dropped}
 
-def _clean_worker(
-    visible: VisibleSamples,
-    table: Table,
-    run_id: str,
-    worker: str | None,
-    files: Sequence[Leftover],
-    report: GcReport,
-    now_s: float,
-    grace_s: float,
-) -> None:
-    if worker is None:
-        report.kept += [_item(one, "not a file of this program") for one in files]
-        return
-    root = table.folder.parent
-    is_dropped = any(one.run_id == run_id for one in report.dropped)
-    young = [one for one in files if now_s - one.modified_s < grace_s and not is_dropped]
-    old = [one for one in files if one not in young]
-    report.kept += [_item(one, "younger than the grace") for one in young]
-    # What lies beside the run's folders (verdicts in the making) may be any run's.
-    beside = run_id == table.folder.name
-    locks = matching(root / "runs", f"*.{worker}.lock") if beside else [lock_path(root, run_id, worker)]
-    with contextlib.ExitStack() as stack:
-        try:
-            for lock in locks if old else []:
-                if is_locked(lock):
-                    raise CacheConflict(f"{lock} is locked")
-                if not report.dry_run and lock.exists():
-                    stack.enter_context(worker_lock(lock, 0.0))
-        except CacheConflict:
-            report.kept += [_item(one, "its worker is at work") for one in old]
-            return
-        for one in old:
-            if one.kind == "temporary":
-                _sweep(root, one, "was never finished", report)
-            elif is_dropped:
-                # Adopted, now or by the next one who cleans, it would bring a part of the run back.
-                _sweep(root, one, "was never registered, and its run is dropped", report)
-            elif table.folder.name == "verdicts":
-                _sweep(root, one, "was never registered: `teacher-cache judge` makes such verdicts again", report)
-            elif report.dry_run:
-                report.adoptable.append(_item(one, "was never registered"))
+    def clean_table(self, table: Table) -> None:
+        history = file_history(table.folder / "_delta_log")
+        orphans = find_orphans(table, history)
+        self._clean_removed(table, history, [one for one in orphans if one.kind == "removed"])
+        # Read once, when the first file is adopted.
+        visible = VisibleSamples(table)
+        for (run_id, worker), group in _by_worker([one for one in orphans if one.kind != "removed"]).items():
+            if worker is None:
+                self._keep(group, "not a file of this program")
             else:
-                _adopt(Committer(table, visible, run_id, worker), table, one, report)
+                self._clean_worker(Committer(table, visible, run_id, worker), table, run_id, worker, group)
+
+    def sweep_companions(self, root: Location) -> None:
+        """Unfinished files of manifests, vocabularies, commit markers and notes."""
+        for path in (one for name in COMPANION_FOLDERS for one in files_below(root / name)):
+            if path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.stat()
+                    one = OrphanFile(relative_name(path, root), stat.st_size, stat.st_mtime, "temporary")
+                    if self._is_young(one):
+                        self._keep([one], "younger than the grace period")
+                    else:
+                        self._sweep(root, one, "was never finished")
+
+    def _clean_removed(self, table: Table, history: dict[str, list[Span]], removed: Sequence[OrphanFile]) -> None:
+        root, report = table.folder.parent, self._report
+        files = [(root / one.file, one.size_bytes) for one in removed]
+        if report.dry_run:
+            # Files of runs that would be dropped are still visible.
+            doomed = [file for file in table.files() if file.path.partition("/")[0] in self._dropped]
+            files += [(table.path_of(file), file.size_bytes) for file in doomed]
+        spans: list[Span] = []
+        for path, size_bytes in files:
+            relative = relative_name(path, table.folder)
+            item = Item(f"{table.folder.name}/{relative}", size_bytes, "only older versions use it")
+            (report.deleted if self._delete_removed else report.removed).append(item)
+            spans += [span if span.removed else Span(span.added, table.version + 1) for span in history[relative]]
+            if self._delete_removed and not report.dry_run:
+                path.unlink(missing_ok=True)
+        if self._delete_removed and spans:
+            report.unreadable[table.folder.name] = merged_ranges(spans)
+
+    def _clean_worker(
+        self, committer: Committer, table: Table, run_id: str, worker: str, files: Sequence[OrphanFile]
+    ) -> None:
+        is_dropped = run_id in self._dropped
+        old = [one for one in files if is_dropped or not self._is_young(one)]
+        self._keep([one for one in files if one not in old], "younger than the grace period")
+        with contextlib.ExitStack() as stack:
+            try:
+                for lock in self._locks(table, run_id, worker) if old else []:
+                    if is_locked(lock):
+                        raise CacheConflict(f"{lock} is locked")
+                    if not self._report.dry_run and lock.exists():
+                        stack.enter_context(worker_lock(lock, 0.0))
+            except CacheConflict:
+                self._keep(old, "its worker is running")
+                return
+            for one in old:
+                self._clean_file(committer, table, one, is_dropped)
+
+    def _locks(self, table: Table, run_id: str, worker: str) -> Sequence[Location]:
+        root = table.folder.parent
+        # Files directly in the table's folder (unfinished verdicts) may belong to any run.
+        is_any_run = run_id == table.folder.name
+        return matching(root / "runs", f"*.{worker}.lock") if is_any_run else [lock_path(root, run_id, worker)]
+
+    def _clean_file(self, committer: Committer, table: Table, one: OrphanFile, is_dropped: bool) -> None:
+        root = table.folder.parent
+        if one.kind == "temporary":
+            self._sweep(root, one, "was never finished")
+        elif is_dropped:
+            # Adopting it, now or in a later gc, would bring a part of the run back.
+            self._sweep(root, one, "was never registered, and its run is dropped")
+        elif table.folder.name == "verdicts":
+            self._sweep(root, one, "was never registered; `teacher-cache judge` makes such verdicts again")
+        elif self._report.dry_run:
+            self._report.adoptable.append(_item(one, "was never registered"))
+        else:
+            num_rows = committer.adopt(root / one.file)
+            self._report.num_adopted += num_rows
+            if not num_rows:
+                self._report.swept.append(_item(one, "was damaged, or its rows are visible elsewhere"))
+
+    def _is_young(self, one: OrphanFile) -> bool:
+        return self._now_s - one.modified_s < self._grace_s
+
+    def _keep(self, files: Sequence[OrphanFile], why: str) -> None:
+        self._report.kept += [_item(one, why) for one in files]
+
+    def _sweep(self, root: Location, one: OrphanFile, why: str) -> None:
+        self._report.swept.append(_item(one, why))
+        if not self._report.dry_run:
+            (root / one.file).unlink(missing_ok=True)
 
 
-def _adopt(committer: Committer, table: Table, one: Leftover, report: GcReport) -> None:
-    num_rows = committer.adopt(table.folder.parent / one.file)
-    report.num_adopted += num_rows
-    if not num_rows:
-        report.swept.append(_item(one, "was damaged, or its rows are visible elsewhere"))
-
-
-def _sweep_companions(root: Location, report: GcReport, now_s: float, grace_s: float) -> None:
-    """Unfinished files of manifests, vocabularies and receipts."""
-    for path in (one for name in COMPANION_FOLDERS for one in files_below(root / name)):
-        if not (path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX)):
-            continue
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            continue
-        is_young = now_s - stat.st_mtime < grace_s
-        why = "younger than the grace" if is_young else "was never finished"
-        (report.kept if is_young else report.swept).append(Item(relative_name(path, root), stat.st_size, why))
-        if not is_young and not report.dry_run:
-            path.unlink(missing_ok=True)
-
-
-def _by_worker(files: Sequence[Leftover]) -> dict[tuple[str, str | None], list[Leftover]]:
-    """Files by run and worker; the worker is None where the name is not one of ours."""
-    grouped: dict[tuple[str, str | None], list[Leftover]] = {}
+def _by_worker(files: Sequence[OrphanFile]) -> dict[tuple[str, str | None], list[OrphanFile]]:
+    """Files by run and worker; the worker is None for a name that is not ours."""
+    grouped: dict[tuple[str, str | None], list[OrphanFile]] = {}
     for one in files:
         path = Path(one.file)
         name = TEMP_NAME.match(path.name) or SHARD_NAME.match(path.name)
@@ -265,11 +276,5 @@ def _by_worker(files: Sequence[Leftover]) -> dict[tuple[str, str | None], list[L
     return grouped
 
 
-def _sweep(root: Location, one: Leftover, why: str, report: GcReport) -> None:
-    report.swept.append(_item(one, why))
-    if not report.dry_run:
-        (root / one.file).unlink(missing_ok=True)
-
-
-def _item(one: Leftover, why: str) -> Item:
+def _item(one: OrphanFile, why: str) -> Item:
     return Item(one.file, one.size_bytes, why)

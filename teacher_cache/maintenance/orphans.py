@@ -1,4 +1,4 @@
-"""Files below a table that its latest version does not name, told apart; and logs that have lost their newest entry."""
+"""Files that the latest version of a table does not use, by kind, and commits that a log has lost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,25 +8,27 @@ from stillroom.cache.catalog import Table
 from stillroom.cache.delta_log import Span, file_history, read_markers
 from stillroom.storage.paths import TEMP_SUFFIX, files_below, relative_name
 
+Kind = Literal["removed", "unregistered", "temporary"]
+
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class OrphanFile:
     """A file that readers of the latest version never see.
 
-    `removed`: an older version holds it. `unregistered`: finished, but no version ever named it; its worker's next
-    build adopts it. `temporary`: never finished. `file` is relative to the cache, `modified_s` by its disk's clock.
+    `removed`: only older versions use it. `unregistered`: complete, but never committed; its worker's next build adopts
+    it. `temporary`: never completed. `file` is relative to the cache, `modified_s` by its disk's clock.
     """
 
     file: str
     size_bytes: int
     modified_s: float
-    kind: Literal["removed", "unregistered", "temporary"]
+    kind: Kind
 
 
-def find_leftovers(table: Table, history: Mapping[str, Sequence[Span]] | None = None) -> list[Leftover]:
-    """Files below the table's folder that its latest version does not name, ordered by path.
+def find_orphans(table: Table, history: Mapping[str, Sequence[Span]] | None = None) -> list[OrphanFile]:
+    """Files in the table's folder that its latest version does not use, ordered by path.
 
-    Raises CorruptError where the log has gaps: then nobody can tell what a file was.
+    Raises CorruptError if the log has gaps, which makes it impossible to know what a file was.
     """
     spans = file_history(table.folder / "_delta_log") if history is None else history
     table.refresh()
@@ -37,33 +39,31 @@ def find_leftovers(table: Table, history: Mapping[str, Sequence[Span]] | None = 
         if name.startswith("_delta_log/") or name in visible:
             continue
         is_temporary = path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX)
-        kind: Literal["removed", "unregistered", "temporary"] = (
-            "removed" if name in spans else "temporary" if is_temporary else "unregistered"
-        )
+        kind: Kind = "removed" if name in spans else "temporary" if is_temporary else "unregistered"
         try:
             stat = path.stat()
         except FileNotFoundError:
-            # Its worker was quicker.
+            # Its worker has just renamed or removed it.
             continue
-        found.append(Leftover(f"{table.folder.name}/{name}", stat.st_size, stat.st_mtime, kind))
+        found.append(OrphanFile(f"{table.folder.name}/{name}", stat.st_size, stat.st_mtime, kind))
     return found
 
 
-def receipt_problems(table: Table) -> list[str]:
-    """Transactions that a writer has a receipt for and the log has forgotten: its newest entries were lost.
+def lost_commits(table: Table) -> list[str]:
+    """Commits that have a commit marker but are missing from the log: its newest entries were lost.
 
-    Raises CorruptError for a receipt that cannot be read.
+    Raises CorruptError for a marker that cannot be read.
     """
     problems = []
-    receipts = read_markers(table.folder)
-    # After the receipts: what was committed since this table was opened is no loss.
+    markers = read_markers(table.folder)
+    # Refresh after reading the markers, or a commit in between would look lost.
     table.refresh()
-    for receipt in receipts:
-        last = table.last_sequence(receipt.application)
-        if last is None or last < receipt.sequence:
+    for marker in markers:
+        last = table.last_sequence(marker.application)
+        if last is None or last < marker.sequence:
             problems.append(
-                f"version {receipt.version} is missing: transaction {receipt.sequence} of {receipt.application} was "
-                f"committed in it and the log knows of {'none' if last is None else last}; restore the entry from a "
-                "copy, or start that build again: it registers what it had written"
+                f"version {marker.version} is missing: transaction {marker.sequence} of {marker.application} was "
+                f"committed in it, but the log ends at {'none' if last is None else last}; restore the entry from a "
+                "copy, or run that build again, which registers its files"
             )
     return problems

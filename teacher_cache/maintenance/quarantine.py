@@ -1,11 +1,10 @@
-"""`teacher-cache verify --quarantine`: damaged files leave their tables, with a note why; what is sound stays in use.
+"""`teacher-cache verify --quarantine`: removes damaged files from their tables, with a note why, and keeps sound rows.
 
-    CACHE/quarantine/<table>/<file>.json    file, problems, rows, rows kept, version that no longer holds it, when
+    CACHE/quarantine/<table>/<file>.json    file, problems, rows, rows kept, last version that uses it, when
 
-The file itself stays where it lies: versions before that still name it, and a student pinned there may read its sound
-row groups (page checksums keep it from the others). Where row groups of a shard are sound, their rows are written to a
-new shard that takes its place in the same transaction. Everything else is missing now, and the next build makes it
-again. `teacher-cache gc --delete-removed` deletes the files.
+The file stays on disk: earlier versions use it, and a student pinned there may read its sound row groups (page
+checksums protect it from the others). Rows of sound row groups are written to a new shard that replaces the damaged one
+in the same transaction; the next build regenerates the others. `teacher-cache gc --delete-removed` deletes the files.
 """
 
 import json
@@ -35,14 +34,14 @@ from teacher_cache.writer.commit import (
     worker_lock,
 )
 
-MENDER = "mended"
-"""Stands in the file names of shards with what was sound, where others have their worker."""
+REPAIR_WORKER = "mended"
+"""Takes the worker's place in the names of shards that hold the sound rows of a damaged one."""
 LOCK_WAIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A file that was taken out; `file` is relative to the cache, `num_kept` of its rows are in a new shard."""
+    """A file that was quarantined, relative to the cache; `num_kept` of its rows are in a new shard."""
 
     file: str
     num_rows: int
@@ -51,23 +50,46 @@ class Quarantined:
 
 
 def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantined]:
-    """Takes the report's damaged files out of their tables, and their problems out of the report.
+    """Removes the report's damaged files from their tables, and their problems from the report.
 
-    Raises CacheConflict where others commit without a pause, OSError where the cache cannot be written.
+    Raises CacheConflict if others keep committing, OSError if the cache cannot be written.
     """
     catalog.chains.refresh()
-    taken = [_take(catalog, damage) for damage in report.damages]
-    names = {one.file for one in taken}
+    quarantined = [_quarantine(catalog, damage) for damage in report.damages]
+    names = {one.file for one in quarantined}
     report.problems = [problem for problem in report.problems if problem.file not in names]
     report.damages = []
-    return taken
+    return quarantined
 
 
-def quarantine_lines(taken: Sequence[Quarantined], root: Location) -> list[str]:
-    """What was done to the cache at `root`, and what brings back what is lost, for a person."""
-    lines = [f"quarantined {one.file}: {one.num_kept} of {one.num_rows} rows are kept" for one in taken]
+def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]]:
+    """Verifies and, on request, quarantines; returns the result for programs and its lines for a person.
+
+    `ok` means that nothing is wrong any more: quarantined problems no longer count.
+    """
+    report = verify_cache(root)
+    lines = [*(f"{problem.file}: {problem.problem}" for problem in report.problems), summary_of(report)]
+    quarantined: list[Quarantined] = []
+    if report.damages and quarantine:
+        try:
+            quarantined = quarantine_damaged(Catalog(root), report)
+        except OSError as error:
+            raise DataError(f"{root} cannot be written, nothing was quarantined: {error}") from error
+    elif report.damages:
+        lines.append(
+            f"teacher-cache verify {root} --quarantine removes damaged files; the next build regenerates their rows"
+        )
+    result = asdict(report)
+    del result["damages"]
+    result |= {"quarantined": [asdict(one) for one in quarantined], "ok": report.ok}
+    return result, [*lines, *quarantine_lines(quarantined, root)]
+
+
+def quarantine_lines(quarantined: Sequence[Quarantined], root: Location) -> list[str]:
+    """What was done to the cache at `root`, and how to restore what is lost, for a person."""
+    lines = [f"quarantined {one.file}: kept {one.num_kept} of {one.num_rows} rows" for one in quarantined]
     lost = Counter[str]()
-    for one in taken:
+    for one in quarantined:
         lost[one.file.partition("/")[0]] += one.num_rows - one.num_kept
     if lost["chains"]:
         lines.append(f"{_gone(lost['chains'], 'chain')} until the build runs again")
@@ -76,18 +98,12 @@ def quarantine_lines(taken: Sequence[Quarantined], root: Location) -> list[str]:
         lines.append(f"{_gone(lost['verdicts'], 'verdict')}: teacher-cache judge {root} {makes}")
     if lost["failures"]:
         lines.append(f"{_gone(lost['failures'], 'failure')}: the build tries those samples again")
-    if taken:
-        lines.append(
-            "versions before this one still name the damaged files (teacher-cache gc --delete-removed deletes them)"
-        )
+    if quarantined:
+        lines.append("earlier versions still use the damaged files (teacher-cache gc --delete-removed deletes them)")
     return lines
 
 
-def _gone(number: int, noun: str) -> str:
-    return f"{format_plural(number, noun)} {'is' if number == 1 else 'are'} gone"
-
-
-def _take(catalog: Catalog, damage: Damage) -> Quarantined:
+def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     table = {"chains": catalog.chains, "verdicts": catalog.verdicts, "failures": catalog.failures}[damage.table]
     note = catalog.root / "quarantine" / damage.table / f"{damage.file.path}.json"
     name = f"{damage.table}/{damage.file.path}"
@@ -99,7 +115,7 @@ def _take(catalog: Catalog, damage: Damage) -> Quarantined:
         "last_version": table.version,
         "quarantined_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    # The note comes first: a file that is out of its table must never lie there unexplained.
+    # The note comes first: a file must never leave its table unexplained.
     write_text_atomic(note, json.dumps(content, indent=2) + "\n")
     num_kept = _keep_sound_rows(catalog, damage) if damage.table == "chains" and damage.good_groups else 0
     if not num_kept:
@@ -109,7 +125,7 @@ def _take(catalog: Catalog, damage: Damage) -> Quarantined:
 
 
 def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
-    """Writes the rows of sound row groups to a shard in the damaged one's place; how many, 0 where none is."""
+    """Replaces the damaged shard with one that holds the rows of its sound row groups; returns their number."""
     table, run_id = catalog.chains, damage.file.path.partition("/")[0]
     if not _header_is_right(table, damage, catalog.runs().get(run_id)):
         return 0
@@ -122,10 +138,10 @@ def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
             left[sample_id] -= not keep[-1]
         return keep
 
-    committer = Committer(table, VisibleSamples(table), run_id, MENDER)
+    committer = Committer(table, VisibleSamples(table), run_id, REPAIR_WORKER)
     temp = committer.temp_path()
-    # Without the lock a build that starts now would take the new file for an orphan, all of whose rows are visible.
-    with worker_lock(lock_path(catalog.root, run_id, MENDER), LOCK_WAIT_S):
+    # Without the lock, a build that starts now would take the new file for an orphan without new rows and delete it.
+    with worker_lock(lock_path(catalog.root, run_id, REPAIR_WORKER), LOCK_WAIT_S):
         try:
             num_rows = rewrite(table.path_of(damage.file), temp, is_sound, frozenset(damage.good_groups))
             if not num_rows or not replace_file(table, committer, damage.file, temp, num_rows):
@@ -136,9 +152,9 @@ def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
 
 
 def _header_is_right(table: Table, damage: Damage, manifest: RunManifest | None) -> bool:
-    """Whether the shard's header says what its run's manifest says: a footer has no checksum of its own.
+    """Whether the shard's header agrees with its run's manifest: a footer has no checksum of its own.
 
-    `copy --round` may have changed the codec; columns that are not those of the header's codec were found before.
+    The codec may differ in a copy (`copy --round`); columns that do not fit the header's codec were found before.
     """
     try:
         shard, header = open_shard(table.path_of(damage.file))
@@ -159,22 +175,5 @@ def _header_is_right(table: Table, damage: Damage, manifest: RunManifest | None)
     )
 
 
-def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]]:
-    """Verifies and, if asked, quarantines; the result for programs and its lines for a person.
-
-    `ok` means that nothing is wrong any more: problems that were quarantined are no longer the cache's.
-    """
-    report = verify_cache(root)
-    lines = [f"{problem.file}: {problem.problem}" for problem in report.problems]
-    summary = summary_of(report)
-    is_damaged = bool(report.damages)
-    step = f"teacher-cache verify {root} --quarantine takes damaged files out; the next build makes them again"
-    try:
-        taken = quarantine_damaged(Catalog(root), report) if quarantine and report.damages else []
-    except OSError as error:
-        raise DataError(f"{root} cannot be written, nothing was taken out: {error}") from error
-    result = asdict(report)
-    del result["damages"]
-    result |= {"quarantined": [asdict(one) for one in taken], "ok": report.ok}
-    advice = [step] if is_damaged and not quarantine else []
-    return result, [*lines, summary, *advice, *quarantine_lines(taken, root)]
+def _gone(number: int, noun: str) -> str:
+    return f"{format_plural(number, noun)} {'is' if number == 1 else 'are'} gone"

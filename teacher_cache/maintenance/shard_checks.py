@@ -1,11 +1,9 @@
-"""Everything that one shard can be asked: hash, header, page checksums, decoding, rows; and what of it is sound.
+"""Checks of one shard: hash, header, page checksums, decoding, rows; and which of its row groups are sound.
 
-What a decoded row group says about itself must agree: ids, lengths, ranks, masses and the scalars SQL reads.
+Row checks find rows that were written wrong, not bytes that changed: ids, lengths, ranks, masses and scalars of a
+decoded row group must agree with each other. Tolerances are the codecs' own rounding (FORMAT.md).
 
-These are the checks of `teacher-cache verify` beyond hashes and decoding: they find rows that were written wrong, not
-bytes that changed. Tolerances are the codecs' own rounding (FORMAT.md).
-
-Shape legend: T tokens of the row group, N stored candidates of all tokens, R rows.
+Shape legend: T tokens of the row group, N stored candidates of all tokens, D draws, R rows.
 """
 
 import json
@@ -26,50 +24,153 @@ from stillroom.cache.shards import open_shard, read_signals
 from stillroom.errors import CorruptError, StillroomError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Int64, Message, Signals, chain_id_of, prompt_id_of
-from stillroom.schema.tables import chain_schema
+from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, chain_schema
 from stillroom.storage.paths import Location
 from teacher_cache.writer.rows import scalars_of
 
-COLUMNS = (
-    "sample_id",
-    "chain_id",
-    "prompt_id",
-    "run_id",
-    "worker",
-    "messages",
-    "metadata",
-    "prompt_token_ids",
-    "token_ids",
-    "reasoning_end",
-    "num_prompt_tokens",
-    "num_tokens",
-    "num_reasoning_tokens",
-    "mean_logprob",
-    "mean_entropy",
-    "mean_top1_prob",
-    "mean_tail_mass",
-    "mean_support",
-)
+NOT_CHECKED = {"sample_index", "created_at", "source", "split", "reference", "finish_reason", "seed"}
+COLUMNS = [
+    field.name
+    for field in CHAIN_FIELDS
+    if field not in TOKEN_FIELDS and field.name not in {*NOT_CHECKED, "text", "reasoning", "answer"}
+]
 """Columns that `check_rows` reads besides the signals."""
 
 SAMPLE_ID = re.compile(r"^[0-9a-f]{32}$")
 
 F32_TOLERANCE = 1e-3
-"""Log probabilities and masses that went through float32 alone; scalars are relative to 1 or their own size."""
+"""For logprobs and masses stored as float32; for scalars relative to 1 or their own size."""
 U8_SCALAR_TOLERANCE = 0.03
 """Means of decoded 8-bit codes against means before coding."""
 
 Bools = npt.NDArray[np.bool_]
+PackedIds = npt.NDArray[np.void]
+"""Sample ids as 16 bytes each: 160 MB for ten million chains."""
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A registered file with wrong content, which may be quarantined.
+
+    `good_groups` are the row groups that passed every check, empty if the damage is not confined to the others;
+    `repeated` counts, by sample id, rows that are visible elsewhere.
+    """
+
+    table: str
+    file: DataFile
+    problems: Sequence[str]
+    good_groups: Sequence[int] = ()
+    repeated: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ShardFindings:
+    """What one shard holds, and what is wrong with it."""
+
+    file: DataFile
+    header: ShardHeader | None = None
+    num_chains: int = 0
+    num_tokens: int = 0
+    sample_ids: PackedIds = field(default_factory=lambda: packed([]))
+    problems: list[str] = field(default_factory=list)
+    num_groups: int = 0
+    bad_groups: set[int] = field(default_factory=set)
+    is_damaged: bool = True
+    repeated: Counter[str] = field(default_factory=Counter)
+
+    def damage(self) -> Damage | None:
+        """None if the bytes are sound: a newer format or an unreadable disk is not damage."""
+        if not self.is_damaged or not (self.problems or self.repeated):
+            return None
+        # Damage outside all row groups is in the footer, which has no checksum: then no row group can be trusted.
+        is_local = bool(self.bad_groups) or not self.problems
+        good = sorted(set(range(self.num_groups)) - self.bad_groups) if is_local else []
+        return Damage("chains", self.file, tuple(self.problems), good, dict(self.repeated))
+
+
+def verify_shard(table: Table, file: DataFile) -> ShardFindings:
+    """Runs every check on one shard."""
+    findings = ShardFindings(file)
+    path = table.path_of(file)
+    try:
+        size_bytes = path.stat().st_size if path.exists() else None
+        if size_bytes is not None and size_bytes != file.size_bytes:
+            findings.problems.append(f"has {size_bytes} bytes, but {file.size_bytes} were registered")
+        check_hash(path)
+    except StillroomError as error:
+        _add_error(findings, error, path)
+    if not path.exists():
+        return findings
+    try:
+        _read_shard(path, findings)
+    except StillroomError as error:
+        _add_error(findings, error, path)
+    return findings
+
+
 def check_rows(table: pa.Table, signals: Signals, offsets: Int64, header: ShardHeader) -> Iterator[str]:
-    """Problems, each naming row and column: at most one a check. Rows count from 0 within the row group."""
+    """Yields at most one problem per check, naming row and column. Rows count from 0 within the row group."""
     rows = table.to_pylist()
     token_ids_T = np.concatenate([np.asarray(row["token_ids"], np.int64) for row in rows]) if rows else np.zeros(0)
     yield from _check_plain(rows, header)
     yield from _check_tokens(signals, token_ids_T, offsets, header)
     yield from _check_scalars(rows, signals, offsets, header)
+
+
+def packed(sample_ids: list[str]) -> PackedIds:
+    """Ids of 32 hex digits as 16 bytes each."""
+    return np.array([bytes.fromhex(sample_id) for sample_id in sample_ids], dtype="V16")
+
+
+def without_path(message: str, path: Location) -> str:
+    """An error's message without the file name that it begins with."""
+    return message.removeprefix(f"{path}").removeprefix(":").strip()
+
+
+def _add_error(findings: ShardFindings, error: StillroomError, path: Location) -> None:
+    findings.problems.append(without_path(str(error), path))
+    findings.is_damaged &= isinstance(error, CorruptError)
+
+
+def _read_shard(path: Location, findings: ShardFindings) -> None:
+    parquet, header = open_shard(path)
+    with parquet:
+        findings.header = header
+        expected = chain_schema(header.codec, header.format_version)
+        if not parquet.schema_arrow.equals(expected):
+            findings.problems.append(f"schema does not match codec {header.codec}: {_difference(parquet, expected)}")
+            return
+        if parquet.metadata.num_rows != findings.file.num_rows:
+            num_rows, num_registered = parquet.metadata.num_rows, findings.file.num_rows
+            findings.problems.append(f"has {num_rows} rows, but {num_registered} were registered")
+        findings.num_groups = parquet.num_row_groups
+        for index in range(parquet.num_row_groups):
+            try:
+                table, signals, offsets = read_signals(parquet, header, index, COLUMNS, "")
+            except StillroomError as error:
+                findings.problems.append(str(error).removeprefix(": "))
+                findings.bad_groups.add(index)
+                continue
+            problems = [f"row group {index}: {one}" for one in check_rows(table, signals, offsets, header)]
+            findings.problems += problems
+            if problems:
+                findings.bad_groups.add(index)
+            ids = [one for one in table.column("sample_id").to_pylist() if SAMPLE_ID.match(one)]
+            findings.sample_ids = np.concatenate([findings.sample_ids, packed(ids)])
+            findings.num_tokens += len(signals.topk_n_T)
+            findings.num_chains += table.num_rows
+
+
+def _difference(parquet: pq.ParquetFile, expected: pa.Schema) -> str:
+    for one in expected:
+        place = parquet.schema_arrow.get_field_index(one.name)
+        if place < 0:
+            return f"{one.name} is missing"
+        found = parquet.schema_arrow.field(place)
+        if not found.equals(one):
+            return f"{one.name} is {found.type}{'' if found.nullable else ' not null'}, not {one.type}"
+    return "the order differs, or there are extra columns"
 
 
 def _check_plain(rows: Sequence[Row], header: ShardHeader) -> Iterator[str]:
@@ -129,20 +230,20 @@ def _check_tokens(
             (token_ids_T >= 0) & (token_ids_T < header.vocab_size),
         ),
         ("sampled_rank", "is below 1", signals.sampled_rank_T >= 1),
-        ("sampled_logprob", "is no log probability", np.isfinite(sampled_T) & (sampled_T <= F32_TOLERANCE)),
+        ("sampled_logprob", "is not a log probability", np.isfinite(sampled_T) & (sampled_T <= F32_TOLERANCE)),
         ("entropy", "is negative or not a number", np.isfinite(signals.entropy_T) & (signals.entropy_T >= -1e-3)),
         ("topk_n", "and its log probabilities do not fall with rank", np.logical_and.reduceat(falling_N, starts_T)),
         ("topk_ids", "and the tail do not have mass 1", np.abs(mass_T - 1) < F32_TOLERANCE),
-        ("draw_n", "and its draws are in the support, or have no probability or no tail", outside_T),
-        ("log_partitions", "holds what is no number", partitioned_T),
+        ("draw_n", "and its draws are in the support, or have no probability, or there is no tail", outside_T),
+        ("log_partitions", "holds a value that is not a number", partitioned_T),
         (
             "sampled_logprob",
-            "is not what the distribution says of the token: tokens and distributions are out of step",
+            "differs from the token's entry in the distribution: tokens and distributions are misaligned",
             ~inside_T | (np.abs(np.where(inside_T, stored_T, 0) - sampled_T) < tolerance_T),
         ),
         (
             "sampled_logprob",
-            "is above a stored candidate's, but the token is not stored: tokens and distributions are out of step",
+            "exceeds a stored candidate's, but the token is not stored: tokens and distributions are misaligned",
             inside_T | (sampled_T < last_T + tolerance_T),
         ),
     ]
@@ -154,7 +255,7 @@ def _check_tokens(
 
 
 def _draws_outside(signals: Signals, header: ShardHeader) -> Bools:
-    """Which tokens have no draw, or draws from a tail that is there, none of them an id of the support."""
+    """Tokens without draws, or whose draws all come from an existing tail and are not ids of the support."""
     n_T, draws = signals.topk_n_T, signals.draws
     good_T = np.ones(len(n_T), np.bool_)
     if draws is None or not len(draws.ids_D):
@@ -179,10 +280,10 @@ def _check_scalars(rows: Sequence[Row], signals: Signals, offsets: Int64, header
 
 
 def _logprob_tolerance(sampled_T: npt.NDArray[np.float64], codec: str) -> npt.NDArray[np.float64]:
-    """How far a stored log probability may be from the sampled token's own.
+    """How far a stored logprob may be from the sampled token's own, in nats.
 
-    One code of `topk-u8` at log probability -32 r^2 covers +-32 r/255 nats, r from 0 to 1; the division by the decoded
-    mass and the 10 mantissa bits of sampled_logprob add a little. Below the code's range anything goes.
+    One code of `topk-u8` at logprob -32 r^2 covers +-32 r/255 nats, r from 0 to 1; renormalisation and the 10 mantissa
+    bits of sampled_logprob add a little. Below the code's range anything is accepted.
     """
     if codec == "topk-f32":
         return np.full(len(sampled_T), F32_TOLERANCE)
@@ -213,121 +314,3 @@ def _reasoning_end_fits(row: Row) -> bool:
 def _num_reasoning_fits(row: Row) -> bool:
     expected = row["num_tokens"] if row["reasoning_end"] is None else row["reasoning_end"]
     return bool(row["num_reasoning_tokens"] == expected)
-
-
-PackedIds = npt.NDArray[np.void]
-"""Sample ids as 16 raw bytes each: 160 MB for ten million chains."""
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A registered file whose content is wrong, so that it may be taken out of its table.
-
-    `good_groups` are the row groups that passed every check, where only the others are wrong, else empty; `repeated`
-    counts, by sample id, rows that are visible elsewhere already.
-    """
-
-    table: str
-    file: DataFile
-    problems: Sequence[str]
-    good_groups: Sequence[int] = ()
-    repeated: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class ShardFindings:
-    """What one shard holds and what is wrong with it."""
-
-    file: DataFile
-    header: ShardHeader | None = None
-    num_chains: int = 0
-    num_tokens: int = 0
-    sample_ids: PackedIds = field(default_factory=lambda: packed([]))
-    problems: list[str] = field(default_factory=list)
-    num_groups: int = 0
-    bad_groups: set[int] = field(default_factory=set)
-    is_damaged: bool = True
-    repeated: Counter[str] = field(default_factory=Counter)
-
-    def damage(self) -> Damage | None:
-        """None where nothing is wrong with the bytes: a newer format or a disk that refuses to read is no damage."""
-        if not self.is_damaged or not (self.problems or self.repeated):
-            return None
-        # Damage that no row group shows lies in the footer, which has no checksum: then nothing of it is believed.
-        is_local = bool(self.bad_groups) or not self.problems
-        good = sorted(set(range(self.num_groups)) - self.bad_groups) if is_local else []
-        return Damage("chains", self.file, tuple(self.problems), good, dict(self.repeated))
-
-
-def verify_shard(table: Table, file: DataFile) -> ShardFindings:
-    """Everything that one shard can be asked."""
-    findings = ShardFindings(file)
-    path = table.path_of(file)
-    try:
-        size_bytes = path.stat().st_size if path.exists() else None
-        if size_bytes is not None and size_bytes != file.size_bytes:
-            findings.problems.append(f"has {size_bytes} bytes, {file.size_bytes} were registered")
-        check_hash(path)
-    except StillroomError as error:
-        _add_error(findings, error, path)
-    if not path.exists():
-        return findings
-    try:
-        _read_shard(path, findings)
-    except StillroomError as error:
-        _add_error(findings, error, path)
-    return findings
-
-
-def _add_error(findings: ShardFindings, error: StillroomError, path: Location) -> None:
-    findings.problems.append(without_path(str(error), path))
-    findings.is_damaged &= isinstance(error, CorruptError)
-
-
-def _read_shard(path: Location, findings: ShardFindings) -> None:
-    parquet, header = open_shard(path)
-    with parquet:
-        findings.header = header
-        expected = chain_schema(header.codec, header.format_version)
-        if not parquet.schema_arrow.equals(expected):
-            findings.problems.append(f"has not the columns of codec {header.codec}: {_difference(parquet, expected)}")
-            return
-        if parquet.metadata.num_rows != findings.file.num_rows:
-            findings.problems.append(f"has {parquet.metadata.num_rows} rows, {findings.file.num_rows} were registered")
-        findings.num_groups = parquet.num_row_groups
-        for index in range(parquet.num_row_groups):
-            try:
-                table, signals, offsets = read_signals(parquet, header, index, COLUMNS, "")
-            except StillroomError as error:
-                findings.problems.append(str(error).removeprefix(": "))
-                findings.bad_groups.add(index)
-                continue
-            problems = [f"row group {index}: {one}" for one in check_rows(table, signals, offsets, header)]
-            findings.problems += problems
-            if problems:
-                findings.bad_groups.add(index)
-            ids = [one for one in table.column("sample_id").to_pylist() if SAMPLE_ID.match(one)]
-            findings.sample_ids = np.concatenate([findings.sample_ids, packed(ids)])
-            findings.num_tokens += len(signals.topk_n_T)
-            findings.num_chains += table.num_rows
-
-
-def packed(sample_ids: list[str]) -> PackedIds:
-    """Ids of 32 hex digits as 16 bytes each."""
-    return np.array([bytes.fromhex(sample_id) for sample_id in sample_ids], dtype="V16")
-
-
-def without_path(message: str, path: Location) -> str:
-    """An error's message without the file that it begins with."""
-    return message.removeprefix(f"{path}").removeprefix(":").strip()
-
-
-def _difference(parquet: pq.ParquetFile, expected: pa.Schema) -> str:
-    for one in expected:
-        place = parquet.schema_arrow.get_field_index(one.name)
-        if place < 0:
-            return f"{one.name} is missing"
-        found = parquet.schema_arrow.field(place)
-        if not found.equals(one):
-            return f"{one.name} is {found.type}{'' if found.nullable else ' not null'}, not {one.type}"
-    return "their order differs, or there are more"

@@ -1,17 +1,15 @@
-"""`teacher-cache verify`: does a cache hold what was written into it, and does what was written make sense?
+"""`teacher-cache verify`: checks that a cache holds what was written into it and that its rows make sense.
 
-    logs       every entry of the three Delta logs is there and readable, the newest by the writers' receipts
+    logs       all entries of the three Delta logs exist and are readable; commit markers prove the newest
     files      every registered file exists with its size, and its SHA-256 is the one in its name
-    shards     header, page checksums, every row group decoded, rows as the log counts them, rows checked (row_checks)
-    cache      sample ids are unique, every shard has its run's manifest and its tokenizer's vocabulary,
-              manifests say what their run ids and shards say (run_checks)
+    shards     header, page checksums, decoding of all row groups, row counts, checks of every row (shard_checks)
+    cache      sample ids are unique; every shard has its run's manifest and its tokenizer's vocabulary; manifests
+               agree with their run ids and shards
 
-Files that no log names are orphans: left by a crash, never read, and no error (`teacher-cache gc` sees to them).
+Files that no log names are orphans: left by a crash, never read, and not an error (`teacher-cache gc` handles them).
 
-Run manifests against their names, their own hash, and the headers of the shards they speak of.
-
-A run id is made of a hash of what the run means, so that a changed teacher, sampling, capture or reasoning shows.
-Which weights, engine, prompts and software it was is said nowhere else, so a change there is not found.
+A run id contains a hash of teacher, sampling, capture and reasoning, so changes to those in a manifest are found.
+Weights, engine, prompts and software are recorded nowhere else, so changes to them are not.
 """
 
 import json
@@ -32,74 +30,17 @@ from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
 from stillroom.storage.paths import Location, check_reachable, matching, open_parquet, require_cache
-from teacher_cache.maintenance.orphans import Leftover, find_leftovers, receipt_problems
+from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.maintenance.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
 
 FORMED_ID = re.compile(r".+_[0-9a-f]{8}")
-WRITTEN_AGAIN = "the build with its configuration writes it again"
-
-
-def verify_runs(
-    catalog: Catalog, headers: Sequence[ShardHeader], sound: Sequence[ShardHeader]
-) -> Iterator[tuple[str, str]]:
-    """File and problem. `headers` are of all shards that have one, `sound` of those with which nothing is wrong."""
-    paths = {path.name.removesuffix(".json"): path for path in matching(catalog.root / "runs", "*.json")}
-    for run_id in sorted({header.run_id for header in headers} - set(paths)):
-        num_shards = sum(header.run_id == run_id for header in headers)
-        yield (
-            f"runs/{run_id}.json",
-            f"is missing, {format_plural(num_shards, 'shard')} of it are there: {WRITTEN_AGAIN}",
-        )
-    for run_id, path in sorted(paths.items()):
-        problem = _problem_of(run_id, path, [header for header in sound if header.run_id == run_id])
-        if problem is not None:
-            yield f"runs/{path.name}", f"{problem}: restore it from a copy, or remove it and {WRITTEN_AGAIN}"
-
-
-def _problem_of(run_id: str, path: Location, headers: Sequence[ShardHeader]) -> str | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        run = RunManifest.model_validate(content)
-    except ValueError as error:
-        return f"is not a run manifest ({manifest_problem(error)})"
-    unknown = [*_unknown(content, RunManifest.model_fields), *_unknown(content["teacher"], Teacher.model_fields)]
-    if unknown and run.format_version <= FORMAT_VERSION:
-        return f"has the unknown key {unknown[0]!r}"
-    if run.run_id != run_id:
-        return f"says that it is run {run.run_id}"
-    meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, run.sampling, run.capture, run.reasoning)
-    if FORMED_ID.fullmatch(run_id) and run.format_version <= FORMAT_VERSION and meant != run_id:
-        return (
-            f"is not what was written: its name, teacher, sampling, capture and reasoning make the run id {meant}, "
-            f"not {run_id}"
-        )
-    return _difference(run.teacher, headers)
-
-
-def _unknown(content: Mapping[str, object], fields: Mapping[str, object]) -> list[str]:
-    return sorted(set(content) - set(fields))
-
-
-def _difference(teacher: Teacher, headers: Sequence[ShardHeader]) -> str | None:
-    """What the manifest says of its teacher and no header of its shards does."""
-    said: list[tuple[str, str, set[str]]] = [
-        ("fingerprint", teacher.fingerprint, {one.teacher_fingerprint for one in headers}),
-        ("tokenizer_fingerprint", teacher.tokenizer_fingerprint, {one.tokenizer_fingerprint for one in headers}),
-        ("template_fingerprint", teacher.template_fingerprint, {one.template_fingerprint for one in headers}),
-        ("vocab_size", str(teacher.vocab_size), {str(one.vocab_size) for one in headers}),
-    ]
-    for key, value, found in said:
-        if found and value not in found:
-            return f"says teacher.{key} {value}, the headers of its shards say {', '.join(sorted(found))}"
-    return None
-
-
 TABLES = ("chains", "verdicts", "failures")
+WRITTEN_AGAIN = "running its build again writes it"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong: the file (relative to the cache where it lies in it) and what, with row and column."""
+    """A file, relative to the cache, and what is wrong with it, with row and column."""
 
     file: str
     problem: str
@@ -107,8 +48,8 @@ class Problem:
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What was found. `num_chains`, `num_tokens` and `size_bytes` count the shards that could be read; `orphans` no
-    version names, `removed` files only older versions.
+    """What was found. `num_chains`, `num_tokens` and `size_bytes` count readable shards; no version uses `orphans`,
+    only older versions use `removed` files.
     """
 
     num_shards: int = 0
@@ -117,8 +58,8 @@ class VerifyReport:
     size_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
-    orphans: list[Leftover] = field(default_factory=list)
-    removed: list[Leftover] = field(default_factory=list)
+    orphans: list[OrphanFile] = field(default_factory=list)
+    removed: list[OrphanFile] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -127,7 +68,7 @@ class VerifyReport:
 
 
 def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport:
-    """Checks everything, `num_threads` shards at a time (None: one a core). Raises DataError where no cache is."""
+    """Checks everything, `num_threads` shards at a time (None: one per core). Raises DataError if there is no cache."""
     check_reachable(root)
     require_cache(root)
     report = VerifyReport()
@@ -154,17 +95,28 @@ def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport
     return report
 
 
+def summary_of(report: VerifyReport) -> str:
+    """One line for a person."""
+    chains, tokens = format_plural(report.num_chains, "chain"), format_plural(report.num_tokens, "token")
+    found = f"{chains}, {tokens}, {format_bytes(report.size_bytes)}"
+    state = "no problems" if report.ok else format_plural(len(report.problems), "problem")
+    for noun, items in (("orphan", report.orphans), ("superseded file", report.removed)):
+        if items:
+            state += f", {format_plural(len(items), noun)} ({format_bytes(sum(one.size_bytes for one in items))})"
+    return f"{format_plural(report.num_shards, 'shard')}, {found}: {state}"
+
+
 def _verify_log(table: Table, report: VerifyReport) -> None:
-    """The log against the writers' receipts, and against the files that lie there."""
+    """The log against commit markers and against the files on disk."""
     try:
-        problems = receipt_problems(table)
-        leftovers = find_leftovers(table)
+        problems = lost_commits(table)
+        orphans = find_orphans(table)
     except StillroomError as error:
         report.problems.append(Problem(f"{table.folder.name}/_delta_log", str(error)))
         return
     report.problems += [Problem(f"{table.folder.name}/_delta_log", problem) for problem in problems]
-    report.removed += [one for one in leftovers if one.kind == "removed"]
-    report.orphans += [one for one in leftovers if one.kind != "removed"]
+    report.removed += [one for one in orphans if one.kind == "removed"]
+    report.orphans += [one for one in orphans if one.kind != "removed"]
 
 
 def _verify_shards(catalog: Catalog, num_threads: int, report: VerifyReport) -> list[ShardFindings]:
@@ -186,13 +138,13 @@ def _verify_together(catalog: Catalog, findings: list[ShardFindings], report: Ve
     report.problems += _duplicates(findings)
     headers = [one.header for one in findings if one.header is not None]
     sound = [one.header for one in findings if one.header is not None and not one.problems]
-    report.problems += [Problem(file, problem) for file, problem in verify_runs(catalog, headers, sound)]
+    report.problems += [Problem(file, problem) for file, problem in _verify_runs(catalog, headers, sound)]
     for fingerprint in sorted({header.tokenizer_fingerprint for header in headers}):
         report.problems += _verify_vocab(catalog, fingerprint)
 
 
 def _duplicates(findings: list[ShardFindings]) -> Iterator[Problem]:
-    """Rows whose sample id an earlier row has already."""
+    """Rows whose sample id an earlier row has."""
     ids = np.concatenate([one.sample_ids for one in findings]) if findings else packed([])
     _, first = np.unique(ids, return_index=True)
     repeated = np.ones(len(ids), bool)
@@ -211,20 +163,20 @@ def _verify_vocab(catalog: Catalog, fingerprint: str) -> Iterator[Problem]:
     path = catalog.vocab_path(fingerprint)
     name = f"vocab/{path.name}"
     if not path.exists():
-        yield Problem(name, f"is missing, tokens have no text in SQL: {WRITTEN_AGAIN}")
+        yield Problem(name, f"is missing, so tokens have no text in SQL: {WRITTEN_AGAIN}")
         return
     try:
         with open_parquet(path) as file:
             schema = file.read().schema
     except (pa.ArrowException, OSError) as error:
-        yield Problem(name, f"is not a readable Parquet file, remove it: {WRITTEN_AGAIN} ({first_line(error)})")
+        yield Problem(name, f"is not a readable Parquet file: remove it, and {WRITTEN_AGAIN} ({first_line(error)})")
         return
     if not schema.equals(VOCAB_SCHEMA):
-        yield Problem(name, f"has not the columns token_id, piece and is_special, remove it: {WRITTEN_AGAIN}")
+        yield Problem(name, f"schema is not token_id, piece, is_special: remove it, and {WRITTEN_AGAIN}")
 
 
 def _verify_small(table: Table, schema: pa.Schema) -> Iterator[tuple[Problem, Damage | None]]:
-    """Files of the verdicts or failures table: hash, columns, rows."""
+    """Files of the verdicts or failures table: hash, schema, rows."""
     for file in table.files():
         try:
             problem = _small_problem(table.path_of(file), file, schema)
@@ -246,19 +198,59 @@ def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | N
     except (pa.ArrowException, OSError) as error:
         return f"is not a readable Parquet file: {str(error).splitlines()[0]}"
     if not content.schema.equals(schema):
-        return "has not the columns of its table"
+        return "schema does not match the table"
     if content.num_rows != file.num_rows:
-        return f"has {content.num_rows} rows, {file.num_rows} were registered"
+        return f"has {content.num_rows} rows, but {file.num_rows} were registered"
     return None
 
 
-def summary_of(report: VerifyReport) -> str:
-    """One line for a person."""
-    chains, tokens = format_plural(report.num_chains, "chain"), format_plural(report.num_tokens, "token")
-    found = f"{chains}, {tokens}, {format_bytes(report.size_bytes)}"
-    state = "nothing is wrong" if report.ok else format_plural(len(report.problems), "problem")
-    sizes = [(len(items), sum(one.size_bytes for one in items)) for items in (report.orphans, report.removed)]
-    (num_orphans, orphan_bytes), (num_removed, removed_bytes) = sizes
-    orphans = f", {format_plural(num_orphans, 'orphan')} ({format_bytes(orphan_bytes)})" if num_orphans else ""
-    removed = f", {num_removed} files that older versions need ({format_bytes(removed_bytes)})" if num_removed else ""
-    return f"{report.num_shards} shards, {found}: {state}{orphans}{removed}"
+def _verify_runs(
+    catalog: Catalog, headers: Sequence[ShardHeader], sound: Sequence[ShardHeader]
+) -> Iterator[tuple[str, str]]:
+    """Yields file and problem. `headers` are those of all readable shards, `sound` those of shards without problems."""
+    paths = {path.name.removesuffix(".json"): path for path in matching(catalog.root / "runs", "*.json")}
+    for run_id in sorted({header.run_id for header in headers} - set(paths)):
+        num_shards = sum(header.run_id == run_id for header in headers)
+        yield (
+            f"runs/{run_id}.json",
+            f"is missing, although the run has {format_plural(num_shards, 'shard')}: {WRITTEN_AGAIN}",
+        )
+    for run_id, path in sorted(paths.items()):
+        problem = _problem_of(run_id, path, [header for header in sound if header.run_id == run_id])
+        if problem is not None:
+            yield f"runs/{path.name}", f"{problem}: restore it from a copy, or remove it, and {WRITTEN_AGAIN}"
+
+
+def _problem_of(run_id: str, path: Location, headers: Sequence[ShardHeader]) -> str | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        run = RunManifest.model_validate(content)
+    except ValueError as error:
+        return f"is not a run manifest ({manifest_problem(error)})"
+    unknown = [*_unknown(content, RunManifest.model_fields), *_unknown(content["teacher"], Teacher.model_fields)]
+    if unknown and run.format_version <= FORMAT_VERSION:
+        return f"has the unknown key {unknown[0]!r}"
+    if run.run_id != run_id:
+        return f"is that of run {run.run_id}"
+    meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, run.sampling, run.capture, run.reasoning)
+    if FORMED_ID.fullmatch(run_id) and run.format_version <= FORMAT_VERSION and meant != run_id:
+        return f"was changed: its name, teacher, sampling, capture and reasoning make the run id {meant}, not {run_id}"
+    return _difference(run.teacher, headers)
+
+
+def _unknown(content: Mapping[str, object], fields: Mapping[str, object]) -> list[str]:
+    return sorted(set(content) - set(fields))
+
+
+def _difference(teacher: Teacher, headers: Sequence[ShardHeader]) -> str | None:
+    """A property of the teacher in which the manifest disagrees with its shards' headers."""
+    said: list[tuple[str, str, set[str]]] = [
+        ("fingerprint", teacher.fingerprint, {one.teacher_fingerprint for one in headers}),
+        ("tokenizer_fingerprint", teacher.tokenizer_fingerprint, {one.tokenizer_fingerprint for one in headers}),
+        ("template_fingerprint", teacher.template_fingerprint, {one.template_fingerprint for one in headers}),
+        ("vocab_size", str(teacher.vocab_size), {str(one.vocab_size) for one in headers}),
+    ]
+    for key, value, found in said:
+        if found and value not in found:
+            return f"has teacher.{key} {value}, but its shards' headers have {', '.join(sorted(found))}"
+    return None

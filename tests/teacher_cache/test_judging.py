@@ -94,7 +94,7 @@ def test_an_undecided_verdict_replaces_no_decided_one(cache: SyntheticCache) -> 
     assert (found.num_chains, found.num_undecided, found.num_kept) == (24, 24, 24 - num_heldout)
     (warning,) = report.warnings()
     assert "none of 24 chains has what judge code needs (unit tests as reference)" in warning
-    assert "their verdicts stay as they were" in warning
+    assert "earlier verdicts are kept" in warning
     after = latest(cache.root)
     assert [(one, correct) for one, _, correct in after] == [(one, correct) for one, _, correct in before]
     assert [judge for _, judge, correct in after if correct is None] == ["code"] * num_heldout
@@ -243,7 +243,7 @@ def test_gc_leaves_the_files_of_a_judge_at_work_alone(cache: SyntheticCache, mon
     monkeypatch.setattr(Table, "commit", swept_first)
     with worker_lock(lock_path(cache.root, "judge", "j0"), 0.0):
         assert judge_cache(cache.root, kind="exact").by_judge["exact"].num_chains == 24
-    assert kept == ["its worker is at work"]
+    assert kept == ["its worker is running"]
     assert len(verdicts(cache.root)) == 24
     (file,) = cache.root.glob("verdicts/judge/*.parquet")
     assert file.name.startswith("j1-"), "two judges at once have two names"
@@ -254,6 +254,6 @@ def test_a_cache_that_takes_no_verdicts_is_one_line(cache: SyntheticCache, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(teacher_cache.judging, "worker_lock", refused)
-    with pytest.raises(StillroomError, match=r"cannot be written: .*Permission denied: mend that and judge again"):
+    with pytest.raises(StillroomError, match=r"cannot be written: .*Permission denied: fix that and judge again"):
         judge_cache(cache.root, kind="exact")
     assert judge_cache(cache.root).num_without_judge == 24

@@ -1,1 +1,1 @@
-"""vLLM behind HTTP: endpoints that share a queue of requests, what is said to them and what their answers mean."""
+"""vLLM over HTTP: endpoints that share a queue of requests, and the two APIs that they are spoken to in."""

@@ -1,7 +1,7 @@
-"""HTTP to one vLLM server: JSON out, JSON or a stream of it in, and every way to fail as one of two errors.
+"""HTTP to one vLLM server: JSON requests, JSON or streamed answers, and two errors for every way to fail.
 
-Unavailable is the server's trouble (gone, overloaded, broken off) and may pass; Refused is its answer to this very
-request and will not.
+Unavailable is a problem of the server (gone, overloaded, broken off) that may pass; Refused is its answer to this
+request, which will not change.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -19,17 +19,17 @@ except ModuleNotFoundError as missing:
 
 CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 2.0
-"""Idle connections are closed before the server closes them (vLLM after 5 s), in the middle of the next request."""
+"""vLLM closes idle connections after 5 s: close them earlier, or the next request may break off."""
 REFUSING_STATUS = {400, 413, 422}
 BUSY_STATUS = {429, 503}
-"""Too much to do now, or not ready: nothing was worked on."""
+"""Overloaded or not ready: the request was not worked on."""
 MAX_MESSAGE_CHARS = 300
 
 Json = Mapping[str, Any]
 
 
 class Unavailable(Exception):
-    """The server cannot be used now. `was_sent`: it may have worked on the request; `status` is None without an
+    """The server cannot be used now. `was_sent`: it may have worked on the request; `status` is None if there was no
     answer; `retry_after_s` is the pause that it asks for.
     """
 
@@ -39,19 +39,19 @@ class Unavailable(Exception):
 
     @property
     def is_busy(self) -> bool:
-        """Whether the server only asked to come back later."""
+        """Whether the server only asked to retry later."""
         return self.status in BUSY_STATUS
 
 
 class Refused(Exception):
-    """The server will not do this request, however often it is asked. The message is the server's own, in one line."""
+    """The server refuses this request for good. The message is the server's own, in one line."""
 
 
 class HttpClient:
     """Connections to one server, as an asynchronous context manager."""
 
     def __init__(self, url: str, api_key: str | None, stall_s: float) -> None:
-        """`stall_s` is the longest wait for the next byte."""
+        """`stall_s` is the longest wait for the next byte, in seconds."""
         self.url = url
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx2.AsyncClient(
@@ -71,24 +71,16 @@ class HttpClient:
 
     async def get(self, path: str) -> Json:
         """The JSON at a path. Raises Unavailable or Refused."""
-        try:
-            response = await self._client.get(path)
-        except httpx2.RequestError as error:
-            raise _broken(error) from error
-        return _answer(response, response.content)
+        return await self._request("GET", path)
 
     async def post(self, path: str, body: Json) -> Json:
-        """The JSON that answers a body. Raises Unavailable or Refused."""
-        try:
-            response = await self._client.post(path, json=body)
-        except httpx2.RequestError as error:
-            raise _broken(error) from error
-        return _answer(response, response.content)
+        """The JSON response to a body. Raises Unavailable or Refused."""
+        return await self._request("POST", path, body)
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[Json]:
-        """The events that answer a body (server-sent, `data: {...}`), up to `data: [DONE]`.
+        """The events of a streamed response (`data: {...}`), up to `data: [DONE]`.
 
-        Raises Unavailable or Refused, also where the stream ends without [DONE].
+        Raises Unavailable or Refused, also if the stream ends without [DONE].
         """
         try:
             async with self._client.stream("POST", path, json=body) as response:
@@ -100,6 +92,13 @@ class HttpClient:
         except httpx2.RequestError as error:
             raise _broken(error) from error
 
+    async def _request(self, method: str, path: str, body: Json | None = None) -> Json:
+        try:
+            response = await self._client.request(method, path, json=body)
+        except httpx2.RequestError as error:
+            raise _broken(error) from error
+        return _answer(response, response.content)
+
 
 async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
     waiting = b""
@@ -109,14 +108,14 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
             text = event.strip().removeprefix(b"data: ")
             if text == b"[DONE]":
                 return
-            # A line that begins with a colon is a comment, with which gateways keep a connection awake.
+            # Lines that begin with a colon are comments, which gateways send to keep a connection alive.
             if text and not text.startswith(b":"):
                 yield _checked(_parsed(text))
     raise Unavailable("broke off in the middle of an answer", was_sent=True)
 
 
 def _checked(event: Json) -> Json:
-    """An error in the middle of a stream comes as an event, after the status said that all was well."""
+    """The event. An error in the middle of a stream is an event too, because the status was already sent."""
     error = event.get("error")
     if not error:
         return event
@@ -133,37 +132,37 @@ def _answer(response: httpx2.Response, content: bytes) -> Json:
     message = _message_of(content)
     if status in REFUSING_STATUS:
         raise Refused(message or f"refused with status {status}")
-    said = f"answers {status}: {message}" if message else f"answers {status}"
-    # Seconds; the other form of the header, a date, is rare.
-    told = response.headers.get("retry-after", "")
-    retry_after_s = float(told) if told.isascii() and told.isdecimal() else 0.0
-    raise Unavailable(said, was_sent=True, status=status, retry_after_s=retry_after_s)
+    problem = f"answers {status}: {message}" if message else f"answers {status}"
+    # In seconds; the header's other form, a date, is rare.
+    pause = response.headers.get("retry-after", "")
+    retry_after_s = float(pause) if pause.isascii() and pause.isdecimal() else 0.0
+    raise Unavailable(problem, was_sent=True, status=status, retry_after_s=retry_after_s)
 
 
 def _parsed(content: bytes) -> Json:
     try:
         parsed = from_json(content)
     except ValueError as error:
-        raise Unavailable(f"sent what is not JSON: {_one_line(str(error))}", was_sent=True) from error
+        raise Unavailable(f"sent invalid JSON: {_one_line(str(error))}", was_sent=True) from error
     if not isinstance(parsed, Mapping):
-        raise Unavailable(f"sent a {type(parsed).__name__} where a JSON object belongs", was_sent=True)
+        raise Unavailable(f"sent a {type(parsed).__name__} instead of a JSON object", was_sent=True)
     return parsed
 
 
 def _message_of(content: bytes) -> str:
-    """vLLM: {"error": {"message": ...}}; its web framework: {"detail": ...}; proxies: a page."""
+    """vLLM sends {"error": {"message": ...}}, its web framework {"detail": ...}, a proxy a page."""
     try:
         parsed = from_json(content)
     except ValueError:
         return _one_line(content[:MAX_MESSAGE_CHARS].decode("utf-8", errors="replace"))
-    said = parsed.get("error", parsed.get("detail", parsed)) if isinstance(parsed, Mapping) else parsed
-    return _one_line(str(said.get("message", said) if isinstance(said, Mapping) else said))
+    error = parsed.get("error", parsed.get("detail", parsed)) if isinstance(parsed, Mapping) else parsed
+    return _one_line(str(error.get("message", error) if isinstance(error, Mapping) else error))
 
 
 def _broken(error: httpx2.RequestError) -> Unavailable:
     never_sent = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout))
     if isinstance(error, httpx2.ReadTimeout):
-        problem = "sends nothing any more"
+        problem = "stopped sending"
     elif isinstance(error, httpx2.ConnectTimeout):
         problem = f"does not answer within {CONNECT_TIMEOUT_S:.0f} s"
     else:

@@ -1,13 +1,10 @@
-"""Whether a server serves the teacher: its model, vocabulary, tokenizer, length, and log probabilities as they must be.
+"""Checks that a server serves the teacher: model, vocabulary, tokenizer, length, and the model's own logprobs.
 
-A handful of requests of a few tokens, at the start and whenever an endpoint comes back (it may have been started anew
-with other flags). A misfit is a ConfigError that names the flag of `vllm serve` to set. Whether the server has the
-sampler plugin decides in which form it is asked: with it, entropies are exact; draws and log-partitions need it.
-
-In which form a server is asked about its tokens, and whether what it answers is the model's own distribution.
-
-With stillroom's sampler plugin a server gives rows that hold everything; entropies are then exact. Without it vLLM
-gives its top candidates, which is enough where neither draws nor log-partitions are wanted.
+Servers do not report flags that would silently spoil a cache, so a few requests of a few tokens test for them, at the
+start and whenever an endpoint comes back (it may have been restarted with other flags). A misfit is a ConfigError that
+names the `vllm serve` flag to set. With stillroom's sampler plugin a server gives rows that hold everything, including
+exact entropies; without it vLLM gives its top candidates, which is enough if neither draws nor log-partitions are
+captured.
 """
 
 import re
@@ -24,15 +21,15 @@ from teacher_cache.engine.http.wire import MALFORMED, Api, CompletionsApi, Form,
 from teacher_cache.engine.row_layout import Layout, UnmarkedRows
 
 PROBE_TEXT = "The least common multiple of 4 and 6 is 12, as 2 × 6 = 12 = 3 × 4. Überall: 最小公倍数 → \n\tok."
-"""Turned into tokens on both sides, and scored: digits, spaces, and letters of several scripts."""
+"""Tokenised on both sides, and scored: digits, spaces, and letters of several scripts."""
 NUM_PROBE_TOKENS = 16
 
 PROBE_LAYOUT = Layout(1, draws=1, mapped=True)
-"""Narrow enough for every --max-logprobs: whether there is a plugin is known before what it is to be asked."""
+"""Narrow enough for every --max-logprobs, so that the plugin is detected before the real width is requested."""
 NUM_MODE_CANDIDATES = 4
 
 MAX_EXCESS_NATS = 0.05
-"""How far rounding may lift a sum of probabilities above 1."""
+"""How far rounding may lift a sum of probabilities above 1, as a logarithm."""
 CERTAIN_NATS = -1e-4
 SURELY_UNCERTAIN_NATS = -0.5
 
@@ -40,11 +37,20 @@ MODE_REMEDY = "start it with --logprobs-mode raw_logprobs (vLLM's default)"
 
 Entropy = Literal["exact", "support"]
 
+NO_TOKEN = 2**31 - 1
+"""Outside every vocabulary: the refusal reports the vocabulary size."""
+VOCABULARY_SIZE = re.compile(r"Vocabulary size: (\d+)")
+
+NO_ENDPOINT_STATUS = {404, 405}
+HIDDEN_STATUS = {403, 404, 405}
+"""Of paths that gateways block while they pass on OpenAI's."""
+KEY_STATUS = {401, 403}
+
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What must be served: k candidates a token of a model with this tokenizer and vocabulary, `draws` from the rest
-    and log-partitions at `temperatures`. `entropy` None takes what there is.
+    """What an endpoint must serve: k candidates per token of a model with this tokenizer and vocabulary, `draws` from
+    the rest and log-partitions at `temperatures`. `entropy` None accepts either kind.
     """
 
     model: str | None
@@ -59,33 +65,122 @@ class Expected:
 
     @property
     def plain(self) -> Form:
-        """What vLLM gives without the plugin."""
+        """The form without the plugin."""
         return Form(self.k, self.vocab_size)
 
     @property
     def signals(self) -> Form:
-        """What it gives with the plugin."""
+        """The form with the plugin."""
         layout = Layout(self.k, self.draws, self.temperatures, mapped=True)
         return Form(self.k, self.vocab_size, layout)
 
     @property
     def needing_plugin(self) -> str | None:
-        """The setting that cannot be had without the plugin, None where everything can."""
+        """The setting that needs the plugin, None if none does."""
         if self.draws:
             return "capture.draws"
         return "capture.temperatures" if self.temperatures else None
 
 
-async def form_of(http: HttpClient, api: Api, model: str, expected: Expected) -> Form:
-    """In which form tokens are asked for. Raises ConfigError where it needs a plugin that is not at work."""
+class KeyRefused(ConfigError):
+    """The server rejects or requires an API key: retrying is useless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is served. `max_model_len` limits a chain; `version` is vLLM's, or `unknown`."""
+
+    model: str
+    max_model_len: int
+    version: str
+    api: Api
+    form: Form
+
+    @property
+    def entropy(self) -> Entropy:
+        """`exact` for entropies of the whole distribution, `support` for those of the candidates."""
+        return "support" if self.form.layout is None else "exact"
+
+
+async def check_server(http: HttpClient, expected: Expected) -> Served:
+    """Raises ConfigError if the server does not fit (KeyRefused for the key), Unavailable if it cannot be reached."""
+    try:
+        model, max_model_len = await _model(http, expected)
+        await _check_tokenizer(http, model, expected)
+        await _check_vocabulary(http, model, expected)
+        api = await _api(http, model)
+        form = await _form_of(http, api, model, expected)
+        await _check_logprobs(http, api, model, form, expected)
+        version = await _version(http)
+    except Unavailable as error:
+        if error.status in KEY_STATUS:
+            raise key_refused(http.url, expected) from error
+        raise
+    except Refused as error:
+        raise ConfigError(f"{http.url} refuses a request that builds need: {error}") from error
+    except UnmarkedRows as error:
+        raise ConfigError(
+            f"{http.url} has workers with stillroom's sampler plugin and others without: install it on all of them"
+        ) from error
+    except MALFORMED as error:
+        raise ConfigError(
+            f"{http.url} does not answer like vLLM 0.32 ({' '.join(str(error).split())}): update its vLLM"
+        ) from error
+    return Served(model, max_model_len - api.num_spare_tokens(form), version, api, form)
+
+
+def key_refused(url: str, expected: Expected) -> KeyRefused:
+    """The error for status 401 or 403."""
+    if expected.api_key_env is None:
+        remedy = "name the environment variable that holds it with engine.api_key_env"
+    else:
+        remedy = f"set the right one in the environment variable {expected.api_key_env}"
+    return KeyRefused(f"{url} refuses the API key: {remedy}")
+
+
+async def score_tokens(
+    http: HttpClient,
+    api: Api,
+    model: str,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    form: Form,
+    seed: int = 0,
+) -> Capture:
+    """Capture of the tokens after the prompt; `seed` is that of their draws. Raises Refused, Unavailable or a type of
+    MALFORMED.
+    """
+    rows = Rows(form)
+    answer: Json = await http.post(api.path, api.scoring(model, token_ids, form, seed))
+    api.read_scores(answer, token_ids, num_prompt_tokens, rows)
+    return rows.capture()
+
+
+async def _force_token(http: HttpClient, api: Api, model: str, token_ids: Sequence[int], form: Form) -> Capture:
+    """Capture of the last token only, generated after the others."""
+    rows = Rows(form)
+    async for event in http.stream(api.path, api.forced(model, token_ids, form)):
+        for choice in event["choices"]:
+            api.read(choice, rows)
+    return rows.capture()
+
+
+def _probe_ids(expected: Expected) -> list[int]:
+    """PROBE_TEXT in the teacher's tokens."""
+    ids: list[int] = expected.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+async def _form_of(http: HttpClient, api: Api, model: str, expected: Expected) -> Form:
+    """The form of requests. Raises ConfigError if it needs the plugin and the server lacks it."""
     needed_for = expected.needing_plugin
     if needed_for is None and expected.entropy == "exact":
-        needed_for = "exact entropies, which the build was begun with"
+        needed_for = "exact entropies, with which the build was begun"
     if needed_for is None and (expected.entropy == "support" or _is_too_small(expected)):
         return expected.plain
     if _is_too_small(expected):
         raise ConfigError(
-            f"{needed_for} over HTTP needs a vocabulary of {expected.signals.width + 1} tokens, the teacher's has "
+            f"{needed_for} over HTTP needs a vocabulary of {expected.signals.width + 1} tokens, but the teacher has "
             f"{expected.vocab_size}: set capture: {{max_support: {expected.vocab_size}, draws: 0}}"
         )
     try:
@@ -93,15 +188,15 @@ async def form_of(http: HttpClient, api: Api, model: str, expected: Expected) ->
     except Refused as error:
         if needed_for is not None:
             raise _too_few(http, api, expected.signals, error) from error
-        # Not even the probe's few: what remains may do for very few candidates.
+        # The server allows fewer logprobs than the probe, which may still be enough for very few candidates.
         has_plugin = False
     if has_plugin:
         return expected.signals
     if needed_for is None:
         return expected.plain
-    # The plugin is silent, too, where log probabilities are not the model's own.
+    # The plugin is also inactive if logprobs are not the model's own: that would be the better message.
     few = Form(min(expected.k, NUM_MODE_CANDIDATES), expected.vocab_size)
-    await check_logprobs(http, api, model, few, expected)
+    await _check_logprobs(http, api, model, few, expected)
     instead = "" if expected.entropy == "exact" else ", or set capture: {max_support: 64, draws: 0}"
     raise ConfigError(
         f"{http.url} answers without stillroom's sampler plugin, needed for {needed_for}: pip install stillroom where "
@@ -118,144 +213,43 @@ def _is_too_small(expected: Expected) -> bool:
 async def _has_plugin(http: HttpClient, api: Api, model: str, expected: Expected) -> bool:
     form = Form(PROBE_LAYOUT.top, expected.vocab_size, PROBE_LAYOUT)
     try:
-        await force_token(http, api, model, probe_ids(expected)[:2], form)
+        await _force_token(http, api, model, _probe_ids(expected)[:2], form)
     except UnmarkedRows:
         return False
     return True
 
 
-async def check_logprobs(http: HttpClient, api: Api, model: str, form: Form, expected: Expected) -> None:
-    """That enough are given, and that they are the model's own distribution at temperature 1."""
-    ids = probe_ids(expected)[:NUM_PROBE_TOKENS]
+async def _check_logprobs(http: HttpClient, api: Api, model: str, form: Form, expected: Expected) -> None:
+    """Requires enough logprobs, of the model's own distribution at temperature 1."""
+    ids = _probe_ids(expected)[:NUM_PROBE_TOKENS]
     try:
         scored = await score_tokens(http, api, model, ids, 1, form)
         least = int(np.argmin(scored.sampled_logprob_T[:-1])) + 1
-        forced = await force_token(http, api, model, ids[: least + 1], form)
+        forced = await _force_token(http, api, model, ids[: least + 1], form)
     except Refused as error:
         raise _too_few(http, api, form, error) from error
     for capture in (scored, forced):
         with np.errstate(over="ignore"):
             mass_T = np.exp(capture.topk_logprobs_TK.astype(np.float64)).sum(axis=1)
         if not (mass_T < np.exp(MAX_EXCESS_NATS)).all():
-            raise ConfigError(f"{http.url} gives logits where log probabilities belong: {MODE_REMEDY}")
-    # One allowed token at temperature 0.5 has log probability 0 after processing, and its own before.
+            raise ConfigError(f"{http.url} gives logits instead of log probabilities: {MODE_REMEDY}")
+    # With one allowed token at temperature 0.5, the logprob is 0 after processing, and the model's own before.
     if forced.sampled_logprob_T[0] > CERTAIN_NATS and scored.sampled_logprob_T[least - 1] < SURELY_UNCERTAIN_NATS:
         raise ConfigError(f"{http.url} gives log probabilities after temperature and truncation: {MODE_REMEDY}")
 
 
 def _too_few(http: HttpClient, api: Api, form: Form, refused: Refused) -> ConfigError | Refused:
-    """What to say of a refusal: the flag to set, or the server's own words where they are about something else."""
+    """The flag to set, or the server's own refusal if that is about something else."""
     if "max allowed" not in str(refused):
         return refused
-    asked_for = f"capture.max_support={form.k}"
+    wanted = f"capture.max_support={form.k}"
     if form.layout is not None:
-        asked_for += f" and draws={form.layout.draws}" if form.layout.draws else ""
-        asked_for += " with stillroom's plugin"
+        wanted += f" and draws={form.layout.draws}" if form.layout.draws else ""
+        wanted += " with stillroom's plugin"
     return ConfigError(
-        f"{http.url} gives too few log probabilities for {asked_for}: start it with --max-logprobs "
+        f"{http.url} gives too few log probabilities for {wanted}: start it with --max-logprobs "
         f"{api.num_logprobs(form)} ({refused})"
     )
-
-
-async def force_token(http: HttpClient, api: Api, model: str, token_ids: Sequence[int], form: Form) -> Capture:
-    """Capture of the last token alone, generated after the others."""
-    rows = Rows(form)
-    async for event in http.stream(api.path, api.forced(model, token_ids, form)):
-        for choice in event["choices"]:
-            api.read(choice, rows)
-    return rows.capture()
-
-
-async def score_tokens(
-    http: HttpClient,
-    api: Api,
-    model: str,
-    token_ids: Sequence[int],
-    num_prompt_tokens: int,
-    form: Form,
-    seed: int = 0,
-) -> Capture:
-    """Capture of the tokens after the prompt; `seed` is that of their draws. Raises Refused, Unavailable or one of
-    MALFORMED.
-    """
-    rows = Rows(form)
-    answer: Json = await http.post(api.path, api.scoring(model, token_ids, form, seed))
-    api.read_scores(answer, token_ids, num_prompt_tokens, rows)
-    return rows.capture()
-
-
-def probe_ids(expected: Expected) -> list[int]:
-    """PROBE_TEXT in the teacher's tokens."""
-    ids: list[int] = expected.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-NO_TOKEN = 2**31 - 1
-"""Outside every vocabulary: the refusal says how large the vocabulary is."""
-VOCABULARY_SIZE = re.compile(r"Vocabulary size: (\d+)")
-
-NO_ENDPOINT_STATUS = {404, 405}
-HIDDEN_STATUS = {403, 404, 405}
-"""Of paths that proxies keep to themselves while they pass on those of OpenAI."""
-KEY_STATUS = {401, 403}
-
-
-class KeyRefused(ConfigError):
-    """The server does not take the API key, or wants one: no use in asking again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What is served. `max_model_len` is what a chain may take; `version` is vLLM's, `unknown` where it is not told."""
-
-    model: str
-    max_model_len: int
-    version: str
-    api: Api
-    form: Form
-
-    @property
-    def entropy(self) -> Entropy:
-        """Of the whole distribution, or of the candidates."""
-        return "support" if self.form.layout is None else "exact"
-
-
-async def shake_hands(http: HttpClient, expected: Expected) -> Served:
-    """Raises ConfigError where the server does not fit, its KeyRefused for the key, Unavailable where it cannot be
-    asked.
-    """
-    try:
-        model, max_model_len = await _model(http, expected)
-        await _check_tokenizer(http, model, expected)
-        await _check_vocabulary(http, model, expected)
-        api = await _api(http, model)
-        form = await form_of(http, api, model, expected)
-        await check_logprobs(http, api, model, form, expected)
-        version = await _version(http)
-    except Unavailable as error:
-        if error.status in KEY_STATUS:
-            raise key_refused(http.url, expected) from error
-        raise
-    except Refused as error:
-        raise ConfigError(f"{http.url} refuses a request that a build needs: {error}") from error
-    except UnmarkedRows as error:
-        raise ConfigError(
-            f"{http.url} has workers with stillroom's sampler plugin and others without: install it for all of them"
-        ) from error
-    except MALFORMED as error:
-        raise ConfigError(
-            f"{http.url} answers otherwise than vLLM 0.32 ({' '.join(str(error).split())}): update its vLLM"
-        ) from error
-    return Served(model, max_model_len - api.num_spare_tokens(form), version, api, form)
-
-
-def key_refused(url: str, expected: Expected) -> KeyRefused:
-    """What to tell of a status 401 or 403."""
-    if expected.api_key_env is None:
-        remedy = "name the environment variable that holds it with engine.api_key_env"
-    else:
-        remedy = f"set the right one in the environment variable {expected.api_key_env}"
-    return KeyRefused(f"{url} refuses the API key: {remedy}")
 
 
 async def _model(http: HttpClient, expected: Expected) -> tuple[str, int]:
@@ -264,20 +258,20 @@ async def _model(http: HttpClient, expected: Expected) -> tuple[str, int]:
         answer = await http.get("/v1/models")
     except Unavailable as error:
         if error.status in NO_ENDPOINT_STATUS:
-            raise ConfigError(f"{http.url} is no OpenAI-compatible server: it has no /v1/models") from error
+            raise ConfigError(f"{http.url} is not an OpenAI-compatible server: it has no /v1/models") from error
         raise
     served = {entry["id"]: entry for entry in answer["data"]}
     if expected.model is None and len(served) != 1:
         raise ConfigError(f"{http.url} serves {', '.join(served) or 'nothing'}: name one with engine.model")
     name = expected.model or next(iter(served))
     if name not in served:
-        raise ConfigError(f"{http.url} serves {', '.join(served)} and no engine.model={name}")
+        raise ConfigError(f"{http.url} serves {', '.join(served)} but not engine.model={name}")
     max_model_len = served[name].get("max_model_len")
     if max_model_len is None:
-        raise ConfigError(f"{http.url} is no vLLM server: it does not tell the max_model_len of {name}")
+        raise ConfigError(f"{http.url} is not a vLLM server: it does not report max_model_len of {name}")
     if expected.max_model_len is not None and max_model_len < expected.max_model_len:
         raise ConfigError(
-            f"{http.url} has max_model_len {max_model_len}, the build needs {expected.max_model_len}: start it with "
+            f"{http.url} has max_model_len {max_model_len}, but {expected.max_model_len} is needed: start it with "
             f"--max-model-len {expected.max_model_len} or lower engine.max_model_len"
         )
     return name, int(max_model_len)
@@ -298,10 +292,10 @@ async def _check_tokenizer(http: HttpClient, model: str, expected: Expected) -> 
         if error.status in HIDDEN_STATUS:
             return
         raise
-    if theirs != (ours := probe_ids(expected)):
+    if theirs != (ours := _probe_ids(expected)):
         raise ConfigError(
-            f"{http.url} turns text into other tokens than teacher.model (it makes {_start(theirs)} of what is "
-            f"{_start(ours)} here): let it serve the model that teacher.model names"
+            f"{http.url} tokenises text differently from teacher.model ({_start(theirs)} there, {_start(ours)} here): "
+            "serve the model that teacher.model names"
         )
 
 
@@ -313,18 +307,18 @@ async def _check_vocabulary(http: HttpClient, model: str, expected: Expected) ->
         if error.status not in NO_ENDPOINT_STATUS:
             raise
     except Refused as error:
-        told = VOCABULARY_SIZE.search(str(error))
-        if told is None:
+        reported = VOCABULARY_SIZE.search(str(error))
+        if reported is None:
             raise
-        if int(told[1]) != expected.vocab_size:
+        if int(reported[1]) != expected.vocab_size:
             raise ConfigError(
-                f"{http.url} has a vocabulary of {told[1]}, teacher.model one of {expected.vocab_size}: let it serve "
-                "the model that teacher.model names"
+                f"{http.url} has a vocabulary of {reported[1]}, teacher.model one of {expected.vocab_size}: serve the "
+                "model that teacher.model names"
             ) from error
 
 
 async def _api(http: HttpClient, model: str) -> Api:
-    """The better way where there is one."""
+    """The cheaper API if the server has it."""
     body = {"model": model, "token_ids": [0], "sampling_params": {"max_tokens": 1}}
     try:
         await http.post(GenerateApi.path, body)

@@ -1,9 +1,7 @@
-"""Endpoints that share a queue of requests: who is asked, what happens to what breaks off, who is left out.
+"""Endpoints that share a queue of requests: dispatch, retries, and endpoints that are excluded and come back.
 
-Runs in one event loop. An endpoint in trouble is left out and shaken hands with after growing pauses, until
-it serves the same teacher again; its chains go back to the queue, and to whoever is free.
-
-One endpoint at work: a chain generated or scored as one conversation, and whether the endpoint may be asked at all.
+Runs in one event loop. An endpoint in trouble is excluded and checked again after growing pauses until it serves the
+same teacher again; its chains go back to the queue.
 
 Shape legend: T completion tokens.
 """
@@ -32,29 +30,30 @@ from teacher_cache.engine.http.handshake import (
     Expected,
     KeyRefused,
     Served,
+    check_server,
     key_refused,
     score_tokens,
-    shake_hands,
 )
 from teacher_cache.engine.http.wire import MALFORMED, UNKNOWN_RANK, CompletionsApi, Form, Rows
 
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 60.0
 
-NUM_TROUBLES_TO_LEAVE_OUT = 3
-"""Error statuses in a row, without a chain in between, after which an endpoint is asked for its health first."""
+MAX_TROUBLES = 3
+"""Consecutive error statuses, without a chain in between, after which an endpoint is excluded."""
+OPEN_POLL_S = 0.1
 
 
 class Endpoint:
-    """A server that is `up` or left out. `num_in_flight` chains are being asked for; `num_tokens` came so far;
-    `is_busy` from when it is left out for having too much to do until a chain comes.
+    """One server, in use or excluded. `num_in_flight` chains are requested from it; `num_tokens` arrived so far;
+    `is_busy` from when it is excluded as overloaded until its next chain.
     """
 
     def __init__(self, http: HttpClient, expected: Expected) -> None:
         self.http = http
         self.url = http.url
         self.served: Served | None = None
-        self.problem = "was not asked yet"
+        self.problem = "was not contacted yet"
         self.num_in_flight = 0
         self.num_tokens = 0
         self.is_busy = False
@@ -66,15 +65,15 @@ class Endpoint:
 
     @property
     def is_up(self) -> bool:
-        """Whether chains may be asked of it."""
+        """Whether it gets requests."""
         return self.served is not None
 
     async def connect(self) -> Served:
-        """What it serves. Raises ConfigError where it serves something else, Unavailable where it cannot be asked."""
+        """What it serves. Raises ConfigError if it does not fit, Unavailable if it cannot be reached."""
         try:
-            served = await shake_hands(self.http, self.expected)
+            served = await check_server(self.http, self.expected)
         except (ConfigError, Unavailable) as error:
-            self.leave_out(str(error))
+            self.exclude(str(error))
             raise
         self._num_troubles = 0
         self._down.clear()
@@ -82,34 +81,34 @@ class Endpoint:
         return served
 
     async def wait_until_down(self) -> None:
-        """Returns when it was left out."""
+        """Returns when it is excluded."""
         await self._down.wait()
 
-    def leave_out(self, problem: str) -> None:
-        """Not to be asked until it fits again; each time the pause before that grows."""
+    def exclude(self, problem: str) -> None:
+        """Stops using it until it fits again; the pause before the next check grows each time."""
         self.problem = problem
         self._num_failures += 1
         self.served = None
         self._down.set()
 
     def backoff_s(self) -> float:
-        """Pause before it is tried again: doubles with every failure since its last chain, with jitter."""
+        """Pause before the next check: doubles with every failure since its last chain, with jitter."""
         return pause_s(self._num_failures, self._jitter)
 
     def note_success(self) -> None:
-        """A chain came."""
+        """A chain arrived."""
         self.is_busy = False
         self._num_troubles = self._num_failures = 0
 
     def note_trouble(self, error: Unavailable) -> None:
-        """A chain did not come; leaves the endpoint out where more than one answer looks wrong."""
+        """A chain failed: excludes the endpoint at a broken connection or after MAX_TROUBLES."""
         self._num_troubles += 1
-        if error.status is None or self._num_troubles >= NUM_TROUBLES_TO_LEAVE_OUT:
+        if error.status is None or self._num_troubles >= MAX_TROUBLES:
             self.is_busy = error.is_busy
-            self.leave_out(str(error))
+            self.exclude(str(error))
 
-    async def ask(self, served: Served, request: Request, max_tokens: int) -> Outcome:
-        """Generates or scores. Raises Refused or Unavailable, KeyRefused where the API key is no longer taken."""
+    async def run(self, served: Served, request: Request, max_tokens: int) -> Outcome:
+        """Generates or scores. Raises Refused, Unavailable, or KeyRefused if the API key is no longer accepted."""
         try:
             if request.completion_token_ids is not None:
                 return await self._score(served, request, request.completion_token_ids)
@@ -120,7 +119,7 @@ class Endpoint:
             raise
         except MALFORMED as error:
             problem = " ".join(str(error).split()) or type(error).__name__
-            raise Unavailable(f"answers something else: {problem}", was_sent=True, status=200) from error
+            raise Unavailable(f"sent an unexpected answer: {problem}", was_sent=True, status=200) from error
 
     async def _generate(self, served: Served, request: Request, max_tokens: int) -> Outcome:
         rows, finish_reason = Rows(served.form), None
@@ -134,11 +133,11 @@ class Endpoint:
                     self.num_tokens += rows.num_tokens - num_before
                     finish_reason = choice["finish_reason"] or finish_reason
             if finish_reason not in ("stop", "length"):
-                # A server that is stopped ends its chains with `abort`: that says nothing about the chain.
+                # A server that shuts down ends its chains with `abort`, which is no fault of the chain.
                 raise Unavailable(f"ended the chain with {finish_reason!r}", was_sent=True, status=200)
             capture = await self._with_ranks(served, request, rows.capture())
         except BaseException:
-            # The chain will be asked for again: its tokens were not progress.
+            # The chain will be retried, so its tokens were not progress.
             self.num_tokens -= rows.num_tokens
             raise
         return _outcome(request, capture, finish_reason)
@@ -152,41 +151,26 @@ class Endpoint:
         return _outcome(request, capture, "scored")
 
     async def _with_ranks(self, served: Served, request: Request, capture: Capture) -> Capture:
-        """/v1/completions tells no rank of a token outside the candidates: those are asked for by scoring the chain."""
+        """/v1/completions reports no rank of a token outside the candidates: scoring the chain gives those."""
         unknown_T = (capture.sampled_rank_T == UNKNOWN_RANK) & ~np.isnan(capture.sampled_logprob_T)
         if not unknown_T.any():
             return capture
         prompt = list(request.prompt_token_ids)
         ids = [*prompt, *capture.token_ids_T.tolist()]
-        # No candidates beside the actual token, whose rank is told with it.
+        # Zero candidates: the token itself is always reported, with its rank.
         none = Form(0, self.expected.vocab_size)
         scored = await score_tokens(self.http, CompletionsApi(), served.model, ids, len(prompt), none)
-        # The pass that reads a chain rounds otherwise than the one that wrote it: outside means outside.
+        # Scoring rounds differently from generation, but a token outside the candidates must keep a rank above k.
         rank_T = np.maximum(scored.sampled_rank_T, self.expected.k + 1)
         return dataclasses.replace(
             capture, sampled_rank_T=np.where(unknown_T, rank_T, capture.sampled_rank_T).astype(np.int32)
         )
 
 
-def pause_s(num_failures: int, jitter: random.Random) -> float:
-    """Exponential backoff with jitter: half of the pause is random, so that clients do not all return at once."""
-    longest_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** max(num_failures - 1, 0))
-    return longest_s * jitter.uniform(0.5, 1.0)
-
-
-def _outcome(request: Request, capture: Capture, finish_reason: str) -> Outcome:
-    if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
-        return request.failure("not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
-    return Finished(request, capture, finish_reason)
-
-
-OPEN_POLL_S = 0.1
-
-
 @dataclass(slots=True)
 class Job:
-    """A request on its way. `num_attempts` counts those that an endpoint may have worked on, `num_waits` those that it
-    had no time for.
+    """A request in the pool. `num_attempts` counts tries that an endpoint may have worked on, `num_waits` those that a
+    busy one turned away.
     """
 
     request: Request
@@ -212,7 +196,7 @@ class EndpointPool:
         self._misfit: ConfigError | None = None
         self._max_model_len = 0
         self._entropy: Entropy | None = None
-        self._told_busy: set[str] = set()
+        self._noted_busy: set[str] = set()
         self._none_since_s: float | None = time.monotonic()
         self._jitter = random.Random()
 
@@ -221,7 +205,7 @@ class EndpointPool:
         return sum(endpoint.num_tokens for endpoint in self._endpoints)
 
     async def open(self) -> None:
-        """Tries every endpoint once, and goes on with those that fit when there is one; else waits for one."""
+        """Checks every endpoint once and starts with those that fit; if there is none, waits for the first."""
         for url in self._config.endpoints:
             http = HttpClient(url, self._api_key, self._config.stall_s)
             self._endpoints.append(Endpoint(http, self._expected))
@@ -249,7 +233,7 @@ class EndpointPool:
     def info(self) -> EngineInfo:
         served = {one.url: one.served for one in self._endpoints if one.served is not None}
         versions = sorted({one.version for one in served.values()})
-        assert self._entropy is not None, "asked before it was open"
+        assert self._entropy is not None, "the pool is not open"
         return EngineInfo(
             vocab_size=self._expected.vocab_size,
             max_model_len=self._max_model_len,
@@ -263,7 +247,7 @@ class EndpointPool:
         )
 
     def offer(self, job: Job) -> None:
-        """Takes a job, a new one at the end and one that was begun already at the front."""
+        """Queues a job: a new one at the end, a retried one at the front."""
         if job.num_attempts + job.num_waits:
             self._jobs.appendleft(job)
         else:
@@ -271,7 +255,7 @@ class EndpointPool:
         self._dispatch()
 
     def raise_if_lost(self) -> None:
-        """Raises StillroomError when no endpoint was up for too long."""
+        """Raises StillroomError if no endpoint was usable for `give_up_minutes`."""
         since_s = self._none_since_s
         if any(one.is_up or (one.is_busy and one.num_in_flight) for one in self._endpoints):
             return
@@ -279,8 +263,8 @@ class EndpointPool:
             return
         problems = "; ".join(f"{endpoint.url} {endpoint.problem}" for endpoint in self._endpoints)
         raise StillroomError(
-            f"no endpoint was usable for {self._config.give_up_minutes:g} minutes ({problems}): mend that and start "
-            "the same command again, it goes on"
+            f"no endpoint was usable for {self._config.give_up_minutes:g} minutes ({problems}): fix that and run the "
+            "same command again to resume"
         )
 
     def _dispatch(self) -> None:
@@ -295,22 +279,22 @@ class EndpointPool:
 
     async def _run(self, endpoint: Endpoint, job: Job) -> None:
         try:
-            outcome = await self._ask(endpoint, job)
+            outcome = await self._try(endpoint, job)
         finally:
             endpoint.num_in_flight -= 1
         if outcome is not None:
             self._answers.put(outcome)
         self._dispatch()
 
-    async def _ask(self, endpoint: Endpoint, job: Job) -> Outcome | None:
-        """The outcome, None where the job goes back to the queue."""
+    async def _try(self, endpoint: Endpoint, job: Job) -> Outcome | None:
+        """The outcome, None if the job goes back to the queue."""
         request, served = job.request, endpoint.served
         if served is None:
             self.offer(job)
             return None
         room = self._max_model_len - len(request.prompt_token_ids)
         try:
-            outcome = await endpoint.ask(served, request, min(request.max_tokens, room))
+            outcome = await endpoint.run(served, request, min(request.max_tokens, room))
         except Refused as error:
             return request.failure("refused", str(error))
         except KeyRefused as error:
@@ -319,7 +303,7 @@ class EndpointPool:
         except Unavailable as error:
             return self._after_trouble(endpoint, job, error)
         endpoint.note_success()
-        # What ends at an endpoint that is left out for now says that it is of use, too.
+        # A chain that finishes at an excluded endpoint also shows that it works: restart the clock.
         self._none_since_s = None if any(one.is_up for one in self._endpoints) else time.monotonic()
         return outcome
 
@@ -334,9 +318,7 @@ class EndpointPool:
         else:
             job.num_attempts += error.was_sent
         if job.num_attempts >= self._config.max_attempts:
-            tried = f"after {job.num_attempts} attempts {endpoint.url} {error}"
-            return job.request.failure("engine_error", tried)
-        # It stays in `num_unfinished` while it waits.
+            return job.request.failure("engine_error", f"after {job.num_attempts} attempts {endpoint.url} {error}")
         pause = max(pause_s(job.num_attempts + job.num_waits, self._jitter), min(error.retry_after_s, MAX_BACKOFF_S))
         asyncio.get_running_loop().call_later(pause, self.offer, job)
         return None
@@ -347,15 +329,15 @@ class EndpointPool:
         except ConfigError as error:
             self._misfit = error
         except Unavailable as error:
-            note(f"{endpoint.url} {error}: it is tried again until it answers")
+            note(f"{endpoint.url} {error}: retrying until it answers")
 
     async def _keep(self, endpoint: Endpoint) -> None:
-        """Brings the endpoint back whenever it is down, for ever."""
-        said, is_quiet = endpoint.problem, False
+        """Reconnects the endpoint whenever it is down, until the pool closes."""
+        reported, is_quiet = endpoint.problem, False
         while True:
             if endpoint.is_up:
                 await endpoint.wait_until_down()
-                said, is_quiet = endpoint.problem, endpoint.is_busy
+                reported, is_quiet = endpoint.problem, endpoint.is_busy
             await asyncio.sleep(endpoint.backoff_s())
             try:
                 await self._connect(endpoint)
@@ -366,41 +348,41 @@ class EndpointPool:
             except (ConfigError, Unavailable) as error:
                 if isinstance(error, ConfigError):
                     self._misfit = error
-                if str(error) != said:
-                    warn(f"left out: {error}" if isinstance(error, ConfigError) else f"{endpoint.url} {error}")
+                if str(error) != reported:
+                    warn(f"excluded: {error}" if isinstance(error, ConfigError) else f"{endpoint.url} {error}")
                     is_quiet = False
-                said = str(error)
+                reported = str(error)
             else:
                 if not is_quiet:
-                    note(f"{endpoint.url} is there")
+                    note(f"{endpoint.url} is connected")
 
     async def _connect(self, endpoint: Endpoint) -> None:
         served = await endpoint.connect()
         if self._entropy not in (None, served.entropy):
-            # It was asked before all had settled on one form.
+            # It was checked before the pool had settled on one kind of entropy.
             endpoint.served = None
             served = await endpoint.connect()
         if served.max_model_len < self._max_model_len:
             problem = (
-                f"{endpoint.url} came back with max_model_len {served.max_model_len}, the build was begun with "
+                f"{endpoint.url} came back with max_model_len {served.max_model_len}, but the build was begun with "
                 f"{self._max_model_len}: start it with --max-model-len {self._max_model_len}"
             )
-            endpoint.leave_out(problem)
+            endpoint.exclude(problem)
             raise ConfigError(problem)
         if not endpoint.is_busy:
-            # One that is busy has to prove its use by a chain.
+            # A busy endpoint must first finish a chain: it may answer checks and no requests.
             self._none_since_s = None
         self._dispatch()
 
     def _note_down(self, endpoint: Endpoint) -> None:
         left = sum(one.is_up for one in self._endpoints)
-        others = f"{left} of {len(self._endpoints)} go on"
+        others = f"{left} of {len(self._endpoints)} endpoints continue"
         if not endpoint.is_busy:
-            note(f"{endpoint.url} {endpoint.problem}: left out and tried again, {others}")
-        elif endpoint.url not in self._told_busy:
-            # Once: it may come and go with every chain.
-            self._told_busy.add(endpoint.url)
-            slower = "it has too much to do and is asked more slowly (a lower engine.max_in_flight asks less)"
+            note(f"{endpoint.url} {endpoint.problem}: excluded and retried, {others}")
+        elif endpoint.url not in self._noted_busy:
+            # Noted once: it may come and go with every chain.
+            self._noted_busy.add(endpoint.url)
+            slower = "overloaded, sending requests more slowly (lower engine.max_in_flight to send fewer)"
             note(f"{endpoint.url} {endpoint.problem}: {slower}, {others}")
         if not left and self._none_since_s is None:
             self._none_since_s = time.monotonic()
@@ -413,8 +395,8 @@ class EndpointPool:
         if self._config.max_model_len is not None:
             return min(self._config.max_model_len, *lengths.values())
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{url} {length}" for url, length in lengths.items())
-            raise ConfigError(f"the endpoints take chains of different lengths ({told}): set engine.max_model_len")
+            listed = ", ".join(f"{url} {length}" for url, length in lengths.items())
+            raise ConfigError(f"the endpoints allow chains of different lengths ({listed}): set engine.max_model_len")
         return next(iter(lengths.values()))
 
     def _common_entropy(self) -> Entropy:
@@ -422,8 +404,8 @@ class EndpointPool:
         if len(set(kinds.values())) > 1:
             having, lacking = (", ".join(url for url in kinds if kinds[url] == kind) for kind in ("exact", "support"))
             raise ConfigError(
-                f"{having} has stillroom's sampler plugin and {lacking} has not, so entropies would differ in kind: "
-                "pip install stillroom for all of them, or name only one kind in engine.endpoints"
+                f"{having} has stillroom's sampler plugin and {lacking} does not, so entropies would differ in kind: "
+                "pip install stillroom on all of them, or name only one kind in engine.endpoints"
             )
         return next(iter(kinds.values()))
 
@@ -436,5 +418,17 @@ class EndpointPool:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            # A mistake of ours: it ends the build rather than a task that nobody looks at.
+            # A bug of ours: end the build instead of losing the task.
             self._answers.put(error)
+
+
+def pause_s(num_failures: int, jitter: random.Random) -> float:
+    """Exponential backoff with jitter: half of the pause is random, so that clients do not all return at once."""
+    longest_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** max(num_failures - 1, 0))
+    return longest_s * jitter.uniform(0.5, 1.0)
+
+
+def _outcome(request: Request, capture: Capture, finish_reason: str) -> Outcome:
+    if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
+        return request.failure("not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
+    return Finished(request, capture, finish_reason)

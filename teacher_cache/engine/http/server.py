@@ -1,9 +1,6 @@
-"""vLLM over HTTP: Requests to one or several servers that share them, completions with their distributions back.
+"""ServerEngine: one or several vLLM servers as one engine, and `check_endpoints` for `plan` and `doctor`.
 
-A thread runs the event loop that keeps every endpoint busy (teacher_cache.engine.http.pool); this is its face.
-Needs neither vllm nor torch.
-
-A look at the endpoints of a server engine, without a build: for `plan` and `doctor`.
+A thread runs the event loop that keeps every endpoint busy (engine.http.pool). Needs neither vllm nor torch.
 """
 
 import asyncio
@@ -20,15 +17,17 @@ from stillroom.schema.manifest import Teacher
 from teacher_cache.config import CaptureConfig, ServerConfig
 from teacher_cache.engine.api import EngineInfo, Outcome, Request, refusal
 from teacher_cache.engine.http.client import HttpClient, Unavailable
-from teacher_cache.engine.http.handshake import Expected, shake_hands
+from teacher_cache.engine.http.handshake import Expected, check_server
 from teacher_cache.engine.http.pool import EndpointPool, Job
 from teacher_cache.engine.teacher import IdentifiedTeacher
 
 NUM_OTHER_FILES = 256
-"""Shards, libraries, the judge's pipes."""
+"""Files besides connections: shards, libraries, the judge's pipes."""
 
 STEP_S = 0.2
-"""The longest that a step waits for a chain."""
+"""Longest time that a step waits for a chain."""
+MAX_SILENCE_S = 20.0
+"""A build waits for a server that is loading; `plan` and `doctor` do not."""
 
 
 class ServerEngine:
@@ -37,11 +36,11 @@ class ServerEngine:
     def __init__(self, config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> None:
         """Waits until an endpoint serves the teacher.
 
-        Raises ConfigError where one serves something else, lacks a flag or the plugin; StillroomError where none
-        answers within `give_up_minutes`.
+        Raises ConfigError if one serves something else or lacks a flag or the plugin, StillroomError if none answers
+        within `give_up_minutes`.
         """
-        api_key = api_key_of(config)
-        expected = expected_of(config, teacher, tokenizer, capture)
+        api_key = _api_key_of(config)
+        expected = _expected_of(config, teacher, tokenizer, capture)
         _allow_connections(config)
         self._config = config
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
@@ -61,12 +60,12 @@ class ServerEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What the endpoints that answered at the start have in common."""
+        """What the endpoints that answered at the start share."""
         return self._info
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens received so far; those of a chain that broke off do not count."""
+        """Completion tokens received so far, without those of chains that broke off."""
         return self._pool.num_tokens
 
     @property
@@ -75,11 +74,11 @@ class ServerEngine:
         return self._num_open
 
     def has_room(self) -> bool:
-        """Whether there are fewer requests than all endpoints could take at once, and one endpoint's more."""
+        """Whether fewer requests are open than all endpoints take at once, plus one endpoint's share in reserve."""
         return self._num_open < self._config.max_in_flight * (len(self._config.endpoints) + 1)
 
     def submit(self, request: Request) -> None:
-        """Hands a request to the event loop, or answers why not."""
+        """Hands a request to the event loop, or queues its refusal."""
         self._num_open += 1
         refused = refusal(request, self._info)
         if refused is not None:
@@ -88,12 +87,12 @@ class ServerEngine:
             self._loop.call_soon_threadsafe(self._pool.offer, Job(request))
 
     def step(self) -> list[Outcome]:
-        """Waits a moment for chains that ended. Raises StillroomError when no endpoint is left."""
+        """Waits briefly for finished chains. Raises StillroomError if no endpoint is left."""
         if not self._num_open:
             return []
-        outcomes = list(self._taken())
+        outcomes = list(self._available())
         if not outcomes:
-            # What ended before the error was handed over first.
+            # Outcomes from before the error were returned first.
             if self._error is not None:
                 raise self._error
             self._pool.raise_if_lost()
@@ -101,7 +100,7 @@ class ServerEngine:
         return outcomes
 
     def close(self) -> None:
-        """Breaks off what is under way (the servers notice) and ends the thread."""
+        """Cancels open requests, which the servers notice, and ends the thread."""
         if self._closed:
             return
         self._closed = True
@@ -118,8 +117,8 @@ class ServerEngine:
             waiting.cancel()
             raise
 
-    def _taken(self) -> Iterator[Outcome]:
-        """All outcomes that are there, or one that comes within STEP_S; an error only when it is the first."""
+    def _available(self) -> Iterator[Outcome]:
+        """All available outcomes, or one that arrives within STEP_S; stops at an error."""
         timeout_s = STEP_S
         while self._error is None:
             try:
@@ -133,7 +132,27 @@ class ServerEngine:
             timeout_s = 0.0
 
 
-def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> Expected:
+@dataclass(frozen=True, slots=True)
+class EndpointStatus:
+    """State of one endpoint in a line; `max_model_len` is None if a build cannot use it."""
+
+    url: str
+    summary: str
+    max_model_len: int | None
+
+
+def check_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointStatus]:
+    """What each endpoint serves, or why a build could not use it. Raises ConfigError if the API key is missing."""
+    key = _api_key_of(config)
+    expected = _expected_of(config, teacher.record, teacher.tokenizer, capture)
+
+    async def check_all() -> list[EndpointStatus]:
+        return await asyncio.gather(*(_check(url, key, expected) for url in config.endpoints))
+
+    return asyncio.run(check_all())
+
+
+def _expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> Expected:
     """What every endpoint must serve."""
     return Expected(
         model=config.model,
@@ -148,7 +167,7 @@ def expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture:
 
 
 def _allow_connections(config: ServerConfig) -> None:
-    """A chain in flight is an open connection; many systems let a program have 1024 unless it asks for more."""
+    """Every chain in flight is an open connection, and many systems limit a process to 1024 unless it asks for more."""
     needed = config.max_in_flight * len(config.endpoints) + NUM_OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -156,56 +175,32 @@ def _allow_connections(config: ServerConfig) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
             f"engine.max_in_flight={config.max_in_flight} on {len(config.endpoints)} endpoints needs {needed} open "
-            f"files, this system allows {hard}: lower it or raise ulimit -n"
+            f"files, but this system allows {hard}: lower it or raise ulimit -n"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def api_key_of(config: ServerConfig) -> str | None:
-    """The key, None where none is named. Raises ConfigError where the variable is not set."""
+def _api_key_of(config: ServerConfig) -> str | None:
+    """The key, None if none is configured. Raises ConfigError if the variable is not set."""
     if config.api_key_env is None:
         return None
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"engine.api_key_env names {config.api_key_env}, which is not set: export it, or leave the setting out"
+            f"engine.api_key_env names {config.api_key_env}, which is not set: export it, or remove the setting"
         )
     if not key.isascii() or not key.isprintable():
-        # Its text must not appear in what the HTTP library says of it.
+        # Checked here because the HTTP library's own error would quote the key.
         raise ConfigError(
-            f"the API key in {config.api_key_env} holds a character that no HTTP header takes: it is one line of ASCII"
+            f"the API key in {config.api_key_env} holds a character that HTTP headers do not allow: use plain ASCII"
         )
     return key
 
 
-MAX_SILENCE_S = 20.0
-"""A server that is loading or has much to do may take its time; a plan does not."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointStatus:
-    """State of one endpoint in a line; `max_model_len` is None if a build cannot use it."""
-
-    url: str
-    summary: str
-    max_model_len: int | None
-
-
-def check_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointStatus]:
-    """What each endpoint serves, or why a build could not use it. Raises ConfigError if the API key is missing."""
-    key = api_key_of(config)
-    expected = expected_of(config, teacher.record, teacher.tokenizer, capture)
-
-    async def look() -> list[EndpointStatus]:
-        return await asyncio.gather(*(_look(url, key, expected) for url in config.endpoints))
-
-    return asyncio.run(look())
-
-
-async def _look(url: str, key: str | None, expected: Expected) -> EndpointStatus:
+async def _check(url: str, key: str | None, expected: Expected) -> EndpointStatus:
     async with HttpClient(url, key, MAX_SILENCE_S) as http:
         try:
-            served = await shake_hands(http, expected)
+            served = await check_server(http, expected)
         except Unavailable as error:
             return EndpointStatus(url, f"cannot be used now: {error}", None)
         except ConfigError as error:

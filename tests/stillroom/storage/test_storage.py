@@ -218,7 +218,7 @@ def test_copies_go_to_the_store_and_back(local: SyntheticCache, store: ObjectPat
     assert verify_cache(store).ok
     assert copy_caches([store], tmp_path / "back").num_chains == 60
     assert visible(tmp_path / "back") == visible(local.root)
-    with pytest.raises(ConfigError, match="same folder or lie in each other"):
+    with pytest.raises(ConfigError, match="same folder or contain each other"):
         copy_caches([store], store / "inside")
 
 

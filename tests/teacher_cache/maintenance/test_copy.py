@@ -116,11 +116,11 @@ def test_what_may_not_be_mixed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="is missing"):
         copy_caches([other], tmp_path / "c")
     for dest in (one, one / "inner", tmp_path):
-        with pytest.raises(ConfigError, match="lie in each other"):
+        with pytest.raises(ConfigError, match="contain each other"):
             copy_caches([one], dest)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match=r"holds other things \(thesis.tex\)"):
+    with pytest.raises(DataError, match=r"holds other files \(thesis.tex\)"):
         copy_caches([one], tmp_path / "full")
 
 

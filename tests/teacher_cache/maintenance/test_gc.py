@@ -69,13 +69,13 @@ def test_written_shards_are_adopted_and_unfinished_ones_swept(crashed: Path) -> 
 def test_young_files_and_those_of_a_worker_at_work_stay(crashed: Path) -> None:
     before = contents(crashed)
     young = gc(crashed, grace_s=3600.0)
-    assert {item.why for item in young.kept} == {"younger than the grace"}
+    assert {item.why for item in young.kept} == {"younger than the grace period"}
     assert len(young.kept) == 3
     (run_id,) = Catalog(crashed).runs()
     with worker_lock(lock_path(crashed, run_id, "w0"), 0.0):
         (crashed / "runs" / f".{run_id}.json.12ab34cd.tmp").unlink()
         working = gc(crashed)
-    assert [item.why for item in working.kept] == ["its worker is at work"] * 2
+    assert [item.why for item in working.kept] == ["its worker is running"] * 2
     after = contents(crashed)
     assert {name for name in before if before[name] != after.get(name)} == {f"runs/.{run_id}.json.12ab34cd.tmp"}
 

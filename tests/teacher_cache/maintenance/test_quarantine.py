@@ -16,7 +16,7 @@ from teacher_cache.building import Build
 from teacher_cache.cli import app
 from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
-from teacher_cache.maintenance.quarantine import MENDER, quarantine_damaged
+from teacher_cache.maintenance.quarantine import REPAIR_WORKER, quarantine_damaged
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import damage, on_disk
@@ -91,7 +91,7 @@ def test_rows_that_are_kept_are_the_same_bytes(root: Path) -> None:
     before = pq.read_table(path).to_pylist()
     lost = set(damage_group(path, 0))
     run(root, "--quarantine")
-    (mended,) = (root / "chains").glob(f"*/{MENDER}-*.parquet")
+    (mended,) = (root / "chains").glob(f"*/{REPAIR_WORKER}-*.parquet")
     assert pq.read_table(mended).to_pylist() == [row for row in before if row["sample_id"] not in lost]
 
 

@@ -12,7 +12,7 @@ import pytest
 from stillroom.cache.catalog import Catalog, Table, publish
 from stillroom.errors import CorruptError, DataError
 from stillroom.log import format_plural
-from teacher_cache.maintenance.orphans import find_leftovers, receipt_problems
+from teacher_cache.maintenance.orphans import find_orphans, lost_commits
 from teacher_cache.maintenance.quarantine import verify_command
 from teacher_cache.maintenance.verify import VerifyReport, summary_of, verify_cache
 from tests.helpers.caches import damage, make_cache, on_disk
@@ -49,7 +49,7 @@ def test_a_whole_cache_passes(root: Path) -> None:
     assert (report.num_shards, report.num_chains, report.orphans) == (3, 30, [])
     assert report.size_bytes == sum(path.stat().st_size for path in (root / "chains").rglob("w*.parquet"))
     assert "30 chains" in summary_of(report)
-    assert summary_of(report).endswith("nothing is wrong")
+    assert summary_of(report).endswith("no problems")
 
 
 @pytest.mark.parametrize("at_frac", [0.0, 0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 1 - 1e-9])
@@ -66,7 +66,7 @@ def test_a_shard_cut_short_or_missing_is_named(shard: Path, root: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000])
     texts = [text for file, text in problems(verify_cache(root)) if file == name]
-    assert texts[0] == f"has 1000 bytes, {len(whole)} were registered"
+    assert texts[0] == f"has 1000 bytes, but {len(whole)} were registered"
     assert any("is not a readable Parquet file" in text for text in texts)
     shard.unlink()
     assert problems(verify_cache(root)) == [(name, "is registered but missing")]
@@ -126,7 +126,7 @@ def test_orphans_are_listed_and_no_error(root: Path, shard: Path) -> None:
     report = verify_cache(root)
     assert report.ok
     assert [(orphan.file.endswith(".tmp"), orphan.size_bytes) for orphan in report.orphans] == [(True, 12)]
-    assert find_leftovers(Catalog(root).verdicts) == []
+    assert find_orphans(Catalog(root).verdicts) == []
 
 
 def test_rows_that_are_visible_twice_are_named(root: Path, shard: Path) -> None:
@@ -179,9 +179,9 @@ def roll(cell: list[Any]) -> None:
         ("num_reasoning_tokens", set_to(0), "num_reasoning_tokens", "does not follow from reasoning_end"),
         ("prompt_token_ids", put(0, 4000), "prompt_token_ids", "outside the vocabulary of 4000"),
         ("token_ids", put(0, -1), "token_ids", "outside the vocabulary of 4000"),
-        ("token_ids", roll, "sampled_logprob", "out of step"),
-        ("sampled_logprob", roll, "sampled_logprob", "out of step"),
-        ("sampled_logprob", put(2, float("nan")), "sampled_logprob", "is no log probability"),
+        ("token_ids", roll, "sampled_logprob", "misaligned"),
+        ("sampled_logprob", roll, "sampled_logprob", "misaligned"),
+        ("sampled_logprob", put(2, float("nan")), "sampled_logprob", "is not a log probability"),
         ("sampled_rank", put(2, 0), "sampled_rank", "is below 1"),
         ("entropy", put(2, -1.0), "entropy", "is negative"),
         ("topk_ids", put(0, 4000), "topk_ids", "id outside the vocabulary of 4000"),
@@ -252,16 +252,16 @@ def test_columns_counts_and_companions_are_checked(root: Path, shard: Path) -> N
     found = problems(verify_cache(root))
     assert any(file == without and "seed is missing" in text for file, text in found)
     # Once, however many shards it has.
-    again = "the build with its configuration writes it again"
+    again = "running its build again writes it"
     assert [text for file, text in found if file == f"runs/{manifest.name}"] == [
-        f"is missing, 4 shards of it are there: {again}"
+        f"is missing, although the run has 4 shards: {again}"
     ]
     assert any(file == f"vocab/{vocab.name}" and "not a readable Parquet file" in text for file, text in found)
     assert any(file.startswith("verdicts/") and "bytes that were written" in text for file, text in found)
     vocab.unlink()
     manifest.write_text("{")
     found = problems(verify_cache(root))
-    assert (f"vocab/{vocab.name}", f"is missing, tokens have no text in SQL: {again}") in found
+    assert (f"vocab/{vocab.name}", f"is missing, so tokens have no text in SQL: {again}") in found
     assert any(file == f"runs/{manifest.name}" and "is not a run manifest (Expecting" in text for file, text in found)
 
 
@@ -277,8 +277,8 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         ('"name": "fake"', '"name": "fame"', "make the run id fame_"),
         ('"revision"', '"revisioo"', "has the unknown key 'revisioo'"),
         ('"capture"', '"capturd"', "is not a run manifest (capture: Field required)"),
-        ('"run_id": "fake', '"run_id": "fakd', "says that it is run fakd_"),
-        ("b" * 32, "b" * 31 + "a", "the headers of its shards say " + "b" * 32),
+        ('"run_id": "fake', '"run_id": "fakd', "is that of run fakd_"),
+        ("b" * 32, "b" * 31 + "a", "but its shards' headers have " + "b" * 32),
     ],
 )
 def test_a_changed_manifest_is_found(tmp_path: Path, before: str, after: str, message: str) -> None:
@@ -292,7 +292,7 @@ def test_a_changed_manifest_is_found(tmp_path: Path, before: str, after: str, me
     ((file, problem),) = problems(verify_cache(cache))
     assert file == f"runs/{manifest.name}"
     assert message in problem
-    assert problem.endswith("restore it from a copy, or remove it and the build with its configuration writes it again")
+    assert problem.endswith("restore it from a copy, or remove it, and running its build again writes it")
 
 
 def test_an_entry_cut_short_is_named_with_its_remedy(root: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_missing_entry_is_said_alike_by_all_commands(root: Path) -> None:
 def test_the_next_step_comes_last(root: Path, shard: Path) -> None:
     assert "--quarantine" not in "".join(verify_command(root, quarantine=False)[1])
     damage(shard)
-    step = f"teacher-cache verify {root} --quarantine takes damaged files out; the next build makes them again"
+    step = f"teacher-cache verify {root} --quarantine removes damaged files; the next build regenerates their rows"
     assert verify_command(root, quarantine=False)[1][-1] == step
     assert step not in verify_command(root, quarantine=True)[1]
 
@@ -344,4 +344,4 @@ def test_a_path_that_is_no_cache_says_why(root: Path, tmp_path: Path) -> None:
 def test_what_is_committed_meanwhile_is_no_lost_entry(root: Path, shard: Path) -> None:
     opened_before = Catalog(root).chains
     register(Catalog(root).chains, pq.read_table(shard).slice(0, 0), "w7")
-    assert receipt_problems(opened_before) == []
+    assert lost_commits(opened_before) == []

@@ -211,7 +211,7 @@ def test_requests_in_flight_are_bounded_and_shared(server: FakeServer) -> None:
             assert sum(map(is_work, one.behaviour.seen)) > 10
 
 
-def test_an_endpoint_that_dies_is_left_out_and_comes_back(
+def test_an_endpoint_that_dies_is_excluded_and_comes_back(
     server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests = make_requests(300)
@@ -235,8 +235,8 @@ def test_an_endpoint_that_dies_is_left_out_and_comes_back(
     assert {type(outcome) for outcome in outcomes} == {Finished}
     assert len({outcome.sample_id for outcome in outcomes}) == 300
     said = capsys.readouterr().err
-    assert "left out and tried again, 1 of 2 go on" in said
-    assert f"{other.url} is there" in said
+    assert "excluded and retried, 1 of 2 endpoints continue" in said
+    assert f"{other.url} is connected" in said
 
 
 def test_an_endpoint_that_comes_back_as_another_model_stays_out(
@@ -258,7 +258,7 @@ def test_an_endpoint_that_comes_back_as_another_model_stays_out(
             outcomes += engine.step()
         engine.close()
     assert {type(outcome) for outcome in outcomes} == {Finished}
-    assert "turns text into other tokens" in capsys.readouterr().err
+    assert "tokenises text differently" in capsys.readouterr().err
 
 
 def test_without_endpoints_the_engine_gives_up_in_one_line(server: FakeServer) -> None:
@@ -266,7 +266,7 @@ def test_without_endpoints_the_engine_gives_up_in_one_line(server: FakeServer) -
     server.stop()
     for request in make_requests(5):
         engine.submit(request)
-    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.01 minutes \(http://127.*start the same"):
+    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.01 minutes \(http://127.*run the same"):
         step_for_ever(engine)
     engine.close()
 
@@ -325,13 +325,13 @@ def _with(**changes: object) -> Callable[[Behaviour], None]:
         (_with(max_logprobs=K), {}, "max_support=8: start it with --max-logprobs 9"),
         (_with(max_logprobs=K - 1, has_generate=False), {}, "--max-logprobs 8"),
         (_with(vocab_size=401), {}, "has a vocabulary of 401, teacher.model one of 400"),
-        (_with(tokenizer_shift=1), {}, "turns text into other tokens than teacher.model"),
+        (_with(tokenizer_shift=1), {}, "tokenises text differently from teacher.model"),
         (_with(logprobs_mode="processed_logprobs"), {}, "after temperature and truncation.*--logprobs-mode"),
         (_with(logprobs_mode="raw_logits"), {}, "gives logits.*--logprobs-mode"),
         (_with(key="secret"), {}, "refuses the API key: name the environment variable"),
         (_with(key="secret"), {"api_key_env": "WRONG_KEY"}, "refuses the API key: set the right one.*WRONG_KEY"),
         (_with(), {"api_key_env": "NO_SUCH_KEY"}, "names NO_SUCH_KEY, which is not set"),
-        (_with(), {"model": "other"}, "serves tiny and no engine.model=other"),
+        (_with(), {"model": "other"}, "serves tiny but not engine.model=other"),
         (_with(), {"capture": SIGNALS}, r"sampler plugin, needed for capture\.draws: pip install.*--max-logprobs 26,"),
         (
             _with(has_generate=False),
@@ -350,7 +350,7 @@ def _with(**changes: object) -> Callable[[Behaviour], None]:
             r"draws over HTTP needs a vocabulary of 412 tokens",
         ),
         (_with(), {"max_model_len": 300}, "--max-model-len 300"),
-        (_with(max_model_len=None), {}, "is no vLLM server"),
+        (_with(max_model_len=None), {}, "is not a vLLM server"),
     ],
 )
 def test_a_server_that_does_not_fit_is_named_with_its_flag(
@@ -464,7 +464,7 @@ def test_a_key_that_no_header_takes_is_refused_unseen(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setattr("os.environ", {**os.environ, "TEACHER_KEY": key})
-    with pytest.raises(ConfigError, match="TEACHER_KEY holds a character that no HTTP header takes") as caught:
+    with pytest.raises(ConfigError, match="TEACHER_KEY holds a character that HTTP headers do not allow") as caught:
         make_engine(server, api_key_env="TEACHER_KEY")
     assert "sk-" not in str(caught.value)
 
@@ -500,7 +500,7 @@ def test_another_program_behind_the_address_is_told_in_one_line(
 ) -> None:
     whole = {"choices": choices, "prompt_logprobs": "none"}
     monkeypatch.setattr("tests.helpers.fake_server._generate", lambda body, setup: Plan(whole, [{}]))
-    with pytest.raises(ConfigError, match=r"answers otherwise than vLLM .*: update its vLLM"):
+    with pytest.raises(ConfigError, match=r"does not answer like vLLM .*: update its vLLM"):
         make_engine(server)
 
 

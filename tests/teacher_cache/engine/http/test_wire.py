@@ -98,7 +98,7 @@ def test_an_answer_that_lies_is_no_capture(api: Api) -> None:
 def test_scores_that_belong_to_other_tokens_are_refused(api: Api) -> None:
     scores = [None, {"6": {"logprob": -1.0, "rank": 1}, "7": {"logprob": -2.0, "rank": 2}}]
     answer = {"prompt_logprobs": scores, "choices": [{"prompt_logprobs": scores, "token_ids": [9]}]}
-    with pytest.raises(BadAnswer, match="do not belong to the tokens"):
+    with pytest.raises(BadAnswer, match="do not belong to its tokens"):
         api.read_scores(answer, [5, 7, 9] if isinstance(api, GenerateApi) else [5, 7], 1, Rows(Form(1, 400)))
     with pytest.raises(BadAnswer, match="2 scores came for"):
         api.read_scores(answer, [5, 6, 7, 8, 9], 1, Rows(Form(1, 400)))
