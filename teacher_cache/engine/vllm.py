@@ -1,11 +1,8 @@
-"""vLLM inside this program: Requests in, one at a time; completions with their distributions out. Imports vllm.
+"""vLLM embedded in this program: requests go in one at a time, completions with their distributions come out.
 
-`LLMEngine.add_request` and `step`, rather than `LLM.generate`: a window of requests is in flight, finished chains
-come out as they end, and a prompt that vLLM refuses fails alone. Every request has its own seed (so it gives the same
-tokens in any batch), asks for the k most probable tokens, and is decoded to text by nobody: the builder does that
-once, at the end.
-
-What the configuration asks of vLLM: arguments of its EngineArgs.
+`LLMEngine.add_request` and `step` rather than `LLM.generate`: a window of requests is in flight, chains come out as
+they finish, and a prompt that vLLM refuses fails alone. Each request has its own seed, so it gets the same tokens in
+any batch, asks for the k most probable tokens, and is not detokenized: the builder decodes each chain once.
 """
 
 import contextlib
@@ -21,121 +18,80 @@ from typing import Any
 import numpy as np
 
 from stillroom.errors import ConfigError, StillroomError
-from stillroom.log import warn
+from stillroom.log import format_count, format_duration, note, warn
+from stillroom.schema.records import stable_hash
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.children import die_with_parent
 from teacher_cache.engine.row_layout import Layout, is_marked
 
 FREE_MEMORY_FRAC = 0.25
-"""Of a CPU's free memory, what the key-value cache gets when nothing is said. vLLM itself would take nine tenths."""
+"""Largest share of a CPU's free memory that the key-value cache takes by default; vLLM's own default is 0.9."""
 
 SCORING_CHUNK_TOKENS = 2048
-"""Tokens a step when completions are scored and nothing is said: 1.2 GB of logits at a vocabulary of 150,000."""
+"""Default tokens per step when scoring: 1.2 GB of logits at a vocabulary of 150,000."""
 
-
-def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's EngineArgs. What the configuration leaves None is left to vLLM."""
-    asked: Mapping[str, Any] = {
-        "revision": teacher.revision,
-        "tokenizer_revision": teacher.revision,
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "distributed_executor_backend": config.distributed_executor_backend,
-        "quantization": config.quantization,
-        "kv_cache_dtype": config.kv_cache_dtype,
-    }
-    arguments = {
-        "model": teacher.model,
-        "trust_remote_code": teacher.trust_remote_code,
-        "dtype": config.dtype,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "pipeline_parallel_size": config.pipeline_parallel_size,
-        "enable_expert_parallel": config.enable_expert_parallel,
-        "enforce_eager": config.enforce_eager,
-        "max_logprobs": Layout(capture.max_support, capture.draws, tuple(capture.temperatures)).width,
-        # The teacher's own distribution: before penalties, temperature and truncation.
-        "logprobs_mode": "raw_logprobs",
-        "disable_log_stats": True,
-        "use_tqdm_on_load": sys.stderr.isatty(),
-        **{name: value for name, value in asked.items() if value is not None},
-    }
-    if config.kv_cache_gb is not None:
-        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
-    elif on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        arguments["kv_cache_memory_bytes"] = int(FREE_MEMORY_FRAC * _free_memory_bytes())
-    if on_cpu:
-        # vLLM's CPU sampler cannot draw with a request's own seed while a prompt is cut into chunks.
-        arguments["enable_chunked_prefill"] = False
-    return arguments
-
-
-def scoring_args(config: EmbeddedConfig) -> dict[str, Any]:
-    """Prompts in chunks, also on a CPU: scoring draws no tokens, and holds the logits of a whole chunk."""
-    num_tokens = config.max_num_batched_tokens or SCORING_CHUNK_TOKENS
-    return {"enable_chunked_prefill": True, "max_num_batched_tokens": num_tokens}
-
-
-def allow_whole_prompts(vllm_config: Any, config: EmbeddedConfig) -> None:
-    """Without chunks a step must take the longest prompt whole."""
-    scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
-    if config.max_num_batched_tokens is not None and config.max_num_batched_tokens < max_model_len:
-        raise ConfigError(
-            f"engine.max_num_batched_tokens={config.max_num_batched_tokens} is below max_model_len={max_model_len}: "
-            "on a CPU prompts are not cut into chunks, raise it or lower engine.max_model_len"
-        )
-    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, max_model_len)
-
-
-def _free_memory_bytes() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
+COMPILE_S_PER_LAYER = 2.5
+BREAK_EVEN_TOKENS = 10_000
+"""Measured on two cores (benchmarks/results/start.md). Both the compilation and what it saves per token grow with the
+number of layers, so the break-even is a number of tokens whatever the model."""
 
 QUIET_ENVIRONMENT = {
-    # stdout is for results. vLLM reads these when it is imported; whoever set one already gets what they set.
+    # stdout is for results. vLLM reads these on import; what the user has set stays.
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+
+PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
 
 
 class EmbeddedEngine:
     """A vLLM engine that this program starts, feeds and stops. Implements teacher_cache.engine.api.Engine."""
 
     def __init__(
-        self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, *, scores: bool = False
+        self,
+        teacher: TeacherConfig,
+        config: EmbeddedConfig,
+        capture: CaptureConfig,
+        *,
+        scores: bool = False,
+        tokens_left: float | None = None,
     ) -> None:
-        """Loads the model: seconds to minutes. `capture.max_support` candidates a token are captured, or the
-        vocabulary's size. `scores` is for completions that exist already.
+        """Loads the model: seconds to minutes. Captures `capture.max_support` candidates per token, or the vocabulary.
 
-        Raises ConfigError where vLLM refuses the model or a setting, or cannot give what `capture` asks for;
+        `scores`: the engine scores existing completions instead of generating. `tokens_left`: how many tokens it is
+        expected to generate; on a CPU few tokens do not repay compiling the model. None stands for many.
+
+        Raises ConfigError where vLLM refuses the model or a setting, or cannot provide what `capture` needs;
         StillroomError where it fails to start.
         """
         for name, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         die_with_parent()
-        with _stdout_to_stderr(), _library_paths_kept(), warnings.catch_warnings():
-            # vLLM's own use of what torch will remove is nothing that our user can mend.
+        with _stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
+            # Deprecation warnings about vLLM's own code: our user cannot fix them.
             warnings.simplefilter("ignore")
-            self._start(teacher, config, capture, scores)
+            self._start(teacher, config, capture, scores, tokens_left)
         self._requests: dict[str, Request] = {}
         self._refused: list[Outcome] = []
         self._num_submitted = 0
-        self._num_finished_tokens = self._num_read_tokens = 0
+        self._num_finished_tokens = self._num_scored_tokens = 0
         self._closed = False
 
-    def _start(self, teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, scores: bool) -> None:
+    def _start(
+        self,
+        teacher: TeacherConfig,
+        config: EmbeddedConfig,
+        capture: CaptureConfig,
+        scores: bool,
+        tokens_left: float | None,
+    ) -> None:
         if _is_cpu_build():
             # It warns while it is imported.
-            _log_quietly("ERROR")
+            _set_log_level("ERROR")
         try:
             import vllm
-            from vllm.engine.arg_utils import EngineArgs
             from vllm.platforms import current_platform
             from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -147,29 +103,33 @@ class EmbeddedEngine:
                 "or 'stillroom[teacher-cpu]' where there is no GPU"
             ) from error
         on_cpu = current_platform.is_cpu()
-        _log_quietly("ERROR" if on_cpu else "WARNING")
+        _set_log_level("ERROR" if on_cpu else "WARNING")
+        # Says when a saved compilation cannot be used, which costs a minute or more at this start.
+        logging.getLogger("vllm.compilation.decorators").setLevel("WARNING")
         in_process = on_cpu if config.in_process is None else config.in_process
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-        if on_cpu and config.enforce_eager:
-            _compile_nothing()
         misfit = register()
         if misfit is not None:
-            _do_without_plugin(capture, misfit)
+            _require_no_plugin(capture, misfit)
+        arguments = engine_args(teacher, config, capture, on_cpu)
+        if scores:
+            arguments |= scoring_args(config)
         try:
-            arguments = engine_args(teacher, config, capture, on_cpu)
-            if scores:
-                arguments |= scoring_args(config)
-            vllm_config = EngineArgs(**arguments).create_engine_config()
-            if on_cpu and not scores:
-                allow_whole_prompts(vllm_config, config)
+            if on_cpu:
+                vllm_config, marker = _cpu_config(arguments, config, scores, tokens_left)
+            else:
+                note(f"loading {teacher.model}")
+                vllm_config, marker = _vllm_config(arguments), None
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         except ValueError as error:
             raise ConfigError(f"vLLM refuses {teacher.model}: {_one_line(error)}") from error
         except (RuntimeError, OSError) as error:
             raise StillroomError(f"vLLM did not start with {teacher.model}: {_one_line(error)}") from error
+        if marker is not None:
+            marker.touch()
         fallback = install_arrays()
         if fallback is not None:
-            warn(f"log probabilities take vLLM's slower flat path, the fast one does not fit this vLLM: {fallback}")
+            warn(f"reading logprobs through vLLM's slower flat lists, its arrays are not as expected: {fallback}")
         self._arrays = None if fallback is not None else ArrayLogprobs
         model = vllm_config.model_config
         self._k = min(capture.max_support, model.get_vocab_size())
@@ -186,34 +146,12 @@ class EmbeddedEngine:
                 "device": current_platform.device_name,
                 "max_model_len": model.max_model_len,
                 "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
+                "enforce_eager": model.enforce_eager,
                 "in_process": in_process,
                 "capture": "flat" if fallback is not None else "arrays",
                 "sampler": "vllm" if self._layout is None else "plugin",
             },
         )
-
-    def _working_layout(self, capture: CaptureConfig) -> Layout | None:
-        """The layout of rows that the workers, perhaps in processes of their own, turn out to answer with."""
-        layout = Layout(self._k, capture.draws, tuple(capture.temperatures))
-        if self._workers_know(layout):
-            return layout
-        if _needs_plugin(capture):
-            self._engine.engine_core.shutdown()
-        _do_without_plugin(capture, PLUGIN_MISSING)
-        return None
-
-    def _workers_know(self, layout: Layout) -> bool:
-        from vllm.inputs.engine import tokens_input
-
-        from teacher_cache.engine.vllm_capture import rows_of
-
-        params = self._params(layout, {"temperature": 0.0}, seed=0, max_tokens=1)
-        self._engine.add_request("probe", tokens_input([0]), params)
-        outputs: list[Any] = []
-        while self._engine.has_unfinished_requests():
-            outputs += self._engine.step()
-        ids, logprobs, _ = rows_of(outputs[-1].outputs[0].logprobs, layout.width)
-        return is_marked(ids, logprobs, layout)
 
     @property
     def info(self) -> EngineInfo:
@@ -222,14 +160,14 @@ class EmbeddedEngine:
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens so far; of chains that are scored, and where arrays are not captured, of finished ones."""
+        """Completion tokens so far. Chains being scored count when they finish, as do all chains on the flat path."""
         if self._arrays is None:
             return self._num_finished_tokens
-        return self._arrays.num_tokens - self._tokens_before + self._num_read_tokens
+        return self._arrays.num_tokens - self._tokens_before + self._num_scored_tokens
 
     @property
     def num_unfinished(self) -> int:
-        """Requests submitted and not yet answered."""
+        """Requests submitted and not yet answered by `step`."""
         return len(self._requests) + len(self._refused)
 
     def has_room(self) -> bool:
@@ -237,7 +175,7 @@ class EmbeddedEngine:
         return self.num_unfinished < self._max_in_flight
 
     def submit(self, request: Request) -> None:
-        """Hands a request to vLLM, or notes why not."""
+        """Hands a request to vLLM; one that it refuses is answered by the next step."""
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs.engine import tokens_input
 
@@ -270,7 +208,7 @@ class EmbeddedEngine:
         return outcomes
 
     def close(self) -> None:
-        """Stops vLLM and gives its memory back."""
+        """Stops vLLM and frees its memory."""
         if self._closed:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -284,11 +222,34 @@ class EmbeddedEngine:
             del self._engine
             cleanup_dist_env_and_memory()
 
+    def _working_layout(self, capture: CaptureConfig) -> Layout | None:
+        """The plugin's row layout where the workers, perhaps in other processes, answer a probe with it."""
+        layout = Layout(self._k, capture.draws, tuple(capture.temperatures))
+        if self._workers_know(layout):
+            return layout
+        if _needs_plugin(capture):
+            self._engine.engine_core.shutdown()
+        _require_no_plugin(capture, PLUGIN_MISSING)
+        return None
+
+    def _workers_know(self, layout: Layout) -> bool:
+        from vllm.inputs.engine import tokens_input
+
+        from teacher_cache.engine.vllm_capture import rows_of
+
+        params = self._params(layout, {"temperature": 0.0}, seed=0, max_tokens=1)
+        self._engine.add_request("probe", tokens_input([0]), params)
+        outputs: list[Any] = []
+        while self._engine.has_unfinished_requests():
+            outputs += self._engine.step()
+        ids, logprobs, _ = rows_of(outputs[-1].outputs[0].logprobs, layout.width)
+        return is_marked(ids, logprobs, layout)
+
     def _sampling_params(self, request: Request) -> Any:
         if request.completion_token_ids is None:
             return self._params(self._layout, request.sampling, request.seed, request.max_tokens)
         params = self._params(self._layout, {"temperature": 0.0}, seed_of_draws(request), max_tokens=1)
-        # The last token is written rather than read: a chain that fills the model's length has room for no other.
+        # The last token is generated rather than read: a chain of max_model_len tokens leaves no room to generate.
         params.allowed_token_ids = [request.completion_token_ids[-1]]
         params.prompt_logprobs = params.logprobs
         return params
@@ -318,7 +279,7 @@ class EmbeddedEngine:
         completion = output.outputs[0]
         given = request.completion_token_ids
         self._num_finished_tokens += len(completion.token_ids if given is None else given)
-        self._num_read_tokens += 0 if given is None else len(given) - 1
+        self._num_scored_tokens += 0 if given is None else len(given) - 1
         if completion.finish_reason not in ("stop", "length"):
             return request.failure("engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
         if given is None:
@@ -331,22 +292,154 @@ class EmbeddedEngine:
         return Finished(request, capture, reason or completion.finish_reason)
 
 
+def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs. A setting that is None is left to vLLM."""
+    optional: Mapping[str, Any] = {
+        "revision": teacher.revision,
+        "tokenizer_revision": teacher.revision,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "distributed_executor_backend": config.distributed_executor_backend,
+        "quantization": config.quantization,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "enforce_eager": config.enforce_eager,
+        "kv_cache_memory_bytes": None if config.kv_cache_gb is None else int(config.kv_cache_gb * 2**30),
+        # vLLM's CPU sampler cannot use a request's own seed while a prompt is split into chunks.
+        "enable_chunked_prefill": False if on_cpu else None,
+    }
+    return {
+        "model": teacher.model,
+        "trust_remote_code": teacher.trust_remote_code,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "enable_expert_parallel": config.enable_expert_parallel,
+        "max_logprobs": Layout(capture.max_support, capture.draws, tuple(capture.temperatures)).width,
+        # The teacher's own distribution: before penalties, temperature and truncation.
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def scoring_args(config: EmbeddedConfig) -> dict[str, Any]:
+    """Scoring samples no tokens, so prompts can be split on a CPU too; it holds the logits of a whole chunk."""
+    num_tokens = config.max_num_batched_tokens or SCORING_CHUNK_TOKENS
+    return {"enable_chunked_prefill": True, "max_num_batched_tokens": num_tokens}
+
+
+def cpu_start(
+    model: str, num_layers: int, *, enforce_eager: bool | None, is_compiled: bool, tokens_left: float | None
+) -> tuple[bool, str]:
+    """Whether to start without compiling, and the line that says so."""
+    seconds = format_duration(COMPILE_S_PER_LAYER * num_layers)
+    if enforce_eager:
+        return True, f"loading {model} without compiling it (engine.enforce_eager)"
+    if is_compiled:
+        return False, f"loading {model} with its saved compilation"
+    if enforce_eager is None and tokens_left is not None and tokens_left < BREAK_EVEN_TOKENS:
+        left = f"about {format_count(tokens_left)} tokens left do not repay {seconds} of compiling"
+        return True, f"loading {model} without compiling it: {left}"
+    return False, f"loading {model} and compiling it for this CPU (about {seconds}, once)"
+
+
+def _vllm_config(arguments: Mapping[str, Any]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**arguments).create_engine_config()
+
+
+def _cpu_config(
+    arguments: dict[str, Any], config: EmbeddedConfig, scores: bool, tokens_left: float | None
+) -> tuple[Any, Path | None]:
+    """The VllmConfig, and the file to create once the model is compiled (None: it is not compiled)."""
+    import torch._dynamo.config
+    from vllm import envs
+    from vllm.compilation.caching import aot_compile_hash_factors
+
+    # vLLM's key for saved compilations names no instruction set: machines that share a home would share kernels.
+    arguments |= {"additional_config": {"cpu_capability": torch.backends.cpu.get_cpu_capability()}}
+    vllm_config = _fitted_config(arguments, config, scores)
+    folder = Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile"
+    marker = folder / f"stillroom-{stable_hash(aot_compile_hash_factors(vllm_config))}"
+    model = vllm_config.model_config
+    eager, line = cpu_start(
+        arguments["model"],
+        model.get_total_num_hidden_layers(),
+        enforce_eager=config.enforce_eager,
+        is_compiled=marker.exists(),
+        tokens_left=tokens_left,
+    )
+    note(line)
+    if not eager:
+        return vllm_config, marker
+    # vLLM compiles a kernel for ranks at the first request, whatever enforce_eager says: a minute on a small machine.
+    torch._dynamo.config.disable = True
+    return vllm_config if model.enforce_eager else _fitted_config(
+        arguments | {"enforce_eager": True}, config, scores
+    ), None
+
+
+def _fitted_config(arguments: Mapping[str, Any], config: EmbeddedConfig, scores: bool) -> Any:
+    vllm_config = _vllm_config(arguments)
+    scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    if not scores:
+        # Prompts are not split on a CPU: one step must take the longest one whole.
+        if config.max_num_batched_tokens is not None and config.max_num_batched_tokens < max_model_len:
+            raise ConfigError(
+                f"engine.max_num_batched_tokens={config.max_num_batched_tokens} is below max_model_len={max_model_len}:"
+                " on a CPU prompts are not split into chunks, raise it or lower engine.max_model_len"
+            )
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, max_model_len)
+    # Either may be set: kv_cache_gb, or vLLM's own VLLM_CPU_KVCACHE_SPACE.
+    if vllm_config.cache_config.kv_cache_memory_bytes is None:
+        vllm_config.cache_config.kv_cache_memory_bytes = _kv_cache_bytes(vllm_config)
+    return vllm_config
+
+
+def _kv_cache_bytes(vllm_config: Any) -> int:
+    """What `max_num_seqs` chains of `max_model_len` tokens need, within FREE_MEMORY_FRAC of what is free."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    limit = int(FREE_MEMORY_FRAC * _free_memory_bytes())
+    if model.has_inner_state:
+        # Recurrent layers keep states of other sizes than keys and values.
+        return limit
+    itemsize = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model).itemsize
+    token_bytes = (
+        2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size() * itemsize
+    )
+    blocks_per_chain = -(-model.max_model_len // cache.block_size)
+    # vLLM holds one block back.
+    num_blocks = vllm_config.scheduler_config.max_num_seqs * blocks_per_chain + 1
+    return min(limit, num_blocks * cache.block_size * token_bytes)
+
+
+def _free_memory_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
 def _needs_plugin(capture: CaptureConfig) -> bool:
     return capture.draws > 0 or bool(capture.temperatures)
 
 
-def _do_without_plugin(capture: CaptureConfig, reason: str) -> None:
-    """Top candidates can be had from vLLM itself; what only the sampler sees cannot."""
+def _require_no_plugin(capture: CaptureConfig, reason: str) -> None:
+    """vLLM itself gives top candidates; draws, temperatures and exact entropies need the plugin at its sampler."""
     if _needs_plugin(capture):
-        asked = "draws" if capture.draws else "temperatures"
+        needed = "draws" if capture.draws else "temperatures"
         raise ConfigError(
-            f"capture.{asked} needs stillroom's plugin in vLLM's sampler, which is not at work: {reason}. "
-            "What vLLM itself can give is max_support: 64, draws: 0 and no temperatures"
+            f"capture.{needed} needs stillroom's plugin in vLLM's sampler, which is not active: {reason}. "
+            "Without it set draws: 0, max_support: 64 and no temperatures"
         )
-    warn(f"vLLM's own top-k is used, slower and without exact entropies: the sampler plugin is not at work: {reason}")
+    warn(f"using vLLM's own top-k, slower and without exact entropies: the sampler plugin is not active: {reason}")
 
 
-def _log_quietly(level: str) -> None:
+def _set_log_level(level: str) -> None:
     """vLLM on a CPU warns of a dozen things that are as they should be here. VLLM_LOGGING_LEVEL brings them back."""
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
     logging.getLogger("vllm").setLevel(level)
@@ -354,13 +447,6 @@ def _log_quietly(level: str) -> None:
 
 def _is_cpu_build() -> bool:
     return any(one.name == "vllm-cpu" for one in distributions())
-
-
-def _compile_nothing() -> None:
-    # vLLM compiles a kernel for ranks at the first request, whatever enforce_eager says: a minute on a small machine.
-    import torch._dynamo.config
-
-    torch._dynamo.config.disable = True
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -388,8 +474,8 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _library_paths_kept() -> Iterator[None]:
-    """Takes back LD_PRELOAD, which vLLM sets for its own processes: children of ours should not inherit it."""
+def _restored_preload() -> Iterator[None]:
+    """Restores LD_PRELOAD, which vLLM sets for its own processes: other children of ours must not inherit it."""
     before = os.environ.get("LD_PRELOAD")
     try:
         yield

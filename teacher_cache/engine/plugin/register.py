@@ -1,12 +1,11 @@
-"""The vLLM plugin: signals of the whole distribution, computed at the sampler. Entry point `vllm.general_plugins`.
+"""stillroom's vLLM plugin (entry point `vllm.general_plugins`): signals of the whole distribution, at the sampler.
 
-vLLM calls `register` in each of its processes. Nothing changes until a worker prepares its device; then the places
-where its model runner turns logits into log probabilities are wrapped, for both of vLLM's runners. A request that asks
-for nothing in its `extra_args` gets what vLLM gives; one that asks (vllm_engine.wide_rows) gets its rows in place of
-vLLM's own top-k.
+vLLM calls `register` in each of its processes. Nothing changes until a worker prepares its device; then the functions
+in which its model runner, of either generation, turns logits into logprobs are wrapped. A request without our
+`extra_args` gets what vLLM gives; one with them (engine.row_layout) gets its own rows in place of vLLM's top k.
 
-The wrapped functions are private: they are used only where this vLLM has the version and the signatures that were
-read and tested. Otherwise nothing is wrapped, rows come without their mark, and whoever asked sees that.
+The wrapped functions are private, so they are used only where this vLLM has the version and the signatures that were
+read and tested. Otherwise nothing is wrapped, rows come without their mark, and whoever needs them sees that.
 """
 
 import inspect
@@ -25,18 +24,14 @@ _init_device = WorkerWrapperBase.init_device
 
 
 def register() -> str | None:
-    """Has workers of this process, and of those forked from it, install the plugin. Returns why not, else None."""
+    """Prepares the workers of this process, and of those forked from it. Returns why not, else None."""
     reason = version_mismatch() or signature_mismatch({WorkerWrapperBase.init_device: ["self"]})
     if reason is None:
         WorkerWrapperBase.init_device = _init_device_with_signals  # type: ignore[method-assign]
+        _let_saved_compilations_load()
     else:
         logger.warning("stillroom's sampler plugin does not fit this vLLM: %s", reason)
     return reason
-
-
-def _init_device_with_signals(self: WorkerWrapperBase) -> None:
-    install()
-    _init_device(self)  # type: ignore[no-untyped-call]
 
 
 def install() -> None:
@@ -48,7 +43,7 @@ def install() -> None:
         if reason is not None:
             logger.warning("stillroom's sampler plugin leaves a model runner as it is: %s", reason)
         else:
-            # For a server's log; in a program of our own vLLM logs warnings alone.
+            # For a server's log; embedded, vLLM logs warnings alone.
             logger.info("stillroom's sampler plugin is in place: %s", runner.__name__)
 
 
@@ -60,9 +55,25 @@ def version_mismatch() -> str | None:
 
 
 def signature_mismatch(expected: Mapping[Callable[..., Any], Sequence[str]]) -> str | None:
-    """The first function whose parameters are not those named, in words, or None."""
+    """The first function whose parameters differ from those given, in words, or None."""
     for function, parameters in expected.items():
         found = list(inspect.signature(function).parameters)
         if found != list(parameters):
             return f"{function.__qualname__} has parameters {found} instead of {list(parameters)}"
     return None
+
+
+def _init_device_with_signals(self: WorkerWrapperBase) -> None:
+    install()
+    _init_device(self)  # type: ignore[no-untyped-call]
+
+
+def _let_saved_compilations_load() -> None:
+    """vLLM calls `finalize_loading` on every compilation it loads, but only those of its own backend have it. On a CPU
+    it compiles with torch's backend, whose compilations are complete once read; without this each start compiles again.
+    """
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+
+    def finalize_loading(self: BundledAOTAutogradSerializableCallable, vllm_config: object) -> None: ...
+
+    BundledAOTAutogradSerializableCallable.finalize_loading = finalize_loading  # type: ignore[attr-defined]
