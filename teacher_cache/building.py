@@ -33,6 +33,8 @@ from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder, explai
 from teacher_cache.writer.rows import RowMaker
 
 SHOW_INTERVAL_S = 0.25
+TYPICAL_LENGTH_FRAC = 0.5
+"""Typical length of a chain as a fraction of max_tokens; the demo's chains have 0.48. Decides whether to compile."""
 OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
 
@@ -67,7 +69,11 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
         failures = loaded.failures if share.index == 0 else []
         wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
         num_total = num_requests(config, loaded.prompts, share) + len(failures)
-        start_engine = functools.partial(_start_engine, config, teacher)
+
+        def start_engine() -> Engine:
+            longest = min(config.sampling.max_tokens, config.engine.max_model_len or config.sampling.max_tokens)
+            return _start_engine(config, teacher, build.num_left(num_total) * longest * TYPICAL_LENGTH_FRAC)
+
         return build.run(itertools.chain(failures, wanted), num_total, start_engine, retry_failures=retry_failures)
 
 
@@ -134,6 +140,13 @@ class Build:
                 return self._generate(engine, pending, num_total, stop)
         finally:
             engine.close()
+
+    def num_left(self, num_total: int) -> int:
+        """Roughly how many chains are left: exact where this worker wrote all that is there of the run."""
+        own = f"{self.run_id}/{self.worker}-"
+        return max(
+            0, num_total - sum(file.num_rows for file in self.catalog.chains.files() if file.path.startswith(own))
+        )
 
     def close(self) -> None:
         """Releases the worker's lock."""
@@ -441,7 +454,9 @@ def _notes(recorded: Recorded) -> dict[str, str]:
     return {**size, "failed": str(recorded.num_failures)}
 
 
-def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> Engine:
+def _start_engine(
+    config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, tokens_left: float | None = None
+) -> Engine:
     engine = config.engine
     if isinstance(engine, ServerConfig):
         from teacher_cache.engine.http.server import ServerEngine
@@ -450,10 +465,10 @@ def _start_engine(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher)
         return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture)
     from teacher_cache.engine.vllm import EmbeddedEngine
 
-    note(f"loading {config.teacher.model}")
     # Load the commit that was fingerprinted, even if the branch has moved on since.
     pinned = config.teacher.updated(revision=teacher.record.revision)
-    return EmbeddedEngine(pinned, engine, config.capture, scores=isinstance(config, ScoreConfig))
+    scores = isinstance(config, ScoreConfig)
+    return EmbeddedEngine(pinned, engine, config.capture, scores=scores, tokens_left=tokens_left)
 
 
 def _note_loaded(loaded: LoadedPrompts) -> None:

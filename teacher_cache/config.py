@@ -30,8 +30,8 @@ class EmbeddedConfig(StrictModel):
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Fraction of each GPU's memory for weights and KV cache."""
     kv_cache_gb: float | None = Field(default=None, gt=0)
-    """KV cache in GiB (2^30 bytes). None: on a GPU what gpu_memory_utilization leaves, on a CPU a quarter of free
-    memory."""
+    """KV cache in GiB (2^30 bytes). None: on a GPU what gpu_memory_utilization leaves, on a CPU what max_num_seqs
+    chains of max_model_len tokens need, at most a quarter of free memory."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Number of GPUs that each layer is split across."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -44,8 +44,9 @@ class EmbeddedConfig(StrictModel):
     """Quantization to load weights with, by vLLM's name, such as fp8; None is the model's own."""
     kv_cache_dtype: str | None = None
     """Type of the KV cache, such as fp8."""
-    enforce_eager: bool = False
-    """Skip compilation: starts sooner, generates more slowly on a GPU."""
+    enforce_eager: bool | None = None
+    """Skip compilation: starts sooner, generates more slowly. None: on a CPU skip it if the tokens left do not repay
+    it, on a GPU always compile."""
     in_process: bool | None = None
     """Run the engine loop in this process. None: yes on a CPU, in a separate process on a GPU."""
     max_waiting: int = Field(default=256, ge=1)

@@ -110,7 +110,7 @@ def install_deepspeed(venv_dir: Path, environ: Mapping[str, str], target: list[s
 def install_project(venv_dir: Path, environ: Mapping[str, str], target: list[str], teacher_extra: str) -> None:
     say("installing the project")
     extras = ",".join((teacher_extra, *EXTRAS))
-    uv_install(venv_dir, environ, ["--compile-bytecode", *target, "--editable", f".[{extras}]"])
+    uv_install(venv_dir, environ, [*target, "--editable", f".[{extras}]"])
 
 
 def install_teacher_weights(venv_dir: Path, environ: Mapping[str, str]) -> None:
@@ -147,6 +147,9 @@ def uv_environ(venv_dir: Path) -> dict[str, str]:
         "UV_FIND_LINKS": ",".join(pip.get("find-links", "").split()),
         "UV_NO_INDEX": "1" if pip.get("no-index", "").lower() in ("1", "true", "yes", "on") else "",
         "SSL_CERT_FILE": pip.get("cert", ""),
+        # uv compiles what the same call installs: torch and sympy come with the first one, and take seconds to import
+        # uncompiled, at every start where Python may not write beside them.
+        "UV_COMPILE_BYTECODE": "1",
         # pip takes the best version of all indexes; uv by default the first index that knows the name.
         "UV_INDEX_STRATEGY": "unsafe-best-match" if pip.get("extra-index-url") else "",
     }

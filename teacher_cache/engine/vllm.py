@@ -364,7 +364,7 @@ def _cpu_config(
     arguments |= {"additional_config": {"cpu_capability": torch.backends.cpu.get_cpu_capability()}}
     vllm_config = _fitted_config(arguments, config, scores)
     folder = Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile"
-    marker = folder / f"stillroom-{stable_hash(aot_compile_hash_factors(vllm_config))}"
+    marker = folder / f"stillroom-{stable_hash(str(aot_compile_hash_factors(vllm_config)))}"
     model = vllm_config.model_config
     eager, line = cpu_start(
         arguments["model"],

@@ -46,7 +46,7 @@ def run(folder: Path) -> Answers:
     )
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(site.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "shared"), str(site.parent)]),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TORCHDYNAMO_DISABLE": "1",

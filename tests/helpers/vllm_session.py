@@ -4,12 +4,14 @@
 process.
 """
 
+import json
 import os
 import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,19 +48,31 @@ class Session:
 def run_session(folder: Path) -> Session:
     """Starts vLLM, generates, ends it."""
     make_tiny_teacher(folder / "teacher")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    command = [sys.executable, "-m", "tests.helpers.vllm_session", str(folder)]
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    ended = _run(folder, "session")
     results = pickle.loads((folder / "session.pickle").read_bytes())
     info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens = results
     outcomes = (arrays, flat, dicts, scores, flat_scores)
     return Session(folder / "teacher", info, *outcomes, num_tokens, num_scored_tokens, ended.stdout)
+
+
+def run_start(folder: Path) -> dict[str, Any]:
+    """Starts a compiled engine, with saved compilations in `folder`, and generates one chain."""
+    ended = _run(folder, "start", VLLM_CACHE_ROOT=str(folder / "vllm"))
+    return {"stderr": ended.stderr, **json.loads(ended.stdout)}
+
+
+def _run(folder: Path, way: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        **environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "shared")]),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    command = [sys.executable, "-m", "tests.helpers.vllm_session", str(folder), way]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return ended
 
 
 def make_requests() -> list[Request]:
@@ -97,11 +111,33 @@ def _request(sample_id: str, ids: list[int], sampling: dict[str, float], index: 
 
 
 def main() -> None:
+    folder, way = Path(sys.argv[1]), sys.argv[2]
+    (_start if way == "start" else _session)(folder)
+
+
+def _start(folder: Path) -> None:
+    from vllm.compilation.counter import compilation_counter
+
+    from teacher_cache.config import EmbeddedConfig, TeacherConfig
+    from teacher_cache.engine.vllm import EmbeddedEngine
+
+    config = EmbeddedConfig(dtype="float32", max_num_seqs=4, max_model_len=MAX_MODEL_LEN)
+    engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
+    chain = finished(_generate(engine, make_requests()[:1]))["good0"]
+    found = {
+        "loaded": compilation_counter.num_aot_artifacts_loaded,
+        "token_ids": chain.capture.token_ids_T.tolist(),
+        "num_kv_blocks": engine._engine.vllm_config.cache_config.num_gpu_blocks,
+    }
+    engine.close()
+    print(json.dumps(found))
+
+
+def _session(folder: Path) -> None:
     from teacher_cache.config import EmbeddedConfig, TeacherConfig
     from teacher_cache.engine.vllm import EmbeddedEngine
     from teacher_cache.engine.vllm_capture import install_arrays, uninstall_arrays
 
-    folder = Path(sys.argv[1])
     config = EmbeddedConfig(
         dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, kv_cache_gb=0.05
     )

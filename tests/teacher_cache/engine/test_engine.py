@@ -2,6 +2,8 @@
 ones.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from stillroom.schema.records import Capture
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import Failure
 from teacher_cache.engine.row_layout import Layout
-from tests.helpers.tiny import VOCAB_SIZE
+from tests.helpers.tiny import VOCAB_SIZE, make_tiny_teacher
 from tests.helpers.vllm_session import (
     CAPTURE,
     MAX_MODEL_LEN,
@@ -21,6 +23,7 @@ from tests.helpers.vllm_session import (
     finished,
     make_requests,
     run_session,
+    run_start,
 )
 
 
@@ -195,14 +198,47 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
     assert on_cpu["kv_cache_memory_bytes"] == 2 * 2**30
 
 
+@pytest.mark.parametrize(
+    ("enforce_eager", "is_compiled", "tokens_left", "eager", "line"),
+    [
+        (None, False, 900.0, True, "about 900 tokens left do not repay 1:15 of compiling"),
+        (None, True, 900.0, False, "with its saved compilation"),
+        (None, False, 1e7, False, "compiling it for this CPU (about 1:15, once)"),
+        (None, False, None, False, "compiling it"),
+        (False, False, 900.0, False, "compiling it"),
+        (True, True, 1e7, True, "engine.enforce_eager"),
+    ],
+)
+def test_a_cpu_compiles_where_it_pays(
+    enforce_eager: bool | None, is_compiled: bool, tokens_left: float | None, eager: bool, line: str
+) -> None:
+    from teacher_cache.engine.vllm import cpu_start
+
+    chosen = cpu_start("m", 30, enforce_eager=enforce_eager, is_compiled=is_compiled, tokens_left=tokens_left)
+    assert chosen[0] is eager
+    assert line in chosen[1]
+
+
+def test_the_second_start_loads_the_compilation_of_the_first(tmp_path: Path) -> None:
+    make_tiny_teacher(tmp_path / "teacher")
+    first, second = (run_start(tmp_path) for _ in range(2))
+    assert first["loaded"] == 0
+    assert "compiling it for this CPU" in first["stderr"]
+    assert second["loaded"] == 1, second["stderr"]
+    assert "saved compilation" in second["stderr"]
+    assert first["token_ids"] == second["token_ids"]
+    # 4 chains of 128 tokens, in blocks of 128, and the block that vLLM keeps: not a quarter of the memory.
+    assert first["num_kv_blocks"] == 5
+
+
 def test_without_the_plugin_candidates_come_from_vllm_and_what_only_it_sees_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from teacher_cache.engine.vllm import _do_without_plugin
+    from teacher_cache.engine.vllm import _require_no_plugin
 
-    _do_without_plugin(CaptureConfig(draws=0), "another version")
-    assert "vLLM's own top-k is used" in capsys.readouterr().err
+    _require_no_plugin(CaptureConfig(draws=0), "another version")
+    assert "using vLLM's own top-k" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"capture\.draws needs stillroom's plugin .* another version"):
-        _do_without_plugin(CaptureConfig(draws=2), "another version")
+        _require_no_plugin(CaptureConfig(draws=2), "another version")
     with pytest.raises(ConfigError, match=r"capture\.temperatures needs"):
-        _do_without_plugin(CaptureConfig(draws=0, temperatures=[2.0]), "another version")
+        _require_no_plugin(CaptureConfig(draws=0, temperatures=[2.0]), "another version")

@@ -81,15 +81,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample import prompt_logprob, sampler
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
-from teacher_cache.engine import sampler_v2
+from teacher_cache.engine.plugin import hooks_v2
 from teacher_cache.engine.plugin.batch import Batch, asked_of
 from teacher_cache.engine.plugin.batch import mapped_rows
 from teacher_cache.engine.plugin.signals import signal_rows
 from teacher_cache.engine.row_layout import Layout
 
-assert sampler_v2.install() is None
+assert hooks_v2.install() is None
 for module in (sampler, prompt_logprob, rejection_sampler):
-    assert module.compute_topk_scores is sampler_v2.scores_with_signals
+    assert module.compute_topk_scores is hooks_v2.scores_with_signals
 
 # vLLM's own function needs Triton: a plain one in its place is what other rows must get.
 def stock(logits, num_logprobs, sampled, *rest):
@@ -97,7 +97,7 @@ def stock(logits, num_logprobs, sampled, *rest):
     own = logits.log_softmax(-1).gather(1, sampled[:, None])
     ids = torch.cat([sampled[:, None], top.indices], 1)
     return LogprobsTensors(ids, torch.cat([own, top.values], 1), torch.zeros(len(logits), dtype=torch.int64))
-sampler_v2._scores = stock
+hooks_v2._scores = stock
 
 layout, generator = Layout(8, 5, (2.0,)), torch.Generator().manual_seed(0)
 logits = torch.randn(7, 5000, generator=generator)
@@ -110,9 +110,9 @@ noted = SimpleNamespace(sampling_states=None)
 class Fake:
     pass
 fake = Fake()
-add, sampler_v2._add_request = sampler_v2._add_request, lambda self, index, params: None
-sampler_v2._add_request_noted(fake, 3, params)
-sampler_v2._add_request_noted(fake, 5, SamplingParams(logprobs=2))
+add, hooks_v2._add_request = hooks_v2._add_request, lambda self, index, params: None
+hooks_v2._add_request_noted(fake, 3, params)
+hooks_v2._add_request_noted(fake, 5, SamplingParams(logprobs=2))
 fake.logprobs_mode = "raw_logprobs"
 positions = torch.arange(100, 140)
 batch_of = SimpleNamespace(num_reqs=3, cu_num_logits_np=np.array([0, 2, 3, 7]), positions=positions,
@@ -122,8 +122,8 @@ def call(self, logits, input_batch):
     # In two pieces, as a rejection sampler that works in chunks.
     seen["first"] = sampler.compute_topk_scores(logits[:3], width, sampled[:3], [0, 2, 3])
     seen["second"] = sampler.compute_topk_scores(logits[3:], width, sampled[3:])
-sampler_v2._call = call
-sampler_v2._call_with_signals(fake, logits, batch_of)
+hooks_v2._call = call
+hooks_v2._call_with_signals(fake, logits, batch_of)
 places = positions[batch_of.logits_indices] + 1
 own = signal_rows(logits, sampled, layout, torch.full((7,), 11), places)
 first, second = seen["first"], seen["second"]
@@ -139,9 +139,9 @@ assert torch.equal(first.logprob_token_ids[2:3], plain.logprob_token_ids)
 # A request over HTTP, which asks for a column more than its row has.
 mapped = Layout(8, 5, (2.0,), mapped=True)
 asked = SamplingParams(logprobs=mapped.width + 1, seed=11, extra_args=mapped.extra_args())
-sampler_v2._add_request_noted(fake, 6, asked)
+hooks_v2._add_request_noted(fake, 6, asked)
 batch_of.idx_mapping_np, narrow, width = np.array([6, 5, 6]), width, mapped.width + 1
-sampler_v2._call_with_signals(fake, logits, batch_of)
+hooks_v2._call_with_signals(fake, logits, batch_of)
 expected, second = mapped_rows(own, mapped), seen["second"]
 assert torch.equal(second.logprob_token_ids[:, :-1].int(), expected.ids[3:])
 torch.testing.assert_close(second.logprobs[:, :-1], expected.logprobs[3:], rtol=0, atol=1e-6)
@@ -151,7 +151,7 @@ width = narrow
 # Nobody asks, another mode, or nothing known: vLLM's own.
 for asked, mode in ((np.array([5, 5, 5]), "raw_logprobs"), (np.array([3, 5, 3]), "processed_logprobs")):
     batch_of.idx_mapping_np, fake.logprobs_mode = asked, mode
-    sampler_v2._call_with_signals(fake, logits, batch_of)
+    hooks_v2._call_with_signals(fake, logits, batch_of)
     assert torch.equal(seen["second"].logprob_token_ids, stock(logits[3:], width, sampled[3:]).logprob_token_ids)
 outside = sampler.compute_topk_scores(logits, width, sampled)
 assert torch.equal(outside.logprob_token_ids, stock(logits, width, sampled).logprob_token_ids)
@@ -160,29 +160,30 @@ print("all good")
 
 INSTALLATION = r"""
 import vllm
-from teacher_cache.engine import sampler
-from teacher_cache.engine import sampler_v1
-from teacher_cache.engine import sampler_v2
+from teacher_cache.engine.plugin import hooks_v1, hooks_v2, register
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 before = WorkerWrapperBase.init_device, Sampler.gather_logprobs
 real, vllm.__version__ = vllm.__version__, "0.33.1"
-assert "this is 0.33.1" in sampler.register()
-assert "this is 0.33.1" in sampler_v1.install()
-assert "this is 0.33.1" in sampler_v2.install()
+assert "this is 0.33.1" in register.register()
+assert "this is 0.33.1" in hooks_v1.install()
+assert "this is 0.33.1" in hooks_v2.install()
 assert (WorkerWrapperBase.init_device, Sampler.gather_logprobs) == before
 vllm.__version__ = real
 
-sampler_v1._sample, kept = lambda self, logits: None, sampler_v1._sample
-assert "has parameters ['self', 'logits'] instead of" in sampler_v1.install()
+hooks_v1._sample, kept = lambda self, logits: None, hooks_v1._sample
+assert "has parameters ['self', 'logits'] instead of" in hooks_v1.install()
 assert Sampler.gather_logprobs is before[1]
-sampler_v1._sample = kept
+hooks_v1._sample = kept
 
 for _ in range(2):
-    assert sampler.register() is None
-    sampler.install()
+    assert register.register() is None
+    register.install()
 assert Sampler.gather_logprobs is not before[1]
+
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Compilation
+assert Compilation.finalize_loading(object(), None) is None
 print("all good")
 """
 
