@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.children import die_with_parent
 from teacher_cache.engine.row_layout import Layout, is_marked
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 FREE_MEMORY_FRAC = 0.25
 """Largest share of a CPU's free memory that the key-value cache takes by default; vLLM's own default is 0.9."""
@@ -346,7 +349,7 @@ def cpu_start(
     return False, f"loading {model} and compiling it for this CPU (about {seconds}, once)"
 
 
-def _vllm_config(arguments: Mapping[str, Any]) -> Any:
+def _vllm_config(arguments: Mapping[str, Any]) -> "VllmConfig":
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(**arguments).create_engine_config()
@@ -354,7 +357,7 @@ def _vllm_config(arguments: Mapping[str, Any]) -> Any:
 
 def _cpu_config(
     arguments: dict[str, Any], config: EmbeddedConfig, scores: bool, tokens_left: float | None
-) -> tuple[Any, Path | None]:
+) -> tuple["VllmConfig", Path | None]:
     """The VllmConfig, and the file to create once the model is compiled (None: it is not compiled)."""
     import torch._dynamo.config
     from vllm import envs
@@ -383,7 +386,7 @@ def _cpu_config(
     ), None
 
 
-def _fitted_config(arguments: Mapping[str, Any], config: EmbeddedConfig, scores: bool) -> Any:
+def _fitted_config(arguments: Mapping[str, Any], config: EmbeddedConfig, scores: bool) -> "VllmConfig":
     vllm_config = _vllm_config(arguments)
     scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     if not scores:
@@ -400,7 +403,7 @@ def _fitted_config(arguments: Mapping[str, Any], config: EmbeddedConfig, scores:
     return vllm_config
 
 
-def _kv_cache_bytes(vllm_config: Any) -> int:
+def _kv_cache_bytes(vllm_config: "VllmConfig") -> int:
     """What `max_num_seqs` chains of `max_model_len` tokens need, within FREE_MEMORY_FRAC of what is free."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
