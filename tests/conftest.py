@@ -1,11 +1,13 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and which tests run on the same worker when several run at once."""
 
-import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
+from tests.helpers.environment import set_environment
 from tests.helpers.line import Line, run_line
 from tests.helpers.vllm_server import serve
 
@@ -13,6 +15,47 @@ from tests.helpers.vllm_server import serve
 settings.register_profile("explore")
 settings.register_profile("repeat", derandomize=True)
 settings.load_profile("repeat")
+
+LINE = "line"
+LINE_FILES = {
+    "tests/end_to_end/test_end_to_end.py",
+    "tests/end_to_end/test_hybrid_line.py",
+    "tests/repository/test_readme.py",
+    "tests/teacher_cache/engine/http/test_server_vllm.py",
+    "tests/teacher_cache/test_score_vllm.py",
+}
+"""They share the session fixtures below, which take a minute: all on one worker."""
+LONGEST = (
+    LINE,
+    "tests/student_train/runtime/test_checkpoint.py",
+    "tests/student_train/test_train.py",
+    "tests/teacher_cache/engine/test_plugin.py",
+    "tests/teacher_cache/engine/test_engine.py",
+    "tests/teacher_cache/test_build.py",
+)
+"""They start first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Hands whole files to workers, in the order of the collection; the files of the line count as one."""
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = _group_of
+    return scheduler
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank_of = {group: rank for rank, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank_of.get(_group_of(item.nodeid), len(rank_of)))
+
+
+def _group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    return LINE if file in LINE_FILES else file
+
+
+def pytest_configure() -> None:
+    set_environment()
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +78,3 @@ def plain_vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> I
     folder, flags = tmp_path_factory.mktemp("plain_server"), ("--enable-scale-out", "--max-logprobs", "65")
     with serve(line.folder / "runs/demo/teacher", folder, *flags, plugins="none") as server:
         yield server.url
-
-
-def pytest_configure() -> None:
-    """A shell that starts the tests in the background lets them, and all below them, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,9 +30,7 @@ CODE_TOLERANCE = 0.12
 def hybrid(line: Line) -> Line:
     """The line's teacher, asked again for another capture."""
     overrides = ["--set", f"cache={CACHE}", "--set", f"capture={json.dumps(CAPTURE)}"]
-    built = json.loads(
-        line.program("teacher-cache", "build", "benchmarks/demo/teacher.yaml", *overrides, "--json").stdout
-    )
+    built = json.loads(line.program("teacher-cache", "build", "benchmarks/demo/teacher.yaml", *overrides, "--json"))
     assert built["num_chains"] == 60
     return line
 
@@ -80,9 +78,9 @@ def test_a_student_learns_from_them_at_a_stored_temperature(hybrid: Line) -> Non
     overrides = [f"run={CACHE}-run", f'data.caches=["{CACHE}"]', f"stages={stages}"]
     sets = [part for override in overrides for part in ("--set", override)]
     config = "benchmarks/demo/student.yaml"
-    planned = json.loads(hybrid.program("student-train", "plan", config, *sets, "--json").stdout)
+    planned = json.loads(hybrid.program("student-train", "plan", config, *sets, "--json"))
     assert [temperature for _, temperature in planned["stages"][0]["temperatures"]] == [2.0, 1.0]
-    trained = json.loads(hybrid.program("student-train", "run", config, *sets, "--json").stdout)
+    trained = json.loads(hybrid.program("student-train", "run", config, *sets, "--json"))
     records = [json.loads(line) for line in (hybrid.folder / f"{CACHE}-run/metrics.jsonl").read_text().splitlines()]
     assert {record["temperature"] for record in records} == {1.0, 2.0}
     assert trained["heldout_after"]["forward_kl"] < trained["heldout_before"]["forward_kl"]

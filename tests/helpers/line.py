@@ -7,8 +7,6 @@ teacher, cache, student, run and export. The teacher is tests.helpers.tiny's; ev
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +14,12 @@ from typing import Any
 
 import yaml
 
-from tests.helpers import ROOT
+from tests.helpers.programs import TIMEOUT_S, Program, run_interpreter
 from tests.helpers.tiny import make_tiny_teacher
 
-REPOSITORY = ROOT
-BIN = Path(sys.executable).parent
-TIMEOUT_S = 600
-"""Far beyond what any command takes: a test never hangs for ever."""
 FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM compiles nothing: the tiny model is generated sooner than compiled."""
+RUN_VLLM = ("build", "score")
 
 
 @dataclass
@@ -34,45 +29,28 @@ class Line:
     folder: Path
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def program(self, *command: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
-        """Runs one of the two programs in the folder; fails with its stderr when the exit code is another."""
-        ended = subprocess.run(
-            [str(BIN / command[0]), *command[1:]],
-            cwd=self.folder,
-            env=self._environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT_S,
-        )
-        assert ended.returncode == expect, f"{command} ended with {ended.returncode}:\n{ended.stderr[-4000:]}"
-        return ended
+    def program(self, *command: str) -> str:
+        """Runs one of the two programs in the folder and returns its stdout; fails with its stderr."""
+        if command[1] in RUN_VLLM:
+            return run_interpreter(list(command), cwd=self.folder, environ={**os.environ, **FAST_ENGINE})
+        return Program(list(command), cwd=self.folder).wait(expect=0)
 
     def interrupt(self, *command: str) -> None:
         """Runs a training until its first checkpoint is there, then asks it to stop: it must say how to go on."""
-        with subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]],
-            cwd=self.folder,
-            env=self._environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            deadline_s = time.monotonic() + TIMEOUT_S
-            while not (self.folder / "runs/demo/run/checkpoints/latest.json").exists():
-                assert process.poll() is None, "training ended before its first checkpoint"
-                assert time.monotonic() < deadline_s, "no checkpoint came"
-                time.sleep(0.02)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 130, said[-4000:]
+        process = Program(list(command), cwd=self.folder)
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not (self.folder / "runs/demo/run/checkpoints/latest.json").exists():
+            assert process.poll() is None, "training ended before its first checkpoint"
+            assert time.monotonic() < deadline_s, "no checkpoint came"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        code, _, said = process.communicate()
+        assert code == 130, said[-4000:]
         assert f"Resume with: {' '.join(command)}" in said
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, **FAST_ENGINE, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
     def step(self, name: str, *command: str) -> dict[str, Any]:
         """Runs a command with --json and keeps its result."""
-        self.results[name] = json.loads(self.program(*command, "--json").stdout)
+        self.results[name] = json.loads(self.program(*command, "--json"))
         return self.results[name]
 
 

@@ -1,7 +1,9 @@
 """Training inside the test process: one world of one rank for all tests, tiny caches, students and configurations."""
 
 import functools
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,84 @@ from tests.helpers.students import VOCAB_SIZE, make_student
 IGNORE_LIBRARY_WARNINGS = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::peft")
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
+    """60 chains of up to 40 tokens over 300 ids."""
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", num_chains=60, vocab_size=VOCAB_SIZE, max_tokens=40)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of 2 layers."""
+    return make_student(tmp_path_factory.mktemp("student") / "student")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Configures and runs trainings of `student` on `cache`, each in a folder of its own below `folder`."""
+
+    folder: Path
+    cache: SyntheticCache
+    student: Path
+    ranks: Ranks
+    references: dict[str, list[Json]]
+
+    def config(self, name: str, /, *stages: Json, **blocks: Any) -> TrainConfig:
+        """7 steps of 4 packs in float32 at ZeRO 2, in the folder `name`; stages and blocks override."""
+        stage = {"learning_rate": 1e-2, "batch_tokens": 512, "epochs": 2}
+        given: Json = {
+            "run": str(self.folder / name),
+            "student": {"model": str(self.student)},
+            "data": {"caches": [str(self.cache.root)], "where": "split = 'train'", "pack_tokens": 128},
+            "stages": [{**stage, **one} for one in stages] or [stage],
+            "engine": {"precision": "float32"},
+            "checkpoint": {"every_steps": 3},
+            "eval": {"max_chains": 5},
+        }
+        for block, value in blocks.items():
+            given[block] = {**given[block], **value} if isinstance(value, dict) and block in given else value
+        return validate_config(given, TrainConfig, "test")
+
+    def finish(self, config: TrainConfig) -> Json:
+        """Trains to the end and returns the summary."""
+        return train(config, self.ranks, StopRequest())
+
+    def run(self, config: TrainConfig, stop_after: int | None = None) -> list[Json]:
+        """Trains and returns the lines of metrics.jsonl; with `stop_after` it is interrupted after so many steps."""
+        if stop_after is None:
+            self.finish(config)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(config, self.ranks, StopAfter(stop_after))
+        return RunFolder(config.run).read_metrics()
+
+    def reference(self, *stages: Json, **blocks: Any) -> list[Json]:
+        """The lines of metrics.jsonl of a run from its start to its end. Trained once for all tests that ask for it."""
+        key = json.dumps([stages, blocks], sort_keys=True)
+        if key not in self.references:
+            self.references[key] = self.run(self.config("reference", *stages, **blocks))
+        return self.references[key]
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[str, list[Json]]:
+    """What `Trainer.reference` has trained already."""
+    return {}
+
+
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """The world of one; DeepSpeed reads the variables, other tests must not see them."""
+def trainer(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    references: dict[str, list[Json]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Trainer:
+    """In a world of one rank. DeepSpeed reads the variables, other tests must not see them."""
     world = _world()
     for name, value in RANK_VARIABLES.items():
         monkeypatch.setenv(name, value)
-    return world
-
-
-@functools.cache
-def _world() -> Ranks:
-    # DeepSpeed keeps the process group of its first start: it cannot be left and joined again.
-    joined = joined_ranks()
-    world = joined.__enter__()
-    for name in RANK_VARIABLES:
-        os.environ.pop(name, None)
-    _keep.append(joined)
-    return world
-
-
-_keep: list[Any] = []
+    return Trainer(tmp_path, cache, student, world, references)
 
 
 class StopAfter(StopRequest):
@@ -60,45 +119,20 @@ class StopAfter(StopRequest):
         pass
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
-    """60 chains of up to 40 tokens over 300 ids."""
-    return make_cache(tmp_path_factory.mktemp("cache") / "cache", num_chains=60, vocab_size=VOCAB_SIZE, max_tokens=40)
-
-
-@pytest.fixture(scope="session")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of 2 layers."""
-    return make_student(tmp_path_factory.mktemp("student") / "student")
-
-
-def make_config(run: Path, cache: SyntheticCache, folder: Path, /, *stages: Json, **blocks: Any) -> TrainConfig:
-    """A run of 7 steps of 4 packs in float32 at ZeRO 2; stages and blocks override."""
-    stage = {"learning_rate": 1e-2, "batch_tokens": 512, "epochs": 2}
-    given: Json = {
-        "run": str(run),
-        "student": {"model": str(folder)},
-        "data": {"caches": [str(cache.root)], "where": "split = 'train'", "pack_tokens": 128},
-        "stages": [{**stage, **one} for one in stages] or [stage],
-        "engine": {"precision": "float32"},
-        "checkpoint": {"every_steps": 3},
-        "eval": {"max_chains": 5},
-    }
-    for name, block in blocks.items():
-        given[name] = {**given[name], **block} if isinstance(block, dict) and name in given else block
-    return validate_config(given, TrainConfig, "test")
-
-
-def train_run(config: TrainConfig, ranks: Ranks, stop_after: int | None = None) -> list[Json]:
-    """Trains and returns the lines of metrics.jsonl; with `stop_after` it is interrupted after so many steps."""
-    if stop_after is None:
-        train(config, ranks, StopRequest())
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            train(config, ranks, StopAfter(stop_after))
-    return RunFolder(config.run).read_metrics()
-
-
 def losses_of(records: list[Json]) -> list[float]:
     """Loss of each step, exactly as it was logged."""
     return [record["loss"] for record in records]
+
+
+@functools.cache
+def _world() -> Ranks:
+    # DeepSpeed keeps the process group of its first start: it cannot be left and joined again.
+    joined = joined_ranks()
+    world = joined.__enter__()
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+    _keep.append(joined)
+    return world
+
+
+_keep: list[Any] = []

@@ -18,6 +18,7 @@ import numpy as np
 from stillroom.schema.records import Capture, Float32, Int32
 from teacher_cache.engine.row_layout import Layout
 from tests.helpers import ROOT
+from tests.helpers.environment import python_path
 from tests.helpers.tiny import make_tiny_teacher
 
 LAYOUT = Layout(8, 5, (2.0,))
@@ -46,12 +47,10 @@ def run(folder: Path) -> Answers:
     )
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "shared"), str(site.parent)]),
-        "OMP_NUM_THREADS": "1",
+        **python_path(site.parent),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "VLLM_PLUGINS": "stillroom",
     }
     command = [sys.executable, "-m", "tests.helpers.vllm_sampler", str(folder)]

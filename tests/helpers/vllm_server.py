@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.environment import python_path
+
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 300
 END_LIMIT_S = 20
@@ -56,13 +58,13 @@ def serve(model: Path, folder: Path, *flags: str, plugins: str | None = None) ->
 def _environment(folder: Path, plugins: str | None) -> dict[str, str]:
     fast = {
         "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    allowed = {} if plugins is None else {"VLLM_PLUGINS": plugins}
-    return {**os.environ, **fast, **allowed, "PYTHONPATH": str(_distribution_named_vllm(folder))}
+    # Where no plugin has to be loaded in a spawned engine, a forked one saves importing vLLM once more.
+    allowed = {} if plugins is None else {"VLLM_PLUGINS": plugins, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    return {**os.environ, **fast, **allowed, **python_path(_distribution_named_vllm(folder))}
 
 
 def _distribution_named_vllm(folder: Path) -> Path:

@@ -62,13 +62,7 @@ def run_start(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path, way: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        **environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "shared")]),
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    environment = {**os.environ, **environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [sys.executable, "-m", "tests.helpers.vllm_session", str(folder), way]
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]

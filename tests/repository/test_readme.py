@@ -10,10 +10,11 @@ import yaml
 from stillroom.config import load_config
 from student_train.config import TrainConfig
 from teacher_cache.config import BuildConfig, ScoreConfig
-from tests.helpers.line import REPOSITORY, TEACHER, Line
+from tests.helpers import ROOT
+from tests.helpers.line import TEACHER, Line
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-EXAMPLES = REPOSITORY / "docs" / "examples"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = ROOT / "docs" / "examples"
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -41,7 +42,7 @@ def test_every_folder_and_file_that_it_links_to_exists() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     for link in links:
-        assert (REPOSITORY / link).exists(), link
+        assert (ROOT / link).exists(), link
 
 
 def test_every_example_that_it_names_is_there_and_valid() -> None:
@@ -54,7 +55,7 @@ def test_examples_are_valid(path: Path) -> None:
     assert load_config(path, [], model_of(path)).model_dump()
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks/demo").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/demo").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_demos_configurations_are_valid(path: Path) -> None:
     assert load_config(path, [], model_of(path)).model_dump()
 

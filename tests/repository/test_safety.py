@@ -33,7 +33,6 @@ from student_train.plan import plan_run
 from student_train.report import write_student_report
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.engine import make_universal, saved_weights
-from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
 from teacher_cache.config import BuildConfig
 from teacher_cache.doctor import diagnose as diagnose_teacher
@@ -44,9 +43,9 @@ from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.fake_builds import make_config as make_build_config
 from tests.helpers.fake_builds import make_engine, make_requests, run_build
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, make_config, ranks, student, train_run
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, cache, references, student, trainer
 
-__all__ = ["cache", "ranks", "student"]
+__all__ = ["cache", "references", "student", "trainer"]
 
 EXAMPLE = ROOT / "docs" / "examples" / "r1_distill_qwen_7b.yaml"
 PACKAGES = ("schemas", "shared", "teacher_cache", "student_train", "benchmarks", "tools")
@@ -133,11 +132,9 @@ class Bomb:
 
 @IGNORE_LIBRARY_WARNINGS
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_checkpoint_with_code_in_it_is_refused(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, zero_stage: int
-) -> None:
-    config = make_config(tmp_path / "run", cache, student, engine={"zero_stage": zero_stage}, eval=None)
-    train_run(config, ranks, stop_after=4)
+def test_a_checkpoint_with_code_in_it_is_refused(trainer: Trainer, tmp_path: Path, zero_stage: int) -> None:
+    config = trainer.config("run", engine={"zero_stage": zero_stage}, eval=None)
+    trainer.run(config, stop_after=4)
     folder = RunFolder(config.run).checkpoints
     state = find_state(folder, "last")
     assert saved_weights(folder, state.tag, zero_stage)
@@ -150,7 +147,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(
     with pytest.raises(CorruptError, match="holds more than tensors"):
         make_universal(folder / state.tag, tmp_path / "universal")
     with pytest.raises(CorruptError, match="holds more than tensors"):
-        train_run(config, ranks)
+        trainer.run(config)
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists(), "the bomb is a dud: nothing was tested"
@@ -175,7 +172,7 @@ def with_own_code(folder: Path, mark: Path) -> Path:
 
 @IGNORE_LIBRARY_WARNINGS
 def test_a_models_own_code_is_not_run_unless_asked(
-    tmp_path: Path, cache: SyntheticCache, student: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     mark = tmp_path / "it ran"
@@ -184,7 +181,10 @@ def test_a_models_own_code_is_not_run_unless_asked(
         load_tokenizer(str(folder))
     with pytest.raises((DataError, ConfigError), match="trust_remote_code"):
         vocab_size_of(str(folder))
-    config = make_config(tmp_path / "run", cache, folder)
+    config = trainer.config(
+        "run",
+        student={"model": str(folder)},
+    )
     with pytest.raises(StillroomError):
         plan_run(config, 1)
     assert not mark.exists()
@@ -220,7 +220,7 @@ def test_what_is_no_secret_is_left_alone(value: str) -> None:
 
 @IGNORE_LIBRARY_WARNINGS
 def test_secrets_of_the_environment_reach_no_file(
-    tmp_path: Path, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "WANDB_API_KEY"):
         monkeypatch.setenv(name, SECRET)
@@ -228,8 +228,8 @@ def test_secrets_of_the_environment_reach_no_file(
     run_build(make_build_config(built), make_requests(20))
     write_cache_report(Catalog(built), tmp_path / "cache.html")
     made = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, max_tokens=40)
-    config = make_config(tmp_path / "run", made, student, {"max_steps": 1}, eval=None)
-    train_run(config, ranks)
+    config = dataclasses.replace(trainer, cache=made).config("run", {"max_steps": 1}, eval=None)
+    trainer.run(config)
     state = find_state(RunFolder(config.run).checkpoints, "last")
     selections = {"distill": load_selection(RunFolder(config.run).selection_path("distill"))}
     card = model_card(config, state, selections, made.manifests)
@@ -301,7 +301,7 @@ def test_nothing_from_a_cache_acts_on_a_terminal(nasty: Path) -> None:
 
 def on_a_terminal(command: list[str]) -> str:
     """What a program writes to a terminal that it runs on."""
-    environ = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
     outside, inside = pty.openpty()
     with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, env=environ) as process:
         os.close(inside)
@@ -327,11 +327,9 @@ def test_nothing_from_a_cache_acts_on_a_page(nasty: Path, tmp_path: Path) -> Non
 
 
 @IGNORE_LIBRARY_WARNINGS
-def test_a_teachers_name_stays_text_on_the_model_card(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
-    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1}, eval=None)
-    train_run(config, ranks)
+def test_a_teachers_name_stays_text_on_the_model_card(trainer: Trainer, cache: SyntheticCache) -> None:
+    config = trainer.config("run", {"max_steps": 1}, eval=None)
+    trainer.run(config)
     state = find_state(RunFolder(config.run).checkpoints, "last")
     teacher = cache.manifests[0].teacher.model_copy(update={"model": "x\n---\n# <script>alert(1)</script>"})
     manifest = cache.manifests[0].model_copy(update={"teacher": teacher})

@@ -11,9 +11,9 @@ from stillroom.config import validate_config
 from student_train.config import TrainConfig
 from student_train.losses.divergences import LOSS_NAMES
 from student_train.schedule import check_mixes
-from tests.helpers.line import REPOSITORY
+from tests.helpers import ROOT
 
-PAGE = REPOSITORY / "docs" / "training.md"
+PAGE = ROOT / "docs" / "training.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
 BASE = {

@@ -18,9 +18,8 @@ from student_train.answers import (
 )
 from student_train.data.selection import PinnedCache
 from tests.helpers.caches import THINK_END_ID, SyntheticCache
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, student
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS
 
-__all__ = ["cache", "student"]
 pytestmark = [IGNORE_LIBRARY_WARNINGS, pytest.mark.filterwarnings("ignore:::transformers")]
 
 GREEDY = GenerateConfig(num_prompts=4, max_new_tokens=12, temperature=0.0)

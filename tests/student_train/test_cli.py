@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,35 +13,55 @@ from student_train import cli
 from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.students import make_student, make_tokenizer
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, student
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS
 
-__all__ = ["cache", "student"]
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
 
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of one command."""
-    monkeypatch.setattr(sys, "argv", ["student-train", *arguments])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    out, err = capsys.readouterr()
-    return code, out, err
+@dataclass(frozen=True)
+class Cli:
+    """`student-train` in this process, and a configuration for it that trains `student` on `cache`."""
+
+    folder: Path
+    cache: SyntheticCache
+    student: Path
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) of one command."""
+        self.monkeypatch.setattr(sys, "argv", ["student-train", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+    def config(self, **blocks: object) -> str:
+        """The path of a written configuration; `blocks` replace whole blocks of it."""
+        config = {
+            "run": str(self.folder / "run"),
+            "student": {"model": str(self.student)},
+            "data": {"caches": [str(self.cache.root)], "where": "split = 'train'", "pack_tokens": 128},
+            "stages": [{"learning_rate": 0.01, "batch_tokens": 512}],
+            **blocks,
+        }
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return str(path)
 
 
-def write_config(tmp_path: Path, cache: SyntheticCache, folder: Path, **blocks: object) -> str:
-    config = {
-        "run": str(tmp_path / "run"),
-        "student": {"model": str(folder)},
-        "data": {"caches": [str(cache.root)], "where": "split = 'train'", "pack_tokens": 128},
-        "stages": [{"learning_rate": 0.01, "batch_tokens": 512}],
-        **blocks,
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
+@pytest.fixture
+def call(
+    tmp_path: Path,
+    cache: SyntheticCache,
+    student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Cli:
+    return Cli(tmp_path, cache, student, monkeypatch, capsys)
 
 
 def test_help_loads_no_heavy_library() -> None:
@@ -51,14 +72,13 @@ def test_help_loads_no_heavy_library() -> None:
         "heavy = {'torch', 'transformers', 'deepspeed', 'pyarrow', 'duckdb', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=root, check=False)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "export" in done.stdout
 
 
-def test_plan_loads_neither_deepspeed_nor_peft(tmp_path: Path, cache: SyntheticCache, student: Path) -> None:
-    config = write_config(tmp_path, cache, student)
+def test_plan_loads_neither_deepspeed_nor_peft(call: Cli) -> None:
+    config = call.config()
     check = (
         f"import sys; from student_train import cli; sys.argv = ['student-train', 'plan', {config!r}]\n"
         "try: cli.main()\n"
@@ -66,20 +86,13 @@ def test_plan_loads_neither_deepspeed_nor_peft(tmp_path: Path, cache: SyntheticC
         "needless = {'deepspeed', 'peft', 'vllm'} & set(sys.modules)\n"
         "assert not needless, needless"
     )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=root, check=False)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_plan_counts_without_leaving_a_trace(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config = write_config(tmp_path, cache, student)
-    code, out, _ = call(monkeypatch, capsys, "plan", config, "--json")
+def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: SyntheticCache) -> None:
+    config = call.config()
+    code, out, _ = call("plan", config, "--json")
     planned = json.loads(out)
     chains = [chain for chain in cache.chains if chain.split == "train"]
     stage = planned["stages"][0]
@@ -89,24 +102,20 @@ def test_plan_counts_without_leaving_a_trace(
     assert stage["num_steps"] == -(-stage["packs_per_epoch"] // 4)
     assert planned["heldout_chains"] == len(cache.chains) - len(chains)
     assert not (tmp_path / "run").exists()
-    code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.epochs=3", "--nproc", "2")
+    code, out, _ = call("plan", config, "--set", "stages.0.epochs=3", "--nproc", "2")
     assert code == 0
     assert "4 packs: 2 a rank" in out
     entries = f"at most {cache.chains[0].signals.topk_n_T.max()} stored entries a token"
     assert f"loss       forward_kl_stored_tail: {entries}, all others in one bucket\n" in out
-    code, out, _ = call(
-        monkeypatch, capsys, "plan", config, "--set", "stages.0={max_steps: 1, batch_tokens: 128, learning_rate: 1}"
-    )
+    code, out, _ = call("plan", config, "--set", "stages.0={max_steps: 1, batch_tokens: 128, learning_rate: 1}")
     assert "batch      1 pack: 1 a rank\n" in out
     assert "1 step in all\n" in out
     assert "is its embeddings too (tied)" not in out
-    code, out, _ = call(monkeypatch, capsys, "plan", config, "--set", "stages.0.trainable=head")
+    code, out, _ = call("plan", config, "--set", "stages.0.trainable=head")
     assert "is its embeddings too (tied): stage distill trains both" in out
 
 
-def test_plan_says_what_each_loss_makes_of_draws(
-    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> None:
     drawn = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, draws=3, heldout_frac=0.0)
     losses = {
         "forward_kl_stored_tail": 1.0,
@@ -115,10 +124,8 @@ def test_plan_says_what_each_loss_makes_of_draws(
         "cross_entropy": 1.0,
     }
     stage = {"learning_rate": 0.01, "batch_tokens": 512, "losses": losses}
-    config = write_config(
-        tmp_path, drawn, student, stages=[stage], data={"caches": [str(drawn.root)], "pack_tokens": 128}
-    )
-    code, out, err = call(monkeypatch, capsys, "plan", config, "--set", "eval=null")
+    config = call.config(stages=[stage], data={"caches": [str(drawn.root)], "pack_tokens": 128})
+    code, out, err = call("plan", config, "--set", "eval=null")
     assert code == 0, err
     entries = "at most 8 stored entries a token"
     for line in (
@@ -130,10 +137,8 @@ def test_plan_says_what_each_loss_makes_of_draws(
         assert f"loss       {line}\n" in out
 
 
-def test_a_folder_is_no_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = call(monkeypatch, capsys, "plan", str(tmp_path))
+def test_a_folder_is_no_configuration(call: Cli, tmp_path: Path) -> None:
+    code, _, err = call("plan", str(tmp_path))
     assert (code, err) == (2, f"student-train: {tmp_path} is a folder: name a YAML configuration file\n")
 
 
@@ -186,17 +191,9 @@ def test_a_folder_is_no_configuration(
         ("engine={zero_stage: 2, offload_parameters: true}", "offload_parameters needs zero_stage 3"),
     ],
 )
-def test_mistakes_are_one_line(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    override: str,
-    message: str,
-) -> None:
-    config = write_config(tmp_path, cache, student)
-    code, out, err = call(monkeypatch, capsys, "plan", config, "--set", override)
+def test_mistakes_are_one_line(call: Cli, override: str, message: str) -> None:
+    config = call.config()
+    code, out, err = call("plan", config, "--set", override)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
@@ -206,83 +203,55 @@ def test_mistakes_are_one_line(
     ("override", "message"),
     [("stages.0.losses={kl: 1}", "loss 'kl' is unknown"), ("data.caches=[nowhere]", "nowhere is not a cache")],
 )
-def test_a_student_is_not_cut_for_a_run_that_would_be_refused(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    override: str,
-    message: str,
-) -> None:
-    config = write_config(tmp_path, cache, student)
+def test_a_student_is_not_cut_for_a_run_that_would_be_refused(call: Cli, override: str, message: str) -> None:
+    config = call.config()
     cut = "student={model: nowhere, init: {teacher: x, layers: 2}}"
-    code, _, err = call(monkeypatch, capsys, "plan", config, "--set", cut, "--set", override)
+    code, _, err = call("plan", config, "--set", cut, "--set", override)
     assert code == 2
     assert message in err
 
 
-def test_held_out_chains_that_are_all_too_long_are_refused_before_training(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_held_out_chains_that_are_all_too_long_are_refused_before_training(call: Cli) -> None:
     overrides = ("data.max_tokens=30", "data.long_chains=skip", "eval.where=num_prompt_tokens + num_tokens > 30")
     options = [word for one in overrides for word in ("--set", one)]
-    code, _, err = call(monkeypatch, capsys, "plan", write_config(tmp_path, cache, student), *options)
+    code, _, err = call("plan", call.config(), *options)
     assert code == 2
     assert "(num_prompt_tokens + num_tokens > 30) are longer than 30 tokens and long_chains='skip' leaves none" in err
 
 
-def test_vocabulary_of_another_family_is_refused_with_its_ids(
-    tmp_path: Path, cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vocabulary_of_another_family_is_refused_with_its_ids(call: Cli, tmp_path: Path) -> None:
     other = make_student(tmp_path / "other", tokenizer=make_tokenizer(first_ordinary="v"))
-    code, _, err = call(monkeypatch, capsys, "plan", write_config(tmp_path, cache, other))
+    code, _, err = call("plan", call.config(student={"model": str(other)}))
     assert code == 2
     assert "differs from the cache's in 297 ordinary tokens (3 is 'w3' in the cache and 'v3' in the student" in err
 
 
-def test_init_from_flags_and_from_a_config(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_init_from_flags_and_from_a_config(call: Cli, tmp_path: Path, student: Path) -> None:
     out_folder = tmp_path / "cut"
     flags = ["--teacher", str(student), "--layers", "1", "--out", str(out_folder)]
-    code, out, _ = call(monkeypatch, capsys, "init", *flags)
+    code, out, _ = call("init", *flags)
     assert code == 0
     assert "layers 0 of 2 of" in out
     block = {"model": str(out_folder), "init": {"teacher": str(student), "layers": 1}}
-    config = write_config(tmp_path, cache, student, student=block)
-    code, out, err = call(monkeypatch, capsys, "init", config, "--json")
+    config = call.config(student=block)
+    code, out, err = call("init", config, "--json")
     assert code == 0
     assert f"{out_folder} is there already, cut in the same way" in err
     assert json.loads(out)["kept_layers"] == [0]
-    code, _, err = call(monkeypatch, capsys, "init", config, *flags)
+    code, _, err = call("init", config, *flags)
     assert code == 2
     assert "exclude each other" in err
 
 
-def test_what_was_not_trained_is_not_exported(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config = write_config(tmp_path, cache, student)
-    code, _, err = call(monkeypatch, capsys, "export", config, "--out", str(tmp_path / "out"))
+def test_what_was_not_trained_is_not_exported(call: Cli, tmp_path: Path) -> None:
+    config = call.config()
+    code, _, err = call("export", config, "--out", str(tmp_path / "out"))
     assert code == 2
     assert "train first with `student-train run`" in err
 
 
-def test_doctor_names_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = call(monkeypatch, capsys, "doctor", "--json")
+def test_doctor_names_what_is_there(call: Cli) -> None:
+    _, out, _ = call("doctor", "--json")
     found = {one["name"]: one for one in json.loads(out)["checks"]}
     assert found["torch"]["state"] == "ok"
     assert {"deepspeed", "c++ compiler", "python headers", "communication op", "disk"} <= found.keys()

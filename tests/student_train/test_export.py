@@ -17,13 +17,11 @@ from student_train.data.selection import Selection, load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.exporting import cache_tokenizer, export, trained_model
 from student_train.runtime.checkpoint import CheckpointState, find_state
-from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student, make_tokenizer
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, make_config, ranks, student, train_run
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer
 
-__all__ = ["cache", "ranks", "student"]
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
 
@@ -49,9 +47,9 @@ def own_tokenizer(monkeypatch: pytest.MonkeyPatch, student: Path) -> None:
 )
 @pytest.mark.usefixtures("own_tokenizer")
 def test_exported_folder_is_the_student_that_the_run_saw(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
+    trainer: Trainer, tmp_path: Path, cache: SyntheticCache, engine: Json, stage: Json
 ) -> None:
-    config = _trained(tmp_path, cache, student, ranks, engine, stage)
+    config = _trained(trainer, engine, stage)
     out = tmp_path / "out"
     result = export(config, _last(config), out, adapter_only=False, tokenizer=None)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -75,11 +73,11 @@ def test_exported_folder_is_the_student_that_the_run_saw(
 
 @pytest.mark.usefixtures("own_tokenizer")
 def test_adapter_alone_gives_the_merged_logits(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, tmp_path: Path, cache: SyntheticCache, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As a configuration has it that was written for one directory.
     monkeypatch.chdir(student.parent)
-    config = _trained(tmp_path, cache, Path(student.name), ranks, {}, {"trainable": "lora"})
+    config = _trained(replace(trainer, student=Path(student.name)), {}, {"trainable": "lora"})
     result = export(config, _last(config), tmp_path / "adapter", adapter_only=True, tokenizer=None)
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
     assert f"library_name: peft\npipeline_tag: text-generation\nbase_model: {student}\n" in (
@@ -99,9 +97,9 @@ def test_adapter_alone_gives_the_merged_logits(
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 @pytest.mark.usefixtures("own_tokenizer")
 def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, target: str
+    trainer: Trainer, tmp_path: Path, student: Path, target: str
 ) -> None:
-    config = _trained(tmp_path, cache, student, ranks, {}, {"trainable": "lora", "lora": {"targets": [target]}})
+    config = _trained(trainer, {}, {"trainable": "lora", "lora": {"targets": [target]}})
     export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(student).config.tie_word_embeddings
@@ -112,7 +110,7 @@ def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
 
 
 @pytest.mark.usefixtures("own_tokenizer")
-def test_the_card_tells_of_every_stage(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+def test_the_card_tells_of_every_stage(trainer: Trainer, tmp_path: Path) -> None:
     losses: Json = {
         "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}, "beta": 0.3},
         "skewed_forward_kl_stored_tail": {"weight": {"kind": "exponential", "start": 2.0, "factor": 0.5}, "alpha": 0.2},
@@ -122,8 +120,8 @@ def test_the_card_tells_of_every_stage(tmp_path: Path, cache: SyntheticCache, st
         {"name": "sums", "max_steps": 1, "where": "source = 'sums'", "losses": losses, "focal_gamma": 2},
         {"name": "all", "max_steps": 1, "token_weights": {"entropy": 0.5}},
     ]
-    config = make_config(tmp_path / "run", cache, student, *stages, eval=None, data={"weight": "1 + num_tokens"})
-    train_run(config, ranks)
+    config = trainer.config("run", *stages, eval=None, data={"weight": "1 + num_tokens"})
+    trainer.run(config)
     export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
     lines = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("- Stage")]
     sizes = [
@@ -143,11 +141,11 @@ def test_the_card_tells_of_every_stage(tmp_path: Path, cache: SyntheticCache, st
 
 
 def test_tokenizer_that_nobody_has_is_refused(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The teacher's name is no hub id: without this the hub would be asked for half a minute.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = _trained(tmp_path, cache, student, ranks, {}, {})
+    config = _trained(trainer, {}, {})
     with pytest.raises(DataError, match="name the folder that has it with --tokenizer"):
         export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
     selection = load_selection(RunFolder(config.run).selection_path("distill"))
@@ -158,20 +156,18 @@ def test_tokenizer_that_nobody_has_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_student_with_fewer_rows_learns_the_padded_ids_too(tmp_path: Path, cache: SyntheticCache, ranks: Ranks) -> None:
+def test_student_with_fewer_rows_learns_the_padded_ids_too(trainer: Trainer, tmp_path: Path) -> None:
     """Relatives differ in how far they pad their embeddings."""
     narrow = make_student(tmp_path / "narrow", vocab_size=290, tokenizer=make_tokenizer(), tied=False)
-    config = _trained(tmp_path, cache, narrow, ranks, {}, {})
+    config = _trained(replace(trainer, student=narrow), {}, {})
     model = trained_model(config, _last(config), merged=True)
     assert model.get_output_embeddings().weight.shape[0] == 300
 
 
-def _trained(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
-) -> TrainConfig:
+def _trained(trainer: Trainer, engine: Json, stage: Json) -> TrainConfig:
     short: Json = {"epochs": 1, "max_steps": 2, "learning_rate": 0.05, **stage}
-    config = make_config(tmp_path / "run", cache, student, short, engine=engine, eval={"max_chains": None})
-    train_run(config, ranks)
+    config = trainer.config("run", short, engine=engine, eval={"max_chains": None})
+    trainer.run(config)
     return config
 
 

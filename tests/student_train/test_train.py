@@ -1,6 +1,8 @@
 """Training in one process: agreement with a dense reference on unpacked sequences, resumption, stages, refusals."""
 
+import functools
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,28 @@ from transformers import AutoModelForCausalLM
 from stillroom.config import Json
 from stillroom.errors import CacheConflict, ConfigError, StillroomError
 from stillroom.log import format_count
-from stillroom.program import StopRequest
 from student_train.cli import run_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.model.student import Student, load_student
 from student_train.runtime.checkpoint import find_state, tags
-from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder, summarise
 from student_train.training import train
 from tests.helpers.caches import Chain, SyntheticCache
 from tests.helpers.students import make_student
-from tests.helpers.training import (
-    IGNORE_LIBRARY_WARNINGS,
-    StopAfter,
-    cache,
-    losses_of,
-    make_config,
-    ranks,
-    student,
-    train_run,
-)
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, StopAfter, Trainer, losses_of
 
-__all__ = ["cache", "ranks", "student"]
 pytestmark = IGNORE_LIBRARY_WARNINGS
+
+Dense = tuple[float, float, float, float]
+DenseReference = Callable[[float, float], Dense]
+
+
+@pytest.fixture(scope="module")
+def dense_reference(cache: SyntheticCache, student: Path) -> DenseReference:
+    """`_dense_reference` of the cache and the student, computed once for equal arguments."""
+    return functools.cache(lambda entropy, tail: _dense_reference(cache, student, entropy, tail))
 
 
 @pytest.mark.parametrize(
@@ -45,46 +44,34 @@ pytestmark = IGNORE_LIBRARY_WARNINGS
     [(64, 2, "sdpa"), (1024, 1, "sdpa"), (256, 3, "eager"), (128, 0, "sdpa")],
 )
 def test_step_equals_dense_mean_over_unpacked_chains(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    ranks: Ranks,
-    pack_tokens: int,
-    zero_stage: int,
-    attention: str,
+    trainer: Trainer, dense_reference: DenseReference, pack_tokens: int, zero_stage: int, attention: str
 ) -> None:
     """One step over everything: loss and gradient are those of each chain alone, averaged over all loss tokens."""
-    config = make_config(
-        tmp_path / "run",
-        cache,
-        student,
+    config = trainer.config(
+        "run",
         {"epochs": 1, "batch_tokens": 8192, "clip_norm": None},
         data={"pack_tokens": pack_tokens},
         engine={"zero_stage": zero_stage},
         student={"attention": attention},
     )
-    (record,) = train_run(config, ranks)
-    loss, kl, ce, grad_norm = _dense_reference(cache, student)
+    (record,) = trainer.run(config)
+    loss, kl, ce, grad_norm = dense_reference(0.0, 0.0)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["parts"]["forward_kl_stored_tail"] == pytest.approx(kl, rel=1e-5)
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
-    assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(cache))
+    assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(trainer.cache))
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
 
 
-def test_token_weights_make_the_loss_a_weighted_mean(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_token_weights_make_the_loss_a_weighted_mean(trainer: Trainer, dense_reference: DenseReference) -> None:
     """Loss and gradient against dense sums with (1 + entropy)^2 (1 - tail)^3 on every token."""
-    config = make_config(
-        tmp_path / "run",
-        cache,
-        student,
+    config = trainer.config(
+        "run",
         {"epochs": 1, "batch_tokens": 8192, "clip_norm": None, "token_weights": {"entropy": 2.0, "tail": 3.0}},
     )
-    (record,) = train_run(config, ranks)
-    loss, kl, ce, grad_norm = _dense_reference(cache, student, entropy=2.0, tail=3.0)
-    plain_loss = _dense_reference(cache, student)[0]
+    (record,) = trainer.run(config)
+    loss, kl, ce, grad_norm = dense_reference(2.0, 3.0)
+    plain_loss = dense_reference(0.0, 0.0)[0]
     assert abs(loss - plain_loss) > 1e-3
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["parts"]["forward_kl_stored_tail"] == pytest.approx(kl, rel=1e-5)
@@ -92,18 +79,16 @@ def test_token_weights_make_the_loss_a_weighted_mean(
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
 
 
-def test_elastic_weights_follow_the_held_out_loss(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_elastic_weights_follow_the_held_out_loss(trainer: Trainer) -> None:
     elastic: Json = {
         "forward_kl_tail_bucket": {"weight": {"kind": "elastic", "start": 0.9, "end": 0.1}},
         "cross_entropy": {"weight": {"kind": "elastic", "start": 0.1, "end": 0.9}},
     }
     stages: list[Json] = [{"name": "one", "losses": elastic}, {"name": "two", "losses": elastic, "epochs": 1}]
     evaluation: Json = {"max_chains": 5, "every_steps": 2}
-    whole = make_config(tmp_path / "whole", cache, student, *stages, eval=evaluation)
-    parted = make_config(tmp_path / "parted", cache, student, *stages, eval=evaluation)
-    records = train_run(whole, ranks)
+    whole = trainer.config("whole", *stages, eval=evaluation)
+    parted = trainer.config("parted", *stages, eval=evaluation)
+    records = trainer.run(whole)
     evals = RunFolder(whole.run).read_evals()
     for record in records:
         here = (record["stage_number"], record["step"])
@@ -115,11 +100,11 @@ def test_elastic_weights_follow_the_held_out_loss(
         assert record["weights"]["cross_entropy"] == pytest.approx(0.9 - 0.8 * remaining)
     assert records[0]["weights"]["cross_entropy"] == pytest.approx(0.1)
     assert records[6]["weights"]["cross_entropy"] > 0.101
-    train_run(parted, ranks, stop_after=5)
-    assert losses_of(train_run(parted, ranks)) == losses_of(records)
-    changed = make_config(parted.run, cache, student, *stages, eval={**evaluation, "every_steps": 3})
+    trainer.run(parted, stop_after=5)
+    assert losses_of(trainer.run(parted)) == losses_of(records)
+    changed = trainer.config("parted", *stages, eval={**evaluation, "every_steps": 3})
     with pytest.raises(ConfigError, match=r"was begun with eval\.every_steps=2, now it is 3"):
-        train(changed, ranks, StopRequest())
+        trainer.finish(changed)
 
 
 @pytest.mark.parametrize(
@@ -133,21 +118,12 @@ def test_elastic_weights_follow_the_held_out_loss(
         {"zero_stage": 2, "precision": "float16"},
     ],
 )
-def test_every_precision_takes_the_same_steps(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    ranks: Ranks,
-    monkeypatch: pytest.MonkeyPatch,
-    engine: Json,
-) -> None:
+def test_every_precision_takes_the_same_steps(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, engine: Json) -> None:
     """Losses after several steps, and so the steps, are those of float32 at ZeRO 2 within the precision's rounding."""
     # torch computes float16 on any CPU, DeepSpeed asks for one that is fast at it.
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
-    expected = train_run(make_config(tmp_path / "whole", cache, student, {"max_steps": 5}, eval=None), ranks)
-    records = train_run(
-        make_config(tmp_path / "run", cache, student, {"max_steps": 5}, eval=None, engine=engine), ranks
-    )
+    expected = trainer.reference({"max_steps": 5}, eval=None)
+    records = trainer.run(trainer.config("run", {"max_steps": 5}, eval=None, engine=engine))
     half = engine.get("precision") is not None
     assert losses_of(records) == pytest.approx(losses_of(expected), rel=2e-3 if half else 1e-5)
     norms, expected_norms = ([one["grad_norm"] for one in run] for run in (records, expected))
@@ -155,18 +131,12 @@ def test_every_precision_takes_the_same_steps(
     assert not any(one["skipped"] for one in records)
 
 
-def test_a_step_that_overflows_is_shown_and_learns_nothing(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    ranks: Ranks,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_that_overflows_is_shown_and_learns_nothing(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
     # A weight of this size makes the scaled gradient of the first steps too large for float16.
     stage: Json = {"epochs": 9, "max_steps": 25, "losses": {"cross_entropy": 50.0}}
-    config = make_config(tmp_path / "run", cache, student, stage, engine={"precision": "float16"}, eval=None)
-    summary = train(config, ranks, StopRequest())
+    config = trainer.config("run", stage, engine={"precision": "float16"}, eval=None)
+    summary = trainer.finish(config)
     records = RunFolder(config.run).read_metrics()
     skipped = [one["skipped"] for one in records]
     assert skipped[0]
@@ -176,27 +146,22 @@ def test_a_step_that_overflows_is_shown_and_learns_nothing(
     assert any("float16 overflowed" in line for line in run_lines(summary))
 
 
-def test_a_precision_that_the_machine_lacks_is_refused(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precision_that_the_machine_lacks_is_refused(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: False)
-    config = make_config(tmp_path / "run", cache, student, engine={"precision": "float16"}, eval=None)
+    config = trainer.config("run", engine={"precision": "float16"}, eval=None)
     with pytest.raises(ConfigError, match=r"precision=float16 cannot be trained on this cpu: take float32, bfloat16"):
-        train(config, ranks, StopRequest())
+        trainer.finish(config)
     with pytest.raises(ConfigError, match="float16 needs zero_stage 1, 2 or 3"):
-        make_config(tmp_path / "run", cache, student, engine={"precision": "float16", "zero_stage": 0})
+        trainer.config("run", engine={"precision": "float16", "zero_stage": 0})
 
 
-def test_held_out_chains_may_change_between_resumptions(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_held_out_chains_may_change_between_resumptions(trainer: Trainer, tmp_path: Path) -> None:
     """Eval turned on late and then changed: evaluated on what is asked, and compared with nothing else."""
     run = RunFolder(tmp_path / "run")
 
     def resume(steps: int, evaluation: Json | None) -> Json:
-        config = make_config(run.root, cache, student, {"epochs": 3}, eval=evaluation)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, ranks, StopAfter(steps))
+        config = trainer.config("run", {"epochs": 3}, eval=evaluation)
+        trainer.run(config, stop_after=steps)
         return summarise(run, config)
 
     assert resume(2, None)["heldout_after"] is None
@@ -211,16 +176,13 @@ def test_held_out_chains_may_change_between_resumptions(
     assert other["best_checkpoint"] == "distill-000006"
 
 
-def test_held_out_numbers_before_and_after_are_of_the_same_chains(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_held_out_numbers_before_and_after_are_of_the_same_chains(trainer: Trainer, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    config = make_config(run.root, cache, student)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, ranks, StopAfter(2))
+    config = trainer.config("run")
+    trainer.run(config, stop_after=2)
     assert summarise(run, config)["heldout_before"]["step"] == 0
-    changed = make_config(run.root, cache, student, eval={"max_chains": 4})
-    summary = train(changed, ranks, StopRequest())
+    changed = trainer.config("run", eval={"max_chains": 4})
+    summary = trainer.finish(changed)
     assert summary["heldout_before"] is None
     assert summary["heldout_after"]["num_chains"] == 4
 
@@ -235,55 +197,46 @@ def test_held_out_numbers_before_and_after_are_of_the_same_chains(
         ({"zero_stage": 2, "offload_optimizer": True}, {"weight_decay": 0.1}),
     ],
 )
-def test_interrupted_run_goes_on_bit_for_bit(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, engine: Json, stage: Json
-) -> None:
-    whole = make_config(tmp_path / "whole", cache, student, stage, engine=engine)
-    parted = make_config(tmp_path / "parted", cache, student, stage, engine=engine)
-    expected = losses_of(train_run(whole, ranks))
-    assert losses_of(train_run(parted, ranks, stop_after=4)) == expected[:4]
-    assert losses_of(train_run(parted, ranks)) == expected
+def test_interrupted_run_goes_on_bit_for_bit(trainer: Trainer, engine: Json, stage: Json) -> None:
+    whole = trainer.config("whole", stage, engine=engine)
+    parted = trainer.config("parted", stage, engine=engine)
+    expected = losses_of(trainer.run(whole))
+    assert losses_of(trainer.run(parted, stop_after=4)) == expected[:4]
+    assert losses_of(trainer.run(parted)) == expected
     evals = [RunFolder(config.run).read_evals() for config in (whole, parted)]
     assert evals[0] == evals[1]
 
 
-def test_what_a_kill_left_behind_is_swept_and_done_again(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
-    config = make_config(tmp_path / "run", cache, student)
-    expected = losses_of(train_run(make_config(tmp_path / "whole", cache, student), ranks))
-    train_run(config, ranks, stop_after=4)
+def test_what_a_kill_left_behind_is_swept_and_done_again(trainer: Trainer) -> None:
+    config = trainer.config("run")
+    expected = losses_of(trainer.reference())
+    trainer.run(config, stop_after=4)
     run = RunFolder(config.run)
     # As after a kill in the middle of step 6's line and of the checkpoint after it.
     with run.metrics_path.open("a") as file:
         file.write('{"stage_number": 0, "step": 5, "loss": 123.0}\n{"stage_number": 0, "st')
     (run.checkpoints / "distill-000006.tmp").mkdir()
     (run.checkpoints / "distill-000006.tmp" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
-    assert losses_of(train_run(config, ranks)) == expected
+    assert losses_of(trainer.run(config)) == expected
     assert not list(run.checkpoints.glob("*.tmp"))
 
 
-def test_finished_run_is_left_as_it_is(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
-    config = make_config(tmp_path / "run", cache, student, {"max_steps": 2}, tensorboard=True)
-    first = train(config, ranks, StopRequest())
-    assert first == train(config, ranks, StopRequest())
+def test_finished_run_is_left_as_it_is(trainer: Trainer) -> None:
+    config = trainer.config("run", {"max_steps": 2}, tensorboard=True)
+    first = trainer.finish(config)
+    assert first == trainer.finish(config)
     assert first["num_steps"] == 2
     assert list((config.run / "tensorboard").glob("events.*"))
 
 
-def test_keeps_the_last_checkpoints_and_the_best(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
-    config = make_config(
-        tmp_path / "run",
-        cache,
-        student,
-        # The rate rises to a ruinous one: the first evaluation is the best.
+def test_keeps_the_last_checkpoints_and_the_best(trainer: Trainer) -> None:
+    config = trainer.config(
+        "run",  # The rate rises to a ruinous one: the first evaluation is the best.
         {"learning_rate": 1.0, "warmup_frac": 0.99, "clip_norm": None},
         checkpoint={"every_steps": 1, "keep_last": 2},
         eval={"every_steps": 1, "max_chains": 5},
     )
-    train_run(config, ranks)
+    trainer.run(config)
     run = RunFolder(config.run)
     evals = {one["step"]: one["forward_kl"] for one in run.read_evals() if one["step"] > 0}
     best_step = min(evals, key=lambda step: evals[step])
@@ -292,7 +245,7 @@ def test_keeps_the_last_checkpoints_and_the_best(
     assert evaluate_config(config, None, "best")["forward_kl"] == pytest.approx(evals[best_step], rel=1e-5)
 
 
-def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+def test_stages_follow_each_other(trainer: Trainer, cache: SyntheticCache, student: Path) -> None:
     stages: list[Json] = [
         {"name": "head", "trainable": "head", "max_steps": 2, "losses": {"cross_entropy": 1}},
         {"name": "lora", "trainable": "lora", "max_steps": 3, "where": "split = 'train' AND source = 'sums'"},
@@ -306,11 +259,11 @@ def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student
         },
     ]
     every_chain: Json = {"max_chains": None}
-    whole = make_config(tmp_path / "whole", cache, student, *stages, eval=every_chain)
-    parted = make_config(tmp_path / "parted", cache, student, *stages, eval=every_chain)
-    expected = train_run(whole, ranks)
-    train_run(parted, ranks, stop_after=4)
-    assert losses_of(train_run(parted, ranks)) == losses_of(expected)
+    whole = trainer.config("whole", *stages, eval=every_chain)
+    parted = trainer.config("parted", *stages, eval=every_chain)
+    expected = trainer.run(whole)
+    trainer.run(parted, stop_after=4)
+    assert losses_of(trainer.run(parted)) == losses_of(expected)
     assert [record["stage"] for record in expected] == ["head"] * 2 + ["lora"] * 3 + ["all"] * 2
     assert [record["weights"]["jsd_stored_tail"] for record in expected[5:]] == [0.0, 0.5]
     # Each stage's model is a folder of its own, with the adapter merged: evaluated alone it is what the run saw.
@@ -321,9 +274,7 @@ def test_stages_follow_each_other(tmp_path: Path, cache: SyntheticCache, student
         assert alone["forward_kl"] == pytest.approx(entry["forward_kl"], rel=1e-5)
 
 
-def test_a_stage_leaves_no_weights_in_memory(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_leaves_no_weights_in_memory(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Student] = weakref.WeakSet()
     num_alive = []
 
@@ -332,51 +283,42 @@ def test_a_stage_leaves_no_weights_in_memory(
         alive.add(loaded := load_student(*arguments, **options))
         return loaded
 
-    monkeypatch.setattr("student_train.train.load_student", watched)
+    monkeypatch.setattr("student_train.training.load_student", watched)
     stages: list[Json] = [{"name": name, "max_steps": 1} for name in ("first", "second", "third")]
-    train_run(make_config(tmp_path / "run", cache, student, *stages, eval=None), ranks)
+    trainer.run(trainer.config("run", *stages, eval=None))
     assert num_alive == [0, 0, 0]
 
 
-def test_a_stop_in_the_last_step_of_a_stage_ends_there(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_a_stop_in_the_last_step_of_a_stage_ends_there(trainer: Trainer) -> None:
     stages: list[Json] = [{"name": "one", "max_steps": 2}, {"name": "two", "max_steps": 2}]
-    config = make_config(tmp_path / "run", cache, student, *stages, eval=None)
-    assert len(train_run(config, ranks, stop_after=2)) == 2
+    config = trainer.config("run", *stages, eval=None)
+    assert len(trainer.run(config, stop_after=2)) == 2
     # In the last step of all it changes nothing.
-    assert train(config, ranks, StopAfter(2))["num_steps"] == 4
+    assert train(config, trainer.ranks, StopAfter(2))["num_steps"] == 4
 
 
 def test_a_finished_run_says_so_and_does_nothing(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    ranks: Ranks,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_config(tmp_path / "run", cache, student, {"max_steps": 3})
-    summary = train(config, ranks, StopRequest())
+    config = trainer.config("run", {"max_steps": 3})
+    summary = trainer.finish(config)
     said = capsys.readouterr().err
     # The last step's line comes once, before the evaluation after it.
     steps = [line.split("  ")[0] for line in said.splitlines() if line.startswith(("train", "evaluate"))]
     assert steps == ["evaluate", "train distill", "evaluate"]
-    monkeypatch.setattr("student_train.train.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare"))
-    assert train(config, ranks, StopRequest()) == summary
+    monkeypatch.setattr("student_train.training.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare"))
+    assert trainer.finish(config) == summary
     assert capsys.readouterr().err.startswith("the run is finished: distill-000003 is the last step of its last stage")
 
 
-def test_the_end_of_a_run_compares_only_what_is_alike(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_the_end_of_a_run_compares_only_what_is_alike(trainer: Trainer) -> None:
     changing = {
         "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.0}},
         "cross_entropy": {"weight": {"kind": "linear", "start": 0.0, "end": 1.0}},
     }
     stages: list[Json] = [{"name": "same", "max_steps": 2}, {"name": "other", "max_steps": 2, "losses": changing}]
-    config = make_config(tmp_path / "run", cache, student, *stages, eval=None)
-    lines = run_lines(train(config, ranks, StopRequest()))
+    config = trainer.config("run", *stages, eval=None)
+    lines = run_lines(trainer.finish(config))
     records = RunFolder(config.run).read_metrics()
     kl, jsd = ([one["parts"].get(name) for one in records] for name in ("forward_kl_stored_tail", "jsd_stored_tail"))
     ce = [one["parts"]["cross_entropy"] for one in records]
@@ -392,64 +334,60 @@ def test_the_end_of_a_run_compares_only_what_is_alike(
     assert f"student-train export {config.run}/config.yaml --out FOLDER" in lines[4]
 
 
-def test_another_meaning_is_refused_by_name(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
-    train_run(make_config(tmp_path / "run", cache, student, {"max_steps": 1}), ranks)
-    changed = make_config(tmp_path / "run", cache, student, {"max_steps": 1, "learning_rate": 2e-2})
+def test_another_meaning_is_refused_by_name(trainer: Trainer) -> None:
+    trainer.run(trainer.config("run", {"max_steps": 1}))
+    changed = trainer.config("run", {"max_steps": 1, "learning_rate": 2e-2})
     with pytest.raises(ConfigError, match=r"stages\.0\.learning_rate=0\.01, now it is 0\.02: set"):
-        train(changed, ranks, StopRequest())
-    changed = make_config(tmp_path / "run", cache, student, {"max_steps": 2, "learning_rate": 2e-2}, seed=1)
+        trainer.finish(changed)
+    changed = trainer.config("run", {"max_steps": 2, "learning_rate": 2e-2}, seed=1)
     with pytest.raises(
         ConfigError, match=r"seed=0, now it is 1 \(other keys that differ: stages.0.max_steps, stages.0.le"
     ):
-        train(changed, ranks, StopRequest())
-    kept_longer = make_config(tmp_path / "run", cache, student, {"max_steps": 1}, checkpoint={"keep_last": 5})
-    train(kept_longer, ranks, StopRequest())
+        trainer.finish(changed)
+    kept_longer = trainer.config("run", {"max_steps": 1}, checkpoint={"keep_last": 5})
+    trainer.finish(kept_longer)
 
 
 def test_until_there_is_a_checkpoint_a_run_may_still_mean_another_thing(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
+    trainer: Trainer, tmp_path: Path, cache: SyntheticCache
 ) -> None:
     run = tmp_path / "run"
-    refused = make_config(run, cache, student, data={"where": "correct"}, eval={"where": "split = 'nowhere'"})
+    refused = trainer.config("run", data={"where": "correct"}, eval={"where": "split = 'nowhere'"})
     with pytest.raises(ConfigError, match="selects none"):
-        train(refused, ranks, StopRequest())
+        trainer.finish(refused)
     frozen = RunFolder(run).selection_path("distill")
     assert frozen.exists()
-    assert not RunFolder(run).has_frozen(make_config(run, cache, student))
-    mended = make_config(run, cache, student, data={"where": "num_tokens < 30"})
-    train_run(mended, ranks)
+    assert not RunFolder(run).has_frozen(trainer.config("run"))
+    mended = trainer.config("run", data={"where": "num_tokens < 30"})
+    trainer.run(mended)
     assert load_selection(frozen, [cache.root]).header.where == "num_tokens < 30"
     assert RunFolder(run).has_frozen(mended)
     with pytest.raises(ConfigError, match=r"was begun with data\.where='num_tokens < 30', now it is 'correct'"):
-        train(refused, ranks, StopRequest())
+        trainer.finish(refused)
 
 
-def test_two_processes_never_train_one_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
-    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1})
+def test_two_processes_never_train_one_run(trainer: Trainer) -> None:
+    config = trainer.config("run", {"max_steps": 1})
     with RunFolder(config.run).lock(), pytest.raises(CacheConflict, match="in use by another process"):
-        train(config, ranks, StopRequest())
+        trainer.finish(config)
 
 
-def test_loss_that_is_no_number_ends_the_run(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_loss_that_is_no_number_ends_the_run(trainer: Trainer, tmp_path: Path) -> None:
     broken = make_student(tmp_path / "broken")
     model = AutoModelForCausalLM.from_pretrained(broken)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
     model.save_pretrained(broken)
-    config = make_config(tmp_path / "run", cache, broken, eval=None)
+    config = trainer.config("run", student={"model": str(broken)}, eval=None)
     with pytest.raises(StillroomError, match=r"stages.0 \(distill\): the loss is nan at step 1: lower"):
-        train(config, ranks, StopRequest())
+        trainer.finish(config)
 
 
 def _train_chains(cache: SyntheticCache) -> list[Chain]:
     return [chain for chain in cache.chains if chain.split == "train"]
 
 
-def _dense_reference(
-    cache: SyntheticCache, student: Path, entropy: float = 0.0, tail: float = 0.0
-) -> tuple[float, float, float, float]:
+def _dense_reference(cache: SyntheticCache, student: Path, entropy: float, tail: float) -> Dense:
     """(loss, KL, CE, norm of the loss's gradient), each chain alone, from full float64 softmaxes.
 
     Means by weights (1 + entropy)^a (1 - tail mass)^b of the tokens.
@@ -495,8 +433,8 @@ def _with_tokenizer(folder: Path, student: Path) -> Path:
     return folder
 
 
-def test_config_is_kept_with_the_run(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
-    config = make_config(tmp_path / "run", cache, student, {"max_steps": 1})
-    train(config, ranks, StopRequest())
+def test_config_is_kept_with_the_run(trainer: Trainer) -> None:
+    config = trainer.config("run", {"max_steps": 1})
+    trainer.finish(config)
     kept: TrainConfig = RunFolder(config.run).read_config()
     assert kept == config

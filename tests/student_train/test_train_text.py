@@ -15,14 +15,12 @@ from student_train.evaluation import evaluate_config
 from student_train.exporting import export
 from student_train.plan import plan_run
 from student_train.runtime.checkpoint import find_state
-from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import EOS_ID, Chain, SyntheticCache
 from tests.helpers.students import make_student
 from tests.helpers.tiny_tokenizer import byte_level, save
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, losses_of, make_config, ranks, student, train_run
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
 
-__all__ = ["cache", "ranks", "student"]
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
 LIMIT = 24
@@ -38,13 +36,17 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_text_alone_trains_a_student_of_another_vocabulary(
-    tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks
+    trainer: Trainer, tmp_path: Path, cache: SyntheticCache, foreign: Path
 ) -> None:
     """The loss of one step over everything is that of the rendered and retokenised chains, each alone."""
-    config = make_config(
-        tmp_path / "run", cache, foreign, ONE_STEP, data={"kind": "text", "pack_tokens": 512}, eval={"max_chains": None}
+    config = trainer.config(
+        "run",
+        ONE_STEP,
+        student={"model": str(foreign)},
+        data={"kind": "text", "pack_tokens": 512},
+        eval={"max_chains": None},
     )
-    (record,) = train_run(config, ranks)
+    (record,) = trainer.run(config)
     tokenizer = AutoTokenizer.from_pretrained(foreign)
     chains = [chain for chain in cache.chains if chain.split == "train"]
     # A synthetic chain reasons through the first half of its text; the decoder left out both marks.
@@ -63,40 +65,38 @@ def test_text_alone_trains_a_student_of_another_vocabulary(
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
-def test_reference_answers_may_be_learnt_instead(
-    tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks
-) -> None:
+def test_reference_answers_may_be_learnt_instead(trainer: Trainer, cache: SyntheticCache, foreign: Path) -> None:
     data: Json = {"kind": "text", "text": "reference", "pack_tokens": 512}
-    config = make_config(tmp_path / "run", cache, foreign, ONE_STEP, data=data, eval=None)
-    (record,) = train_run(config, ranks)
+    config = trainer.config("run", ONE_STEP, student={"model": str(foreign)}, data=data, eval=None)
+    (record,) = trainer.run(config)
     tokenizer = AutoTokenizer.from_pretrained(foreign)
     chains = [replace(chain, text="42", finish_reason="stop") for chain in cache.chains if chain.split == "train"]
     expected, num_tokens = _mean_cross_entropy(foreign, [_as_text(chain, tokenizer) for chain in chains])
     assert record["num_loss_tokens"] == num_tokens
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ConfigError, match="text: reference has no effect with kind: distributions"):
-        make_config(tmp_path / "run", cache, foreign, data={"text": "reference"})
+        trainer.config("run", student={"model": str(foreign)}, data={"text": "reference"})
 
 
-def test_text_run_goes_on_bit_for_bit(tmp_path: Path, cache: SyntheticCache, foreign: Path, ranks: Ranks) -> None:
+def test_text_run_goes_on_bit_for_bit(trainer: Trainer, foreign: Path) -> None:
     stage: Json = {"losses": {"cross_entropy": 1}, "batch_tokens": 2048}
     text: Json = {"kind": "text", "pack_tokens": 512}
-    whole = make_config(tmp_path / "whole", cache, foreign, stage, data=text)
-    parted = make_config(tmp_path / "parted", cache, foreign, stage, data=text)
-    expected = losses_of(train_run(whole, ranks))
-    train_run(parted, ranks, stop_after=3)
-    assert losses_of(train_run(parted, ranks)) == expected
+    whole = trainer.config("whole", stage, student={"model": str(foreign)}, data=text)
+    parted = trainer.config("parted", stage, student={"model": str(foreign)}, data=text)
+    expected = losses_of(trainer.run(whole))
+    trainer.run(parted, stop_after=3)
+    assert losses_of(trainer.run(parted)) == expected
     assert len(expected) > 4
 
 
 @pytest.mark.parametrize("policy", ["truncate", "skip", "split"])
 def test_long_chains_are_cut_as_the_configuration_says(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, policy: str
+    trainer: Trainer, cache: SyntheticCache, student: Path, policy: str
 ) -> None:
     data: Json = {"long_chains": policy, "max_tokens": LIMIT}
-    config = make_config(tmp_path / "run", cache, student, ONE_STEP, data=data, eval=None)
+    config = trainer.config("run", ONE_STEP, data=data, eval=None)
     planned = plan_run(config, 1)["stages"][0]
-    (record,) = train_run(config, ranks)
+    (record,) = trainer.run(config)
     chains = [chain for chain in cache.chains if chain.split == "train"]
     long = [chain for chain in chains if len(chain.prompt_ids) + len(chain.token_ids) > LIMIT]
     assert len(long) > 10

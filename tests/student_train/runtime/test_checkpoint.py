@@ -1,5 +1,6 @@
 """Runs that end in the middle: killed, interrupted, resumed, on one rank or two; checkpoints that cannot be used."""
 
+import contextlib
 import os
 import random
 import re
@@ -14,37 +15,28 @@ import pytest
 import yaml
 
 from stillroom.config import Json, plain
-from stillroom.errors import CorruptError, DataError
+from stillroom.errors import CacheConflict, CorruptError, DataError
 from student_train.config import TrainConfig
 from student_train.runtime.checkpoint import find_state, latest_state
 from student_train.runtime.engine import saved_weights
-from student_train.runtime.ranks import RANK_VARIABLES, Ranks
+from student_train.runtime.ranks import RANK_VARIABLES
 from student_train.runtime.run_folder import RunFolder
-from tests.helpers import ROOT
-from tests.helpers.caches import SyntheticCache
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, cache, losses_of, make_config, ranks, student, train_run
+from tests.helpers.programs import TIMEOUT_S, Program
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
 
-__all__ = ["cache", "ranks", "student"]
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
-LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 20}
+LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 10}
 
 
-@pytest.mark.parametrize(("num_ranks", "stage", "kills"), [(1, LORA, (5, 20)), (2, {"epochs": 20}, (8,))])
-def test_killed_run_goes_on_bit_for_bit(
-    tmp_path: Path,
-    cache: SyntheticCache,
-    student: Path,
-    num_ranks: int,
-    stage: Json,
-    kills: tuple[int, ...],
-) -> None:
+@pytest.mark.parametrize(("num_ranks", "stage", "kills"), [(1, LORA, (5, 15)), (2, {"epochs": 8}, (8,))])
+def test_killed_run_goes_on_bit_for_bit(trainer: Trainer, num_ranks: int, stage: Json, kills: tuple[int, ...]) -> None:
     """SIGKILL at random times, with a checkpoint every step, so that many hit one being written; then to the end."""
     options = ("--nproc", str(num_ranks))
-    whole = make_config(tmp_path / "whole", cache, student, stage, eval=None)
+    whole = trainer.config("whole", stage, eval=None)
     # By the same program: with other threads torch's attention adds in another order.
-    assert _run(whole, *options)[0] == 0
-    config = make_config(tmp_path / "run", cache, student, stage, eval=None, checkpoint={"every_steps": 1})
+    _start(whole, *options).wait(expect=0)
+    config = trainer.config("run", stage, eval=None, checkpoint={"every_steps": 1})
     random_delay = random.Random(num_ranks)
     place = ""
     for num_steps in kills:
@@ -52,59 +44,55 @@ def test_killed_run_goes_on_bit_for_bit(
         _wait_for_steps(config, num_steps, process)
         time.sleep(random_delay.uniform(0.0, 0.2))
         process.kill()
-        process.communicate()
+        _wait_for_lock(config)
         reached = latest_state(RunFolder(config.run).checkpoints)
         assert reached is not None
         assert 0 < reached.step < reached.num_steps
         place = f"{reached.step} of {reached.num_steps}"
-    code, said = _run(config, *options)
+    code, _, said = _start(config, *options).communicate()
     assert code == 0, said
     assert f"going on after step {place}" in said
     assert losses_of(RunFolder(config.run).read_metrics()) == losses_of(RunFolder(whole.run).read_metrics())
     assert _trained_bytes(config) == _trained_bytes(whole)
 
 
-def test_two_ranks_go_on_from_one(tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks) -> None:
+def test_two_ranks_go_on_from_one(trainer: Trainer) -> None:
     """The other way round, with the weights spread too: ZeRO 3."""
     engine: Json = {"zero_stage": 3}
-    whole = losses_of(train_run(make_config(tmp_path / "whole", cache, student, engine=engine), ranks))
-    config = make_config(tmp_path / "run", cache, student, engine=engine)
-    train_run(config, ranks, stop_after=4)
-    code, said = _run(config, "--nproc", "2")
+    whole = losses_of(trainer.reference(engine=engine))
+    config = trainer.config("run", engine=engine)
+    trainer.run(config, stop_after=4)
+    code, _, said = _start(config, "--nproc", "2").communicate()
     assert code == 0, said
     assert "going on after step 4 of 7 of stage distill, on 2 ranks (the checkpoint is of 1)" in said
     assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [(), ("--nproc", "2")])
-def test_interrupted_before_the_first_step_ends_at_once(
-    tmp_path: Path, cache: SyntheticCache, student: Path, options: tuple[str, ...]
-) -> None:
-    config = make_config(tmp_path / "run", cache, student)
+def test_interrupted_before_the_first_step_ends_at_once(trainer: Trainer, options: tuple[str, ...]) -> None:
+    config = trainer.config("run")
     process = _start(config, *options)
     while not (config.run / ".lock").exists():
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 130, said
+    code, _, said = process.communicate()
+    assert code == 130, said
     assert "Traceback" not in said
     assert "Resume with: student-train run" in said
     assert not RunFolder(config.run).read_metrics()
 
 
-def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks
-) -> None:
+def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(trainer: Trainer) -> None:
     """Two ranks at ZeRO 2 are interrupted politely, then one rank takes over through a universal checkpoint."""
-    stage: Json = {"epochs": 20, "clip_norm": 0.05}
-    whole = losses_of(train_run(make_config(tmp_path / "whole", cache, student, stage), ranks))
-    config = make_config(tmp_path / "run", cache, student, stage)
+    stage: Json = {"epochs": 8, "clip_norm": 0.05}
+    whole = losses_of(trainer.reference(stage))
+    config = trainer.config("run", stage)
     process = _start(config, "--nproc", "2")
     _wait_for_steps(config, 6, process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 130, said
+    code, _, said = process.communicate()
+    assert code == 130, said
     assert "Interrupted. Resume with: student-train run" in said
     assert "--nproc 2" in said
     assert said.count("training on 2 ranks\n") == 1
@@ -117,7 +105,7 @@ def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
     records = RunFolder(config.run).read_metrics()
     assert len(records) == state.step < state.num_steps
     assert losses_of(records) == pytest.approx(whole[: state.step], rel=1e-4)
-    assert losses_of(train_run(config, ranks)) == pytest.approx(whole, rel=1e-3)
+    assert losses_of(trainer.run(config)) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +116,10 @@ def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(
     ],
     ids=["torchrun", "deepspeed"],
 )
-def test_ranks_of_other_launchers_give_the_losses_of_one(
-    tmp_path: Path, cache: SyntheticCache, student: Path, ranks: Ranks, launcher: list[str]
-) -> None:
+def test_ranks_of_other_launchers_give_the_losses_of_one(trainer: Trainer, launcher: list[str]) -> None:
     stage: Json = {"max_steps": 2}
-    whole = losses_of(train_run(make_config(tmp_path / "whole", cache, student, stage, eval=None), ranks))
-    config = make_config(tmp_path / "run", cache, student, stage, eval=None)
+    whole = losses_of(trainer.reference(stage, eval=None))
+    config = trainer.config("run", stage, eval=None)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -156,17 +142,16 @@ def test_ranks_of_other_launchers_give_the_losses_of_one(
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=TIMEOUT_S,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-4)
 
 
-def test_a_mistake_under_several_ranks_is_one_line(tmp_path: Path, cache: SyntheticCache, student: Path) -> None:
-    config = make_config(tmp_path / "run", cache, student)
-    process = _start(config, "--nproc", "3")
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 2
+def test_a_mistake_under_several_ranks_is_one_line(trainer: Trainer) -> None:
+    config = trainer.config("run")
+    code, _, said = _start(config, "--nproc", "3").communicate()
+    assert code == 2
     assert said.startswith(
         "student-train: stages.0 (distill): batch_tokens=512 holds 4 packs of 128 tokens, which do not"
     )
@@ -196,29 +181,26 @@ def _written(config: TrainConfig) -> str:
 
 
 def _environ() -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Without the variables of the fixture `trainer`."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
-def _start(config: TrainConfig, *options: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "student_train.cli", "run", _written(config), *options],
-        env=_environ(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _start(config: TrainConfig, *options: str) -> Program:
+    return Program(["student-train", "run", _written(config), *options], environ=_environ())
 
 
-def _run(config: TrainConfig, *options: str) -> tuple[int, str]:
-    process = _start(config, *options)
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+def _wait_for_lock(config: TrainConfig) -> None:
+    """Ranks end with the program that started them, but not before it."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(CacheConflict), RunFolder(config.run).lock():
+            return
+        time.sleep(0.02)
 
 
-def _wait_for_steps(config: TrainConfig, num_steps: int, process: "subprocess.Popen[str]") -> None:
-    deadline_s = time.monotonic() + 300
+def _wait_for_steps(config: TrainConfig, num_steps: int, process: Program) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
     while len(RunFolder(config.run).read_metrics()) < num_steps:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s
         time.sleep(0.02)

@@ -93,7 +93,7 @@ def _start(tmp_path: Path, manner: str) -> "subprocess.Popen[str]":
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCH, sys.executable, "-m", "tests.helpers.rank_program", manner],
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+        env={**inherited, "TMPDIR": str(tmp_path)},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -431,16 +430,15 @@ def test_pauses_double_up_to_a_limit_and_differ(monkeypatch: pytest.MonkeyPatch)
         assert len(set(some)) == 50
 
 
+@pytest.mark.timeout(120)
 def test_closing_breaks_off_what_is_under_way(server: FakeServer) -> None:
     engine = make_engine(server)
-    server.behaviour.delay_s = 30.0
+    server.behaviour.delay_s = 600.0
     for request in make_requests(5):
         engine.submit(request)
-    started_s = time.monotonic()
     engine.step()
     engine.close()
     engine.close()
-    assert time.monotonic() - started_s < 20
 
 
 def test_more_connections_than_the_system_allows_are_refused(
