@@ -290,13 +290,28 @@ def commands_that_show(cache: Path) -> list[list[str]]:
     ]
 
 
+END = "<end of a command>"
+RUN_EACH = f"""
+import contextlib, json, sys
+from teacher_cache.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["teacher-cache", *arguments]
+    with contextlib.suppress(SystemExit):
+        main()
+    print("{END}", flush=True)
+"""
+
+
 def test_nothing_from_a_cache_acts_on_a_terminal(nasty: Path) -> None:
     """Each command on a real terminal: what it writes there, colours of our own taken off, moves and hides nothing."""
-    for arguments in commands_that_show(nasty):
-        seen = on_a_terminal([sys.executable, "-m", "teacher_cache.cli", *arguments])
-        own = OWN.sub("", seen)
+    commands = commands_that_show(nasty)
+    *seen, rest = on_a_terminal([sys.executable, "-c", RUN_EACH, json.dumps(commands)]).split(END)
+    assert rest.strip() == ""
+    for arguments, one in zip(commands, seen, strict=True):
+        own = OWN.sub("", one)
+        assert own.strip()
         assert not ACTS.findall(own), (arguments, own[:2000])
-        assert "\x1b[31m\x1b]" not in seen
+        assert "\x1b[31m\x1b]" not in one
 
 
 def on_a_terminal(command: list[str]) -> str:
