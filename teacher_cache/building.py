@@ -202,6 +202,7 @@ class Build:
     def _recover(self, own_abandoned_s: float) -> int:
         """Adopts files that workers of this run published but did not commit, except those of running workers."""
         num_rows = 0
+        # Other workers too: the next build may run with another N, in which a dead worker never comes back.
         for worker in sorted({self.worker, *self._workers_with_files()}):
             abandoned_s = own_abandoned_s
             with contextlib.ExitStack() as stack:

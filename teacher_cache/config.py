@@ -565,7 +565,7 @@ def _is_server_address(address: str) -> bool:
             parts.query or parts.fragment
         )
     except ValueError:
-        # A port that is no number, or half an IPv6 address.
+        # A port that is not a number, or an incomplete IPv6 address.
         return False
 
 

@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -128,9 +128,8 @@ def judge_cache(
         kinds, total = _count_pending(session, kind, where, again, report)
         if not total:
             return report
-        judges = [stack.enter_context(JudgeProcess()) for _ in range(num_processes)]
-        for judge in judges:
-            judge.prepare(kinds)
+        judges = stack.enter_context(closing(_Judges(num_processes)))
+        judges.prepare(kinds)
         progress = stack.enter_context(Progress("judge", total, "chains"))
         worker = _lock_own_name(root, stack)
         latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
@@ -209,10 +208,7 @@ class JudgeQueue:
         self.num_left = 0
         """Answers left to `teacher-cache judge`."""
         self._max_waiting = max_waiting
-        self._judges = [JudgeProcess() for _ in range(num_processes)]
-        self._free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
-        for judge in self._judges:
-            self._free.put(judge)
+        self._judges = _Judges(num_processes)
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="judge")
         self._pending: dict[Future[JudgedSample | None], None] = {}
         self._done: deque[Future[JudgedSample | None]] = deque()
@@ -266,11 +262,9 @@ class JudgeQueue:
         """Ends the processes, even in the middle of a check."""
         self._hurried = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for judge in self._judges:
-            judge.kill()
+        self._judges.kill()
         self._threads.shutdown(wait=True)
-        for judge in self._judges:
-            judge.close()
+        self._judges.close()
 
     def _settle(self) -> None:
         for future in [future for future in self._pending if future.done()]:
@@ -282,12 +276,42 @@ class JudgeQueue:
     ) -> JudgedSample | None:
         if self._hurried:
             return None
+        return JudgedSample(sample_id, kind, self._judges.judge(kind, answer, reference, metadata))
+
+
+class _Judges:
+    """Judge processes that threads share. Processes, because math checks keep their time limit with SIGALRM, which
+    needs a main thread, and a regular expression can backtrack for ever.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._all = [JudgeProcess() for _ in range(num_processes)]
+        self._free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
+        for judge in self._all:
+            self._free.put(judge)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def prepare(self, kinds: Sequence[str]) -> None:
+        for judge in self._all:
+            judge.prepare(kinds)
+
+    def judge(self, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any]) -> Verdict:
         judge = self._free.get()
         try:
-            verdict = judge.judge(kind, answer, reference, metadata)
+            return judge.judge(kind, answer, reference, metadata)
         finally:
             self._free.put(judge)
-        return JudgedSample(sample_id, kind, verdict)
+
+    def kill(self) -> None:
+        """Ends running checks; their callers get an undecided verdict."""
+        for judge in self._all:
+            judge.kill()
+
+    def close(self) -> None:
+        for judge in self._all:
+            judge.close()
 
 
 class _Uncommitted:
@@ -331,20 +355,13 @@ def _lock_own_name(root: Location, stack: ExitStack) -> str:
     raise AssertionError
 
 
-def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Iterator[tuple[JudgedSample, bool]]:
+def _judged(session: Session, query: str, judges: _Judges) -> Iterator[tuple[JudgedSample, bool]]:
     """Verdicts in the order of the rows, `len(judges)` checks at a time, with one batch of rows in memory; and whether
     the chain had a decided verdict before.
     """
-    free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
-    for judge in judges:
-        free.put(judge)
 
     def check(row: dict[str, Any]) -> tuple[JudgedSample, bool]:
-        judge = free.get()
-        try:
-            verdict = judge.judge(row["judge"], row["answer"], row["reference"], json.loads(row["metadata"]))
-        finally:
-            free.put(judge)
+        verdict = judges.judge(row["judge"], row["answer"], row["reference"], json.loads(row["metadata"]))
         return JudgedSample(row["sample_id"], row["judge"], verdict), row["has_verdict"]
 
     with ThreadPoolExecutor(len(judges)) as pool:
@@ -353,8 +370,7 @@ def _judged(session: Session, query: str, judges: Sequence[JudgeProcess]) -> Ite
                 yield from pool.map(check, batch.to_pylist())
         except BaseException:
             # Leaving the pool would wait for running checks, which may take minutes.
-            for judge in judges:
-                judge.kill()
+            judges.kill()
             raise
 
 

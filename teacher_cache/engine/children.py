@@ -1,9 +1,9 @@
-"""Child processes that die with this one, however it dies.
+"""Makes child processes die with this one, however it dies.
 
-vLLM's engine core waits for its next request for ever when the program that started it is killed, with the GPU's
-memory in its hands. Linux can send a child a signal when its parent thread ends (prctl PR_SET_PDEATHSIG), if the child
-asks for it: forked children ask through a fork hook, spawned ones through the first statement that their interpreter
-runs. Grandchildren inherit the manner. Imports nothing but the standard library: spawned interpreters run this file.
+vLLM's engine core waits for requests for ever, holding the GPU's memory, if the program that started it is killed.
+Linux can signal a child when its parent thread ends (prctl PR_SET_PDEATHSIG) if the child requests it: forked children
+do so in a fork hook, spawned ones in the first statement that their interpreter runs, and both pass it on to their own
+children. Imports only the standard library, because spawned interpreters run this file.
 """
 
 import ctypes
@@ -19,9 +19,9 @@ _state: dict[str, int] = {}
 
 
 def die_with_parent() -> None:
-    """From now on, processes that multiprocessing starts from this thread are killed when it ends. Linux only.
+    """Processes that multiprocessing starts from this thread are killed when it ends. May be called twice.
 
-    May be called twice. Elsewhere than on Linux it does nothing, and a killed program may leave its engine behind.
+    Does nothing on systems other than Linux, where a killed program may leave its engine running.
     """
     if not sys.platform.startswith("linux") or _state:
         return
@@ -34,7 +34,7 @@ def die_with_parent() -> None:
     command_line = multiprocessing.spawn.get_command_line
 
     def with_prologue(**arguments: Any) -> list[str]:
-        # [python, ..., "-c", program, "--multiprocessing-fork"]: the interpreter follows us before it does its work.
+        # [python, ..., "-c", program, "--multiprocessing-fork"]: prepend our call to the program.
         line = command_line(**arguments)
         program = line.index("-c") + 1
         call = f"__import__('runpy').run_path({__file__!r})['follow_parent']({os.getpid()})"
@@ -45,7 +45,7 @@ def die_with_parent() -> None:
 
 
 def follow_parent(parent: int) -> None:
-    """Called in a spawned process: dies with `parent`, and so will its own children."""
+    """Called in a spawned process: makes it and its own children die with `parent`."""
     _follow(parent)
     die_with_parent()
 
@@ -53,5 +53,5 @@ def follow_parent(parent: int) -> None:
 def _follow(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        # The parent was killed before the request above.
+        # The parent was killed before prctl took effect.
         os.kill(os.getpid(), signal.SIGKILL)

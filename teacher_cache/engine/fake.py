@@ -1,9 +1,9 @@
-"""A teacher that is not there: chains with lifelike distributions at a speed that tests what comes after the engine.
+"""Synthetic engine for tests and benchmarks: realistic distributions, no model.
 
-Everything but vLLM runs for real behind it: rows, codec, shards, commits, resumption. A chain is a pure function of its
-request's seed, so a build that was killed and resumed gives the same rows as one that was not.
+Everything behind the engine runs for real: rows, codec, shards, commits, resumption. A chain is a pure function of its
+request's seed, so a build that was killed and resumed has the same rows as an uninterrupted one.
 
-Shape legend: T completion tokens, K candidates, C contexts, P candidates a context.
+Shape legend: T completion tokens, K candidates, M draws, C contexts, P candidates per context.
 """
 
 import time
@@ -18,15 +18,15 @@ from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, ref
 
 NUM_CONTEXTS = 512
 CANDIDATES_PER_CONTEXT = 4
-"""Times K: what a context chooses its K candidates from."""
+"""In multiples of K: the pool from which a context takes its K candidates."""
 MEAN_CERTAIN_FRAC = 0.6
-"""Share of tokens that the teacher is nearly sure of, as reasoning models are."""
+"""Fraction of tokens with a nearly certain prediction, as in reasoning models."""
 MAX_IN_FLIGHT = 64
 MAX_FINISHED_A_STEP = 8
 
 
 class FakeEngine:
-    """Implements teacher_cache.engine.api.Engine. About 0.1 million tokens a second at k=64."""
+    """Implements teacher_cache.engine.api.Engine; about 100,000 tok/s at k=64."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class FakeEngine:
         step_s: float = 0.0,
         refuse: Callable[[Request], str | None] | None = None,
     ) -> None:
-        """`draws` and `temperatures` as in CaptureConfig; `eos_id` ends chains that stop; `step_s` is slept every step;
-        `refuse` gives a message for a request that is to fail. `vocab_size` must be at least 8 k.
+        """`draws` and `temperatures` as in CaptureConfig; `eos_id` ends chains that stop; every step sleeps `step_s`;
+        `refuse` returns a message for a request that should fail. `vocab_size` must be at least 8 k.
         """
         if vocab_size < 2 * CANDIDATES_PER_CONTEXT * k:
             raise ValueError(f"vocab_size={vocab_size} is too small for k={k}: it must be at least 8 k")
@@ -71,11 +71,11 @@ class FakeEngine:
         return len(self._queue)
 
     def has_room(self) -> bool:
-        """Whether fewer than MAX_IN_FLIGHT requests wait."""
+        """Whether fewer than MAX_IN_FLIGHT requests are waiting."""
         return len(self._queue) < MAX_IN_FLIGHT
 
     def submit(self, request: Request) -> None:
-        """Takes a request."""
+        """Queues a request."""
         self._queue.append(request)
 
     def step(self) -> list[Outcome]:
@@ -86,7 +86,7 @@ class FakeEngine:
         return [self._outcome(self._queue.popleft()) for _ in range(num)]
 
     def close(self) -> None:
-        """Forgets what waits."""
+        """Drops waiting requests."""
         self._queue.clear()
 
     def _outcome(self, request: Request) -> Outcome:
@@ -114,7 +114,7 @@ class FakeEngine:
     ) -> Capture:
         ids_TK = self._candidates(rng, num_tokens)
         if ends and self._eos_id is not None:
-            # Wherever the id stands already, the candidate that it takes the first place from goes.
+            # If eos is a candidate already, swap it with the first one so that ids stay distinct.
             ids_TK[-1][ids_TK[-1] == self._eos_id] = ids_TK[-1, 0]
             ids_TK[-1, 0] = self._eos_id
         logprobs_TK = _logprobs(rng, num_tokens, self._k)
@@ -125,7 +125,7 @@ class FakeEngine:
             column_T[-1] = 0
         tokens = np.arange(num_tokens)
         if given is not None:
-            # Where a given token stands already, it changes places with the one drawn.
+            # If a given token is a candidate already, swap it with the drawn one so that ids stay distinct.
             drawn_ids_T, given_T = ids_TK[tokens, column_T], np.array(given, np.int32)
             ids_TK = np.where(ids_TK == given_T[:, None], drawn_ids_T[:, None], ids_TK)
             ids_TK[tokens, column_T] = given_T
@@ -144,12 +144,12 @@ class FakeEngine:
     def _tail_draws(
         self, rng: np.random.Generator, ids_TK: Int32, probs_TK: npt.NDArray[np.float64]
     ) -> tuple[Int32, Float32] | tuple[None, None]:
-        """Draws from a tail that is spread evenly over all other ids."""
+        """Draws from a tail that is uniform over all other ids."""
         if not self._draws:
             return None, None
         num_others = self._vocab_size - self._k
         places_TM = rng.integers(0, num_others, (len(ids_TK), self._draws))
-        # The j-th id that is not among the k: past every stored id that is not above it, in rising order.
+        # Skip stored ids in ascending order, which maps j to the j-th id that is not among the k.
         ids_TM = places_TM.astype(np.int32)
         for column_T in np.sort(ids_TK, axis=1).T:
             ids_TM += ids_TM >= column_T[:, None]
@@ -169,7 +169,7 @@ class FakeEngine:
         return np.stack(sums, axis=1).astype(np.float32)
 
     def _candidates(self, rng: np.random.Generator, num_tokens: int) -> Int32:
-        """Distinct ids of each token: a walk through one of the contexts."""
+        """Distinct ids per token: consecutive places of one context."""
         num_places = self._contexts_CP.shape[1]
         context_T = rng.integers(0, NUM_CONTEXTS, num_tokens)
         start_T = rng.integers(0, num_places, num_tokens)
@@ -179,7 +179,7 @@ class FakeEngine:
 
 
 def _contexts(vocab_size: int, num_places: int) -> Int32:
-    """Ids [C, P], distinct within a context; small ids, as in a tokenizer ordered by frequency, come up often."""
+    """Ids [C, P], distinct within a context. Small ids are more frequent, as in tokenizers ordered by frequency."""
     rng = np.random.default_rng(0)
     weights = 1.0 / (np.arange(vocab_size) + 10.0)
     keys = rng.exponential(size=(NUM_CONTEXTS, vocab_size)) / weights
@@ -187,7 +187,7 @@ def _contexts(vocab_size: int, num_places: int) -> Int32:
 
 
 def _logprobs(rng: np.random.Generator, num_tokens: int, k: int) -> Float32:
-    """Falling log probabilities [T, K] float32: a sure or unsure first token, then a noisy power law, then a tail."""
+    """Descending logprobs [T, K] float32: a certain or uncertain first token, then a noisy power law, then a tail."""
     certain_T = rng.random(num_tokens) < MEAN_CERTAIN_FRAC
     rest_T = np.where(certain_T, rng.beta(1.0, 60.0, num_tokens), rng.beta(3.0, 3.0, num_tokens))
     power_T = rng.uniform(1.2, 2.2, num_tokens)
@@ -198,7 +198,7 @@ def _logprobs(rng: np.random.Generator, num_tokens: int, k: int) -> Float32:
     kept_T = rest_T * (1.0 - rng.beta(1.0, 30.0, num_tokens))
     probs_TK = kept_T[:, None] * weights_TK / np.maximum(weights_TK.sum(axis=1), 1e-300)[:, None]
     probs_TK[:, 0] = 1.0 - rest_T
-    # The first token need not have been the largest: ranks are by probability.
+    # An uncertain first token may not be the largest, but ranks are by probability.
     probs_TK = -np.sort(-probs_TK, axis=1)
     logprobs_TK: Float32 = np.log(np.maximum(probs_TK, 1e-30)).astype(np.float32)
     return logprobs_TK

@@ -1,4 +1,4 @@
-"""Who the teacher is: its tokenizer and the record of its fingerprints, known without loading the model."""
+"""Identifies the teacher without loading the model: its tokenizer, and fingerprints of weights and template."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from teacher_cache.config import EmbeddedConfig, EngineConfig, ServerConfig, Tea
 
 @dataclass(frozen=True, slots=True)
 class IdentifiedTeacher:
-    """`tokenizer` is a transformers tokenizer; `record.revision` the commit to load, None for a folder."""
+    """`tokenizer` is a transformers tokenizer; `record.revision` is the commit to load, None for a folder."""
 
     record: Teacher
     tokenizer: Any
@@ -29,11 +29,11 @@ class IdentifiedTeacher:
 
 @naming("teacher.model")
 def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfig()) -> IdentifiedTeacher:  # noqa: B008
-    """Raises DataError where the folder or hub id lacks a tokenizer or config.json, or weights to be loaded here.
+    """Raises DataError if the folder or hub id lacks a tokenizer, config.json, or weights that are loaded here.
 
-    With a server the weights are elsewhere. Where the folder holds them all the same, or the hub has the model, the
-    identity is the same as for the embedded engine, so that one cache may be filled by both; else the name under which
-    the model is served stands in for the weights.
+    With a server engine the weights may be elsewhere. If they are in the folder or on the hub all the same, the
+    identity is that of the embedded engine, so that both may fill one cache; otherwise the name under which the model
+    is served replaces the weights.
     """
     weights, revision = _weights(config, engine)
     tokenizer = load_tokenizer(config.model, revision, config.trust_remote_code)
@@ -57,7 +57,7 @@ def _weights(config: TeacherConfig, engine: EngineConfig) -> tuple[str, str | No
         return fingerprint_weights(config.model, config.revision)
     if engine.model is None:
         raise ConfigError(
-            f"{config.model} holds no weights: set engine.model, the name under which they are served, to tell this "
-            "teacher from others"
+            f"{config.model} holds no weights: set engine.model, the name under which they are served, to identify "
+            "this teacher"
         )
     return fingerprint_served(folder, engine.model), None

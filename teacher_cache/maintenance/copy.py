@@ -100,6 +100,7 @@ def copy_lines(report: CopyReport, dest: Location) -> list[str]:
 
 def _require_apart(sources: Sequence[Location], dest: Location) -> None:
     folders = [path.resolve() for path in (*sources, dest)]
+    # Resolved, because a symbolic link may lead from one cache into the other.
     for i, one in enumerate(folders):
         for other in folders[i + 1 :]:
             if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
@@ -192,6 +193,7 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
     for file in source.files():
         run_id = _run_of(file)
         if run_id not in committers:
+            # First adopt what an interrupted copy had published, so that it is not copied again.
             committers[run_id] = Committer(target, visible, run_id, COPIER)
             committers[run_id].recover()
             visible.refresh()

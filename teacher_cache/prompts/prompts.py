@@ -87,6 +87,7 @@ def load_prompts(config: PromptsConfig) -> LoadedPrompts:
                 _add(row, source, config.heldout_frac, evaluation, places, loaded)
         if num_drafts == 0:
             raise DataError(_empty_source(source, loaded.failures[num_failures:]))
+    # By hash rather than by shuffling: prompts added later do not change the order of the others.
     loaded.prompts.sort(key=lambda prompt: stable_hash("order", config.seed, prompt.prompt_id))
     return loaded
 

@@ -152,7 +152,7 @@ def malformed(source: str, where: str, message: str) -> Failure:
 
 
 def metadata_of(source: RowSource, row: Row, values: Json) -> Json:
-    """The row's place, the metadata fields that were asked for, and the judge."""
+    """The row's place, the configured metadata fields, and the judge."""
     place = "line" if isinstance(source, JsonlFile) else "row"
     metadata = {place: row.number, **{name: jsonable(values.get(name)) for name in source.metadata_fields}}
     return metadata if source.judge is None else {**metadata, "judge": source.judge}

@@ -118,6 +118,7 @@ class Committer:
             relative = relative_name(path, self._table.folder)
             if name is None or name["worker"] != self._worker or relative in known:
                 continue
+            # Lower sequences are committed: such a file was dropped or quarantined, and must not come back.
             if int(name["sequence"]) >= first_open and self._is_abandoned(path, abandoned_s):
                 num_adopted += self.adopt(path)
         return num_adopted
@@ -159,6 +160,7 @@ class Committer:
                 path.unlink()
             if fresh_ids:
                 self._table.commit([file], self.application, self.next_sequence)
+                # The next refresh need not read back from the store what was just written.
                 self._visible.add(file.path, fresh_ids)
             return len(fresh_ids)
 

@@ -233,7 +233,7 @@ def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(
         check_hash(catalog.chains.path_of(file))
 
 
-def test_the_number_of_workers_may_change_between_runs_and_while_another_is_at_work(
+def test_the_number_of_workers_may_change_between_runs_and_during_one(
     tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
     """One of three is killed, one of two starts beside another of three; then four finish, and nobody is left over."""
@@ -263,9 +263,7 @@ def judged_requests(num_prompts: int) -> list[Request]:
     return made
 
 
-def test_a_run_that_goes_on_with_entropies_of_another_kind_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resuming_with_entropies_of_another_kind_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def engine_of(sampler: str) -> FakeEngine:
         engine = make_engine()
         engine.info = dataclasses.replace(engine.info, settings={"sampler": sampler})

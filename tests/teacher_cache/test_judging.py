@@ -69,7 +69,7 @@ def test_where_chooses_chains(cache: SyntheticCache) -> None:
         (" ", "--where is empty: leave it out"),
     ],
 )
-def test_a_wrong_condition_is_told_in_its_own_words(
+def test_a_wrong_condition_is_reported_in_its_own_words(
     cache: SyntheticCache, kind: str | None, where: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -110,7 +110,7 @@ def test_the_same_judge_keeps_its_decision_too(cache: SyntheticCache, monkeypatc
     assert latest(cache.root) == before
 
 
-def test_another_judges_word_is_replaced_when_asked_for(cache: SyntheticCache) -> None:
+def test_another_judges_verdict_is_replaced_on_request(cache: SyntheticCache) -> None:
     judge_cache(cache.root, kind="regex")
     first = latest(cache.root)
     judge_cache(cache.root, kind="exact")
@@ -120,7 +120,7 @@ def test_another_judges_word_is_replaced_when_asked_for(cache: SyntheticCache) -
     assert judge_cache(cache.root, kind="regex").by_judge == {}
 
 
-def test_prompts_judges_mend_what_an_undecided_verdict_hid(tmp_path: Path) -> None:
+def test_own_judges_restore_what_an_undecided_verdict_hid(tmp_path: Path) -> None:
     root = tmp_path / "c"
     named = [replace(one, prompt=replace(one.prompt, metadata={"judge": "exact"})) for one in make_requests(6)]
     run_build(make_config(root), named)
@@ -159,7 +159,7 @@ def test_what_was_judged_before_an_interruption_is_kept(cache: SyntheticCache, m
     assert judge_cache(cache.root, kind="exact").by_judge["exact"].num_chains == 19
 
 
-def test_nobody_waits_for_a_check_after_ctrl_c(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_does_not_wait_for_a_check(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hanging(JudgeProcess):
         """Meets Ctrl-C in the middle of a check that takes until it is killed."""
 
@@ -232,7 +232,7 @@ def test_the_latest_verdict_counts_though_the_clock_was_set_back(cache: Syntheti
     assert verdicts(cache.root)[sample_id, "regex"] is expected
 
 
-def test_gc_leaves_the_files_of_a_judge_at_work_alone(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_keeps_the_files_of_a_running_judge(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
     commit, kept = Table.commit, list[str]()
 
     def swept_first(table: Table, *arguments: Any) -> None:

@@ -149,7 +149,7 @@ def test_another_sampling_is_another_run_with_the_old_lengths(folder: Path) -> N
     assert (plan.tokens_left, plan.bytes_per_token_measured, plan.hours_left) == (42.0, False, None)
 
 
-def test_prompts_without_room_are_counted_apart(folder: Path) -> None:
+def test_prompts_without_room_are_counted_separately(folder: Path) -> None:
     plan = plan_build(config_of(folder, engine={"max_model_len": 20}))
     assert (plan.num_unusable, plan.num_left) == (14, 0)
     plan = plan_build(config_of(folder, engine={"max_model_len": 60}))
@@ -167,7 +167,7 @@ def test_a_small_disk_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert "has 1.0 kB free and the build needs up to 68.3 kB" in warning
 
 
-def test_speed_is_that_of_the_workers_at_work_together(tmp_path: Path) -> None:
+def test_speed_is_that_of_the_workers_running_together(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     for worker, time, speed in (("w0of2", 10_000, 100.0), ("w1of2", 9_000, 50.0), ("w0", 1_000, 70.0)):
         lines = [{"time": time - 10, "tokens_per_s": 1.0}, {"time": time, "tokens_per_s": speed}]
@@ -207,7 +207,7 @@ def test_rows_left_out_are_counted_beyond_the_first_few(folder: Path) -> None:
     assert "5 malformed, 1 duplicate, 0 contaminated" in "\n".join(plan_lines(plan))
 
 
-def test_a_file_is_no_cache(folder: Path) -> None:
+def test_a_file_is_refused_as_cache(folder: Path) -> None:
     config = config_of(folder, cache=str(folder / "sums.jsonl"))
     refused = r"sums\.jsonl is a file: name a folder"
     with pytest.raises(DataError, match=refused):

@@ -223,6 +223,7 @@ async def _check_logprobs(http: HttpClient, api: Api, model: str, form: Form, ex
     """Requires enough logprobs, of the model's own distribution at temperature 1."""
     ids = _probe_ids(expected)[:NUM_PROBE_TOKENS]
     try:
+        # The least probable token is scored and then forced: flags that change logprobs show in the difference.
         scored = await score_tokens(http, api, model, ids, 1, form)
         least = int(np.argmin(scored.sampled_logprob_T[:-1])) + 1
         forced = await _force_token(http, api, model, ids[: least + 1], form)
@@ -300,6 +301,7 @@ async def _check_tokenizer(http: HttpClient, model: str, expected: Expected) -> 
 
 
 async def _check_vocabulary(http: HttpClient, model: str, expected: Expected) -> None:
+    # No API reports the width of the logits, but vLLM's refusal of an impossible stop token does.
     body = {"model": model, "prompt": [0], "max_tokens": 1, "stop_token_ids": [NO_TOKEN]}
     try:
         await http.post(CompletionsApi.path, body)

@@ -273,6 +273,7 @@ class EndpointPool:
             free = [one for one in self._endpoints if one.is_up and one.num_in_flight < self._config.max_in_flight]
             if not free:
                 return
+            # Chains differ in length by orders of magnitude: balance what is open, not what was sent.
             endpoint = min(free, key=lambda one: one.num_in_flight)
             endpoint.num_in_flight += 1
             self._start(self._run(endpoint, self._jobs.popleft()))
@@ -313,6 +314,7 @@ class EndpointPool:
             endpoint.note_trouble(error)
         if was_up and not endpoint.is_up:
             self._note_down(endpoint)
+        # A busy server did no work, so only other errors count against the chain, which may be what kills servers.
         if error.is_busy:
             job.num_waits += 1
         else:

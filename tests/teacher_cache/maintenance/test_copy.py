@@ -54,7 +54,7 @@ def test_a_copy_shows_the_same(tmp_path: Path) -> None:
     assert (again.num_chains, again.num_known, again.num_verdicts, again.size_bytes) == (0, 40, 0, 0)
 
 
-def test_overlapping_caches_merge_and_a_build_goes_on_in_the_result(tmp_path: Path) -> None:
+def test_overlapping_caches_merge_and_a_build_resumes_in_the_result(tmp_path: Path) -> None:
     requests = make_requests(90)
     run_build(make_config(tmp_path / "a"), requests[:50])
     bad = {requests[70].sample_id}
@@ -94,7 +94,7 @@ def test_a_damaged_source_is_named_and_nothing_of_it_is_visible(tmp_path: Path) 
         copy_caches([source], tmp_path / "b")
 
 
-def test_a_file_is_no_destination(tmp_path: Path) -> None:
+def test_a_file_is_refused_as_destination(tmp_path: Path) -> None:
     make_cache(tmp_path / "a", 3)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DataError, match="file is a file"):

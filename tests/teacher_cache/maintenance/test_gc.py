@@ -66,7 +66,7 @@ def test_written_shards_are_adopted_and_unfinished_ones_swept(crashed: Path) -> 
     assert gc_lines(again) == ["nothing to free"]
 
 
-def test_young_files_and_those_of_a_worker_at_work_stay(crashed: Path) -> None:
+def test_young_files_and_those_of_a_running_worker_stay(crashed: Path) -> None:
     before = contents(crashed)
     young = gc(crashed, grace_s=3600.0)
     assert {item.why for item in young.kept} == {"younger than the grace period"}
@@ -148,7 +148,7 @@ def test_a_dropped_run_is_built_again(tmp_path: Path) -> None:
     assert verify_cache(tmp_path / "c").ok
 
 
-def test_a_run_at_work_is_not_dropped_and_an_unknown_one_is_named(crashed: Path) -> None:
+def test_a_running_run_is_not_dropped_and_an_unknown_one_is_named(crashed: Path) -> None:
     (run_id,) = Catalog(crashed).runs()
     with (
         worker_lock(lock_path(crashed, run_id, "w0"), 0.0),

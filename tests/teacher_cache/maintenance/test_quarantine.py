@@ -91,8 +91,8 @@ def test_rows_that_are_kept_are_the_same_bytes(root: Path) -> None:
     before = pq.read_table(path).to_pylist()
     lost = set(damage_group(path, 0))
     run(root, "--quarantine")
-    (mended,) = (root / "chains").glob(f"*/{REPAIR_WORKER}-*.parquet")
-    assert pq.read_table(mended).to_pylist() == [row for row in before if row["sample_id"] not in lost]
+    (repaired,) = (root / "chains").glob(f"*/{REPAIR_WORKER}-*.parquet")
+    assert pq.read_table(repaired).to_pylist() == [row for row in before if row["sample_id"] not in lost]
 
 
 @pytest.mark.parametrize("how", ["footer", "cut", "gone"])
@@ -132,7 +132,7 @@ def test_rows_that_are_visible_twice_stay_once(root: Path) -> None:
     assert sorted(visible(root)) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
 
 
-def test_what_is_no_damage_is_not_taken_out(root: Path) -> None:
+def test_only_damage_is_quarantined(root: Path) -> None:
     """A shard of a newer program, and a run whose manifest is gone."""
     content = pq.read_table(largest(root))
     header = json.loads(content.schema.metadata[SHARD_METADATA_KEY]) | {"format_version": FORMAT_VERSION + 1}
@@ -145,7 +145,7 @@ def test_what_is_no_damage_is_not_taken_out(root: Path) -> None:
     assert len(Catalog(root).chains.files()) == num_before
 
 
-def test_damaged_verdicts_and_failures_are_taken_out(root: Path) -> None:
+def test_damaged_verdicts_and_failures_are_quarantined(root: Path) -> None:
     requests = make_requests(NUM_ROWS + 5)
     bad = {one.sample_id for one in requests[NUM_ROWS:]}
     run_build(

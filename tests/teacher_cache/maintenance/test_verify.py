@@ -265,7 +265,7 @@ def test_columns_counts_and_companions_are_checked(root: Path, shard: Path) -> N
     assert any(file == f"runs/{manifest.name}" and "is not a run manifest (Expecting" in text for file, text in found)
 
 
-def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a cache"):
         verify_cache(tmp_path)
 
@@ -321,7 +321,7 @@ def test_the_next_step_comes_last(root: Path, shard: Path) -> None:
     assert step not in verify_command(root, quarantine=True)[1]
 
 
-def test_a_path_that_is_no_cache_says_why(root: Path, tmp_path: Path) -> None:
+def test_a_path_without_a_cache_says_why(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for path, reason in (
@@ -341,7 +341,7 @@ def test_a_path_that_is_no_cache_says_why(root: Path, tmp_path: Path) -> None:
         verify_cache(tmp_path)
 
 
-def test_what_is_committed_meanwhile_is_no_lost_entry(root: Path, shard: Path) -> None:
+def test_a_commit_made_meanwhile_is_not_a_lost_entry(root: Path, shard: Path) -> None:
     opened_before = Catalog(root).chains
     register(Catalog(root).chains, pq.read_table(shard).slice(0, 0), "w7")
     assert lost_commits(opened_before) == []

@@ -7,6 +7,7 @@ import pytest
 
 from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
 from stillroom.errors import CacheConflict, CorruptError
+from stillroom.storage.paths import Location
 from teacher_cache.building import Build
 from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, worker_lock
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
@@ -38,7 +39,7 @@ def test_an_orphan_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [tmp_path / "c" / "chains" / file.path for file in Catalog(tmp_path / "c").chains.files()] == [orphan]
 
 
-def test_the_orphan_of_another_worker_is_adopted_unless_it_is_at_work(
+def test_the_orphan_of_another_worker_is_adopted_unless_that_is_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (orphan,) = _without_commits(tmp_path / "c", 20, monkeypatch)
@@ -76,7 +77,7 @@ def test_an_orphan_whose_rows_are_partly_visible_is_reduced(tmp_path: Path, monk
         check_hash(table.path_of(file))
 
 
-def test_a_file_that_was_registered_meanwhile_is_no_orphan(tmp_path: Path) -> None:
+def test_a_file_registered_meanwhile_is_not_an_orphan(tmp_path: Path) -> None:
     """Regression: a table opened before another process committed took the new file for an orphan and removed it."""
     requests = make_requests(20)
     run_build(make_config(tmp_path / "c"), requests[:5])
@@ -87,9 +88,7 @@ def test_a_file_that_was_registered_meanwhile_is_no_orphan(tmp_path: Path) -> No
     assert len(_visible(tmp_path / "c")) == 20
 
 
-def test_a_commit_that_was_taken_though_it_seemed_refused_keeps_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_that_only_seemed_to_fail_keeps_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = Table.commit
 
     def ambiguous(self: Table, files: list[DataFile], application: str, sequence: int) -> None:
@@ -119,3 +118,18 @@ def test_a_shard_cut_short_stops_the_next_build_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(CorruptError, match=f"{path.name} cannot be read"):
         run_build(make_config(tmp_path / "c"), make_requests(30))
+
+
+def test_a_build_does_not_read_its_own_shards_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def reading(path: Location) -> list[str]:
+        read.append(path.name)
+        return read_sample_ids(path)
+
+    monkeypatch.setattr("teacher_cache.writer.commit.read_sample_ids", reading)
+    config = make_config(tmp_path / "c", shard={"row_group_tokens": 100, "max_mb": 0.01})
+    assert run_build(config, make_requests(60)).recorded.num_shards > 1
+    assert read == []
+    run_build(config, make_requests(61))
+    assert len(read) == len(set(read)) > 1, "a later process reads each shard once"

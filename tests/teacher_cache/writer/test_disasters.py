@@ -164,7 +164,7 @@ def test_a_name_that_deltalake_cannot_open_is_refused(tmp_path: Path) -> None:
         Catalog.create(tmp_path / "a%20b" / "c")
 
 
-def test_a_lost_checkpoint_is_named_with_what_mends_it(tmp_path: Path) -> None:
+def test_a_lost_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     root = make_cache(tmp_path / "c", num_chains=20).root
     Catalog(root).chains._delta.create_checkpoint()
     log = root / "chains" / "_delta_log"
