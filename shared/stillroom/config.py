@@ -41,11 +41,13 @@ _PATTERN_WORDS = {
 class StrictModel(BaseModel):
     """Base of every configuration block: frozen; unknown keys are refused with the nearest known name."""
 
+    # Namespaces: pydantic reserves names that begin with `model_`, which are ordinary words here.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, data: Any) -> Any:
+        # pydantic's own refusal of extra keys has no suggestion.
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
@@ -131,6 +133,7 @@ def apply_override(data: Json, override: str) -> None:
 
 def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> Model:
     """Validates `data`. Raises ConfigError with the first problems and the number of others."""
+    # Refused on reading: masking them on writing would have to be remembered everywhere.
     for key, text in _texts(data):
         for name, pattern in SECRETS.items():
             if pattern.search(text):
@@ -172,6 +175,7 @@ def _child(node: Any, part: str, override: str) -> Any:
         return node[_list_index(node, part, override)]
     if not isinstance(node, dict):
         raise ConfigError(f"--set {override!r}: the part before {part!r} holds a plain value, it has no keys")
+    # `--set eval.where=...` makes the block that the file left out or set to null.
     if node.get(part) is None:
         node[part] = {}
     return node[part]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Libraries colour their messages for terminals, and ours also go to logs and JSON.
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 

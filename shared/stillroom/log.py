@@ -74,6 +74,7 @@ class Progress:
         self._done, self._num_tokens = done, num_tokens
         self._notes = "  ".join(f"{name} {value}".strip() for name, value in (notes or {}).items())
         self._window.append((now_s, num_tokens))
+        # The oldest entry is the base of the rate, so two always stay.
         while len(self._window) > 2 and now_s - self._window[0][0] > RATE_WINDOW_S:
             self._window.popleft()
         self._show()

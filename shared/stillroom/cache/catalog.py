@@ -40,6 +40,7 @@ from stillroom.storage.paths import (
 )
 
 HASH_CHARS = 32
+# The name carries the hash because Delta's add action has no checksum that survives a copy, and a sidecar gets lost.
 SHARD_NAME = re.compile(
     rf"^(?P<worker>[A-Za-z0-9_.]+)-(?P<sequence>\d{{6,}})-(?P<hash>[0-9a-f]{{{HASH_CHARS}}})\.parquet$"
 )
@@ -286,6 +287,7 @@ def publish(temp: Path, folder: Location, relative_stem: str, num_rows: int) -> 
         return DataFile(path, size_bytes, num_rows)
     target.parent.mkdir(parents=True, exist_ok=True)
     temp.replace(target)
+    # A rename is durable only once its folder is flushed.
     sync_folder(target.parent)
     return DataFile(path, target.stat().st_size, num_rows)
 

@@ -85,6 +85,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
         logprobs_E, tail_T = logprobs_of(values["topk_codes"], values["tail_codes"], entry_n_T, drawn_E)
     else:
         logprobs_E, tail_T = values["topk_logprobs"], values["tail_logmass"]
+    # Entries are stored together because one column compresses better than two; here they part.
     draws = None
     if draw_n_T is not None and drawn_E is not None:
         draws = Draws(draw_n_T, ids_E[drawn_E], logprobs_E[drawn_E])
@@ -120,6 +121,7 @@ def _read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
         good_R = lengths["log_partitions"] == tokens_R * num
         require_rows(good_R, where, "log_partitions", f"does not have {num} entries per token, one per temperature")
     ids_E = values["topk_ids"]
+    # Two reductions first: a mask of every id is only needed to name the bad row.
     if len(ids_E) and (int(ids_E.min()) < 0 or int(ids_E.max()) >= header.vocab_size):
         bad_E = (ids_E < 0) | (ids_E >= header.vocab_size)
         row = int(np.searchsorted(np.cumsum(lengths["topk_ids"]), np.flatnonzero(bad_E)[0], side="right"))

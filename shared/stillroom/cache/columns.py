@@ -40,6 +40,7 @@ def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[
         column = whole_column(table, name, where)
         if not pa.types.is_list(column.type):
             raise CorruptError(f"{where}: column {name} holds {column.type}, not lists: the file is damaged")
+        # flatten respects the slice that a row group may be; `values` would not.
         flat = column.flatten()
         if flat.null_count:
             raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")
@@ -53,8 +54,6 @@ def whole_column(table: pa.Table, name: str, where: str) -> pa.Array:
     if name not in table.column_names:
         raise CorruptError(f"{where}: column {name} is missing: the file is not what its header says")
     column = table.column(name).combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
     if column.null_count:
         raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")
     return column
@@ -76,6 +75,8 @@ def require_values(good: npt.NDArray[np.bool_], offsets: Int64, where: str, colu
 
 def codes_of(logprobs: Float32) -> npt.NDArray[np.int16]:
     """Square-root codes, 0 to 255, of log probabilities in nats; resolution is finest near certainty."""
+    # Square roots of probabilities would be finer near 1, but give an entry of 3e-4 steps of 0.4 nats instead of 0.12,
+    # and KL at temperature 2 grows eightfold.
     scaled = np.sqrt(np.clip(-logprobs, 0.0, LOGPROB_RANGE_NATS) / LOGPROB_RANGE_NATS)
     codes: npt.NDArray[np.int16] = np.rint(MAX_CODE * scaled).astype(np.int16)
     return codes
@@ -99,6 +100,7 @@ def logprobs_of(
     """
     if not len(n_T):
         return np.zeros(0, np.float32), np.zeros(0, np.float32)
+    # Codes near 0 are off by up to 0.06 nats: undivided, a fifth of the tokens would have a mass above one.
     starts_T = np.cumsum(n_T, dtype=np.int64) - n_T
     probs_E = _CODE_PROB[codes_E]
     if drawn_E is not None:

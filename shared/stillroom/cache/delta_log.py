@@ -88,6 +88,7 @@ def file_history(log: Location) -> dict[str, list[Span]]:
     found: dict[str, list[Span]] = {}
     for version in sorted(entries):
         for action in _actions(log / f"{version:020d}.json"):
+            # Paths in Delta actions are URL-encoded.
             if "add" in action:
                 found.setdefault(unquote(action["add"]["path"]), []).append(Span(version, None))
             elif "remove" in action:

@@ -205,6 +205,7 @@ class Cache:
     def _groups(self, columns: Sequence[str], where: str | None) -> Iterator[tuple[list[dict[str, Any]], RowGroup]]:
         """Row groups that hold matches, with the places and latest verdicts of those."""
         condition = "" if where is None else f" WHERE {in_brackets(where)}"
+        # Places and verdicts only: texts come from one row group at a time, so memory does not grow with the cache.
         found = self.session.arrow(_PLACES.format(condition=condition))
         for filename, rows in groupby(found.to_pylist(), itemgetter("filename")):
             path = location(filename)
@@ -213,6 +214,7 @@ class Cache:
                 for index, places, rows_R in _by_row_group(shard, list(rows)):
                     needed = list(dict.fromkeys([*columns, "token_ids", *signal_columns(header)]))
                     table = read_row_group(shard, index, needed, str(path))
+                    # Rows without a match need not be decoded.
                     if len(rows_R) < table.num_rows:
                         table = table.take(pa.array(rows_R))
                     signals, offsets_R = decode(table, header, f"{path}: row group {index}")

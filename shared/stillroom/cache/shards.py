@@ -35,6 +35,7 @@ def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
         header = ShardHeader.model_validate_json(raw)
     except ValueError as error:
         raise CorruptError(f"{where} has a header that cannot be read: {str(error).splitlines()[0]}") from error
+    # A newer version may store the same columns with another meaning, so guessing is not an option.
     if header.format_version > FORMAT_VERSION:
         raise DataError(
             f"{where} has format version {header.format_version}, this program reads up to {FORMAT_VERSION}: upgrade it"
@@ -50,6 +51,7 @@ def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], whe
     if missing:
         raise CorruptError(f"{where}: column {missing[0]} is missing: the file is not what its header says")
     try:
+        # One thread: the training stream reads several row groups at once and needs the other cores.
         return file.read_row_group(index, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         problem = f"{where}: row group {index} cannot be read: {str(error).splitlines()[0]}"

@@ -13,6 +13,7 @@ SHARD_METADATA_KEY = b"stillroom"
 
 
 class _Record(BaseModel):
+    # Readers ignore keys of later writers: FORMAT.md promises it.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 

@@ -167,6 +167,7 @@ def ragged_to_dense(n_T: Int32, ids_N: Int32, logprobs_N: Float32, k: int) -> tu
 
 def stable_hash(*parts: object) -> str:
     """32 hex characters (BLAKE2b, 16 bytes) of the parts' canonical JSON; the same on every machine and version."""
+    # Every option is part of the identity: FORMAT.md fixes the bytes that are hashed.
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
@@ -189,6 +190,7 @@ def sample_id_of(
     sample_index: int,
 ) -> str:
     """Identity of a generated row: the same request to the same teacher always has the same id."""
+    # NumPy integers are not JSON.
     ids = list(map(int, prompt_token_ids))
     return stable_hash("sample", teacher_fingerprint, ids, dict(sampling), seed, sample_index)
 

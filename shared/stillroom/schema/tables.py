@@ -67,6 +67,8 @@ EXTRA_FIELDS = [
 ]
 """Signal columns that shards of format version 1 lack."""
 
+# int16 for 8-bit codes and counts, because Delta has neither unsigned integers nor half floats; dictionary pages and
+# zstd take the empty byte away.
 SIGNAL_FIELDS = {
     "topk-u8": [
         pa.field("topk_ids", list_of(pa.int32()), nullable=False),

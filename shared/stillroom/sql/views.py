@@ -65,6 +65,8 @@ def quote(text: str) -> str:
 
 def view_statements(files: CacheFiles) -> list[str]:
     """CREATE VIEW statements in order."""
+    # Not divided by the decoded mass as in cache.codec: a segmented sum over list columns is slow in DuckDB, and the
+    # difference is within the rounding of the codes.
     code_prob = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
     topk_prob = f"coalesce({code_prob.format('topk_codes')}, exp(topk_logprobs))"
     top1_prob = f"coalesce({code_prob.format('top1_code')}, exp(top1_logprob))"

@@ -276,8 +276,10 @@ def _file_system(scheme: str, max_attempts: int, facts: tuple[str | None, ...]) 
             request_timeout=REQUEST_TIMEOUT_S,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=max_attempts),
         )
+    # pyarrow's client for Google counts patience in seconds, not attempts.
     if scheme == "gs":
         return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=CONNECT_TIMEOUT_S * max_attempts))
+    # pyarrow takes Azure's account as arguments, not from the environment.
     account, key, token = facts[1:]
     if account is None:
         raise ConfigError("az:// needs AZURE_STORAGE_ACCOUNT_NAME in the environment")

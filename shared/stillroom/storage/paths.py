@@ -115,6 +115,7 @@ def spool(folder: Location) -> Path:
     name = f"stillroom-{os.getuid()}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
     local = Path(tempfile.gettempdir()) / name
     local.mkdir(mode=0o700, exist_ok=True)
+    # TMPDIR may be shared: whoever made the folder first could read and replace what is written there.
     if local.stat().st_uid != os.getuid():
         raise DataError(f"{local} belongs to another user: set TMPDIR to a folder of your own")
     return local
@@ -201,6 +202,7 @@ def atomic_path(path: Location) -> Iterator[Path]:
             path.upload(local)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, because a rename is atomic only within one file system; random, because workers share folders.
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
     try:
         yield temp
