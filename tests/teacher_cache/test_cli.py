@@ -156,7 +156,7 @@ def test_no_folder_is_made_for_a_file_and_nothing_is_written_into_a_cache(
 ) -> None:
     command, *others, flag = arguments
     for out, said in (
-        (cache.parent / "no" / "x.csv", f"there is no folder {cache.parent}/no: make it"),
+        (cache.parent / "no" / "x.csv", f"there is no folder {cache.parent}/no: create it"),
         (cache.parent, "is a folder: name a file"),
         (cache / "x.csv", "which is read-only here"),
     ):
