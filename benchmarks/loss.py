@@ -99,7 +99,7 @@ def parse_arguments() -> tuple[Setting, bool, str | None]:
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object on stdout")
     for name in ("tokens", "vocab", "hidden", "support", "repeats"):
         parser.add_argument(f"--{name}", type=int, default=asdict(default)[name], help="default: %(default)s")
-    parser.add_argument("--chunk", type=int, help="tokens a chunk; default: 128 on CPU, 1024 on GPU")
+    parser.add_argument("--chunk", type=int, help="tokens a chunk; default: 256 on CPU, 1024 on GPU")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default.device)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype)

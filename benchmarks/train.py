@@ -1,21 +1,20 @@
-"""Training on cached distributions against cross-entropy alone and against online distillation, by the same trainer.
+"""Speed of training from a cache, against cross-entropy alone, online distillation, or another checkout.
 
     python -m benchmarks.train [--json] [--steps N] [--rounds N] [--vocab V] [--hidden H] [--layers L] ...
+    python -m benchmarks.train --before CHECKOUT ...
 
-Three sides, each a real run of student_train on the same synthetic chains, in a fresh process, taking turns:
+Each side is a real run of student_train on the same synthetic chains, in a fresh process; sides take turns.
 
-    kd       the default losses (0.9 forward KL, its tail from draws, + 0.1 cross-entropy) on the default capture (up to
-             8 exact entries and 8 draws a token)
-    ce       cross-entropy alone: token ids alone are read
-    online   the losses of kd, with the distributions computed by a teacher in the same process: its forward pass over
-             the pack, logits by chunks, exact top 64 and tail (the cheapest way of doing it that loses as little)
+    kd       the default losses on the default capture (up to 8 exact entries and 8 draws a token)
+    ce       cross-entropy alone: only token ids are read
+    online   kd with targets computed by a teacher in the same process: forward pass, logits by chunks, exact top 64
+             and tail (the cheapest online distillation that loses as little)
+    before   kd by the code of CHECKOUT; only this and kd run
 
-Speed is tokens that the student reads over the time of a step, the median step after the first; `..._cpu` is the same
-by CPU seconds of the process, which a busy machine disturbs less. `online_promise` is what arithmetic says of
-kd_vs_online: a student costs 6 floating point operations a token and parameter (the embedding's lookup costs none),
-the teacher's forward pass 2. It leaves out all but matrix products with weights (attention, norms, losses, the
-optimizer), of which a small student has more than its share; `online_measured` is what the online run's own times say:
-its step over its step without the teacher. Memory is the largest resident set of the process, or the GPU
+Speed is student tokens over the time of a step, median of all steps but the first; `..._cpu` counts CPU seconds of the
+process, which other load disturbs less. `online_promise` is what arithmetic says of kd_vs_online: a student costs 6
+floating point operations a token and parameter of its matrices, a teacher's forward pass 2. `online_measured` is the
+online step over itself without its teacher, from its own times. Memory is the peak resident set, or the GPU
 allocator's. The last line is one JSON object, the only one with --json.
 
     N loss tokens, V vocabulary, H hidden, K support, C tokens of a chunk
@@ -24,6 +23,7 @@ allocator's. The last line is one JSON object, the only one with --json.
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -61,7 +61,7 @@ KD_LOSSES = {term.name: term.weight for term in DEFAULT_MIX.terms}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured. The teacher has `teacher_scale` times the student's width and layers."""
+    """Sizes; the teacher has `teacher_scale` times the student's width and layers."""
 
     steps: int = 3
     rounds: int = 2
@@ -76,19 +76,22 @@ class Setting:
 def main() -> None:
     """Runs the sides and prints their ratios."""
     use_cpu_where_there_is_no_gpu()
-    setting, json_only, side, folder = _arguments()
-    if side is not None:
-        print(json.dumps(run_side(side, setting, folder)))
+    setting, arguments = _arguments()
+    if arguments.side is not None:
+        print(json.dumps(run_side(arguments.side, setting, arguments.folder)))
         return
-    log = sys.stderr if json_only else sys.stdout
+    log = sys.stderr if arguments.json else sys.stdout
+    sides = SIDES if arguments.before is None else ("before", "kd")
     with tempfile.TemporaryDirectory(prefix="stillroom-train-") as name:
         root = Path(name)
         sizes = prepare(root, setting)
-        rounds = [{one: _measure(one, setting, root) for one in SIDES} for _ in range(setting.rounds)]
-    result = ratios(rounds, sizes)
-    for one in SIDES:
-        speeds = ", ".join(f"{turn[one]['tokens_per_s']:.0f}" for turn in rounds)
-        print(f"{one:8} {speeds} tok/s   {rounds[0][one]['peak_mib']:.0f} MiB", file=log)
+        rounds = [{one: _measure(one, setting, root, arguments.before) for one in sides} for _ in range(setting.rounds)]
+    result = online_ratios(rounds, sizes) if arguments.before is None else before_ratios(rounds)
+    for one in sides:
+        speeds, cpu_speeds = (
+            ", ".join(f"{turn[one][key]:.0f}" for turn in rounds) for key in ("tokens_per_s", "tokens_per_cpu_s")
+        )
+        print(f"{one:8} {speeds} tok/s, {cpu_speeds} tok/CPU s, {rounds[0][one]['peak_mib']:.0f} MiB", file=log)
     for key, value in result.items():
         print(f"{key:18} {value}", file=log)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +99,7 @@ def main() -> None:
 
 
 def prepare(root: Path, setting: Setting) -> dict[str, int]:
-    """Writes cache, student and teacher; returns the parameters of a token's matrix products, of both."""
+    """Writes cache, student and teacher; returns the matrix parameters of both models."""
     tokens = setting.steps * setting.packs * setting.pack_tokens
     make_cache(
         root / "cache",
@@ -120,7 +123,7 @@ def prepare(root: Path, setting: Setting) -> dict[str, int]:
 
 
 def run_side(side: str, setting: Setting, root: Path) -> Json:
-    """One run in this process: tokens a second, share of waiting, peak memory."""
+    """Runs one side in this process: tokens a second, stall share, peak memory."""
     config = _config(side, setting, root)
     cpu_s: list[float] = []
     teacher_s: list[float] = []
@@ -153,7 +156,7 @@ def run_side(side: str, setting: Setting, root: Path) -> Json:
 
 
 class OnlineTeacher:
-    """Distributions of a teacher for packs, in the place of cached ones."""
+    """Computes targets of packs with a teacher, replacing the cached ones."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM
@@ -164,13 +167,13 @@ class OnlineTeacher:
         self._cpu_s = 0.0
 
     def take_cpu_s(self) -> float:
-        """CPU seconds that the teacher took since this was asked last."""
+        """CPU seconds of the teacher since the last call."""
         taken_s, self._cpu_s = self._cpu_s, 0.0
         return taken_s
 
     @torch.no_grad()
     def to_device(self, pack: Pack, device: torch.device, **options: Any) -> TorchPack:
-        """The pack with the teacher's own top 64 and tail as targets."""
+        """The pack with the teacher's top 64 and tail as targets."""
         found = to_device(pack, device, **options)
         started_s = time.process_time()
         hidden_LH = hidden_states(
@@ -192,21 +195,26 @@ class OnlineTeacher:
         return ids_CK, top_CK - logsumexp_C1, tail_C
 
 
-def ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
-    """Medians over rounds of ratios within a round."""
+def before_ratios(rounds: list[dict[str, Json]]) -> Json:
+    """Medians over rounds of kd over before, within a round."""
+    return {
+        "kd_vs_before": _ratio(rounds, "kd", "before", "tokens_per_s"),
+        "kd_vs_before_cpu": _ratio(rounds, "kd", "before", "tokens_per_cpu_s"),
+    }
 
-    def ratio(one: str, other: str, key: str) -> float:
-        return round(float(statistics.median(turn[one][key] / turn[other][key] for turn in rounds)), 3)
+
+def online_ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
+    """Medians over rounds of ratios within a round."""
 
     def median(side: str, key: str) -> float:
         return round(float(statistics.median(turn[side][key] for turn in rounds)), 4)
 
     student, teacher = sizes["student"], sizes["teacher"]
     return {
-        "kd_vs_ce": ratio("kd", "ce", "tokens_per_s"),
-        "kd_vs_online": ratio("kd", "online", "tokens_per_s"),
-        "kd_vs_ce_cpu": ratio("kd", "ce", "tokens_per_cpu_s"),
-        "kd_vs_online_cpu": ratio("kd", "online", "tokens_per_cpu_s"),
+        "kd_vs_ce": _ratio(rounds, "kd", "ce", "tokens_per_s"),
+        "kd_vs_online": _ratio(rounds, "kd", "online", "tokens_per_s"),
+        "kd_vs_ce_cpu": _ratio(rounds, "kd", "ce", "tokens_per_cpu_s"),
+        "kd_vs_online_cpu": _ratio(rounds, "kd", "online", "tokens_per_cpu_s"),
         "online_measured": round(1 / (1 - median("online", "teacher_frac")), 3),
         "online_promise": round((6 * student + 2 * teacher) / (6 * student), 3),
         "stall_frac": median("kd", "stall_frac"),
@@ -216,10 +224,18 @@ def ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
     }
 
 
-def _measure(side: str, setting: Setting, root: Path) -> Json:
+def _ratio(rounds: list[dict[str, Json]], one: str, other: str, key: str) -> float:
+    return round(float(statistics.median(turn[one][key] / turn[other][key] for turn in rounds)), 3)
+
+
+def _measure(side: str, setting: Setting, root: Path, before: Path | None) -> Json:
     options = [word for name, value in asdict(setting).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "benchmarks.train", "--side", side, "--folder", str(root), *options]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    ran, checkout = ("kd", before) if side == "before" else (side, None)
+    command = [sys.executable, "-m", "benchmarks.train", "--side", ran, "--folder", str(root), *options]
+    path = {} if checkout is None else {"PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'shared'}"}
+    ended = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=checkout, env={**os.environ, **path}
+    )
     if ended.returncode:
         sys.exit(f"benchmarks.train: {side} failed:\n{ended.stderr[-2000:]}")
     measured: Json = json.loads(ended.stdout.splitlines()[-1])
@@ -249,7 +265,7 @@ def _config(side: str, setting: Setting, root: Path) -> TrainConfig:
 
 
 def _write_model(folder: Path, vocab: int, hidden: int, layers: int) -> int:
-    """A Llama with random weights and a tied head; returns the parameters of a token's matrix products."""
+    """Writes a Llama with random weights and a tied head; returns its matrix parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -280,17 +296,16 @@ def _machine(device: str) -> str:
     return hardware(LossSetting(device=device))
 
 
-def _arguments() -> tuple[Setting, bool, str | None, Path]:
-    """(setting, whether to print JSON alone, the side that this process is to run, the folder prepared for it)."""
+def _arguments() -> tuple[Setting, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print only the JSON object on stdout")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with the code of another checkout")
     for name, value in asdict(Setting()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    setting = Setting(**{name: vars(arguments)[name] for name in asdict(Setting())})
-    return setting, arguments.json, arguments.side, arguments.folder
+    return Setting(**{name: vars(arguments)[name] for name in asdict(Setting())}), arguments
 
 
 if __name__ == "__main__":

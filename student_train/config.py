@@ -252,7 +252,7 @@ class EngineConfig(StrictModel):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     chunk_tokens: int | None = Field(default=None, ge=1)
-    """Loss tokens whose logits exist at a time; None is 128 on a CPU and 1024 on a GPU."""
+    """Loss tokens whose logits exist at a time; None is 256 on a CPU and 1024 on a GPU."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":

@@ -1,29 +1,19 @@
-"""Which chains go into which pack, and in which order: a pure function of lengths, seed and epoch, of no rank or
-worker.
+"""Plans an epoch: which pieces of chains go into which pack, in which order.
 
-In: lengths of R chains and the row group each lies in. Out: packs of at most `pack_tokens` tokens, an order over
-pieces of chains. A pack never depends on how many ranks read it; rank r of `world` takes every world-th pack. All
-integers, and only the raw bits of PCG64, so the same plan comes out on every machine and with every numpy version.
+In: lengths of R chains and the row group each lies in. Out: packs of at most `pack_tokens` tokens. The plan depends on
+lengths, seed and epoch alone, not on ranks or workers; rank r of `world` takes every world-th pack. It uses integers
+and the raw bits of PCG64 only, so every machine and numpy version gets the same plan.
 
-Shuffle: row groups are shuffled and dealt to `lanes`, each lane's chains are spread over the `window_groups` groups
-around their own, and pack i comes from lane i mod lanes. So a batch mixes lanes x window_groups row groups, while a
-rank whose world size divides `lanes` (or is a multiple of it) reads only its share of the files, each row group about
-once an epoch.
+Shuffling: row groups are shuffled and dealt to `lanes`; each lane spreads its chains over the `window_groups` groups
+around their own; pack i comes from lane i mod lanes. A batch therefore mixes lanes x window_groups row groups, while a
+rank whose world size divides `lanes` (or is a multiple of it) reads only its share of the files.
 
-Packing: a pack takes the piece that has waited longest as long as that fits, then the largest ones that still do. So
-pieces keep about their order, and packs of chains a fifth their length are 99% full.
-
-Cost at 10^6 chains: benchmarks/results/stream.md.
-
-    R chains, P pieces, I items (pieces of one epoch, copies counted), G row groups, V visits of row groups
-
-Chains as the sequences that are trained: whole, or cut where they are longer than a limit.
-
-R chains, P pieces
-
-The plans of a selection, epoch after epoch, and places in them.
+Packing: a pack takes the piece that has waited longest if it fits, then the largest ones that still fit. Packs of
+chains a fifth their length are 99% full. Cost at 10^6 chains: benchmarks/results/stream.md.
 
 A place is (epoch, cursor): pack number `cursor` of that epoch's plan.
+
+    R chains, P pieces, I items (pieces of one epoch, copies counted), G row groups, V visits of row groups
 """
 
 import heapq
@@ -44,12 +34,12 @@ from student_train.data.selection import Selection
 LongChains = Literal["truncate", "skip", "split"]
 
 SPLIT_OVERLAP_FRAC = 1 / 8
-"""Share of the limit that a later piece of a split chain repeats as context, without a loss on it."""
+"""Context that a later piece of a split chain repeats without a loss, as a share of the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class LongChainCounts:
-    """What the limit on sequence length did. Tokens are completion tokens that no loss will see."""
+    """What the limit on sequence length did; tokens lost are completion tokens that no loss sees."""
 
     num_long: int
     num_truncated: int
@@ -60,7 +50,7 @@ class LongChainCounts:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Stretches of chains that are trained as one sequence; positions count from the first prompt token.
+    """Parts of chains, each trained as one sequence; positions count from the first prompt token.
 
     Piece p reads tokens first_P[p]..stop_P[p]-1 of chain row_P[p] and has a loss on tokens loss_P[p]..stop_P[p]-1, all
     of them completion tokens, each in exactly one piece. int32 [P]; first < loss < stop.
@@ -81,9 +71,9 @@ class Pieces:
 def cut_chains(num_prompt_R: Int32, num_tokens_R: Int32, limit: int, policy: LongChains) -> Pieces:
     """Pieces of chains with `num_prompt_R` (>= 1) and `num_tokens_R` (>= 1) tokens, in order of rows.
 
-    A truncated chain keeps its beginning, and teaches no end that the teacher did not say. A prompt that leaves no
-    room for a completion token drops the chain, except under `split`, where every completion token keeps a loss: later
-    pieces begin with the tokens just before them, an eighth of the limit, as context.
+    A truncated chain keeps its beginning and never teaches an end of sequence. A prompt that leaves no room for a
+    completion token drops the chain, except under `split`, where every completion token keeps a loss: later pieces
+    repeat the tokens just before them, an eighth of the limit, as context.
     """
     prompt_R, total_R = num_prompt_R.astype(np.int64), num_prompt_R.astype(np.int64) + num_tokens_R
     long_R = total_R > limit
@@ -127,29 +117,30 @@ def _pieces(row_P: Int64, first_P: Int64, loss_P: Int64, stop_P: Int64, counts: 
 
 
 POOL_PACKS = 8
-"""Packs' worth of pieces that wait to be packed: more fill packs better, fewer keep a pack's chains close on disk."""
+"""Size of the packing pool, in packs: a larger one fills packs better, a smaller one keeps a pack's chains close on
+disk."""
 
 WEIGHT_UNITS = 1_000_000
-"""Cache weights are counted in millionths, so that repeats are exact integers."""
+"""Cache weights are counted in millionths, which makes repeats exact integers."""
 
 UInt64 = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSpec:
-    """How chains become packs. Raises ConfigError for values that no plan can meet."""
+    """How chains become packs. Raises ConfigError for impossible values."""
 
     pack_tokens: int
-    """Tokens (prompt and completion) a pack at most."""
+    """Maximum tokens (prompt and completion) of a pack."""
     seed: int = 0
     max_tokens: int | None = None
-    """Tokens (prompt and completion) a sequence at most; None is pack_tokens."""
+    """Maximum tokens (prompt and completion) of a sequence; None is pack_tokens."""
     long_chains: LongChains = "truncate"
-    """What happens to longer chains: cut their end, leave them out, or split them into pieces."""
+    """Longer chains lose their end, are skipped, or are split into pieces."""
     window_groups: int = 8
-    """Row groups of one lane that are mixed at any time."""
+    """Row groups that one lane mixes at a time."""
     lanes: int = 8
-    """Independent reading orders; the world size should divide it or be a multiple of it."""
+    """Independent reading orders; should divide the world size or be a multiple of it."""
 
     def __post_init__(self) -> None:
         if self.pack_tokens < 2:
@@ -171,7 +162,7 @@ class PlanSpec:
 
     @property
     def sequence_tokens(self) -> int:
-        """Tokens a sequence at most."""
+        """Maximum tokens of a sequence."""
         return self.max_tokens if self.max_tokens is not None else self.pack_tokens
 
 
@@ -192,9 +183,9 @@ class EpochPlan:
 
 
 def plan_epoch(pieces: Pieces, group_R: Int32, copies_R: Int32 | None, spec: PlanSpec, epoch: int) -> EpochPlan:
-    """The packs of one epoch: every piece as often as its chain's `copies_R` says (None: once), in seeded order.
+    """The packs of one epoch, in seeded order; each piece appears `copies_R` times (None: once).
 
-    group_R int32: number of the row group that chain r lies in. `epoch` counts from 0.
+    group_R int32: row group of each chain. `epoch` counts from 0.
     """
     item_I, visit_I, num_visits = _items(pieces, group_R, copies_R)
     if not num_visits:
@@ -220,8 +211,8 @@ def repeat_counts(
 ) -> Int32 | None:
     """How often each chain is read in an epoch when caches have weights; None when all of them are 1.
 
-    A chain of a cache with weight w is read floor(w) or ceil(w) times; over 1/w epochs each chain of a cache with w <
-    1 is read once; the total an epoch is within one of w times the chains.
+    A chain of a cache with weight w is read floor(w) or ceil(w) times; where w < 1, each chain is read once in 1/w
+    epochs. The total of an epoch is within one of w times the chains.
     """
     if all(weight == 1 for weight in weights):
         return None
@@ -238,7 +229,7 @@ def repeat_counts(
 
 
 def fill_packs(tokens_I: Int32, pack_tokens: int) -> tuple[Int32, Int64]:
-    """Packs items, none longer than `pack_tokens`, in about their order: (item numbers in pack order, items a pack)."""
+    """(item numbers in pack order, items per pack) of items no longer than `pack_tokens`, in roughly their order."""
     taken, sizes = array("i"), array("q")
     arrivals: deque[int] = deque()
     # One integer an item, ordered by length: tokens << 32 | number.
@@ -285,9 +276,9 @@ def _items(pieces: Pieces, group_R: Int32, copies_R: Int32 | None) -> tuple[Int3
 
 
 def _deal(shuffled_V: Int64, tokens_V: Int64, spec: PlanSpec) -> tuple[Int32, Int64]:
-    """(lane, place in it) of each visit: each goes to the lane that has the fewest tokens so far."""
+    """(lane, place in it) of each visit; a visit goes to the lane with the fewest tokens so far."""
     num_visits = len(shuffled_V)
-    # A small cache is better mixed in few lanes.
+    # Few lanes mix a small cache better: each holds at least one window of row groups.
     num_lanes = max(1, min(spec.lanes, num_visits // spec.window_groups))
     heap = [(0, lane) for lane in range(num_lanes)]
     lengths = [0] * num_lanes
@@ -301,7 +292,7 @@ def _deal(shuffled_V: Int64, tokens_V: Int64, spec: PlanSpec) -> tuple[Int32, In
 
 
 def _times(position_I: Int64, length_I: Int64, window_groups: int, random_I: UInt64) -> UInt64:
-    """When an item is due: uniform over the groups around its own, in units of 2^-32 of a group."""
+    """When an item is due: uniform over the window around its own group, in units of 2^-32 of a group."""
     radius = window_groups // 2
     low_I = np.maximum(position_I - radius, 0).astype(np.uint64)
     high_I = np.minimum(position_I - radius + window_groups, length_I)
@@ -311,7 +302,7 @@ def _times(position_I: Int64, length_I: Int64, window_groups: int, random_I: UIn
 
 
 def _interleave(item_I: Int32, lanes: Sequence[tuple[Int64, Int64]]) -> EpochPlan:
-    """Pack j of every lane, then pack j + 1 of every lane; what lanes differ in length comes last."""
+    """Pack j of every lane, then pack j + 1 of every lane; the surplus of longer lanes comes last."""
     sizes = np.concatenate([sizes for _, sizes in lanes])
     lane = np.repeat(np.arange(len(lanes)), [len(sizes) for _, sizes in lanes])
     turn = np.concatenate([np.arange(len(sizes)) for _, sizes in lanes])
@@ -329,15 +320,15 @@ def _raw(bits: np.random.PCG64, count: int) -> UInt64:
 
 
 Place = tuple[int, int]
-
+# A global batch may span two epochs.
 MAX_KEPT_PLANS = 2
 
 
 class EpochPlans:
-    """Plans of one selection, made when they are needed; the latest two are kept."""
+    """Plans of one selection, made on demand; the latest two are kept."""
 
     def __init__(self, selection: Selection, spec: PlanSpec, num_epochs: int | None) -> None:
-        """None epochs never end. Raises ConfigError where the limit on length leaves no chain."""
+        """`num_epochs` None never ends. Raises ConfigError if the length limit leaves no chain."""
         assert num_epochs is None or num_epochs > 0
         self.selection, self.spec, self.num_epochs = selection, spec, num_epochs
         self.pieces = cut_chains(selection.num_prompt_R, selection.num_tokens_R, spec.sequence_tokens, spec.long_chains)
@@ -352,16 +343,16 @@ class EpochPlans:
 
     @property
     def hash(self) -> str:
-        """Names the sequence of packs: two streams with the same hash give the same ones."""
+        """Identifies the sequence of packs: streams with equal hashes yield equal packs."""
         return stable_hash("plan", self.selection.header.hash, asdict(self.spec))
 
     @property
     def counts(self) -> LongChainCounts:
-        """What the limit on length did."""
+        """What the length limit did."""
         return self.pieces.counts
 
     def plan(self, epoch: int) -> EpochPlan:
-        """The plan of one epoch."""
+        """Plan of one epoch."""
         plan = self._plans.get(epoch)
         if plan is None:
             selection = self.selection
@@ -384,14 +375,11 @@ class EpochPlans:
         return sum(self.num_packs(epoch) for epoch in range(self.num_epochs))
 
     def place(self, epoch: int, cursor: int) -> Place:
-        """The place `cursor` packs after the beginning of `epoch`, in later epochs where it is too far for this one.
-
-        Past the last epoch it is (num_epochs, 0).
-        """
+        """The place `cursor` packs after the start of `epoch`, maybe in a later one; (num_epochs, 0) at the end."""
         while not self.is_end(epoch) and cursor >= self.num_packs(epoch):
             epoch, cursor = epoch + 1, cursor - self.num_packs(epoch)
         return (epoch, cursor) if not self.is_end(epoch) else (epoch, 0)
 
     def is_end(self, epoch: int) -> bool:
-        """Whether no epoch of this number is read."""
+        """Whether `epoch` lies past the last one."""
         return self.num_epochs is not None and epoch >= self.num_epochs

@@ -1,21 +1,13 @@
-"""From where a chain lies to its tokens and distributions: decoded rows of a row group.
+"""Rows of a selection, decoded from row groups, kept while they are needed and read before they are due.
 
-In: rows of a selection that lie in one row group. Out: token ids and signals of each, as views. Nothing is kept
-(row_buffer.py keeps what is needed), and any number of threads may read at a time.
+In: rows in an order known beforehand. Out: each row as an index into a block of decoded rows. Cost: a row group is
+read about once; memory is bounded by a budget plus what the reads in flight take.
 
-    R rows of a row group that were asked for, T completion tokens of them
+Reading ahead never changes the result: a block holds the same rows whoever reads it, and a read error is raised where
+the row group's first row is due. Only the waiting differs: on storage with round trips of 30 ms a row group takes
+0.25 s, which eight concurrent reads hide (benchmarks/results/stream.md).
 
-Decoded row groups, kept while they are needed and read before they are: rows in an order known beforehand.
-
-In: which rows will be asked for, in order, and how to read rows of a row group. Out: each row, as its place in a block.
-Cost: every row group is read about once; memory is bounded by a budget whatever the data's size, and by the transients
-of the row groups that are being read.
-
-What is ahead never changes what comes out: a block holds the same rows whoever reads it and when, errors of reading are
-raised where the first row of the row group is due. Only the waiting differs: on storage with round trips of 30 ms a row
-group takes 0.25 s, and eight at a time hide that (benchmarks/results/stream.md).
-
-    I rows asked for in order ("places"), R rows of a row group
+    R rows of a row group that were asked for, T completion tokens of them, I rows asked for in order ("places")
 """
 
 from collections.abc import Callable
@@ -59,7 +51,7 @@ class RowBlock:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the block holds."""
+        """Memory of the block."""
         arrays: list[npt.NDArray[Any]] = [
             self.rows_R,
             self.prompt_ids,
@@ -161,7 +153,7 @@ def _read_table(
 
 
 def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Signals:
-    """What every shard of the selection has: draws or none, and the log-partitions of the selection's temperatures."""
+    """Drops what not every shard of the selection has: draws, and log-partitions at other temperatures."""
     partitions_TS, temperatures = signals.log_partitions_TS, selection.header.temperatures
     columns = [header.temperatures.index(temperature) for temperature in temperatures]
     return replace(
@@ -183,9 +175,7 @@ def _open_text(selection: Selection, group: int) -> pq.ParquetFile:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CorruptError(
-            f"{path} cannot be read: {reason} (delete it and the selection, and they are made anew)"
-        ) from error
+        raise CorruptError(f"{path} cannot be read: {reason} (delete it and the selection to rebuild both)") from error
 
 
 def _lists(table: pa.Table, name: str, where: str) -> tuple[Int32, Int64]:
@@ -205,16 +195,15 @@ def _require(good: bool, where: str, problem: str) -> None:
 
 FOLDER_AHEAD_GROUPS = 2
 STORE_AHEAD_GROUPS = 8
-"""Row groups that are read, or lie read and unused, before their first row is due. In a store one for each lane of a
-plan, whose lanes come to new row groups together; in a folder reading is arithmetic, which more threads make dearer."""
+"""Row groups in flight, or read and still unused. The lanes of a plan reach new row groups together, so an object store
+needs one for each lane; in a folder reading is arithmetic, which more threads only slow down."""
 
 
 class RowBuffer:
-    """Hands out rows in a known order; the next row groups are read in `pool` meanwhile.
+    """Yields rows in a known order while `pool` reads the next row groups. One consumer.
 
-    A block is dropped when its last row was handed out, or when all blocks together exceed the budget: then the one
-    whose next row is due last goes, and what is still due of it is read again. Nothing is read ahead for which the
-    budget has no room. Errors of `load` are raised when the row group's first row is due. One consumer.
+    A block is dropped after its last row, or when all blocks exceed the budget: the one whose next row is due last
+    goes, and its remaining rows are read again. Reading ahead stops where the budget has no room.
     """
 
     def __init__(
@@ -226,23 +215,23 @@ class RowBuffer:
         pool: Executor | None = None,
         num_ahead: int = STORE_AHEAD_GROUPS,
     ) -> None:
-        """`load(group, rows)` reads rows of a group; row rows_I[i] is the i-th that will be asked for.
+        """`load(group, rows)` reads rows of a group; rows_I[i] is the i-th row to yield.
 
-        Without a pool each row group is read when its first row is due. Who made the pool ends it.
+        Without a pool, a row group is read when its first row is due. The caller owns the pool.
         """
         self._load = load
         self._rows_I = rows_I
         self._group_I = group_R[rows_I]
         self._budget_bytes = budget_bytes
         self._pool, self._num_ahead = pool, num_ahead
-        # Places of each group, in the order in which they come: where to look for what is still due of it.
+        # Places sorted by group, ascending within one: a slice finds what is still due of a group.
         self._places_I = np.argsort(self._group_I, kind="stable")
         self._groups_sorted_I = self._group_I[self._places_I]
         self._blocks: dict[int, RowBlock] = {}
         self._unused: set[int] = set()
         self._loading: dict[int, Future[RowBlock]] = {}
         self._next = 0
-        # Every group with a place before this one is here, on its way, or was handed out to its last row.
+        # Groups of all earlier places are loaded, loading, or used up.
         self._seen = 0
         self._largest_bytes = 0
         self.num_bytes = 0
@@ -250,7 +239,7 @@ class RowBuffer:
         self.num_reads = 0
 
     def next_row(self) -> tuple[RowBlock, int]:
-        """The block that holds the next row, and the row's index in it. Raises what reading raised."""
+        """The next row's block and its index in it. Raises what reading raised."""
         row, group = int(self._rows_I[self._next]), int(self._group_I[self._next])
         self._take_finished()
         if group not in self._blocks:
@@ -265,7 +254,7 @@ class RowBuffer:
 
     def _take_finished(self) -> None:
         for group, future in list(self._loading.items()):
-            # One that failed stays until its first row is due.
+            # A failed read stays here until its first row is due.
             if future.done() and future.exception() is None:
                 self._keep(group, self._loading.pop(group).result())
 
@@ -284,7 +273,7 @@ class RowBuffer:
             self._seen += 1
 
     def _has_room(self) -> bool:
-        """For one more block; how large they are is known when the first one is there."""
+        """Whether one more block fits; their size is known once the first one is loaded."""
         expected_bytes = self.num_bytes + (len(self._loading) + 1) * self._largest_bytes
         return self._largest_bytes > 0 and expected_bytes <= self._budget_bytes
 
@@ -310,12 +299,12 @@ class RowBuffer:
         self.num_bytes -= self._blocks.pop(group).num_bytes
 
     def _due_places(self, group: int) -> Int64:
-        """Places of a group that are still to come, ascending."""
+        """Remaining places of a group, ascending."""
         start, stop = np.searchsorted(self._groups_sorted_I, [group, group + 1])
         places = self._places_I[start:stop]
         due: Int64 = places[np.searchsorted(places, self._next) :]
         return due
 
     def _due_rows(self, group: int) -> Int64:
-        """Rows of a group that are still to come, ascending, each once."""
+        """Remaining rows of a group, ascending, without repeats."""
         return np.unique(self._rows_I[self._due_places(group)])

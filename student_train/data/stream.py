@@ -1,12 +1,12 @@
-"""Packs for one rank, in planned order, read ahead of the training that consumes them.
+"""Streams packs to one rank in planned order, reading ahead of training.
 
-In: a frozen selection, how to pack it, and which rank of how many asks. Out: an endless or counted run of packs.
-Epochs follow each other without a gap: a global batch may hold the last packs of one epoch and the first of the next,
-so that every chain is seen exactly once an epoch and no step but a run's very last is short. There, ranks without a
-pack get an empty one, as all must take part in every step.
+In: a frozen selection, a PlanSpec, a rank and the world size. Out: packs, endless or counted. Epochs follow each other
+without a gap: a global batch may hold the last packs of one epoch and the first of the next, so every chain is seen
+exactly once an epoch and only a run's last step may be short. Ranks without a pack get an empty one there, because all
+ranks take part in every step.
 
-State is (epoch, cursor), the first pack that no rank has consumed: it says the same on every rank, and nothing of how
-many ranks there are. Rank r takes pack cursor + r, then cursor + r + world, ...
+State is (epoch, cursor), the first pack that no rank has consumed. It is the same on every rank and independent of the
+world size: rank r takes pack cursor + r, then cursor + r + world, ...
 
     B packs of a global batch (all ranks and accumulation steps), W ranks
 """
@@ -34,15 +34,15 @@ from student_train.data.selection import Selection
 
 THREAD_NAME = "pack-stream"
 POLL_S = 0.1
-"""How soon the reading thread notices that it is no longer wanted."""
+"""How often a blocked reading thread checks whether the stream was closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamStats:
-    """What a stream has done since it was made.
+    """Totals since the stream was made.
 
-    stall_s is the time that the consumer waited for packs, num_group_reads counts row groups read (again, where the
-    buffer was too small), max_buffer_bytes is the most that decoded rows took.
+    stall_s is how long the consumer waited, num_group_reads includes row groups read again because the buffer was too
+    small, max_buffer_bytes is the peak of decoded rows.
     """
 
     num_packs: int = 0
@@ -55,7 +55,7 @@ class StreamStats:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """What the reading thread hands over: a pack with the state after it, an error, or (neither) the end."""
+    """Message of the reading thread: a pack with the state after it, an error, or (neither) the end."""
 
     pack: Pack | None = None
     place_after: Place = (0, 0)
@@ -65,7 +65,7 @@ class _Item:
 
 
 class PackStream:
-    """Iterator over this rank's packs; a context manager that stops its reading threads. One consumer."""
+    """Iterator over this rank's packs; as a context manager it stops its threads. One consumer."""
 
     def __init__(
         self,
@@ -81,11 +81,15 @@ class PackStream:
         prefetch_packs: int = 8,
         read_ahead_groups: int | None = None,
     ) -> None:
-        """`packs_per_step` packs make a global batch; None epochs never end; `with_signals` False reads token ids
-        alone; `read_ahead_groups` row groups are read before they are due, within `buffer_mib` of decoded rows (None: 2
-        from folders, 8 from object stores).
+        """Sets up the stream; threads start with the first pack.
 
-        Raises ConfigError where the batch does not divide among the ranks or no chain is left to train on.
+        packs_per_step: packs of a global batch.
+        num_epochs: None never ends.
+        with_signals: False reads token ids only.
+        buffer_mib: budget of decoded rows.
+        read_ahead_groups: row groups read before they are due; None is 2 from folders, 8 from object stores.
+
+        Raises ConfigError if the batch does not divide among the ranks or no chain is left to train on.
         """
         if packs_per_step % world:
             raise ConfigError(
@@ -121,7 +125,7 @@ class PackStream:
         return self
 
     def __next__(self) -> Pack:
-        """The next pack; it counts as consumed on every rank. Raises what reading raised, such as CorruptError."""
+        """The next pack, which then counts as consumed on every rank. Raises errors of reading (CorruptError)."""
         if self._ended:
             raise StopIteration
         if self._thread is None:
@@ -141,23 +145,23 @@ class PackStream:
 
     @property
     def num_steps(self) -> int | None:
-        """Optimizer steps from the beginning to the end, None where epochs never end; plans every epoch."""
+        """Optimizer steps of all epochs, each of which is planned; None if epochs never end."""
         if self.plans.num_epochs is None:
             return None
         return -(-self.plans.total_packs() // self._packs_per_step)
 
     @property
     def stats(self) -> StreamStats:
-        """Counts since the stream was made."""
+        """Totals since the stream was made."""
         return self._stats
 
     def state_dict(self) -> dict[str, Any]:
-        """Where consumption stands: epoch, cursor and the hash of the plan they are meant for. JSON-ready."""
+        """Position (epoch, cursor) and the hash of its plan. JSON-ready."""
         epoch, cursor = self._place
         return {"epoch": epoch, "cursor": cursor, "plan": self.plans.hash}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state, of any number of ranks. Raises ConfigError where it belongs to another plan."""
+        """Continues from a state saved with any world size. Raises ConfigError if it belongs to another plan."""
         if state["plan"] != self.plans.hash:
             raise ConfigError(
                 "the checkpoint's place in the data belongs to another selection or packing: resume with the run's own "
@@ -168,7 +172,7 @@ class PackStream:
         self._ended = False
 
     def close(self) -> None:
-        """Stops reading ahead. Packs that were read and not consumed are read again if iteration goes on."""
+        """Stops reading ahead; iteration may continue and reads unconsumed packs again."""
         if self._thread is None:
             return
         self._closing.set()
@@ -201,11 +205,11 @@ class PackStream:
                     if not self._put(item):
                         return
             self._put(_Item())
-        except BaseException as error:  # noqa: BLE001 - raised again where the packs are consumed
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             self._put(_Item(error=error))
 
     def _put(self, item: _Item) -> bool:
-        """False when the stream was closed meanwhile."""
+        """False if the stream was closed meanwhile."""
         while not self._closing.is_set():
             try:
                 self._queue.put(item, timeout=POLL_S)
@@ -215,16 +219,16 @@ class PackStream:
         return False
 
     def _loaders(self) -> contextlib.AbstractContextManager[Executor | None]:
-        """Threads that read row groups before they are due; leaving waits for those that are being read."""
+        """Threads that read row groups ahead; exit waits for reads in flight."""
         if not self._read_ahead_groups:
             return contextlib.nullcontext()
         return ThreadPoolExecutor(self._read_ahead_groups, thread_name_prefix=THREAD_NAME)
 
     def _items(self, place: Place, pool: Executor | None) -> Generator[_Item, None, None]:
-        """Packs of this rank from a place on, each with the place after all ranks have taken theirs."""
+        """Packs of this rank from a place on, each with the place after all ranks took theirs."""
         plans, num_taken = self.plans, 0
         reader: _EpochReader | None = None
-        # All ranks stop at the same pack: when the data has ended and the step that was begun is whole.
+        # All ranks stop at the same pack: when the data has ended and the current step is complete.
         while not plans.is_end(place[0]) or num_taken * self._world % self._packs_per_step:
             epoch, cursor = plans.place(place[0], place[1] + self._rank)
             place = plans.place(place[0], place[1] + self._world)
@@ -249,7 +253,7 @@ class PackStream:
 
 
 class _EpochReader:
-    """Packs `cursor`, `cursor + world`, ... of one epoch, read in this order."""
+    """Reads packs `cursor`, `cursor + world`, ... of one epoch."""
 
     def __init__(
         self, plans: EpochPlans, epoch: int, cursor: int, world: int, make_buffer: Callable[[Int64], RowBuffer]

@@ -1,4 +1,4 @@
-"""Folders that become visible whole, the Hugging Face ones above all: temporary name, flush, rename."""
+"""Writes folders, Hugging Face ones above all, that become visible whole: temporary name, flush, rename."""
 
 import contextlib
 import secrets
@@ -13,9 +13,9 @@ from stillroom.storage.paths import TEMP_SUFFIX, sync_file, sync_folder
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling folder to fill; on success it is flushed and renamed to `path`, on error removed.
+    """Yields a temporary sibling folder to fill, then flushes and renames it to `path`; removes it on error.
 
-    Raises ConfigError where `path` exists already and holds something.
+    Raises ConfigError if `path` exists and is not empty.
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,9 +35,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises ConfigError unless `path` is free: missing, or an empty folder."""
+    """Raises ConfigError unless `path` is missing or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} exists already: name another folder, or remove it first")
+        raise ConfigError(f"{path} already exists: choose another folder or remove it first")
 
 
 def save_model(model: Any, tokenizer: Any | None, folder: Path) -> None:
@@ -46,7 +46,7 @@ def save_model(model: Any, tokenizer: Any | None, folder: Path) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    # safetensors writes for the owner alone what whoever may read the configuration should be able to load.
+    # safetensors writes files readable by the owner only: give weights the permissions of the configuration.
     mode = next(folder.glob("*config.json")).stat().st_mode
     for weights in folder.glob("*.safetensors"):
         weights.chmod(mode)

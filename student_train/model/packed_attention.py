@@ -1,17 +1,17 @@
 """Hidden states of a pack in which no token sees another document than its own.
 
-In: a Hugging Face decoder, a pack's ids, positions (from 0 in every document) and the lengths of its documents. Out:
-hidden states [L, H], the same as of each document alone. Three ways, the first that works is taken:
+In: a Hugging Face decoder, a pack's ids, positions (from 0 in every document) and document lengths. Out: hidden states
+[L, H], equal to those of each document alone. The first of these that works is used:
 
-BY_ATTENTION  torch's kernel for causal attention runs on one document after another: D l^2 / 2 products for D documents
-              of l tokens instead of (D l)^2, and nothing of size [L, L] exists
-BY_MASK       transformers makes a mask of [L, L] of positions that restart: for layers that see a window or chunks
-ONE_BY_ONE    the decoder runs on every document alone: for models that carry a state from token to token (Qwen3.5,
-              Mamba, convolutions) or whose code makes no mask of positions
+BY_ATTENTION  torch's causal attention kernel runs once per document: D l^2 / 2 products for D documents of l tokens
+              instead of (D l)^2, and no [L, L] tensor
+BY_MASK       transformers builds an [L, L] mask from positions that restart: for sliding windows and chunks
+ONE_BY_ONE    the decoder runs on each document alone: for models that carry a state from token to token (Qwen3.5,
+              Mamba, convolutions) or ignore positions in their masks
 
-Which way works is found by trying, as models say nothing of it: two short documents must come out as each alone does.
+Configurations do not say which works, so `keep_apart` tries: two short documents must come out as each alone does.
 
-    L tokens of a pack, D its documents, H hidden, A heads, B those of keys and values, E width of a head
+    L tokens of a pack, D its documents, H hidden, A query heads, B key-value heads, E head width
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from stillroom.errors import ConfigError, one_line
 
 NAME = "sdpa_by_document"
 TRIED = (9, 8)
-"""Lengths of the documents that are tried: the second must not see the first."""
+"""Lengths of the two trial documents: the second must not see the first."""
 
 
 class Apart(Enum):
@@ -38,15 +38,15 @@ class Apart(Enum):
 
 
 def keep_apart(causal: Any) -> Apart:
-    """Finds the way for a model and prepares it for that; takes a few tokens' forward passes where the model lies.
+    """Finds the first way that works by running a few tokens, and prepares the model for it.
 
-    Afterwards other code must not call a model that is kept apart BY_ATTENTION before it has switched it back by
-    `causal.set_attn_implementation`; it would fail. Raises ConfigError where the decoder cannot be run.
+    A model kept apart BY_ATTENTION fails under other callers until `causal.set_attn_implementation` switches it back.
+    Raises ConfigError if the decoder cannot be run.
     """
     if causal.config._attn_implementation == NAME:
         return Apart.BY_ATTENTION
     was_training, asked = causal.training, causal.config._attn_implementation
-    # Kernels for GPUs alone keep documents apart as masks do; a model is tried where it is loaded, in CPU memory.
+    # Models are tried in CPU memory, where GPU-only kernels do not run; those keep documents apart as masks do.
     tried = "eager" if asked == "eager" else "sdpa"
     causal.set_attn_implementation(tried)
     causal.eval()
@@ -84,7 +84,7 @@ def _decode(causal: Any, input_ids_1L: Tensor, position_ids_1L: Tensor, **option
 
 
 def _sees_all(causal: Any) -> bool:
-    """Whether every layer sees all tokens before it, as far as the configuration says."""
+    """Whether every layer attends to all earlier tokens, according to the configuration."""
     config = causal.get_decoder().config.to_dict()
     limits = ("sliding_window", "attention_chunk_size", "attention_window_size")
     layer_types = set(config.get("layer_types") or ["full_attention"])
@@ -96,12 +96,12 @@ def _switch(causal: Any) -> bool:
 
     AttentionInterface.register(NAME, _by_document)
     causal.set_attn_implementation(NAME)
-    # transformers says no to some models by a warning alone.
+    # transformers refuses some models with nothing but a warning.
     return bool(causal.config._attn_implementation == NAME)
 
 
 def _alone(causal: Any) -> Tensor | None:
-    """The tried documents one by one; None where this machine cannot. Raises ConfigError for other decoders."""
+    """The trial documents one by one; None if this machine cannot run them. Raises ConfigError for other failures."""
     try:
         return _try(causal, Apart.ONE_BY_ONE)
     except RuntimeError:
@@ -114,18 +114,15 @@ def _alone(causal: Any) -> Tensor | None:
 
 
 def _agrees(causal: Any, apart: Apart, alone_LH: Tensor | None) -> bool:
-    """Whether the second of two documents comes out as it does alone, whatever the first one says.
-
-    A model that cannot be run in this way does not agree.
-    """
+    """Whether the second document comes out as it does alone, whatever the first contains; False if it cannot run."""
     if alone_LH is None:
         return False
     try:
         tried_LH, again_LH = _try(causal, apart), _try(causal, apart, first_id=TRIED[0])
     except (TypeError, AssertionError, RuntimeError, ValueError):
         return False
-    # Rounding may send single tokens to other experts, so most must be as alone; a convolution leaks into few tokens,
-    # so none may follow the first document. Without experts these are the same to the last bit.
+    # Rounding may send single tokens to other experts, so only the median must agree with the document alone. A
+    # convolution leaks into a few tokens, so no token may depend on the first document.
     is_half = alone_LH.dtype.itemsize == 2
     follows = _difference(tried_LH, again_LH).max() > (0.05 if is_half else 1e-5)
     differs = _difference(tried_LH, alone_LH).median() > (0.1 if is_half else 3e-4)
@@ -133,14 +130,14 @@ def _agrees(causal: Any, apart: Apart, alone_LH: Tensor | None) -> bool:
 
 
 def _difference(one_LH: Tensor, other_LH: Tensor) -> Tensor:
-    """Of the second document's tokens, as a share of their largest value."""
+    """Relative difference of each token of the second document."""
     second = slice(TRIED[0], None)
     return (one_LH - other_LH)[second].abs().amax(dim=1) / other_LH[second].abs().amax(dim=1)
 
 
 @torch.no_grad()
 def _try(causal: Any, apart: Apart, first_id: int = 1) -> Tensor:
-    """Hidden states of two documents; the first counts its ids from `first_id`, the second always the same."""
+    """Hidden states of two documents: the ids of the first start at `first_id`, the second never changes."""
     embeddings = causal.get_input_embeddings().weight
     ids_L = torch.cat([torch.arange(TRIED[0]) + first_id, torch.arange(TRIED[1])]).remainder(len(embeddings))
     positions_L = torch.cat([torch.arange(length) for length in TRIED])
@@ -161,12 +158,12 @@ def _by_document(
     position_bias: None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; returns [1, L, A, E]. Raises AssertionError for what only masks can do."""
+    """Attention function for transformers; returns [1, L, A, E]. Raises AssertionError if a mask or bias is needed."""
     assert attention_mask is None
     assert position_bias is None
     num_groups = query_1ALE.shape[1] // key_1BLE.shape[1]
     if num_groups > 1 and query_1ALE.is_cuda and query_1ALE.dtype == torch.float32:
-        # The one kernel for float32 that keeps no [l, l] wants as many keys as queries.
+        # The only float32 kernel without an [l, l] tensor needs as many key heads as query heads.
         key_1BLE, value_1BLE = (one.repeat_interleave(num_groups, dim=1) for one in (key_1BLE, value_1BLE))
         num_groups = 1
     lengths = list(document_lengths)

@@ -1,7 +1,7 @@
-"""A student cut from a teacher by depth: evenly spaced layers, the first and the last among them.
+"""Cuts a student from a teacher by depth: evenly spaced layers, including the first and the last.
 
-In: a Hugging Face decoder. Out: a Hugging Face folder with fewer layers, everything else as it was. Such a student
-starts far nearer to the teacher than random weights (DistilBERT, arXiv 1910.01108; Minitron, 2407.14679).
+In: a Hugging Face decoder. Out: a Hugging Face folder with fewer layers and otherwise the same weights. Such a student
+starts far closer to the teacher than random weights (DistilBERT, arXiv 1910.01108; Minitron, 2407.14679).
 """
 
 import json
@@ -20,26 +20,26 @@ RECORD = "init.json"
 
 
 def kept_layers(num_teacher: int, num_student: int) -> list[int]:
-    """Evenly spaced layer numbers, first and last included. 30 layers to 4: 0, 10, 19, 29. One alone: the first."""
+    """Evenly spaced layer numbers, first and last included: 30 layers to 4 keeps 0, 10, 19, 29; to 1 keeps 0."""
     if not 1 <= num_student <= num_teacher:
-        raise ConfigError(f"layers={num_student} is outside 1..{num_teacher}, the layers of the teacher")
+        raise ConfigError(f"layers={num_student} must lie in 1..{num_teacher}, the layers of the teacher")
     if num_student == 1:
         return [0]
     return [round(number * (num_teacher - 1) / (num_student - 1)) for number in range(num_student)]
 
 
 def init_student(teacher: str, num_layers: int, out: Path) -> Json:
-    """Writes the student's folder and says what was kept. A folder that the same call wrote before is left as it is.
+    """Writes the student's folder and returns its record; reuses a folder that the same call wrote before.
 
-    Raises ConfigError where `out` holds something else or the teacher is no decoder with a list of layers, DataError
-    where the teacher cannot be loaded.
+    Raises ConfigError if `out` holds something else or the teacher has no list of decoder layers, DataError if the
+    teacher cannot be loaded.
     """
     fingerprint, revision = fingerprint_weights(teacher)
     asked = {"teacher": teacher, "teacher_weights_fingerprint": fingerprint, "num_layers": num_layers}
     if (out / RECORD).exists():
         record: Json = json.loads((out / RECORD).read_text(encoding="utf-8"))
         if {key: record.get(key) for key in asked} == asked:
-            note(f"{out} is there already, cut in the same way: it is left as it is")
+            note(f"{out} already holds this student: reusing it")
             return record
     refuse_existing(out)
     model = _load(teacher)
@@ -60,12 +60,14 @@ def init_student(teacher: str, num_layers: int, out: Path) -> Json:
 
 
 def require_cut(student: StudentConfig) -> None:
-    """Raises ConfigError where the configuration says how the student is cut and its folder was not cut so."""
+    """Raises ConfigError if the student's folder does not match `student.init`."""
     if student.init is None:
         return
     folder, asked = Path(student.model), student.init
     if not folder.exists():
-        raise ConfigError(f"student.model: {folder} is not there yet: `student-train init` with this file makes it")
+        raise ConfigError(
+            f"student.model: {folder} does not exist yet: create it with `student-train init` and this file"
+        )
     if not (folder / RECORD).exists():
         return
     record: Json = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -73,14 +75,14 @@ def require_cut(student: StudentConfig) -> None:
     if found != wanted:
         raise ConfigError(
             f"student.init asks for {wanted[1]} layers of {wanted[0]}, but {folder} holds {found[1]} layers of "
-            f"{found[0]}: name another folder in student.model, or remove this one and run `student-train init`"
+            f"{found[0]}: choose another student.model, or remove the folder and run `student-train init`"
         )
 
 
 def keep_layers(model: Any, num_layers: int) -> list[int]:
-    """Cuts a decoder in place to evenly spaced layers and returns their numbers; settings given layer by layer follow.
+    """Cuts a decoder in place, per-layer settings included, and returns the numbers of the layers kept.
 
-    Raises ConfigError where the model has no decoder with a list of layers.
+    Raises ConfigError if the decoder has no list of layers.
     """
     import torch
 
@@ -90,7 +92,7 @@ def keep_layers(model: Any, num_layers: int) -> list[int]:
     layers = dict(decoder.named_children()).get("layers")
     if not isinstance(layers, torch.nn.ModuleList) or len(layers) != num_teacher:
         raise ConfigError(
-            f"{type(model).__name__} cannot be cut: init knows decoders with model.layers (Llama, Qwen2, Qwen3, ...)"
+            f"{type(model).__name__} cannot be cut: init needs a decoder with model.layers (Llama, Qwen2, Qwen3, ...)"
         )
     kept = kept_layers(num_teacher, num_layers)
     decoder.layers = torch.nn.ModuleList([layers[number] for number in kept])

@@ -1,7 +1,7 @@
-"""The student as one module whose forward gives losses or metrics of a pack, never logits: what DeepSpeed wraps.
+"""The student as one module, which DeepSpeed wraps: its forward returns losses or metrics of a pack, never logits.
 
-In: a Hugging Face folder. Out: `Student`, a decoder whose head is fused with the losses; all of it trained, the head
-alone, or LoRA adapters. The head's module is called inside this module's forward, so ZeRO-3 gathers its weight.
+In: a Hugging Face folder. Out: `Student`, a decoder whose head is fused with the losses. All weights are trained, the
+head alone, or LoRA adapters. The head is called inside this module's forward, so ZeRO-3 gathers its weight.
 
     L tokens of a pack, N loss tokens, H hidden, J terms of a mix
 """
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Student(torch.nn.Module):
-    """A causal language model (`model`, under peft or not) that computes losses at chosen positions of a pack."""
+    """A causal language model (`model`, with or without peft) that computes losses at chosen positions of a pack."""
 
     def __init__(self, model: Any, chunk_tokens: int | None = None) -> None:
         super().__init__()
@@ -42,18 +42,18 @@ class Student(torch.nn.Module):
 
     @property
     def causal(self) -> Any:
-        """The Hugging Face model, below peft where there is an adapter."""
-        # peft is imported by whoever made an adapter; importing it here would cost every other start 0.3 CPU seconds.
+        """The Hugging Face model without its peft wrapper."""
+        # If there is an adapter, peft is imported already; importing it here would slow every other start by 0.3 s.
         peft = sys.modules.get("peft")
         return self.model.get_base_model() if peft and isinstance(self.model, peft.PeftModel) else self.model
 
     def forward(self, pack: TorchPack, mix: LossMix | None = None) -> tuple[Tensor, ...]:
-        """With a mix (loss_sum, term_sums_J, weight_sum) of losses.LossSums; without, TokenMetrics as a tuple.
+        """With a mix (loss_sum, term_sums_J, weight_sum) of LossSums, without one the values of TokenMetrics.
 
         Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
         """
         causal = self.causal
-        # A frozen decoder below a trained head keeps no activations.
+        # A frozen decoder under a trained head keeps no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
             hidden_LH = hidden_states(
                 causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths
@@ -63,14 +63,14 @@ class Student(torch.nn.Module):
         if mix is not None:
             sums = head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens)
             return sums.loss_sum, torch.stack(list(sums.term_sums.values())), sums.weight_sum
-        # A plain tuple: hooks on modules rebuild what they return by its type.
+        # A plain tuple, because module hooks of ZeRO rebuild outputs by their type.
         return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
 
 
 def load_student(
     student: StudentConfig, folder: str, stage: StageConfig, engine: EngineConfig, *, seed: int, vocab_size: int
 ) -> Student:
-    """The model in `folder` ready to be trained as the stage says, on ids below `vocab_size`.
+    """The model in `folder`, ready for the stage's training on ids below `vocab_size`.
 
     Raises ConfigError, DataError.
     """
@@ -89,8 +89,8 @@ def load_student(
     made = Student(model, engine.chunk_tokens)
     if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
         raise ConfigError(
-            f"{folder} carries a state from token to token, so the documents of a pack are computed one by one; ranks "
-            "that gather weights at every call (ZeRO 3) would wait for each other for ever: set engine.zero_stage to 2"
+            f"{folder} carries a state from token to token, so each document of a pack is a call of its own, and ranks "
+            "with different numbers of documents would deadlock under ZeRO 3: set engine.zero_stage to 2"
         )
     return made
 
@@ -121,9 +121,9 @@ def _keep_freed_memory() -> None:
 
 
 def load_causal(folder: str, student: StudentConfig, precision: str | None) -> Any:
-    """The Hugging Face causal language model in a folder or hub id, on the CPU; precision None is the stored one.
+    """Loads a Hugging Face causal language model into CPU memory; precision None keeps the stored one.
 
-    Raises DataError in one line.
+    Raises DataError.
     """
     use_cpu_where_there_is_no_gpu()
     import transformers
@@ -143,16 +143,16 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
-            f"{folder} is no model that transformers loads: {' '.join(str(error).split())[:300]}"
+            f"{folder} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
         ) from error
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise DataError(f"{folder} lacks {len(report['missing_keys'])} weights of its own config ({names}, ...)")
+        raise DataError(f"{folder} lacks {len(report['missing_keys'])} weights that its config asks for ({names}, ...)")
     return model
 
 
 def meta_causal(student: StudentConfig) -> Any:
-    """The student's model out of its config.json alone: modules and shapes without memory. Raises DataError."""
+    """The student's modules and shapes without memory, from config.json alone. Raises DataError."""
     use_cpu_where_there_is_no_gpu()
     import transformers
 
@@ -164,14 +164,15 @@ def meta_causal(student: StudentConfig) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=student.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
-            f"{student.model} has no config that transformers knows: {' '.join(str(error).split())}"
+            f"{student.model} has no config that transformers can load: {' '.join(str(error).split())}"
         ) from error
 
 
 def widen_vocab(model: Any, vocab_size: int) -> int:
-    """Adds embedding rows until there are `vocab_size`, and returns how many; relatives differ in their padding.
+    """Pads the embeddings to `vocab_size` rows and returns how many were added.
 
-    New rows are the mean of the others, so that a head gives them neither much probability nor none.
+    Related models pad their vocabularies differently. New rows are the mean of the others, to which a head gives
+    ordinary logits.
     """
     old_size = model.get_input_embeddings().weight.shape[0]
     if old_size >= vocab_size:
@@ -184,13 +185,13 @@ def widen_vocab(model: Any, vocab_size: int) -> int:
 
 
 def add_lora(model: Any, lora: LoraConfig) -> Any:
-    """The model under a peft adapter. Raises ConfigError for target names that it does not have."""
+    """Wraps the model in a peft adapter. Raises ConfigError for targets that it does not have."""
     import peft
 
     wanted = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by it, whatever its type
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, used as a divisor
         lora_dropout=lora.dropout,
         target_modules=lora.targets or "all-linear",
     )

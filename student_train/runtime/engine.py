@@ -1,10 +1,10 @@
 """DeepSpeed around a student: distribution, ZeRO, optimizer step, saved state. The only file that imports deepspeed.
 
 In: a Student and settings. Out: `Engine`, whose gradients are those of the *sum* of losses over all ranks and
-micro-steps divided by a number that the caller gives, whatever DeepSpeed would have divided by.
+micro-steps, divided by a number that the caller chooses.
 
-DeepSpeed averages gradients over ranks and, by `backward`, over micro-steps. Here `backward` is told not to scale by
-accumulation, and each rank's loss is multiplied by the number of ranks, so that mean over ranks = sum over ranks.
+DeepSpeed averages gradients over ranks and, in `backward`, over micro-steps. Here `backward` is told not to divide by
+the accumulation, and each rank's loss is multiplied by the number of ranks, so mean over ranks = sum over ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class Engine:
-    """A student under DeepSpeed for one stage. Every method is called by all ranks together."""
+    """A student under DeepSpeed for one stage. All ranks call every method together."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Engine:
         *,
         universal: bool,
     ) -> None:
-        """Spreads the student over the ranks; `universal` when the state to load was made universal."""
+        """Spreads the student over the ranks; `universal` if a universal state will be loaded."""
         self._ranks = ranks
         self._student = student
         self._is_plain = config.zero_stage == 0 and config.precision == "float32"
@@ -74,7 +74,7 @@ class Engine:
                 dist_init_required=False,
             )
         if config.zero_stage == 0 and config.precision != "float32":
-            # DeepSpeed makes Adam's moments by a step on zero gradients, which its bias correction would count.
+            # DeepSpeed creates Adam's moments with a step on zero gradients, which bias correction would count.
             self._deepspeed.optimizer.optimizer.state.clear()
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
@@ -85,21 +85,21 @@ class Engine:
 
     @torch.no_grad()
     def metrics(self, pack: TorchPack) -> TokenMetrics:
-        """Metrics of one pack's loss tokens; dropout off."""
+        """Metrics of one pack's loss tokens, without dropout."""
         self._deepspeed.eval()
         values = self._deepspeed(pack)
         self._deepspeed.train()
         return TokenMetrics(*values)
 
     def backward(self, loss_sum: Tensor, total_weight: float, *, is_last: bool) -> None:
-        """Adds the gradient of loss_sum / total_weight; `is_last` for the last micro-step before `step`."""
+        """Adds the gradient of loss_sum / total_weight; `is_last` marks the last micro-step before `step`."""
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         self._deepspeed.backward(loss_sum * (self._ranks.num_ranks / total_weight), scale_wrt_gas=False)
         if not is_last:
             self._deepspeed.step()
 
     def step(self, learning_rate: float) -> bool:
-        """Clips and applies the gradient that was added up; False where float16 overflowed and the step was skipped."""
+        """Clips and applies the accumulated gradient; False if float16 overflowed and the step was skipped."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped_before = int(self._deepspeed.skipped_steps)
@@ -109,36 +109,36 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the last step's whole gradient before clipping."""
+        """Global gradient norm of the last step, before clipping."""
         return float(self._deepspeed.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
 
     def _norm_without_zero(self) -> Tensor | None:
-        """Of gradients that lie whole in their parameters, for which DeepSpeed keeps no norm: ZeRO 0 in float32."""
+        """Gradient norm under ZeRO 0 in float32, where DeepSpeed computes none."""
         if not self._is_plain:
             return None
         grads = [parameter.grad for parameter in self._student.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Writes trained weights and optimizer state below `folder/tag`; frozen weights are where they came from."""
+        """Writes trained weights and optimizer state to `folder/tag`; frozen weights stay in the model's folder."""
         with _quiet():
             self._deepspeed.save_checkpoint(
                 str(folder), tag=tag, client_state=_universal_info(), save_latest=False, exclude_frozen_parameters=True
             )
 
     def load(self, folder: Path, tag: str) -> None:
-        """Takes back what `save` wrote. Raises CorruptError for files that hold more than tensors and plain values."""
+        """Loads what `save` wrote. Raises CorruptError for files with more than tensors and plain values."""
         with _quiet(), _tensors_only(folder / tag):
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         assert path is not None
 
     def close(self) -> None:
-        """Frees what DeepSpeed holds; the engine is of no use afterwards."""
+        """Frees DeepSpeed's memory; the engine cannot be used afterwards."""
         self._deepspeed.destroy()
 
 
 def _refuse_precision(precision: str, accelerator: Any) -> None:
-    """Raises ConfigError for a precision that the machine's accelerator does not have."""
+    """Raises ConfigError if the machine's accelerator does not support the precision."""
     supported = {
         "float32": True,
         "bfloat16": accelerator.is_bf16_supported(),
@@ -147,14 +147,14 @@ def _refuse_precision(precision: str, accelerator: Any) -> None:
     if not supported[precision]:
         possible = ", ".join(name for name, has in supported.items() if has)
         raise ConfigError(
-            f"engine.precision={precision} cannot be trained on this {accelerator.device_name()}: take {possible}"
+            f"engine.precision={precision} is not supported on this {accelerator.device_name()}: choose {possible}"
         )
 
 
 def deepspeed_config(
     stage: StageConfig, config: EngineConfig, num_ranks: int, accumulation: int, *, universal: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration. No optimizer block: its "AdamW" would compile an operator even on a CPU."""
+    """DeepSpeed's own configuration, without an optimizer block: its "AdamW" compiles an operator even on a CPU."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -171,16 +171,16 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
-        # Nothing is printed by DeepSpeed itself.
+        # DeepSpeed itself prints nothing.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
 
 
 def make_universal(source: Path, target: Path) -> None:
-    """Converts a saved ZeRO state to DeepSpeed's universal form, which any number of ranks loads; one process only.
+    """Converts a saved ZeRO state to DeepSpeed's universal form, which any number of ranks can load.
 
-    Raises CorruptError as `Engine.load` does.
+    Called by one rank. Raises CorruptError as `Engine.load` does.
     """
     from argparse import Namespace
 
@@ -201,7 +201,7 @@ def make_universal(source: Path, target: Path) -> None:
 
 
 def saved_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
-    """Trained weights of a saved state by parameter name of the Hugging Face (or peft) model, on the CPU.
+    """Trained weights of a saved state in CPU memory, by parameter name of the Hugging Face (or peft) model.
 
     Raises CorruptError as `Engine.load` does.
     """
@@ -247,16 +247,16 @@ def _universal_info() -> dict[str, Any]:
         UNIVERSAL_CHECKPOINT_VERSION_VALUE,
     )
 
-    # ds_to_universal refuses a state that does not say which version of its rules it follows.
+    # ds_to_universal refuses a state without a version.
     return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
 
 
 @contextlib.contextmanager
 def _tensors_only(folder: Path) -> Iterator[None]:
-    """Makes DeepSpeed load tensors, plain values and four small classes of its own, and nothing that runs code.
+    """Lets DeepSpeed load only tensors, plain values and four small classes of its own.
 
-    It asks torch for unrestricted pickle, in which a file from elsewhere could run any program; torch's variable
-    overrides that. Raises CorruptError, naming `folder`, for a file that holds anything else.
+    DeepSpeed asks torch for unrestricted pickle, so a checkpoint from elsewhere could run any code; an environment
+    variable of torch overrides that. Raises CorruptError, naming `folder`, for a file that holds anything else.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -280,7 +280,7 @@ def _tensors_only(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps DeepSpeed's greetings, deprecation warnings and progress bars from the terminal, not its errors."""
+    """Hides DeepSpeed's greetings, deprecation warnings and progress bars, but not its errors."""
     greetings = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(greetings), contextlib.redirect_stderr(greetings):
         warnings.simplefilter("ignore")
@@ -289,7 +289,7 @@ def _quiet() -> Iterator[None]:
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)
         for handler in logger.handlers:
-            # Its own handler, which writes to what was stdout when it was imported: the place of results.
+            # Its handler writes to stdout, which belongs to results.
             if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.__stderr__)
         yield

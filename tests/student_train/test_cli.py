@@ -167,7 +167,7 @@ def test_a_folder_is_no_configuration(call: Cli, tmp_path: Path) -> None:
         ),
         ("stages.0.losses={forward_kl: 1}", "loss 'forward_kl' is unknown: did you mean 'forward_kl_truncated'?"),
         ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
-        ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere is not there yet"),
+        ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere does not exist yet"),
         ("stages.0.losses={}", "stages.0.losses: is empty: it needs at least 1 item"),
         ("stages.0.losses=[cross_entropy]", "stages.0.losses: must be a mapping of keys to values"),
         ("data.caches=x", "data.caches: must be a list, for example [a, b] (got 'x')"),
@@ -236,7 +236,7 @@ def test_init_from_flags_and_from_a_config(call: Cli, tmp_path: Path, student: P
     config = call.config(student=block)
     code, out, err = call("init", config, "--json")
     assert code == 0
-    assert f"{out_folder} is there already, cut in the same way" in err
+    assert f"{out_folder} already holds this student" in err
     assert json.loads(out)["kept_layers"] == [0]
     code, _, err = call("init", config, *flags)
     assert code == 2

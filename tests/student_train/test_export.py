@@ -67,7 +67,7 @@ def test_exported_folder_is_the_student_that_the_run_saw(
     assert evaluate_config(config, None, "last")["forward_kl"] == pytest.approx(seen["forward_kl"], rel=tolerance)
     before = RunFolder(config.run).read_evals()[0]
     assert evaluate_config(config, None, "initial")["forward_kl"] == pytest.approx(before["forward_kl"], rel=1e-5)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         export(config, _last(config), out, adapter_only=False, tokenizer=None)
 
 

@@ -43,7 +43,7 @@ def test_layers_are_evenly_spaced() -> None:
     for num_student in range(1, 31):
         kept = kept_layers(30, num_student)
         assert len(set(kept)) == num_student
-    with pytest.raises(ConfigError, match=r"layers=7 is outside 1\.\.6"):
+    with pytest.raises(ConfigError, match=r"layers=7 must lie in 1\.\.6"):
         kept_layers(6, 7)
 
 
@@ -80,7 +80,7 @@ def test_the_same_cut_again_is_left_alone_and_another_is_refused(tmp_path: Path)
     before = (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns
     assert init_student(str(teacher), 2, tmp_path / "student") == first
     assert (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         init_student(str(teacher), 3, tmp_path / "student")
     assert json.loads((tmp_path / "student" / "init.json").read_text())["kept_layers"] == [0, 3]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -110,5 +110,5 @@ def test_a_configuration_that_asks_for_another_cut_than_the_folder_holds_is_refu
         require_cut(student(3))
     with pytest.raises(ConfigError, match="asks for 2 layers of other"):
         require_cut(student(2, of="other"))
-    with pytest.raises(ConfigError, match=r"nowhere is not there yet: `student-train init`"):
+    with pytest.raises(ConfigError, match=r"nowhere does not exist yet: create it with `student-train init`"):
         require_cut(student(2, "nowhere"))
