@@ -12,11 +12,9 @@ the row group's first row is due. Only the waiting differs: on storage with roun
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -52,22 +50,7 @@ class RowBlock:
     @property
     def num_bytes(self) -> int:
         """Memory of the block."""
-        arrays: list[npt.NDArray[Any]] = [
-            self.rows_R,
-            self.prompt_ids,
-            self.prompt_offsets,
-            self.token_ids_T,
-            self.token_offsets,
-        ]
-        if self.signals is not None and self.entry_offsets_T is not None:
-            one = self.signals
-            arrays += [one.topk_n_T, one.topk_ids_N, one.topk_logprobs_N, one.tail_logmass_T, one.sampled_logprob_T]
-            arrays += [one.sampled_rank_T, one.entropy_T, self.entry_offsets_T]
-            if one.draws is not None and self.draw_offsets_T is not None:
-                arrays += [one.draws.n_T, one.draws.ids_D, one.draws.logprobs_D, self.draw_offsets_T]
-            if one.log_partitions_TS is not None:
-                arrays.append(one.log_partitions_TS)
-        return sum(array.nbytes for array in arrays)
+        return _num_bytes(self)
 
     def prompt_of(self, index: int) -> Int32:
         """Prompt token ids of row rows_R[index]."""
@@ -161,6 +144,11 @@ def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Sign
         draws=signals.draws if selection.header.draws else None,
         log_partitions_TS=None if partitions_TS is None or not columns else partitions_TS[:, columns],
     )
+
+
+def _num_bytes(record: RowBlock | Signals | Draws) -> int:
+    values = [getattr(record, field.name) for field in fields(record)]
+    return sum(one.nbytes if isinstance(one, np.ndarray) else _num_bytes(one) for one in values if one is not None)
 
 
 def _offsets(n_T: Int32) -> Int64:

@@ -144,13 +144,6 @@ class PackStream:
         return item.pack
 
     @property
-    def num_steps(self) -> int | None:
-        """Optimizer steps of all epochs, each of which is planned; None if epochs never end."""
-        if self.plans.num_epochs is None:
-            return None
-        return -(-self.plans.total_packs() // self._packs_per_step)
-
-    @property
     def stats(self) -> StreamStats:
         """Totals since the stream was made."""
         return self._stats

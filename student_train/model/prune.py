@@ -34,6 +34,8 @@ def init_student(teacher: str, num_layers: int, out: Path) -> Json:
     Raises ConfigError if `out` holds something else or the teacher has no list of decoder layers, DataError if the
     teacher cannot be loaded.
     """
+    from student_train.model.student import load_causal
+
     fingerprint, revision = fingerprint_weights(teacher)
     asked = {"teacher": teacher, "teacher_weights_fingerprint": fingerprint, "num_layers": num_layers}
     if (out / RECORD).exists():
@@ -42,7 +44,7 @@ def init_student(teacher: str, num_layers: int, out: Path) -> Json:
             note(f"{out} already holds this student: reusing it")
             return record
     refuse_existing(out)
-    model = _load(teacher)
+    model = load_causal(teacher, StudentConfig(model=teacher), None)
     config = model.config.to_dict()
     kept = keep_layers(model, num_layers)
     record = {
@@ -101,10 +103,3 @@ def keep_layers(model: Any, num_layers: int) -> list[int]:
             setattr(config, name, [value[number] for number in kept])
     config.num_hidden_layers = len(kept)
     return kept
-
-
-def _load(teacher: str) -> Any:
-    from student_train.config import StudentConfig
-    from student_train.model.student import load_causal
-
-    return load_causal(teacher, StudentConfig(model=teacher), None)
