@@ -36,6 +36,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.loss import Setting as LossSetting
 from benchmarks.loss import hardware
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
@@ -45,7 +46,7 @@ from student_train.evaluation import to_device
 from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
 from student_train.model.packed_attention import hidden_states, keep_apart
-from student_train.model.student import use_cpu_where_there_is_no_gpu
+from student_train.model.student import DTYPES, use_cpu_where_there_is_no_gpu
 from student_train.runtime.ranks import joined_ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import take_step, train
@@ -56,6 +57,7 @@ SIDES = ("kd", "ce", "online")
 SUPPORT, DRAWS = 8, 8
 ONLINE_SUPPORT = 64
 CHUNK_TOKENS = 128
+PRECISION = "bfloat16" if torch.cuda.is_available() else "float32"
 KD_LOSSES = {term.name: term.weight for term in DEFAULT_MIX.terms}
 
 
@@ -86,7 +88,7 @@ def main() -> None:
         root = Path(name)
         sizes = prepare(root, setting)
         rounds = [{one: _measure(one, setting, root, arguments.before) for one in sides} for _ in range(setting.rounds)]
-    result = online_ratios(rounds, sizes) if arguments.before is None else before_ratios(rounds)
+    result = ratios(rounds, sizes)
     for one in sides:
         speeds, cpu_speeds = (
             ", ".join(f"{turn[one][key]:.0f}" for turn in rounds) for key in ("tokens_per_s", "tokens_per_cpu_s")
@@ -94,8 +96,8 @@ def main() -> None:
         print(f"{one:8} {speeds} tok/s, {cpu_speeds} tok/CPU s, {rounds[0][one]['peak_mib']:.0f} MiB", file=log)
     for key, value in result.items():
         print(f"{key:18} {value}", file=log)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(json.dumps({**result, "rounds": rounds, "setting": asdict(setting), "hardware": _machine(device)}))
+    machine = hardware(LossSetting(device="cuda" if torch.cuda.is_available() else "cpu"))
+    print(json.dumps({**result, "rounds": rounds, "setting": asdict(setting), "hardware": machine}))
 
 
 def prepare(root: Path, setting: Setting) -> dict[str, int]:
@@ -125,11 +127,13 @@ def prepare(root: Path, setting: Setting) -> dict[str, int]:
 def run_side(side: str, setting: Setting, root: Path) -> Json:
     """Runs one side in this process: tokens a second, stall share, peak memory."""
     config = _config(side, setting, root)
+    start_cpu_s: list[float] = []
     cpu_s: list[float] = []
     teacher_s: list[float] = []
 
     def timed(*arguments: Any) -> Any:
         started_s = time.process_time()
+        start_cpu_s.append(started_s)
         result = take_step(*arguments)
         cpu_s.append(time.process_time() - started_s)
         teacher_s.append(teacher.take_cpu_s() if teacher is not None else 0.0)
@@ -138,15 +142,16 @@ def run_side(side: str, setting: Setting, root: Path) -> Json:
     teacher: OnlineTeacher | None = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(mock.patch("student_train.train.take_step", timed))
+        stack.enter_context(mock.patch("student_train.training.take_step", timed))
         stop, ranks = stack.enter_context(StopRequest()), stack.enter_context(joined_ranks())
         if side == "online":
             teacher = OnlineTeacher(root / "teacher", ranks.device)
-            stack.enter_context(mock.patch("student_train.train.to_device", teacher.to_device))
+            stack.enter_context(mock.patch("student_train.training.to_device", teacher.to_device))
         train(config, ranks, stop)
     records = RunFolder(config.run).read_metrics()
     later = list(zip(records, cpu_s, strict=True))[1:]
     return {
+        "start_cpu_s": start_cpu_s[0],
         "tokens_per_s": statistics.median(record["num_tokens"] / record["step_s"] for record, _ in later),
         "tokens_per_cpu_s": statistics.median(record["num_tokens"] / seconds for record, seconds in later),
         "teacher_frac": statistics.median(mine / whole for mine, whole in list(zip(teacher_s, cpu_s, strict=True))[1:]),
@@ -161,7 +166,7 @@ class OnlineTeacher:
     def __init__(self, folder: Path, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype())
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[PRECISION])
         self._model = loaded.to(device).eval()
         self._apart = keep_apart(self._model)
         self._cpu_s = 0.0
@@ -195,26 +200,25 @@ class OnlineTeacher:
         return ids_CK, top_CK - logsumexp_C1, tail_C
 
 
-def before_ratios(rounds: list[dict[str, Json]]) -> Json:
-    """Medians over rounds of kd over before, within a round."""
-    return {
-        "kd_vs_before": _ratio(rounds, "kd", "before", "tokens_per_s"),
-        "kd_vs_before_cpu": _ratio(rounds, "kd", "before", "tokens_per_cpu_s"),
-    }
-
-
-def online_ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
-    """Medians over rounds of ratios within a round."""
+def ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
+    """Medians over rounds of kd over each other side, within a round."""
 
     def median(side: str, key: str) -> float:
         return round(float(statistics.median(turn[side][key] for turn in rounds)), 4)
 
+    over = {
+        f"kd_vs_{side}{suffix}": round(
+            float(statistics.median(turn["kd"][key] / turn[side][key] for turn in rounds)), 3
+        )
+        for suffix, key in (("", "tokens_per_s"), ("_cpu", "tokens_per_cpu_s"))
+        for side in rounds[0]
+        if side != "kd"
+    }
+    if "online" not in rounds[0]:
+        return over
     student, teacher = sizes["student"], sizes["teacher"]
     return {
-        "kd_vs_ce": _ratio(rounds, "kd", "ce", "tokens_per_s"),
-        "kd_vs_online": _ratio(rounds, "kd", "online", "tokens_per_s"),
-        "kd_vs_ce_cpu": _ratio(rounds, "kd", "ce", "tokens_per_cpu_s"),
-        "kd_vs_online_cpu": _ratio(rounds, "kd", "online", "tokens_per_cpu_s"),
+        **over,
         "online_measured": round(1 / (1 - median("online", "teacher_frac")), 3),
         "online_promise": round((6 * student + 2 * teacher) / (6 * student), 3),
         "stall_frac": median("kd", "stall_frac"),
@@ -222,10 +226,6 @@ def online_ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
         "student_parameters": student,
         "teacher_parameters": teacher,
     }
-
-
-def _ratio(rounds: list[dict[str, Json]], one: str, other: str, key: str) -> float:
-    return round(float(statistics.median(turn[one][key] / turn[other][key] for turn in rounds)), 3)
 
 
 def _measure(side: str, setting: Setting, root: Path, before: Path | None) -> Json:
@@ -257,7 +257,7 @@ def _config(side: str, setting: Setting, root: Path) -> TrainConfig:
                 "learning_rate": 1e-4,
             }
         ],
-        "engine": {"precision": "bfloat16" if torch.cuda.is_available() else "float32"},
+        "engine": {"precision": PRECISION},
         "eval": None,
         "checkpoint": {"every_steps": 10_000},
     }
@@ -284,16 +284,6 @@ def _write_model(folder: Path, vocab: int, hidden: int, layers: int) -> int:
     model.save_pretrained(folder)
     make_tokenizer(vocab).save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
-
-
-def _dtype() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-def _machine(device: str) -> str:
-    from benchmarks.loss import Setting as LossSetting
-
-    return hardware(LossSetting(device=device))
 
 
 def _arguments() -> tuple[Setting, argparse.Namespace]:
