@@ -301,6 +301,11 @@ def joined_ranks() -> Iterator[Ranks]:
         with warnings.catch_warnings():
             # Deprecations and advice between these libraries: nothing that a user could act upon.
             warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers|peft)\.")
+            # numpy.finfo warns while denormals are flushed.
+            warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
+            # Gradients of unlikely tokens and their squares fall below 1e-38. Arithmetic on such numbers is ten times
+            # slower: 0.5 s instead of 0.04 s for AdamW on 28M of them. Threads started from here on inherit this.
+            torch.set_flush_denormal(True)
             yield _join()
     except torch.OutOfMemoryError as error:
         raise StillroomError(
@@ -312,6 +317,7 @@ def joined_ranks() -> Iterator[Ranks]:
             raise RanksLost(f"the ranks lost each other, one of them ended: {first_line(error)}") from error
         raise
     finally:
+        torch.set_flush_denormal(False)
         # So that torch does not warn at exit.
         if dist.is_initialized():
             dist.destroy_process_group()
