@@ -223,7 +223,7 @@ def _import_muon_uncompiled() -> None:
     imports the whole of torch._inductor, 1.5 CPU seconds of every start.
     """
     compiled = torch.compile
-    torch.compile = lambda model=None, **_: model  # type: ignore[assignment,misc]
+    torch.compile = lambda model=None, **_: model
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
