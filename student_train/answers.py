@@ -18,7 +18,8 @@ from torch import Tensor
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError
-from stillroom.judging.judges import Verdict, require_judge
+from stillroom.judging.answers import Verdict
+from stillroom.judging.judges import require_judge
 from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress
 from stillroom.models import reasoning_ids, split_reasoning
@@ -112,7 +113,8 @@ def generate_and_judge(
                 num_tokens += len(ids)
                 num_ended += ids[-1] in _end_ids(model)
                 answer = answer_of(tokenizer, prompt, ids)
-                verdicts.append(judge.judge(prompt.judge, answer, prompt.reference, prompt.metadata))
+                is_cut = ids[-1] not in _end_ids(model)
+                verdicts.append(judge.judge(prompt.judge, answer, prompt.reference, prompt.metadata, is_cut))
             num_done += len(batch)
             progress.update(num_done, num_tokens)
     num_correct = sum(one.correct is True for one in verdicts)

@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 
 from stillroom.cache.catalog import Catalog, Table, publish
 from stillroom.errors import CacheConflict, ConfigError, StillroomError, one_line
-from stillroom.judging.judges import KINDS, NEEDS, Verdict, check_kind, require_judge
+from stillroom.judging.answers import Verdict
+from stillroom.judging.judges import KINDS, NEEDS, check_kind, require_judge
 from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress, format_plural
 from stillroom.schema.records import Prompt
@@ -135,7 +136,7 @@ def judge_cache(
         latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
         # Commits on every exit, also after an interrupt: what was judged need not be judged again.
         pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest, worker))
-        query = _pending_query("sample_id, answer, reference, metadata", kind, where, again)
+        query = _pending_query("sample_id, answer, reference, metadata, truncated", kind, where, again)
         for sample, had_verdict in _judged(session, query, judges):
             is_kept = had_verdict and sample.verdict.correct is None
             report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict, is_kept)
@@ -164,7 +165,10 @@ def commit_verdicts(
         "correct": [sample.verdict.correct for sample in samples],
         "score": [sample.verdict.score for sample in samples],
         "judged_at": [now] * len(samples),
+        "rule": [sample.verdict.rule for sample in samples],
+        "compared": [sample.verdict.compared for sample in samples],
     }
+    table.add_columns(VERDICT_SCHEMA)
     temp = verdict_temp(table, worker)
     verdicts = pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA)
     try:
@@ -214,7 +218,7 @@ class JudgeQueue:
         self._done: deque[Future[JudgedSample | None]] = deque()
         self._hurried = False
 
-    def put(self, sample_id: str, prompt: Prompt, answer: str | None) -> None:
+    def put(self, sample_id: str, prompt: Prompt, answer: str | None, truncated: bool = False) -> None:
         """Queues an answer; does nothing for a prompt without a judge."""
         kind = judge_of(prompt)
         if kind is None:
@@ -225,7 +229,9 @@ class JudgeQueue:
         if self._hurried or len(self._pending) >= self._max_waiting:
             self.num_left += 1
             return
-        future = self._threads.submit(self._judge, sample_id, kind, answer, prompt.reference, prompt.metadata)
+        future = self._threads.submit(
+            self._judge, sample_id, kind, answer, prompt.reference, prompt.metadata, truncated
+        )
         self._pending[future] = None
 
     def finished(self) -> list[JudgedSample]:
@@ -272,11 +278,17 @@ class JudgeQueue:
             self._done.append(future)
 
     def _judge(
-        self, sample_id: str, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any]
+        self,
+        sample_id: str,
+        kind: str,
+        answer: str | None,
+        reference: str | None,
+        metadata: Mapping[str, Any],
+        truncated: bool,
     ) -> JudgedSample | None:
         if self._hurried:
             return None
-        return JudgedSample(sample_id, kind, self._judges.judge(kind, answer, reference, metadata))
+        return JudgedSample(sample_id, kind, self._judges.judge(kind, answer, reference, metadata, truncated))
 
 
 class _Judges:
@@ -297,10 +309,12 @@ class _Judges:
         for judge in self._all:
             judge.prepare(kinds)
 
-    def judge(self, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any]) -> Verdict:
+    def judge(
+        self, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any], truncated: bool
+    ) -> Verdict:
         judge = self._free.get()
         try:
-            return judge.judge(kind, answer, reference, metadata)
+            return judge.judge(kind, answer, reference, metadata, truncated)
         finally:
             self._free.put(judge)
 
@@ -361,7 +375,8 @@ def _judged(session: Session, query: str, judges: _Judges) -> Iterator[tuple[Jud
     """
 
     def check(row: dict[str, Any]) -> tuple[JudgedSample, bool]:
-        verdict = judges.judge(row["judge"], row["answer"], row["reference"], json.loads(row["metadata"]))
+        metadata = json.loads(row["metadata"])
+        verdict = judges.judge(row["judge"], row["answer"], row["reference"], metadata, bool(row["truncated"]))
         return JudgedSample(row["sample_id"], row["judge"], verdict), row["has_verdict"]
 
     with ThreadPoolExecutor(len(judges)) as pool:

@@ -90,7 +90,7 @@ def check_position(sample: Sample, position: int) -> None:
 
 
 def header_lines(chain: dict[str, Any]) -> list[str]:
-    """What is known of a chain, in three lines."""
+    """What is known of a chain, in three lines; a fourth says what decided the verdict."""
     undecided = "undecided" if chain["judge"] else "not judged"
     verdict = {True: "right", False: "wrong", None: undecided}[chain["correct"]]
     judge = f" ({one_line(chain['judge'])})" if chain["judge"] else ""
@@ -98,9 +98,11 @@ def header_lines(chain: dict[str, Any]) -> list[str]:
     reasoning = "reasoning never ended" if chain["reasoning_end"] is None else f"{chain['reasoning_end']} of reasoning"
     where = f"source {one_line(chain['source'])}  split {one_line(chain['split'])}"
     means = f"mean top-1 {chain['mean_top1_prob']:.1%}  mean tail {chain['mean_tail_mass']:.2%}"
+    rule = f"{one_line(chain['rule'])}: {one_line(chain['compared'] or '')}" if chain.get("rule") else ""
     return [
         f"sample {chain['sample_id']}  {where}  run {one_line(chain['run_id'])}",
         f"verdict {verdict}{judge}{reference}  finish {one_line(chain['finish_reason'])}",
+        *([f"decided by {rule.removesuffix(': ')}"] if rule else []),
         f"{chain['num_tokens']} tokens, {reasoning}  mean entropy {chain['mean_entropy']:.3f} nats  {means}",
     ]
 

@@ -197,11 +197,17 @@ def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | N
             content = opened.read()
     except (pa.ArrowException, OSError) as error:
         return f"is not a readable Parquet file: {str(error).splitlines()[0]}"
-    if not content.schema.equals(schema):
+    if not _has_columns(content.schema, schema):
         return "schema does not match the table"
     if content.num_rows != file.num_rows:
         return f"has {content.num_rows} rows, but {file.num_rows} were registered"
     return None
+
+
+def _has_columns(found: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether a file has its table's columns; nullable ones that later versions added may be missing at the end."""
+    missing = schema.names[len(found) :]
+    return found.equals(pa.schema(list(schema)[: len(found)])) and all(schema.field(name).nullable for name in missing)
 
 
 def _verify_runs(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from stillroom.config import nearest_name
 from stillroom.errors import DataError, one_line
-from stillroom.judging.judges import import_reasoning_gym, jsonable, task_names
+from stillroom.judging.gym_tasks import jsonable, make_entries
 from stillroom.schema.records import Message, stable_hash
 from teacher_cache.config import (
     FileSource,
@@ -199,40 +199,29 @@ def conversation_of(row: Json, field: str) -> list[Message]:
     return [_message(item, field, index) for index, item in enumerate(value)]
 
 
-def open_reasoning_gym(source: ReasoningGymSource) -> Any:
-    """The source's reasoning-gym dataset. Raises DataError for an unknown task or options that it refuses."""
+def _reasoning_gym(source: ReasoningGymSource) -> Iterator[Draft | Failure]:
+    """Raises DataError for an unknown task or an option that it refuses."""
     try:
-        reasoning_gym = import_reasoning_gym()
-        names = task_names()
+        for index, entry in enumerate(make_entries(source.task, source.seed, source.size, source.options)):
+            # Enough to generate the entry again: its checker needs tuples and integer keys that JSON does not keep.
+            metadata = {
+                "judge": "reasoning_gym",
+                "task": source.task,
+                "seed": source.seed,
+                "index": index,
+                "size": source.size,
+                "options": jsonable(source.options),
+                "entry": entry["metadata"],
+            }
+            where = f"{source.task}[{index}] of seed {source.seed}"
+            yield Draft(where, (Message("user", entry["question"]),), entry["answer"], metadata)
     except ImportError as error:
         raise DataError(f"source {source.name} needs the package reasoning-gym: pip install reasoning-gym") from error
-    if source.task not in names:
-        hint = nearest_name(source.task, names)
-        raise DataError(f"source {source.name}: reasoning-gym has no task {source.task!r}{hint}")
-    try:
-        return reasoning_gym.create_dataset(source.task, seed=source.seed, size=source.size, **source.options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except LookupError as error:
+        hint = nearest_name(source.task, list(error.args))
+        raise DataError(f"source {source.name}: reasoning-gym has no task {source.task!r}{hint}") from error
+    except ValueError as error:
         raise DataError(f"source {source.name}: task {source.task} refuses its options: {one_line(error)}") from error
-
-
-def _reasoning_gym(source: ReasoningGymSource) -> Iterator[Draft | Failure]:
-    dataset = open_reasoning_gym(source)
-    for index in range(source.size):
-        entry = dataset[index]
-        reference = entry["answer"]
-        # Enough to generate the entry again: its checker needs tuples and integer keys that JSON does not keep.
-        metadata = {
-            "judge": "reasoning_gym",
-            "task": source.task,
-            "seed": source.seed,
-            "index": index,
-            "size": source.size,
-            "options": jsonable(source.options),
-            "entry": jsonable(entry["metadata"]),
-        }
-        messages = (Message("user", str(entry["question"])),)
-        where = f"{source.task}[{index}] of seed {source.seed}"
-        yield Draft(where, messages, None if reference is None else str(reference), metadata)
 
 
 def _draft(source: FileSource, row: Row) -> Draft | Failure:

@@ -170,7 +170,7 @@ class Recorder:
         self._shard.add(row)
         self.recorded.num_chains += 1
         self.recorded.num_tokens += row.num_tokens
-        self._judges.put(row.sample_id, outcome.request.prompt, row.answer)
+        self._judges.put(row.sample_id, outcome.request.prompt, row.answer, row.finish_reason == "length")
 
     def _is_due(self) -> bool:
         if self._shard is None and not self._failed:

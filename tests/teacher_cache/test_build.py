@@ -18,7 +18,7 @@ import pytest
 
 from stillroom.cache.catalog import Catalog, check_hash
 from stillroom.errors import CacheConflict, DataError, StillroomError
-from stillroom.judging.judges import Verdict
+from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Capture
 from stillroom.storage.paths import relative_name

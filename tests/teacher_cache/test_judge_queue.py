@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from stillroom.errors import StillroomError
-from stillroom.judging.judges import Verdict
+from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Message, Prompt
 from teacher_cache.judging import JudgeQueue

@@ -16,7 +16,7 @@ import teacher_cache.judging
 import teacher_cache.writer.commit
 from stillroom.cache.catalog import Catalog, Table
 from stillroom.errors import CacheConflict, ConfigError, StillroomError
-from stillroom.judging.judges import Verdict
+from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.sql.session import open_cache
 from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache

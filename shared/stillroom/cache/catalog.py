@@ -100,10 +100,10 @@ class Table:
                 if not DeltaTable.is_deltatable(str(folder), options):
                     raise CacheConflict(f"cannot create the table {folder}: {first_line(error)}") from error
         table = cls(folder)
-        table._add_columns(schema)
+        table.add_columns(schema)
         return table
 
-    def _add_columns(self, schema: pa.Schema) -> None:
+    def add_columns(self, schema: pa.Schema) -> None:
         """Adds the nullable columns of a newer format to an older table; its files are unchanged."""
         from deltalake import Field, Schema
         from deltalake.exceptions import DeltaError

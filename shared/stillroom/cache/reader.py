@@ -45,8 +45,8 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _LISTS = ("messages", "prompt_token_ids", "token_ids")
 _SCALARS = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS and field.name not in _LISTS]
-_PLACES = """SELECT c.sample_id, c.correct, c.score, c.judge, s.filename, s.file_row_number
-    FROM (SELECT sample_id, correct, score, judge FROM chains{condition}) c
+_PLACES = """SELECT c.*, s.filename, s.file_row_number
+    FROM (SELECT sample_id, correct, score, judge, rule, compared FROM chains{condition}) c
     JOIN (SELECT sample_id, filename, file_row_number FROM shards) s USING (sample_id)
     ORDER BY s.filename, s.file_row_number"""
 
@@ -283,7 +283,7 @@ def _not_installed(package: str) -> StillroomError:
 def _chain(row: dict[str, Any], messages: list[dict[str, str]], place: dict[str, Any]) -> dict[str, Any]:
     """The row of the view `chains` from a shard's scalars and its latest verdict."""
     prompts = [message["content"] for message in messages if message["role"] == "user"]
-    verdict = {name: place[name] for name in ("correct", "score", "judge")}
+    verdict = {name: place[name] for name in ("correct", "score", "judge", "rule", "compared")}
     return row | verdict | {"prompt": prompts[-1] if prompts else None, "truncated": row["finish_reason"] == "length"}
 
 

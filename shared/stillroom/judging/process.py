@@ -21,12 +21,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import asdict
 from types import TracebackType
 from typing import IO, Any, Self
 
 from stillroom.errors import StillroomError
-from stillroom.judging.judges import UNDECIDED, Verdict, check_kind, import_judge, judge_answer
+from stillroom.judging.answers import Verdict, undecided
+from stillroom.judging.gym_tasks import child_environment
+from stillroom.judging.judges import check_kind, import_judge, judge_answer
 from stillroom.judging.sandbox import TOTAL_TIMEOUT_S
 
 DEADLINE_S = 20.0
@@ -66,16 +68,29 @@ class JudgeProcess:
                 check_kind(kind)
                 self._prepare(kind)
 
-    def judge(self, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any]) -> Verdict:
+    def judge(
+        self,
+        kind: str,
+        answer: str | None,
+        reference: str | None,
+        metadata: Mapping[str, Any],
+        truncated: bool = False,
+    ) -> Verdict:
         """The verdict on one answer as stillroom.judging.judges.judge_answer gives it, undecided after DEADLINE_S."""
         check_kind(kind)
-        request = {"kind": kind, "answer": answer, "reference": reference, "metadata": dict(metadata)}
+        request = {
+            "kind": kind,
+            "answer": answer,
+            "reference": reference,
+            "metadata": dict(metadata),
+            "truncated": truncated,
+        }
         deadline_s = TOTAL_TIMEOUT_S + DEADLINE_S if kind == "code" else DEADLINE_S
         with self._lock:
             if not self._killed:
                 self._prepare(kind)
             reply = None if self._killed else self._ask(request, deadline_s)
-        return UNDECIDED if reply is None else Verdict(reply["correct"], reply["score"])
+        return undecided("the check ran out of time or memory") if reply is None else Verdict(**reply)
 
     def close(self) -> None:
         """Ends the process."""
@@ -121,16 +136,13 @@ class JudgeProcess:
 
     def _start(self) -> "subprocess.Popen[str]":
         self._stop()
-        root = str(Path(__file__).resolve().parents[2])
-        inherited = os.environ.get("PYTHONPATH")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "stillroom.judging.process", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=child_environment(),
             # A Ctrl-C is for the parent, which then ends this one.
             start_new_session=True,
         )
@@ -170,10 +182,10 @@ def _prepare(kind: str) -> dict[str, Any]:
 
 def _judge(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        verdict = judge_answer(request["kind"], request["answer"], request["reference"], request["metadata"])
-    except Exception:  # noqa: BLE001 - checkers of many authors meet text of a model; what one chokes on is undecided
-        verdict = UNDECIDED
-    return {"correct": verdict.correct, "score": verdict.score}
+        verdict = judge_answer(**request)
+    except Exception as error:  # noqa: BLE001 - checkers of many authors meet text of a model; what one chokes on is undecided
+        verdict = undecided(f"the check failed: {type(error).__name__}")
+    return asdict(verdict)
 
 
 def _end_with_parent(parent_pid: int) -> None:

@@ -97,8 +97,11 @@ VERDICT_SCHEMA = pa.schema(
         pa.field("correct", pa.bool_()),
         pa.field("score", pa.float32()),
         pa.field("judged_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("rule", pa.string()),
+        pa.field("compared", pa.string()),
     ]
 )
+"""`rule` and `compared` are missing from files of versions that did not keep them, and read as null there."""
 
 FAILURE_SCHEMA = pa.schema(
     [

@@ -78,15 +78,18 @@ def view_statements(files: CacheFiles) -> list[str]:
              regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
            FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
         f"""CREATE VIEW verdicts AS SELECT sample_id, judge, max(judged_at) AS judged_at,
-             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
-           FROM ({_select(VERDICT_SCHEMA, files.verdicts)}) GROUP BY sample_id, judge""",
+             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
+             arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared
+           FROM ({_verdicts(files.verdicts)}) GROUP BY sample_id, judge""",
         """CREATE VIEW latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
-             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score
+             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
+             arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared
            FROM verdicts GROUP BY sample_id""",
         """CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source,
         s.split,
              list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
-             s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, s.finish_reason,
+             s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, v.rule, v.compared,
+             s.finish_reason,
              s.finish_reason = 'length' AS truncated, s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
              s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
              s.seed, s.worker, s.created_at, s.metadata
@@ -166,6 +169,15 @@ def _select(
     # Otherwise a folder named column=value on the cache's path would replace that column.
     options = "".join(f", {name} = true" for name in virtual) + ", hive_partitioning = false"
     return f"SELECT {', '.join([*columns, *virtual])} FROM read_parquet({_listed(paths)}{options})"
+
+
+def _verdicts(paths: Sequence[str]) -> str:
+    """The rows of all verdict files, NULL for columns that files of earlier versions lack."""
+    empty = _select(VERDICT_SCHEMA, [])
+    if not paths:
+        return empty
+    files = f"read_parquet({_listed(paths)}, union_by_name = true, hive_partitioning = false)"
+    return f"{empty} UNION ALL BY NAME SELECT * FROM {files}"
 
 
 def _parquet_columns(files: Mapping[Layout, Sequence[str]]) -> str:

@@ -13,13 +13,15 @@ import stillroom.judging.process
 import stillroom.judging.sandbox
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError
-from stillroom.judging.judges import UNDECIDED, WRONG, Verdict, final_answers, judge_answer
+from stillroom.judging.answers import Verdict
+from stillroom.judging.judges import judge_answer
 from stillroom.judging.process import JudgeProcess
-from stillroom.judging.sandbox import program_of, run_tests, unit_tests_of
+from stillroom.judging.sandbox import run_tests
+from stillroom.judging.unit_tests import UnitTest, program_of, unit_tests_of
 from teacher_cache.config import ReasoningGymSource
 from teacher_cache.prompts.sources import Draft, read_source
 
-RIGHT = Verdict(True, 1.0)
+RIGHT, WRONG, UNDECIDED = True, False, None
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def judge() -> Iterator[JudgeProcess]:
         ("so \\boxed{7}", "", UNDECIDED),
     ],
 )
-def test_math(judge: JudgeProcess, answer: str, reference: str, expected: Verdict) -> None:
-    assert judge.judge("math", answer, reference, {}) == expected
+def test_math(judge: JudgeProcess, answer: str, reference: str, expected: bool | None) -> None:
+    assert judge.judge("math", answer, reference, {}).correct is expected
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,9 @@ def test_math(judge: JudgeProcess, answer: str, reference: str, expected: Verdic
         ("exact", " Paris\n", "Paris", RIGHT),
         ("exact", "I think so.\n\n**Answer: Paris.**", "Paris", RIGHT),
         ("exact", "<answer>Paris</answer> rather than London", "Paris", RIGHT),
-        ("exact", "\\boxed{\\text{a}} or \\boxed{b^{2}}", "b^{2}", RIGHT),
+        ("exact", "\\boxed{\\text{a}}, better \\boxed{b^{2}}", "b^{2}", RIGHT),
         ("exact", "Paris is not in <answer>London</answer>", "Paris", WRONG),
-        ("exact", "paris", "Paris", WRONG),
+        ("exact", "paris", "Paris", RIGHT),
         ("exact", "So 3 + 2000 = 2,003.", "2003", RIGHT),
         ("exact", "7 - 11 = -4", "-4", RIGHT),
         ("exact", "7 - 11 = -4\nNo, it is 4.", "-4", WRONG),
@@ -64,13 +66,32 @@ def test_math(judge: JudgeProcess, answer: str, reference: str, expected: Verdic
         ("exact", "Paris", None, UNDECIDED),
     ],
 )
-def test_exact_and_regex(kind: str, answer: str | None, reference: str | None, expected: Verdict) -> None:
-    assert judge_answer(kind, answer, reference, {}) == expected
+def test_exact_and_regex(kind: str, answer: str | None, reference: str | None, expected: bool | None) -> None:
+    assert judge_answer(kind, answer, reference, {}).correct is expected
 
 
-def test_marked_results_stand_alone() -> None:
-    assert final_answers("First <answer>1</answer>, no: <answer> 2 </answer>. So 3") == ["2"]
-    assert "5" in final_answers("Let us see.\nThe answer is **5**.")
+@pytest.mark.parametrize(
+    ("answer", "reference", "rule", "compared"),
+    [
+        ("So \\boxed{\\frac{7}{3}}.", "2\\frac{1}{3}", "box, value", "\\frac{7}{3} | 2\\frac{1}{3}"),
+        ("\\boxed{(2, 5)}", "[2,5)", "box, interval", "(2, 5) | [2,5)"),
+        ("The answer is 7.", "8", "phrase, value", "7 | 8"),
+        ("\\boxed{1", "1", "the last box is cut off", " | 1"),
+        ("\\boxed{1}", "n/a", "no reference", None),
+    ],
+)
+def test_verdicts_keep_the_rule_and_what_was_compared(
+    answer: str, reference: str, rule: str, compared: str | None
+) -> None:
+    verdict = judge_answer("math", answer, reference, {})
+    assert (verdict.rule, verdict.compared) == (rule, compared)
+
+
+def test_truncation_makes_only_complete_marks_count() -> None:
+    assert judge_answer("math", "The answer is 4", "4", {}).correct is True
+    cut = judge_answer("math", "The answer is 4", "4", {}, truncated=True)
+    assert (cut.correct, cut.rule) == (False, "cut off before an answer was marked")
+    assert judge_answer("math", "\\boxed{4}. To check", "4", {}, truncated=True).correct is True
 
 
 def drafts(task: str, size: int = 3, **options: Any) -> list[Draft]:
@@ -89,7 +110,7 @@ def test_reasoning_gym_scores_its_own_answers(judge: JudgeProcess, task: str) ->
     for draft in drafts(task):
         metadata = json.loads(json.dumps(draft.metadata))
         answer = f"Thinking done.\n<answer>{draft.reference}</answer>"
-        assert judge.judge("reasoning_gym", answer, draft.reference, metadata) == RIGHT
+        assert judge.judge("reasoning_gym", answer, draft.reference, metadata).correct is True
         wrong = judge.judge("reasoning_gym", "<answer>no idea</answer>", draft.reference, metadata)
         assert wrong.correct is False
         assert wrong.score is not None
@@ -101,19 +122,19 @@ def test_reasoning_gym_accepts_any_solution_of_a_task_without_a_single_one(judge
     vertices = draft.metadata["entry"]["puzzle"]["vertices"]
     solution = json.dumps({str(vertex): number + 1 for number, vertex in enumerate(vertices)})
     assert draft.reference is None
-    assert judge.judge("reasoning_gym", f"<answer>{solution}</answer>", None, draft.metadata) == RIGHT
+    assert judge.judge("reasoning_gym", f"<answer>{solution}</answer>", None, draft.metadata).correct is True
 
 
 @leaves_files_open
 def test_reasoning_gym_of_another_version_trusts_the_stored_task(judge: JudgeProcess) -> None:
     draft = drafts("chain_sum", size=1)[0]
     other = {**draft.metadata, "entry": {**draft.metadata["entry"], "made_by": "another version"}}
-    assert judge.judge("reasoning_gym", draft.reference, draft.reference, other) == RIGHT
+    assert judge.judge("reasoning_gym", draft.reference, draft.reference, other).correct is True
     grid = drafts("arc_agi", size=1)[0]
     # Its checker compares tuples with JSON's lists and refuses its own answer: nothing can be said.
     other = {**grid.metadata, "entry": {**grid.metadata["entry"], "made_by": "another version"}}
-    assert judge.judge("reasoning_gym", grid.reference, grid.reference, other) == UNDECIDED
-    assert judge.judge("reasoning_gym", "1", "1", {"task": "chain_sum"}) == UNDECIDED
+    assert judge.judge("reasoning_gym", grid.reference, grid.reference, other).correct is None
+    assert judge.judge("reasoning_gym", "1", "1", {"task": "chain_sum"}).correct is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +155,8 @@ def test_reasoning_gym_of_another_version_trusts_the_stored_task(judge: JudgePro
     ],
 )
 def test_unit_tests(program: str, tests: Any, expected: list[bool]) -> None:
-    assert run_tests(program, tests if isinstance(tests, str) else json.dumps(tests)) == expected
+    reference = tests if isinstance(tests, str) else json.dumps(tests)
+    assert run_tests(program, unit_tests_of(reference)) == expected
 
 
 @pytest.mark.parametrize(
@@ -153,18 +175,19 @@ def test_unit_tests(program: str, tests: Any, expected: list[bool]) -> None:
     ],
 )
 def test_programs_cannot_leave_their_limits(program: str) -> None:
-    assert run_tests(program, "pass") == [False]
+    assert run_tests(program, [UnitTest(stdin="", expected="")]) == [False]
+    assert run_tests(f"{program}\nreached = True", [UnitTest(source="assert reached")]) == [False]
 
 
 def test_programs_may_use_threads_and_their_own_folder() -> None:
     program = "import threading\nt = threading.Thread(target=print)\nt.start(); t.join()\nopen('x', 'w').write('y')"
-    assert run_tests(program, "assert open('x').read() == 'y'") == [True]
+    assert run_tests(program, [UnitTest(source="assert open('x').read() == 'y'")]) == [True]
 
 
 def test_programs_that_never_end_are_stopped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stillroom.judging.sandbox, "CPU_TIMEOUT_S", 1.0)
     monkeypatch.setattr(stillroom.judging.sandbox, "TEST_TIMEOUT_S", 2.0)
-    tests = json.dumps(["assert x < 2"] * 100)
+    tests = [UnitTest(source="assert x < 2")] * 100
     assert run_tests("x = 1\nwhile True: pass", tests) == [False] * 100
     assert run_tests("import time\nx = 1\ntime.sleep(1000)", tests) == [False] * 100
     monkeypatch.setattr(stillroom.judging.sandbox, "TOTAL_TIMEOUT_S", 0.0)
@@ -173,34 +196,37 @@ def test_programs_that_never_end_are_stopped_once(monkeypatch: pytest.MonkeyPatc
 
 def test_the_last_python_block_is_the_program() -> None:
     answer = "First\n```python\na = 1\n```\nbetter\n```py\na = 2\n```\nwhich prints\n```text\n2\n```"
-    assert program_of(answer) == "a = 2\n"
-    assert program_of("```\na = 3\n```") == "a = 3\n"
-    assert program_of("a = 4") == "a = 4"
+    assert program_of(answer).source == "a = 2\n"
+    assert program_of("```\na = 3\n```").source == "a = 3\n"
+    assert program_of("a = 4").source == "a = 4"
     assert len(unit_tests_of('["assert True", "assert 1"]')) == 2
 
 
 def test_code_scores_by_the_share_of_tests_passed(judge: JudgeProcess) -> None:
     answer = "```python\ndef f(x): return x\n```"
-    assert judge.judge("code", answer, '["assert f(1) == 1", "assert f(1) == 2"]', {}) == Verdict(False, 0.5)
-    assert judge.judge("code", answer, "what is this?", {}) == UNDECIDED
+    assert judge.judge("code", answer, '["assert f(1) == 1", "assert f(1) == 2"]', {}) == Verdict(
+        False, 0.5, "unit tests", "1 of 2 tests passed"
+    )
+    assert judge.judge("code", answer, "what is this?", {}).correct is None
 
 
 def test_a_check_that_hangs_is_undecided_and_the_next_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stillroom.judging.process, "DEADLINE_S", 3.0)
     with JudgeProcess() as judge:
         # Backtracks for longer than the universe is old.
-        assert judge.judge("regex", "a" * 64 + "b", r"^(a+)+$", {}) == UNDECIDED
-        assert judge.judge("regex", "a", "a", {}) == RIGHT
+        late = judge.judge("regex", "a" * 64 + "b", r"^(a+)+$", {})
+        assert (late.correct, late.rule) == (None, "the check ran out of time or memory")
+        assert judge.judge("regex", "a", "a", {}).correct is True
 
 
 def test_a_process_that_was_killed_is_started_anew() -> None:
     with JudgeProcess() as judge:
-        assert judge.judge("exact", "a", "a", {}) == RIGHT
+        assert judge.judge("exact", "a", "a", {}).correct is True
         process = judge._process
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert judge.judge("exact", "a", "a", {}) == RIGHT
+        assert judge.judge("exact", "a", "a", {}).correct is True
 
 
 def test_unknown_kinds_are_refused(judge: JudgeProcess) -> None:
@@ -216,4 +242,4 @@ def test_a_judge_that_was_killed_says_nothing_more() -> None:
         judge.kill()
         hanging.join(10)
         assert not hanging.is_alive()
-        assert judge.judge("exact", "5", "5", {}) == UNDECIDED
+        assert judge.judge("exact", "5", "5", {}).correct is None
