@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stillroom.errors import ConfigError, StillroomError
-from stillroom.log import warn
+from stillroom.log import note, warn
 from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, StopRequest, new_program, print_result, run_program
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def score(
 
 @app.command()
 def judge(
-    cache: CachePath,
+    cache: Annotated[
+        str | None, typer.Argument(metavar="[CACHE]", help="Cache: a folder or s3://BUCKET/PREFIX.")
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +104,13 @@ def judge(
     where: Annotated[str | None, typer.Option(help="SQL condition on chains.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Include chains that were judged before.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Number of judge processes.")] = 1,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Judge this file's pairs instead of a cache: JSON Lines with judge, reference and answer. Prints one "
+            "verdict per line, with its rule; pairs with `right` (true or false) also give the agreement.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check answers and add verdicts. Shards are not rewritten.
@@ -112,6 +121,13 @@ def judge(
 
     import teacher_cache
 
+    if pairs is not None:
+        if cache is not None or where is not None or again:
+            raise ConfigError("--pairs judges a file: remove CACHE, --where and --again, or remove --pairs")
+        _judge_pairs(pairs, kind, processes, as_json)
+        return
+    if cache is None:
+        raise ConfigError("name a CACHE, or a file with --pairs FILE")
     with StopRequest(at_once=True):
         report = teacher_cache.judge(cache, kind=kind, where=where, again=again, processes=processes)
     for warning in report.warnings():
@@ -125,6 +141,27 @@ def judge(
     if report.num_without_judge:
         lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge")
     print_result(asdict(report), lines or ["nothing to judge"], as_json)
+
+
+def _judge_pairs(path: Path, kind: str | None, num_processes: int, as_json: bool) -> None:
+    """Verdicts on stdout as JSON Lines, the agreement on stderr; with --json the agreement alone, on stdout."""
+    from dataclasses import asdict
+
+    from stillroom.judging.pairs import Agreement, agreement_lines, judge_pairs, read_pairs, verdict_line
+    from stillroom.log import Progress
+
+    found = read_pairs(path, kind)
+    agreements: dict[str, Agreement] = {}
+    with StopRequest(at_once=True), Progress("judge", len(found), "pairs") as progress:
+        for number, (pair, verdict) in enumerate(judge_pairs(found, num_processes), 1):
+            agreements.setdefault(pair.judge, Agreement()).add(pair, verdict)
+            if not as_json:
+                print(verdict_line(pair, verdict), flush=True)
+            progress.update(number, 0)
+    if as_json:
+        print_result({name: asdict(one) for name, one in agreements.items()}, [], as_json)
+    for line in () if as_json else agreement_lines(agreements.items()):
+        note(line)
 
 
 @app.command()

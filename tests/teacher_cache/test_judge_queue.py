@@ -30,7 +30,10 @@ def test_a_prompt_names_its_own_judge(judges: JudgeQueue) -> None:
     judges.put("c", prompt(None), "5")
     judges.wait()
     found = {one.sample_id: (one.judge, one.verdict) for one in judges.finished()}
-    assert found == {"a": ("exact", Verdict(True, 1.0)), "b": ("exact", Verdict(False, 0.0))}
+    assert found == {
+        "a": ("exact", Verdict(True, 1.0, "whole, text", "5 | 5")),
+        "b": ("exact", Verdict(False, 0.0, "no answer")),
+    }
     assert (judges.finished(), judges.num_left) == ([], 0)
 
 

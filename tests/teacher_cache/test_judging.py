@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import teacher_cache.judging
@@ -18,9 +21,11 @@ from stillroom.cache.catalog import Catalog, Table
 from stillroom.errors import CacheConflict, ConfigError, StillroomError
 from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
+from stillroom.schema.tables import VERDICT_SCHEMA
 from stillroom.sql.session import open_cache
-from teacher_cache.judging import JudgedSample, commit_verdicts, judge_cache
+from teacher_cache.judging import JudgedSample, commit_verdict_file, commit_verdicts, judge_cache, verdict_temp
 from teacher_cache.maintenance.gc import gc_cache
+from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import lock_path, worker_lock
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.fake_builds import make_config, make_requests, run_build
@@ -257,3 +262,31 @@ def test_a_cache_that_takes_no_verdicts_is_one_line(cache: SyntheticCache, monke
     with pytest.raises(StillroomError, match=r"cannot be written: .*Permission denied: fix that and judge again"):
         judge_cache(cache.root, kind="exact")
     assert judge_cache(cache.root).num_without_judge == 24
+
+
+def test_verdict_files_without_rules_are_read_beside_new_ones(cache: SyntheticCache) -> None:
+    """Earlier versions wrote neither `rule` nor `compared`."""
+    earlier = pa.schema([field for field in VERDICT_SCHEMA if field.name not in ("rule", "compared")])
+    root, (first, second) = cache.root, [chain.sample_id for chain in cache.chains[:2]]
+    shutil.rmtree(root / "verdicts")
+    table = Table.create(root / "verdicts", earlier)
+    day = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    row = {"sample_id": first, "judge": "exact", "correct": True, "score": 1.0, "judged_at": day}
+    temp = verdict_temp(table, "w0")
+    pq.write_table(pa.Table.from_pylist([row], schema=earlier), temp)
+    commit_verdict_file(table, temp, 1, "judge", "w0")
+    query = "SELECT sample_id, correct, rule, compared FROM chains WHERE judge IS NOT NULL ORDER BY rule NULLS FIRST"
+    with open_cache(Catalog(root)) as session:
+        assert session.arrow(query).to_pylist() == [
+            {"sample_id": first, "correct": True, "rule": None, "compared": None}
+        ]
+    verdict = Verdict(False, 0.0, "box, value", "4 | 5")
+    commit_verdicts(Catalog(root).verdicts, [JudgedSample(second, "math", verdict)], "judge", "w1")
+    with open_cache(Catalog(root)) as session:
+        assert session.arrow(query).to_pylist()[1] == {
+            "sample_id": second,
+            "correct": False,
+            "rule": "box, value",
+            "compared": "4 | 5",
+        }
+    assert verify_cache(root).ok

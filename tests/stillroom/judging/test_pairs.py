@@ -1,6 +1,6 @@
 """Right and wrong answers in the forms in which models write them, as pairs of JSON Lines in the folder `pairs`.
 
-`right` is true, false, or "undecided" where no judge can tell. A wrong answer may be undecided too.
+`right` is true, false, or null where no judge can tell. A wrong answer may be undecided too.
 """
 
 import json
@@ -31,7 +31,7 @@ def test_pair(judge: JudgeProcess, pair: dict[str, Any]) -> None:
     verdict = judge.judge(
         pair["judge"], pair["answer"], pair["reference"], pair.get("metadata", {}), pair.get("truncated", False)
     )
-    if pair["right"] == "undecided":
+    if pair["right"] is None:
         assert verdict.correct is None, verdict
     elif pair["right"]:
         assert verdict.correct is True, verdict
