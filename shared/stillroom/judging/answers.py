@@ -87,6 +87,9 @@ def _leading(answer: str, wanted: str) -> tuple[Candidate, ...]:
         return (Candidate(match[1], "first word"),)
     if choice_letter(wanted) is None:
         return ()
+    named = {match.upper() for match in re.findall(r"\b(?:option|choice)\s+[(*]*([A-Za-z])\b", answer, re.IGNORECASE)}
+    if len(named) == 1:
+        return (Candidate(named.pop(), "option"),)
     lines = [line for line in answer.splitlines() if re.match(r"\W*[A-Za-z][).:]\s", line)]
     return (Candidate(lines[0], "option"),) if len(lines) == 1 else ()
 
@@ -120,7 +123,7 @@ def judge_math(answer: str, reference: str, truncated: bool) -> Verdict:
 
 def _first_value(candidates: tuple[Candidate, ...], wanted: object, wanted_text: str) -> Verdict:
     from stillroom.judging.equality import equal
-    from stillroom.judging.values import Raw, Words, parse_value
+    from stillroom.judging.values import parse_value
 
     first: Verdict | None = None
     for one in candidates:
@@ -136,12 +139,20 @@ def _first_value(candidates: tuple[Candidate, ...], wanted: object, wanted_text:
             correct, None if correct is None else float(correct), f"{one.mark}, {rule}", shown(one.text, wanted_text)
         )
         # A sentence is no value; what it concludes comes behind it.
-        if correct or not isinstance(given, Words | Raw):
+        if correct or not _is_prose(given):
             return verdict
         first = first or verdict
     if first is None:
         return decided(False, "no answer found", shown("", wanted_text))
     return first
+
+
+def _is_prose(value: object) -> bool:
+    from stillroom.judging.values import Group, Raw, Words
+
+    if isinstance(value, Group):
+        return any(map(_is_prose, value.items))
+    return isinstance(value, Words | Raw)
 
 
 def _judge_choice(found: Found, letter: str, answer: str, wanted: str) -> Verdict:

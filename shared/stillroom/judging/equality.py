@@ -64,9 +64,7 @@ def _same_special(reference: Value, given: Value) -> bool | None:
         case Date(), _:
             return reference == given
         case Clock(), Clock():
-            return reference.minutes == given.minutes and (
-                not reference.half or reference.half == given.half or not given.half
-            )
+            return _same_clock(reference, given)
         case Ratio(), Clock():
             return _same_ratio(reference, Ratio(tuple(_whole(part) for part in given.minutes[:2])))
         case Ratio(), Ratio():
@@ -86,6 +84,18 @@ def _same_special(reference: Value, given: Value) -> bool | None:
         case ((Clock() | Ratio() | Numeral()), _):
             return False
     return None
+
+
+def _same_clock(ours: Clock, theirs: Clock) -> bool:
+    """2:30 PM is 14:30, and 2:30 where one side names no half of the day."""
+    if ours.minutes == theirs.minutes:
+        return not ours.half or not theirs.half or ours.half == theirs.half
+    return _of_day(ours) == _of_day(theirs)
+
+
+def _of_day(clock: Clock) -> tuple[int, ...]:
+    hours = clock.minutes[0] % 12 + 12 * (clock.half == "pm") if clock.half else clock.minutes[0]
+    return (hours, *clock.minutes[1:])
 
 
 def _whole(number: int) -> Expression:
@@ -192,7 +202,8 @@ def _sympy_relations(relation: Relation) -> list[Any] | None:
 def _same_group(reference: Value, given: Value) -> bool | str | None:
     if isinstance(reference, Expression) and isinstance(given, Group):
         # {5} for 5; a matrix or set that one expression stands for is none of ours.
-        return equal(reference, given.items[0])[0] or False if len(given.items) == 1 else False
+        # "1/2, or 50%" names one value twice.
+        return all(equal(reference, item)[0] for item in given.items)
     if not isinstance(reference, Group):
         return None
     if not isinstance(given, Group):
@@ -272,7 +283,9 @@ def _same_in_any_order(ours: Sequence[Value], theirs: Sequence[Value]) -> bool |
 def _same_relation(reference: Value, given: Value) -> bool | str | None:
     if isinstance(reference, Expression | Raw) and isinstance(given, Relation):
         # "n = 12" for 12, "5 + 3 = 8" for 8; an equation in variables is no value.
-        is_valued = set(given.operators) == {"="} and (given.name or _is_number(given.sides[0]) or len(given.sides) > 2)
+        is_valued = set(given.operators) == {"="} and (
+            given.name or _is_number(given.sides[0]) or _is_operation(given.sides[0]) or len(given.sides) > 2
+        )
         return (equal(reference, given.sides[-1])[0] or False) if is_valued else False
     if not isinstance(reference, Relation):
         return None
@@ -325,6 +338,19 @@ def _proportional(ours: Any, theirs: Any) -> bool:
     if kinds[0] in (Eq, Ne):
         return True
     return bool(ratio > 0) == (kinds[0] is kinds[1])
+
+
+def _is_operation(value: Value) -> bool:
+    """An integral, derivative or sum, whose value stands on the other side."""
+    from sympy import Basic, Derivative, Integral, Limit, Sum
+
+    if isinstance(value, Raw):
+        return True
+    return (
+        isinstance(value, Expression)
+        and isinstance(value.value, Basic)
+        and bool(value.value.has(Integral, Derivative, Sum, Limit))
+    )
 
 
 def _is_number(value: Value) -> bool:

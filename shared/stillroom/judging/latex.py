@@ -59,6 +59,7 @@ COMMANDS = [
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"\\mathbb\{\s*([A-Z])\s*\}", r"\\mathbb{\1}"),
     (r"\\infin(?![A-Za-z])", r"\\infty "),
+    (r"\\pmod\s*\{?\s*(\w+)\s*\}?", r"\\pmod{\1}"),
 ]  # fmt: skip
 COMMANDS_COMPILED = [(re.compile(pattern), put) for pattern, put in COMMANDS]
 PLAIN = [
@@ -167,7 +168,7 @@ def _words(text: str) -> str:
 def _styled(content: str, command: str) -> str:
     if re.fullmatch(r"(?:,?\s*(?:and|or)\s*|\s*,\s*)", content):
         return " , "
-    if re.fullmatch(FUNCTIONS, content):
+    if re.fullmatch(FUNCTIONS, content) and content not in UNIT_WORDS:
         return f"\\{content} "
     if not re.search(r"[^\W\d_]", content) or "\\" in content:
         return " " + _words(content) + " "
@@ -186,6 +187,8 @@ def _bare_words(text: str) -> str:
 
     def mark(match: re.Match[str]) -> str:
         word = match[0]
+        if word in UNIT_WORDS and not re.match(r"\s*[({\\_]", text[match.end() :]):
+            return f" {WORD_OPEN}{word}{WORD_CLOSE} "
         if word.startswith("\\") or re.fullmatch(rf"{FUNCTIONS}|pi|infinity|inf|oo", word):
             return word
         if word == "sqrt":

@@ -46,7 +46,7 @@ PHRASE = re.compile(
     re.IGNORECASE,
 )
 COPULA = re.compile(
-    r".*(?:(?<=\s)(?:is|are|was|were|be|equals?|equal\s+to|becomes?|gives?|get)(?=[\s:])|(?<![<>!=\\])=|[:：]\s|"
+    r".*(?:\bit['’]s(?=\s)|(?<=\s)(?:is|are|was|were|be|equals?|equal\s+to|becomes?|gives?|get)(?=[\s:])|(?<![<>!=\\])=|[:：]\s|"
     r"(?<=[一-鿿])(?:是|为|等于))\s*[:：]?\s*(.+)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -257,7 +257,7 @@ def _from_prose(text: str) -> tuple[Candidate, ...]:
         last = sentences[0]
         if "\n" not in text.strip() and len(sentences) == 1:
             found.append(Candidate(whole, "whole"))
-        found.append(Candidate(plain(last), "last line"))
+        found += [Candidate(plain(one), "last line") for one in (last, ASIDE.sub("", last))]
         found += _clauses(last)
     if "\n" in text.strip():
         found.append(Candidate(whole, "whole"))

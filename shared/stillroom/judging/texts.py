@@ -13,7 +13,7 @@ from stillroom.judging.marked import DECORATION, plain
 MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
           "december"]  # fmt: skip
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer|选项|选)\s*[:：]?\s*)?[(\[（]?\s*([A-Za-z])\s*(?:[)\]）](?=\W|$|\w)|[.:：、](?=\s|$)|$)(.*)",
+    r"(?:(?:option|choice|answer|选项|选)\s*[:：]?\s*)?[(\[（]?\s*([A-Za-z])\s*(?:[)\]）](?=\W|$|\w)|[.:：、](?=\s|$)|\s*[-–—]\s*(?=\w{2})|$)(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 STYLE = re.compile(

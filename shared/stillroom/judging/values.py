@@ -15,7 +15,9 @@ from stillroom.judging.texts import Date, date_of
 
 MAX_DIGITS = 20_000
 RELATION = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\approx|\\in(?![a-z])|\\to(?![a-z])|<|>|=")
-NAME = re.compile(r"\\?[A-Za-z]+(?:_(?:\{\w+\}|\w))?'*(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?")
+NAME = re.compile(
+    r"\\frac\{d[^{}]*\}\{d[^{}]*\}|\\?[A-Za-z]+(?:_(?:\{\w+\}|\w))?'*(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
+)
 CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*([ap]\.?\s*m\.?)?", re.IGNORECASE)
 RATIO = re.compile(r"(.+?):(.+?)(?::(.+?))?")
 NUMERAL = re.compile(r"([0-9A-Fa-f]+)_\{?\s*(\d+|two|eight|ten|sixteen)\s*\}?")
@@ -99,7 +101,7 @@ def parse_value(text: str) -> Value | None:
 
 def _typed(text: str) -> Value:
     """Types tidied text; sequences of rules from the most to the least special."""
-    text = APPROXIMATELY.sub("", text).strip()
+    text = re.sub(r"\s*\(\s*⟦[^()]*\)$", "", APPROXIMATELY.sub("", text)).strip()
     for rule in (_as_special, _as_matrix, _as_several, _as_bracketed, _as_relation, _as_quantity):
         value = rule(text)
         if value is not None:
@@ -115,7 +117,7 @@ def _as_words(text: str) -> Value:
     lowered = words.lower()
     if lowered in ALL_REALS:
         return _as_expression(r"\mathbb{R}") or Raw(lowered)
-    return Words("no solution" if lowered in NOTHING else words)
+    return Words("no solution" if lowered in NOTHING else "does not exist" if lowered == "dne" else words)
 
 
 def _as_special(text: str) -> Value | None:
@@ -187,7 +189,8 @@ def _as_bracketed(text: str) -> Value | None:
     if text.startswith(r"\{") and text.endswith(r"\}") and len(split_top(text[2:-2], "$^")) == 1:
         inner = text[2:-2].strip()
         if re.search(r"\||:", inner):
-            return None
+            condition = re.match(r"[a-z]\s*(?:\\in\s*\\mathbb\{R\})?\s*[|:](.+)", inner)
+            return _typed(condition[1].strip()) if condition else None
         return Group("set", _items(inner)) if _closes_last(text, r"\{", r"\}") else None
     if not (text[:1] in ("(", "[") and text[-1:] in (")", "]")) or not _closes_last(text, text[0], text[-1]):
         return None
@@ -287,7 +290,7 @@ def _as_quantity(text: str) -> Value | None:
                 value.value, re.sub(r"[^\w/^ ]", "", words_of(tail)).strip().lower(), False, value.decimal
             )
         return None
-    letter = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s+([mghsLl])(?:\^\{?[23]\}?)?", body)
+    letter = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s+([mghsLl])(?:\s*\^\s*\{?[23]\}?)?", body)
     if letter:
         body, unit = letter[1], letter[2]
     value = _as_mixed(body)
