@@ -33,7 +33,7 @@ from stillroom.config import Json
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Signals
 from student_train.data.pack import dense_draws
-from student_train.losses.divergences import LOSS_NAMES, LossMix, LossName, LossTerm, bucket_loss
+from student_train.losses.divergences import LOSSES, Divergence, ForwardKL, LossMix, Tail
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.targets import SparseTargets, TailDraws
 from teacher_cache.engine.plugin.signals import signal_rows
@@ -41,7 +41,7 @@ from teacher_cache.engine.row_layout import Layout, capture_of_rows
 from teacher_cache.writer.rows import support_of
 
 DEMO = Path("runs/demo")
-DENSE_LOSS: LossName = "forward_kl_tail_bucket"
+DENSE_LOSS = ForwardKL()
 """With a bucket for every id it is the plain KL(teacher, student)."""
 
 
@@ -53,31 +53,31 @@ class Target:
     codec: str
     max_support: int
     nucleus: float | None
-    loss: LossName
+    loss: Divergence
     draws: int = 0
     seed: int = 0
 
 
-def _other_targets(loss: LossName) -> list[Target]:
+def _other_targets(loss: Divergence) -> list[Target]:
     """Without draws the tail is one bucket."""
     sizes = [(8, 0), (8, 8), (16, 0), (16, 16), (64, 0)]
     return [Target(f"{m} exact" + f" + {n} drawn" * (n > 0), "topk-u8", m, 0.999, loss, n) for m, n in sizes]
 
 
 def _targets() -> list[Target]:
-    tops: list[tuple[str, LossName]] = [
-        ("truncated", "forward_kl_truncated"),
-        ("renormalised", "forward_kl_renormalised"),
-        ("tail bucket", "forward_kl_tail_bucket"),
+    tops: list[tuple[str, Tail]] = [("truncated", "drop"), ("renormalised", "renormalise"), ("tail bucket", "bucket")]
+    found = [
+        Target(f"{name} {k}", "topk-f32", k, None, ForwardKL(tail=tail)) for k in (8, 16, 64) for name, tail in tops
     ]
-    found = [Target(f"{name} {k}", "topk-f32", k, None, loss) for k in (8, 16, 64) for name, loss in tops]
-    found += [Target(f"nucleus 64, {codec}", codec, 64, 0.999, "forward_kl_tail_bucket") for codec in CODECS_SHOWN]
-    sampled: LossName = "forward_kl_sampled_tail"
-    found += [Target(f"hybrid {m}+{n}", "topk-u8", m, 0.999, sampled, n) for m, n in ((4, 4), (8, 8), (16, 16))]
-    found += [Target(f"hybrid 8+8, draws {s + 1}", "topk-u8", 8, 0.999, sampled, 8, s) for s in range(1, NUM_REDRAWS)]
+    found += [Target(f"nucleus 64, {codec}", codec, 64, 0.999, ForwardKL()) for codec in CODECS_SHOWN]
+    found += [Target(f"hybrid {m}+{n}", "topk-u8", m, 0.999, ForwardKL(), n) for m, n in ((4, 4), (8, 8), (16, 16))]
+    found += [
+        Target(f"hybrid 8+8, draws {s + 1}", "topk-u8", 8, 0.999, ForwardKL(), 8, s) for s in range(1, NUM_REDRAWS)
+    ]
     return found
 
 
+COMPARED = {name: kind for name, kind in LOSSES.items() if issubclass(kind, Divergence)}
 CODECS_SHOWN = ("topk-f32", "topk-u8")
 NUM_REDRAWS = 4
 AVERAGED = "hybrid 8+8, mean of 4 draws"
@@ -92,8 +92,9 @@ def main() -> None:
     chains = read_chains(arguments.cache, arguments.tokens)
     teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32).eval()
-    targets = _targets() if arguments.loss == DENSE_LOSS else _other_targets(arguments.loss)
-    result = compare(teacher, student, chains, targets, arguments.loss)
+    loss = COMPARED[arguments.loss]()
+    targets = _targets() if loss == DENSE_LOSS else _other_targets(loss)
+    result = compare(teacher, student, chains, targets, loss)
     if not arguments.json:
         print(f"{result['tokens']} tokens, student {arguments.student}")
         print(f"{'targets':28} {'angle':>8} {'length':>7}")
@@ -122,7 +123,7 @@ def compare(
     student: Any,
     chains: Sequence[tuple[list[int], list[int]]],
     targets: Sequence[Target],
-    dense: LossName = DENSE_LOSS,
+    dense: Divergence = DENSE_LOSS,
 ) -> Json:
     """Angles and lengths of each target's gradient against that of the divergence `dense` of whole distributions;
     teacher and student are Hugging Face models of one vocabulary.
@@ -138,7 +139,7 @@ def compare(
         _add(dense_P, _dense_loss(dense, logits_TV, hidden_TH, weight_VH), parameters)
         for target in targets:
             stored = stored_targets(logits_TV, completion, target, number)
-            mix = LossMix((LossTerm(target.loss),))
+            mix = LossMix((target.loss,))
             _add(sums[target.name], fused_loss(hidden_TH, weight_VH, stored, mix).loss_sum, parameters)
         print(f"chain {number + 1} of {len(chains)}", file=sys.stderr)
     redrawn = [sums[target.name] for target in targets if target.name.startswith("hybrid 8+8")]
@@ -207,10 +208,10 @@ def _forward(teacher: Any, student: Any, prompt: list[int], completion: list[int
     return logits_TV, hidden_TH
 
 
-def _dense_loss(name: LossName, logits_TV: Tensor, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+def _dense_loss(loss: Divergence, logits_TV: Tensor, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
     teacher_TV, student_TV = logits_TV.log_softmax(dim=-1), (hidden_TH @ weight_VH.T).log_softmax(dim=-1)
     # Each id a bucket: nothing is merged.
-    return bucket_loss(LossTerm(name), teacher_TV, student_TV).sum()
+    return loss.between(teacher_TV, student_TV).sum()
 
 
 def _add(sums_P: list[Tensor], loss: Tensor, parameters: list[Tensor]) -> None:
@@ -235,8 +236,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--student", type=Path, default=DEMO / "student")
     parser.add_argument("--cache", type=Path, default=DEMO / "cache", help="cache whose chains are read")
     parser.add_argument("--tokens", type=int, default=2000, help="completion tokens to read")
-    others = [name for name in LOSS_NAMES if LossTerm(name).uses_draws and not name.startswith("forward_kl")]
-    parser.add_argument("--loss", choices=[DENSE_LOSS, *others], default=DENSE_LOSS, help="default: %(default)s")
+    parser.add_argument("--loss", choices=list(COMPARED), default=DENSE_LOSS.name, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

@@ -1,7 +1,4 @@
-"""What a training run is asked to do: the YAML of `student-train init`, `plan`, `run`, `eval` and `export`.
-
-What one stage of a run trains, by which losses and for how long: the `stages` of a run's configuration.
-"""
+"""The YAML of `student-train init`, `plan`, `run`, `eval` and `export`: what a training run reads, learns and saves."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +13,17 @@ from stillroom.storage.paths import CacheRoot
 class ScheduleConfig(StrictModel):
     """A number that changes over a stage, from its first optimizer step to its last.
 
-    `elastic` (weights of losses alone) follows what the student has learnt instead of the step: the value is `end` +
-    (`start` - `end`) x the held-out loss as a share of what it was when the stage began, at most 1.
+    `elastic` (loss weights only) follows the held-out loss instead of the step: the value is `end` + (`start` - `end`)
+    x r, where r is the held-out loss divided by what it was when the stage began, at most 1.
     """
 
     kind: Literal["linear", "cosine", "exponential", "elastic"]
     start: float = Field(ge=0)
     """Value at the first step."""
     end: float | None = Field(default=None, ge=0)
-    """Value at the last step; of an elastic weight, where the held-out loss would be 0."""
+    """Value at the last step; for an elastic weight, the value at a held-out loss of 0."""
     factor: float | None = Field(default=None, gt=0)
-    """`exponential` alone, instead of `end`: step n has start * factor^n."""
+    """`exponential` only, instead of `end`: step n has start * factor^n."""
 
     @model_validator(mode="after")
     def _one_end(self) -> "ScheduleConfig":
@@ -40,26 +37,29 @@ class ScheduleConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """One loss of a mix; a plain number stands for its weight."""
+    """One loss of a mix; a plain number is its weight."""
 
     weight: float | ScheduleConfig = 1.0
+    tail: Literal["stored", "bucket", "drop", "renormalise"] | None = None
+    """Divergences: how probability outside the stored entries counts. `stored` (None) estimates it from the draws that
+    the cache holds, and is `bucket` where it holds none; `bucket` treats it as one outcome; `drop` leaves it out;
+    `renormalise` rescales the stored entries to mass 1."""
     beta: float | None = None
-    """jsd_stored_tail: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
+    """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
     alpha: float | None = None
-    """Skewed KLs: share of the divergence's own side in the mixture, between 0 and 1; None is 0.1."""
+    """Skewed KLs: share of the KL's first argument in the mixture, between 0 and 1; None is 0.1."""
 
 
 class TokenWeightsConfig(StrictModel):
-    """What each token counts in the losses, by what the teacher's distribution was like there.
-
-    The loss is a mean by these weights: only their ratios matter.
+    """Weights of tokens in the losses, from the teacher's distribution there. The loss is the weighted mean, so only
+    their ratios matter.
     """
 
     entropy: float | None = None
-    """Weight x (1 + the teacher's entropy in nats)^entropy: above 0 stresses the forks of a chain, where the teacher
-    itself was unsure, below 0 the tokens that it was sure of."""
+    """Multiplies weights by (1 + the teacher's entropy in nats)^entropy. Above 0 stresses tokens where the teacher was
+    unsure (the forks of a chain), below 0 those where it was sure."""
     tail: float | None = Field(default=None, gt=0)
-    """Weight x (1 - tail mass)^tail: tokens whose distribution the cache holds only in part count less."""
+    """Multiplies weights by (1 - tail mass)^tail: tokens whose distribution is stored only in part count less."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "TokenWeightsConfig":
@@ -69,72 +69,73 @@ class TokenWeightsConfig(StrictModel):
 
 
 class LoraConfig(StrictModel):
-    """Low-rank adapters (peft) instead of full weights."""
+    """Low-rank adapters (peft)."""
 
     r: int = Field(default=16, ge=1)
     """Rank of the adapters."""
     alpha: float = Field(default=32, gt=0)
-    """Adapters are multiplied by alpha / r."""
+    """Adapters are scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that are dropped while it learns."""
+    """Dropout on the adapters' inputs."""
     targets: list[str] | None = Field(default=None, min_length=1)
-    """Names of the linear layers that get an adapter, e.g. [q_proj, v_proj]; None is all but the head."""
+    """Linear layers that get an adapter, e.g. [q_proj, v_proj]; None is all but the head."""
 
 
 def stage_key(number: int, name: str) -> str:
-    """What a stage is called in messages: its key in the configuration, from 0, and its name."""
+    """How messages name a stage: its key in the configuration, counted from 0, and its name."""
     return f"stages.{number} ({name})"
 
 
 class StageConfig(StrictModel):
-    """One part of a run: what is trained, on what, by which losses, for how long. Stages follow each other."""
+    """One part of a run: what is trained, on what, with which losses, for how long. Stages run in order."""
 
     name: str = Field(default="distill", pattern=r"^[A-Za-z0-9_\-]+$")
-    """Stands in the names of checkpoints and in metrics; letters, digits, '_' and '-'."""
+    """Used in checkpoint names and metrics; letters, digits, '_' and '-'."""
     trainable: Literal["all", "lora", "head"] = "all"
-    """What learns: all weights, adapters (LoRA), or the head alone. A head that is tied to the embeddings is both, and
-    its gradient passes through all layers."""
+    """All weights, adapters (LoRA), or the head only. Training a head that is tied to the embeddings trains both, and
+    backpropagates through all layers."""
     lora: LoraConfig | None = None
-    """Only with `trainable: lora`; None takes its defaults."""
+    """Only with `trainable: lora`; None takes the defaults."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
-            "forward_kl_stored_tail": LossConfig(weight=0.9),
+            "forward_kl": LossConfig(weight=0.9),
             "cross_entropy": LossConfig(weight=0.1),
         },
         min_length=1,
     )
-    """Losses by name, with their weights."""
+    """Losses by name, each with its weight or its settings."""
     temperature: float | ScheduleConfig = Field(default=1.0)
-    """At which the losses on distributions compare teacher and student, times its square (cross-entropies stay at 1).
-    Other temperatures than 1 are those that the cache holds (`capture.temperatures`); a schedule steps through them."""
+    """Temperature of teacher and student in divergences, which are multiplied by its square; cross-entropies stay at 1.
+    Values other than 1 must be among the cache's `capture.temperatures`; a schedule moves through those."""
     focal_gamma: float | None = Field(default=None, gt=0)
-    """Hard tokens count more: weight times (1 - q(sampled token))^gamma, q the student at this step. None is off."""
+    """Hard tokens count more: weights are multiplied by (1 - q)^focal_gamma, q the student's probability of the sampled
+    token. None is off."""
     token_weights: TokenWeightsConfig | None = None
-    """None counts all tokens of a chain alike."""
+    """None weighs all tokens of a chain equally."""
     where: str | None = None
     """SQL condition of this stage; None takes `data.where`."""
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the selection; 1 where neither this nor max_steps is set."""
+    """Passes over the selection; 1 if neither this nor max_steps is set."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps after which the stage ends, in the middle of an epoch where they fall there."""
+    """Optimizer steps after which the stage ends, even in the middle of an epoch."""
     batch_tokens: int = Field(default=65536, ge=16)
     """Tokens of the global batch: a multiple of data.pack_tokens times the number of ranks."""
     learning_rate: float = Field(gt=0)
-    """Peak. LoRA takes about ten times the rate of full weights."""
+    """Peak learning rate. LoRA takes about ten times that of full weights."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the stage's steps over which the rate rises from 0."""
+    """Share of the stage's steps over which the learning rate rises from 0."""
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
-    """The rate at the end, as a share of the peak; no effect on a constant schedule."""
+    """Final learning rate as a share of the peak; no effect on a constant schedule."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (AdamW) of matrices; norms and biases have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's decay of the mean of gradients."""
+    """AdamW's decay of the mean gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW's decay of the mean of their squares."""
+    """AdamW's decay of the mean squared gradient."""
     clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient; None does not clip."""
+    """Clip the norm of the whole gradient to this; None does not clip."""
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -160,68 +161,68 @@ class StageConfig(StrictModel):
 
 HELDOUT = "split = 'heldout'"
 RUN_KEYS = ("run", "checkpoint", "eval", "tensorboard")
-"""Blocks that may change between a run and its resumption: they say where and how often, never what is learnt."""
+"""Blocks that may change when a run resumes: they say where and how often, never what is learnt."""
 
 
 class InitConfig(StrictModel):
-    """How `student-train init` makes the student's folder."""
+    """How `student-train init` creates the student."""
 
     teacher: str
     """Hugging Face folder or hub id of the model to cut from."""
     layers: int = Field(ge=1)
-    """Layers to keep: evenly spaced, the first and the last among them."""
+    """Layers to keep, evenly spaced, including the first and the last."""
 
 
 class StudentConfig(StrictModel):
-    """The model that learns."""
+    """The model to train."""
 
     model: str
-    """A Hugging Face folder or hub id; with `init` the folder that `student-train init` writes."""
+    """A Hugging Face folder or hub id; with `init`, the folder that `student-train init` writes."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
-    """Run Python code that ships with the model. Only for models you trust as much as your own programs."""
+    """Run Python code that ships with the model. Only for models that you trust like your own programs."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel. sdpa is torch's own, run on each document of a pack alone (models with sliding windows take a
-    mask of the pack); flash_attention_2 needs the package flash-attn and a GPU."""
+    """Attention kernel. sdpa is torch's own, run on each document of a pack separately (models with sliding windows use
+    a mask); flash_attention_2 needs the package flash-attn and a GPU."""
     init: InitConfig | None = None
 
 
 class CacheConfig(StrictModel):
-    """One cache to read from."""
+    """One cache to read."""
 
     path: CacheRoot
     """A folder, or the URL of a prefix in an object store: s3://, gs:// or az://BUCKET/PREFIX."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this cache's chains an epoch, 0.001 to 1000: 2 shows each chain twice, 0.5 every other one."""
+    """How often an epoch reads each chain of this cache, 0.001 to 1000: 2 reads each twice, 0.5 every other one."""
     chains_version: int | None = Field(default=None, ge=0)
-    """Version of the chains to read; None takes the latest when the run begins, and the run keeps it."""
+    """Version of the chains to read; None pins the latest when the run starts."""
     verdicts_version: int | None = Field(default=None, ge=0)
-    """Version of the verdicts to read; None takes the latest when the run begins, and the run keeps it."""
+    """Version of the verdicts to read; None pins the latest when the run starts."""
 
 
 class DataConfig(StrictModel):
     """What the student reads."""
 
     caches: list[CacheConfig] = Field(min_length=1)
-    """Caches; an item may be a path or a URL alone."""
+    """Caches; an item may be just a path or a URL."""
     kind: Literal["distributions", "text"] = "distributions"
-    """`text` retokenises the chains for the student and learns from the text alone (losses: cross_entropy)."""
+    """`text` retokenises the chains for the student and trains on the text only (losses: cross_entropy)."""
     text: Literal["chain", "reference"] = "chain"
-    """What `kind: text` learns: what the teacher said, or the prompt's reference answer (chains without one are left
-    out)."""
+    """With `kind: text`: train on the teacher's chain, or on the prompt's reference answer (prompts without one are
+    left out)."""
     where: str | None = None
-    """SQL condition over `chains` that selects what to learn from, e.g. `split = 'train' and correct`; None is all."""
+    """SQL condition over `chains` that selects the training data, e.g. `split = 'train' and correct`; None is all."""
     weight: str | None = None
-    """SQL expression over `chains`: the weight of a chain's tokens in the losses, e.g. `1 - mean_top1_prob`."""
+    """SQL expression over `chains`: weight of a chain's tokens in the losses, e.g. `1 - mean_top1_prob`."""
     pack_tokens: int = Field(default=4096, ge=16)
-    """Tokens of a pack: chains are packed together up to this length, each seeing only itself."""
+    """Tokens of a pack: chains are packed up to this length, and each attends only to itself."""
     max_chains: int | None = Field(default=None, ge=1)
-    """Take so many of the selected chains, chosen by hash of their id; None takes all."""
+    """Use at most this many of the selected chains, chosen by a hash of their id; None uses all."""
     max_tokens: int | None = Field(default=None, ge=2)
-    """Tokens (prompt and completion) of a chain at most; None is pack_tokens."""
+    """Maximum tokens of a chain, prompt and completion; None is pack_tokens."""
     long_chains: Literal["truncate", "skip", "split"] = "truncate"
-    """What happens to longer chains. Truncated ones never teach an end of sequence."""
+    """What to do with longer chains. Truncated chains never teach an end of sequence."""
 
     @model_validator(mode="after")
     def _text_has_effect(self) -> "DataConfig":
@@ -238,21 +239,21 @@ class DataConfig(StrictModel):
 
 
 class EngineConfig(StrictModel):
-    """How the arithmetic is spread over the machine (DeepSpeed)."""
+    """Precision, memory and parallelism (DeepSpeed)."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of weights and activations; the optimizer keeps float32 copies. float32 is the faster one on most CPUs; float16
-    (ZeRO 1 to 3) scales the loss, and skips steps that overflow."""
+    """Precision of weights and activations; the optimizer keeps float32 copies. float32 is faster on most CPUs; float16
+    (ZeRO 1 to 3) scales the loss and skips steps that overflow."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO spreads over the ranks: 1 optimizer state, 2 and gradients, 3 and weights."""
+    """What ZeRO shards over the ranks: 1 the optimizer state, 2 also gradients, 3 also weights."""
     offload_optimizer: bool = False
     """Keep optimizer state in CPU memory (ZeRO 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights in CPU memory (ZeRO 3)."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     chunk_tokens: int | None = Field(default=None, ge=1)
-    """Loss tokens whose logits exist at a time; None is 256 on a CPU and 1024 on a GPU."""
+    """Tokens whose logits are in memory at a time; None is 256 on a CPU and 1024 on a GPU."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":
@@ -267,30 +268,30 @@ class EngineConfig(StrictModel):
 
 
 class EvalConfig(StrictModel):
-    """Evaluation on chains that are not trained on, at the beginning and the end of each stage and in between."""
+    """Evaluation on held-out chains: before the first step, at the end of each stage, and in between."""
 
     where: str = HELDOUT
-    """SQL condition over `chains` that selects the held-out ones."""
+    """SQL condition over `chains` that selects the held-out chains."""
     max_chains: int | None = Field(default=512, ge=1)
-    """Evaluate on so many of them, chosen by hash of their id; None takes all."""
+    """Use at most this many of them, chosen by a hash of their id; None uses all."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Also evaluate after every so many optimizer steps; the best of these checkpoints is kept."""
+    """Also evaluate every this many optimizer steps; the best of these checkpoints is kept."""
 
 
 class CheckpointConfig(StrictModel):
-    """When the run's state is saved, and what is kept. The last step of a stage and an interruption always save."""
+    """When checkpoints are written and kept. The last step of a stage and an interruption always write one."""
 
     every_steps: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints to keep, besides the one with the lowest held-out loss."""
+    """Latest checkpoints to keep, besides the one with the lowest held-out loss."""
 
 
 class TrainConfig(StrictModel):
-    """A training run: its folder, the student, what it reads, and the stages it goes through."""
+    """A training run: its folder, the student, its data, and the stages it goes through."""
 
     run: Path
-    """The run's folder: configuration, selection, metrics, checkpoints. The same command resumes what is there."""
+    """The run's folder: configuration, selections, metrics, checkpoints. The same command resumes a run."""
     seed: int = Field(default=0, ge=0)
     """Seeds the order of chains, new weights (LoRA) and dropout."""
     student: StudentConfig
@@ -298,7 +299,7 @@ class TrainConfig(StrictModel):
     stages: list[StageConfig] = Field(min_length=1)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     eval: EvalConfig | None = Field(default_factory=EvalConfig)
-    """None never evaluates."""
+    """None turns evaluation off."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tensorboard: bool = False
     """Also write TensorBoard files (needs the package tensorboard)."""
@@ -307,18 +308,18 @@ class TrainConfig(StrictModel):
     def _agrees(self) -> "TrainConfig":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(f"stages have the names {names}: give each its own")
+            raise ValueError(f"stages are named {names}: give each a name of its own")
         for number, stage in enumerate(self.stages):
             key = stage_key(number, stage.name)
             if stage.batch_tokens % self.data.pack_tokens:
                 raise ValueError(
-                    f"{key}: batch_tokens={stage.batch_tokens} is no multiple of "
-                    f"data.pack_tokens={self.data.pack_tokens}: take {_nearest_multiple(stage, self.data)}"
+                    f"{key}: batch_tokens={stage.batch_tokens} is not a multiple of "
+                    f"data.pack_tokens={self.data.pack_tokens}: set it to {_nearest_multiple(stage, self.data)}"
                 )
             if self.data.kind == "text" and stage.token_weights is not None:
                 raise ValueError(
-                    f"{key}: token_weights weigh by distributions, but data.kind: text holds none: leave "
-                    " them out (data.weight weighs whole chains, focal_gamma by the student)"
+                    f"{key}: token_weights need distributions, but data.kind: text has none: leave them out "
+                    "(data.weight weighs whole chains, focal_gamma tokens by the student)"
                 )
             if _is_elastic(stage) and (self.eval is None or self.eval.every_steps is None):
                 raise ValueError(
@@ -326,7 +327,7 @@ class TrainConfig(StrictModel):
                 )
             if self.data.kind == "text" and list(stage.losses) != ["cross_entropy"]:
                 raise ValueError(
-                    f"{key}: its losses are {', '.join(stage.losses)}, but data.kind: text holds no distributions: "
+                    f"{key}: its losses are {', '.join(stage.losses)}, but data.kind: text has no distributions: "
                     "losses must be {cross_entropy: 1}"
                 )
         return self
@@ -338,18 +339,18 @@ def packs_per_step(stage: StageConfig, data: DataConfig) -> int:
 
 
 def accumulation_of(stage: StageConfig, data: DataConfig, num_ranks: int) -> int:
-    """Packs that each rank takes a step. Raises ConfigError where the batch does not divide among the ranks."""
+    """Packs that each rank takes a step. Raises ConfigError if the ranks cannot share the batch equally."""
     packs = packs_per_step(stage, data)
     if packs % num_ranks:
         raise ConfigError(
-            f"batch_tokens={stage.batch_tokens} holds {packs} packs of {data.pack_tokens} tokens, which do not divide "
-            f"among {num_ranks} ranks: take a multiple of {num_ranks * data.pack_tokens}"
+            f"batch_tokens={stage.batch_tokens} is {packs} packs of {data.pack_tokens} tokens, which {num_ranks} ranks "
+            f"cannot share equally: set it to a multiple of {num_ranks * data.pack_tokens}"
         )
     return packs // num_ranks
 
 
 def meaning_of(config: TrainConfig) -> Json:
-    """Dotted keys and values of everything that decides what is learnt; elastic weights follow `eval`, so it counts."""
+    """Dotted keys and values of everything that decides what is learnt; with elastic weights that includes `eval`."""
     free = set(RUN_KEYS) - ({"eval"} if any(_is_elastic(stage) for stage in config.stages) else set())
     return _flat({key: value for key, value in config.model_dump(mode="json").items() if key not in free})
 

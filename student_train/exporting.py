@@ -113,8 +113,8 @@ def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> s
 
 
 def _loss(name: str, loss: LossConfig) -> str:
-    shares = _settings({"beta": loss.beta, "alpha": loss.alpha})
-    return f"{name} x {_value(loss.weight)}" + (f" ({shares})" if shares else "")
+    settings = _settings({"tail": loss.tail, "beta": loss.beta, "alpha": loss.alpha})
+    return f"{name} x {_value(loss.weight)}" + (f" ({settings})" if settings else "")
 
 
 def _value(value: float | ScheduleConfig) -> str:
@@ -127,7 +127,11 @@ def _value(value: float | ScheduleConfig) -> str:
 
 def _settings(values: Json) -> str:
     """Those that are set: `beta 0.3, alpha 0.1`."""
-    return ", ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in values.items()
+        if value is not None
+    )
 
 
 def _evaluation(config: TrainConfig, state: CheckpointState) -> str:

@@ -45,7 +45,7 @@ from student_train.data.open import (
 )
 from student_train.data.selection import Selection, SelectionHeader, SelectionRequest
 from student_train.data.stream import PackStream
-from student_train.losses.divergences import LossMix, LossTerm
+from student_train.losses.divergences import Divergence, Loss, LossMix, ReverseKL
 from student_train.model.prune import require_cut
 from student_train.model.shape import ModelShape, model_shape
 from student_train.runtime.checkpoint import latest_state
@@ -325,16 +325,18 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
     }
 
 
-def _targets_of(term: LossTerm, header: SelectionHeader) -> str:
+def _targets_of(loss: Loss, header: SelectionHeader) -> str:
     """What a loss compares the student with on each token, as far as this selection's shards hold it."""
-    if term.is_cross_entropy:
-        return "the teacher's most likely token" if term.needs_distribution else "the next token"
+    if not isinstance(loss, Divergence):
+        return "the teacher's most likely token" if loss.needs_distribution else "the next token"
     entries = f"at most {header.max_support} stored entries a token"
-    if term.estimates_tail and header.draws:
-        return f"{entries}, the tail estimated from {header.draws} draws"
-    if term.splits_tail and header.draws:
+    if loss.tail in ("drop", "renormalise"):
+        return f"{entries} alone"
+    if loss.tail == "bucket" or not header.draws:
+        return f"{entries}, all others in one bucket"
+    if isinstance(loss, ReverseKL):
         return f"{entries} and the distinct ones of {header.draws} drawn ids, all others in one bucket"
-    return f"{entries}, all others in one bucket" if term.needs_tail else f"{entries} alone"
+    return f"{entries}, the tail estimated from {header.draws} draws"
 
 
 def _memory_gib(stage: StageConfig, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:

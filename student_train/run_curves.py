@@ -191,10 +191,10 @@ def part_curve(run: Run, part: str, unit: float, name: str, series: int | None =
 
 
 def loss_words(name: str) -> str:
-    """`forward_kl_stored_tail` as forward KL (stored tail)."""
+    """`skewed_forward_kl` as "skewed forward KL"."""
     words = name.replace("cross_entropy", "cross-entropy").replace("_", " ")
     words = re.sub(r"\b(kl|jsd)\b", lambda match: match[1].upper(), words)
-    return re.sub(r" (tail bucket|sampled tail|stored tail|truncated|renormalised|argmax)$", r" (\1)", words)
+    return re.sub(r" argmax$", " (argmax)", words)
 
 
 def loss_unit(name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from student_train.config import ScheduleConfig, StageConfig
 from student_train.data.pack import TargetView
-from student_train.losses.divergences import LossMix, LossTerm
+from student_train.losses.divergences import LossMix, make_loss
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
@@ -58,7 +58,9 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
     Raises ConfigError for an unknown loss, a parameter that a loss does not have, or weights that are all 0.
     """
     terms = tuple(
-        LossTerm(name, scheduled(loss.weight, step, num_steps, remaining), loss.beta, loss.alpha)  # type: ignore[arg-type]
+        make_loss(
+            name, scheduled(loss.weight, step, num_steps, remaining), tail=loss.tail, beta=loss.beta, alpha=loss.alpha
+        )
         for name, loss in stage.losses.items()
     )
     return LossMix(terms, stage.focal_gamma)
@@ -70,7 +72,7 @@ def target_view(
     """How the stage's losses look at the targets of one step; `stored`: temperatures whose log-partitions they hold."""
     temperature = temperature_at(stage, stored, step, num_steps)
     partition = None if temperature == 1.0 else list(stored).index(temperature)
-    return TargetView(has_draws and any(term.uses_draws for term in mix.terms), temperature, partition)
+    return TargetView(has_draws and mix.reads_draws, temperature, partition)
 
 
 def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:

@@ -56,7 +56,7 @@ def _next(catalog: Catalog, folder: Path) -> Section:
         (chain,) = session.arrow("SELECT sample_id FROM chains ORDER BY num_tokens, sample_id LIMIT 1").to_pylist()
     cache, run, second = folder / "cache", folder / "run", folder / "second"
     student = "benchmarks/demo/student.yaml"
-    another_loss = f"--set run={second} --set 'stages.0.losses={{jsd_stored_tail: 1}}'"
+    another_loss = f"--set run={second} --set 'stages.0.losses={{jsd: 1}}'"
     rows = [
         ["Read a chain token by token", f"teacher-cache show {cache} {chain['sample_id'][:12]} --html chain.html"],
         ["Ask the cache in SQL", f"teacher-cache sql {cache}"],

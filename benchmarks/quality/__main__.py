@@ -33,9 +33,9 @@ from stillroom.config import Json
 from student_train.runtime.ranks import joined_ranks
 
 NUM_TRAIN, NUM_HELDOUT = 1536, 192
-TAIL_BUCKET = {"forward_kl_tail_bucket": 1.0}
-RENORMALISED = {"forward_kl_renormalised": 1.0}
-SAMPLED_TAIL = {"forward_kl_sampled_tail": 1.0}
+TAIL_BUCKET = {"forward_kl": {"tail": "bucket"}}
+RENORMALISED = {"forward_kl": {"tail": "renormalise"}}
+STORED_TAIL = {"forward_kl": 1.0}
 DENSE = "dense"
 
 
@@ -54,7 +54,7 @@ def _top(k: int, losses: Json, label: str) -> Target:
 
 def _hybrid(exact: int, draws: int) -> Target:
     capture = {"max_support": exact, "nucleus": 0.999, "draws": draws}
-    return Target(f"hybrid {exact}+{draws}", capture, SAMPLED_TAIL)
+    return Target(f"hybrid {exact}+{draws}", capture, STORED_TAIL)
 
 
 TOP_MASS_KS = (1, 4, 8, 16, 64)

@@ -105,11 +105,6 @@ def eval_spec(data: DataConfig) -> PlanSpec:
 def check_losses(mix: "LossMix", selection: Selection) -> None:
     """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
     for term in mix.terms:
-        if term.needs_draws and not selection.header.draws:
-            raise ConfigError(
-                f"{term.name} needs draws from the tail, which not every selected shard holds: use "
-                "forward_kl_stored_tail, or build a cache with capture.draws"
-            )
         if term.needs_distribution and selection.is_text:
             raise ConfigError(f"{term.name} needs distributions: set data.kind: distributions")
 

@@ -1,61 +1,50 @@
-"""A language model head that computes the losses itself, in the place of the model's own.
+"""Losses on a sparse teacher, fused with the language model head and chunked over tokens.
 
-In: a model whose output embeddings are a plain linear layer. Out: the same weights in a `FusedHead`, whose forward
-gives logits as before, or losses or metrics where it is given targets. As the loss is the forward of the module that
-owns the weight, whatever gathers weights around forwards (ZeRO-3) works, and so do tied embeddings and peft's LoRA on
-the head.
-
-    N loss tokens, H hidden, V vocabulary, R LoRA rank, J terms
-
-Losses on a sparse teacher, fused with the language model head and chunked over tokens.
-
-In: hidden states [N, H], the head's weight [V, H], sparse targets, a mix of named losses. Out: sums in nats, of which
-the total carries gradients to hidden, weight, bias and a LoRA pair on the head.
+In: hidden states [N, H], the head's weight [V, H], sparse targets, a mix of losses. Out: sums in nats, of which the
+total carries gradients to hidden, weight, bias and a LoRA pair on the head.
 Cost: the three matrix products of plain cross-entropy (two with a frozen head or frozen body, one without gradient),
 and one [chunk, V] buffer instead of three [N, V] ones. The gradient is computed in the forward pass, chunk by chunk,
 and kept (hidden [N, H] and weight [V, H], float32), so backward is one multiplication (the plan of Liger Kernel,
-arXiv 2410.10989).
+arXiv 2410.10989). Only log q at a few slots a token passes through autograd; `chunk.py` carries its gradient to all V
+logits in closed form.
 
-Only 2 + K + E numbers a token, log q at the slots of a loss and of its tail, pass through autograd; `sparse_softmax.py`
-carries their gradient to all V logits in closed form. Divergences therefore are plain formulas in `divergences.py`.
+`fused_loss` takes tensors. `fuse_head` puts the same into a Hugging Face model, as the forward of the module that owns
+the head's weight: under ZeRO-3 a weight exists only inside the forward of its module, and tied embeddings and peft's
+LoRA on the head keep working.
 
-    N loss tokens, C tokens of a chunk, V vocabulary, H hidden, R LoRA rank, K support, E extra slots, J terms
+    N loss tokens, C tokens of a chunk, V vocabulary, H hidden, R LoRA rank, J losses of the mix
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stillroom.errors import ConfigError
-from student_train.losses.chunk import chunk_losses
-from student_train.losses.divergences import LossMix, weighted_sum
+from student_train.losses.chunk import chunk_losses, weighted_sum
+from student_train.losses.divergences import LossMix
 from student_train.losses.head_chunks import HeadChunks, HeadInputs
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
 
 
-@dataclass(frozen=True)
-class LossSums:
+class LossSums(NamedTuple):
     """Sums over tokens; divide once, after the all-reduce.
 
     Attributes:
-        loss_sum: float32 scalar, sum over terms and tokens of term weight x token weight x nats; has the gradient.
-        num_tokens: N.
+        loss_sum: float32 scalar, sum over losses and tokens of loss weight x token weight x nats; has the gradient.
+        term_sums_J: float32, one sum for each loss of the mix in its order, token weights in and loss weight out, so
+            that loss_sum = sum over losses of loss weight x term sum; no gradient. Divergences carry temperature^2.
         weight_sum: float32 scalar, sum of the token weights (focal factor included); no gradient.
-        term_sums: float32 scalar for each term by name, token weights in and term weight out, so that
-            loss_sum = sum over terms of term weight x term sum; no gradient. Distribution losses carry temperature^2.
     """
 
     loss_sum: Tensor
-    num_tokens: int
+    term_sums_J: Tensor
     weight_sum: Tensor
-    term_sums: dict[str, Tensor]
 
 
 def fused_loss(
@@ -79,20 +68,19 @@ def fused_loss(
     Raises:
         ConfigError: the targets lack what a loss of the mix needs.
     """
-    head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens)
-    return sums_of(mix, targets, *fused_loss_tensors(head, targets, mix))
+    return LossSums(
+        *_fused_loss(
+            HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens), targets, mix
+        )
+    )
 
 
-def sums_of(
-    mix: LossMix, targets: SparseTargets, loss_sum: Tensor, term_sums_J: Tensor, weight_sum: Tensor
-) -> LossSums:
-    """Give the plain tensors of `fused_loss_tensors` their names."""
-    return LossSums(loss_sum, targets.num_tokens, weight_sum, dict(zip(mix.names, term_sums_J.unbind(), strict=True)))
-
-
-def fused_loss_tensors(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, term_sums_J, weight_sum): what `fused_loss` names, as plain tensors that module hooks understand."""
-    refuse_missing(mix, targets)
+def _fused_loss(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple[Tensor, Tensor, Tensor]:
+    for term in mix.terms:
+        if term.needs_distribution and targets.num_support == 0:
+            raise ConfigError(
+                f"{term.name} needs the teacher's distribution and these targets hold none: use cross_entropy"
+            )
     # Decided here: inside an autograd function `ctx.needs_input_grad` stays true under no_grad.
     needs_grad = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head.tensors
@@ -103,19 +91,6 @@ def fused_loss_tensors(head: HeadInputs, targets: SparseTargets, mix: LossMix) -
         *head.tensors, head.chunk_tokens, targets, mix, needs_grad
     )
     return sums
-
-
-def refuse_missing(mix: LossMix, targets: SparseTargets) -> None:
-    """Raise ConfigError where the targets lack what a loss of the mix needs."""
-    for term in mix.terms:
-        if term.needs_distribution and not term.needs_draws and targets.num_support == 0:
-            raise ConfigError(
-                f"{term.name} needs the teacher's distribution and these targets hold none: use cross_entropy"
-            )
-        if term.needs_draws and targets.draws is None:
-            raise ConfigError(
-                f"{term.name} needs draws from the tail, which this cache does not hold: use forward_kl_stored_tail"
-            )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -155,7 +130,7 @@ class _FusedLoss(torch.autograd.Function):
 def _forward(
     chunks: HeadChunks, targets: SparseTargets, mix: LossMix, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, term_sums_J, weight_sum) over all chunks; the gradient, if asked for, stays in `chunks.gradients`."""
+    """LossSums over all chunks; the gradient, if asked for, stays in `chunks.gradients`."""
     term_sums_J = torch.zeros(len(mix.terms), dtype=chunks.dtype, device=targets.ids_NK.device)
     weight_sum = torch.zeros((), dtype=chunks.dtype, device=targets.ids_NK.device)
     # Precision is chosen here, not by an enclosing autocast.
@@ -173,7 +148,7 @@ def _forward(
 
 
 # What Hugging Face models do to logits after the head, by the name of the setting (Gemma, Cohere, Granite, Falcon-H1,
-# RecurrentGemma, Muse): the value that means nothing is done.
+# RecurrentGemma, Muse), with the value that turns it off.
 _LOGIT_SETTINGS: dict[str, float | None] = {
     "final_logit_softcapping": None,
     "logits_soft_cap": None,
@@ -220,8 +195,8 @@ class FusedHead(torch.nn.Linear):
         lora_weight_VR: Tensor | None = None,
         chunk_tokens: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [..., V] without targets; with targets and mix the tensors of `fused_loss_tensors`; with targets alone
-        those of `metrics_tensor`. `head_loss` and `head_metrics` give them names.
+        """Logits [..., V] without targets; with targets and mix the tensors of LossSums; with targets alone those of
+        `metrics_tensor`. `head_loss` and `head_metrics` give them names.
 
         Plain tensors, and targets as keywords, because DeepSpeed's hooks look for tensors in positional inputs and in
         outputs that are tensors or tuples.
@@ -229,7 +204,7 @@ class FusedHead(torch.nn.Linear):
         if targets is None:
             return super().forward(input)
         head = HeadInputs(input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens)
-        return metrics_tensor(head, targets) if mix is None else fused_loss_tensors(head, targets, mix)
+        return metrics_tensor(head, targets) if mix is None else _fused_loss(head, targets, mix)
 
 
 def fuse_head(model: CausalModel) -> FusedHead:
@@ -271,7 +246,7 @@ def head_loss(
         ConfigError: the targets lack what the mix needs, or the adapter has no plain low-rank form (DoRA and the like).
     """
     fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
-    loss_sum, term_sums_J, weight_sum = fused(
+    sums = fused(
         hidden_NH,
         targets=targets,
         mix=mix,
@@ -279,14 +254,14 @@ def head_loss(
         lora_weight_VR=lora_weight_VR,
         chunk_tokens=chunk_tokens,
     )
-    return sums_of(mix, targets, loss_sum, term_sums_J, weight_sum)
+    return LossSums(*sums)
 
 
 @torch.no_grad()
 def head_metrics(
     head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, *, chunk_tokens: int | None = None
 ) -> TokenMetrics:
-    """`sparse_metrics` through the model's output embeddings as they stand, without gradient; see `head_loss`."""
+    """TokenMetrics through the model's output embeddings as they stand, without gradient; see `head_loss`."""
     fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
     metrics_8N: Tensor = fused(
         hidden_NH,

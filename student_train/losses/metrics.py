@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from student_train.losses.chunk import chunk_losses
-from student_train.losses.divergences import LossMix, LossTerm
+from student_train.losses.divergences import JSD, CrossEntropy, ForwardKL, LossMix, ReverseKL
 from student_train.losses.head_chunks import HeadChunks, HeadInputs
 from student_train.losses.targets import SparseTargets, in_support
 
-# The mix's weights play no part here: the terms are read one by one.
-_MIX = LossMix(
-    (
-        LossTerm("cross_entropy"),
-        LossTerm("forward_kl_stored_tail"),
-        LossTerm("reverse_kl_tail_bucket"),
-        LossTerm("jsd_stored_tail"),
-    )
-)
+# Each loss is read by itself: the weights play no part.
+_MIX = LossMix((CrossEntropy(), ForwardKL(), ReverseKL(), JSD()))
 
 
 class TokenMetrics(NamedTuple):
@@ -34,15 +27,15 @@ class TokenMetrics(NamedTuple):
 
     Attributes:
         cross_entropy_N: -log q of the sampled token, nats.
-        forward_kl_N: KL(teacher | student), nats: over support and tail, at most the dense KL; where the targets hold
-        draws from the tail, an unbiased estimate of it.
+        forward_kl_N: KL(teacher | student), nats: an unbiased estimate of the dense KL where the targets hold draws,
+            otherwise at most the dense one.
         reverse_kl_N: KL(student | teacher) over support, distinct drawn ids and the rest, nats: at most the dense one.
-        jsd_N: Jensen-Shannon divergence, nats ("knowledge retention"): over support and tail, in [0, log 2]; where the
-        targets hold draws, an unbiased estimate of the dense one.
+        jsd_N: Jensen-Shannon divergence, nats ("knowledge retention"), estimated or bounded like forward_kl_N; at most
+            log 2.
         agreement_N: 1 where the student's most likely token is the teacher's rank-0 token, else 0.
         confidence_N: the student's largest probability.
         correct_N: 1 where the student's most likely token is the sampled one, else 0. Calibration: confidence -
-        correct.
+            correct.
         entropy_N: the student's entropy, nats.
     """
 
@@ -54,21 +47,6 @@ class TokenMetrics(NamedTuple):
     confidence_N: Tensor
     correct_N: Tensor
     entropy_N: Tensor
-
-
-def sparse_metrics(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    targets: SparseTargets,
-    *,
-    bias_V: Tensor | None = None,
-    lora_hidden_NR: Tensor | None = None,
-    lora_weight_VR: Tensor | None = None,
-    chunk_tokens: int | None = None,
-) -> TokenMetrics:
-    """TokenMetrics of logits = hidden W^T (+ bias) (+ lora_hidden lora_weight^T), without gradient."""
-    head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens)
-    return TokenMetrics(*metrics_tensor(head, targets).unbind())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""What a teacher said about N loss tokens, as tensors: the stored support, the mass outside it, the token it sampled.
+"""What the teacher said about N loss tokens, as tensors: the stored support, the mass outside it, the token it sampled.
 
-In: decoded cache rows, already moved to the position that predicts them. Out: bucketed log probabilities at one
+In: decoded cache rows, shifted to the positions that predict them. Out: log probabilities in buckets at one
 temperature. Cost: O(N K), nothing of vocabulary size.
 
     N loss tokens, K padded support, B = K + 1 buckets (support, then the tail), M draws from the tail
@@ -18,16 +18,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Stands for "no probability here". Finite on purpose: exp() of it is exactly 0 in float32 and float64, and
-# 0 * (NO_MASS - NO_MASS) is 0 where 0 * (inf - inf) would be nan, so no divergence needs a mask.
-NO_MASS = -1.0e4
+from student_train.losses.divergences import NO_MASS
 
-# A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes can hold. Forward KL, JSD
-# and total variation move by less than 1e-12; reverse KL stays finite.
 MIN_TAIL_LOGMASS = -32.0
+"""A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes hold. Forward KL, JSD and
+total variation move by less than 1e-12; the reverse KL stays finite."""
 
 MIN_LEFT_FRAC = 2.0**-5
-"""Of a tail so much at least is outside the drawn ids, so that a rounding error is not infinitely surprising."""
+"""Share of a tail that is always left outside the drawn ids: a rounding error must not be infinitely surprising."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class TailDraws:
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """The teacher's word on N loss tokens. Shapes are checked; values are trusted (the stream checks them).
+    """The teacher's distributions of N loss tokens. Shapes are checked; values are trusted (the stream checks them).
 
     Attributes:
         ids_NK: int32 or int64 token ids in rank order. Padding slots repeat any valid id. K = 0: text alone.
@@ -80,12 +78,7 @@ class SparseTargets:
     def __post_init__(self) -> None:
         assert self.ids_NK.dim() == 2
         assert self.ids_NK.shape == self.logprobs_NK.shape
-        per_token = (
-            self.tail_logmass_N,
-            self.sampled_ids_N,
-            self.weights_N,
-            self.log_partition_N,
-        )
+        per_token = (self.tail_logmass_N, self.sampled_ids_N, self.weights_N, self.log_partition_N)
         assert all(tensor is None or tensor.shape == (self.num_tokens,) for tensor in per_token)
         assert self.draws is None or self.draws.ids_NM.shape[0] == self.num_tokens
         assert self.temperature > 0.0

@@ -48,7 +48,7 @@ class Student(torch.nn.Module):
         return self.model.get_base_model() if peft and isinstance(self.model, peft.PeftModel) else self.model
 
     def forward(self, pack: TorchPack, mix: LossMix | None = None) -> tuple[Tensor, ...]:
-        """With a mix (loss_sum, term_sums_J, weight_sum) of LossSums, without one the values of TokenMetrics.
+        """LossSums with a mix, TokenMetrics without, as plain tuples: module hooks rebuild outputs by their type.
 
         Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
         """
@@ -61,9 +61,7 @@ class Student(torch.nn.Module):
             hidden_NH = hidden_LH.index_select(0, pack.predict_positions_N)
         head = causal.get_output_embeddings()
         if mix is not None:
-            sums = head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens)
-            return sums.loss_sum, torch.stack(list(sums.term_sums.values())), sums.weight_sum
-        # A plain tuple, because module hooks of ZeRO rebuild outputs by their type.
+            return tuple(head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens))
         return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
 
 

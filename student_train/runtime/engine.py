@@ -79,9 +79,7 @@ class Engine:
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
         """Sums of one pack's losses, with gradient."""
-        loss_sum, term_sums_J, weight_sum = self._deepspeed(pack, mix)
-        terms = dict(zip(mix.names, term_sums_J.unbind(), strict=True))
-        return LossSums(loss_sum, pack.targets.num_tokens, weight_sum, terms)
+        return LossSums(*self._deepspeed(pack, mix))
 
     @torch.no_grad()
     def metrics(self, pack: TorchPack) -> TokenMetrics:

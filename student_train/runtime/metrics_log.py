@@ -98,9 +98,8 @@ class MetricsLog:
 
 
 def short_name(loss: str) -> str:
-    """A loss's name where there is little room; no two losses share one."""
-    short = {"forward_kl_stored_tail": "kl", "cross_entropy": "ce"}
-    return short.get(loss, loss.removesuffix("_tail_bucket").removesuffix("_stored_tail"))
+    """A loss's name for the progress line; no two losses share one."""
+    return {"forward_kl": "kl", "cross_entropy": "ce"}.get(loss, loss)
 
 
 def require_tensorboard() -> None:

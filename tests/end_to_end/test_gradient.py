@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gradient import AVERAGED, DENSE_LOSS, NUM_REDRAWS, Target, compare
+from benchmarks.gradient import AVERAGED, COMPARED, DENSE_LOSS, NUM_REDRAWS, Target, compare
 from stillroom.schema.tables import CODECS
-from student_train.losses.divergences import LOSS_NAMES, LossName, LossTerm
+from student_train.losses.divergences import Divergence, ForwardKL
 from tests.helpers.students import VOCAB_SIZE, make_student
 
 CHAINS = [([5, 6, 7, 8 + number], list(range(20 + number, 60 + number))) for number in range(8)]
@@ -25,14 +25,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return teacher, student
 
 
-def rows(models: tuple[Any, Any], targets: list[Target], dense: LossName = DENSE_LOSS) -> dict[str, dict[str, float]]:
+def rows(models: tuple[Any, Any], targets: list[Target], dense: Divergence = DENSE_LOSS) -> dict[str, dict[str, float]]:
     found = compare(*models, CHAINS, targets, dense)
     return {row["targets"]: row for row in found["rows"]}
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_codec_that_holds_everything_gives_the_dense_gradient(models: tuple[Any, Any], codec: str) -> None:
-    whole = Target("whole", codec, VOCAB_SIZE, None, "forward_kl_tail_bucket")
+    whole = Target("whole", codec, VOCAB_SIZE, None, ForwardKL(tail="bucket"))
     row = rows(models, [whole])["whole"]
     # Eight-bit codes turn the gradient by less than a degree; float32 not at all.
     assert row["angle_deg"] < (0.05 if codec == "topk-f32" else 1.0)
@@ -43,10 +43,10 @@ def test_a_codec_that_holds_everything_gives_the_dense_gradient(models: tuple[An
 def test_drawn_tails_turn_the_gradient_less_than_truncation_and_average_out(
     models: tuple[Any, Any], codec: str
 ) -> None:
-    tail = Target("tail bucket 8", codec, 8, None, "forward_kl_tail_bucket")
-    renormalised = Target("renormalised 8", codec, 8, None, "forward_kl_renormalised")
+    tail = Target("tail bucket 8", codec, 8, None, ForwardKL(tail="bucket"))
+    renormalised = Target("renormalised 8", codec, 8, None, ForwardKL(tail="renormalise"))
     hybrids = [
-        Target("hybrid 8+8" + f", draws {seed + 1}" * (seed > 0), codec, 8, None, "forward_kl_sampled_tail", 8, seed)
+        Target("hybrid 8+8" + f", draws {seed + 1}" * (seed > 0), codec, 8, None, ForwardKL(), 8, seed)
         for seed in range(NUM_REDRAWS)
     ]
     found = rows(models, [tail, renormalised, *hybrids])
@@ -58,11 +58,10 @@ def test_drawn_tails_turn_the_gradient_less_than_truncation_and_average_out(
     assert found[AVERAGED]["length"] == pytest.approx(1.0, abs=0.02)
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSS_NAMES if LossTerm(name).uses_draws])
+@pytest.mark.parametrize("loss", [kind() for kind in COMPARED.values()], ids=list(COMPARED))
 def test_draws_turn_the_gradient_of_every_loss_that_uses_them_towards_the_dense_one(
-    models: tuple[Any, Any], loss: LossName
+    models: tuple[Any, Any], loss: Divergence
 ) -> None:
-    bucket: LossName = DENSE_LOSS if loss.startswith("forward_kl") else loss
-    alone, drawn = Target("alone", "topk-u8", 8, None, bucket), Target("drawn", "topk-u8", 8, None, loss, 64)
-    found = rows(models, [alone, drawn], bucket)
+    alone, drawn = Target("alone", "topk-u8", 8, None, loss), Target("drawn", "topk-u8", 8, None, loss, 64)
+    found = rows(models, [alone, drawn], loss)
     assert found["drawn"]["angle_deg"] < 0.9 * found["alone"]["angle_deg"]

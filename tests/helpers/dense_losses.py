@@ -9,10 +9,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import LossName, LossTerm
+from student_train.losses.divergences import (
+    JSD,
+    CrossEntropy,
+    CrossEntropyArgmax,
+    Divergence,
+    ForwardKL,
+    Loss,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    Tail,
+    TotalVariation,
+)
 from student_train.losses.targets import SparseTargets, TailDraws
 
 N, H, V, K, M = 13, 8, 37, 5, 4
+TAILS: tuple[Tail, ...] = ("stored", "bucket", "drop", "renormalise")
 
 
 def head_tensors(seed: int = 0, num_vocab: int = V, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -67,40 +80,52 @@ def with_draws(targets: SparseTargets, dense_NV: Tensor, num_draws: int = M, see
     return replace(targets, draws=TailDraws(ids_NM, weights_NM, dense_NV.gather(1, ids_NM)))
 
 
-def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: SparseTargets) -> Tensor:
+DIVERGENCES: tuple[Divergence, ...] = (
+    *(ForwardKL(tail=tail) for tail in TAILS),
+    *(JSD(tail=tail, beta=0.3) for tail in TAILS),
+    *(ReverseKL(tail=tail) for tail in TAILS[:2]),
+    *(SkewedForwardKL(tail=tail, alpha=0.2) for tail in TAILS[:2]),
+    *(SkewedReverseKL(tail=tail, alpha=0.2) for tail in TAILS[:2]),
+    *(TotalVariation(tail=tail) for tail in TAILS[:2]),
+)
+EVERY_LOSS: tuple[Loss, ...] = (*DIVERGENCES, CrossEntropy(), CrossEntropyArgmax())
+ONE_OF_EACH: tuple[Loss, ...] = tuple({loss.name: loss for loss in reversed(EVERY_LOSS)}.values())
+"""With stored tails; a mix takes each name once."""
+
+
+def loss_id(loss: Loss) -> str:
+    """For pytest."""
+    return f"{loss.name}-{loss.tail}" if isinstance(loss, Divergence) else loss.name
+
+
+def dense_loss(loss: Loss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseTargets) -> Tensor:
     """[N] nats, straight from the definition, with everything [N, V] materialised. `dense_NV` is at temperature 1."""
-    if name.startswith("cross_entropy"):
-        against_N = {
-            "cross_entropy": targets.sampled_ids_N,
-            "cross_entropy_argmax": targets.ids_NK[:, 0].long(),
-        }[name]
+    if not isinstance(loss, Divergence):
+        against_N = targets.sampled_ids_N if isinstance(loss, CrossEntropy) else targets.ids_NK[:, 0].long()
         return torch.nn.functional.cross_entropy(logits_NV, against_N, reduction="none")
     tau = targets.temperature
     log_q_NV = torch.log_softmax(logits_NV / tau, dim=1)
     log_p_NV = torch.log_softmax(dense_NV / tau, dim=1)
     mask_NV = support_mask(targets.ids_NK, targets.logprobs_NK, dense_NV.shape[1])
     p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
-    on_support_N = (mask_NV * p_NV * (log_p_NV - log_q_NV)).sum(dim=1)
-    if name == "forward_kl_truncated":
-        return tau**2 * on_support_N
-    if name == "forward_kl_renormalised":
-        mass_N1 = (mask_NV * p_NV).sum(dim=1, keepdim=True)
-        return tau**2 * (mask_NV * (p_NV / mass_N1) * (log_p_NV - mass_N1.log() - log_q_NV)).sum(dim=1)
-    if name.endswith(("_sampled_tail", "_stored_tail")) and targets.draws is not None:
-        ids_NM = targets.draws.ids_NM
-        mass_NM = targets.draws.weights_NM * (log_p_NV - dense_NV).gather(1, ids_NM).exp()
-        log_ratio_NM = (log_q_NV - log_p_NV).gather(1, ids_NM)
-        slopes = tail_slopes(name)
+    if loss.tail in ("drop", "renormalise"):
+        mass_N1 = (mask_NV * p_NV).sum(dim=1, keepdim=True) if loss.tail == "renormalise" else torch.ones(N, 1)
+        return tau**2 * per_id(loss, log_p_NV - mass_N1.log(), log_q_NV).masked_fill(~mask_NV, 0.0).sum(dim=1)
+    draws = targets.draws if loss.tail == "stored" else None
+    if draws is not None and not isinstance(loss, ReverseKL):
+        mass_NM = draws.weights_NM * (log_p_NV - dense_NV).gather(1, draws.ids_NM).exp()
+        log_ratio_NM = (log_q_NV - log_p_NV).gather(1, draws.ids_NM)
+        slopes = tail_slopes(loss)
         tails = [(~mask_NV * probs_NV).sum(dim=1) for probs_NV in (p_NV, q_NV)]
-        on_support_N = per_id(name, log_p_NV, log_q_NV).masked_fill(~mask_NV, 0.0).sum(dim=1)
+        on_support_N = per_id(loss, log_p_NV, log_q_NV).masked_fill(~mask_NV, 0.0).sum(dim=1)
         bent_NM = (
-            per_id(name, torch.zeros_like(log_ratio_NM), log_ratio_NM) - slopes[0] - slopes[1] * log_ratio_NM.exp()
+            per_id(loss, torch.zeros_like(log_ratio_NM), log_ratio_NM) - slopes[0] - slopes[1] * log_ratio_NM.exp()
         )
         return tau**2 * (on_support_N + slopes[0] * tails[0] + slopes[1] * tails[1] + (mass_NM * bent_NM).sum(dim=1))
     # Divergences of the merged distributions, one token at a time, the tail as one more outcome.
     apart_NV = mask_NV.clone()
-    if targets.draws is not None and name == "reverse_kl_tail_bucket":
-        apart_NV.scatter_(1, targets.draws.ids_NM, True)
+    if draws is not None:
+        apart_NV.scatter_(1, draws.ids_NM, True)
     values = []
     for p_V, q_V, stored_V, apart_V in zip(p_NV, q_NV, mask_NV, apart_NV, strict=True):
         # What is left of the teacher's tail beside drawn ids counts as a 32nd of the tail at least.
@@ -113,62 +138,41 @@ def dense_loss(name: LossName, logits_NV: Tensor, dense_NV: Tensor, targets: Spa
         if not apart_V.all():
             outcomes.append((p_left.reshape(1), q_V[~apart_V].sum().reshape(1)))
         p_B, q_B = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
-        values.append(merged_divergence(name, p_B, q_B))
+        values.append(per_id(loss, p_B.log(), q_B.log())[(p_B > 0) & (q_B > 0)].sum())
     return tau**2 * torch.stack(values)
 
 
-def per_id(name: LossName, log_p: Tensor, log_q: Tensor) -> Tensor:
+def per_id(loss: Loss, log_p: Tensor, log_q: Tensor) -> Tensor:
     """What each id adds to a divergence."""
     p, q = log_p.exp(), log_q.exp()
-    match name:
-        case "forward_kl_stored_tail" | "forward_kl_sampled_tail":
+    match loss:
+        case ForwardKL():
             return p * (log_p - log_q)
-        case "jsd_stored_tail":
+        case ReverseKL():
+            return q * (log_q - log_p)
+        case JSD():
             log_m = (0.3 * p + 0.7 * q).log()
             return 0.3 * p * (log_p - log_m) + 0.7 * q * (log_q - log_m)
-        case "skewed_forward_kl_stored_tail":
-            return p * (log_p - (0.2 * p + 0.8 * q).log())
-        case "skewed_reverse_kl_stored_tail":
+        case SkewedReverseKL():
             return q * (log_q - (0.2 * q + 0.8 * p).log())
-        case "total_variation_stored_tail":
+        case SkewedForwardKL():
+            return p * (log_p - (0.2 * p + 0.8 * q).log())
+        case TotalVariation():
             return (p - q).abs() / 2
         case _:
-            raise AssertionError(name)
+            raise AssertionError(loss)
 
 
-def tail_slopes(name: LossName) -> tuple[float, float]:
+def tail_slopes(loss: Loss) -> tuple[float, float]:
     """`per_id` a unit of p where q is 0, and a unit of q where p is 0; 0 where that is infinite."""
-    found = {
-        "jsd_stored_tail": (0.3 * math.log(1 / 0.3), 0.7 * math.log(1 / 0.7)),
-        "skewed_forward_kl_stored_tail": (math.log(1 / 0.2), 0.0),
-        "skewed_reverse_kl_stored_tail": (0.0, math.log(1 / 0.2)),
-        "total_variation_stored_tail": (0.5, 0.5),
-    }
-    return found.get(name, (0.0, 0.0))
-
-
-def merged_divergence(name: LossName, p_B: Tensor, q_B: Tensor) -> Tensor:
-    def kl(left_B: Tensor, right_B: Tensor) -> Tensor:
-        return (left_B * (left_B / right_B).log())[left_B > 0].sum()
-
-    match name:
-        case "forward_kl_tail_bucket" | "forward_kl_stored_tail" | "forward_kl_sampled_tail":
-            return kl(p_B, q_B)
-        case "reverse_kl_tail_bucket":
-            return kl(q_B, p_B)
-        case "jsd_stored_tail":
-            return 0.3 * kl(p_B, 0.3 * p_B + 0.7 * q_B) + 0.7 * kl(q_B, 0.3 * p_B + 0.7 * q_B)
-        case "skewed_forward_kl_stored_tail":
-            return kl(p_B, 0.2 * p_B + 0.8 * q_B)
-        case "skewed_reverse_kl_stored_tail":
-            return kl(q_B, 0.2 * q_B + 0.8 * p_B)
-        case "total_variation_stored_tail":
-            return (p_B - q_B).abs().sum() / 2
+    match loss:
+        case JSD():
+            return 0.3 * math.log(1 / 0.3), 0.7 * math.log(1 / 0.7)
+        case SkewedReverseKL():
+            return 0.0, math.log(1 / 0.2)
+        case SkewedForwardKL():
+            return math.log(1 / 0.2), 0.0
+        case TotalVariation():
+            return 0.5, 0.5
         case _:
-            raise AssertionError(name)
-
-
-def term(name: LossName, weight: float = 1.0) -> LossTerm:
-    """With the parameters that `merged_divergence` uses."""
-    beta = 0.3 if name == "jsd_stored_tail" else None
-    return LossTerm(name, weight, beta=beta, alpha=0.2 if name.startswith("skewed") else None)
+            return 0.0, 0.0

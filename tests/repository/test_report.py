@@ -54,8 +54,8 @@ def fake_run(folder: Path, num_steps: int = 80, scale: float = 1.0, **config: An
             "step": step,
             "epoch": 0,
             "loss": scale * (0.3 + 2 / step),
-            "parts": {"forward_kl_tail_bucket": scale * (0.2 + 2 / step), "cross_entropy": 0.9 + 1 / step},
-            "weights": {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1},
+            "parts": {"forward_kl": scale * (0.2 + 2 / step), "cross_entropy": 0.9 + 1 / step},
+            "weights": {"forward_kl": 0.9, "cross_entropy": 0.1},
             "learning_rate": 1e-4,
             "grad_norm": None,
             "num_tokens": 1000,
@@ -71,7 +71,7 @@ def fake_run(folder: Path, num_steps: int = 80, scale: float = 1.0, **config: An
     write_steps(folder, steps)
     evals = [evaluation(0, 2.0 * scale, 0.4), evaluation(num_steps, 0.5 * scale, 0.7)]
     (folder / "eval.json").write_text(json.dumps(evals))
-    stage = {"losses": {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1}, "learning_rate": 1e-4}
+    stage = {"losses": {"forward_kl": 0.9, "cross_entropy": 0.1}, "learning_rate": 1e-4}
     write_config(folder, {"stages": [stage], **config})
     return folder
 
@@ -94,7 +94,7 @@ def in_two_stages(folder: Path, num_first: int, *, weights_change: bool = False)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for step in steps[num_first:]:
         share = step["step"] / len(steps) if weights_change else 0.5
-        weights = {"forward_kl_tail_bucket": 1 - share, "cross_entropy": share}
+        weights = {"forward_kl": 1 - share, "cross_entropy": share}
         step |= {"stage": "adapt", "stage_number": 1, "step": step["step"] - num_first, "weights": weights}
         step["loss"] += 100.0
     write_steps(folder, steps)
@@ -220,8 +220,8 @@ def test_a_student_report_tells_before_from_after(tmp_path: Path) -> None:
     assert found.texts["td"][row : row + 4] == ["KL to the teacher", "2.000 nats", "0.500 nats", "-75%"]
     row = found.texts["td"].index("top-1 agreement")
     assert found.texts["td"][row : row + 4] == ["top-1 agreement", "40.0%", "70.0%", "-"]
-    assert "Forward KL (tail bucket) in training" in found.texts["h3"]
-    assert "forward KL (tail bucket)" in found.texts["dt"]
+    assert "Forward KL in training" in found.texts["h3"]
+    assert "forward KL" in found.texts["dt"]
     assert [text for text in found.texts["td"] if text.startswith("distill")] == ["distill, step 0", "distill, step 80"]
 
 
@@ -230,7 +230,7 @@ def test_runs_are_compared_by_name(tmp_path: Path) -> None:
     write_student_report(runs, tmp_path / "report.html")
     found = outline(tmp_path / "report.html")
     assert "a/run" in found.texts["td"]
-    assert {"Held-out KL to the teacher", "Forward KL (tail bucket) in training"} <= set(found.texts["h3"])
+    assert {"Held-out KL to the teacher", "Forward KL in training"} <= set(found.texts["h3"])
     assert found.texts["text"].count("b/run") == found.texts["text"].count("a/run") >= 6
 
 
@@ -279,7 +279,7 @@ def test_a_run_of_one_stage_has_no_marks_and_one_loss(tmp_path: Path) -> None:
 
 def test_a_comparison_begins_with_what_differs(tmp_path: Path) -> None:
     one = fake_run(tmp_path / "one", num_steps=10)
-    stage = {"losses": {"forward_kl_tail_bucket": 0.9, "cross_entropy": 0.1}, "learning_rate": 6e-4}
+    stage = {"losses": {"forward_kl": 0.9, "cross_entropy": 0.1}, "learning_rate": 6e-4}
     other = fake_run(tmp_path / "other", num_steps=5, stages=[stage], eval={"max_chains": 7})
     write_student_report([one, other], tmp_path / "report.html")
     found = outline(tmp_path / "report.html")

@@ -106,7 +106,7 @@ def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: S
     assert code == 0
     assert "4 packs: 2 a rank" in out
     entries = f"at most {cache.chains[0].signals.topk_n_T.max()} stored entries a token"
-    assert f"loss       forward_kl_stored_tail: {entries}, all others in one bucket\n" in out
+    assert f"loss       forward_kl: {entries}, all others in one bucket\n" in out
     code, out, _ = call("plan", config, "--set", "stages.0={max_steps: 1, batch_tokens: 128, learning_rate: 1}")
     assert "batch      1 pack: 1 a rank\n" in out
     assert "1 step in all\n" in out
@@ -118,9 +118,10 @@ def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: S
 def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> None:
     drawn = make_cache(tmp_path / "cache", num_chains=20, vocab_size=300, draws=3, heldout_frac=0.0)
     losses = {
-        "forward_kl_stored_tail": 1.0,
-        "forward_kl_truncated": 1.0,
-        "reverse_kl_tail_bucket": 1.0,
+        "forward_kl": 1.0,
+        "jsd": {"tail": "bucket"},
+        "total_variation": {"tail": "drop"},
+        "reverse_kl": 1.0,
         "cross_entropy": 1.0,
     }
     stage = {"learning_rate": 0.01, "batch_tokens": 512, "losses": losses}
@@ -129,9 +130,10 @@ def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> N
     assert code == 0, err
     entries = "at most 8 stored entries a token"
     for line in (
-        f"forward_kl_stored_tail: {entries}, the tail estimated from 3 draws",
-        f"forward_kl_truncated: {entries} alone",
-        f"reverse_kl_tail_bucket: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
+        f"forward_kl: {entries}, the tail estimated from 3 draws",
+        f"jsd: {entries}, all others in one bucket",
+        f"total_variation: {entries} alone",
+        f"reverse_kl: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
         "cross_entropy: the next token",
     ):
         assert f"loss       {line}\n" in out
@@ -148,16 +150,16 @@ def test_a_folder_is_no_configuration(call: Cli, tmp_path: Path) -> None:
         ("stages.0.learning_rat=1", "did you mean 'learning_rate'?"),
         (
             "stages.0.batch_tokens=500",
-            "stages.0 (distill): batch_tokens=500 is no multiple of data.pack_tokens=128: take 512",
+            "stages.0 (distill): batch_tokens=500 is not a multiple of data.pack_tokens=128: set it to 512",
         ),
         ("data.where=split = 'nowhere'", "selects none of the 60 chains"),
         ("data.where=nonsense >", "data.where"),
         ("data.caches=[nowhere]", "nowhere is not a cache"),
-        ("stages.0.losses={forward_kl_sampled_tail: 1}", "needs draws from the tail"),
+        ("stages.0.losses={jsd: {tail: sampled}}", "jsd.tail: must be 'stored', 'bucket', 'drop' or 'renormalise'"),
         ("stages.0.losses={kl: 1}", "stages.0 (distill): loss 'kl' is unknown: choose one of cross_entropy, "),
         (
-            "stages.0.losses={jsd_stored_tail: {beta: 1.5}}",
-            "stages.0 (distill): jsd_stored_tail.beta=1.5 must lie strictly between 0 and 1",
+            "stages.0.losses={jsd: {beta: 1.5}}",
+            "stages.0 (distill): jsd.beta=1.5 must be strictly between 0 and 1",
         ),
         ("stages.0.temperature=3", "stages.0 (distill): temperature 3 needs the teacher's log-partition"),
         ("stages.0.where=split = 'nowhere'", "stages.0 (distill): where \"split = 'nowhere'\" selects none"),
@@ -165,7 +167,7 @@ def test_a_folder_is_no_configuration(call: Cli, tmp_path: Path) -> None:
             "stages.0={learning_rate: 1, batch_tokens: 512, trainable: lora, lora: {targets: [q_proj, q_prj]}}",
             "stages.0 (distill): lora.targets: the student has no linear layer 'q_prj': there are embed_tokens, ",
         ),
-        ("stages.0.losses={forward_kl: 1}", "loss 'forward_kl' is unknown: did you mean 'forward_kl_truncated'?"),
+        ("stages.0.losses={forward: 1}", "loss 'forward' is unknown: did you mean 'forward_kl'?"),
         ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
         ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere does not exist yet"),
         ("stages.0.losses={}", "stages.0.losses: is empty: it needs at least 1 item"),
@@ -174,12 +176,12 @@ def test_a_folder_is_no_configuration(call: Cli, tmp_path: Path) -> None:
         ("data.pack_tokens=many", "data.pack_tokens: must be a valid integer (got 'many')"),
         ("student={}", "student.model: must be given"),
         (
-            "stages.0.losses={jsd_stored_tail: {weight: {kind: steep, start: 1}}}",
-            "yaml: stages.0.losses.jsd_stored_tail.weight.kind: must be 'linear', ",
+            "stages.0.losses={jsd: {weight: {kind: steep, start: 1}}}",
+            "yaml: stages.0.losses.jsd.weight.kind: must be 'linear', ",
         ),
         (
-            "stages.0.losses={jsd_stored_tail: {weight: much}}",
-            "jsd_stored_tail.weight: must be a valid number (got 'much')",
+            "stages.0.losses={jsd: {weight: much}}",
+            "jsd.weight: must be a valid number (got 'much')",
         ),
         ("data.kind=text", "losses must be {cross_entropy: 1}"),
         ("stages.0.token_weights={}", "sets neither entropy nor tail"),

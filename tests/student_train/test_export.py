@@ -57,7 +57,7 @@ def test_exported_folder_is_the_student_that_the_run_saw(
     assert {path.stat().st_mode for path in out.glob("*.safetensors")} == {(out / "config.json").stat().st_mode}
     assert AutoTokenizer.from_pretrained(out).chat_template == make_tokenizer().chat_template
     card = (out / "README.md").read_text()
-    for said in ("synthetic-teacher", "split = 'train'", "forward_kl_stored_tail", "KL(teacher, student)"):
+    for said in ("synthetic-teacher", "split = 'train'", "forward_kl", "KL(teacher, student)"):
         assert said in card
     seen = RunFolder(config.run).read_evals()[-1]
     tolerance = 1e-2 if engine.get("precision") == "bfloat16" else 1e-5
@@ -112,8 +112,8 @@ def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
 @pytest.mark.usefixtures("own_tokenizer")
 def test_the_card_tells_of_every_stage(trainer: Trainer, tmp_path: Path) -> None:
     losses: Json = {
-        "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}, "beta": 0.3},
-        "skewed_forward_kl_stored_tail": {"weight": {"kind": "exponential", "start": 2.0, "factor": 0.5}, "alpha": 0.2},
+        "jsd": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}, "tail": "bucket", "beta": 0.3},
+        "skewed_forward_kl": {"weight": {"kind": "exponential", "start": 2.0, "factor": 0.5}, "alpha": 0.2},
         "cross_entropy": 0.1,
     }
     stages: list[Json] = [
@@ -130,10 +130,10 @@ def test_the_card_tells_of_every_stage(trainer: Trainer, tmp_path: Path) -> None
     ]
     weights = "chains weighted by `1 + num_tokens`"
     first = (
-        "losses jsd_stored_tail x linear from 1 to 0.5 (beta 0.3), skewed_forward_kl_stored_tail x exponential from 2 "
+        "losses jsd x linear from 1 to 0.5 (tail bucket, beta 0.3), skewed_forward_kl x exponential from 2 "
         "by 0.5 a step (alpha 0.2), cross_entropy x 0.1; peak rate 0.01; focal_gamma 2"
     )
-    second = "losses forward_kl_stored_tail x 0.9, cross_entropy x 0.1; peak rate 0.01; token_weights entropy 0.5"
+    second = "losses forward_kl x 0.9, cross_entropy x 0.1; peak rate 0.01; token_weights entropy 0.5"
     assert lines == [
         f"- Stage sums: trains all on `source = 'sums'` {sizes[0]}; {first}; {weights}",
         f"- Stage all: trains all on `split = 'train'` {sizes[1]}; {second}; {weights}",

@@ -89,8 +89,8 @@ def test_factors_go_as_far_as_numbers_do() -> None:
 
 
 def test_mixes_that_teach_nothing_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'forward_kl' is unknown"):
-        check_mixes(stage_of(losses={"forward_kl": 1}), 10)
+    with pytest.raises(ConfigError, match="'forward' is unknown"):
+        check_mixes(stage_of(losses={"forward": 1}), 10)
     with pytest.raises(ConfigError, match="takes no beta"):
         check_mixes(stage_of(losses={"cross_entropy": {"beta": 0.5}}), 10)
     with pytest.raises(ConfigError, match="no term has a weight above 0"):

@@ -57,7 +57,7 @@ def test_step_equals_dense_mean_over_unpacked_chains(
     (record,) = trainer.run(config)
     loss, kl, ce, grad_norm = dense_reference(0.0, 0.0)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
-    assert record["parts"]["forward_kl_stored_tail"] == pytest.approx(kl, rel=1e-5)
+    assert record["parts"]["forward_kl"] == pytest.approx(kl, rel=1e-5)
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
     assert record["num_loss_tokens"] == sum(len(chain.token_ids) for chain in _train_chains(trainer.cache))
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
@@ -74,14 +74,14 @@ def test_token_weights_make_the_loss_a_weighted_mean(trainer: Trainer, dense_ref
     plain_loss = dense_reference(0.0, 0.0)[0]
     assert abs(loss - plain_loss) > 1e-3
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
-    assert record["parts"]["forward_kl_stored_tail"] == pytest.approx(kl, rel=1e-5)
+    assert record["parts"]["forward_kl"] == pytest.approx(kl, rel=1e-5)
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
 
 
 def test_elastic_weights_follow_the_held_out_loss(trainer: Trainer) -> None:
     elastic: Json = {
-        "forward_kl_tail_bucket": {"weight": {"kind": "elastic", "start": 0.9, "end": 0.1}},
+        "forward_kl": {"weight": {"kind": "elastic", "start": 0.9, "end": 0.1}},
         "cross_entropy": {"weight": {"kind": "elastic", "start": 0.1, "end": 0.9}},
     }
     stages: list[Json] = [{"name": "one", "losses": elastic}, {"name": "two", "losses": elastic, "epochs": 1}]
@@ -96,7 +96,7 @@ def test_elastic_weights_follow_the_held_out_loss(trainer: Trainer) -> None:
         # A stage begins where the one before it ended.
         start = [one["forward_kl"] for one in evals if (one["stage_number"], one["step"]) < (here[0], 1)][-1]
         remaining = min(1.0, before[-1] / start)
-        assert record["weights"]["forward_kl_tail_bucket"] == pytest.approx(0.1 + 0.8 * remaining)
+        assert record["weights"]["forward_kl"] == pytest.approx(0.1 + 0.8 * remaining)
         assert record["weights"]["cross_entropy"] == pytest.approx(0.9 - 0.8 * remaining)
     assert records[0]["weights"]["cross_entropy"] == pytest.approx(0.1)
     assert records[6]["weights"]["cross_entropy"] > 0.101
@@ -253,8 +253,8 @@ def test_stages_follow_each_other(trainer: Trainer, cache: SyntheticCache, stude
             "name": "all",
             "max_steps": 2,
             "losses": {
-                "forward_kl_tail_bucket": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}},
-                "jsd_stored_tail": {"weight": {"kind": "linear", "start": 0.0, "end": 0.5}, "beta": 0.3},
+                "forward_kl": {"weight": {"kind": "linear", "start": 1.0, "end": 0.5}},
+                "jsd": {"weight": {"kind": "linear", "start": 0.0, "end": 0.5}, "beta": 0.3},
             },
         },
     ]
@@ -265,7 +265,7 @@ def test_stages_follow_each_other(trainer: Trainer, cache: SyntheticCache, stude
     trainer.run(parted, stop_after=4)
     assert losses_of(trainer.run(parted)) == losses_of(expected)
     assert [record["stage"] for record in expected] == ["head"] * 2 + ["lora"] * 3 + ["all"] * 2
-    assert [record["weights"]["jsd_stored_tail"] for record in expected[5:]] == [0.0, 0.5]
+    assert [record["weights"]["jsd"] for record in expected[5:]] == [0.0, 0.5]
     # Each stage's model is a folder of its own, with the adapter merged: evaluated alone it is what the run saw.
     for entry in RunFolder(whole.run).read_evals()[1:3]:
         folder = _with_tokenizer(RunFolder(whole.run).model_after(entry["stage"]), student)
@@ -313,14 +313,14 @@ def test_a_finished_run_says_so_and_does_nothing(
 
 def test_the_end_of_a_run_compares_only_what_is_alike(trainer: Trainer) -> None:
     changing = {
-        "jsd_stored_tail": {"weight": {"kind": "linear", "start": 1.0, "end": 0.0}},
+        "jsd": {"weight": {"kind": "linear", "start": 1.0, "end": 0.0}},
         "cross_entropy": {"weight": {"kind": "linear", "start": 0.0, "end": 1.0}},
     }
     stages: list[Json] = [{"name": "same", "max_steps": 2}, {"name": "other", "max_steps": 2, "losses": changing}]
     config = trainer.config("run", *stages, eval=None)
     lines = run_lines(trainer.finish(config))
     records = RunFolder(config.run).read_metrics()
-    kl, jsd = ([one["parts"].get(name) for one in records] for name in ("forward_kl_stored_tail", "jsd_stored_tail"))
+    kl, jsd = ([one["parts"].get(name) for one in records] for name in ("forward_kl", "jsd"))
     ce = [one["parts"]["cross_entropy"] for one in records]
     loss = losses_of(records)
     assert lines[0] == (

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stillroom.errors import ConfigError
-from student_train.losses.divergences import DEFAULT_MIX, LossMix, LossTerm
+from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, LossMix
 from student_train.losses.fused_head import (
     FusedHead,
     fuse_head,
@@ -23,7 +23,8 @@ from student_train.losses.fused_head import (
     head_metrics,
     refuse_changed_logits,
 )
-from student_train.losses.metrics import sparse_metrics
+from student_train.losses.head_chunks import HeadInputs
+from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
 
 N, H, V, K = 7, 16, 41, 3
@@ -86,7 +87,7 @@ def test_losses_train_the_whole_model_like_a_dense_loss(tied: bool) -> None:
     torch.nn.functional.cross_entropy(logits_NV, ids_1T[0, 1:], reduction="sum").backward()
     head = fuse_head(fused)
     hidden_NH = fused.model(ids_1T).last_hidden_state[0, :-1]
-    mix = LossMix((LossTerm("cross_entropy"),))
+    mix = LossMix((CrossEntropy(),))
     head_loss(head, hidden_NH, SparseTargets.text_alone(ids_1T[0, 1:]), mix).loss_sum.backward()
     expected = grads_of(dense)
     assert expected.keys() == grads_of(fused).keys()
@@ -129,8 +130,8 @@ def test_lora_on_the_head_equals_the_merged_head(rslora: bool) -> None:
     expected = torch.autograd.grad(merged.loss_sum, (again_NH, a_RH, b_VR))
     torch.testing.assert_close(sums.loss_sum, merged.loss_sum)
     torch.testing.assert_close((hidden_NH.grad, a_RH.grad, b_VR.grad), expected, rtol=1e-4, atol=1e-5)
-    for name, value_N in head_metrics(layer, hidden_NH, targets)._asdict().items():
-        torch.testing.assert_close(value_N, sparse_metrics(hidden_NH, merged_VH, targets)._asdict()[name])
+    expected = TokenMetrics(*metrics_tensor(HeadInputs(hidden_NH, merged_VH), targets))
+    torch.testing.assert_close(head_metrics(layer, hidden_NH, targets), expected)
 
 
 def test_several_adapters_add_up_and_switched_off_ones_do_not() -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from student_train.losses.divergences import DEFAULT_MIX, LossMix, LossTerm
+from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, LossMix
 from student_train.losses.fused_head import fused_loss
-from student_train.losses.metrics import sparse_metrics
+from student_train.losses.head_chunks import HeadInputs
+from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
 from tests.helpers.dense_losses import H, K, N, head_tensors, sparse, teacher_logprobs
 
@@ -23,7 +24,7 @@ def test_tied_embeddings_add_both_gradients() -> None:
     targets = sparse(dense_NV)
     _, weight_VH = head_tensors()
     input_ids_N = torch.arange(N) % 5
-    fused = fused_loss(torch.tanh(weight_VH[input_ids_N]), weight_VH, targets, LossMix((LossTerm("cross_entropy"),)))
+    fused = fused_loss(torch.tanh(weight_VH[input_ids_N]), weight_VH, targets, LossMix((CrossEntropy(),)))
     logits_NV = torch.tanh(weight_VH[input_ids_N]) @ weight_VH.t()
     dense = torch.nn.functional.cross_entropy(logits_NV, targets.sampled_ids_N, reduction="sum")
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight_VH)[0] for loss in (fused.loss_sum, dense)))
@@ -160,7 +161,7 @@ def test_half_precision_weight_gradients_accumulate_in_float32() -> None:
     hidden_NH = torch.ones(num_tokens, 1, dtype=torch.bfloat16)
     weight_VH = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = SparseTargets.text_alone(torch.zeros(num_tokens, dtype=torch.long), torch.full((num_tokens,), 2.0**-7))
-    fused_loss(hidden_NH, weight_VH, targets, LossMix((LossTerm("cross_entropy"),)), chunk_tokens=1).loss_sum.backward()
+    fused_loss(hidden_NH, weight_VH, targets, LossMix((CrossEntropy(),)), chunk_tokens=1).loss_sum.backward()
     assert weight_VH.grad is not None
     assert weight_VH.grad.flatten().tolist() == pytest.approx([-400 / 256, 400 / 256], rel=1e-2)
 
@@ -174,7 +175,8 @@ def test_enclosing_autocast_changes_nothing() -> None:
         loss = fused_loss(
             hidden_NH, weight_VH, targets, DEFAULT_MIX, lora_hidden_NR=lora_NR, lora_weight_VR=lora_VR
         ).loss_sum
-        metrics = sparse_metrics(hidden_NH, weight_VH, targets, lora_hidden_NR=lora_NR, lora_weight_VR=lora_VR)
+        head = HeadInputs(hidden_NH, weight_VH, None, lora_NR, lora_VR)
+        metrics = TokenMetrics(*metrics_tensor(head, targets))
         return loss, metrics.entropy_N, *torch.autograd.grad(loss, (hidden_NH, weight_VH, lora_NR, lora_VR))
 
     plain = results()
@@ -192,6 +194,5 @@ def test_no_tokens_give_zero_losses_and_zero_gradients() -> None:
     sums = fused_loss(hidden_0H, weight_VH, targets, DEFAULT_MIX)
     sums.loss_sum.backward()
     assert sums.loss_sum.item() == 0.0
-    assert sums.num_tokens == 0
     assert weight_VH.grad is not None
     assert not bool(weight_VH.grad.any())

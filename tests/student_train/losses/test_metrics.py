@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.losses.metrics import TokenMetrics, sparse_metrics
+from student_train.losses.head_chunks import HeadInputs
+from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
 
 N, H, V, K = 11, 6, 29, 4
@@ -25,12 +26,18 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, SparseTargets]:
     return hidden_NH, weight_VH, dense_NV, SparseTargets(ids_NK, logprobs_NK, tail_N, sampled_N)
 
 
+def sparse_metrics(
+    hidden_NH: Tensor, weight_VH: Tensor, targets: SparseTargets, chunk: int | None = None
+) -> TokenMetrics:
+    return TokenMetrics(*metrics_tensor(HeadInputs(hidden_NH, weight_VH, chunk_tokens=chunk), targets))
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_metrics_agree_with_dense(chunk: int) -> None:
     hidden_NH, weight_VH, dense_NV, targets = inputs()
     # A temperature in the targets does not change what is measured.
     heated = targets.at_temperature(2.0, (dense_NV / 2.0).logsumexp(dim=1))
-    metrics = sparse_metrics(hidden_NH, weight_VH, heated, chunk_tokens=chunk)
+    metrics = sparse_metrics(hidden_NH, weight_VH, heated, chunk)
 
     log_q_NV = torch.log_softmax(hidden_NH @ weight_VH.t(), dim=1).detach()
     top_N = log_q_NV.argmax(dim=1)
@@ -62,11 +69,8 @@ def test_tokens_without_a_distribution_are_nan_where_one_is_needed() -> None:
     alone = sparse_metrics(hidden_NH, weight_VH, SparseTargets.text_alone(targets.sampled_ids_N))
     logprobs_NK = targets.logprobs_NK.clone()
     logprobs_NK[3] = -torch.inf
-    mixed = sparse_metrics(
-        hidden_NH,
-        weight_VH,
-        SparseTargets(targets.ids_NK, logprobs_NK, targets.tail_logmass_N, targets.sampled_ids_N),
-    )
+    partly = SparseTargets(targets.ids_NK, logprobs_NK, targets.tail_logmass_N, targets.sampled_ids_N)
+    mixed = sparse_metrics(hidden_NH, weight_VH, partly)
     known = sparse_metrics(hidden_NH, weight_VH, targets)
     for name in ("cross_entropy_N", "confidence_N", "correct_N", "entropy_N"):
         torch.testing.assert_close(alone._asdict()[name], known._asdict()[name])

@@ -17,7 +17,7 @@ from student_train.data.open import check_losses, check_temperature
 from student_train.data.pack import Pack, TargetView, to_torch
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
 from student_train.data.stream import PackStream
-from student_train.losses.divergences import LossMix, LossTerm
+from student_train.losses.divergences import ForwardKL, LossMix
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.targets import SparseTargets, TailDraws
 from student_train.schedule import mix_at, target_view, temperature_at, temperature_steps
@@ -133,7 +133,7 @@ def test_sampled_tails_average_to_the_dense_loss_and_gradient_at_any_temperature
             log_partition_N=targets.log_partition_N,
         )
         hidden_NH = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
-        mix = LossMix((LossTerm("forward_kl_sampled_tail"),))
+        mix = LossMix((ForwardKL(),))
         sums = fused_loss(hidden_NH, torch.eye(12, dtype=torch.float64), hybrid, mix)
         (gradient_NH,) = torch.autograd.grad(sums.loss_sum, hidden_NH)
         teacher_NV, student_NV = (logp_NV / tau).log_softmax(1), (hidden_NH / tau).log_softmax(1)
@@ -152,8 +152,8 @@ def test_a_token_without_draws_has_the_tail_bucket() -> None:
     )
     hidden_NH = torch.randn(4, 12, dtype=torch.float64)
     weight = torch.eye(12, dtype=torch.float64)
-    sampled = fused_loss(hidden_NH, weight, hybrid, LossMix((LossTerm("forward_kl_sampled_tail"),)))
-    bucket = fused_loss(hidden_NH, weight, targets, LossMix((LossTerm("forward_kl_tail_bucket"),)))
+    sampled = fused_loss(hidden_NH, weight, hybrid, LossMix((ForwardKL(),)))
+    bucket = fused_loss(hidden_NH, weight, targets, LossMix((ForwardKL(tail="bucket"),)))
     torch.testing.assert_close(sampled.loss_sum, bucket.loss_sum)
 
 

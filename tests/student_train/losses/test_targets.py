@@ -10,14 +10,30 @@ import pytest
 import torch
 
 from stillroom.errors import ConfigError
-from student_train.losses.divergences import LOSS_NAMES, LossMix, LossName, LossTerm, bucket_loss
+from student_train.losses.divergences import (
+    CrossEntropy,
+    CrossEntropyArgmax,
+    Divergence,
+    ForwardKL,
+    Loss,
+    LossMix,
+    ReverseKL,
+)
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.targets import SparseTargets, TailDraws
-from tests.helpers.dense_losses import N, V, head_tensors, sparse, support_mask, teacher_logprobs, term, with_draws
+from tests.helpers.dense_losses import (
+    DIVERGENCES,
+    N,
+    V,
+    head_tensors,
+    loss_id,
+    sparse,
+    support_mask,
+    teacher_logprobs,
+    with_draws,
+)
 
-BUCKET_NAMES = tuple(name for name in LOSS_NAMES if name.endswith("_tail_bucket"))
-ESTIMATED_NAMES = tuple(name for name in LOSS_NAMES if LossTerm(name).estimates_tail)
-SPLIT_NAMES = tuple(name for name in LOSS_NAMES if LossTerm(name).splits_tail)
+ESTIMATED = tuple(loss for loss in DIVERGENCES if loss.tail == "stored" and not isinstance(loss, ReverseKL))
 
 
 def every_tail_id(targets: SparseTargets, dense_NV: torch.Tensor) -> TailDraws:
@@ -26,15 +42,15 @@ def every_tail_id(targets: SparseTargets, dense_NV: torch.Tensor) -> TailDraws:
     return TailDraws(torch.arange(V).expand(N, V), dense_NV.exp() * is_outside_NV, dense_NV)
 
 
-@pytest.mark.parametrize("name", ESTIMATED_NAMES)
-def test_draws_estimate_the_dense_divergence_without_bias(name: LossName) -> None:
+@pytest.mark.parametrize("loss", ESTIMATED, ids=loss_id)
+def test_draws_estimate_the_dense_divergence_without_bias(loss: Divergence) -> None:
     # Every tail token as one draw that stands for its own probability is the expectation over single draws.
     dense_NV = teacher_logprobs()
     targets = sparse(dense_NV)
     hidden_NH, weight_VH = head_tensors()
-    mix = LossMix((term(name),))
+    mix = LossMix((loss,))
     log_q_NV = torch.log_softmax(hidden_NH @ weight_VH.t(), dim=1)
-    dense = bucket_loss(term(name), dense_NV, log_q_NV).sum()
+    dense = loss.between(dense_NV, log_q_NV).sum()
     sums = fused_loss(hidden_NH, weight_VH, replace(targets, draws=every_tail_id(targets, dense_NV)), mix)
     torch.testing.assert_close(sums.loss_sum, dense)
     grads = torch.autograd.grad(sums.loss_sum, (hidden_NH, weight_VH))
@@ -48,8 +64,8 @@ def test_draws_estimate_the_dense_divergence_without_bias(name: LossName) -> Non
     assert abs((totals.mean() - dense).item()) < 4 * (totals.std() / math.sqrt(8)).item()
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATED_NAMES if not name.startswith("forward")])
-def test_a_student_that_is_wrong_about_a_rare_token_makes_no_estimate_wild(name: LossName) -> None:
+@pytest.mark.parametrize("loss", [one for one in ESTIMATED if one.name != "forward_kl"], ids=loss_id)
+def test_a_student_that_is_wrong_about_a_rare_token_makes_no_estimate_wild(loss: Divergence) -> None:
     """In float32, a drawn id at e^-60 that the student is sure of: by t log t it would cost e^60 times its weight."""
     hidden_NH = torch.eye(1).requires_grad_()
     weight_VH = torch.zeros(8, 1)
@@ -59,20 +75,19 @@ def test_a_student_that_is_wrong_about_a_rare_token_makes_no_estimate_wild(name:
     targets = SparseTargets(
         torch.zeros(1, 1, dtype=torch.int64), one, torch.tensor([math.log(1e-3)]), torch.zeros(1).long(), draws=draws
     )
-    sums = fused_loss(hidden_NH, weight_VH.requires_grad_(), targets, LossMix((LossTerm(name),)))
+    sums = fused_loss(hidden_NH, weight_VH.requires_grad_(), targets, LossMix((loss,)))
     sums.loss_sum.backward()
     assert weight_VH.grad is not None
     assert 0.5 < sums.loss_sum.item() < 3.0
     assert bool(weight_VH.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("name", SPLIT_NAMES)
-def test_drawn_ids_bring_a_bucketed_divergence_nearer_to_the_dense_one(name: LossName) -> None:
+def test_drawn_ids_bring_the_reverse_kl_nearer_to_the_dense_one() -> None:
     """Finer buckets never lower an f-divergence, and with every id of the tail drawn it is the dense one."""
     dense_NV = teacher_logprobs()
     targets = sparse(dense_NV)
     hidden_NH, weight_VH = head_tensors()
-    mix = LossMix((term(name),))
+    mix = LossMix((ReverseKL(),))
 
     def value(given: SparseTargets) -> float:
         # Row 0 keeps a single stored entry whatever `sparse` is asked for.
@@ -92,8 +107,8 @@ def test_draws_that_seem_to_hold_more_than_the_tail_stay_finite() -> None:
     assert targets.draws is not None
     heavy = replace(targets, draws=replace(targets.draws, logprobs_NM=targets.draws.logprobs_NM + 1.0))
     hidden_NH, weight_VH = head_tensors()
-    sums = fused_loss(hidden_NH, weight_VH, heavy, LossMix((LossTerm("reverse_kl_tail_bucket"),)))
-    exact = fused_loss(hidden_NH, weight_VH, targets, LossMix((LossTerm("reverse_kl_tail_bucket"),)))
+    sums = fused_loss(hidden_NH, weight_VH, heavy, LossMix((ReverseKL(),)))
+    exact = fused_loss(hidden_NH, weight_VH, targets, LossMix((ReverseKL(),)))
     # Not the 32 nats that a tail without any mass would cost.
     assert abs((sums.loss_sum - exact.loss_sum).item()) < 3.0 * N
 
@@ -104,7 +119,7 @@ def test_a_draw_of_a_stored_id_is_no_further_entry() -> None:
     ids_N1, logprobs_N1 = targets.ids_NK[:, :1].long(), targets.logprobs_NK[:, :1]
     again = replace(targets, draws=TailDraws(ids_N1, torch.full((N, 1), 0.1), logprobs_N1))
     hidden_NH, weight_VH = head_tensors()
-    mix = LossMix((LossTerm("reverse_kl_tail_bucket"),))
+    mix = LossMix((ReverseKL(),))
     expected = fused_loss(hidden_NH, weight_VH, targets, mix)
     torch.testing.assert_close(fused_loss(hidden_NH, weight_VH, again, mix).loss_sum, expected.loss_sum)
 
@@ -113,7 +128,7 @@ def test_stored_tail_of_zero_keeps_reverse_kl_finite() -> None:
     dense_NV = teacher_logprobs()
     targets = replace(sparse(dense_NV), tail_logmass_N=torch.full((N,), -torch.inf))
     hidden_NH, weight_VH = head_tensors()
-    sums = fused_loss(hidden_NH, weight_VH, targets, LossMix(tuple(LossTerm(name) for name in BUCKET_NAMES)))
+    sums = fused_loss(hidden_NH, weight_VH, targets, LossMix((ForwardKL(), ReverseKL())))
     sums.loss_sum.backward()
     assert weight_VH.grad is not None
     assert math.isfinite(sums.loss_sum.item())
@@ -123,7 +138,7 @@ def test_stored_tail_of_zero_keeps_reverse_kl_finite() -> None:
 def test_text_alone_is_plain_cross_entropy() -> None:
     hidden_NH, weight_VH = head_tensors()
     ids_N = torch.arange(N)
-    sums = fused_loss(hidden_NH, weight_VH, SparseTargets.text_alone(ids_N), LossMix((LossTerm("cross_entropy"),)))
+    sums = fused_loss(hidden_NH, weight_VH, SparseTargets.text_alone(ids_N), LossMix((CrossEntropy(),)))
     dense = torch.nn.functional.cross_entropy(hidden_NH @ weight_VH.t(), ids_N, reduction="sum")
     torch.testing.assert_close(sums.loss_sum, dense)
     torch.testing.assert_close(
@@ -136,11 +151,7 @@ def test_missing_targets_are_refused() -> None:
     targets = sparse(dense_NV)
     hidden_NH, weight_VH = head_tensors()
     text = SparseTargets.text_alone(targets.sampled_ids_N)
-    cases: list[tuple[LossName, SparseTargets, str]] = [
-        ("forward_kl_tail_bucket", text, "hold none: use cross_entropy"),
-        ("cross_entropy_argmax", text, "hold none: use cross_entropy"),
-        ("forward_kl_sampled_tail", targets, "does not hold: use forward_kl_stored_tail"),
-    ]
-    for name, given, message in cases:
-        with pytest.raises(ConfigError, match=message):
-            fused_loss(hidden_NH, weight_VH, given, LossMix((LossTerm(name),)))
+    losses: tuple[Loss, ...] = (ForwardKL(), CrossEntropyArgmax())
+    for loss in losses:
+        with pytest.raises(ConfigError, match="hold none: use cross_entropy"):
+            fused_loss(hidden_NH, weight_VH, text, LossMix((loss,)))
