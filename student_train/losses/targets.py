@@ -25,7 +25,7 @@ MIN_TAIL_LOGMASS = -32.0
 total variation move by less than 1e-12; the reverse KL stays finite."""
 
 MIN_LEFT_FRAC = 2.0**-5
-"""Share of a tail that is always left outside the drawn ids: a rounding error must not be infinitely surprising."""
+"""Share of a tail that always stays outside the drawn ids: a rounding error must not be infinitely surprising."""
 
 
 @dataclass(frozen=True)
