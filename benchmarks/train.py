@@ -22,6 +22,7 @@ allocator's. The last line is one JSON object, the only one with --json.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -41,15 +42,15 @@ from benchmarks.loss import hardware
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
-from student_train.data.pack import Pack, TorchPack
-from student_train.evaluation import to_device
+from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
 from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
 from student_train.model.packed_attention import hidden_states, keep_apart
 from student_train.model.student import DTYPES, use_cpu_where_there_is_no_gpu
+from student_train.runtime.metrics_log import MetricsLog, StepRecord
 from student_train.runtime.ranks import joined_ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import take_step, train
+from student_train.training import train
 from tests.helpers.caches import make_cache
 from tests.helpers.students import make_tokenizer
 
@@ -128,33 +129,37 @@ def run_side(side: str, setting: Setting, root: Path) -> Json:
     """Runs one side in this process: tokens a second, stall share, peak memory."""
     config = _config(side, setting, root)
     start_cpu_s: list[float] = []
-    cpu_s: list[float] = []
+    ends_s: list[float] = []
     teacher_s: list[float] = []
 
-    def timed(*arguments: Any) -> Any:
-        started_s = time.process_time()
-        start_cpu_s.append(started_s)
-        result = take_step(*arguments)
-        cpu_s.append(time.process_time() - started_s)
-        teacher_s.append(teacher.take_cpu_s() if teacher is not None else 0.0)
-        return result
+    class TimedLog(MetricsLog):
+        def __enter__(self) -> Self:
+            start_cpu_s.append(time.process_time())
+            return super().__enter__()
+
+        def write(self, record: StepRecord) -> None:
+            super().write(record)
+            ends_s.append(time.process_time())
+            teacher_s.append(teacher.take_cpu_s() if teacher is not None else 0.0)
 
     teacher: OnlineTeacher | None = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(mock.patch("student_train.training.take_step", timed))
+        stack.enter_context(mock.patch("student_train.training.MetricsLog", TimedLog))
         stop, ranks = stack.enter_context(StopRequest()), stack.enter_context(joined_ranks())
         if side == "online":
             teacher = OnlineTeacher(root / "teacher", ranks.device)
-            stack.enter_context(mock.patch("student_train.training.to_device", teacher.to_device))
+            stack.enter_context(mock.patch("student_train.training.to_torch", teacher.to_torch))
         train(config, ranks, stop)
     records = RunFolder(config.run).read_metrics()
-    later = list(zip(records, cpu_s, strict=True))[1:]
+    # The first step warms up: its end is where the second one's clock starts.
+    cpu_s = [end_s - start_s for start_s, end_s in itertools.pairwise(ends_s)]
+    later = list(zip(records[1:], cpu_s, strict=True))
     return {
         "start_cpu_s": start_cpu_s[0],
         "tokens_per_s": statistics.median(record["num_tokens"] / record["step_s"] for record, _ in later),
         "tokens_per_cpu_s": statistics.median(record["num_tokens"] / seconds for record, seconds in later),
-        "teacher_frac": statistics.median(mine / whole for mine, whole in list(zip(teacher_s, cpu_s, strict=True))[1:]),
+        "teacher_frac": statistics.median(mine / whole for mine, whole in zip(teacher_s[1:], cpu_s, strict=True)),
         "stall_frac": sum(one["stall_frac"] * one["step_s"] for one in records) / sum(one["step_s"] for one in records),
         "peak_mib": 1024 * max(record["memory_gib"] for record in records),
     }
@@ -177,9 +182,9 @@ class OnlineTeacher:
         return taken_s
 
     @torch.no_grad()
-    def to_device(self, pack: Pack, device: torch.device, **options: Any) -> TorchPack:
-        """The pack with the teacher's top 64 and tail as targets."""
-        found = to_device(pack, device, **options)
+    def to_torch(self, pack: Pack, device: torch.device, view: TargetView) -> TorchPack:
+        """The pack with the teacher's own top 64 and tail as targets."""
+        found = to_torch(pack, device, view)
         started_s = time.process_time()
         hidden_LH = hidden_states(
             self._model, self._apart, found.input_ids_1L, found.position_ids_1L, found.document_lengths

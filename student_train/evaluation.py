@@ -1,19 +1,14 @@
-"""`student-train eval`: a checkpoint, an untrained student or any Hugging Face folder on held-out chains.
-
-How close a student is to its teacher on chains that it does not learn from.
+"""How close a student is to its teacher on held-out chains: during training, and as `student-train eval`.
 
 In: a function from a pack to token metrics, a frozen selection. Out: means over all loss tokens of all ranks. Every
-token counts the same, whatever its chain's weight. Where the cache holds draws from the tail, KL and JSD are unbiased
-estimates of the dense ones; else the tail is one bucket and they are lower bounds, exact where the support holds all
-of the mass. Reverse KL is a lower bound always.
-
-    N loss tokens of a pack
+token counts equally, whatever its chain's weight. Where the cache holds draws from the tail, KL and JSD are unbiased
+estimates of the dense ones; otherwise the tail is one bucket and they are lower bounds, exact where the support holds
+all of the mass. Reverse KL is always a lower bound.
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +22,13 @@ from student_train.answers import GenerateConfig, generate_and_judge, heldout_pr
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
-from student_train.data.pack import PLAIN_VIEW, Pack, TargetView, TorchPack, empty_pack, to_torch
+from student_train.data.pack import TargetView, TorchPack, to_torch
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.exporting import adopt_tokens, cache_tokenizer, trained_model
 from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics
-from student_train.losses.targets import SparseTargets, TailDraws
 from student_train.model.student import Student, load_causal, widen_vocab
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks
@@ -42,7 +36,7 @@ from student_train.runtime.run_folder import RunFolder
 
 
 class EvalResult(BaseModel):
-    """Means over `num_tokens` held-out tokens; nats, natural logarithms. None where there are no distributions."""
+    """Means over `num_tokens` held-out tokens, in nats. None where there are no distributions."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,11 +45,11 @@ class EvalResult(BaseModel):
     cross_entropy: float
     """-log q of the teacher's token."""
     forward_kl: float | None
-    """KL(teacher | student), its tail's part as the cache holds the tail."""
+    """KL(teacher | student), the tail as the cache holds it."""
     reverse_kl: float | None
-    """KL(student | teacher), what is not stored in one bucket."""
+    """KL(student | teacher), everything not stored in one bucket."""
     js: float | None
-    """Jensen-Shannon divergence, at most log 2: knowledge retention is 1 - js / log 2."""
+    """Jensen-Shannon divergence, at most log 2; knowledge retention is 1 - js / log 2."""
     top1_agreement: float | None
     """Share of tokens on which the student's most likely token is the teacher's."""
     accuracy: float
@@ -63,17 +57,17 @@ class EvalResult(BaseModel):
     confidence: float
     """The student's largest probability."""
     confidence_minus_accuracy: float
-    """Calibration: above 0 the student is surer than it is right."""
+    """Calibration: above 0 the student is overconfident."""
     entropy: float
-    """Of the student's distribution."""
+    """Entropy of the student's distribution."""
 
     @property
     def loss(self) -> float:
-        """What decides which checkpoint is best: KL to the teacher, cross-entropy where there are no distributions."""
+        """Decides which checkpoint is best: KL to the teacher, or cross-entropy without distributions."""
         return self.cross_entropy if self.forward_kl is None else self.forward_kl
 
     def line(self) -> str:
-        """One line for the person who watches."""
+        """For the progress output."""
         parts = [f"cross-entropy {self.cross_entropy:.4f}"]
         if self.forward_kl is not None:
             parts += [f"KL {self.forward_kl:.4f}", f"JSD {self.js:.4f}", f"top-1 agreement {self.top1_agreement:.1%}"]
@@ -83,7 +77,7 @@ class EvalResult(BaseModel):
 def evaluate(
     metrics_of: Callable[[TorchPack], TokenMetrics], selection: Selection, spec: PlanSpec, ranks: Ranks
 ) -> EvalResult:
-    """Metrics of all packs of the selection, spread over the ranks, which must all call this together."""
+    """Metrics over all packs of the selection, sharded over the ranks, which must all call this together."""
     sums = torch.zeros(len(TokenMetrics._fields), dtype=torch.float64, device=ranks.device)
     num_tokens = 0
     stream = PackStream(
@@ -93,12 +87,12 @@ def evaluate(
     view = TargetView(with_draws=selection.header.draws > 0)
     with stream, Progress("evaluate", num_packs, "packs") if ranks.is_first else nullcontext() as progress:
         for number, pack in enumerate(stream):
-            metrics = metrics_of(to_device(pack, ranks.device, with_signals=not selection.is_text, view=view))
+            metrics = metrics_of(to_torch(pack, ranks.device, view))
             if pack.num_loss_tokens:
                 sums += torch.stack([values.double().sum() for values in metrics])
                 num_tokens += pack.num_loss_tokens
             if progress is not None:
-                # What the other ranks have read is known at the end.
+                # What other ranks read is only known at the end.
                 known = num_tokens if ranks.num_ranks == 1 else 0
                 progress.update(min((number + 1) * ranks.num_ranks, num_packs), known)
         *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
@@ -109,7 +103,7 @@ def evaluate(
 
 @torch.no_grad()
 def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
-    """Metrics of a student that no engine wraps."""
+    """Metrics of a student without an engine."""
     student.eval()
 
     def metrics_of(pack: TorchPack) -> TokenMetrics:
@@ -117,40 +111,6 @@ def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
             return TokenMetrics(*student(pack))
 
     return metrics_of
-
-
-def to_device(
-    pack: Pack,
-    device: torch.device,
-    *,
-    with_signals: bool,
-    view: TargetView = PLAIN_VIEW,
-) -> TorchPack:
-    """The pack as tensors. An empty one becomes one token of weight 0, so that a rank without data computes along."""
-    if pack.num_loss_tokens:
-        return to_torch(pack, device, view)
-    placeholder = to_torch(empty_pack(with_signals=with_signals), device)
-    zero_1 = torch.zeros(1, dtype=torch.int64, device=device)
-    support = 1 if with_signals else 0
-    targets = SparseTargets(
-        ids_NK=torch.zeros(1, support, dtype=torch.int64, device=device),
-        logprobs_NK=torch.zeros(1, support, device=device),
-        tail_logmass_N=torch.full((1,), -torch.inf, device=device),
-        sampled_ids_N=zero_1,
-        weights_N=torch.zeros(1, device=device),
-        draws=_one_draw(device) if view.with_draws else None,
-        temperature=view.temperature,
-        log_partition_N=None if view.temperature == 1.0 else torch.zeros(1, device=device),
-    )
-    return replace(placeholder, predict_positions_N=zero_1, entropy_N=None, targets=targets)
-
-
-def _one_draw(device: torch.device) -> TailDraws:
-    return TailDraws(
-        torch.zeros(1, 1, dtype=torch.int64, device=device),
-        torch.zeros(1, 1, device=device),
-        torch.full((1, 1), -torch.inf, device=device),
-    )
 
 
 def _result(selection: Selection, totals: dict[str, float], num_tokens: int) -> EvalResult:
@@ -176,13 +136,14 @@ DEFAULT_PACK_TOKENS = 4096
 
 
 def evaluate_config(config: TrainConfig, where: str | None, which: str, generate: GenerateConfig | None = None) -> Json:
-    """Evaluates checkpoint `which` of a run, or with `initial` the student before its training.
+    """Evaluates checkpoint `which` of a run, or the untrained student (`initial`).
 
-    Without `where` on the held-out selection of the run; with `generate` also by the answers that it gives. Raises
-    ConfigError, DataError, CorruptError.
+    Without `where`, on the run's held-out selection; with `generate`, also by its answers to prompts.
+
+    Raises ConfigError, DataError, CorruptError.
     """
     if config.eval is None and where is None:
-        raise ConfigError("the configuration has no eval block: set one, or say --where")
+        raise ConfigError("the configuration has no eval block: add one, or pass --where")
     run = RunFolder(config.run)
     asked = config.eval or EvalConfig()
     wanted = asked if where is None else asked.updated(where=where)
@@ -209,8 +170,8 @@ def evaluate_model(
     """Evaluates a Hugging Face folder or hub id. Raises ConfigError, DataError, CorruptError."""
     if (Path(model) / "adapter_config.json").exists():
         raise ConfigError(
-            f"--model {model} is a LoRA adapter alone: `student-train export` without --adapter-only writes it merged "
-            "into its model, name that folder"
+            f"--model {model} is a LoRA adapter without its model: export it merged (`student-train export` without "
+            "--adapter-only) and pass that folder"
         )
     student = StudentConfig(model=model)
     data = DataConfig(caches=[CacheConfig(path=path) for path in caches], pack_tokens=pack_tokens)
@@ -250,7 +211,7 @@ def _evaluate(
 def _answers(
     model: Any, student: StudentConfig, data: DataConfig, selection: Selection, where: str, config: GenerateConfig
 ) -> Json:
-    # Evaluation may have switched it to attention over packs.
+    # Evaluation on packs may have replaced the attention.
     model.set_attn_implementation(student.attention)
     tokenizer = cache_tokenizer(student, selection, None)
     adopt_tokens(model, tokenizer)

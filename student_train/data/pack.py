@@ -1,18 +1,11 @@
-"""Pieces of chains to one packed sequence and the targets of its loss positions. Labels shift by one here, and only
-here.
+"""One packed sequence: pieces of chains and the targets of their loss tokens. Labels shift by one here, and only here.
 
-In: decoded rows and which of their tokens to take. Out: numpy arrays of one pack; `to_torch` makes tensors of them.
+In: decoded rows and which of their tokens to take. Out: numpy arrays of one pack; `to_torch` copies them to a device.
 The hidden state at position i of a document predicts its token i + 1, so the first completion token is predicted by the
 last prompt token, and the last completion token's own hidden state predicts nothing. Prompts have no loss.
 
-    L tokens of the pack, N loss tokens, K largest support in the pack, M most draws of a token in it, S temperatures
-
-What each token counts in the losses, out of what the cache says of it: before any model has seen the batch.
-
-In: a pack. Out: the same pack with its chains' weights multiplied token by token. What depends on the student (focal
-weights) is a matter of the losses.
-
-    N loss tokens
+    L tokens of the pack, N loss tokens, K largest support in the pack, M most draws of a token in it, S temperatures,
+    D documents
 """
 
 from __future__ import annotations
@@ -35,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PackedPiece:
-    """Tokens first..stop-1 of one chain (counted from its prompt's first), with a loss on loss..stop-1, in a pack.
+    """Tokens first..stop-1 of one chain, with a loss on loss..stop-1, counted from the prompt's first token.
 
     `row` is the chain's number in the selection, `index` its number in `block`.
     """
@@ -51,15 +44,19 @@ class PackedPiece:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One packed sequence. int32 and float32 unless said otherwise.
+    """One packed sequence. int32 and float32 unless noted.
 
-    input_ids_L, position_ids_L (from 0 in every document) and document_ids_L (0, 1, ...: a token sees its document
-    only). predict_positions_N int64: where in the pack the hidden state lies that predicts each loss token.
-    sampled_ids_N: the tokens to predict. weights_N: the chain's weight. row_N and token_N: key of each loss token, the
-    chain's number in the selection and the token's place in the completion.
-    ids_NK, logprobs_NK (padding: id 0 and -inf), tail_logmass_N, entropy_N (nats): the teacher's word; for text alone
-    K is 0 and the other two are None. draw_ids_NM, draw_logprobs_NM, draw_weights_NM (padding: id 0, -inf, 0) where
-    the cache holds draws; log_partitions_NS where it holds other temperatures.
+    Attributes:
+        position_ids_L: from 0 in every document.
+        document_ids_L: 0, 1, ...; a token attends to its own document only.
+        predict_positions_N: int64, position in the pack of the hidden state that predicts each loss token.
+        sampled_ids_N: the tokens to predict.
+        weights_N: the chain's weight.
+        row_N, token_N: key of each loss token, the chain's number in the selection and the place in its completion.
+        ids_NK, logprobs_NK: the teacher's distributions (padding: id 0 and -inf); K = 0 for text alone.
+        tail_logmass_N, entropy_N: of the teacher, entropy in nats; None for text alone.
+        draw_ids_NM, draw_logprobs_NM, draw_weights_NM: padding is id 0, -inf, 0; None where the cache has no draws.
+        log_partitions_NS: None where the cache has no other temperatures.
     """
 
     input_ids_L: Int32
@@ -81,27 +78,23 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
-        """L, tokens that the model reads."""
+        """L."""
         return len(self.input_ids_L)
 
     @property
     def num_loss_tokens(self) -> int:
-        """N, tokens that the loss counts."""
+        """N."""
         return len(self.sampled_ids_N)
 
 
 @dataclass(frozen=True, slots=True)
 class TorchPack:
-    """A pack on a device. int64: input_ids, position_ids [1, L] and predict_positions [N].
-
-    document_lengths: tokens of each document, in their order.
-    """
+    """A pack on a device: input_ids, position_ids and predict_positions int64; tokens of each document in order."""
 
     input_ids_1L: torch.Tensor
     position_ids_1L: torch.Tensor
     document_lengths: tuple[int, ...]
     predict_positions_N: torch.Tensor
-    entropy_N: torch.Tensor | None
     targets: SparseTargets
 
 
@@ -120,7 +113,9 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     input_ids_L = np.concatenate([_tokens(piece) for piece in pieces])
     first_token_D = np.array([_first_loss_token(piece) for piece in pieces], np.int32)
     signals = _signals(pieces)
-    ids_NK, logprobs_NK = _dense(signals) if signals is not None else _no_support(len(document_N), 0)
+    ids_NK, logprobs_NK = _no_support(len(document_N), 0)
+    if signals is not None:
+        ids_NK, logprobs_NK = signals.dense(int(signals.topk_n_T.max()))
     draw_ids_NM, draw_logprobs_NM, draw_weights_NM = _draws(signals)
     return Pack(
         input_ids_L=input_ids_L,
@@ -143,7 +138,7 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
 
 
 def empty_pack(*, with_signals: bool) -> Pack:
-    """One token, no loss: what a rank computes on while others finish the last step of a run."""
+    """One token, no loss: what a rank gets while others finish the last step of a stage."""
     none = np.zeros(0, np.float32) if with_signals else None
     # A support of no tokens is one entry wide: width 0 would say that there are no distributions.
     ids_NK, logprobs_NK = _no_support(0, int(with_signals))
@@ -166,10 +161,7 @@ def empty_pack(*, with_signals: bool) -> Pack:
 
 @dataclass(frozen=True, slots=True)
 class TargetView:
-    """What a mix of losses wants of the targets.
-
-    `partition`: column of `temperature` in Pack.log_partitions_NS, None at temperature 1.
-    """
+    """What a mix of losses reads of the targets; `partition` is the temperature's column in Pack.log_partitions_NS."""
 
     with_draws: bool = False
     temperature: float = 1.0
@@ -180,7 +172,7 @@ PLAIN_VIEW = TargetView()
 
 
 def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VIEW) -> TorchPack:
-    """The pack as tensors on `device`, its targets as `view` wants them."""
+    """The pack as tensors on `device`. An empty one gets a token of weight 0."""
     import torch
 
     from student_train.losses.targets import SparseTargets, TailDraws
@@ -188,11 +180,12 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
     def tensor(array: Int32 | Int64 | Float32) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    if not pack.num_loss_tokens:
+        pack = _weightless(pack, view)
     sampled_ids_N, weights_N = tensor(pack.sampled_ids_N).long(), tensor(pack.weights_N)
     if pack.tail_logmass_N is None:
         targets = SparseTargets.text_alone(sampled_ids_N, weights_N)
     else:
-        tail_logmass_N = tensor(pack.tail_logmass_N)
         draws = None
         if view.with_draws:
             assert pack.draw_ids_NM is not None
@@ -202,7 +195,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
         targets = SparseTargets(
             tensor(pack.ids_NK),
             tensor(pack.logprobs_NK),
-            tail_logmass_N,
+            tensor(pack.tail_logmass_N),
             sampled_ids_N,
             weights_N,
             draws=draws,
@@ -216,9 +209,46 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
         position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
         document_lengths=tuple(np.bincount(pack.document_ids_L).tolist()),
         predict_positions_N=tensor(pack.predict_positions_N),
-        entropy_N=None if pack.entropy_N is None else tensor(pack.entropy_N),
         targets=targets,
     )
+
+
+def _weightless(pack: Pack, view: TargetView) -> Pack:
+    """An empty pack with a loss token of weight 0, so that a rank without data runs the same collectives."""
+    zero_11 = np.zeros((1, 1), np.float32)
+    placeholder = replace(
+        pack,
+        predict_positions_N=np.zeros(1, np.int64),
+        sampled_ids_N=np.zeros(1, np.int32),
+        weights_N=np.zeros(1, np.float32),
+        draw_ids_NM=np.zeros((1, 1), np.int32),
+        draw_logprobs_NM=zero_11 - np.inf,
+        draw_weights_NM=zero_11,
+        log_partitions_NS=np.zeros((1, (view.partition or 0) + 1), np.float32),
+    )
+    if pack.tail_logmass_N is None:
+        return placeholder
+    return replace(
+        placeholder,
+        ids_NK=np.zeros((1, 1), np.int32),
+        logprobs_NK=zero_11,
+        tail_logmass_N=np.full(1, -np.inf, np.float32),
+    )
+
+
+def apply_token_weights(pack: Pack, config: TokenWeightsConfig | None) -> Pack:
+    """The pack with weights_N float32 [N] times (1 + entropy)^a times (1 - tail mass)^b, entropy in nats."""
+    if config is None:
+        return pack
+    assert pack.entropy_N is not None
+    assert pack.tail_logmass_N is not None
+    weights_N = pack.weights_N.astype(np.float64)
+    if config.entropy is not None:
+        weights_N *= (1.0 + pack.entropy_N.astype(np.float64)) ** config.entropy
+    if config.tail is not None:
+        held_N = -np.expm1(np.minimum(pack.tail_logmass_N.astype(np.float64), 0.0))
+        weights_N *= held_N**config.tail
+    return replace(pack, weights_N=weights_N.astype(np.float32))
 
 
 def dense_draws(draws: Draws, tail_logmass_N: Float32) -> tuple[Int32, Float32, Float32]:
@@ -265,7 +295,7 @@ def _signals(pieces: Sequence[PackedPiece]) -> Signals | None:
 
 
 def _all_draws(parts: Sequence[Signals]) -> Draws | None:
-    """Of a selection either every shard holds draws or none of them is used."""
+    """Draws are used only where every shard of a selection holds them."""
     found = [part.draws for part in parts if part.draws is not None]
     return Draws.concat(found) if len(found) == len(parts) else None
 
@@ -281,24 +311,5 @@ def _draws(signals: Signals | None) -> tuple[Int32, Float32, Float32] | tuple[No
     return dense_draws(signals.draws, signals.tail_logmass_T)
 
 
-def _dense(signals: Signals) -> tuple[Int32, Float32]:
-    return signals.dense(int(signals.topk_n_T.max()))
-
-
 def _no_support(num_tokens: int, k: int) -> tuple[Int32, Float32]:
     return np.zeros((num_tokens, k), np.int32), np.zeros((num_tokens, k), np.float32)
-
-
-def weighed(pack: Pack, config: TokenWeightsConfig | None) -> Pack:
-    """The pack with weights_N float32 [N] times (1 + entropy)^a times (1 - tail mass)^b, entropy in nats."""
-    if config is None:
-        return pack
-    assert pack.entropy_N is not None
-    assert pack.tail_logmass_N is not None
-    weights_N = pack.weights_N.astype(np.float64)
-    if config.entropy is not None:
-        weights_N *= (1.0 + pack.entropy_N.astype(np.float64)) ** config.entropy
-    if config.tail is not None:
-        held_N = -np.expm1(np.minimum(pack.tail_logmass_N.astype(np.float64), 0.0))
-        weights_N *= held_N**config.tail
-    return replace(pack, weights_N=weights_N.astype(np.float32))

@@ -21,8 +21,8 @@ from torch import Tensor
 from student_train.losses.divergences import NO_MASS
 
 MIN_TAIL_LOGMASS = -32.0
-"""A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes hold. Forward KL, JSD and
-total variation move by less than 1e-12; the reverse KL stays finite."""
+"""A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes hold. Forward KL, JSD
+and total variation move by less than 1e-12; the reverse KL stays finite."""
 
 MIN_LEFT_FRAC = 2.0**-5
 """Share of a tail that always stays outside the drawn ids: a rounding error must not be infinitely surprising."""

@@ -1,4 +1,4 @@
-"""One line of metrics.jsonl an optimizer step, and the same numbers for TensorBoard where it is asked for."""
+"""metrics.jsonl: one line an optimizer step, and the same numbers for TensorBoard on request."""
 
 import importlib.util
 import json
@@ -12,25 +12,25 @@ from stillroom.errors import ConfigError
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `step` counts the steps done in the stage, this one included."""
+    """One optimizer step. `step` counts the steps of the stage, this one included."""
 
     stage: str
     stage_number: int
     step: int
     epoch: int
     loss: float
-    """Mean over the global batch's loss tokens, with all weights in it."""
+    """Weighted mean over the global batch's loss tokens, loss weights included."""
     parts: dict[str, float]
     """Mean of each loss by name, nats a token, before its weight."""
     weights: dict[str, float]
     """Weight of each loss at this step."""
     temperature: float
-    """At which distributions are compared."""
+    """Temperature of the divergences."""
     learning_rate: float
     grad_norm: float | None
-    """Norm of the whole gradient before clipping; None where the step was skipped."""
+    """Norm of the whole gradient before clipping; None for a skipped step."""
     skipped: bool
-    """Whether float16 overflowed, so that nothing was learnt; the loss scale is lower from then on."""
+    """Whether float16 overflowed and nothing was learnt; the loss scale is lower afterwards."""
     num_tokens: int
     """Tokens that the model read, over all ranks."""
     num_loss_tokens: int
@@ -38,20 +38,31 @@ class StepRecord:
     stall_frac: float
     """Share of the step's time that the slowest rank waited for data."""
     memory_gib: float
-    """Largest so far on any rank: allocated GPU memory, or resident memory on a CPU."""
+    """Peak so far on any rank: allocated GPU memory, or resident memory on a CPU."""
     step_s: float
     time_s: float
     """Seconds of optimizer steps since the run began, over all resumptions."""
+
+    def notes(self) -> dict[str, str]:
+        """For the progress line."""
+        parts = {short_name(name): f"{value:.4f}" for name, value in self.parts.items()}
+        return {
+            "loss": f"{self.loss:.4f}",
+            **(parts if len(parts) > 1 else {}),
+            **({"tau": f"{self.temperature:g}"} if self.temperature != 1.0 else {}),
+            "lr": f"{self.learning_rate:.2e}",
+            "stall": f"{100 * self.stall_frac:.0f}%",
+            "mem": f"{self.memory_gib:.1f} GiB",
+            **({"skipped:": "float16 overflowed"} if self.skipped else {}),
+        }
 
 
 class MetricsLog:
     """Appends records; a context manager."""
 
     def __init__(self, path: Path, tensorboard: Path | None, steps_before: int, steps_done: int) -> None:
-        """`tensorboard` is a folder or None; `steps_before` are optimizer steps of earlier stages, `steps_done` those
-        of this one that are not taken again.
-
-        Raises ConfigError where TensorBoard is asked for and missing.
+        """`tensorboard` is a folder or None; `steps_before` counts the steps of earlier stages, `steps_done` those of this
+        stage that a resumed run does not repeat. Raises ConfigError if TensorBoard is missing.
         """
         self._steps_before = steps_before
         self._file = path.open("a", encoding="utf-8")
@@ -75,7 +86,7 @@ class MetricsLog:
             self._write_board(record)
 
     def write_eval(self, step: int, values: dict[str, float | int | None]) -> None:
-        """Held-out numbers for TensorBoard; they have a file of their own."""
+        """Held-out numbers for TensorBoard; eval.json has them too."""
         if self._board is not None:
             for name, value in values.items():
                 if value is not None:
@@ -103,7 +114,7 @@ def short_name(loss: str) -> str:
 
 
 def require_tensorboard() -> None:
-    """Raises ConfigError where the package is missing."""
+    """Raises ConfigError if the package is missing."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "tensorboard: true needs the package tensorboard: pip install tensorboard, or set it to false"
@@ -114,5 +125,5 @@ def _board(folder: Path, last_step: int) -> Any:
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
-    # What was written of steps after the last checkpoint is taken back.
+    # Hides what a killed run wrote after its last checkpoint.
     return SummaryWriter(str(folder), purge_step=last_step + 1)

@@ -84,7 +84,7 @@ def test_adapter_alone_gives_the_merged_logits(
         (tmp_path / "adapter" / "README.md").read_text()
     )
     assert export_lines(result)[1] == f"base model: {student}"
-    with pytest.raises(ConfigError, match="is a LoRA adapter alone: `student-train export` without --adapter-only"):
+    with pytest.raises(ConfigError, match="is a LoRA adapter without its model: export it merged"):
         evaluate_model(str(tmp_path / "adapter"), [cache.root], None)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), str(tmp_path / "adapter"))
     ids = torch.arange(3, 30)[None]

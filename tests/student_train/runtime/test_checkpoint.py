@@ -51,7 +51,7 @@ def test_killed_run_goes_on_bit_for_bit(trainer: Trainer, num_ranks: int, stage:
         place = f"{reached.step} of {reached.num_steps}"
     code, _, said = _start(config, *options).communicate()
     assert code == 0, said
-    assert f"going on after step {place}" in said
+    assert f"resuming after step {place}" in said
     assert losses_of(RunFolder(config.run).read_metrics()) == losses_of(RunFolder(whole.run).read_metrics())
     assert _trained_bytes(config) == _trained_bytes(whole)
 
@@ -64,7 +64,7 @@ def test_two_ranks_go_on_from_one(trainer: Trainer) -> None:
     trainer.run(config, stop_after=4)
     code, _, said = _start(config, "--nproc", "2").communicate()
     assert code == 0, said
-    assert "going on after step 4 of 7 of stage distill, on 2 ranks (the checkpoint is of 1)" in said
+    assert "resuming after step 4 of 7 of stage distill, on 2 ranks (the checkpoint was saved by 1)" in said
     assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-3)
 
 
