@@ -2,7 +2,7 @@
 
 For a training loop of your own:
 
-    mix = LossMix((LossTerm("forward_kl_stored_tail", 0.9), LossTerm("cross_entropy", 0.1)))
+    mix = LossMix((ForwardKL(0.9), CrossEntropy(0.1)))
     sums = fused_loss(hidden_NH, lm_head.weight, targets, mix)  # hidden states of the N tokens that have a loss
     (sums.loss_sum / sums.weight_sum).backward()
 
@@ -14,24 +14,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from student_train.losses.divergences import (
+    JSD,
+    CrossEntropy,
+    CrossEntropyArgmax,
+    ForwardKL,
+    LossMix,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    TotalVariation,
+)
+
 if TYPE_CHECKING:
-    from student_train.losses.divergences import LossMix, LossTerm
     from student_train.losses.fused_head import LossSums, fused_loss
     from student_train.losses.targets import SparseTargets, TailDraws
 
-__all__ = ["LossMix", "LossSums", "LossTerm", "SparseTargets", "TailDraws", "fused_loss"]
+__all__ = [
+    "JSD",
+    "CrossEntropy",
+    "CrossEntropyArgmax",
+    "ForwardKL",
+    "LossMix",
+    "LossSums",
+    "ReverseKL",
+    "SkewedForwardKL",
+    "SkewedReverseKL",
+    "SparseTargets",
+    "TailDraws",
+    "TotalVariation",
+    "fused_loss",
+]
 
-_MODULE_OF = {
-    "LossMix": "divergences",
-    "LossSums": "fused_head",
-    "LossTerm": "divergences",
-    "SparseTargets": "targets",
-    "TailDraws": "targets",
-    "fused_loss": "fused_head",
-}
+_MODULE_OF = {"LossSums": "fused_head", "SparseTargets": "targets", "TailDraws": "targets", "fused_loss": "fused_head"}
 
 
-# Lazy: the configuration imports names of losses from this package, and `--help` must not wait for torch.
+# Lazy: configurations and plans name losses, and must not wait for torch.
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

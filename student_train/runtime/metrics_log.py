@@ -61,8 +61,8 @@ class MetricsLog:
     """Appends records; a context manager."""
 
     def __init__(self, path: Path, tensorboard: Path | None, steps_before: int, steps_done: int) -> None:
-        """`tensorboard` is a folder or None; `steps_before` counts steps of earlier stages, `steps_done` those of this one
-        that a resumed run does not repeat. Raises ConfigError if TensorBoard is missing.
+        """`tensorboard` is a folder or None. `steps_before` counts the steps of earlier stages, `steps_done` those of
+        this stage that a resumed run does not repeat. Raises ConfigError if TensorBoard is missing.
         """
         self._steps_before = steps_before
         self._file = path.open("a", encoding="utf-8")
