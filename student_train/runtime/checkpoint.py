@@ -1,12 +1,11 @@
-"""Checkpoints that commit whole: what a run needs to go on as if it had never stopped.
+"""Checkpoints: what a run needs to resume as if it had never stopped. Each becomes visible whole.
 
     RUN/checkpoints/<stage>-<step>/      DeepSpeed's files of all ranks, and state.json
-    RUN/checkpoints/latest.json          names the last whole one; written last, by one rename
+    RUN/checkpoints/latest.json          the state of the last whole one; written last, by one rename
 
-DeepSpeed writes into `<tag>.tmp`; when all ranks are done the first one adds state.json, flushes, renames the folder
-and then moves the marker. So a kill at any time leaves the marker on a checkpoint that is whole, and what else lies
-there is swept by the next save. Dropout needs no saved random state: every step seeds its generators by (seed, stage,
-step, rank).
+DeepSpeed writes into `<tag>.tmp`; when all ranks are done, the first one adds state.json, flushes, renames the folder
+and then moves the marker. A kill at any time leaves the marker on a whole checkpoint, and the next save sweeps the
+rest. Dropout needs no saved random state: every step seeds its generators by (seed, stage, step, rank).
 """
 
 import shutil
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stillroom.errors import CorruptError, DataError
+from stillroom.errors import CorruptError, DataError, first_line
 from stillroom.storage.paths import sync_file, sync_folder, write_text_atomic
 
 if TYPE_CHECKING:
@@ -38,26 +37,26 @@ class Best(_Record):
     tag: str
     loss: float
     selection: str
-    """Hash of the held-out selection that it was measured on."""
+    """Hash of the held-out selection it was measured on."""
 
 
 class HeldoutProgress(_Record):
-    """How far the held-out loss has come in a stage, for weights that follow it."""
+    """How far the held-out loss has fallen in a stage, for elastic weights."""
 
     selection: str
     """Hash of the held-out selection."""
     start: float
-    """When the stage began, or at its first evaluation."""
+    """Loss when the stage began, or at its first evaluation."""
     now: float
 
     @property
     def remaining(self) -> float:
-        """What is left of the loss, 1 where it has not fallen."""
+        """Ratio of the loss now to the loss at the start, at most 1."""
         return min(1.0, self.now / self.start) if self.start > 0 else 1.0
 
 
 class CheckpointState(_Record):
-    """Where a run stands after `step` optimizer steps of stage number `stage`."""
+    """State of a run after `step` optimizer steps of stage number `stage`."""
 
     stage: int
     stage_name: str
@@ -67,7 +66,7 @@ class CheckpointState(_Record):
     zero_stage: int
     stream: dict[str, Any]
     num_loss_tokens: int
-    """Learnt from so far, over all stages."""
+    """Loss tokens so far, over all stages."""
     train_s: float
     """Seconds of optimizer steps so far, over all stages."""
     best: Best | None = None
@@ -90,19 +89,19 @@ def latest_state(folder: Path) -> CheckpointState | None:
 
 
 def find_state(folder: Path, which: str) -> CheckpointState:
-    """State of the checkpoint `last`, `best` or named by its tag. Raises DataError naming those that there are."""
+    """State of the checkpoint `last`, `best` or named by its tag. Raises DataError with the tags that exist."""
     latest = latest_state(folder)
     if latest is None:
-        raise DataError(f"{folder} holds no checkpoint yet: train first with `student-train run`")
+        raise DataError(f"{folder} has no checkpoint yet: train first with `student-train run`")
     if which == "last":
         return latest
     tag = which
     if which == "best":
         if latest.best is None:
-            raise DataError(f"{folder} has no best checkpoint: the run has not been evaluated (eval in its config)")
+            raise DataError(f"{folder} has no best checkpoint: the run was not evaluated (set eval in its config)")
         tag = latest.best.tag
     if not (folder / tag / STATE).exists():
-        raise DataError(f"{folder} has no checkpoint {tag!r}: there are {', '.join(tags(folder))}, last and best")
+        raise DataError(f"{folder} has no checkpoint {tag!r}: choose last, best, {', '.join(tags(folder))}")
     return _read(folder / tag / STATE)
 
 
@@ -112,7 +111,7 @@ def tags(folder: Path) -> list[str]:
 
 
 def save(folder: Path, engine: "Engine", state: CheckpointState, keep_last: int, ranks: "Ranks") -> None:
-    """Writes a checkpoint and removes those that are no longer kept; called by all ranks together."""
+    """Writes a checkpoint and removes outdated ones; called by all ranks together."""
     temp = folder / f"{state.tag}{TEMP}"
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def save(folder: Path, engine: "Engine", state: CheckpointState, keep_last: int,
 
 
 def load(folder: Path, engine: "Engine", state: CheckpointState, ranks: "Ranks") -> None:
-    """Gives the engine back what it had at `state`; `needs_universal` says how the engine must have been made."""
+    """Restores the engine at `state`; an engine that `needs_universal` must have been created as such."""
     tag = state.tag
     if needs_universal(state, ranks.num_ranks):
         tag += UNIVERSAL
@@ -143,7 +142,7 @@ def load(folder: Path, engine: "Engine", state: CheckpointState, ranks: "Ranks")
 
 
 def needs_universal(state: CheckpointState | None, num_ranks: int) -> bool:
-    """Whether the state must be made universal first: ZeRO's parts are cut for one number of ranks."""
+    """Whether the state must be converted first: ZeRO's shards are cut for one number of ranks."""
     return state is not None and state.zero_stage > 0 and state.num_ranks != num_ranks
 
 
@@ -170,7 +169,7 @@ def _sweep(folder: Path, state: CheckpointState, keep_last: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder so that a half-removed one is not taken for whole."""
+    """Removes state.json first, so that a half-removed checkpoint is not taken for whole."""
     if not path.exists():
         return
     (path / STATE).unlink(missing_ok=True)
@@ -181,4 +180,4 @@ def _read(path: Path) -> CheckpointState:
     try:
         return CheckpointState.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, OSError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path} is not a checkpoint's state: {str(error).splitlines()[0]}") from error
+        raise CorruptError(f"{path} is not a checkpoint's state: {first_line(error)}") from error

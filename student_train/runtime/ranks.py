@@ -1,9 +1,9 @@
-"""The processes of a run: which one this is, sums over all of them, and how they are joined. No DeepSpeed.
+"""The processes of a run: starting them, joining them, and sums over all of them. No DeepSpeed.
 
-Ranks on one machine: `run --nproc N` starts this program N times, as torchrun would, and ends as they end.
-
-Under an external launcher (torchrun, deepspeed, srun with its variables) the program is a rank already. A rank ends
-when its parent does, and a failed rank ends the others: what they then say of lost peers is not taken for the cause.
+`run --nproc N` starts this program N times on this machine; under an external launcher (torchrun, deepspeed, srun with
+its variables) the program is a rank already. torch's own elastic launch is not used inside the program: it takes the
+first exit that it sees for the cause and ends the others at once, which hides a damaged shard behind the peers that
+lost the rank which found it; it forwards no second Ctrl-C; and it forgets exit codes once a signal has come.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,95 +30,88 @@ import torch.distributed as dist
 
 from stillroom.errors import ConfigError, StillroomError, first_line
 from stillroom.log import console
-from stillroom.program import SIGNALS
+from stillroom.program import INTERRUPTED, SIGNALS
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 
 POLL_S = 0.1
 GRACE_S = 10.0
-"""How long the other ranks may take to end by themselves, once one has failed, before they are ended."""
-INTERRUPTED = 130
+"""Once a rank has failed, how long the others may take to end by themselves."""
 LOST_CODE = 86
-"""A rank that `launch` started ends with it when it ended because another one did; nobody else sees it."""
+"""Exit code, seen by `launch` alone, of a rank that ended because another one did."""
 TAIL_LINES = 20
 
 PR_SET_PDEATHSIG = 1
 PARENT_VARIABLE = "STUDENT_TRAIN_PARENT"
 
-Rank = subprocess.Popen[bytes]
+JOIN_TIMEOUT = datetime.timedelta(hours=24)
+"""The first rank may freeze or retokenise a large cache while the others wait."""
+RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 class RanksLost(StillroomError):
-    """Another rank is gone: seldom the cause, nearly always what it did to the others."""
+    """Another rank is gone: rarely the cause, nearly always a consequence."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.exit_code = LOST_CODE if PARENT_VARIABLE in os.environ else 1
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A rank that ended by itself: its exit code, or minus the signal that killed it."""
-
-    rank: int
-    code: int
-
-
-@dataclass
-class _Asked:
-    """Whether someone asked the ranks to stop."""
-
-    to_stop: bool = False
-
-
-def is_rank() -> bool:
-    """Whether a launcher started this process as one rank of several."""
-    return "RANK" in os.environ
-
-
 def launch(num_ranks: int, command: Sequence[str]) -> int:
     """Runs `command` as `num_ranks` ranks and returns the exit code: 0, 130 after an interruption, or the cause's.
 
-    Signals are passed on. What the first rank says is shown as it comes; the others write logs, of which the end is
-    shown where one of them is the cause of a failure, with the path of the whole.
+    Signals are forwarded. The first rank's output is shown live; the others write logs, and where one of them caused a
+    failure, the end of its log is shown with the log's path.
     """
-    if is_rank():
+    if "RANK" in os.environ:
         raise ConfigError("--nproc has no effect under a launcher (RANK is set): leave it out")
     logs = Path(tempfile.mkdtemp(prefix="student-train-ranks-"))
-    ranks: list[Rank] = []
+    ranks: list[subprocess.Popen[bytes]] = []
+    was_asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal was_asked
+        was_asked = True
+        for rank in ranks:
+            rank.send_signal(number)
+
+    handlers = {one: signal.signal(one, forward) for one in SIGNALS}
     try:
-        with _forwarding(ranks) as asked:
-            with _blocked():
-                port = _free_port()
-                ranks += [_start(rank, num_ranks, command, port, logs) for rank in range(num_ranks)]
-            ended = _wait(ranks)
+        # Blocked while ranks start, here and, until StopRequest lets them through, in the ranks.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        port = _free_port()
+        ranks += [_start(rank, num_ranks, command, port, logs) for rank in range(num_ranks)]
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        codes = _wait(ranks)
     finally:
-        _end(ranks)
-    cause = find_cause(ended)
-    code = _exit_code(cause, asked.to_stop)
-    said = None if cause is None or code == INTERRUPTED else _account(cause, num_ranks, logs)
-    if said is None:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    cause = find_cause(codes)
+    code = 0 if cause is None else _exit_code(codes[cause], was_asked)
+    message = None if cause is None or code == INTERRUPTED else _explain(cause, codes[cause], num_ranks, logs)
+    if message is None:
         shutil.rmtree(logs, ignore_errors=True)
     else:
-        console.print(said, markup=False, soft_wrap=True)
+        console.print(message, markup=False, soft_wrap=True)
     return code
 
 
-def find_cause(ended: Sequence[Ended]) -> Ended | None:
-    """Of the ranks in the order in which they ended, the one that is to blame; None where all ended well.
+def find_cause(codes: Mapping[int, int]) -> int | None:
+    """The rank to blame, of exit codes (minus the signal) by rank in the order in which they ended; None without one.
 
-    Mistakes and damage (2, 3) come first, then a kill from outside, then other errors; an abort, as NCCL's watchdog
-    makes it, and lost peers are what a failure elsewhere looks like. Every rank meets a mistake in the configuration,
-    so of equal codes the first rank's is taken, which has been shown already.
+    Every rank meets a mistake in the configuration: of equal codes the first rank's counts, which has been shown.
     """
-    failed = [one for one in ended if one.code != 0]
+    failed = [rank for rank, code in codes.items() if code != 0]
     if not failed:
         return None
-    cause = min(failed, key=lambda one: _blame(one.code))
-    return next((one for one in failed if one.rank == 0 and one.code == cause.code in (2, 3)), cause)
+    cause = min(failed, key=lambda rank: _innocence(codes[rank]))
+    return 0 if codes.get(0) == codes[cause] in (2, 3) else cause
 
 
 def end_with_parent() -> None:
-    """In a rank that `launch` started: the kernel kills it when the launching process is gone, however it went."""
+    """In a rank that `launch` started: the kernel kills it when the launching process is gone, for whatever reason."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or not sys.platform.startswith("linux"):
         return
@@ -127,52 +120,45 @@ def end_with_parent() -> None:
         sys.exit(1)
 
 
-def _blame(code: int) -> int:
-    """0 is the most."""
+def _innocence(code: int) -> int:
+    """Mistakes and damage are causes, then kills from outside, then other errors; the rest follows from those."""
     if code in (2, 3):
         return 0
-    if code == INTERRUPTED:
-        return 4
-    if code == LOST_CODE:
-        return 5
-    if code == -signal.SIGABRT:
-        return 3
-    return 1 if code < 0 else 2
+    # NCCL's watchdog aborts a rank whose peers are gone.
+    return {-signal.SIGABRT: 3, INTERRUPTED: 4, LOST_CODE: 5}.get(code, 1 if code < 0 else 2)
 
 
-def _exit_code(cause: Ended | None, was_asked: bool) -> int:
-    if cause is None:
-        return 0
-    # One that ends at once is lost to the others, and a second Ctrl-C may find it on its way out.
-    by_signal = cause.code in (LOST_CODE, -signal.SIGINT, -signal.SIGTERM, -signal.SIGABRT)
-    if cause.code == INTERRUPTED or (was_asked and by_signal):
+def _exit_code(code: int, was_asked: bool) -> int:
+    # A rank that stops is lost to the others, and a second Ctrl-C may find one on its way out.
+    by_signal = code in (LOST_CODE, -signal.SIGINT, -signal.SIGTERM, -signal.SIGABRT)
+    if code == INTERRUPTED or (was_asked and by_signal):
         return INTERRUPTED
-    return cause.code if 0 < cause.code != LOST_CODE else 1
+    return code if 0 < code != LOST_CODE else 1
 
 
-def _account(cause: Ended, num_ranks: int, logs: Path) -> str | None:
-    """What happened to the rank to blame; None where it has been said already."""
-    who = f"rank {cause.rank} of {num_ranks}"
-    if cause.code >= 0:
-        how = f"{who} ended with exit code {cause.code}"
+def _explain(rank: int, code: int, num_ranks: int, logs: Path) -> str | None:
+    """What happened to the rank to blame; None if its own output has said it."""
+    message = f"rank {rank} of {num_ranks} "
+    if code >= 0:
+        message += f"ended with exit code {code}"
     else:
-        name = signal.Signals(-cause.code).name
-        how = f"{who} was killed by {name}"
-        if cause.code == -signal.SIGKILL:
-            how += ": if nobody did, the machine ran out of memory (fewer ranks, or engine.zero_stage 3, take less)"
-    if cause.rank == 0:
-        return how if cause.code < 0 else None
-    path = _log_path(logs, cause.rank)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    tail = [line for line in lines if line.strip()][-TAIL_LINES:]
-    if not tail:
-        return f"{how} and said nothing"
-    return "\n".join([f"{how}; {path} ends:", *(f"  {line}" for line in tail)])
+        message += f"was killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        message += ": if nobody did, the machine ran out of memory (fewer ranks, or engine.zero_stage 3, take less)"
+    if rank == 0:
+        return message if code < 0 else None
+    path = _log_path(logs, rank)
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not lines:
+        return f"{message} without any output"
+    return "\n".join([f"{message}; {path} ends:", *(f"  {line}" for line in lines[-TAIL_LINES:])])
 
 
-def _start(rank: int, num_ranks: int, command: Sequence[str], port: int, logs: Path) -> Rank:
+def _start(rank: int, num_ranks: int, command: Sequence[str], port: int, logs: Path) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
-    variables = {
+    environ = {
+        "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
+        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -181,8 +167,7 @@ def _start(rank: int, num_ranks: int, command: Sequence[str], port: int, logs: P
         "MASTER_PORT": str(port),
         PARENT_VARIABLE: str(os.getpid()),
     }
-    environ = {"OMP_NUM_THREADS": str(max(1, cores // num_ranks)), **os.environ, **variables}
-    # A session of its own: Ctrl-C reaches a rank through `launch` alone, once.
+    # A session of its own: Ctrl-C reaches a rank through `launch` only, once.
     if rank == 0:
         return subprocess.Popen(command, env=environ, start_new_session=True)
     with _log_path(logs, rank).open("wb") as log:
@@ -193,66 +178,25 @@ def _log_path(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.log"
 
 
-def _wait(ranks: Sequence[Rank]) -> list[Ended]:
-    """The ranks that ended by themselves, in the order in which they did."""
-    ended: list[Ended] = []
-    deadline_s: float | None = None
-    while len(ended) < len(ranks) and (deadline_s is None or time.monotonic() < deadline_s):
-        known = {one.rank for one in ended}
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Exit codes by rank, in the order in which they ended; without those that a failure leaves hanging."""
+    codes: dict[int, int] = {}
+    deadline_s = float("inf")
+    while len(codes) < len(ranks) and time.monotonic() < deadline_s:
         for number, rank in enumerate(ranks):
             code = rank.poll()
-            if number not in known and code is not None:
-                ended.append(Ended(number, code))
-        if deadline_s is None and any(one.code != 0 for one in ended):
-            deadline_s = time.monotonic() + GRACE_S
+            if code is not None:
+                codes.setdefault(number, code)
+        if any(codes.values()):
+            deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
         time.sleep(POLL_S)
-    return ended
-
-
-def _end(ranks: Sequence[Rank]) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
-        rank.wait()
-
-
-@contextlib.contextmanager
-def _forwarding(ranks: Sequence[Rank]) -> Iterator[_Asked]:
-    asked = _Asked()
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        asked.to_stop = True
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
-
-    before = {one: signal.signal(one, forward) for one in SIGNALS}
-    try:
-        yield asked
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-@contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    """Signals wait, here until the block ends and in processes started in it until StopRequest lets them through."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return codes
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-JOIN_TIMEOUT = datetime.timedelta(hours=24)
-"""The first rank may freeze or retokenise a large cache while the others wait."""
-RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True)
@@ -274,27 +218,26 @@ class Ranks:
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all ranks, float64."""
-        if self.num_ranks == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return [float(value) for value in total.tolist()]
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: list[float]) -> list[float]:
-        """Largest over all ranks, float64."""
+        """Maxima over all ranks, float64."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.num_ranks == 1:
             return values
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [float(value) for value in largest.tolist()]
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, op=operation)
+        return [float(value) for value in reduced.tolist()]
 
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """Joins the ranks that a launcher started (its RANK, WORLD_SIZE, ... variables), or makes a world of one.
 
-    Raises StillroomError where they cannot be joined, and in the place of what torch raises when a GPU's memory is
-    exhausted; RanksLost when another rank is gone.
+    Raises StillroomError if they cannot be joined, or instead of torch's error when a GPU runs out of memory; RanksLost
+    when another rank is gone.
     """
     environ_before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
@@ -314,11 +257,11 @@ def joined_ranks() -> Iterator[Ranks]:
         ) from error
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RanksLost(f"the ranks lost each other, one of them ended: {first_line(error)}") from error
+            raise RanksLost(f"lost contact with another rank, which has ended: {first_line(error)}") from error
         raise
     finally:
         torch.set_flush_denormal(False)
-        # So that torch does not warn at exit.
+        # Otherwise torch warns at exit.
         if dist.is_initialized():
             dist.destroy_process_group()
         for name, value in environ_before.items():
@@ -348,6 +291,6 @@ def _join() -> Ranks:
             dist.init_process_group(backend, timeout=JOIN_TIMEOUT)
         except ValueError as error:
             raise StillroomError(
-                f"the launcher's variables do not name a world to join: {first_line(error)}"
+                f"cannot join the ranks that the launcher's variables describe: {first_line(error)}"
             ) from error
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -1,14 +1,12 @@
-"""What a run keeps besides its checkpoints: configuration, selections, metrics, evaluations. One process at a time.
+"""A run's folder besides its checkpoints: configuration, selections, metrics, evaluations. One process at a time.
 
 RUN/config.yaml                   as resolved when the run began; after a checkpoint, a resumption must mean the same
-RUN/<stage>.selection.parquet     what the stage learns from
-RUN/heldout.selection.parquet     what the student is judged on
+RUN/<stage>.selection.parquet     what the stage trains on
+RUN/heldout.selection.parquet     what the student is evaluated on
 RUN/metrics.jsonl                 one line an optimizer step
 RUN/eval.json                     every evaluation, in order
 RUN/checkpoints/                  see checkpoint.py
 RUN/stages/<stage>/               the model at the end of every stage but the last, a Hugging Face folder
-
-What a run came to, out of its own files: the result that `student-train run` prints.
 """
 
 import fcntl
@@ -31,7 +29,7 @@ from student_train.runtime.checkpoint import latest_state
 SHOWN_KEYS = 5
 
 FROM_LEARNING = ("checkpoints", "stages", "tensorboard")
-"""Folders of a run that hold what its steps left."""
+"""Folders that optimizer steps write."""
 
 Position = tuple[int, int]
 """(stage number, optimizer steps done in it)."""
@@ -39,7 +37,7 @@ Position = tuple[int, int]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths below one run's folder, and the files that are read and written whole."""
+    """Paths in a run's folder, and the files that are read and written whole."""
 
     root: Path
 
@@ -64,15 +62,15 @@ class RunFolder:
         return self.root / "heldout.selection.parquet"
 
     def selection_path(self, stage_name: str) -> Path:
-        """Where the selection of a stage is kept."""
+        """The selection of a stage."""
         return self.root / f"{stage_name}.selection.parquet"
 
     def model_after(self, stage_name: str) -> Path:
-        """Where the model at the end of a stage is kept for the next one."""
+        """The model at the end of a stage, from which the next one starts."""
         return self.root / "stages" / stage_name
 
     def lock(self) -> IO[str]:
-        """Holds the folder until the returned file is closed. Raises CacheConflict where another process has it."""
+        """Holds the folder until the returned file is closed. Raises CacheConflict if another process holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
         file = (self.root / ".lock").open("w")
         try:
@@ -80,13 +78,13 @@ class RunFolder:
         except OSError as error:
             file.close()
             raise CacheConflict(
-                f"{self.root} is in use by another process: wait for it, or name another run"
+                f"{self.root} is in use by another process: wait for it, or choose another run folder"
             ) from error
         return file
 
     def open(self, config: TrainConfig, *, has_learnt: bool) -> None:
-        """Writes config.yaml. `has_learnt`: whether the run has a checkpoint; without one it may still mean another
-        thing, and what was frozen for the old one is forgotten. Raises ConfigError naming the key that differs.
+        """Writes config.yaml. A run that has learnt (has a checkpoint) must mean the same as before; otherwise a changed
+        meaning discards what was frozen. Raises ConfigError naming the key that differs.
         """
         if self.config_path.exists():
             if has_learnt:
@@ -96,17 +94,17 @@ class RunFolder:
         write_text_atomic(self.config_path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
     def read_config(self) -> TrainConfig:
-        """The configuration that the run began with."""
+        """The configuration the run began with."""
         return validate_config(read_yaml(self.config_path), TrainConfig, str(self.config_path))
 
     def truncate_metrics(self, reached: Position) -> None:
-        """Forgets steps past `reached`, which will be done again after a kill."""
+        """Drops steps after `reached`, which a resumed run repeats."""
         if self.metrics_path.exists():
             kept = [line for line in self.read_metrics() if (line["stage_number"], line["step"]) <= reached]
             write_text_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_metrics(self) -> list[Json]:
-        """Lines of metrics.jsonl; a last line that a kill cut short does not count."""
+        """Lines of metrics.jsonl, without a last line that a kill cut short."""
         if not self.metrics_path.exists():
             return []
         lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
@@ -116,7 +114,7 @@ class RunFolder:
             raise CorruptError(f"{self.metrics_path} holds a line that is not JSON: {error}") from error
 
     def read_evals(self) -> list[Json]:
-        """Entries of eval.json in order; none where there is no file."""
+        """Entries of eval.json in order; empty without a file."""
         if not self.eval_path.exists():
             return []
         try:
@@ -126,13 +124,13 @@ class RunFolder:
         return entries
 
     def add_eval(self, entry: Json) -> None:
-        """Appends one evaluation, in the place of an earlier one of the same step."""
+        """Appends one evaluation, replacing an earlier one of the same step."""
         here = (entry["stage_number"], entry["step"])
         kept = [one for one in self.read_evals() if (one["stage_number"], one["step"]) < here]
         write_text_atomic(self.eval_path, json.dumps([*kept, entry], indent=2) + "\n")
 
     def has_frozen(self, config: TrainConfig) -> bool:
-        """Whether everything that the run reads is frozen, for this configuration."""
+        """Whether all selections are frozen for this configuration."""
         return (
             self.config_path.exists()
             and meaning_of(self.read_config()) == meaning_of(config)
@@ -140,7 +138,7 @@ class RunFolder:
         )
 
     def _forget_beginning(self) -> None:
-        # What says that a selection is whole goes first, what it says it of after.
+        # The selection's own file goes first: it marks the rest as whole.
         files = [*self.root.glob("*.selection.parquet"), *self.root.glob("*.selection.source.parquet")]
         for file in (*files, self.metrics_path, self.eval_path):
             file.unlink(missing_ok=True)
@@ -148,7 +146,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def refuse_other_meaning(self, config: TrainConfig) -> None:
-        """Raises ConfigError naming keys that decide what is learnt and differ from the run's own."""
+        """Raises ConfigError naming keys that decide what is learnt and differ from the run's."""
         kept, asked = meaning_of(self.read_config()), meaning_of(config)
         changed = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
         if changed:
@@ -156,8 +154,8 @@ class RunFolder:
             named = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
             more = f" (other keys that differ: {named})" if others else ""
             raise ConfigError(
-                f"{self.root} was begun with {key}={_shown(kept, key)}, now it is {_shown(asked, key)}{more}: "
-                "set it back to resume, or name another run folder (run: ...)"
+                f"{self.root} was started with {key}={_shown(kept, key)}, now it is {_shown(asked, key)}{more}: "
+                "set it back to resume, or choose another run folder (run: ...)"
             )
 
 
@@ -181,7 +179,7 @@ def summary_if_finished(config: TrainConfig) -> Json | None:
 
 
 def summarise(run: RunFolder, config: TrainConfig) -> Json:
-    """Counts, speed, losses, and held-out numbers before and after."""
+    """The result of `student-train run`: counts, speed, losses, and held-out numbers before and after."""
     records, evals, state = run.read_metrics(), run.read_evals(), latest_state(run.checkpoints)
     assert state is not None
     before, after = before_and_after(evals)
@@ -215,7 +213,7 @@ def _stage(records: list[Json], name: str) -> Json:
         "last_loss": last and last["loss"],
         "first_parts": first and first["parts"],
         "last_parts": last and last["parts"],
-        # Where weights or temperature change, the losses of two steps are of two kinds.
+        # Losses compare between steps only at constant weights and temperature.
         "is_comparable": all(
             (one["weights"], one["temperature"]) == (own[0]["weights"], own[0]["temperature"]) for one in own
         ),

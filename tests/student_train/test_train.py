@@ -103,7 +103,7 @@ def test_elastic_weights_follow_the_held_out_loss(trainer: Trainer) -> None:
     trainer.run(parted, stop_after=5)
     assert losses_of(trainer.run(parted)) == losses_of(records)
     changed = trainer.config("parted", *stages, eval={**evaluation, "every_steps": 3})
-    with pytest.raises(ConfigError, match=r"was begun with eval\.every_steps=2, now it is 3"):
+    with pytest.raises(ConfigError, match=r"was started with eval\.every_steps=2, now it is 3"):
         trainer.finish(changed)
 
 
@@ -362,7 +362,7 @@ def test_until_there_is_a_checkpoint_a_run_may_still_mean_another_thing(
     trainer.run(mended)
     assert load_selection(frozen, [cache.root]).header.where == "num_tokens < 30"
     assert RunFolder(run).has_frozen(mended)
-    with pytest.raises(ConfigError, match=r"was begun with data\.where='num_tokens < 30', now it is 'correct'"):
+    with pytest.raises(ConfigError, match=r"was started with data\.where='num_tokens < 30', now it is 'correct'"):
         trainer.finish(refused)
 
 

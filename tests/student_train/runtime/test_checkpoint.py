@@ -159,7 +159,7 @@ def test_a_mistake_under_several_ranks_is_one_line(trainer: Trainer) -> None:
 
 
 def test_checkpoints_are_found_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no checkpoint yet"):
+    with pytest.raises(DataError, match="has no checkpoint yet"):
         find_state(tmp_path, "last")
     (tmp_path / "latest.json").write_text("{")
     with pytest.raises(CorruptError, match="is not a checkpoint's state"):

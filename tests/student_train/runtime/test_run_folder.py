@@ -45,7 +45,7 @@ def test_a_run_that_has_learnt_nothing_begins_anew_when_it_changes(tmp_path: Pat
     assert all((run.root / name).exists() for name in LEFT_BEHIND)
     assert run.has_frozen(make_config(run.root, 0.1))
     assert not run.has_frozen(make_config(run.root, 0.2))
-    with pytest.raises(ConfigError, match=r"was begun with stages\.0\.learning_rate=0\.1, now it is 0\.2"):
+    with pytest.raises(ConfigError, match=r"was started with stages\.0\.learning_rate=0\.1, now it is 0\.2"):
         run.open(make_config(run.root, 0.2), has_learnt=True)
     run.open(make_config(run.root, 0.2), has_learnt=False)
     assert sorted(path.name for path in run.root.iterdir()) == ["config.yaml"]
