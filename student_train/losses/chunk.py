@@ -56,7 +56,7 @@ def chunk_losses(
         seen = Seen(
             compared=None if soft is None else _compare(targets, soft),
             sampled_N=None if hard is None else hard.student_extra_CE[:, SAMPLED],
-            argmax_N=None if hard is None else hard.student_extra_CE[:, RANK_0],
+            argmax_N=None if hard is None or targets.num_support == 0 else hard.student_extra_CE[:, RANK_0],
         )
         values_CJ = torch.stack([term.nats(seen) for term in mix.terms], dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)

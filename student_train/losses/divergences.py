@@ -86,8 +86,8 @@ class Seen:
 
     Attributes:
         compared: both sides at the targets' temperature; None where no loss of the mix is a Divergence.
-        sampled_N, argmax_N: log q at temperature 1 of the token that the teacher sampled and of its most likely one;
-            None where no loss of the mix is a cross-entropy.
+        sampled_N: log q at temperature 1 of the token that the teacher sampled; None without a cross-entropy.
+        argmax_N: the same of the teacher's most likely token; also None for text alone.
     """
 
     compared: Compared | None

@@ -83,8 +83,8 @@ class RunFolder:
         return file
 
     def open(self, config: TrainConfig, *, has_learnt: bool) -> None:
-        """Writes config.yaml. A run that has learnt (has a checkpoint) must mean the same as before; otherwise a changed
-        meaning discards what was frozen. Raises ConfigError naming the key that differs.
+        """Writes config.yaml. A run that has learnt (has a checkpoint) must mean the same as before; without one, a
+        changed meaning discards what was frozen. Raises ConfigError naming the key that differs.
         """
         if self.config_path.exists():
             if has_learnt:

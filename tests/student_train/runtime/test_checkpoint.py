@@ -153,7 +153,7 @@ def test_a_mistake_under_several_ranks_is_one_line(trainer: Trainer) -> None:
     code, _, said = _start(config, "--nproc", "3").communicate()
     assert code == 2
     assert said.startswith(
-        "student-train: stages.0 (distill): batch_tokens=512 holds 4 packs of 128 tokens, which do not"
+        "student-train: stages.0 (distill): batch_tokens=512 is 4 packs of 128 tokens, which 3 ranks cannot share"
     )
     assert said.count("\n") == 1
 
