@@ -1,7 +1,7 @@
-"""How many held-out prompts a student answers rightly: it generates, the judges of the cache's prompts decide.
+"""How many held-out prompts a student answers correctly: it generates, and the judges of the cache's prompts decide.
 
-In: a Hugging Face model, prompts out of a cache. Out: accuracy beside the teacher's own on the same prompts. Prompts
-are generated in batches, padded on the left, as the teacher's template made them: the student reads the very ids.
+In: a Hugging Face model, prompts from a cache. Out: accuracy beside the teacher's on the same prompts. Generation runs
+in left-padded batches of the token ids that the teacher read.
 
     B prompts of a batch, L their longest, G generated tokens
 """
@@ -34,26 +34,26 @@ DEFAULT_NEW_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class GenerateConfig:
-    """What is generated. Raises ConfigError for numbers that mean nothing."""
+    """What to generate. Raises ConfigError for values out of range."""
 
     num_prompts: int
     max_new_tokens: int
-    """An answer that is longer is cut off, and judged as it stands."""
+    """Longer answers are cut off and judged as they are."""
     temperature: float
-    """0 takes the most likely token."""
+    """0 is greedy."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1 or self.max_new_tokens < 1 or self.temperature < 0:
             raise ConfigError(
-                f"--generate {self.num_prompts}, --max-new-tokens {self.max_new_tokens} and --temperature "
-                f"{self.temperature:g}: the first two are at least 1, the last at least 0"
+                f"--generate {self.num_prompts}, --max-new-tokens {self.max_new_tokens}, --temperature "
+                f"{self.temperature:g}: the first two must be at least 1, the last at least 0"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class AskedPrompt:
-    """A prompt with the means to judge its answer; `teacher_accuracy` is the share of the teacher's right answers."""
+    """A prompt and what judges its answer; `teacher_accuracy` is the share of the teacher's correct answers."""
 
     prompt_id: str
     token_ids: Sequence[int]
@@ -61,12 +61,12 @@ class AskedPrompt:
     reference: str | None
     metadata: Mapping[str, Any]
     reasoning: tuple[str, str] | None
-    """What opens and closes the reasoning; None where the teacher's run did not say."""
+    """Markers that open and close the reasoning; None if the teacher's run has none."""
     teacher_accuracy: float | None
 
 
 class GenerationResult(BaseModel):
-    """Over `num_prompts` prompts, one answer each; accuracies are shares of those that could be judged."""
+    """One answer to each of `num_prompts` prompts; accuracies are shares of the judged answers."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,9 +76,9 @@ class GenerationResult(BaseModel):
     num_undecided: int
     accuracy: float | None
     teacher_accuracy: float | None
-    """Mean over the same prompts of the share of the teacher's answers that were judged right."""
+    """Mean, over the same prompts, of the share of the teacher's answers judged correct."""
     truncated_frac: float
-    """Answers that did not end within the limit."""
+    """Share of answers cut off at the limit."""
     mean_tokens: float
     tokens_per_s: float
 
@@ -89,12 +89,14 @@ def heldout_prompts(
     """Up to `num_prompts` distinct prompts of the selected chains that name a judge, those with the smallest ids.
 
     `text` renders them for a student of another vocabulary; None takes the teacher's token ids. Raises ConfigError
-    where there is none, StillroomError where a judge cannot work here.
+    if there are none, StillroomError if a judge cannot run here.
     """
     found = [prompt for cache in caches for prompt in _prompts_of(cache, where, num_prompts, text)]
     chosen = sorted({prompt.prompt_id: prompt for prompt in found}.values(), key=lambda one: one.prompt_id)
     if not chosen:
-        raise ConfigError(f"--generate: no prompt of the chains with {where!r} names a judge: nothing could be judged")
+        raise ConfigError(
+            f"--generate: no prompt of the chains with {where!r} names a judge, so no answer can be judged"
+        )
     for judge in {prompt.judge for prompt in chosen[:num_prompts]}:
         require_judge(judge)
     return chosen[:num_prompts]
@@ -103,7 +105,7 @@ def heldout_prompts(
 def generate_and_judge(
     model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config: GenerateConfig
 ) -> GenerationResult:
-    """Answers of the model, on the device where it lies, and what the judges say of them."""
+    """Generates answers on the model's device and judges them."""
     started_s, num_tokens, num_done, num_ended = time.perf_counter(), 0, 0, 0
     verdicts: list[Verdict] = []
     with JudgeProcess() as judge, Progress("generate", len(prompts), "prompts") as progress:
@@ -135,7 +137,7 @@ def generate_and_judge(
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config: GenerateConfig) -> list[list[int]]:
-    """Token ids of one answer to each prompt, the end of sequence included where it came."""
+    """Token ids of one answer to each prompt, including the end of sequence if there is one."""
     from transformers import GenerationConfig
 
     ends = _end_ids(model)
@@ -156,7 +158,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config:
     )
     torch.manual_seed(config.seed)
     models_own = model.generation_config
-    # Whatever a generation config leaves open, transformers takes from the model's own: sampling, nuclei, penalties.
+    # transformers fills whatever a generation config leaves open from the model's own: sampling, nuclei, penalties.
     model.generation_config = wanted
     try:
         ids_BG: Tensor = model.generate(
@@ -168,7 +170,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config:
 
 
 def answer_of(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> str | None:
-    """What follows the reasoning, as text; None where the reasoning never ended."""
+    """The text after the reasoning; None if the reasoning never ended."""
     start_id, end_id = reasoning_ids(tokenizer, *prompt.reasoning) if prompt.reasoning is not None else (None, None)
     first = split_reasoning(ids, prompt.token_ids, start_id, end_id)
     if first is None:
@@ -207,7 +209,7 @@ def _prompts_of(
 
 
 def _batches(prompts: Sequence[AskedPrompt]) -> Iterator[list[AskedPrompt]]:
-    """Prompts of like lengths together, the longest first: too little memory shows at once."""
+    """Prompts of similar lengths, the longest first: too little memory shows at once."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.token_ids), prompt.prompt_id))
     for first in range(0, len(ordered), BATCH_PROMPTS):
         yield ordered[first : first + BATCH_PROMPTS]
@@ -221,6 +223,6 @@ def _end_ids(model: Any) -> list[int]:
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """Without what pads shorter answers of a batch."""
+    """Drops the padding of shorter answers in a batch."""
     first = next((number for number, one in enumerate(ids) if one in ends), len(ids) - 1)
     return ids[: first + 1]

@@ -1,7 +1,7 @@
-"""What changes from one optimizer step to the next: learning rate, loss weights, temperature; functions of the step.
+"""What changes from one optimizer step to the next: learning rate, loss weights and temperature.
 
-Steps of a stage count from 0; `num_steps` is how many the stage has. Elastic weights follow `remaining` instead: the
-held-out loss as a share, from 0 to 1, of what it was when the stage began.
+`step` counts from 0 to `num_steps` - 1 in a stage. Elastic weights follow `remaining` instead: the held-out loss divided
+by what it was when the stage began, at most 1.
 """
 
 import math
@@ -14,7 +14,7 @@ from student_train.losses.divergences import LossMix, make_loss
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
-    """Rate of one step: rises linearly over the warm-up and reaches the peak, then falls to its minimum at the last.
+    """Rises linearly to the peak over the warm-up, then falls to its minimum at the last step.
 
     With 100 steps and 10 of warm-up, step 0 has a tenth of the peak, step 9 the peak, step 99 the minimum.
     """
@@ -33,9 +33,9 @@ def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
 
 
 def scheduled(value: float | ScheduleConfig, step: int, num_steps: int, remaining: float = 1.0) -> float:
-    """Value of one step of a constant or a schedule; `start` at the first step, `end` at the last.
+    """Value of a constant or a schedule: `start` at the first step, `end` at the last.
 
-    Of an elastic one `start` where all remains to be learnt, `end` where nothing does.
+    An elastic value is `start` where `remaining` is 1 and `end` where it is 0.
     """
     if not isinstance(value, ScheduleConfig):
         return value
@@ -53,9 +53,9 @@ def scheduled(value: float | ScheduleConfig, step: int, num_steps: int, remainin
 
 
 def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0) -> LossMix:
-    """The stage's losses with their weights of one step, and of what remains to be learnt.
+    """The stage's losses with their weights at one step.
 
-    Raises ConfigError for an unknown loss, a parameter that a loss does not have, or weights that are all 0.
+    Raises ConfigError for an unknown loss, a setting that a loss does not have, or weights that are all 0.
     """
     terms = tuple(
         make_loss(
@@ -69,17 +69,16 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
 def target_view(
     stage: StageConfig, stored: Sequence[float], mix: LossMix, step: int, num_steps: int, *, has_draws: bool
 ) -> TargetView:
-    """How the stage's losses look at the targets of one step; `stored`: temperatures whose log-partitions they hold."""
+    """What the losses read of the targets at one step; `stored` are the temperatures that the cache holds."""
     temperature = temperature_at(stage, stored, step, num_steps)
     partition = None if temperature == 1.0 else list(stored).index(temperature)
     return TargetView(has_draws and mix.reads_draws, temperature, partition)
 
 
 def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:
-    """The temperature of one step: a constant as it is; a schedule's value moved to the nearest that the cache holds.
+    """Temperature of one step: a constant, or the one among `stored` and 1 that is nearest, by ratio, to a schedule's.
 
-    Nearest by ratio, among `stored` and 1. Between stored temperatures there is no exact distribution: interpolated
-    log-partitions err by 0.03 nats at best.
+    Between stored temperatures there is no exact distribution: interpolated log-partitions err by 0.03 nats at best.
     """
     if not isinstance(stage.temperature, ScheduleConfig):
         return stage.temperature
@@ -88,7 +87,7 @@ def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_s
 
 
 def temperature_steps(stage: StageConfig, stored: Sequence[float], num_steps: int) -> list[tuple[int, float]]:
-    """(first step, temperature) of each stretch of equal temperature."""
+    """(first step, temperature) of each run of equal temperatures."""
     found: list[tuple[int, float]] = []
     for step in range(num_steps):
         temperature = temperature_at(stage, stored, step, num_steps)
@@ -98,7 +97,7 @@ def temperature_steps(stage: StageConfig, stored: Sequence[float], num_steps: in
 
 
 def check_mixes(stage: StageConfig, num_steps: int) -> LossMix:
-    """The mix of the first step, after the last one was checked too: schedules are monotonic, so these are extremes."""
+    """The mix of the first step. Also checks the extremes: schedules are monotonic, so the last step is one."""
     mix_at(stage, num_steps - 1, num_steps)
     mix_at(stage, num_steps - 1, num_steps, remaining=0.0)
     mix_at(stage, 0, num_steps, remaining=0.0)

@@ -18,7 +18,7 @@ LoRA on the head keep working.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,17 +159,6 @@ _LOGIT_SETTINGS: dict[str, float | None] = {
 }
 
 
-class CausalModel(Protocol):
-    """What `fuse_head` asks of a model; every Hugging Face causal language model has it."""
-
-    @property
-    def config(self) -> Any: ...
-
-    def get_output_embeddings(self) -> torch.nn.Module | None: ...
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None: ...
-
-
 class FusedHead(torch.nn.Linear):
     """`torch.nn.Linear` [V, H] whose forward can also be the fused loss; state dict and weights are the same."""
 
@@ -207,7 +196,7 @@ class FusedHead(torch.nn.Linear):
         return metrics_tensor(head, targets) if mix is None else _fused_loss(head, targets, mix)
 
 
-def fuse_head(model: CausalModel) -> FusedHead:
+def fuse_head(model: Any) -> FusedHead:
     """Put a FusedHead in the place of the model's head and return it; call before peft and DeepSpeed wrap the model.
 
     Raises:
@@ -245,16 +234,7 @@ def head_loss(
     Raises:
         ConfigError: the targets lack what the mix needs, or the adapter has no plain low-rank form (DoRA and the like).
     """
-    fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
-    sums = fused(
-        hidden_NH,
-        targets=targets,
-        mix=mix,
-        lora_hidden_NR=lora_hidden_NR,
-        lora_weight_VR=lora_weight_VR,
-        chunk_tokens=chunk_tokens,
-    )
-    return LossSums(*sums)
+    return LossSums(*_through_head(head, hidden_NH, targets, mix, chunk_tokens))
 
 
 @torch.no_grad()
@@ -262,15 +242,21 @@ def head_metrics(
     head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, *, chunk_tokens: int | None = None
 ) -> TokenMetrics:
     """TokenMetrics through the model's output embeddings as they stand, without gradient; see `head_loss`."""
+    return TokenMetrics(*_through_head(head, hidden_NH, targets, None, chunk_tokens))
+
+
+def _through_head(
+    head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, mix: LossMix | None, chunk_tokens: int | None
+) -> Any:
     fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
-    metrics_8N: Tensor = fused(
+    return fused(
         hidden_NH,
         targets=targets,
+        mix=mix,
         lora_hidden_NR=lora_hidden_NR,
         lora_weight_VR=lora_weight_VR,
         chunk_tokens=chunk_tokens,
     )
-    return TokenMetrics(*metrics_8N.unbind())
 
 
 def _without_lora(head: torch.nn.Module, hidden_NH: Tensor) -> tuple[torch.nn.Module, Tensor | None, Tensor | None]:
