@@ -1,7 +1,7 @@
 """What changes from one optimizer step to the next: learning rate, loss weights and temperature.
 
-`step` counts from 0 to `num_steps` - 1 in a stage. Elastic weights follow `remaining` instead: the held-out loss divided
-by what it was when the stage began, at most 1.
+`step` counts from 0 to `num_steps` - 1 in a stage. Elastic weights follow `remaining` instead: the held-out loss
+divided by what it was when the stage began, at most 1.
 """
 
 import math
