@@ -42,7 +42,7 @@ from student_train.runtime.checkpoint import Best, CheckpointState, HeldoutProgr
 from student_train.runtime.engine import Engine
 from student_train.runtime.metrics_log import MetricsLog, StepRecord, require_tensorboard
 from student_train.runtime.ranks import Ranks
-from student_train.runtime.run_folder import RunFolder, summarise
+from student_train.runtime.run_folder import RunFolder, is_finished, summarise
 from student_train.schedule import learning_rate, mix_at, target_view
 
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
@@ -61,9 +61,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
         if ranks.is_first:
             run.open(config, has_learnt=checkpoint.latest_state(run.checkpoints) is not None)
         state = checkpoint.latest_state(run.checkpoints)
-        if state is not None and state.stage_is_done and state.stage == len(config.stages) - 1:
-            if ranks.is_first:
-                note(f"the run is finished: {state.tag} is the last step of its last stage")
+        if is_finished(state, config):
             return summarise(run, config)
         plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         if ranks.is_first:

@@ -24,7 +24,7 @@ from stillroom.log import note
 from stillroom.storage.paths import write_text_atomic
 from student_train.config import TrainConfig, meaning_of
 from student_train.data.open import before_and_after
-from student_train.runtime.checkpoint import latest_state
+from student_train.runtime.checkpoint import CheckpointState, latest_state
 
 SHOWN_KEYS = 5
 
@@ -164,18 +164,22 @@ def _shown(meaning: dict[str, Any], key: str) -> str:
 
 
 def summary_if_finished(config: TrainConfig) -> Json | None:
-    """The summary of a run that has nothing left to train, before anything slow is imported; else None.
+    """The summary of a run that has nothing left to train, before anything slow is imported; otherwise None.
 
-    Raises ConfigError where the run's configuration means something else, CorruptError.
+    Raises ConfigError if the run's configuration means something else, CorruptError.
     """
     run = RunFolder(config.run)
-    state = latest_state(run.checkpoints)
-    if state is None or not state.stage_is_done or state.stage != len(config.stages) - 1:
+    if not is_finished(latest_state(run.checkpoints), config):
         return None
     with run.lock():
         run.open(config, has_learnt=True)
-    note(f"the run is finished: {state.tag} is the last step of its last stage; nothing is left to train")
+    note("the run is finished: nothing is left to train")
     return summarise(run, config)
+
+
+def is_finished(state: CheckpointState | None, config: TrainConfig) -> bool:
+    """Whether the state is that of the last step of the last stage."""
+    return state is not None and state.stage_is_done and state.stage == len(config.stages) - 1
 
 
 def summarise(run: RunFolder, config: TrainConfig) -> Json:
