@@ -42,7 +42,7 @@ from student_train.runtime.checkpoint import Best, CheckpointState, HeldoutProgr
 from student_train.runtime.engine import Engine
 from student_train.runtime.metrics_log import MetricsLog, StepRecord, require_tensorboard
 from student_train.runtime.ranks import Ranks
-from student_train.runtime.run_folder import RunFolder, is_finished, summarise
+from student_train.runtime.run_folder import FINISHED, RunFolder, is_finished, summarise
 from student_train.schedule import learning_rate, mix_at, target_view
 
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
@@ -62,6 +62,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
             run.open(config, has_learnt=checkpoint.latest_state(run.checkpoints) is not None)
         state = checkpoint.latest_state(run.checkpoints)
         if is_finished(state, config):
+            if ranks.is_first:
+                note(FINISHED)
             return summarise(run, config)
         plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         if ranks.is_first:

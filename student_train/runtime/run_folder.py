@@ -27,6 +27,7 @@ from student_train.data.open import before_and_after
 from student_train.runtime.checkpoint import CheckpointState, latest_state
 
 SHOWN_KEYS = 5
+FINISHED = "the run is finished: nothing is left to train"
 
 FROM_LEARNING = ("checkpoints", "stages", "tensorboard")
 """Folders that optimizer steps write."""
@@ -173,7 +174,7 @@ def summary_if_finished(config: TrainConfig) -> Json | None:
         return None
     with run.lock():
         run.open(config, has_learnt=True)
-    note("the run is finished: nothing is left to train")
+    note(FINISHED)
     return summarise(run, config)
 
 

@@ -308,7 +308,7 @@ def test_a_finished_run_says_so_and_does_nothing(
     assert steps == ["evaluate", "train distill", "evaluate"]
     monkeypatch.setattr("student_train.training.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare"))
     assert trainer.finish(config) == summary
-    assert capsys.readouterr().err.startswith("the run is finished: distill-000003 is the last step of its last stage")
+    assert capsys.readouterr().err.startswith("the run is finished: nothing is left to train")
 
 
 def test_the_end_of_a_run_compares_only_what_is_alike(trainer: Trainer) -> None:
