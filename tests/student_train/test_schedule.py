@@ -60,7 +60,7 @@ def test_elastic_weights_follow_what_remains() -> None:
     stage = schedule_of({"kind": "elastic", "start": 0.9, "end": 0.5})
     weights = [mix_at(stage, step, 10, remaining).terms[0].weight for step, remaining in ((0, 1.0), (7, 0.25), (9, 0))]
     assert weights == pytest.approx([0.9, 0.6, 0.5])
-    with pytest.raises(ConfigError, match="no term has a weight above 0"):
+    with pytest.raises(ConfigError, match="no loss has a weight above 0"):
         check_mixes(schedule_of({"kind": "elastic", "start": 1.0, "end": 0.0}), 10)
     with pytest.raises(ConfigError, match="temperature cannot be elastic"):
         stage_of(temperature={"kind": "elastic", "start": 2.0, "end": 1.0})
@@ -93,5 +93,5 @@ def test_mixes_that_teach_nothing_are_refused() -> None:
         check_mixes(stage_of(losses={"forward": 1}), 10)
     with pytest.raises(ConfigError, match="takes no beta"):
         check_mixes(stage_of(losses={"cross_entropy": {"beta": 0.5}}), 10)
-    with pytest.raises(ConfigError, match="no term has a weight above 0"):
+    with pytest.raises(ConfigError, match="no loss has a weight above 0"):
         check_mixes(schedule_of({"kind": "linear", "start": 1.0, "end": 0.0}), 10)
