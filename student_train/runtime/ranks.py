@@ -1,9 +1,10 @@
 """The processes of a run: starting them, joining them, and sums over all of them. No DeepSpeed.
 
 `run --nproc N` starts this program N times on this machine; under an external launcher (torchrun, deepspeed, srun with
-its variables) the program is a rank already. torch's own elastic launch is not used inside the program: it takes the
-first exit that it sees for the cause and ends the others at once, which hides a damaged shard behind the peers that
-lost the rank which found it; it forwards no second Ctrl-C; and it forgets exit codes once a signal has come.
+its variables) the program is a rank already. `launch` is not torch's elastic launch (2.13), because that one ends the
+other ranks within 0.1 s of the first failure it sees, so that a rank that meets a damaged shard dies of SIGTERM instead
+of exiting with 3 when a peer that lost contact is quicker, and because after Ctrl-C it reports the signal whatever the
+ranks ended with: a finished run (0) or a failed save (1, 3) looks interrupted.
 """
 
 from __future__ import annotations
