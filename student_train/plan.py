@@ -45,7 +45,7 @@ from student_train.data.open import (
 )
 from student_train.data.selection import Selection, SelectionHeader, SelectionRequest
 from student_train.data.stream import PackStream
-from student_train.losses.divergences import Divergence, Loss, LossMix, ReverseKL
+from student_train.losses.divergences import Divergence, Loss, LossMix
 from student_train.model.prune import require_cut
 from student_train.model.shape import ModelShape, model_shape
 from student_train.runtime.checkpoint import latest_state
@@ -334,7 +334,7 @@ def _targets_of(loss: Loss, header: SelectionHeader) -> str:
         return f"{entries} alone"
     if loss.tail == "bucket" or not header.draws:
         return f"{entries}, all others in one bucket"
-    if isinstance(loss, ReverseKL):
+    if not loss.estimates_tail:
         return f"{entries} and the distinct ones of {header.draws} drawn ids, all others in one bucket"
     return f"{entries}, the tail estimated from {header.draws} draws"
 

@@ -154,6 +154,9 @@ class Divergence(Loss):
 
     tail: Tail = "stored"
 
+    estimates_tail: ClassVar[bool] = True
+    """Whether draws estimate the tail's part; otherwise each distinct drawn id is an entry of its own."""
+
     def nats(self, seen: Seen) -> Tensor:
         """[N] nats times temperature^2, without the weight."""
         assert seen.compared is not None
@@ -167,15 +170,17 @@ class Divergence(Loss):
             mass_N1 = teacher_NK.logsumexp(dim=1, keepdim=True)
             # A token without support has no mass to rescale, and teaches nothing.
             return self.between((teacher_NK - mass_N1).where(mass_N1 > NO_MASS / 2, NO_MASS), student_NK)
-        if self.tail == "stored" and seen.draws is not None:
-            return self.with_draws(seen, seen.draws)
-        return self.between(seen.teacher_NB, seen.student_NB)
+        if self.tail == "bucket" or seen.draws is None:
+            return self.between(seen.teacher_NB, seen.student_NB)
+        if self.estimates_tail:
+            return self._estimate(seen, seen.draws)
+        return self.between(seen.draws.teacher_NF, seen.draws.student_NF)
 
     @abstractmethod
     def between(self, teacher_NB: Tensor, student_NB: Tensor) -> Tensor:
         """[N] nats, summed over any buckets."""
 
-    def with_draws(self, seen: Compared, draws: Drawn) -> Tensor:
+    def _estimate(self, seen: Compared, draws: Drawn) -> Tensor:
         """[N] nats: exact on the support, the tail's part estimated from the draws without bias."""
         is_draw_NM = draws.weights_NM > 0.0
         log_ratio_NM = (draws.student_NM - draws.teacher_NM).where(is_draw_NM, 0.0)
@@ -192,9 +197,9 @@ class Divergence(Loss):
         """(a, b): what a tail costs where the student has nothing, and where the teacher has nothing."""
         return 0.0, 0.0
 
-    @abstractmethod
     def drawn_nats(self, log_ratio_NM: Tensor) -> Tensor:
         """h(t) = c(1, t) - a - b t of log t = log(q/p), in a form that loses nothing where t is large or small."""
+        raise NotImplementedError(self.name)
 
 
 @dataclass(frozen=True)
@@ -220,15 +225,10 @@ class ReverseKL(Divergence):
     """
 
     name = "reverse_kl"
+    estimates_tail = False
 
     def between(self, teacher_NB: Tensor, student_NB: Tensor) -> Tensor:
         return kl(student_NB, teacher_NB)
-
-    def with_draws(self, seen: Compared, draws: Drawn) -> Tensor:
-        return self.between(draws.teacher_NF, draws.student_NF)
-
-    def drawn_nats(self, log_ratio_NM: Tensor) -> Tensor:
-        raise AssertionError("no estimate from draws is unbiased")
 
 
 @dataclass(frozen=True)
