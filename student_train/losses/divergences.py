@@ -353,7 +353,7 @@ def make_loss(name: str, weight: float = 1.0, **settings: str | float | None) ->
     for key, value in given.items():
         if key not in {field.name for field in fields(LOSSES[name])}:
             raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, drop it")
-    return LOSSES[name](weight, **given)  # type: ignore[arg-type]
+    return LOSSES[name](weight, **given)
 
 
 @dataclass(frozen=True)
