@@ -13,7 +13,7 @@ from stillroom.errors import ConfigError
 from stillroom.schema.records import Signals
 from student_train.config import StageConfig
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.open import check_losses, check_temperature
+from student_train.data.open import check_temperature
 from student_train.data.pack import Pack, TargetView, to_torch
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
 from student_train.data.stream import PackStream
@@ -65,22 +65,18 @@ def test_every_loss_token_meets_its_own_draws_and_partitions(
     assert seen > 300
 
 
-def test_a_cache_without_draws_beside_one_with_them_is_refused_for_sampled_tails(
+def test_a_cache_without_draws_beside_one_with_them_leaves_the_tail_in_a_bucket(
     tmp_path: Path, cache: SyntheticCache
 ) -> None:
     other = make_cache(tmp_path / "other", num_chains=8, max_support=3, seed=1, temperatures=(2.0,))
-    stage = StageConfig.model_validate(
-        {"learning_rate": 1e-3, "losses": {"forward_kl_sampled_tail": 1.0}, "temperature": 0.5}
-    )
+    stage = StageConfig.model_validate({"learning_rate": 1e-3, "losses": {"forward_kl": 1.0}, "temperature": 0.5})
     mix = mix_at(stage, 0, 10)
     alone = selection_of(tmp_path, [cache])
-    check_losses(mix, alone)
+    assert target_view(stage, alone.header.temperatures, mix, 0, 10, has_draws=alone.header.draws > 0).with_draws
     check_temperature(alone, stage)
     (tmp_path / "both").mkdir()
     both = selection_of(tmp_path / "both", [cache, other])
     assert (both.header.draws, both.header.temperatures) == (0, [2.0])
-    with pytest.raises(ConfigError, match="needs draws from the tail, which not every selected shard holds"):
-        check_losses(mix, both)
     with pytest.raises(ConfigError, match=r"temperature 0.5 .* hold 2: .*capture.temperatures: \[0.5\]"):
         check_temperature(both, stage)
     # Partitions of a temperature that both hold are read from the right column of each.
