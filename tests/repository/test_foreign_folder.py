@@ -12,9 +12,8 @@ from stillroom.config import plain
 from student_train.runtime.ranks import RANK_VARIABLES
 from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache
-from tests.helpers.training import cache, make_config, student
+from tests.helpers.training import make_config
 
-__all__ = ["cache", "student"]
 
 HELP_OF_EVERY_COMMAND = """
 import sys

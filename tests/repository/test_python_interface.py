@@ -16,7 +16,7 @@ import student_train.data
 import student_train.losses
 from student_train.config import StudentConfig, TrainConfig
 from student_train.data import to_torch
-from student_train.losses import LossMix, LossTerm
+from student_train.losses import CrossEntropy, LossMix
 from student_train.losses.fused_head import fuse_head
 from student_train.model.student import Student, load_causal
 from tests.helpers import ROOT
@@ -53,7 +53,7 @@ def test_the_loop_of_the_page_computes_what_the_trainer_computes(place: Path) ->
     with student_train.data.PackStream(selection, spec, packs_per_step=1, num_epochs=1) as stream:
         batch = to_torch(next(stream), "cpu")
     assert len(batch.document_lengths) > 2
-    mix = LossMix((LossTerm("cross_entropy"),))
+    mix = LossMix((CrossEntropy(),))
     model: Any = AutoModelForCausalLM.from_pretrained(place / "runs/demo/student", dtype=torch.float32)
     hidden_LH = model.get_decoder()(
         input_ids=batch.input_ids_1L, position_ids=batch.position_ids_1L, use_cache=False
