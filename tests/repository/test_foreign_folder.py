@@ -14,7 +14,6 @@ from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.training import make_config
 
-
 HELP_OF_EVERY_COMMAND = """
 import sys
 from importlib import import_module
