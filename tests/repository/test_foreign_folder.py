@@ -11,8 +11,7 @@ import pytest
 from stillroom.config import plain
 from student_train.runtime.ranks import RANK_VARIABLES
 from tests.helpers import ROOT
-from tests.helpers.caches import SyntheticCache
-from tests.helpers.training import make_config
+from tests.helpers.training import Trainer
 
 HELP_OF_EVERY_COMMAND = """
 import sys
@@ -52,10 +51,8 @@ def test_the_judge_process_judges(folder: Path) -> None:
     assert run(folder, "-c", JUDGE) == "True\n"
 
 
-def test_two_ranks_train_and_torchrun_finds_the_run_finished(
-    folder: Path, cache: SyntheticCache, student: Path
-) -> None:
-    config = make_config(folder / "run", cache, student, {"max_steps": 1}, eval=None)
+def test_two_ranks_train_and_torchrun_finds_the_run_finished(folder: Path, trainer: Trainer) -> None:
+    config = trainer.config("run", {"max_steps": 1}, eval=None)
     path = folder / "config.json"
     path.write_text(json.dumps(plain(config)))
     command = ("-m", "student_train.cli", "run", str(path), "--json")
