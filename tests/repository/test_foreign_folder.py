@@ -11,7 +11,9 @@ import pytest
 from stillroom.config import plain
 from student_train.runtime.ranks import RANK_VARIABLES
 from tests.helpers import ROOT
-from tests.helpers.training import Trainer
+from tests.helpers.training import Trainer, cache, references, student, trainer
+
+__all__ = ["cache", "references", "student", "trainer"]
 
 HELP_OF_EVERY_COMMAND = """
 import sys
