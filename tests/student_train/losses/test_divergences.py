@@ -43,8 +43,9 @@ def two_distributions(seed: int, spread: float, num_buckets: int) -> tuple[Tenso
     return teacher_NB, student_NB
 
 
+# Training tests in the same process flush subnormal numbers, and hypothesis refuses to make any then.
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), spread=st.floats(0.0, 40.0), num_buckets=st.integers(2, 9))
+@given(seed=st.integers(0, 10_000), spread=st.floats(0.0, 40.0, allow_subnormal=False), num_buckets=st.integers(2, 9))
 def test_bounds(seed: int, spread: float, num_buckets: int) -> None:
     teacher_NB, student_NB = two_distributions(seed, spread, num_buckets)
     slack = 1e-9
