@@ -106,7 +106,7 @@ def _start(cache: Path, requests: Sequence[Request], index: int, count: int) -> 
 
 
 def _fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
-    # Forked, because an interpreter that starts anew spends its seconds on imports, where a kill shows nothing.
+    # Forked, because a fresh interpreter spends its seconds on imports, where a kill shows nothing.
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     return process

@@ -59,7 +59,9 @@ def run_lines(summary: Result) -> list[str]:
         f"{100 * summary['stall_frac']:.1f}% waiting for data"
     )
     if summary["num_skipped_steps"]:
-        lines.append(f"skipped    {summary['num_skipped_steps']} steps: float16 overflowed, their packs taught nothing")
+        lines.append(
+            f"skipped    {summary['num_skipped_steps']} steps with float16 overflow: their packs had no effect"
+        )
     for label, name in (("before", "heldout_before"), ("after", "heldout_after")):
         if summary[name] is not None:
             lines.append(f"{label:10} {_metrics(summary[name])}")
@@ -80,9 +82,9 @@ def eval_lines(result: Result) -> list[str]:
     if answers is not None:
         accuracy, teacher = (_share(answers[name]) for name in ("accuracy", "teacher_accuracy"))
         lines.append(
-            f"answers: {accuracy} right on {format_plural(answers['num_prompts'], 'prompt')} (teacher {teacher})  "
-            f"undecided {answers['num_undecided']}  cut off {answers['truncated_frac']:.1%}  "
-            f"{answers['mean_tokens']:.0f} tokens an answer  {answers['tokens_per_s']:.0f} tok/s"
+            f"answers: {accuracy} correct on {format_plural(answers['num_prompts'], 'prompt')} (teacher {teacher})  "
+            f"undecided {answers['num_undecided']}  truncated {answers['truncated_frac']:.1%}  "
+            f"{answers['mean_tokens']:.0f} tokens per answer  {answers['tokens_per_s']:.0f} tok/s"
         )
     return lines
 
@@ -105,15 +107,15 @@ def _stage_lines(stage: Result) -> list[str]:
     what = "text to learn" if stage["is_text"] else "tokens"
     left_out = f"; {stage['num_left_out']} left out (without {what}, or of weight 0)" if stage["num_left_out"] else ""
     packs, steps = format_plural(stage["packs_per_epoch"], "pack"), format_plural(stage["steps_per_epoch"], "step")
-    epoch = f"{packs} an epoch{fill}; {steps} an epoch"
+    epoch = f"{packs} per epoch{fill}; {steps} per epoch"
     return [
         f"stage      {stage['name']}: trains {stage['trainable']}",
         f"selection  {chains}, {completion} completion tokens, {prompt} prompt tokens{left_out}{cut}",
-        f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} a rank",
+        f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} per rank",
         f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
         *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
         *_temperature_lines(stage["temperatures"]),
-        f"memory     about {memory['total']:.1f} GiB a rank ({parts})",
+        f"memory     about {memory['total']:.1f} GiB per rank ({parts})",
     ]
 
 
@@ -153,15 +155,15 @@ def _metrics(result: Result) -> str:
 STUDENT_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "huggingface_hub")
 """Not in the base install: who only reads caches has none of them."""
 
-app = new_program("student-train", "Train students from the distributions that a teacher left in a cache.")
+app = new_program("student-train", "Train students from a cache of a teacher's token distributions.")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
+OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.0.epochs=2; may be given again."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. stages.0.epochs=2. Repeatable."),
 ]
-WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or the name of a checkpoint.")]
+WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or a checkpoint's name.")]
 
 
 @app.command()
@@ -173,12 +175,14 @@ def init(
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a student from a teacher by depth."""
+    """Create a student by keeping some of a teacher's layers."""
     from student_train.model.prune import init_student
 
     if config_path is not None:
         if (teacher, layers, out) != (None, None, None):
-            raise ConfigError("CONFIG and --teacher, --layers, --out exclude each other: the file says it all")
+            raise ConfigError(
+                "CONFIG already sets teacher, layers and folder: remove it, or --teacher, --layers and --out"
+            )
         student = _config(config_path, overrides).student
         if student.init is None:
             raise ConfigError(f"{config_path}: student.init is not set: it names the teacher and the layers to keep")
@@ -200,7 +204,7 @@ def plan(
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would read and cost. Refuses what the run would refuse; loads no model."""
+    """Show data, steps and memory of a run. Makes the run's checks without loading weights."""
     from student_train.plan import plan_run
 
     planned = plan_run(_config(config_path, overrides), nproc)
@@ -214,7 +218,7 @@ def run(
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Train, or go on from the last checkpoint of the same run."""
+    """Train, or resume from the run's last checkpoint."""
     from stillroom.program import StopRequest
     from student_train.runtime.run_folder import summary_if_finished
 
@@ -248,24 +252,26 @@ def evaluate(
     config_path: OptionalConfigPath = None,
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to evaluate.")] = None,
-    cache: Annotated[list[Path] | None, typer.Option(help="Cache to evaluate on; may be given again.")] = None,
+    cache: Annotated[list[Path] | None, typer.Option(help="Cache to evaluate on. Repeatable.")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition over chains; default: split = 'heldout'.")] = None,
-    initial: Annotated[bool, typer.Option("--initial", help="The student before its training.")] = False,
+    initial: Annotated[bool, typer.Option("--initial", help="Evaluate the student before training.")] = False,
     checkpoint: WhichCheckpoint = "last",
-    max_chains: Annotated[int | None, typer.Option(min=1, help="With --model: chains at most; default 512.")] = None,
-    pack_tokens: Annotated[int | None, typer.Option(min=16, help="With --model: tokens a pack; default 4096.")] = None,
+    max_chains: Annotated[int | None, typer.Option(min=1, help="With --model: maximum chains. Default: 512.")] = None,
+    pack_tokens: Annotated[
+        int | None, typer.Option(min=16, help="With --model: tokens per pack. Default: 4096.")
+    ] = None,
     generate: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Also generate answers to N held-out prompts and judge them.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="With --generate: tokens of an answer at most; default 1024.")
+        int | None, typer.Option(min=1, help="With --generate: maximum tokens per answer. Default: 1024.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="With --generate: of sampling; default 0, the most likely token.")
+        float | None, typer.Option(min=0, help="With --generate: sampling temperature. Default: 0 (greedy).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a student with its teacher. On held-out chains; with --generate its answers with the truth, too."""
+    """Evaluate a student against its teacher on held-out chains. With --generate, also judge its own answers."""
     from student_train.answers import DEFAULT_NEW_TOKENS, GenerateConfig
     from student_train.evaluation import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
 
@@ -276,9 +282,9 @@ def evaluate(
         raise ConfigError("--max-new-tokens and --temperature have no effect without --generate")
     if config_path is not None:
         if (model, cache) != (None, None):
-            raise ConfigError("CONFIG and --model, --cache exclude each other")
+            raise ConfigError("CONFIG already names model and caches: remove it, or --model and --cache")
         if (max_chains, pack_tokens) != (None, None):
-            raise ConfigError("--max-chains and --pack-tokens need --model: --set eval.max_chains=N with a CONFIG")
+            raise ConfigError("--max-chains and --pack-tokens need --model: with a CONFIG use --set eval.max_chains=N")
         config = _config(config_path, overrides)
         result = evaluate_config(config, where, "initial" if initial else checkpoint, answers)
     else:
@@ -303,9 +309,11 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     overrides: Overrides = None,
     checkpoint: WhichCheckpoint = "last",
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write a LoRA adapter unmerged.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the LoRA adapter without merging it.")
+    ] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Where the cache's tokenizer is, if student and teacher do not have it.")
+        str | None, typer.Option(help="Folder with the cache's tokenizer, if neither student nor teacher has it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -322,10 +330,10 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Write one page with the curves of runs. Self-contained HTML; several runs are compared."""
+    """Write an HTML report of one run, or compare several."""
     from stillroom.storage.paths import check_out
     from student_train.report import write_student_report
 
@@ -336,7 +344,7 @@ def report(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed and what is missing. With what it can do here, and the command that mends it."""
+    """Check what is installed. Lists what is missing and the command that installs it."""
     from stillroom.doctor import report_lines
     from student_train.doctor import diagnose
 

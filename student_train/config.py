@@ -95,7 +95,7 @@ class StageConfig(StrictModel):
     """All weights, adapters (LoRA), or the head only. Training a head that is tied to the embeddings trains both, and
     backpropagates through all layers."""
     lora: LoraConfig | None = None
-    """Only with `trainable: lora`; None takes the defaults."""
+    """Only with `trainable: lora`; None uses the defaults."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
             "forward_kl": LossConfig(weight=0.9),

@@ -38,9 +38,9 @@ from student_train.runtime.engine import saved_weights
 from student_train.runtime.run_folder import RunFolder
 
 EVAL_ROWS = {
-    "cross_entropy": "cross-entropy (nats a token)",
-    "forward_kl": "KL(teacher, student) (nats a token)",
-    "js": "Jensen-Shannon divergence (nats a token)",
+    "cross_entropy": "cross-entropy (nats per token)",
+    "forward_kl": "KL(teacher, student) (nats per token)",
+    "js": "Jensen-Shannon divergence (nats per token)",
     "top1_agreement": "top-1 agreement",
     "confidence_minus_accuracy": "confidence - accuracy",
 }

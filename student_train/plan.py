@@ -331,7 +331,7 @@ def _targets_of(loss: Loss, header: SelectionHeader) -> str:
         return "the teacher's most likely token" if loss.needs_distribution else "the next token"
     entries = f"at most {header.max_support} stored entries a token"
     if loss.tail in ("drop", "renormalise"):
-        return f"{entries} alone"
+        return f"{entries} only"
     if loss.tail == "bucket" or not header.draws:
         return f"{entries}, all others in one bucket"
     if not loss.estimates_tail:
@@ -363,8 +363,8 @@ def _notes_on_heads(config: TrainConfig, shape: ModelShape) -> list[str]:
     names = [stage.name for stage in config.stages if stage.trainable == "head"]
     if not (names and shape.has_tied_head):
         return []
-    said = f"the head of {config.student.model} is its embeddings too (tied): stage {' and '.join(names)} trains both"
-    return [f"{said}, and its gradient passes through all layers"]
+    tied = f"the head of {config.student.model} is tied to its embeddings: stage {' and '.join(names)} trains both"
+    return [f"{tied} and backpropagates through all layers"]
 
 
 def _chunk_tokens(engine: EngineConfig) -> int:

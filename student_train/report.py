@@ -205,7 +205,7 @@ def _losses(runs: Sequence[Run]) -> list[Piece]:
     pieces: list[Piece] = []
     if is_one and runs[0].has_one_loss and len(runs[0].stages()[0].parts()) > 1:
         whole = curve("", runs[0].tokens() / axis.unit, runs[0].column("loss"))
-        pieces.append(Figure("Loss: weighted sum of its parts", line_chart([whole], axis.label, "nats a token")))
+        pieces.append(Figure("Loss: weighted sum of its parts", line_chart([whole], axis.label, "nats per token")))
     for part in dict.fromkeys(
         part for run in runs_by_number.values() for stage in run.stages() for part in stage.parts()
     ):
@@ -262,7 +262,7 @@ def _speed(runs: Sequence[Run]) -> list[Piece]:
         return Figure(title, line_chart(lines, axis.label, label, from_zero=True, marks=marks))
 
     return [
-        figure("Speed", "tokens_per_s", 1.0, "tokens a second"),
+        figure("Speed", "tokens_per_s", 1.0, "tokens per second"),
         figure("Waiting for data", "stall_frac", 100.0, "waiting (% of a step)"),
     ]
 

@@ -244,9 +244,9 @@ _COLUMNS = (
     ("confidence_minus_accuracy", "overconfidence", _SIGNED),
 )
 _NOTE = (
-    "KL and JSD are estimates where the cache holds draws from the teacher's tail, else lower bounds with the tail in "
-    "one bucket, as reverse KL is. Agreement: the student's first choice is the teacher's; accuracy: it is the token "
-    "that was sampled; overconfidence: confidence - accuracy, the probability of that choice less how often it is so."
+    "KL and JSD are unbiased estimates if the cache holds draws from the teacher's tail; otherwise, like the reverse "
+    "KL, they are lower bounds with the tail as one outcome. Agreement: how often the student's top token is the "
+    "teacher's. Accuracy: how often it is the sampled token. Overconfidence: its mean probability minus accuracy."
 )
 
 

@@ -286,7 +286,7 @@ class StageRun:
         if not math.isfinite(record.loss):
             raise StillroomError(
                 f"{self._key}: the loss is {record.loss} at step {self._step}: lower learning_rate, or raise "
-                "engine.precision; the last checkpoint is untouched"
+                "engine.precision; the last checkpoint is intact"
             )
         if self._log is not None and self._bar is not None:
             self._log.write(record)

@@ -440,13 +440,13 @@ def _sampling(config: BuildConfig | ScoreConfig) -> Json:
 
 
 def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
-    """Warns if the run was begun with the sampler plugin and continues without it, or the other way round."""
+    """Warns if the run was started with the sampler plugin and continues without it, or the other way round."""
     before, now = known.engine.get("sampler"), info.settings.get("sampler")
     if before is not None and now is not None and before != now:
         kinds = {"plugin": "exact entropies", "vllm": "entropies of the stored support"}
         warn(
-            f"run {known.run_id} was begun with {kinds.get(before, before)} and continues with {kinds.get(now, now)}: "
-            "each shard's header says which it holds"
+            f"run {known.run_id} was started with {kinds.get(before, before)} and continues with "
+            f"{kinds.get(now, now)}: each shard's header says which it holds"
         )
 
 

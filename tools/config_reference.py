@@ -1,7 +1,7 @@
-"""Writes docs/configuration.md out of the configuration models: `python -m tools.config_reference [FILE]`.
+"""Generates docs/configuration.md from the configuration models: `python -m tools.config_reference [FILE]`.
 
-In: the pydantic models of both programs, whose docstrings are the text. Out: Markdown, one table a block: key, type,
-default, meaning. tests/test_configuration.py fails where the page in docs/ is not what this writes.
+In: the pydantic models of both programs, whose docstrings are the text. Out: Markdown, one table per block: key, type,
+default, meaning. tests/repository/test_config_reference.py fails if the page in docs/ is out of date.
 """
 
 import re
@@ -29,14 +29,13 @@ PROGRAMS: tuple[tuple[str, type[StrictModel]], ...] = (
 HEAD = """\
 # Configuration
 
-Every key of every configuration, made from the models that read them (`python -m tools.config_reference`). A file is
-YAML; a key that is unknown, or that would have no effect, is refused with one line that says so. `--set a.b=c`
-overrides one key (`--set sampling.samples=4`, items of lists by number: `--set stages.0.epochs=2`) and may be given
-again. Relative paths count from the directory in which a command runs, not from the file. Environment variables and
-`~` are not expanded, so that an experiment means the same on every machine, and a configuration holds no password or
-token: it is copied into manifests and reports.
+Every configuration key, generated from the models that read them (`python -m tools.config_reference`). A file is
+YAML. Unknown keys and settings without effect are errors. `--set a.b=c` overrides a key (`--set sampling.samples=4`,
+list items by number: `--set stages.0.epochs=2`) and can be repeated. Relative paths start at the current directory,
+not at the file. Environment variables and `~` are not expanded, so that a configuration means the same on every
+machine. Passwords and tokens are refused, because configurations are copied into manifests and reports.
 
-**Required** keys have no default; `null` is off, or what the text says.
+**Required** keys have no default; `null` turns a setting off unless the text says otherwise.
 """
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 SIZES = {"min_length": "at least {} items", "max_length": "at most {} items"}
@@ -50,13 +49,13 @@ def main() -> None:
 
 def reference() -> str:
     """The whole page."""
-    parts, told = [HEAD], set[type[BaseModel]]()
+    parts, seen = [HEAD], set[type[BaseModel]]()
     for commands, root in PROGRAMS:
         parts.append(f"## {commands}\n")
         for path, model in _blocks(root):
-            if path and model in told:
+            if path and model in seen:
                 continue
-            told.add(model)
+            seen.add(model)
             parts.append(_section(path, model))
     return "\n".join(parts)
 

@@ -26,7 +26,7 @@ LEARNING_RATES = {"scratch": 3e-3, "cut": 2e-3}
 
 @dataclass(frozen=True)
 class Score:
-    """A student on held-out chains, against the teacher's whole distributions; nats a token."""
+    """A student on held-out chains, against the teacher's whole distributions; nats per token."""
 
     heldout_kl: float
     heldout_js: float

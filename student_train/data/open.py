@@ -3,7 +3,7 @@
 Refusals come here, before any model is loaded: an empty selection, a cache without what a loss needs, a vocabulary
 that is not the student's.
 
-The held-out chains of a run: frozen with it like those it learns from, but chosen anew when `eval` asks for others.
+The held-out chains of a run: frozen with it like those it learns from, but selected again when `eval` selects others.
 
 What was measured on other chains is kept, and compared with nothing: evaluations carry the hash of their selection.
 """
@@ -180,12 +180,12 @@ def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:
 
 
 def open_heldout(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
-    """The selection frozen at `path`, made anew where `eval` asks for other chains by now.
+    """The selection frozen at `path`, or a new one if `eval` now selects other chains.
 
     Raises ConfigError, DataError, CorruptError.
     """
     if path.exists() and not is_answered(path, request):
-        note("eval asks for other held-out chains than before: they are selected anew, and the best checkpoint with it")
+        note("eval selects other held-out chains than before: selecting them again and resetting the best checkpoint")
         _forget(path)
     return open_data(path, request, data, student)
 

@@ -1,11 +1,11 @@
-"""A frozen selection: one row a chain, where it lies, how long it is and what it weighs. The format of
+"""A frozen selection: one row per chain, where it lies, how long it is and what it weighs. The format of
 `selection.parquet`.
 
 R selected chains, G row groups that hold some of them
 
 Which chains a run trains on: a SQL condition, evaluated once at pinned versions of its caches and kept with the run.
 
-In: caches, a condition over the view `chains`. Out: `selection.parquet`, one row a chain (where it lies, how long it
+In: caches, a condition over the view `chains`. Out: `selection.parquet`, one row per chain (where it lies, how long it
 is, what it weighs), with a header that says what was asked of which versions. So a run can be repeated while its
 caches grow. Cost: 28 bytes a chain in memory; no token is read.
 
@@ -502,7 +502,7 @@ def _check_weights(weights: Float32, expression: str | None) -> None:
     if bad.any():
         raise ConfigError(
             f"data.weight {expression!r} is {weights[bad][0]} for {int(bad.sum())} of {len(weights)} chains: weights "
-            "are finite and not negative (coalesce() mends NULL)"
+            "are finite and not negative (use coalesce() for NULL)"
         )
 
 

@@ -290,7 +290,7 @@ def _rows_of(target: Path, source: Selection, rows: Int64) -> pa.Table:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CorruptError(f"{target} cannot be read: {reason}: delete it, and it is made anew") from error
+        raise CorruptError(f"{target} cannot be read: {reason}: delete it to rebuild it") from error
     keys = keys_of(table.column("sample_id"), str(target))
     kept = rows[np.isin(source.key_R[rows], keys)]
     group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
@@ -316,7 +316,7 @@ def _hash_of(target: Path) -> str | None:
         metadata = pq.read_schema(target).metadata or {}
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CorruptError(f"{target} cannot be read: {reason}: delete it, and it is made anew") from error
+        raise CorruptError(f"{target} cannot be read: {reason}: delete it to rebuild it") from error
     return str(metadata.get(TEXT_METADATA_KEY, b"").decode())
 
 

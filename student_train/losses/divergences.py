@@ -1,7 +1,7 @@
 """The losses, one frozen class each: what a loss needs, its value where the teacher is known, and its tail.
 
 In: log probabilities of teacher and student in B = K + 1 buckets a token: the K stored ids and, last, everything else.
-Out: nats a token. Cost: O(N K); `fused_head.py` does the O(N V) part once for any mix. A new loss is a class here and
+Out: nats per token. Cost: O(N K); `fused_head.py` does the O(N V) part once for any mix. A new loss is a class here and
 its line in LOSSES.
 
 With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q_r = 1 - sum_S q its tail, `tail` says

@@ -108,7 +108,7 @@ def _alone(causal: Any) -> Tensor | None:
         return None
     except (TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{type(causal).__name__} cannot be trained: its decoder gives no hidden states for ids and positions "
+            f"{type(causal).__name__} cannot be trained: its decoder returns no hidden states for ids and positions "
             f"({one_line(error)[:200]})"
         ) from error
 

@@ -21,7 +21,7 @@ class StepRecord:
     loss: float
     """Weighted mean over the global batch's loss tokens, loss weights included."""
     parts: dict[str, float]
-    """Mean of each loss by name, nats a token, before its weight."""
+    """Mean of each loss by name, nats per token, before its weight."""
     weights: dict[str, float]
     """Weight of each loss at this step."""
     temperature: float

@@ -145,7 +145,7 @@ def _explain(rank: int, code: int, num_ranks: int, logs: Path) -> str | None:
     else:
         message += f"was killed by {signal.Signals(-code).name}"
     if code == -signal.SIGKILL:
-        message += ": if nobody did, the machine ran out of memory (fewer ranks, or engine.zero_stage 3, take less)"
+        message += ": unless someone killed it, the machine ran out of memory (use fewer ranks or engine.zero_stage 3)"
     if rank == 0:
         return message if code < 0 else None
     path = _log_path(logs, rank)

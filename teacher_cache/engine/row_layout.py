@@ -97,7 +97,7 @@ class Layout:
             taus = tuple(float(tau) for tau in extra_args.get(TEMPERATURES) or ())
             return cls(int(extra_args[TOP]), int(extra_args.get(DRAWS) or 0), taus, mapped is not None)
         except (TypeError, OverflowError) as error:
-            raise ValueError(f"{TOP}, {DRAWS} or {TEMPERATURES} is no number: {error}") from error
+            raise ValueError(f"{TOP}, {DRAWS} or {TEMPERATURES} is not a number: {error}") from error
 
 
 def capture_of_rows(

@@ -50,7 +50,7 @@ class TokenArrays:
         """Copies n tokens. A batch is as wide as its largest request, and its arrays pin the message they came in."""
         width = self._width
         if ids_nW.shape[1] < width:
-            raise StillroomError(f"vLLM gave {ids_nW.shape[1] - 1} candidates a token where {width - 1} were asked for")
+            raise StillroomError(f"vLLM gave {ids_nW.shape[1] - 1} candidates per token, {width - 1} were requested")
         done = 0
         while done < len(ids_nW):
             if self._used == BLOCK_TOKENS:
@@ -159,7 +159,7 @@ def rows_of(logprobs: object, width: int) -> tuple[Int32, Float32, Int32]:
         return logprobs.arrays()
     if isinstance(logprobs, FlatLogprobs):
         return _flat_arrays(logprobs, width)
-    raise StillroomError(f"vLLM returned {type(logprobs).__name__} where log probabilities were asked for")
+    raise StillroomError(f"vLLM returned {type(logprobs).__name__} instead of log probabilities")
 
 
 def _empty_block(width: int) -> tuple[Int32, Float32, Int32]:

@@ -146,9 +146,9 @@ def _overview(stats: CacheStats) -> Piece:
                 _percent(_ratio(stats.num_truncated, stats.num_chains)),
                 format_plural(stats.num_truncated, "chain"),
             ),
-            Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats a token"),
+            Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats per token"),
             Number("mean tail mass", _percent(stats.mean_tail_mass, 2), "outside the stored candidates"),
-            Number("bytes a token", _unit(stats.bytes_per_token, "B", 1), signals),
+            Number("bytes per token", _unit(stats.bytes_per_token, "B", 1), signals),
             Number("on disk", format_bytes(stats.shard_bytes), format_plural(stats.num_shards, "shard")),
             Number("unanswered", f"{stats.num_failed:,}", "failed requests"),
         ]
@@ -199,7 +199,7 @@ def _pass_rates(stats: CacheStats) -> list[Piece]:
         [name for name, _ in shown],
         [100 * (counts.pass_rate or 0) for _, counts in shown],
         [f"{_percent(counts.pass_rate)} of {counts.num_judged:,}" for _, counts in shown],
-        "chains judged right (%)",
+        "chains judged correct (%)",
         limit=100,
     )
     return [Figure("Pass rate by source", chart, note)]
@@ -243,7 +243,7 @@ def _token_figures(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
         x = centers_B[kept_B]
         lines = [Line("mean", x, 100 * quantiles["mean"]), Line("90th percentile", x, 100 * quantiles["p90"])]
         chart = line_chart(lines, x_label, "tail mass (%)", from_zero=True)
-        note = "Probability outside the stored candidates, kept as one number a token."
+        note = "Probability outside the stored candidates, kept as one number per token."
         if len(draws_T := sample.draws_T[sample.draws_T > 0]):
             share = len(draws_T) / len(sample.draws_T)
             note += f" {share:.0%} of the tokens also have {draws_T.mean():.0f} draws from it."
@@ -256,7 +256,7 @@ def _token_figures(catalog: Catalog, sample: SignalSample) -> Iterator[Figure]:
     full = float(np.mean(sample.support_T >= sample.max_support))
     chart = histogram([Group("", sample.support_T)], "stored candidates", "share of tokens (%)", num_bins=64)
     note = f"{full:.0%} of the tokens have the maximum of {sample.max_support}."
-    yield Figure(f"Support: {np.mean(sample.support_T):.1f} candidates a token", chart, note)
+    yield Figure(f"Support: {np.mean(sample.support_T):.1f} candidates per token", chart, note)
     yield from _hesitations(catalog, sample)
 
 
@@ -337,9 +337,9 @@ def _throughput(session: Session) -> list[Piece]:
         rates[row["bin"]] = row["tokens"] / bin_s
     centers = (np.arange(NUM_TIME_BINS) + 0.5) * bin_s / unit_s
     chart = line_chart(
-        [Line("", centers, rates)], f"{unit} since the first chain", "completion tokens a second", from_zero=True
+        [Line("", centers, rates)], f"{unit} since the first chain", "completion tokens per second", from_zero=True
     )
-    title = f"Throughput: {rates.mean():,.0f} tokens a second over {format_span(seconds)}"
+    title = f"Throughput: {rates.mean():,.0f} tokens per second over {format_span(seconds)}"
     return [Figure(title, chart, f"Tokens of chains finished in each {bin_s:,.3g} s, from {span['began']}.")]
 
 
@@ -367,7 +367,7 @@ def _cost(session: Session, stats: CacheStats, price_per_hour: float | None) -> 
         Number(
             "space for a million more tokens",
             format_bytes(1e6 * (stats.bytes_per_token or 0)),
-            f"at {stats.bytes_per_token or 0:.1f} B a token",
+            f"at {stats.bytes_per_token or 0:.1f} B per token",
         ),
     ]
     if price_per_hour is not None:
@@ -409,7 +409,7 @@ def _storage(session: Session, stats: CacheStats) -> list[Piece]:
     signals = sum(row["bytes"] for row in rows if row["column_name"] in SIGNAL_COLUMNS)
     title = f"Bytes by column: distributions take {100 * signals / total:.0f}%"
     note = "Compressed size of the columns over completion tokens, without Parquet's own overhead."
-    return [Figure(title, bars(names, per_token, texts, "bytes a completion token"), note, is_tall=True)]
+    return [Figure(title, bars(names, per_token, texts, "bytes per completion token"), note, is_tall=True)]
 
 
 def _first_line(text: str | None) -> str:

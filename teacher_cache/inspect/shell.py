@@ -33,7 +33,7 @@ KEYWORDS = """
 """
 HELP = """\
 A query ends with `;` and may take several lines. Tab completes.
-.tables          the views and what they hold
+.tables          list the views
 .schema VIEW     the columns of a view
 .mode FORMAT     table, csv, json or markdown
 .rows N          how many rows a table shows
@@ -41,13 +41,13 @@ A query ends with `;` and may take several lines. Tab completes.
 .quit            leave (also Ctrl-D); Ctrl-C ends a running query
 """
 ABOUT = {
-    "chains": "one row a chain, with its latest verdict",
-    "prompts": "one row a prompt: samples, pass rate, mean length",
-    "tokens": "one row a completion token: log probability, rank, entropy, tail mass",
-    "topk": "one row a stored candidate of a token",
+    "chains": "one row per chain, with its latest verdict",
+    "prompts": "one row per prompt: samples, pass rate, mean length",
+    "tokens": "one row per completion token: log probability, rank, entropy, tail mass",
+    "topk": "one row per stored candidate of a token",
     "verdicts": "the latest verdict of each judge on each sample",
-    "failures": "requests that the engine refused",
-    "runs": "one row a build: teacher, sampling, software",
+    "failures": "failed requests",
+    "runs": "one row per build: teacher, sampling, software",
     "vocab": "the text of every token",
     "storage": "bytes of each column of each shard",
 }
@@ -73,7 +73,7 @@ class SqlShell:
             input=terminal_in,
             output=terminal_out,
         )
-        note(".help explains, .tables lists the views; a query ends with `;`, Ctrl-D leaves")
+        note(".help for help, .tables for the views; end a query with `;`, Ctrl-D leaves")
         while True:
             try:
                 text = prompt.prompt().strip()
@@ -125,7 +125,7 @@ class SqlShell:
                 raise ConfigError(f".rows {argument}: give a whole number of at least 1")
             self._max_rows = int(argument)
         else:
-            raise ConfigError(f"{name} is unknown: .help lists what there is")
+            raise ConfigError(f"{name} is unknown: .help lists the commands")
 
     def _tables(self) -> None:
         for cache in self._caches:

@@ -84,7 +84,7 @@ def gc_cache(
         tables = (catalog.chains, catalog.verdicts, catalog.failures)
         for table in tables:
             if problems := lost_commits(table):
-                raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is swept from a damaged cache")
+                raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is deleted from a damaged cache")
         for run_id in _runs_named(catalog, drop_runs):
             report.dropped.append(_drop_run(catalog, run_id, dry_run))
         if not dry_run:

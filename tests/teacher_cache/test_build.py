@@ -272,9 +272,9 @@ def test_resuming_with_entropies_of_another_kind_warns(tmp_path: Path, capsys: p
     config = make_config(tmp_path / "c")
     run_build(config, make_requests(5), lambda: engine_of("plugin"))
     run_build(config, make_requests(10), lambda: engine_of("plugin"))
-    assert "was begun with" not in capsys.readouterr().err
+    assert "was started with" not in capsys.readouterr().err
     run_build(config, make_requests(15), lambda: engine_of("vllm"))
-    told = "was begun with exact entropies and continues with entropies of the stored support"
+    told = "was started with exact entropies and continues with entropies of the stored support"
     assert told in capsys.readouterr().err
 
 

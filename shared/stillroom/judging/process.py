@@ -42,7 +42,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class JudgeProcess:
-    """One process that judges; started when first needed, started anew after it was killed."""
+    """One process that judges; started when first needed and again after it was killed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -366,7 +366,7 @@ class EndpointPool:
             served = await endpoint.connect()
         if served.max_model_len < self._max_model_len:
             problem = (
-                f"{endpoint.url} came back with max_model_len {served.max_model_len}, but the build was begun with "
+                f"{endpoint.url} came back with max_model_len {served.max_model_len}, but the build was started with "
                 f"{self._max_model_len}: start it with --max-model-len {self._max_model_len}"
             )
             endpoint.exclude(problem)

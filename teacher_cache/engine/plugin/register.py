@@ -41,10 +41,10 @@ def install() -> None:
     for runner in (hooks_v1, hooks_v2):
         reason = runner.install()
         if reason is not None:
-            logger.warning("stillroom's sampler plugin leaves a model runner as it is: %s", reason)
+            logger.warning("stillroom's sampler plugin is not active in a model runner: %s", reason)
         else:
             # For a server's log; embedded, vLLM logs warnings alone.
-            logger.info("stillroom's sampler plugin is in place: %s", runner.__name__)
+            logger.info("stillroom's sampler plugin is active: %s", runner.__name__)
 
 
 def version_mismatch() -> str | None:

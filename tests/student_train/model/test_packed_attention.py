@@ -143,5 +143,5 @@ def test_a_switched_model_cannot_be_used_by_mistake() -> None:
 def test_a_decoder_without_hidden_states_is_refused() -> None:
     model = make_model(LlamaForCausalLM, LlamaConfig)
     model.get_decoder().forward = lambda **_: None
-    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be trained: its decoder gives no hidden states"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be trained: its decoder returns no hidden states"):
         keep_apart(model)

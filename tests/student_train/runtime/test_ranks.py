@@ -36,7 +36,7 @@ def test_traceback_of_the_rank_that_raised_is_shown(tmp_path: Path) -> None:
 def test_killed_rank_is_named(tmp_path: Path) -> None:
     code, said = _ended(_start(tmp_path, "kill"))
     assert code == 1
-    assert "rank 1 of 2 was killed by SIGKILL: if nobody did, the machine ran out of memory" in said
+    assert "rank 1 of 2 was killed by SIGKILL: unless someone killed it, the machine ran out of memory" in said
 
 
 def test_ranks_that_end_well_leave_nothing_behind(tmp_path: Path) -> None:

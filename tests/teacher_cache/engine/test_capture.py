@@ -46,7 +46,7 @@ np.testing.assert_array_equal(got.topk_logprobs_TK, logprobs[:, 1:5])
 assert (got.topk_ids_TK.dtype, got.topk_logprobs_TK.dtype, got.sampled_rank_T.dtype) == (np.int32, np.float32, np.int32)
 
 # What does not line up is refused.
-raises("3 candidates a token where 4 were asked", lambda: c.TokenArrays(4).append(*step(rng, 1, 4)))
+raises("3 candidates per token, 4 were requested", lambda: c.TokenArrays(4).append(*step(rng, 1, 4)))
 raises("do not belong to its tokens: token 1 differs",
        lambda: c.capture_of(arrays, [ids[0, 0], ids[1, 0] + 1, *ids[2:, 0]], 4))
 raises(f"distributions of {len(ids)} tokens for a completion of 1", lambda: c.capture_of(arrays, [1], 4))

@@ -217,7 +217,7 @@ def test_the_session_answers_until_the_user_leaves(
         typed.send_text(line + "\r")
     SqlShell(session, 40, ["main"]).run(typed, DummyOutput())
     captured = capsys.readouterr()
-    assert "one row a chain" in captured.out
+    assert "one row per chain" in captured.out
     assert "mean_tail_mass" in captured.out
     assert '"x"\n42\n' in captured.out
     assert '"a"\n1\n' in captured.out
@@ -335,7 +335,7 @@ def test_views_replace_an_earlier_export_and_nothing_else(cache: SyntheticCache,
         notes = tmp_path / "notes.csv"
         notes.write_bytes(content)
         with pytest.raises(
-            ConfigError, match=r"notes\.csv exists and is no DuckDB database.*: delete it, or name another"
+            ConfigError, match=r"notes\.csv exists and is not a DuckDB database: delete it, or name another"
         ):
             write_views(catalogs, notes)
         assert notes.read_bytes() == content

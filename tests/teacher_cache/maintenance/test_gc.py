@@ -92,7 +92,7 @@ def test_nothing_is_swept_while_the_log_lacks_an_entry(tmp_path: Path) -> None:
     saved = newest.read_bytes()
     newest.unlink()
     before = contents(root)
-    with pytest.raises(CorruptError, match="nothing is swept from a damaged cache"):
+    with pytest.raises(CorruptError, match="nothing is deleted from a damaged cache"):
         gc(root)
     newest.write_bytes(saved)
     middle = log / f"{1:020d}.json"
