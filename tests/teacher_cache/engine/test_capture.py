@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 PROGRAM = r"""
 import numpy as np
 from vllm.logprobs import FlatLogprobs
-from teacher_cache.engine import capture as c
+from teacher_cache.engine import vllm_capture as c
 from stillroom.errors import StillroomError
 
 def raises(text, call):
