@@ -132,7 +132,7 @@ def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> N
     for line in (
         f"forward_kl: {entries}, the tail estimated from 3 draws",
         f"jsd: {entries}, all others in one bucket",
-        f"total_variation: {entries} alone",
+        f"total_variation: {entries} only",
         f"reverse_kl: {entries} and the distinct ones of 3 drawn ids, all others in one bucket",
         "cross_entropy: the next token",
     ):
