@@ -3,7 +3,8 @@
 #
 # Typer converts parameter values through a pydantic TypeAdapter where pydantic is installed, and exempts values that
 # are already right. A flag that was not given is processed once as None, which is not exempt. --help of a command is
-# such a flag, so every command pays: 50 to 65 ms of imports for each start of a program that has pydantic in its environment for other reasons.
+# such a flag, so every command pays: 50 to 65 ms of imports at each start of a program that has pydantic for other
+# reasons.
 # The top-level --help does not. Seen: program --help: no; command --help, command, command without options: yes.
 # Fails if that pattern changes.
 set -euo pipefail
