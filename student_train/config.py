@@ -1,7 +1,7 @@
 """The YAML of `student-train init`, `plan`, `run`, `eval` and `export`: what a training run reads, learns and saves."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -169,8 +169,8 @@ class InitConfig(StrictModel):
 
     teacher: str
     """Hugging Face folder or hub id of the model to cut from."""
-    layers: int = Field(ge=1)
-    """Layers to keep, evenly spaced, including the first and the last."""
+    layers: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """How many layers to keep, evenly spaced from the first to the last; or a list of their numbers, counted from 0."""
 
 
 class StudentConfig(StrictModel):

@@ -86,7 +86,11 @@ def _provenance(
     lines = [
         f"Teacher: {', '.join(teachers) or 'unknown'} (fingerprint {', '.join(header.teacher_fingerprints)})",
         f"Student before training: {config.student.model}"
-        + (f", {cut.layers} layers of {cut.teacher}" if cut is not None else ""),
+        + (
+            f", {len(cut.layers) if isinstance(cut.layers, list) else cut.layers} layers of {cut.teacher}"
+            if cut is not None
+            else ""
+        ),
         "Caches: " + "; ".join(f"{one.root}, version {one.chains_version} of its chains" for one in header.caches),
         f"Checkpoint: {state.tag}, after {state.num_loss_tokens} loss tokens",
     ]

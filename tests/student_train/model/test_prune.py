@@ -45,6 +45,10 @@ def test_layers_are_evenly_spaced() -> None:
         assert len(set(kept)) == num_student
     with pytest.raises(ConfigError, match=r"layers=7 must lie in 1\.\.6"):
         kept_layers(6, 7)
+    assert kept_layers(6, [0, 1, 4]) == [0, 1, 4]
+    for layers in ([0, 6], [1, 0], [0, 0]):
+        with pytest.raises(ConfigError, match=r"ascending numbers in 0\.\.5"):
+            kept_layers(6, layers)
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
@@ -101,14 +105,19 @@ def test_a_configuration_that_asks_for_another_cut_than_the_folder_holds_is_refu
     teacher = str(make_student(tmp_path / "teacher", layers=3))
     init_student(teacher, 2, tmp_path / "student")
 
-    def student(layers: int, name: str = "student", of: str = teacher) -> StudentConfig:
+    def student(layers: int | list[int], name: str = "student", of: str = teacher) -> StudentConfig:
         return StudentConfig(model=str(tmp_path / name), init=InitConfig(teacher=of, layers=layers))
 
     require_cut(student(2))
+    require_cut(student([0, 2]))
     require_cut(StudentConfig(model=str(tmp_path / "nowhere")))
-    with pytest.raises(ConfigError, match=r"asks for 3 layers of .*teacher, but .*student holds 2 layers of .*teacher"):
+    with pytest.raises(
+        ConfigError, match=r"layers 3 evenly spaced of .*teacher, but .*student holds layers \[0, 2\] of "
+    ):
         require_cut(student(3))
-    with pytest.raises(ConfigError, match="asks for 2 layers of other"):
+    with pytest.raises(ConfigError, match=r"asks for layers \[0, 1\] of "):
+        require_cut(student([0, 1]))
+    with pytest.raises(ConfigError, match="asks for layers 2 evenly spaced of other"):
         require_cut(student(2, of="other"))
     with pytest.raises(ConfigError, match=r"nowhere does not exist yet: create it with `student-train init`"):
         require_cut(student(2, "nowhere"))
