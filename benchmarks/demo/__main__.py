@@ -1,10 +1,12 @@
-"""`make demo`: the whole line on real input, from prompts to a better student, in under ten minutes on two CPU cores.
+"""`make demo`: the whole pipeline on real input, from prompts to a trained student, in minutes on two CPU cores.
 
-Runs the two programs as a user would, prints what it runs, and keeps everything under runs/demo/: the teacher, the
-cache, the student, report.html and summary.json. A demo that was interrupted goes on where it stopped; one that is
-complete is shown again.
+Runs the two programs as a user would, prints each command, and keeps everything under runs/demo/: the teacher, the
+cache, the student, report.html and summary.json. An interrupted demo resumes where it stopped; a finished one shows its
+result again.
 """
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -17,12 +19,27 @@ from typing import Any
 
 from rich.table import Table
 
+from stillroom.errors import DataError
 from stillroom.log import console, format_duration, note
 from stillroom.storage.paths import write_text_atomic
+
+Result = dict[str, Any]
 
 FOLDER = Path("runs/demo")
 CONFIGS = Path("benchmarks/demo")
 INTERRUPTED = 130
+NUM_ANSWERS, MAX_NEW_TOKENS = 48, 64
+"""Held-out prompts that the student answers, and the longest answer."""
+MEASURES = {
+    "kl": "KL to the teacher (nats)",
+    "js": "Jensen-Shannon divergence (nats)",
+    "cross_entropy": "cross-entropy (nats)",
+    "top1_agreement": "top-1 agreement",
+}
+CAVEAT = (
+    "This shows that the whole pipeline works on real weights and that the student learns to answer questions like "
+    "those it saw. It is too small to show how well distillation works at scale."
+)
 QUESTIONS = {
     "How long are the chains, how sure was the teacher, and how often is it right?": (
         "SELECT source, count(*) AS chains, sum(num_tokens) AS tokens, round(avg(num_tokens)) AS mean_tokens, "
@@ -45,33 +62,37 @@ def main() -> None:
     """Runs the steps that have no result yet, then writes the report and the summary."""
     if (FOLDER / "summary.json").exists():
         _show(json.loads((FOLDER / "summary.json").read_text(encoding="utf-8")))
-        note(f"This demo was done before. Anew: rm -r {FOLDER}; make demo")
+        note(f"This demo has already run. To run it again: rm -r {FOLDER}; make demo")
         return
     clock = Clock()
     teacher_config, student_config = str(CONFIGS / "teacher.yaml"), str(CONFIGS / "student.yaml")
+    answers = ["--generate", str(NUM_ANSWERS), "--max-new-tokens", str(MAX_NEW_TOKENS)]
 
     _heading(1, "The teacher: SmolLM2-135M-Instruct with its real weights")
     if not (FOLDER / "teacher").exists():
-        note("unpacking its weights into a Hugging Face folder")
+        note("unpacking the weights into a Hugging Face folder")
         _convert_teacher(FOLDER / "teacher")
-    note(f"{FOLDER / 'teacher'} is what both programs are given")
-    _heading(2, "Ask it, and keep the distribution of every token")
+    note(f"{FOLDER / 'teacher'} is the model that both programs load")
+    _heading(2, "Generate its answers once, with the distribution of every token")
     built = clock.step("build", ["teacher-cache", "build", teacher_config])
     verified = clock.step("verify", ["teacher-cache", "verify", str(FOLDER / "cache")])
-    _heading(3, "Ask the cache")
+    _heading(3, "Query the cache")
     for question, query in QUESTIONS.items():
         console.print(f"\n[italic]{question}[/italic]")
         _run(["teacher-cache", "sql", str(FOLDER / "cache"), query])
-    _heading(4, "Cut a student from the teacher, and train it from the cache alone")
+    _heading(4, "Cut a student from the teacher and train it from the cache alone")
     clock.step("init", ["student-train", "init", student_config])
     trained = clock.step("train", ["student-train", "run", student_config])
-    _heading(5, "Take it away: a Hugging Face folder")
+    _heading(5, "Let the student answer held-out prompts, before and after training")
+    before = clock.step("before", ["student-train", "eval", student_config, "--initial", *answers])
+    after = clock.step("after", ["student-train", "eval", student_config, *answers])
+    _heading(6, "Export it as a Hugging Face folder")
     clock.step("export", ["student-train", "export", student_config, "--out", str(FOLDER / "export")])
 
-    # Not before: it brings torch, which the demo needs nowhere else.
+    # Imported late: it loads torch, which nothing before this line needs.
     from benchmarks.demo.page import write_demo_report
 
-    summary = summarise(built, trained, clock.seconds)
+    summary = summarise(built, trained, before, after, clock.seconds)
     assert verified["ok"]
     write_demo_report(FOLDER / "report.html", FOLDER, summary)
     write_text_atomic(FOLDER / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -79,7 +100,7 @@ def main() -> None:
 
 
 class Clock:
-    """Runs steps, keeps their results, and counts what all of them took, also those of an earlier, interrupted demo."""
+    """Runs steps, keeps their results, and adds up their time, including steps of an earlier, interrupted demo."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -87,15 +108,15 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the whole line."""
+        """Wall time of the whole demo."""
         return self._before_s + time.monotonic() - self._started_s
 
     def step(self, name: str, command: list[str]) -> dict[str, Any]:
-        """The JSON result of a command that is run once; an interrupted demo finds it again."""
+        """The JSON result of a command, which is run only if no earlier demo has finished it."""
         path = FOLDER / "steps" / f"{name}.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            note(f"  {name} was done before")
+            note(f"  {name}: already done")
             self._before_s += found["step_seconds"]
             return found
         started_s = time.monotonic()
@@ -104,9 +125,14 @@ class Clock:
         return result
 
 
-def summarise(built: dict[str, Any], trained: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The figures of the whole line, out of what the programs printed."""
-    before, after = trained["heldout_before"], trained["heldout_after"]
+def summarise(built: Result, trained: Result, before: Result, after: Result, seconds: float) -> dict[str, Any]:
+    """The figures of the whole demo, from what the programs printed."""
+    measures = {"kl": "forward_kl", "js": "js", "cross_entropy": "cross_entropy", "top1_agreement": "top1_agreement"}
+    heldout = {
+        f"heldout_{name}_{when}": trained[f"heldout_{when}"][key]
+        for name, key in measures.items()
+        for when in ("before", "after")
+    }
     return {
         "num_chains": built["num_chains"],
         "num_tokens": built["num_tokens"],
@@ -115,24 +141,24 @@ def summarise(built: dict[str, Any], trained: dict[str, Any], seconds: float) ->
         "pass_rate": built["pass_rate"],
         "build_tokens_per_s": built["tokens_per_s"] and round(built["tokens_per_s"], 1),
         "train_tokens_per_s": round(trained["tokens_per_s"], 1),
-        "heldout_kl_before": before["forward_kl"],
-        "heldout_kl_after": after["forward_kl"],
-        "heldout_js_before": before["js"],
-        "heldout_js_after": after["js"],
-        "heldout_cross_entropy_before": before["cross_entropy"],
-        "heldout_cross_entropy_after": after["cross_entropy"],
-        "top1_agreement_before": before["top1_agreement"],
-        "top1_agreement_after": after["top1_agreement"],
+        **heldout,
+        "num_answers": after["generation"]["num_prompts"],
+        "heldout_pass_rate_teacher": after["generation"]["teacher_accuracy"],
+        "heldout_pass_rate_before": before["generation"]["accuracy"],
+        "heldout_pass_rate_after": after["generation"]["accuracy"],
         "seconds": round(seconds, 1),
     }
 
 
 def _convert_teacher(folder: Path) -> None:
-    """In a process of its own, on the CPU: what transformers loads and prints for it is of no use to what follows."""
-    quiet = {**os.environ, "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run([sys.executable, "-m", "benchmarks.demo.smollm2", str(folder)], env=quiet, check=False)
-    if ended.returncode != 0:
-        sys.exit(ended.returncode)
+    """Converts the teacher in this process: the student's commands need torch and transformers here anyway."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: transformers draws a bar for every tensor
+    from benchmarks.demo.smollm2 import ensure_teacher
+
+    try:
+        ensure_teacher(folder)
+    except DataError as error:
+        sys.exit(f"demo: {error}")
 
 
 def _heading(number: int, text: str) -> None:
@@ -140,45 +166,66 @@ def _heading(number: int, text: str) -> None:
 
 
 def _run(command: list[str], *, capture: bool = False) -> str:
+    """Prints a command and runs it; returns its stdout if captured. Raises KeyboardInterrupt if it was interrupted."""
     console.print(f"[dim]$ {shlex.join(command)}[/dim]", soft_wrap=True)
+    code, stdout = _student_train(command) if command[0] == "student-train" else _subprocess(command, capture=capture)
+    if code in (INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code != 0:
+        note(f"demo: the command above failed with exit code {code}")
+        sys.exit(code)
+    return stdout
+
+
+def _student_train(command: list[str]) -> tuple[int, str]:
+    """Calls the program's entry point in this process, which imports torch, transformers and DeepSpeed only once."""
+    from student_train.cli import main as student_train
+
+    arguments, stdout, code = sys.argv, io.StringIO(), 0
+    sys.argv = command
+    try:
+        with contextlib.redirect_stdout(stdout):
+            student_train()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = arguments
+    return code, stdout.getvalue()
+
+
+def _subprocess(command: list[str], *, capture: bool) -> tuple[int, str]:
     program = str(Path(sys.executable).parent / command[0])
-    # Ctrl-C reaches the command too, which saves and ends; killing it meanwhile would cost what it was about to save.
+    # Ctrl-C reaches the command too, which saves and exits; subprocess.run would kill it before it has saved.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         stdout = subprocess.PIPE if capture else None
         ended = subprocess.run([program, *command[1:]], stdout=stdout, text=True, check=False)
     finally:
         signal.signal(signal.SIGINT, before)
-    if ended.returncode in (INTERRUPTED, -signal.SIGINT):
-        raise KeyboardInterrupt
-    if ended.returncode != 0:
-        note(f"demo: stopped, the command above failed with exit code {ended.returncode}")
-        sys.exit(ended.returncode)
-    return ended.stdout or ""
+    return ended.returncode, ended.stdout or ""
 
 
 def _show(summary: dict[str, Any]) -> None:
     table = Table(title="On held-out prompts", title_justify="left")
-    for column in ("", "before", "after"):
+    for column in ("", "teacher", "student before", "student after"):
         table.add_column(column, justify="right" if column else "left")
-    for name, label in (
-        ("heldout_kl", "KL to the teacher (nats)"),
-        ("heldout_js", "Jensen-Shannon divergence (nats)"),
-        ("heldout_cross_entropy", "cross-entropy (nats)"),
-        ("top1_agreement", "top-1 agreement"),
-    ):
-        table.add_row(label, f"{summary[f'{name}_before']:.3f}", f"{summary[f'{name}_after']:.3f}")
+    table.add_row(
+        f"correct answers, {summary['num_answers']} prompts",
+        *(f"{summary[f'heldout_pass_rate_{who}']:.0%}" for who in ("teacher", "before", "after")),
+    )
+    for name, label in MEASURES.items():
+        table.add_row(label, "", *(f"{summary[f'heldout_{name}_{when}']:.3f}" for when in ("before", "after")))
     console.print()
     console.print(table)
     note(
-        f"{summary['num_chains']} chains, {summary['num_tokens']} tokens at {summary['bytes_per_token']:.0f} B/token; "
-        f"the teacher wrote {summary['build_tokens_per_s']:.0f} tok/s, the student read "
-        f"{summary['train_tokens_per_s']:.0f} tok/s; "
-        f"{format_duration(summary['seconds'])} in all"
+        f"{summary['num_chains']} chains, {summary['num_tokens']} tokens at {summary['bytes_per_token']:.0f} B/token, "
+        f"{summary['pass_rate']:.0%} correct; teacher {summary['build_tokens_per_s']:.0f} tok/s, training "
+        f"{summary['train_tokens_per_s']:.0f} tok/s; {format_duration(summary['seconds'])} in all"
     )
-    print(f"{FOLDER / 'report.html'}    open it in a browser: the whole line with plots")
-    print(f"{FOLDER / 'summary.json'}   the figures, for programs")
-    note("next, in its environment (. .venv/bin/activate): the commands of README.md, from `Ask the cache` on")
+    note(CAVEAT)
+    print(f"{FOLDER / 'report.html'}    the whole pipeline with plots: open it in a browser")
+    print(f"{FOLDER / 'summary.json'}   the figures as JSON")
+    note("Next: . .venv/bin/activate, then the commands of README.md from `Query the cache` on.")
 
 
 if __name__ == "__main__":

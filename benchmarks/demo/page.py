@@ -1,4 +1,4 @@
-"""The demo's page: the whole line in the order it was run, from the teacher over the cache to the student.
+"""The demo's page: the whole pipeline in the order it was run, from the teacher to the cache to the student.
 
 In: the demo's folder and its summary. Out: one self-contained HTML file.
 """
@@ -13,9 +13,9 @@ from student_train.report import student_sections
 from teacher_cache.inspect.report import cache_sections
 
 INTRO = (
-    "A teacher, the language model SmolLM2-135M-Instruct, answered {num_chains} prompts; the cache kept, at every one "
-    "of the {num_tokens:,} tokens of its answers, which tokens it considered and how likely each was; and a student, "
-    "cut from eight of the teacher's thirty layers, learnt from that cache alone to predict as the teacher does."
+    "A teacher, the language model SmolLM2-135M-Instruct, answered {num_chains} prompts. For each of the "
+    "{num_tokens:,} tokens of its answers the cache keeps the most likely tokens and their probabilities. A student, "
+    "cut from the teacher's own layers, learned from the correct answers in that cache alone."
 )
 
 
@@ -32,9 +32,10 @@ def write_demo_report(out: Path, folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _line(summary: dict[str, Any]) -> Section:
-    before, after = summary["heldout_kl_before"], summary["heldout_kl_after"]
+    kl_before, kl_after = summary["heldout_kl_before"], summary["heldout_kl_after"]
+    teacher, before, after = (summary[f"heldout_pass_rate_{who}"] for who in ("teacher", "before", "after"))
     numbers = [
-        Number("1. the teacher", "135M weights", "SmolLM2-135M-Instruct, 30 layers"),
+        Number("1. the teacher", f"{summary['pass_rate']:.0%} correct", "SmolLM2-135M-Instruct, 30 layers"),
         Number(
             "2. the cache",
             f"{summary['num_chains']:,} chains",
@@ -42,16 +43,21 @@ def _line(summary: dict[str, Any]) -> Section:
         ),
         Number(
             "3. the student",
-            f"KL {before:.2f} → {after:.2f}",
-            "nats from the teacher's predictions, on prompts that it never saw",
+            f"KL {kl_before:.2f} → {kl_after:.2f}",
+            "nats from the teacher's predictions, on held-out prompts",
+        ),
+        Number(
+            "4. its answers",
+            f"{before:.0%} → {after:.0%} correct",
+            f"on {summary['num_answers']} held-out prompts; the teacher {teacher:.0%}",
         ),
         Number("in all", format_span(summary["seconds"]), "from prompts to student"),
     ]
-    return Section("The line", [Text(INTRO.format(**summary)), Numbers(numbers)])
+    return Section("The pipeline", [Text(INTRO.format(**summary)), Numbers(numbers)])
 
 
 def _next(catalog: Catalog, folder: Path) -> Section:
-    """What a reader may type now, in the demo's environment."""
+    """Commands to try next, in the demo's environment."""
     with open_cache(catalog) as session:
         (chain,) = session.arrow("SELECT sample_id FROM chains ORDER BY num_tokens, sample_id LIMIT 1").to_pylist()
     cache, run, second = folder / "cache", folder / "run", folder / "second"
@@ -59,11 +65,11 @@ def _next(catalog: Catalog, folder: Path) -> Section:
     another_loss = f"--set run={second} --set 'stages.0.losses={{jsd: 1}}'"
     rows = [
         ["Read a chain token by token", f"teacher-cache show {cache} {chain['sample_id'][:12]} --html chain.html"],
-        ["Ask the cache in SQL", f"teacher-cache sql {cache}"],
-        ["See the student answer, beside its teacher", f"student-train eval {student} --generate 20"],
-        ["Train once more, by another loss", f"student-train run {student} {another_loss}"],
+        ["Query the cache in SQL", f"teacher-cache sql {cache}"],
+        ["Judge the student's answers beside its teacher's", f"student-train eval {student} --generate 20"],
+        ["Train again with another loss", f"student-train run {student} {another_loss}"],
         ["Compare the two students", f"student-train report {run} {second} --out compare.html"],
-        ["Ask a teacher of your own", "teacher-cache plan my-teacher.yaml, a copy of benchmarks/demo/teacher.yaml"],
+        ["Run a teacher of your own", "teacher-cache plan my-teacher.yaml, a copy of benchmarks/demo/teacher.yaml"],
     ]
-    note = "In the demo's environment: . .venv/bin/activate. README.md goes on from there."
+    note = "In the demo's environment: . .venv/bin/activate. README.md continues from there."
     return Section("What to type next", [Table("From here", ["to", "type"], rows, note, long=frozenset({1}))])

@@ -1,6 +1,7 @@
-"""The demo's teacher: real weights in a folder that transformers loads without help."""
+"""The demo's teacher, real weights in a folder that transformers loads without help, and the questions it is asked."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.demo import questions
 from benchmarks.demo.smollm2 import ensure_teacher, find_weights
 from stillroom.errors import DataError
+from stillroom.judging.judges import judge_answer
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,18 @@ def test_a_folder_that_exists_is_kept(teacher: Path) -> None:
 def test_missing_weights_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="make setup"):
         find_weights(tmp_path)
+
+
+@pytest.mark.parametrize("kind", questions.KINDS)
+def test_the_question_files_are_what_the_generator_writes(kind: str) -> None:
+    assert (questions.FOLDER / f"{kind}.jsonl").read_text(encoding="utf-8") == questions.rows(kind)
+    rows = [json.loads(line) for line in questions.rows(kind).splitlines()]
+    assert len({row["question"] for row in rows}) == len(rows) > 40
+
+
+def test_a_whole_word_is_right_and_a_part_of_one_is_not() -> None:
+    question, pattern = questions.opposite(random.Random(1))
+    word = pattern.removeprefix(r"(?i)\b").removesuffix(r"\b")
+    assert word not in question
+    assert judge_answer("regex", f"The opposite is {word.title()}.", pattern, {}).correct
+    assert not judge_answer("regex", f"The opposite is {word}ish.", pattern, {}).correct

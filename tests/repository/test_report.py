@@ -461,16 +461,19 @@ def colours_of(path: Path) -> tuple[float, float]:
 def test_the_demo_page_follows_the_line(tmp_path: Path) -> None:
     made = make_cache(tmp_path / "demo" / "cache", num_chains=8)
     fake_run(tmp_path / "demo" / "run")
-    summary = {"num_chains": 8, "num_tokens": 1234, "bytes_per_token": 40.0, "seconds": 500.0}
+    summary = {"num_chains": 8, "num_tokens": 1234, "bytes_per_token": 40.0, "pass_rate": 0.6, "seconds": 500.0}
     kl = {"heldout_kl_before": 2.0, "heldout_kl_after": 0.5}
-    write_demo_report(tmp_path / "report.html", tmp_path / "demo", {**summary, **kl})
+    rates = {"teacher": 0.7, "before": 0.0, "after": 0.25}
+    answers = {"num_answers": 48, **{f"heldout_pass_rate_{who}": rate for who, rate in rates.items()}}
+    write_demo_report(tmp_path / "report.html", tmp_path / "demo", {**summary, **kl, **answers})
     found = outline(tmp_path / "report.html")
-    parts = ["The line", "The cache", "The student", "What to type next"]
+    parts = ["The pipeline", "The cache", "The student", "What to type next"]
     assert [title for title in found.texts["h2"] if title in parts] == parts
     assert found.texts["h2"][0] == parts[0]
     (introduction,) = (text for text in found.texts["p"] if text.startswith("A teacher"))
-    assert introduction.index("the cache") < introduction.index("a student")
+    assert introduction.index("the cache") < introduction.index("A student")
     assert "KL 2.00 → 0.50" in found.texts["dd"]
+    assert "0% → 25% correct" in found.texts["dd"]
     shown = [text for text in found.texts["td"] if text.startswith("teacher-cache show")]
     assert any(chain.sample_id[:12] in shown[0] for chain in made.chains)
 
