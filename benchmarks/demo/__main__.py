@@ -154,7 +154,9 @@ def _convert_teacher(folder: Path) -> None:
     """Converts the teacher in this process: the student's commands need torch and transformers here anyway."""
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: transformers draws a bar for every tensor
     from benchmarks.demo.smollm2 import ensure_teacher
+    from student_train.model.student import use_cpu_where_there_is_no_gpu
 
+    use_cpu_where_there_is_no_gpu()  # transformers imports DeepSpeed, which warns where it has to find that out itself
     try:
         ensure_teacher(folder)
     except DataError as error:
