@@ -82,8 +82,9 @@ def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_s
     """
     if not isinstance(stage.temperature, ScheduleConfig):
         return stage.temperature
+    # Not log(one / wanted): training flushes subnormal numbers to zero, and the ratio may be one.
     wanted = min(max(scheduled(stage.temperature, step, num_steps), sys.float_info.min), sys.float_info.max)
-    return min([1.0, *stored], key=lambda one: abs(math.log(one / wanted)))
+    return min([1.0, *stored], key=lambda one: abs(math.log(one) - math.log(wanted)))
 
 
 def temperature_steps(stage: StageConfig, stored: Sequence[float], num_steps: int) -> list[tuple[int, float]]:

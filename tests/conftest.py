@@ -1,5 +1,6 @@
 """Fixtures that several test files share, and which tests run on the same worker when several run at once."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,17 @@ def _group_of(nodeid: str) -> str:
 
 def pytest_configure() -> None:
     set_environment()
+
+
+@pytest.fixture(autouse=True)
+def leave_ctrl_c_alone() -> Iterator[None]:
+    """A handler that a test leaves behind would swallow the Ctrl-C of a later one, which then never ends.
+
+    Libraries also replace it in C, where Python does not see it, so it is installed again after every test.
+    """
+    yield
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert found is signal.default_int_handler
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_the_script_of_each_shell_is_shown(program: str, shell: str) -> None:
 
 def test_a_package_that_is_missing_is_one_line() -> None:
     script = "import sys; sys.modules['torch'] = None\nfrom student_train.cli import main\n"
-    script += "sys.argv = ['student-train', 'plan', 'benchmarks/demo/student.yaml']; main()"
+    script += "sys.argv = ['student-train', 'eval', '--model', 'm', '--cache', 'c']; main()"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 2
     assert ended.stderr == "student-train: this needs the package torch: pip install 'stillroom[student]'\n"
