@@ -119,7 +119,7 @@ def prepare(
         with _naming_stage(number, stage):
             check_mixes(stage, 1)
     if is_first and config.student.init is not None:
-        # A student is not cut for a run that would be refused: caches that are not there are told of first.
+        # Report missing caches first: no student should be cut for a run that would be refused.
         for cache in config.data.caches:
             Catalog(cache.path, cache.chains_version, cache.verdicts_version)
     require_cut(config.student)
@@ -144,7 +144,7 @@ def prepare(
     heldout = None
     if config.eval is not None:
         heldout = opened(heldout_path or run.heldout_path, eval_request(config.data, config.eval), open_heldout)
-        # Refused here rather than at the first evaluation: held-out chains of which the limit on length leaves none.
+        # Refuse here rather than at the first evaluation if the length limit leaves no held-out chain.
         EpochPlans(heldout, eval_spec(config.data), 1)
     if heldout is not None and is_first:
         _warn_of_seen(stages, heldout)

@@ -23,7 +23,7 @@ from student_train.runtime.run_folder import RunFolder
 Array = npt.NDArray[Any]
 
 NUM_WINDOWS = 60
-"""A curve of more steps is drawn as means over so many windows, and the spread in each."""
+"""A curve of more steps is drawn as means over this many windows, with the spread in each."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Reading ahead never changes the result: a block holds the same rows whoever read
 the row group's first row is due. Only the waiting differs: on storage with round trips of 30 ms a row group takes
 0.25 s, which eight concurrent reads hide (benchmarks/results/stream.md).
 
-    R rows of a row group that were asked for, T completion tokens of them, I rows asked for in order ("places")
+    R rows of a row group that were requested, T completion tokens of them, I rows requested in order ("places")
 """
 
 from collections.abc import Callable

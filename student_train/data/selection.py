@@ -6,7 +6,7 @@ R selected chains, G row groups that hold some of them
 Which chains a run trains on: a SQL condition, evaluated once at pinned versions of its caches and kept with the run.
 
 In: caches, a condition over the view `chains`. Out: `selection.parquet`, one row per chain (where it lies, how long it
-is, what it weighs), with a header that says what was asked of which versions. So a run can be repeated while its
+is, what it weighs), with a header that records the request and the versions. So a run can be repeated while its
 caches grow. Cost: 28 bytes a chain in memory; no token is read.
 
 Columns that SQL selects chains by, read once with their page checksums before a selection is frozen.
@@ -75,7 +75,7 @@ class PinnedCache(_Frozen):
 
 
 class SelectionHeader(_Frozen):
-    """What was asked, of which versions, and what was found."""
+    """The request, the versions it was answered at, and what was found."""
 
     format_version: int = SELECTION_FORMAT
     caches: list[PinnedCache]
@@ -284,7 +284,7 @@ def _hash(selection: Selection) -> str:
 
 
 CHECKED_TOGETHER = 16
-"""Shards are read so many at a time: on distant storage each row group costs a round trip."""
+"""Shards read at a time: on distant storage each row group costs a round trip."""
 
 LARGE = {
     "messages": ("messages", "prompt"),
@@ -352,7 +352,7 @@ class SelectionRequest:
     where: str | None = None
     weight: str | None = None
     max_chains: int | None = None
-    """Keep so many of them, those with the smallest sample ids (which are hashes, so a fair sample); None keeps all."""
+    """At most this many, those with the smallest sample ids (hashes, so a fair sample); None keeps all."""
     any_tokenizer: bool = False
     """Do not refuse shards of several tokenizers: only the text will be read."""
     key: str = "data.where"

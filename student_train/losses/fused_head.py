@@ -130,7 +130,7 @@ class _FusedLoss(torch.autograd.Function):
 def _forward(
     chunks: HeadChunks, targets: SparseTargets, mix: LossMix, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LossSums over all chunks; the gradient, if asked for, stays in `chunks.gradients`."""
+    """LossSums over all chunks; the gradient, if requested, stays in `chunks.gradients`."""
     term_sums_J = torch.zeros(len(mix.terms), dtype=chunks.dtype, device=targets.ids_NK.device)
     weight_sum = torch.zeros((), dtype=chunks.dtype, device=targets.ids_NK.device)
     # Precision is chosen here, not by an enclosing autocast.

@@ -30,7 +30,7 @@ TRIED = (9, 8)
 
 
 class Apart(Enum):
-    """How the documents of a pack are kept apart."""
+    """How the documents of a pack are separated."""
 
     BY_ATTENTION = "by attention"
     BY_MASK = "by mask"
@@ -40,7 +40,7 @@ class Apart(Enum):
 def keep_apart(causal: Any) -> Apart:
     """Finds the first way that works by running a few tokens, and prepares the model for it.
 
-    A model kept apart BY_ATTENTION fails under other callers until `causal.set_attn_implementation` switches it back.
+    A model separated BY_ATTENTION fails under other callers until `causal.set_attn_implementation` switches it back.
     Raises ConfigError if the decoder cannot be run.
     """
     if causal.config._attn_implementation == NAME:
@@ -114,7 +114,7 @@ def _alone(causal: Any) -> Tensor | None:
 
 
 def _agrees(causal: Any, apart: Apart, alone_LH: Tensor | None) -> bool:
-    """Whether the second document comes out as it does alone, whatever the first contains; False if it cannot run."""
+    """Whether the second document's output is the same as alone, for any first one; False if it cannot run."""
     if alone_LH is None:
         return False
     try:

@@ -20,7 +20,7 @@ RECORD = "init.json"
 
 
 def kept_layers(num_teacher: int, layers: int | list[int]) -> list[int]:
-    """Numbers of the layers to keep: those listed, or so many, evenly spaced, first and last included.
+    """Numbers of the layers to keep: those listed, or that many evenly spaced ones with the first and the last.
 
     30 layers to 4 keeps 0, 10, 19, 29; to 1 keeps 0. Raises ConfigError for layers that the teacher does not have.
     """

@@ -38,7 +38,7 @@ TOP, DRAWS, TEMPERATURES, MAPPED = "stillroom_top", "stillroom_draws", "stillroo
 
 
 class UnmarkedRows(StillroomError):
-    """Rows were asked for that only the plugin gives, and others came."""
+    """Rows of the plugin were requested, and others came."""
 
 
 @dataclass(frozen=True, slots=True)

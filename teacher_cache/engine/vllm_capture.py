@@ -6,7 +6,7 @@ where a copy takes 7. ArrayLogprobs stands in for vLLM's `LogprobsProcessor` for
 where vLLM is not the version this was written for, the same requests bring vLLM's own FlatLogprobs and `capture_of`
 reads those.
 
-Shape legend: T completion tokens, K candidates asked for, W columns in vLLM's batch (its largest K, and 1), n new
+Shape legend: T completion tokens, K candidates requested, W columns in vLLM's batch (its largest K, and 1), n new
 tokens.
 """
 
@@ -142,7 +142,7 @@ def capture_of_scores(
     prompt_logprobs: object, logprobs: object, token_ids: Sequence[int], k: int, layout: Layout | None = None
 ) -> Capture:
     """The Capture of tokens that were given: all but the last as the end of the prompt, the last one generated (no
-    other was allowed). `prompt_logprobs` and `logprobs` are what vLLM returned, both asked for as in `capture_of`.
+    other was allowed). `prompt_logprobs` and `logprobs` are what vLLM returned, both requested as in `capture_of`.
     """
     width = k if layout is None else layout.width
     read, written = rows_of(prompt_logprobs, width), rows_of(logprobs, width)

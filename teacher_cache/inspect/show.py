@@ -198,7 +198,7 @@ def _console() -> Console:
 
 
 SMOOTHED_POINTS = 200
-"""A longer chain's entropy is drawn as means over so many windows."""
+"""A longer chain's entropy is drawn as means over this many windows."""
 
 
 def write_chain_page(sample: Sample, out: Path, position: int | None = None) -> None:

@@ -261,7 +261,7 @@ class MetricsLog:
             if not isinstance(self._path, Path):
                 self._path.upload(self._local)
         except (OSError, StillroomError) as error:
-            # Losing metrics is no reason to lose the build.
+            # A build does not fail for want of metrics.
             self._broken = True
             warn(f"{self._path} is no longer written: {one_line(error)}")
 

@@ -25,7 +25,7 @@ WIDTH_IN, WIDE_IN, HEIGHT_IN = 5.3, 11.0, 3.1
 MAX_CHARS = 22
 CHAR_IN = 0.1
 MAX_MARKED = 12
-"""Lines of at most so many points show each of them."""
+"""Lines of at most this many points show each of them."""
 MAX_BANDS = 3
 
 SERIES = ("--series-1", "--series-2", "--series-3", "--series-4", "--series-5", "--series-6")
@@ -67,7 +67,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart that is not drawn yet: `draw` fills the axes of a figure of so many inches."""
+    """A chart that is not drawn yet: `draw` fills the axes of a figure of `height_in` inches."""
 
     draw: "Callable[[Axes], None]"
     height_in: float = HEIGHT_IN

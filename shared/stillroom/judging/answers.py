@@ -138,7 +138,7 @@ def _first_value(candidates: tuple[Candidate, ...], wanted: object, wanted_text:
         verdict = Verdict(
             correct, None if correct is None else float(correct), f"{one.mark}, {rule}", shown(one.text, wanted_text)
         )
-        # A sentence is no value; what it concludes comes behind it.
+        # A sentence is not a value; its conclusion follows it.
         if correct or not _is_prose(given):
             return verdict
         first = first or verdict

@@ -17,7 +17,7 @@ from stillroom.judging.texts import Date, same_text
 from stillroom.judging.values import Clock, Expression, Group, Numeral, Ratio, Raw, Relation, Value, Words, squeezed
 
 MIN_SIGNIFICANT_DIGITS = 4
-"""A decimal reference of at least so many digits is taken as rounded: what rounds to it is right."""
+"""A decimal reference of at least this many digits counts as rounded: answers that round to it are right."""
 
 UNITS = {
     "mm": ("length", Fraction(1, 1000)), "cm": ("length", Fraction(1, 100)), "m": ("length", Fraction(1)),
@@ -282,7 +282,7 @@ def _same_in_any_order(ours: Sequence[Value], theirs: Sequence[Value]) -> bool |
 
 def _same_relation(reference: Value, given: Value) -> bool | str | None:
     if isinstance(reference, Expression | Raw) and isinstance(given, Relation):
-        # "n = 12" for 12, "5 + 3 = 8" for 8; an equation in variables is no value.
+        # "n = 12" for 12, "5 + 3 = 8" for 8; an equation in variables is not a value.
         is_valued = set(given.operators) == {"="} and (
             given.name or _is_number(given.sides[0]) or _is_operation(given.sides[0]) or len(given.sides) > 2
         )

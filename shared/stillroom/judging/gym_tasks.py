@@ -48,7 +48,7 @@ def task_names() -> list[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """The value as plain JSON: text keys, lists, finite numbers; whatever else JSON lacks as text."""
+    """The value as plain JSON: text keys, lists, finite numbers; everything else as text."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -134,7 +134,7 @@ def judge_reasoning_gym(
 
 
 def _score(dataset: Any, candidate: str, entry: Mapping[str, Any], reference: str | None) -> float | None:
-    """None where the checker raises: prose is no number, but the candidate after it may be one."""
+    """None where the checker raises: prose is not a number, but the next candidate may be."""
     if candidate != reference and REFUSED.search(candidate):
         return None
     try:

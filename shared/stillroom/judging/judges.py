@@ -95,5 +95,5 @@ def _judge_regex(answer: str, reference: str) -> Verdict:
     try:
         match = re.search(reference, answer)
     except re.error as error:
-        return undecided(f"the reference is no regular expression: {error}")
+        return undecided(f"the reference is not a regular expression: {error}")
     return decided(match is not None, "regex", shown(match[0] if match else "", reference))

@@ -5,7 +5,7 @@ In: the text after the reasoning. Out: candidates, best first, each with the mar
     tag      <answer>...</answer>, always preferred
     box      the last \boxed{...} or \fbox{...}; boxes joined by nothing but "and", commas or names count together
     line     `Final answer: ...`, `#### ...`, 最终答案：..., on the line or below the heading
-    bold     the last **...** that is no heading
+    bold     the last **...** that is not a heading
     phrase   "the answer is ...", 答案是..., in prose
     clause   what stands behind the last "is", "=" or colon of the last sentence
     number   the only number of the last sentence, or of its last clause

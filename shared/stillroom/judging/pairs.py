@@ -33,7 +33,7 @@ class Pair:
 
 @dataclass(slots=True)
 class Agreement:
-    """Verdicts against labels: of `num_right` right answers so many were judged right, of `num_wrong` so many not."""
+    """How many of `num_right` right answers were judged right, and of `num_wrong` wrong ones not judged right."""
 
     num_pairs: int = 0
     num_undecided: int = 0
@@ -57,7 +57,7 @@ class Agreement:
 def read_pairs(path: Path, judge: str | None = None) -> list[Pair]:
     """The pairs of a file; `judge` takes the place of the judge that they name.
 
-    Raises DataError with file and line for a line that is no pair, ConfigError for an unknown judge.
+    Raises DataError with file and line for a line that is not a pair, ConfigError for an unknown judge.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -159,7 +159,7 @@ def _as_several(text: str) -> Value | None:
     if len(parts) > 1:
         wordy = [part for part in parts if has_words(part)]
         are_only_words = [part for part in parts if not WORD.sub("", part).strip()]
-        # A sentence with commas is no list.
+        # A sentence with commas is not a list.
         if any(len(WORD.findall(part)) > 3 for part in wordy) or (are_only_words and len(are_only_words) < len(parts)):
             return None
         return _list([_typed(part) for part in parts])
@@ -315,7 +315,7 @@ def _as_mixed(text: str) -> Expression | None:
 
 @functools.lru_cache(maxsize=256)
 def _as_expression(text: str) -> Expression | None:
-    """Parsed by latex2sympy, exact; None where the text does not parse whole or is no expression."""
+    """Parsed by latex2sympy, exact; None where the text does not parse whole or is not an expression."""
     from latex2sympy2_extended import latex2sympy
     from sympy import Basic, Float, I, Integral, Rational, Sum, Symbol
     from sympy.core.relational import Relational

@@ -133,7 +133,7 @@ class Endpoint:
                     self.num_tokens += rows.num_tokens - num_before
                     finish_reason = choice["finish_reason"] or finish_reason
             if finish_reason not in ("stop", "length"):
-                # A server that shuts down ends its chains with `abort`, which is no fault of the chain.
+                # A server that shuts down ends its chains with `abort`, which is not the chain's fault.
                 raise Unavailable(f"ended the chain with {finish_reason!r}", was_sent=True, status=200)
             capture = await self._with_ranks(served, request, rows.capture())
         except BaseException:

@@ -5,7 +5,7 @@ predicts; other rows of the same batch get what vLLM itself would give them.
 
 Shape legend: N rows of logits, V vocabulary, W columns after the sampled token's.
 
-Rows of the sampler's signals laid out anew for answers that are mappings (vllm_engine.wide_rows).
+Also lays out rows as mappings from token id to log probability, for HTTP answers (engine.row_layout).
 
 Shape legend: N rows, K top candidates, M draws, S temperatures, X columns of numbers, A ids that they may get.
 """
@@ -128,7 +128,7 @@ def asked_of(extra_args: Mapping[str, Any] | None, width: int | None, seed: int 
         taus = tuple(extra_args.get(TEMPERATURES) or ())
         return _parsed(extra_args[TOP], extra_args.get(DRAWS) or 0, taus, extra_args.get(MAPPED), width, seed)
     except TypeError:
-        # Whoever may ask a server may ask nonsense: a list is no number.
+        # Clients of a server may send nonsense: a list is not a number.
         return Asked(None, 0)
 
 

@@ -159,7 +159,7 @@ def _asked(params: Any, *, prompt: bool) -> Asked | None:
 def _logits_or_logprobs(logits: Tensor) -> Tensor:
     if _coming.batch is None:
         return _compute(logits)
-    # The sampler goes on to change float32 logits in place; others it copies first.
+    # The sampler changes float32 logits in place afterwards; other types it copies first.
     return logits.clone() if logits.dtype == torch.float32 else logits
 
 

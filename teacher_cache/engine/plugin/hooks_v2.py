@@ -105,7 +105,7 @@ def scores_with_signals(
     max_per_req_token_ids: int = 0,
     logits_mode: bool = False,
 ) -> LogprobsTensors:
-    """compute_topk_scores of vLLM, with the rows that were asked for in their places."""
+    """compute_topk_scores of vLLM, with the requested rows in their places."""
     batch = _coming.take(len(logits))
     if batch is None or logits_mode or max_per_req_token_ids:
         return _scores(
