@@ -1,14 +1,10 @@
-"""`teacher-cache show`: one chain on the terminal, prompt, reasoning and answer apart, tokens coloured by how sure the
-teacher was; the alternatives at one token.
+"""`teacher-cache show`: one chain, with every token coloured by the teacher's certainty and its alternatives.
 
-In: a decoded sample. Out: text. What a model wrote never reaches the terminal as control characters.
+In: a decoded sample. Out: text on the terminal, or with --html a self-contained page on which pointing at a token shows
+its distribution. What a model wrote never reaches the terminal as control characters, nor the page as markup: the
+page's one script is allowed by its hash, and everything from the cache is data to it (JSON, set as text).
 
 Shape legend: T completion tokens.
-
-`teacher-cache show --html`: one chain as a self-contained page on which pointing at a token shows its distribution.
-
-In: a decoded sample. Out: an HTML file that needs no network. The page's one script is allowed by its hash; everything
-from the cache is data to it (JSON, set as text), never markup.
 """
 
 import base64
