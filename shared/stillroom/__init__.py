@@ -19,10 +19,21 @@ from typing import TYPE_CHECKING
 from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, StillroomError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from stillroom.cache.reader import Cache
     from stillroom.storage.objects import ObjectPath
 
-__all__ = ["CacheConflict", "ConfigError", "CorruptError", "DataError", "StillroomError", "__version__", "open_cache"]
+__all__ = [
+    "CacheConflict",
+    "ConfigError",
+    "CorruptError",
+    "DataError",
+    "StillroomError",
+    "__version__",
+    "open_cache",
+    "topk",
+]
 
 # Not read from the installed metadata, which takes longer to import than the rest of this module.
 __version__ = "0.1.0"
@@ -39,3 +50,15 @@ def open_cache(
     from stillroom.cache.reader import open_cache
 
     return open_cache(root, chains_version, verdicts_version)
+
+
+def topk(chains: pa.Table | pa.RecordBatch) -> pa.Table:
+    """Candidates with probabilities of chains that another program read, as in the SQL view `topk`.
+
+    `chains` has the columns `sample_id`, `topk_n`, `draw_n`, `topk_ids`, and `topk_codes` and `tail_codes` or
+    `topk_logprobs` and `tail_logmass`. Needs numpy and pyarrow only. Raises DataError if a column is missing,
+    CorruptError if they contradict each other.
+    """
+    from stillroom.cache.candidates import topk
+
+    return topk(chains)

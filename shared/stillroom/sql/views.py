@@ -3,13 +3,13 @@
 chains      one row per chain: readable columns and its latest verdict
 prompts     one row per prompt: samples, pass rate, mean length
 tokens      one row per completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
-topk        one row per stored candidate: rank, piece, probability; draws from the tail have no rank
+topk        one row per stored candidate: rank, piece, probability, weight; draws from the tail have no rank
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
 storage     one row per column of a shard: bytes in Parquet
 chain_places, chain_rows  chains with the file and row of each, or with its row group, which reads all footers
 
-`tokens.top1_prob`, `tokens.tail_mass` and `topk.prob` are the stored codes; stillroom.cache.codec also divides by their
-sum, which differs from one by no more than the rounding of the codes.
+Probabilities are those that stillroom.cache.codec decodes: codes are divided by the mass of their token, as FORMAT.md
+says. `topk.weight` sums to one over the rows of a token: a draw's is its share of the tail.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +57,21 @@ class CacheFiles:
 ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, i: n + draw_n[i]) ELSE topk_n END"
 """Number of entries of each token: its support and its draws."""
 
+CODE_PROB = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
+TAIL_CODE_PROB = f"if({{0}} = {MAX_CODE}, 0, {CODE_PROB.replace('{}', '{0}')})"
+
+DISTRIBUTIONS = f"""SELECT *, list_transform(first_entry, lambda first, i: coalesce(
+      list_sum(list_select(code_prob, range(first, first + topk_n[i]))) + {TAIL_CODE_PROB.format("tail_codes[i]")}, 1
+    )) AS mass
+  FROM (SELECT *, list_transform(topk_codes, lambda c: {CODE_PROB.format("c")}) AS code_prob,
+      list_where(range(1, len(topk_ids) + 1),
+        flatten(list_transform(entry_n, lambda n: list_resize([true], n, false)))) AS first_entry
+    FROM (SELECT *, {ENTRY_N} AS entry_n FROM shards))"""
+"""Shards with the place of each token's first entry and the mass of its codes (1 where logprobs are stored exactly).
+
+list_select reads a list from within a lambda in place. list_slice would copy it for every token: 300 times slower.
+"""
+
 
 def quote(text: str) -> str:
     """A SQL string literal."""
@@ -65,12 +80,9 @@ def quote(text: str) -> str:
 
 def view_statements(files: CacheFiles) -> list[str]:
     """CREATE VIEW statements in order."""
-    # Not divided by the decoded mass as in cache.codec: a segmented sum over list columns is slow in DuckDB, and the
-    # difference is within the rounding of the codes.
-    code_prob = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
-    topk_prob = f"coalesce({code_prob.format('topk_codes')}, exp(topk_logprobs))"
-    top1_prob = f"coalesce({code_prob.format('top1_code')}, exp(top1_logprob))"
-    tail_mass = f"coalesce(if(tail_code = {MAX_CODE}, 0, {code_prob.format('tail_code')}), exp(tail_logmass))"
+    topk_prob = f"coalesce({CODE_PROB.format('topk_code')} / mass, exp(topk_logprob))"
+    top1_prob = f"coalesce({CODE_PROB.format('top1_code')} / mass, exp(top1_logprob))"
+    tail_mass = f"coalesce({TAIL_CODE_PROB.format('tail_code')} / mass, exp(tail_logmass))"
     return [
         f"CREATE VIEW shards AS {_shards(files.chains)}",
         f"CREATE VIEW failures AS {_select(FAILURE_SCHEMA, files.failures)}",
@@ -124,19 +136,22 @@ def view_statements(files: CacheFiles) -> list[str]:
                unnest(token_ids) AS token_id, unnest(sampled_logprob) AS logprob, unnest(sampled_rank) AS rank,
                unnest(entropy) AS entropy, unnest(topk_n) AS support, unnest(draw_n) AS draws,
                unnest(tail_codes) AS tail_code,
-               unnest(tail_logmass) AS tail_logmass, unnest(list_where(topk_codes, is_first)) AS top1_code,
-               unnest(list_where(topk_logprobs, is_first)) AS top1_logprob
-             FROM (SELECT *, flatten(list_transform({ENTRY_N}, lambda n: list_resize([true], n, false))) AS is_first
-                   FROM shards)) t
+               unnest(tail_logmass) AS tail_logmass, unnest(mass) AS mass,
+               unnest(list_select(topk_codes, first_entry)) AS top1_code,
+               unnest(list_select(topk_logprobs, first_entry)) AS top1_logprob
+             FROM ({DISTRIBUTIONS})) t
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
         f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob,
-             t.rank IS NULL AS drawn
-           FROM (SELECT sample_id, run_id,
-               unnest(flatten(list_transform(entry_n, lambda n, i: list_resize([i - 1], n, i - 1)))) AS position,
-               unnest(flatten(list_transform(entry_n, lambda n, i: list_resize(range(1, topk_n[i] + 1), n)))) AS rank,
-               unnest(topk_ids) AS token_id, unnest(topk_codes) AS topk_codes, unnest(topk_logprobs) AS topk_logprobs
-             FROM (SELECT *, {ENTRY_N} AS entry_n FROM shards)) t
+             if(t.rank IS NULL, {tail_mass} / draws, {topk_prob}) AS weight, t.rank IS NULL AS drawn
+           FROM (SELECT * EXCLUDE (mass, tail_codes, tail_logmass, draw_n), mass[position + 1] AS mass,
+               tail_codes[position + 1] AS tail_code, tail_logmass[position + 1] AS tail_logmass,
+               draw_n[position + 1] AS draws
+             FROM (SELECT sample_id, run_id, mass, tail_codes, tail_logmass, draw_n,
+                 unnest(flatten(list_transform(entry_n, lambda n, i: list_resize([i - 1], n, i - 1)))) AS position,
+                 unnest(flatten(list_transform(entry_n, lambda n, i: list_resize(range(1, topk_n[i] + 1), n)))) AS rank,
+                 unnest(topk_ids) AS token_id, unnest(topk_codes) AS topk_code, unnest(topk_logprobs) AS topk_logprob
+               FROM ({DISTRIBUTIONS}))) t
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
     ]

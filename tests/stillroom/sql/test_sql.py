@@ -457,8 +457,8 @@ def test_every_probability_is_one(session: Session) -> None:
         SELECT any_value(t.tail_mass) + sum(k.prob) AS mass FROM tokens t JOIN topk k USING (sample_id, position)
         GROUP BY sample_id, position)"""
     (row,) = rows(session, query)
-    assert math.isclose(float(str(row["low"])), 1, abs_tol=0.1)
-    assert math.isclose(float(str(row["high"])), 1, abs_tol=0.1)
+    assert math.isclose(float(str(row["low"])), 1, abs_tol=1e-5)
+    assert math.isclose(float(str(row["high"])), 1, abs_tol=1e-5)
 
 
 def test_a_folder_named_like_a_column_changes_nothing(tmp_path: Path) -> None:
