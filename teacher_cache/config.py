@@ -116,7 +116,10 @@ class NamedSource(StrictModel):
 
 
 class RowFields(NamedSource):
-    """How rows of a file or dataset become prompts: fields that prompts and completions share."""
+    """How rows of a file or dataset become prompts: fields that prompts and completions share.
+
+    `a.b` names field b of the struct a.
+    """
 
     messages_field: str | None = None
     """Field with a list of {role, content}."""
@@ -127,7 +130,7 @@ class RowFields(NamedSource):
     instruction: str | None = None
     """Text appended to the last user message, after a blank line."""
     reference_field: str | None = None
-    """Field with the reference answer."""
+    """Field with the reference answer, such as `answer` or `reward_model.ground_truth`."""
     judge: Literal["math", "exact", "regex", "code"] | None = None
     """How answers are checked against the reference."""
     metadata_fields: list[str] = Field(default_factory=list)

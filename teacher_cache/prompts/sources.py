@@ -32,6 +32,9 @@ from teacher_cache.engine.api import Failure
 PARQUET_BATCH_ROWS = 1024
 LONE_SURROGATE = "holds half of a character (a lone surrogate), which is not valid text"
 
+MISSING = object()
+"""Stands for a field that a row lacks, which null does not."""
+
 Json = dict[str, Any]
 
 
@@ -111,7 +114,7 @@ def parquet_rows(path: Path, fields: Sequence[str], name: str) -> Iterator[Row]:
             file = pq.ParquetFile(file_path)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"source {name}: {file_path} is not a Parquet file: {one_line(error)}") from error
-        _check_columns(fields, file.schema_arrow.names, str(file_path), name)
+        _check_columns(fields, _column_names(file.schema_arrow), str(file_path), name)
         batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=list(fields))
         rows = (row for batch in batches for row in batch.to_pylist())
         try:
@@ -132,8 +135,11 @@ def huggingface_rows(source: HuggingFaceDataset, limit: int | None, fields: Sequ
     except (datasets.exceptions.DatasetsError, OSError, ValueError, ConnectionError) as error:
         raise DataError(f"{where} cannot be loaded: {one_line(error)}") from error
     if rows.column_names is not None:
-        _check_columns(fields, rows.column_names, source.dataset, name)
-        rows = rows.select_columns(list(fields))
+        columns = rows.column_names if rows.features is None else _column_names(rows.features.arrow_schema)
+        _check_columns(fields, columns, source.dataset, name)
+        # Structs are read whole: only columns can be selected.
+        wanted = dict.fromkeys(one if one in rows.column_names else _outer_of(one, rows.column_names) for one in fields)
+        rows = rows.select_columns(list(wanted))
     number, iterator = 0, iter(rows)
     while True:
         try:
@@ -154,13 +160,13 @@ def malformed(source: str, where: str, message: str) -> Failure:
 def metadata_of(source: RowSource, row: Row, values: Json) -> Json:
     """The row's place, the configured metadata fields, and the judge."""
     place = "line" if isinstance(source, JsonlFile) else "row"
-    metadata = {place: row.number, **{name: jsonable(values.get(name)) for name in source.metadata_fields}}
+    metadata = {place: row.number, **{name: jsonable(find(values, name)) for name in source.metadata_fields}}
     return metadata if source.judge is None else {**metadata, "judge": source.judge}
 
 
 def reference_of(source: RowSource, values: Json) -> str | None:
     """The reference answer as text; values other than text become JSON."""
-    value = None if source.reference_field is None else values.get(source.reference_field)
+    value = None if source.reference_field is None else find(values, source.reference_field)
     return value if value is None or isinstance(value, str) else json.dumps(jsonable(value), ensure_ascii=False)
 
 
@@ -173,13 +179,34 @@ def require_encodable(draft: Draft, *others: str) -> None:
         raise ValueError(LONE_SURROGATE) from error
 
 
+def find(row: Json, field: str, default: Any = None) -> Any:
+    """The field's value; `a.b` is field b of the struct a, unless the row has a field of that very name."""
+    if field in row:
+        return row[field]
+    outer, dot, inner = field.partition(".")
+    while dot:
+        if isinstance(value := row.get(outer), dict):
+            return find(value, inner, default)
+        step, dot, inner = inner.partition(".")
+        outer += f".{step}"
+    return default
+
+
+def names_of(row: Json, prefix: str = "") -> list[str]:
+    """Every name under which `find` gives a value."""
+    names = []
+    for name, value in row.items():
+        names += [f"{prefix}{name}", *(names_of(value, f"{prefix}{name}.") if isinstance(value, dict) else [])]
+    return names
+
+
 def value_of(row: Json, field: str) -> Any:
     """The field's value. Raises ValueError if it is missing or null."""
-    value = row.get(field)
-    if value is None and field in row:
-        raise ValueError(f"field {field!r} is null")
+    value = find(row, field, MISSING)
+    if value is MISSING:
+        raise ValueError(f"field {field!r} is missing{nearest_name(field, names_of(row))}")
     if value is None:
-        raise ValueError(f"field {field!r} is missing{nearest_name(field, list(map(str, row)))}")
+        raise ValueError(f"field {field!r} is null")
     return value
 
 
@@ -270,8 +297,8 @@ def _require_jsonl_fields(path: Path, fields: Sequence[str], name: str) -> None:
     missing, known = list(fields), dict[str, None]()
     for row in jsonl_rows(path, name) if missing else ():
         if isinstance(row.values, dict):
-            known |= dict.fromkeys(row.values)
-            missing = [field for field in missing if field not in row.values]
+            known |= dict.fromkeys(names_of(row.values))
+            missing = [field for field in missing if find(row.values, field, MISSING) is MISSING]
         if not missing:
             return
     if missing and known:
@@ -319,6 +346,21 @@ def _check_columns(fields: Iterable[str], columns: Sequence[str], where: str, na
     for field in fields:
         if field not in columns:
             raise DataError(f"source {name}: {where} has no column {field!r}{nearest_name(field, list(columns))}")
+
+
+def _column_names(fields: Iterable[pa.Field], prefix: str = "") -> list[str]:
+    """Names of columns, and dotted names of the fields of structs."""
+    names = []
+    for field in fields:
+        names.append(f"{prefix}{field.name}")
+        if pa.types.is_struct(field.type):
+            names += _column_names(field.type.fields, f"{prefix}{field.name}.")
+    return names
+
+
+def _outer_of(field: str, columns: Sequence[str]) -> str:
+    """The column that holds a field of a struct."""
+    return max((one for one in columns if field.startswith(f"{one}.")), key=len)
 
 
 def _files(path: Path, suffix: str, name: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """Files and datasets that break while they are read: one line that names source and place, never a traceback."""
 
+import json
 import os
 import sys
 import types
@@ -7,11 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from stillroom.config import validate_config
 from stillroom.errors import DataError
-from teacher_cache.config import HuggingFaceDataset
-from teacher_cache.prompts.sources import count_jsonl_rows, huggingface_rows, jsonl_rows, parquet_rows
+from teacher_cache.config import HuggingFaceDataset, HuggingFaceSource, JsonlSource, ParquetSource
+from teacher_cache.prompts.sources import (
+    Draft,
+    count_jsonl_rows,
+    huggingface_rows,
+    jsonl_rows,
+    parquet_rows,
+    read_source,
+)
 
 
 def test_a_folder_that_is_named_like_a_file_is_passed_over(tmp_path: Path) -> None:
@@ -63,3 +74,45 @@ def test_a_stream_that_breaks_off_says_after_how_many_rows(monkeypatch: pytest.M
     assert [next(rows).values, next(rows).values] == [{"q": "1"}, {"q": "2"}]
     with pytest.raises(DataError, match="dataset hub/set breaks off after 2 rows: Server disconnected without"):
         next(rows)
+
+
+VERL_ROW = {
+    "prompt": [{"role": "user", "content": "2+3?"}],
+    "reward_model": {"style": "rule", "ground_truth": "5"},
+    "extra_info": {"index": 7, "more": {"answer": "five"}},
+    "extra_info.split": "train",
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "huggingface"])
+def test_a_dotted_name_is_a_field_of_a_struct(tmp_path: Path, kind: str) -> None:
+    table = pa.Table.from_pylist([VERL_ROW])
+    place = {"path": str(tmp_path / "a")}
+    if kind == "jsonl":
+        (tmp_path / "a").write_text(json.dumps(VERL_ROW))
+    elif kind == "parquet":
+        pq.write_table(table, tmp_path / "a")
+    else:
+        import datasets
+
+        datasets.Dataset(table).save_to_disk(tmp_path / "a")
+        place = {"dataset": str(tmp_path / "a")}
+    fields = {
+        "messages_field": "prompt",
+        "reference_field": "reward_model.ground_truth",
+        "metadata_fields": ["extra_info.more.answer", "extra_info.index", "extra_info.split"],
+    }
+    model = {"jsonl": JsonlSource, "parquet": ParquetSource, "huggingface": HuggingFaceSource}[kind]
+
+    def drafts(**changed: Any) -> list[Any]:
+        return list(read_source(validate_config({"kind": kind, "name": "s", **place, **fields, **changed}, model, "t")))
+
+    (draft,) = drafts()
+    assert isinstance(draft, Draft)
+    found = {name: draft.metadata[name] for name in fields["metadata_fields"]}
+    assert (draft.reference, found) == (
+        "5",
+        {"extra_info.more.answer": "five", "extra_info.index": 7, "extra_info.split": "train"},
+    )
+    with pytest.raises(DataError, match=r"'reward_model.ground_thruth'.*reward_model\.ground_truth"):
+        drafts(reference_field="reward_model.ground_thruth")
