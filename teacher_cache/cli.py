@@ -132,12 +132,7 @@ def judge(
         report = teacher_cache.judge(cache, kind=kind, where=where, again=again, processes=processes)
     for warning in report.warnings():
         warn(warning)
-    lines = [
-        f"{name}: {one.num_chains} judged, {one.num_correct} right, {one.num_wrong} wrong, "
-        f"{one.num_undecided} undecided"
-        + (f" ({one.num_kept} of them keep their earlier verdict)" if one.num_kept else "")
-        for name, one in report.by_judge.items()
-    ]
+    lines = [f"{name}: {one.line}" for name, one in report.by_judge.items()]
     if report.num_without_judge:
         lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge")
     print_result(asdict(report), lines or ["nothing to judge"], as_json)

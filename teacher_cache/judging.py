@@ -47,6 +47,8 @@ JUDGE_RUN = "judge"
 MAX_WAITING = 10_000
 """Answers that may wait during a build: tens of MB of text."""
 POLL_S = 0.2
+MAX_REASONS = 3
+"""Reasons of undecided verdicts that a summary lists."""
 
 _OWN_JUDGE = "json_extract_string(metadata, '$.judge')"
 
@@ -69,14 +71,26 @@ class JudgeSummary:
     num_wrong: int = 0
     num_undecided: int = 0
     num_kept: int = 0
+    undecided_rules: Counter[str] = field(default_factory=Counter)
+    """Why chains are undecided, such as `no reference`, and how many each."""
 
     def add(self, verdict: Verdict, is_kept: bool) -> None:
         """Counts one verdict; `is_kept` if an earlier one stays in place."""
         self.num_chains += 1
+        if verdict.correct is None:
+            self.undecided_rules[verdict.rule or "unknown"] += 1
         self.num_correct += verdict.correct is True
         self.num_wrong += verdict.correct is False
         self.num_undecided += verdict.correct is None
         self.num_kept += is_kept
+
+    @property
+    def line(self) -> str:
+        """The counts for a person, with the most frequent reasons of undecided chains."""
+        line = f"{self.num_chains} judged, {self.num_correct} right, {self.num_wrong} wrong, "
+        reasons = ", ".join(f"{num} {rule}" for rule, num in self.undecided_rules.most_common(MAX_REASONS))
+        line += f"{self.num_undecided} undecided" + (f" ({reasons})" if reasons else "")
+        return line + (f"; {self.num_kept} of them keep their earlier verdict" if self.num_kept else "")
 
 
 @dataclass(slots=True)

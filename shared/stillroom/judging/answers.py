@@ -1,5 +1,6 @@
 """The math and exact judges: the marked answer, found and compared with a reference."""
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from stillroom.judging.texts import choice_letter, number_of, same_answer
 
 MAX_SHOWN = 200
 """Characters of each side that a verdict keeps."""
-NO_REFERENCE = re.compile(r"(?:nan|none|null|n/?a|nil|undefined reference|-|<na>)?", re.IGNORECASE)
+NO_REFERENCE = re.compile(r"(?:nan|none|null|n/?a|n\.a\.|nil|undefined reference|-|<na>|\[\s*\])?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,20 @@ def undecided(rule: str, compared: str | None = None) -> Verdict:
     return Verdict(None, None, rule, compared)
 
 
-def reference_problem(reference: str | None) -> str | None:
-    """Why a reference is none: missing, NaN, "n/a", or an object where a text is needed."""
+def reference_problem(reference: str | None, kind: str) -> str | None:
+    """Why a reference is none: missing, NaN, "n/a", or an object where this kind of judge needs a text."""
     if reference is None or NO_REFERENCE.fullmatch(reference.strip()):
         return "no reference"
-    if re.fullmatch(r"\s*\{\s*\"[^\"]+\"\s*:.*\}\s*", reference, re.DOTALL):
+    if kind in ("math", "exact") and re.fullmatch(r"\s*\{\s*\"[^\"]+\"\s*:.*\}\s*", reference, re.DOTALL):
         return "the reference is a struct"
     return None
 
 
 def final_reference(reference: str) -> str:
-    r"""What a worked solution comes to: behind `####`, in its last box; another reference is whole."""
+    r"""What a worked solution comes to: behind `####`, in its last box; a list's only text; another one is whole."""
     text = reference.strip()
+    if only := re.fullmatch(r'\[\s*("(?:[^"\\]|\\.)*")\s*\]', text):
+        text = str(json.loads(only[1], strict=False)).strip()
     if "####" in text:
         return text.rpartition("####")[2].strip()
     found = boxes(text)

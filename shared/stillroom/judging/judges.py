@@ -71,12 +71,8 @@ def judge_answer(
     Raises ConfigError for an unknown kind. `math` must be called from the main thread, where math-verify keeps time.
     """
     check_kind(kind)
-    if kind in ("math", "exact"):
-        problem = reference_problem(reference)
-        if problem is not None:
-            return undecided(problem)
-    elif kind != "reasoning_gym" and reference is None:
-        return undecided("no reference")
+    if kind != "reasoning_gym" and (problem := reference_problem(reference, kind)) is not None:
+        return undecided(problem)
     if answer is None or not answer.strip():
         return decided(False, "no answer")
     if kind == "reasoning_gym":

@@ -86,6 +86,9 @@ def choice_letter(text: str, with_option: bool = False) -> str | None:
 def number_of(text: str) -> tuple[Decimal, bool, bool] | None:
     """The number that a text is, whether it is a percentage, and whether something else stands beside it."""
     cleaned = normal_text(text.replace("{,}", ",").replace(r"\,", ""))
+    # Large numbers of a column with a gap were floats: 1e+16.
+    if re.fullmatch(r"[-+]?\d+(?:\.\d+)?e[-+]?\d{1,3}", cleaned):
+        return Decimal(cleaned), False, False
     match = AMOUNT.fullmatch(cleaned)
     if not match:
         return None

@@ -46,6 +46,30 @@ def test_math(judge: JudgeProcess, answer: str, reference: str, expected: bool |
     assert judge.judge("math", answer, reference, {}).correct is expected
 
 
+@pytest.mark.parametrize("kind", ["math", "exact", "regex", "code"])
+@pytest.mark.parametrize("reference", [None, "", " ", "NaN", "nan", "None", "null", "N/A", "n.a.", "<NA>", "[]"])
+def test_a_reference_that_is_none_decides_nothing(kind: str, reference: str | None) -> None:
+    assert judge_answer(kind, "NaN", reference, {}) == Verdict(None, None, "no reference")
+
+
+@pytest.mark.parametrize("kind", ["math", "exact"])
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("5", "5.0", RIGHT),
+        ("**5.0**", "5", RIGHT),
+        ("The answer is -3.", "-3.0", RIGHT),
+        ("10000000000000000", "1e+16", RIGHT),
+        ("5", "5.5", WRONG),
+        ("5", '["5"]', RIGHT),
+        ("6", '["5"]', WRONG),
+        ("5", '{"ground_truth": "5"}', UNDECIDED),
+    ],
+)
+def test_what_data_sets_make_of_a_number(kind: str, answer: str, reference: str, expected: bool | None) -> None:
+    assert judge_answer(kind, answer, reference, {}).correct is expected
+
+
 @pytest.mark.parametrize(
     ("kind", "answer", "reference", "expected"),
     [
