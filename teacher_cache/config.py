@@ -73,6 +73,9 @@ class ServerConfig(StrictModel):
     responses (429, 503) do not count."""
     stall_s: float = Field(default=600.0, gt=0)
     """Retry a chain after this many seconds without a byte of it."""
+    handshake_s: float = Field(default=60.0, gt=0)
+    """Exclude an endpoint that does not finish its checks, a few short requests, within this many seconds; it is
+    checked again. The others start without it."""
     give_up_minutes: float = Field(default=10.0, gt=0)
     """Stop after this many minutes without a usable endpoint, at the start (servers load for minutes) or later."""
 

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 from stillroom.schema.records import Capture, Prompt, stable_hash
 
+FINISH_REASONS = ("stop", "length", "repetition")
+"""How a generated chain that is kept may end. vLLM ends one that loops with `repetition`, where it was asked to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -54,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A completion and the teacher's distributions. `finish_reason` is `stop`, `length` or `scored`."""
+    """A completion and the teacher's distributions. `finish_reason` is one of FINISH_REASONS, or `scored`."""
 
     request: Request
     capture: Capture

@@ -21,7 +21,7 @@ from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import format_count, format_duration, note, warn
 from stillroom.schema.records import stable_hash
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
-from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
+from teacher_cache.engine.api import FINISH_REASONS, EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.children import die_with_parent
 from teacher_cache.engine.row_layout import Layout, is_marked
 
@@ -283,7 +283,7 @@ class EmbeddedEngine:
         given = request.completion_token_ids
         self._num_finished_tokens += len(completion.token_ids if given is None else given)
         self._num_scored_tokens += 0 if given is None else len(given) - 1
-        if completion.finish_reason not in ("stop", "length"):
+        if completion.finish_reason not in FINISH_REASONS:
             return request.failure("engine_error", f"vLLM ended the chain with {completion.finish_reason!r}")
         if given is None:
             capture, reason = capture_of(completion.logprobs, completion.token_ids, self._k, self._layout), None

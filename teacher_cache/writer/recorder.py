@@ -28,6 +28,7 @@ from stillroom.errors import StillroomError, one_line
 from stillroom.log import note, warn
 from stillroom.program import StopRequest
 from stillroom.schema.manifest import ShardHeader
+from stillroom.schema.records import CUT_REASONS
 from stillroom.schema.tables import FAILURE_SCHEMA
 from stillroom.storage.paths import Location, spool
 from teacher_cache.config import JudgingConfig, ShardConfig
@@ -170,7 +171,7 @@ class Recorder:
         self._shard.add(row)
         self.recorded.num_chains += 1
         self.recorded.num_tokens += row.num_tokens
-        self._judges.put(row.sample_id, outcome.request.prompt, row.answer, row.finish_reason == "length")
+        self._judges.put(row.sample_id, outcome.request.prompt, row.answer, row.finish_reason in CUT_REASONS)
 
     def _is_due(self) -> bool:
         if self._shard is None and not self._failed:

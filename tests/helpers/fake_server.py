@@ -27,13 +27,15 @@ NUM_TOKENS = 20
 EOS_ID = 1
 LOGPROBS_V = -np.log(np.arange(1, VOCAB_SIZE + 1)) - np.log((1 / np.arange(1, VOCAB_SIZE + 1)).sum())
 
+PAGE = {"error": "the\n\nbackend is asleep"}
 EVENT = "data: {}\n\n"
 """A message of a stream."""
 
 Json = dict[str, Any]
 Trouble = str
 """`500` and other numbers: that status. `cut`: the stream ends in the middle. `garbage`: not JSON. `hang`: nothing
-comes any more. `close`: the connection ends without an answer. `nan`: no finite number. `abort`: ends the chain so.
+comes any more. `close`: the connection ends without an answer. `nan`: no finite number. `abort` and `repetition`:
+ends the chain so. `page`: a gateway's page with status 200. `silent`: no answer at all.
 """
 
 
@@ -153,6 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(int(trouble), {"error": {"message": f"status {trouble} on demand", "code": int(trouble)}})
             elif trouble == "close":
                 self.close_connection = True
+            elif trouble == "silent":
+                time.sleep(60)
+            elif trouble == "page":
+                self._send(200, PAGE)
             elif (refusal := _refusal(body, setup)) is not None:
                 self._send(400, {"error": {"message": refusal, "code": 400}})
             else:
@@ -204,8 +210,8 @@ class Plan:
     def events(self, trouble: Trouble | None) -> Iterator[Json]:
         for number, choice in enumerate(self.choices):
             last = number == len(self.choices) - 1
-            if trouble == "abort" and last:
-                choice = {**choice, "finish_reason": "abort"}
+            if trouble in ("abort", "repetition") and last:
+                choice = {**choice, "finish_reason": trouble}
             if trouble == "nan":
                 choice = json.loads(json.dumps(choice).replace('"rank": ', '"rank": null, "was": '))
                 if "token_logprobs" in choice["logprobs"]:

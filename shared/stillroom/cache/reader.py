@@ -27,7 +27,7 @@ from stillroom.cache.codec import decode, signal_columns
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import DataError, StillroomError
 from stillroom.schema.manifest import ShardHeader
-from stillroom.schema.records import Float32, Int32, Int64, Signals
+from stillroom.schema.records import CUT_REASONS, Float32, Int32, Int64, Signals
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS
 from stillroom.sql.conditions import check_condition, in_brackets
 from stillroom.sql.session import Session
@@ -284,7 +284,9 @@ def _chain(row: dict[str, Any], messages: list[dict[str, str]], place: dict[str,
     """The row of the view `chains` from a shard's scalars and its latest verdict."""
     prompts = [message["content"] for message in messages if message["role"] == "user"]
     verdict = {name: place[name] for name in ("correct", "score", "judge", "rule", "compared")}
-    return row | verdict | {"prompt": prompts[-1] if prompts else None, "truncated": row["finish_reason"] == "length"}
+    return (
+        row | verdict | {"prompt": prompts[-1] if prompts else None, "truncated": row["finish_reason"] in CUT_REASONS}
+    )
 
 
 def _by_row_group(

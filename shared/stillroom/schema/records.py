@@ -18,6 +18,9 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
+CUT_REASONS = ("length", "repetition")
+"""Finish reasons of chains that the engine ended before the model did."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

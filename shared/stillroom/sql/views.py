@@ -101,8 +101,8 @@ def view_statements(files: CacheFiles) -> list[str]:
         s.split,
              list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
              s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, v.rule, v.compared,
-             s.finish_reason,
-             s.finish_reason = 'length' AS truncated, s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
+             s.finish_reason, s.finish_reason IN ('length', 'repetition') AS truncated,
+             s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
              s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
              s.seed, s.worker, s.created_at, s.metadata
            FROM shards s LEFT JOIN latest_verdicts v USING (sample_id)""",

@@ -24,6 +24,11 @@ REFUSING_STATUS = {400, 413, 422}
 BUSY_STATUS = {429, 503}
 """Overloaded or not ready: the request was not worked on."""
 MAX_MESSAGE_CHARS = 300
+STREAM_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
+"""What a message of a stream begins with; MIN_START_BYTES tell."""
+MIN_START_BYTES = 6
+MAX_BODY_BYTES = 65536
+"""Read of a body that is no stream."""
 
 Json = Mapping[str, Any]
 
@@ -36,6 +41,15 @@ class Unavailable(Exception):
     def __init__(self, message: str, *, was_sent: bool, status: int | None = None, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.was_sent, self.status, self.retry_after_s = was_sent, status, retry_after_s
+
+    def after(self, num_tokens: int, seconds: float) -> "Unavailable":
+        """The same of a chain that broke off after `num_tokens` tokens and so many seconds."""
+        return Unavailable(
+            f"{self}, after {num_tokens} tokens and {seconds:.1f} s",
+            was_sent=self.was_sent,
+            status=self.status,
+            retry_after_s=self.retry_after_s,
+        )
 
     @property
     def is_busy(self) -> bool:
@@ -101,9 +115,17 @@ class HttpClient:
 
 
 async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
-    waiting = b""
+    waiting, is_stream = b"", False
     async for data in response.aiter_bytes():
-        *events, waiting = (waiting + data).split(b"\n\n")
+        waiting += data
+        if not is_stream and len(waiting.lstrip()) < MIN_START_BYTES:
+            continue
+        is_stream = is_stream or waiting.lstrip().startswith(STREAM_FIELDS)
+        if not is_stream:
+            if len(waiting) < MAX_BODY_BYTES:
+                continue
+            break
+        *events, waiting = waiting.split(b"\n\n")
         for event in events:
             text = event.strip().removeprefix(b"data: ")
             if text == b"[DONE]":
@@ -111,7 +133,16 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
             # Lines that begin with a colon are comments, which gateways send to keep a connection alive.
             if text and not text.startswith(b":"):
                 yield _checked(_parsed(text))
+    if not is_stream and waiting.strip():
+        raise _no_stream(response, waiting)
     raise Unavailable("broke off in the middle of an answer", was_sent=True)
+
+
+def _no_stream(response: httpx2.Response, body: bytes) -> Unavailable:
+    """Gateways send their own errors and pages with status 200."""
+    kind = response.headers.get("content-type", "").partition(";")[0]
+    problem = f"answered 200 with {kind or 'a body'} instead of a stream: {_message_of(body)}"
+    return Unavailable(problem, was_sent=True, status=httpx2.codes.OK)
 
 
 def _checked(event: Json) -> Json:

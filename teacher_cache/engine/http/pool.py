@@ -22,7 +22,7 @@ from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import note, warn
 from stillroom.schema.records import Capture
 from teacher_cache.config import ServerConfig
-from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, seed_of_draws
+from teacher_cache.engine.api import FINISH_REASONS, EngineInfo, Finished, Outcome, Request, seed_of_draws
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable
 from teacher_cache.engine.http.handshake import (
     KEY_STATUS,
@@ -42,6 +42,8 @@ MAX_BACKOFF_S = 60.0
 MAX_TROUBLES = 3
 """Consecutive error statuses, without a chain in between, after which an endpoint is excluded."""
 OPEN_POLL_S = 0.1
+STRAGGLER_S = 3.0
+"""How much longer than for the first endpoint a build waits for the others before it starts."""
 
 
 class Endpoint:
@@ -49,11 +51,12 @@ class Endpoint:
     `is_busy` from when it is excluded as overloaded until its next chain.
     """
 
-    def __init__(self, http: HttpClient, expected: Expected) -> None:
+    def __init__(self, http: HttpClient, expected: Expected, handshake_s: float) -> None:
         self.http = http
+        self.handshake_s = handshake_s
         self.url = http.url
         self.served: Served | None = None
-        self.problem = "was not contacted yet"
+        self.problem = "has not answered yet"
         self.num_in_flight = 0
         self.num_tokens = 0
         self.is_busy = False
@@ -71,7 +74,13 @@ class Endpoint:
     async def connect(self) -> Served:
         """What it serves. Raises ConfigError if it does not fit, Unavailable if it cannot be reached."""
         try:
-            served = await check_server(self.http, self.expected)
+            # Chains may be silent for minutes in a queue, an endpoint that is no use must show sooner.
+            async with asyncio.timeout(self.handshake_s):
+                served = await check_server(self.http, self.expected)
+        except TimeoutError:
+            problem = f"does not finish the checks within engine.handshake_s={self.handshake_s:g} s"
+            self.exclude(problem)
+            raise Unavailable(problem, was_sent=True) from None
         except (ConfigError, Unavailable) as error:
             self.exclude(str(error))
             raise
@@ -122,7 +131,7 @@ class Endpoint:
             raise Unavailable(f"sent an unexpected answer: {problem}", was_sent=True, status=200) from error
 
     async def _generate(self, served: Served, request: Request, max_tokens: int) -> Outcome:
-        rows, finish_reason = Rows(served.form), None
+        rows, finish_reason, started_s = Rows(served.form), None, time.monotonic()
         body = served.api.generation(served.model, request, served.form, max_tokens)
         try:
             async for event in self.http.stream(served.api.path, body):
@@ -132,13 +141,15 @@ class Endpoint:
                         served.api.read(choice, rows)
                     self.num_tokens += rows.num_tokens - num_before
                     finish_reason = choice["finish_reason"] or finish_reason
-            if finish_reason not in ("stop", "length"):
+            if finish_reason not in FINISH_REASONS:
                 # A server that shuts down ends its chains with `abort`, which is not the chain's fault.
                 raise Unavailable(f"ended the chain with {finish_reason!r}", was_sent=True, status=200)
             capture = await self._with_ranks(served, request, rows.capture())
-        except BaseException:
+        except BaseException as error:
             # The chain will be retried, so its tokens were not progress.
             self.num_tokens -= rows.num_tokens
+            if isinstance(error, Unavailable) and error.was_sent and (error.status is None or rows.num_tokens):
+                raise error.after(rows.num_tokens, time.monotonic() - started_s) from error
             raise
         return _outcome(request, capture, finish_reason)
 
@@ -205,14 +216,11 @@ class EndpointPool:
         return sum(endpoint.num_tokens for endpoint in self._endpoints)
 
     async def open(self) -> None:
-        """Checks every endpoint once and starts with those that fit; if there is none, waits for the first."""
+        """Starts with the endpoints that fit at the first check; if there is none, waits for the first."""
         for url in self._config.endpoints:
             http = HttpClient(url, self._api_key, self._config.stall_s)
-            self._endpoints.append(Endpoint(http, self._expected))
-        await asyncio.gather(*(self._first_try(endpoint) for endpoint in self._endpoints))
-        self._raise_misfit()
-        for endpoint in self._endpoints:
-            self._start(self._keep(endpoint))
+            self._endpoints.append(Endpoint(http, self._expected, self._config.handshake_s))
+        await self._first_tries()
         while not any(endpoint.is_up for endpoint in self._endpoints):
             self.raise_if_lost()
             self._raise_misfit()
@@ -325,16 +333,38 @@ class EndpointPool:
         asyncio.get_running_loop().call_later(pause, self.offer, job)
         return None
 
+    async def _first_tries(self) -> None:
+        """Checks every endpoint, and waits for all, or STRAGGLER_S longer than for the first that fits."""
+        tries = {asyncio.get_running_loop().create_task(self._first_try(one)): one for one in self._endpoints}
+        for first, endpoint in tries.items():
+            self._start(self._keep(endpoint, first))
+        first_up_s: float | None = None
+        while waiting := [one for one in tries if not one.done()]:
+            if any(endpoint.is_up for endpoint in self._endpoints):
+                first_up_s = first_up_s or time.monotonic()
+                if time.monotonic() - first_up_s >= STRAGGLER_S:
+                    break
+            else:
+                self.raise_if_lost()
+            await asyncio.wait(waiting, timeout=OPEN_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+        self._raise_misfit()
+        for one in waiting:
+            note(f"{tries[one].url} has not answered yet: starting without it")
+
     async def _first_try(self, endpoint: Endpoint) -> None:
         try:
             await self._connect(endpoint)
         except ConfigError as error:
             self._misfit = error
+            if self._max_model_len:
+                # The build has started without it.
+                warn(f"excluded: {error}")
         except Unavailable as error:
             note(f"{endpoint.url} {error}: retrying until it answers")
 
-    async def _keep(self, endpoint: Endpoint) -> None:
-        """Reconnects the endpoint whenever it is down, until the pool closes."""
+    async def _keep(self, endpoint: Endpoint, first: "asyncio.Task[None]") -> None:
+        """Reconnects the endpoint whenever it is down after its first check, until the pool closes."""
+        await first
         reported, is_quiet = endpoint.problem, False
         while True:
             if endpoint.is_up:

@@ -14,7 +14,7 @@ import pytest
 
 from stillroom.config import validate_config
 from stillroom.errors import DataError
-from teacher_cache.config import HuggingFaceDataset, HuggingFaceSource, JsonlSource, ParquetSource
+from teacher_cache.config import HuggingFaceDataset, PromptsConfig
 from teacher_cache.prompts.sources import (
     Draft,
     count_jsonl_rows,
@@ -102,10 +102,10 @@ def test_a_dotted_name_is_a_field_of_a_struct(tmp_path: Path, kind: str) -> None
         "reference_field": "reward_model.ground_truth",
         "metadata_fields": ["extra_info.more.answer", "extra_info.index", "extra_info.split"],
     }
-    model = {"jsonl": JsonlSource, "parquet": ParquetSource, "huggingface": HuggingFaceSource}[kind]
 
     def drafts(**changed: Any) -> list[Any]:
-        return list(read_source(validate_config({"kind": kind, "name": "s", **place, **fields, **changed}, model, "t")))
+        source = {"kind": kind, "name": "s", **place, **fields, **changed}
+        return list(read_source(validate_config({"sources": [source]}, PromptsConfig, "test").sources[0]))
 
     (draft,) = drafts()
     assert isinstance(draft, Draft)

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import re
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -302,6 +304,21 @@ def test_a_server_that_is_still_loading_is_waited_for() -> None:
     late.stop()
 
 
+def test_a_silent_endpoint_keeps_no_build_from_starting(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pool, "STRAGGLER_S", 0.2)
+    with FakeServer(Behaviour(trouble=lambda body: "silent")) as silent:
+        started_s = time.monotonic()
+        requests = make_requests(3)
+        outcomes = answers(make_engine(silent, server, stall_s=30.0), requests)
+        assert time.monotonic() - started_s < 5
+        assert {type(outcome) for outcome in outcomes.values()} == {Finished}
+        assert f"{silent.url} has not answered yet: starting without it" in capsys.readouterr().err
+        with pytest.raises(StillroomError, match=r"does not finish the checks within engine\.handshake_s=0\.2 s"):
+            make_engine(silent, stall_s=30.0, handshake_s=0.2)
+
+
 def test_a_server_that_never_answers_is_an_error_at_the_start() -> None:
     nobody = FakeServer(Behaviour())
     nobody.start()
@@ -490,6 +507,32 @@ def test_a_server_that_is_stopped_over_its_chains_loses_none(server: FakeServer)
     assert len(aborted) == 8
     assert {type(outcome) for outcome in outcomes.values()} == {Finished}
     assert engine.num_tokens == NUM_TOKENS * len(requests)
+
+
+@WAYS
+def test_a_chain_that_ended_by_repetition_is_kept(server: FakeServer, has_generate: bool) -> None:
+    server.behaviour.has_generate = has_generate
+    server.behaviour.trouble = lambda body: "repetition" if is_work(body) else None
+    (request,) = make_requests(1)
+    outcome = answers(make_engine(server), [request])[request.sample_id]
+    assert isinstance(outcome, Finished)
+    assert (outcome.finish_reason, len(outcome.capture.token_ids_T)) == ("repetition", NUM_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("page", r"answered 200 with application/json instead of a stream: the backend is asleep$"),
+        ("cut", r"broke off in the middle of an answer, after 10 tokens and 0\.\d s$"),
+        ("hang", r"stopped sending, after 10 tokens and 0\.[2-9] s$"),
+    ],
+)
+def test_a_chain_that_broke_off_says_how(server: FakeServer, trouble: str, message: str) -> None:
+    server.behaviour.trouble = lambda body: trouble if is_work(body) else None
+    (request,) = make_requests(1)
+    outcome = answers(make_engine(server, stall_s=0.2, max_attempts=2), [request])[request.sample_id]
+    assert isinstance(outcome, Failure)
+    assert re.search(message, outcome.message), outcome.message
 
 
 @pytest.mark.parametrize("choices", [[], [{"prompt_logprobs": [[], [], []]}], [None], "none", [{}, {}]])
