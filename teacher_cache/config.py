@@ -453,6 +453,9 @@ class CompletionFields(RowFields):
     append_eos: bool = True
     """End completion texts with the tokenizer's end-of-sequence token, as a chain that stopped does; False for texts
     that were truncated. Nothing is appended to token ids."""
+    turns: Literal["last", "all"] = "last"
+    """Which assistant turns of `messages_field` are completions. With `all` each turn becomes a chain whose prompt is
+    the conversation before it, so that every turn is learned once; `reference_field` then belongs to the last turn."""
 
     @property
     def are_ids(self) -> bool:
@@ -469,6 +472,8 @@ class CompletionFields(RowFields):
     def _one_way(self) -> Self:
         if (self.prompt_ids_field is None) != (self.completion_ids_field is None):
             raise ValueError("set both prompt_ids_field and completion_ids_field, or neither")
+        if self.turns == "all" and (self.messages_field is None or self.completion_field is not None or self.are_ids):
+            raise ValueError("turns: all needs messages_field alone: completion fields hold a single turn")
         if self.messages_field is not None and self.prompt_field is not None:
             raise ValueError("messages_field and prompt_field both give the prompt: remove one")
         if self.are_ids:

@@ -6,9 +6,13 @@ batch being tokenised is in memory.
 Text becomes tokens as in generation: the prompt by the chat template with the assistant's turn opened, the completion
 on its own. The template does not render the completion, because templates drop the reasoning of earlier turns. So:
 
-- A finished completion must end with the end-of-sequence token, which `append_eos` adds if it is missing.
+- A finished completion must end with the end-of-sequence token, which `append_eos` adds unless the text ends with a
+  special token already.
 - If the template has already written <think> into the prompt, a completion's own <think> is removed, along with the
-  white space that follows it in the prompt.
+  white space that follows it in the prompt. A finished completion without </think> is refused there: the teacher would
+  score its answer as reasoning.
+- Of `turns: all`, every assistant turn is a chain of its own whose prompt is the conversation before it. No mask is
+  needed: a chain's loss is on its completion, and templates drop earlier reasoning as they do in a conversation.
 
 Chains of another cache keep their token ids if both teachers share a vocabulary; `chain_id` then joins their views of
 the same tokens.
@@ -18,7 +22,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -76,7 +80,10 @@ class Completions:
         """Opens other caches. Raises ConfigError or DataError if one does not fit the teacher."""
         self.contaminated: list[Contaminated] = []
         self._config, self._teacher = config, teacher
-        self._start_id, _ = reasoning_ids(teacher.tokenizer, config.reasoning.start, config.reasoning.end)
+        self._start_id, self._end_id = reasoning_ids(teacher.tokenizer, config.reasoning.start, config.reasoning.end)
+        added = teacher.tokenizer.added_tokens_decoder.items()
+        special = {*teacher.tokenizer.all_special_ids, *(token_id for token_id, one in added if one.special)}
+        self._final_ids = special - {self._start_id, self._end_id}
         decontaminate = config.completions.decontaminate
         self._evaluation = None if decontaminate is None else EvaluationTexts(decontaminate)
         self._require_template()
@@ -118,6 +125,8 @@ class Completions:
     def _num_rows(self, source: CompletionSource, share: WorkerShare) -> int:
         if isinstance(source, CacheCompletions):
             return self._caches[source.name].count(share)
+        if source.turns == "all":
+            return sum(1 for _ in self._rows(source, share))
         num_rows = count_rows(source)
         num_used = num_rows if source.limit is None else min(num_rows, source.limit)
         return len(range(share.index, num_used, share.count))
@@ -127,7 +136,7 @@ class Completions:
             yield from (_of_chain(chain, source) for chain in self._caches[source.name].chains(share))
             return
         for row in itertools.islice(read_rows(source), share.index, source.limit, share.count):
-            yield _of_row(source, row, self._config.completions.heldout_frac, self._teacher.tokenizer)
+            yield from _of_row(source, row, self._config.completions.heldout_frac, self._teacher.tokenizer)
 
     def _is_contaminated(self, row: Completion | Failure, source: CompletionSource) -> bool:
         if self._evaluation is None or isinstance(row, Failure):
@@ -149,6 +158,8 @@ class Completions:
             if isinstance(ids, str):
                 failed_id = stable_hash("template", row.prompt.prompt_id, row.completion)
                 yield template_failure(row.prompt, failed_id, row.sample_index, ids)
+            elif self._lacks_end_of_reasoning(row, ids):
+                yield malformed(row.prompt.source, row.where, self._no_end_of_reasoning())
             else:
                 yield self._request(row, ids)
 
@@ -172,9 +183,25 @@ class Completions:
         if opening is not None and text.lstrip().startswith(start):
             text = text.lstrip().removeprefix(start).removeprefix(opening)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if row.append_eos and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        return ids
+        if not row.append_eos:
+            return ids
+        # Rendered conversations keep their end marks and the line break after them: "5<|im_end|>\n".
+        bare: list[int] = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
+        return bare if bare and bare[-1] in self._final_ids else [*ids, tokenizer.eos_token_id]
+
+    def _lacks_end_of_reasoning(self, row: Completion, prompt_ids: list[int]) -> bool:
+        is_finished_text = isinstance(row.completion, str) and row.append_eos
+        if not is_finished_text or self._end_id is None or self._config.reasoning.end in row.completion:
+            return False
+        return self._opening(prompt_ids) is not None
+
+    def _no_end_of_reasoning(self) -> str:
+        start, end = self._config.reasoning.start, self._config.reasoning.end
+        return (
+            f"the chat template opens {start} in the prompt, and the completion has no {end}, so its answer would "
+            f"count as reasoning: put {end} before the answer, turn thinking off with "
+            "teacher.chat_template_kwargs if the template can, or set append_eos: false if the text is cut"
+        )
 
     def _opening(self, prompt_ids: list[int]) -> str | None:
         """White space after the <think> that ends the prompt; None if the prompt does not open the reasoning."""
@@ -275,39 +302,69 @@ def _are_tokens(source: CompletionSource) -> bool:
     return source.are_ids if isinstance(source, CompletionFields) else not source.retokenise
 
 
-def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: Any) -> Completion | Failure:
+def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: Any) -> Iterator[Completion | Failure]:
+    """The row's completions: one, or one per assistant turn. A row with a bad turn is one failure."""
     if isinstance(row.values, str):
-        return malformed(source.name, row.where, row.values)
+        yield malformed(source.name, row.where, row.values)
+        return
     try:
         prompt_ids = None if source.prompt_ids_field is None else _ids(row.values, source.prompt_ids_field)
-        messages, completion = _texts(source, row.values, prompt_ids, tokenizer)
-        metadata = metadata_of(source, row, row.values)
-        draft = Draft(row.where, tuple(messages), reference_of(source, row.values), metadata)
-        require_encodable(draft, completion if isinstance(completion, str) else "")
+        turns = _turns(source, row.values, prompt_ids, tokenizer)
+        metadata, reference = metadata_of(source, row, row.values), reference_of(source, row.values)
+        drafts = [Draft(row.where, tuple(messages), None, metadata) for messages, _ in turns]
+        if source.turns == "all":
+            # The reference answers the last question, so judging an earlier turn by it would call it wrong.
+            unjudged = {name: value for name, value in metadata.items() if name != "judge"}
+            metas = [*([unjudged] * (len(drafts) - 1)), metadata]
+            drafts = [replace(one, metadata={**metas[turn], "turn": turn}) for turn, one in enumerate(drafts)]
+        drafts[-1] = replace(drafts[-1], reference=reference)
+        for draft, (_, completion) in zip(drafts, turns, strict=True):
+            require_encodable(draft, completion if isinstance(completion, str) else "")
     except ValueError as error:
-        return malformed(source.name, row.where, str(error))
-    prompt = prompt_of(draft, source.name, source.system, source.instruction, heldout_frac)
-    return Completion(row.where, prompt, completion, prompt_ids, source.append_eos)
+        yield malformed(source.name, row.where, str(error))
+        return
+    prompts = [prompt_of(one, source.name, source.system, source.instruction, heldout_frac) for one in drafts]
+    for prompt, (_, completion) in zip(prompts, turns, strict=True):
+        # One split for the whole conversation: later turns quote earlier ones.
+        prompt = replace(prompt, split=prompts[0].split)
+        where = f"{row.where} turn {prompt.metadata['turn']}" if source.turns == "all" else row.where
+        yield Completion(where, prompt, completion, prompt_ids, source.append_eos)
 
 
-def _texts(
+def _turns(
     source: CompletionFields, values: Json, prompt_ids: list[int] | None, tokenizer: Any
-) -> tuple[list[Message], str | list[int]]:
-    """The prompt's messages, and the completion. Raises ValueError if the row has none."""
+) -> list[tuple[list[Message], str | list[int]]]:
+    """Each completion and the messages before it. Raises ValueError if the row has none."""
     if source.prompt_field is not None:
         messages = [Message("user", text_of(values, source.prompt_field))]
     elif source.messages_field is not None:
         messages = conversation_of(values, source.messages_field)
     else:
         messages = [Message("user", str(tokenizer.decode(prompt_ids)))]
-    if source.completion_ids_field is not None:
-        return messages, _ids(values, source.completion_ids_field)
-    if source.completion_field is not None:
-        return messages, text_of(values, source.completion_field)
-    last = messages.pop()
-    if last.role != "assistant" or not last.content.strip() or not messages:
-        raise ValueError(f"field {source.messages_field!r} does not end with a question and the assistant's answer")
-    return messages, last.content
+    beside = source.completion_ids_field or source.completion_field
+    if beside is None:
+        return _turns_of(messages, str(source.messages_field), every=source.turns == "all")
+    if messages[-1].role == "assistant":
+        raise ValueError(
+            f"field {source.messages_field!r} ends with the assistant's turn, and {beside!r} holds the completion too: "
+            f"remove that turn, or the setting of {beside!r} to score the turn"
+        )
+    return [(messages, _ids(values, beside) if source.are_ids else text_of(values, beside))]
+
+
+def _turns_of(messages: list[Message], field: str, *, every: bool) -> list[tuple[list[Message], str | list[int]]]:
+    places = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    if not every:
+        places = places[-1:] if messages[-1].role == "assistant" else []
+    if not places:
+        raise ValueError(f"field {field!r} does not end with a question and the assistant's answer")
+    for place in places:
+        if place == 0 or not messages[place].content.strip():
+            problem = "answers no question" if place == 0 else "is empty"
+            raise ValueError(f"field {field!r}, message {place} of the assistant {problem}")
+        if messages[place - 1].role == "assistant":
+            raise ValueError(f"field {field!r}, messages {place - 1} and {place} are both the assistant's: join them")
+    return [(messages[:place], messages[place].content) for place in places]
 
 
 def _ids(values: Json, name: str) -> list[int]:

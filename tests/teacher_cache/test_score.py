@@ -1,6 +1,7 @@
 """Completions that exist already: from every source to tokens, and through the build's own machinery to rows."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,20 @@ def test_token_ids_are_taken_as_they_are(tmp_path: Path, teacher: IdentifiedTeac
 
 @pytest.mark.parametrize(
     ("append_eos", "completion", "ends"),
-    [(True, "5", "5<|im_end|>"), (True, "5<|im_end|>", "5<|im_end|>"), (False, "5", "5")],
+    [
+        (True, "5", "5<|im_end|>"),
+        (True, "5<|im_end|>", "5<|im_end|>"),
+        (True, "5<|im_end|>\n", "5<|im_end|>"),
+        (True, "5<|endoftext|>", "5<|endoftext|>"),
+        (True, "5\n", "5\n<|im_end|>"),
+        (False, "5", "5"),
+        (False, "5<|im_end|>\n", "5<|im_end|>\n"),
+    ],
 )
 def test_the_end_of_sequence_token_is_appended_once_or_never(
     tmp_path: Path, teacher: IdentifiedTeacher, append_eos: bool, completion: str, ends: str
 ) -> None:
+    teacher.tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "2+3?", "a": completion}])
     fields = {"prompt_field": "q", "completion_field": "a", "append_eos": append_eos}
     (request,) = scored(make_score(tmp_path / "c", {"kind": "jsonl", "path": path, **fields}), teacher)
@@ -170,6 +180,64 @@ def test_a_marker_that_the_template_wrote_is_not_written_again(
     run_score(config, teacher)
     (row,) = rows_of(tmp_path / "c")
     assert (row["reasoning"], row["answer"], row["finish_reason"], row["seed"]) == ("hm", "5", "scored", None)
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize("opens", [True, False])
+def test_an_answer_alone_behind_opened_reasoning_is_refused(
+    tmp_path: Path, teacher: IdentifiedTeacher, opens: bool, append_eos: bool
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "2+3?", "a": "5"}, {"q": "2+3?", "a": "</think>5"}])
+    fields = {"prompt_field": "q", "completion_field": "a", "append_eos": append_eos}
+    kwargs = {"model": "fake", "chat_template_kwargs": {"open_reasoning": opens}}
+    source = {"kind": "jsonl", "path": path, **fields}
+    first, second = requests_of(make_score(tmp_path / "c", source, teacher=kwargs), teacher)
+    assert isinstance(second, Request)
+    assert isinstance(first, Failure) == (opens and append_eos)
+    if isinstance(first, Failure):
+        assert re.search(r"a\.jsonl:1: .* opens <think> .* has no </think>", first.message)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_an_assistant_turn_beside_a_completion_is_refused(
+    tmp_path: Path, teacher: IdentifiedTeacher, ids: bool
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "a": "5", "p": [5], "c": [7]}])
+    fields = {"prompt_ids_field": "p", "completion_ids_field": "c"} if ids else {"completion_field": "a"}
+    config = make_score(tmp_path / "c", {"kind": "jsonl", "path": path, "messages_field": "messages", **fields})
+    (refused,) = requests_of(config, teacher)
+    assert isinstance(refused, Failure)
+    assert "'messages' ends with the assistant's turn, and" in refused.message
+
+
+def test_every_turn_of_a_conversation_is_learned_once(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    spoken = ["hello", "hello world", "what is 2+3?", "<think>\nhm</think>5", "today", "The answer"]
+    roles = ["user", "assistant"] * 3
+    turns = [{"role": role, "content": content} for role, content in zip(roles, spoken, strict=True)]
+    rows = [
+        {"m": turns, "right": "The answer"},
+        {"m": turns[:2] + turns[1:], "right": ""},
+        {"m": turns[:3], "right": ""},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    source = {"kind": "jsonl", "path": path, "messages_field": "m", "turns": "all"}
+    source |= {"reference_field": "right", "judge": "exact"}
+    config = make_score(tmp_path / "c", source, completions={"heldout_frac": 0.5})
+    assert run_score(config, teacher).num_total == 5
+    found = rows_of(tmp_path / "c")
+    first = sorted((row for row in found), key=lambda row: row["num_prompt_tokens"])
+    assert len(found) == 3, "the first turn of the last row is that of the first"
+    assert [text(teacher, row["token_ids"]) for row in first] == [f"{one}<|im_end|>" for one in spoken[1::2]]
+    assert [[one["content"] for one in row["messages"]] for row in first] == [spoken[:1], spoken[:3], spoken[:5]]
+    for row in first:
+        assert len(row["sampled_logprob"]) == len(row["token_ids"]), "the prompt has no signal and no loss"
+    assert len({row["split"] for row in first}) == 1
+    assert [row["reference"] for row in first] == [None, None, "The answer"]
+    said = [json.loads(row["metadata"]) for row in first]
+    assert [(one["turn"], one.get("judge")) for one in said] == [(0, None), (1, None), (2, "exact")]
+    with open_cache(Catalog(tmp_path / "c")) as session:
+        (failure,) = session.arrow("SELECT message FROM failures").to_pylist()
+    assert failure["message"].endswith("messages 1 and 2 are both the assistant's: join them")
 
 
 def test_bad_rows_fail_alone(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
@@ -264,6 +332,7 @@ def test_scored_chains_are_scored_again_as_they_ended(tmp_path: Path, teacher: I
         ({}, "set messages_field"),
         ({"prompt_field": "q"}, "set messages_field"),
         ({"completion_ids_field": "c"}, "set both"),
+        ({"messages_field": "m", "completion_field": "c", "turns": "all"}, "turns: all needs messages_field alone"),
         ({"messages_field": "m", "prompt_field": "q"}, "both give the prompt"),
         ({"prompt_ids_field": "p", "completion_ids_field": "c", "append_eos": True}, "no effect on token ids"),
         ({"messages_field": "m", "judge": "exact"}, "no effect without reference_field"),
