@@ -62,18 +62,8 @@ def print_result(result: "Json", lines: list[str], as_json: bool) -> None:
     print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
 
 
-def share_cores() -> None:
-    """Makes OpenMP threads sleep while they wait, unless the environment says otherwise; call before torch is loaded.
-
-    By default they spin, which on a busy machine uses up the time slices of the threads that they wait for.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
 def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
     """Runs a command: one line for a user's mistake, the right exit code, how to resume one of the `resumable` ones."""
-    share_cores()
     try:
         app(prog_name=name)
     except StillroomError as error:

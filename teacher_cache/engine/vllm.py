@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stillroom.cores import CoreSharing
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import format_count, format_duration, note, warn
 from stillroom.schema.records import stable_hash
@@ -35,7 +36,7 @@ SCORING_CHUNK_TOKENS = 2048
 """Default tokens per step when scoring: 1.2 GB of logits at a vocabulary of 150,000."""
 
 COMPILE_S_PER_LAYER = 2.5
-BREAK_EVEN_TOKENS = 10_000
+BREAK_EVEN_TOKENS = 130_000
 """Measured on two cores (benchmarks/results/start.md). Both the compilation and what it saves per token grow with the
 number of layers, so the break-even is a number of tokens whatever the model."""
 
@@ -76,6 +77,9 @@ class EmbeddedEngine:
             # Deprecation warnings about vLLM's own code: our user cannot fix them.
             warnings.simplefilter("ignore")
             self._start(teacher, config, capture, scores, tokens_left)
+        self._core_sharing = _core_sharing()
+        if self._info.settings["in_process"]:
+            self._core_sharing.__enter__()
         self._requests: dict[str, Request] = {}
         self._refused: list[Outcome] = []
         self._num_submitted = 0
@@ -219,6 +223,7 @@ class EmbeddedEngine:
         from teacher_cache.engine.vllm_capture import uninstall_arrays
 
         self._closed = True
+        self._core_sharing.__exit__()
         uninstall_arrays()
         with _stdout_to_stderr():
             self._engine.engine_core.shutdown()
@@ -293,6 +298,14 @@ class EmbeddedEngine:
         if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
             return request.failure("not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
         return Finished(request, capture, reason or completion.finish_reason)
+
+
+def _core_sharing() -> CoreSharing:
+    import torch
+
+    num_threads = torch.get_num_threads()
+    # Large enough that torch splits it over all threads.
+    return CoreSharing(num_threads, lambda: torch.zeros(2**15 * num_threads).add_(1))
 
 
 def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
