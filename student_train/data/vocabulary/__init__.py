@@ -1,0 +1,1 @@
+"""Students with another vocabulary than the teacher's."""

@@ -1,0 +1,163 @@
+"""The teacher's stored distributions as distributions over the student's next token.
+
+S student tokens, T teacher tokens, N events: a string that the teacher may spell next, and its probability
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stillroom.schema.records import Float32, Int32, Int64, Signals
+from student_train.data.vocabulary.transport import Aligned, Bool, Float64, Strings, Transport
+
+MIN_MASS = 2e-4
+MAX_SUPPORT = 32
+MAX_STEPS = 4
+PATH_WEIGHT = 0.5
+"""How far the sampled path stands in for the transport: 0 keeps the probabilities, 1 is a full control variate. The
+best of 0, 0.5 and 1 (benchmarks/results/cross_vocabulary.md)."""
+MAX_STRINGS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Sparse distributions at S student tokens; token s owns the next `n_S[s]` entries, by falling probability.
+
+    n_S int32, 0 where there is no distribution; ids_N int32; logprobs_N float32; tail_logmass_S float32, the log of the
+    mass outside them; teacher_mass_S float32, the share of the teacher's mass that found student tokens.
+    """
+
+    n_S: Int32
+    ids_N: Int32
+    logprobs_N: Float32
+    tail_logmass_S: Float32
+    teacher_mass_S: Float32
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """What is stored at each teacher token: flat candidates and draws with their mass, the sampled token left out."""
+
+    starts_T: Int64
+    ends_T: Int64
+    ids_N: Int64
+    mass_N: Float64
+    sampled_T: Float64
+
+
+def project(chains: Aligned, signals: Signals, strings: Strings, transport: Transport) -> Targets:
+    """Projects `signals` [T] of aligned chains to targets [S] at student tokens that start where a teacher token does.
+
+    The sum over the teacher's stored candidates a of p(a) times the transport of a's bytes. The sampled candidate's own
+    term looks ahead instead: the next stored distribution tells how the text goes on, so that the candidates there
+    either settle the student's token or lengthen the string that the transport is asked for, and so on along the path
+    until it has passed the token that came. Mass is conserved: what finds no token is tail.
+
+    At temperature 1 the targets are calibrated: the mean mass of the token that came equals the mean sum of squares.
+    """
+    if len(strings) > transport.num_strings + MAX_STRINGS:
+        strings.forget_from(transport.num_strings)
+    entries = _entries_of(chains.teacher_ids_T, signals)
+    index_N = np.flatnonzero(chains.places_S >= 0)
+    path_N = np.zeros(len(index_N), np.int64)
+    weight_N = np.ones(len(index_N))
+    events: list[tuple[Int64, Int64, Float64]] = []
+    for step in range(MAX_STEPS + 1):
+        places_N = chains.places_S[index_N] + step
+        is_inside_N = places_N < chains.ends_T[chains.places_S[index_N]]
+        has_passed_N = strings.lengths[path_N] > chains.student_bytes_S[index_N] if step else ~is_inside_N
+        has_ended_N = ~has_passed_N & (~is_inside_N | (step == MAX_STEPS))
+        events.append(_rows(transport, index_N[has_ended_N], path_N[has_ended_N], weight_N[has_ended_N], None))
+        events.append((index_N[has_passed_N], chains.student_ids_S[index_N[has_passed_N]], weight_N[has_passed_N]))
+        goes_on_N = ~(has_passed_N | has_ended_N)
+        index_N, path_N, places_N = index_N[goes_on_N], path_N[goes_on_N], places_N[goes_on_N]
+        weight_N = weight_N[goes_on_N]
+        if not len(index_N):
+            break
+        others = np.repeat(np.arange(len(index_N)), entries.ends_T[places_N] - entries.starts_T[places_N])
+        first_N = np.cumsum(np.bincount(others, minlength=len(index_N))) - np.bincount(others, minlength=len(index_N))
+        at = entries.starts_T[places_N[others]] + np.arange(len(others)) - first_N[others]
+        mass = weight_N[others] * entries.mass_N[at]
+        is_kept = mass > MIN_MASS / 10
+        others, at, mass = others[is_kept], at[is_kept], mass[is_kept]
+        longer = strings.extend(path_N[others], entries.ids_N[at])
+        is_settled = strings.is_settled[longer] > 0 if step else None
+        events.append(_rows(transport, index_N[others], longer, mass, is_settled))
+        p_N = entries.sampled_T[places_N]
+        # The control variate: the path's own outcome less what the transport expects of it, zero in the mean.
+        extra_N = (1 - p_N) * (0 if step else PATH_WEIGHT)
+        weight_N = weight_N * p_N + extra_N
+        tokens_N = chains.teacher_ids_T[places_N]
+        before_N, path_N = path_N, strings.extend(path_N, tokens_N)
+        if not step:
+            events.append(_rows(transport, index_N, path_N, -extra_N, None))
+        # The end of the chain is the student's end, or what came before it is whole.
+        is_end_N = strings.lengths[path_N] == strings.lengths[before_N]
+        ids = chains.student_ids_S[index_N[is_end_N]]
+        events.append((index_N[is_end_N], ids, weight_N[is_end_N]))
+        index_N, path_N, weight_N = index_N[~is_end_N], path_N[~is_end_N], weight_N[~is_end_N]
+    return _collect(events, chains.places_S >= 0)
+
+
+def _entries_of(teacher_ids_T: Int64, signals: Signals) -> _Entries:
+    num_tokens = len(teacher_ids_T)
+    tokens = np.arange(num_tokens)
+    owner = np.repeat(tokens, signals.topk_n_T)
+    ids, mass = signals.topk_ids_N.astype(np.int64), np.exp(signals.topk_logprobs_N.astype(np.float64))
+    is_sampled = ids == teacher_ids_T[owner]
+    sampled_T = np.exp(np.minimum(signals.sampled_logprob_T.astype(np.float64), 0.0))
+    in_support_T = np.bincount(owner[is_sampled], minlength=num_tokens) > 0
+    sampled_T[owner[is_sampled]] = mass[is_sampled]
+    owners, all_ids, all_mass = [owner[~is_sampled]], [ids[~is_sampled]], [mass[~is_sampled]]
+    if signals.draws is not None and len(signals.draws.ids_D):
+        draws = signals.draws
+        owner, ids = np.repeat(tokens, draws.n_T), draws.ids_D.astype(np.int64)
+        # The sampled token's own mass is known exactly; the other draws share what is left of the tail.
+        tail_T = np.exp(signals.tail_logmass_T.astype(np.float64))
+        tail_T = np.maximum(tail_T - np.where(in_support_T, 0.0, sampled_T), 0.0)
+        is_other = ids != teacher_ids_T[owner]
+        owner, ids = owner[is_other], ids[is_other]
+        owners.append(owner)
+        all_ids.append(ids)
+        all_mass.append((tail_T / np.maximum(np.bincount(owner, minlength=num_tokens), 1))[owner])
+    owner = np.concatenate(owners)
+    order = np.argsort(owner, kind="stable")
+    ends_T = np.cumsum(np.bincount(owner, minlength=num_tokens))
+    starts_T = np.concatenate([[0], ends_T[:-1]]).astype(np.int64)
+    return _Entries(starts_T, ends_T, np.concatenate(all_ids)[order], np.concatenate(all_mass)[order], sampled_T)
+
+
+def _rows(
+    transport: Transport, index_N: Int64, strings_N: Int64, mass_N: Float64, is_settled_N: Bool | None
+) -> tuple[Int64, Int64, Float64]:
+    settled_N = np.zeros(len(strings_N), np.bool_) if is_settled_N is None else is_settled_N
+    rows, tokens, probs = transport.expand(strings_N, settled_N)
+    return index_N[rows], tokens, mass_N[rows] * probs
+
+
+def _collect(events: list[tuple[Int64, Int64, Float64]], has_target_S: Bool) -> Targets:
+    index, tokens, mass = (np.concatenate(part) for part in zip(*events, strict=True))
+    num_tokens = len(has_target_S)
+    width = int(tokens.max(initial=0)) + 1
+    keys, place = np.unique(index * width + tokens, return_inverse=True)
+    mass = np.bincount(place, mass, len(keys))
+    index, tokens = keys // width, keys % width
+    found_S = np.bincount(index, mass, num_tokens)
+    # The control variate may leave less than nothing at a few ids, of which the others then give the mass back.
+    mass = np.maximum(mass, 0.0)
+    mass *= (found_S / np.maximum(np.bincount(index, mass, num_tokens), 1e-9))[index]
+    order = np.lexsort((-mass, index))
+    index, tokens, mass = index[order], tokens[order], mass[order]
+    n_S = np.bincount(index, minlength=num_tokens)
+    rank = np.arange(len(index)) - np.repeat(np.cumsum(n_S) - n_S, n_S)
+    is_kept = (rank == 0) | ((rank < MAX_SUPPORT) & (mass > MIN_MASS))
+    index, tokens, mass = index[is_kept], tokens[is_kept], mass[is_kept]
+    tail_S = np.maximum(1.0 - np.bincount(index, mass, num_tokens), 0.0)
+    with np.errstate(divide="ignore"):
+        return Targets(
+            n_S=np.bincount(index, minlength=num_tokens).astype(np.int32),
+            ids_N=tokens.astype(np.int32),
+            logprobs_N=np.log(mass).astype(np.float32),
+            tail_logmass_S=np.log(tail_S).astype(np.float32),
+            teacher_mass_S=found_S.astype(np.float32),
+        )
