@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from teacher_cache.building import BuildResult
-    from teacher_cache.config import BuildConfig, ScoreConfig
+    from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
     from teacher_cache.judging import JudgeReport
 
 __all__ = ["build", "judge", "score"]
@@ -65,15 +65,28 @@ def score(
 
 
 def judge(
-    cache: str | Path, *, kind: str | None = None, where: str | None = None, again: bool = False, processes: int = 1
+    cache: str | Path,
+    *,
+    kind: str | None = None,
+    where: str | None = None,
+    again: bool = False,
+    processes: int = 1,
+    llm: "str | Path | LlmJudgeConfig | None" = None,
 ) -> "JudgeReport":
     """Checks answers of a cache and adds verdicts, as `teacher-cache judge` does.
 
     `kind` is math, exact, regex, reasoning_gym or code; None takes each prompt's own. `where` is a SQL condition on
-    `chains`; `again` includes chains that have a verdict. Returns counts by judge. Raises DataError if there is no
-    cache, ConfigError for an unknown kind or a wrong condition.
+    `chains`; `again` includes chains that have a verdict. `llm`, a YAML file or a validated LlmJudgeConfig, asks a
+    language model about the undecided chains instead. Returns counts by judge. Raises DataError if there is no cache,
+    ConfigError for an unknown kind or a wrong condition, StillroomError if the model cannot be asked.
     """
     from stillroom.storage.paths import location
-    from teacher_cache.judging import judge_cache
+    from teacher_cache.judging import ask_about_cache, judge_cache
 
+    if llm is not None:
+        from teacher_cache.config import LlmJudgeConfig
+        from teacher_cache.llm_judge import load_llm_judge
+
+        config = llm if isinstance(llm, LlmJudgeConfig) else load_llm_judge(Path(llm))
+        return ask_about_cache(location(str(cache)), config, where, again)
     return judge_cache(location(str(cache)), kind, where, again, processes)

@@ -101,6 +101,13 @@ def judge(
             "that its prompt names.",
         ),
     ] = None,
+    llm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ask a language model about chains that are still undecided. FILE is YAML: model, endpoint, prompt.",
+        ),
+    ] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition on chains.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Include chains that were judged before.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Number of judge processes.")] = 1,
@@ -121,34 +128,46 @@ def judge(
 
     import teacher_cache
 
+    if llm is not None and (kind is not None or processes != 1):
+        raise ConfigError("--llm asks a language model: remove --judge and --processes")
     if pairs is not None:
         if cache is not None or where is not None or again:
             raise ConfigError("--pairs judges a file: remove CACHE, --where and --again, or remove --pairs")
-        _judge_pairs(pairs, kind, processes, as_json)
+        _judge_pairs(pairs, kind, llm, processes, as_json)
         return
     if cache is None:
         raise ConfigError("name a CACHE, or a file with --pairs FILE")
     with StopRequest(at_once=True):
-        report = teacher_cache.judge(cache, kind=kind, where=where, again=again, processes=processes)
+        report = teacher_cache.judge(cache, kind=kind, where=where, again=again, processes=processes, llm=llm)
     for warning in report.warnings():
         warn(warning)
     lines = [f"{name}: {one.line}" for name, one in report.by_judge.items()]
     if report.num_without_judge:
         lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge")
+    if report.num_not_judged:
+        lines.append(f"{report.num_not_judged} chains wait for their own judge first: teacher-cache judge {cache}")
     print_result(asdict(report), lines or ["nothing to judge"], as_json)
 
 
-def _judge_pairs(path: Path, kind: str | None, num_processes: int, as_json: bool) -> None:
+def _judge_pairs(path: Path, kind: str | None, llm: Path | None, num_processes: int, as_json: bool) -> None:
     """Verdicts on stdout as JSON Lines, the agreement on stderr; with --json the agreement alone, on stdout."""
     from dataclasses import asdict
 
     from stillroom.judging.pairs import Agreement, agreement_lines, judge_pairs, read_pairs, verdict_line
     from stillroom.log import Progress
 
-    found = read_pairs(path, kind)
+    if llm is None:
+        found = read_pairs(path, kind)
+        judged = judge_pairs(found, num_processes)
+    else:
+        from teacher_cache.llm_judge import llm_judge_name, load_llm_judge, opinions_on_pairs
+
+        config = load_llm_judge(llm)
+        found = read_pairs(path, llm_judge_name(config), is_model=True)
+        judged = opinions_on_pairs(config, found)
     agreements: dict[str, Agreement] = {}
     with StopRequest(at_once=True), Progress("judge", len(found), "pairs") as progress:
-        for number, (pair, verdict) in enumerate(judge_pairs(found, num_processes), 1):
+        for number, (pair, verdict) in enumerate(judged, 1):
             agreements.setdefault(pair.judge, Agreement()).add(pair, verdict)
             if not as_json:
                 print(verdict_line(pair, verdict), flush=True)

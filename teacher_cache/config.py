@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from stillroom.config import StrictModel, apply_override, read_yaml, validate_config
 from stillroom.errors import ConfigError
+from stillroom.judging.opinion import PROMPT, prompt_problem
 from stillroom.storage.paths import CacheRoot
 
 
@@ -287,6 +288,10 @@ class PromptsConfig(StrictModel):
         return self
 
 
+EMBEDDED_PARAMETERS = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "chat_template_kwargs"}
+)
+"""Parameters of a language model's judge that runs in this process."""
 SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
     "r1": {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768},
     "qwen3": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0, "max_tokens": 32768},
@@ -541,6 +546,73 @@ class ScoreConfig(RunConfig):
     """Existing completions that the teacher scores."""
 
     completions: CompletionsConfig
+
+
+class LlmJudgeConfig(StrictModel):
+    """A language model that gives a second opinion on chains that no judge could decide (`judge --llm FILE`)."""
+
+    name: str = Field(default="llm", pattern=r"^[A-Za-z0-9_]+$")
+    """Start of the judge's name in the verdicts, to which a hash of model, prompt and parameters is added."""
+    model: str
+    """Name under which the endpoint serves the model; without an endpoint a model folder or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    endpoint: str | None = None
+    """Base address of an OpenAI-compatible API, such as https://api.openai.com/v1. None: vLLM in this process."""
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the endpoint's API key. The key itself is never written to disk."""
+    engine: EmbeddedConfig = EmbeddedConfig()
+    prompt: str | None = None
+    """What the model is asked, with {question}, {reference} and {answer}; the form of a verdict is added at the end.
+    None: whether the answer's result means the same as the reference."""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 4096})
+    """Sampling parameters; for an endpoint any fields of its requests, such as `max_completion_tokens`. Without one
+    max_tokens is needed, and chat_template_kwargs may hold arguments of the chat template."""
+    max_in_flight: int = Field(default=32, ge=1)
+    """Questions that the endpoint is asked at once."""
+    max_attempts: int = Field(default=8, ge=1)
+    """Attempts per question, with growing pauses, before the command stops; what was judged is kept."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Try a question again after this many seconds without a byte of its reply."""
+
+    @property
+    def asked(self) -> str:
+        """The prompt, stillroom's own by default."""
+        return PROMPT if self.prompt is None else self.prompt
+
+    @field_validator("endpoint")
+    @classmethod
+    def _base_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if "@" in value:
+            raise ValueError(f"the address of {value.rpartition('@')[2]} holds a password: use api_key_env")
+        if not _is_server_address(value):
+            raise ValueError(f"{value!r} is not a server address: expected a form like http://host:8000/v1")
+        address = value.rstrip("/").removesuffix("/chat/completions")
+        return address if urlsplit(address).path else f"{address}/v1"
+
+    @field_validator("prompt")
+    @classmethod
+    def _usable_prompt(cls, value: str | None) -> str | None:
+        if value is not None and (problem := prompt_problem(value)) is not None:
+            raise ValueError(problem)
+        return value
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> Self:
+        of_endpoint, of_engine = {"api_key_env", "max_in_flight", "max_attempts", "timeout_s"}, {"engine", "revision"}
+        unused, how = (of_endpoint, "without") if self.endpoint is None else (of_engine, "with an")
+        if idle := sorted(unused & self.model_fields_set):
+            raise ValueError(f"{idle[0]} has no effect {how} endpoint")
+        if taken := sorted({"model", "messages", "stream", "n"} & self.parameters.keys()):
+            raise ValueError(f"parameters.{taken[0]} is set by the judge itself: remove it")
+        if self.endpoint is None:
+            if unknown := sorted(self.parameters.keys() - EMBEDDED_PARAMETERS):
+                raise ValueError(f"parameters.{unknown[0]} has no effect without endpoint")
+            if not isinstance(self.parameters.get("max_tokens"), int):
+                raise ValueError("parameters.max_tokens is needed without endpoint")
+        return self
 
 
 FileSource = JsonlSource | ParquetSource | HuggingFaceSource

@@ -31,17 +31,21 @@ from stillroom.cache.catalog import Catalog, Table, publish
 from stillroom.errors import CacheConflict, ConfigError, StillroomError, one_line
 from stillroom.judging.answers import Verdict
 from stillroom.judging.judges import KINDS, NEEDS, check_kind, require_judge
+from stillroom.judging.opinion import question_of
 from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress, format_plural
 from stillroom.schema.records import Prompt
-from stillroom.schema.tables import VERDICT_SCHEMA
+from stillroom.schema.tables import JUDGE_METADATA_KEY, VERDICT_SCHEMA
 from stillroom.sql.conditions import check_condition, in_brackets, run_with
 from stillroom.sql.session import Session, open_cache
 from stillroom.storage.paths import TEMP_SUFFIX, Location, spool
+from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.writer.commit import lock_path, next_sequence, until_first, worker_lock
 
 COMMIT_ROWS = 20_000
 """Verdicts committed at once, which is how many are judged again after a crash at most."""
+COMMIT_OPINIONS = 500
+"""The same for a language model's verdicts, which cost more."""
 JUDGE_RUN = "judge"
 """Takes the run's place in the file names of `teacher-cache judge`."""
 MAX_WAITING = 10_000
@@ -99,6 +103,8 @@ class JudgeReport:
 
     by_judge: dict[str, JudgeSummary] = field(default_factory=dict)
     num_without_judge: int = 0
+    num_not_judged: int = 0
+    """Chains that a language model was not asked about because their own judge was not."""
 
     def warnings(self) -> list[str]:
         """A line for each judge that could decide no chain."""
@@ -106,7 +112,7 @@ class JudgeReport:
             f"none of {format_plural(one.num_chains, 'chain')} has what judge {name} needs ({NEEDS[name]}), or its "
             "checks timed out: " + ("earlier verdicts are kept" if one.num_kept else "the chains stay undecided")
             for name, one in self.by_judge.items()
-            if one.num_undecided == one.num_chains
+            if one.num_undecided == one.num_chains and name in NEEDS
         ]
 
 
@@ -146,10 +152,10 @@ def judge_cache(
         judges = stack.enter_context(closing(_Judges(num_processes)))
         judges.prepare(kinds)
         progress = stack.enter_context(Progress("judge", total, "chains"))
-        worker = _lock_own_name(root, stack)
+        worker = lock_own_name(root, stack)
         latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
         # Commits on every exit, also after an interrupt: what was judged need not be judged again.
-        pending = stack.enter_context(_Uncommitted(catalog.verdicts, latest, worker))
+        pending = stack.enter_context(UncommittedVerdicts(catalog.verdicts, latest, worker))
         query = _pending_query("sample_id, answer, reference, metadata, truncated", kind, where, again)
         for sample, had_verdict in _judged(session, query, judges):
             is_kept = had_verdict and sample.verdict.correct is None
@@ -160,10 +166,63 @@ def judge_cache(
     return report
 
 
+def ask_about_cache(
+    root: Location, config: LlmJudgeConfig, where: str | None = None, again: bool = False
+) -> JudgeReport:
+    """Puts the undecided chains of a cache to a language model and commits its verdicts as they come.
+
+    Undecided is a chain whose judge could not decide, or that has no judge. A chain is asked about once by this judge
+    (model, prompt and parameters); `again` asks about every chain of `where`, decided ones included.
+    Raises ConfigError for a wrong condition, and the errors of llm_judge.opinions.
+    """
+    from teacher_cache.llm_judge import Question, llm_judge_name, llm_judge_record, opinions
+
+    catalog, name = Catalog(root), llm_judge_name(config)
+    report = JudgeReport()
+    with open_cache(catalog) as session, ExitStack() as stack:
+        check_condition(session, "--where", where)
+        pending = _undecided_query(name, where, again)
+        counts = _select(session, where, f"SELECT asked, count(*) AS n FROM ({pending}) GROUP BY asked").to_pylist()
+        totals = {row["asked"]: row["n"] for row in counts}
+        report.num_not_judged = totals.get(False, 0)
+        if not totals.get(True):
+            return report
+        summary = report.by_judge.setdefault(name, JudgeSummary())
+        progress = stack.enter_context(Progress("judge", totals[True], "chains"))
+        worker = lock_own_name(root, stack)
+        latest = session.arrow("SELECT max(judged_at) AS latest FROM verdicts").column("latest").to_pylist()[0]
+        record = llm_judge_record(config)
+        uncommitted = stack.enter_context(
+            UncommittedVerdicts(catalog.verdicts, latest, worker, COMMIT_OPINIONS, record)
+        )
+        decided: set[str] = set()
+
+        def questions() -> Iterator[Question]:
+            query = f"SELECT p.*, s.messages FROM ({pending}) p JOIN shards s USING (sample_id) WHERE p.asked"
+            for batch in session.batches(query, rows_per_batch=256):
+                for row in batch.to_pylist():
+                    if row["has_verdict"]:
+                        decided.add(row["sample_id"])
+                    yield Question(row["sample_id"], question_of(row["messages"]), row["reference"], row["answer"])
+
+        for opinion in stack.enter_context(closing(opinions(config, questions()))):
+            is_kept = opinion.key in decided and opinion.verdict.correct is None
+            summary.add(opinion.verdict, is_kept)
+            if not is_kept and not opinion.was_refused:
+                uncommitted.add(JudgedSample(opinion.key, name, opinion.verdict))
+            progress.update(summary.num_chains, 0)
+    return report
+
+
 def commit_verdicts(
-    table: Table, samples: Sequence[JudgedSample], run_id: str, worker: str, after: datetime.datetime | None = None
+    table: Table,
+    samples: Sequence[JudgedSample],
+    run_id: str,
+    worker: str,
+    after: datetime.datetime | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Makes the verdicts visible, all or none, with a time later than `after`.
+    """Makes the verdicts visible, all or none, with a time later than `after`; `record` becomes the file's metadata.
 
     Raises CacheConflict if others keep committing.
     """
@@ -184,7 +243,10 @@ def commit_verdicts(
     }
     table.add_columns(VERDICT_SCHEMA)
     temp = verdict_temp(table, worker)
-    verdicts = pa.Table.from_pydict(columns, schema=VERDICT_SCHEMA)
+    schema = (
+        VERDICT_SCHEMA if record is None else VERDICT_SCHEMA.with_metadata({JUDGE_METADATA_KEY: json.dumps(record)})
+    )
+    verdicts = pa.Table.from_pydict(columns, schema=schema)
     try:
         pq.write_table(verdicts, temp, compression="zstd", write_page_checksum=True)
     except OSError as error:
@@ -342,11 +404,19 @@ class _Judges:
             judge.close()
 
 
-class _Uncommitted:
-    """Verdicts to be committed: every COMMIT_ROWS, and on exit however that happens."""
+class UncommittedVerdicts:
+    """Verdicts to be committed: every `max_rows`, and on exit however that happens."""
 
-    def __init__(self, table: Table, after: datetime.datetime | None, worker: str) -> None:
-        self._table, self._after, self._worker = table, after, worker
+    def __init__(
+        self,
+        table: Table,
+        after: datetime.datetime | None,
+        worker: str,
+        max_rows: int = COMMIT_ROWS,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`record` is kept in the files' metadata: what the judge was."""
+        self._table, self._after, self._worker, self._max_rows, self._record = table, after, worker, max_rows, record
         self._samples: list[JudgedSample] = []
 
     def __enter__(self) -> Self:
@@ -359,15 +429,15 @@ class _Uncommitted:
 
     def add(self, sample: JudgedSample) -> None:
         self._samples.append(sample)
-        if len(self._samples) >= COMMIT_ROWS:
+        if len(self._samples) >= self._max_rows:
             self._commit()
 
     def _commit(self) -> None:
         samples, self._samples = self._samples, []
-        commit_verdicts(self._table, samples, JUDGE_RUN, self._worker, self._after)
+        commit_verdicts(self._table, samples, JUDGE_RUN, self._worker, self._after, self._record)
 
 
-def _lock_own_name(root: Location, stack: ExitStack) -> str:
+def lock_own_name(root: Location, stack: ExitStack) -> str:
     """The first free worker name, locked until the stack unwinds: `gc` then leaves this process's files alone, and
     several processes may judge at once.
     """
@@ -422,6 +492,23 @@ def _count_pending(
 
 def _select(session: Session, where: str | None, query: str) -> pa.Table:
     return session.arrow(query) if where is None else run_with(session, "--where", where, query)
+
+
+def _undecided_query(name: str, where: str | None, again: bool) -> str:
+    """SELECT of the chains that a language model's judge is asked about (`asked`), and of those that wait for a judge
+    of their own.
+    """
+    condition = "true" if where is None else in_brackets(where)
+    selected = (
+        "SELECT sample_id, answer, reference, chains.correct IS NOT NULL AS has_verdict,"
+        f" chains.judge IS NOT NULL OR {_OWN_JUDGE} IS NULL AS was_judged FROM chains WHERE {condition}"
+    )
+    if again:
+        return f"SELECT *, true AS asked FROM ({selected})"
+    return (
+        f"SELECT p.*, was_judged AS asked FROM ({selected}) p WHERE NOT has_verdict AND NOT EXISTS"
+        f" (SELECT 1 FROM verdicts v WHERE v.sample_id = p.sample_id AND v.judge = '{name}')"
+    )
 
 
 def _pending_query(columns: str, kind: str | None, where: str | None, again: bool) -> str:

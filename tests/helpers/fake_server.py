@@ -58,6 +58,8 @@ class Behaviour:
     logprobs_mode: str = "raw_logprobs"
     tokenizer_shift: int = 0
     delay_s: float = 0.0
+    chat: Callable[[str], Any] = lambda message: None
+    """The reply of /v1/chat/completions to a message: a text, or a whole choice."""
     seen: list[Json] = field(default_factory=list)
     most_at_once: int = 0
     now: int = 0
@@ -138,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/tokenize":
             ids = [one + self.setup_of.tokenizer_shift for one in byte_level().encode(body["prompt"]).ids]
             self._send(200, {"tokens": ids})
+        elif self.path == "/v1/chat/completions":
+            self._chat(body)
         elif self.path not in ways or (self.path.startswith("/inference") and not self.setup_of.has_generate):
             self._send(404, {"detail": "Not Found"})
         else:
@@ -165,6 +169,16 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(body, way(body, setup), trouble)
         finally:
             setup.now -= 1
+
+    def _chat(self, body: Json) -> None:
+        self.setup_of.seen.append(body)
+        trouble = self.setup_of.trouble(body)
+        if trouble is not None:
+            self._send(int(trouble), {"error": {"message": f"status {trouble} on demand"}})
+            return
+        reply = self.setup_of.chat(body["messages"][0]["content"])
+        choice = reply if isinstance(reply, dict) else {"message": {"content": reply}, "finish_reason": "stop"}
+        self._send(200, {"choices": [choice]})
 
     def _answer(self, body: Json, plan: "Plan", trouble: Trouble | None) -> None:
         if not body.get("stream"):

@@ -1,7 +1,8 @@
 """Judges pairs of reference and answer without a cache: what people try on their own data before a build.
 
-In: JSON Lines with `judge`, `reference` and `answer`; optional are `id`, `metadata`, `truncated` and `right` (true,
-false, or null where nobody knows). Out: a verdict for each, in their order, and how often judges agree with `right`.
+In: JSON Lines with `judge`, `reference` and `answer`; optional are `id`, `metadata`, `truncated`, `question` (for a
+language model) and `right` (true, false, or null where nobody knows). Out: a verdict for each, in their order, and how
+often judges agree with `right`.
 """
 
 import json
@@ -29,6 +30,7 @@ class Pair:
     truncated: bool = False
     right: bool | None = None
     id: str | None = None
+    question: str = ""
 
 
 @dataclass(slots=True)
@@ -54,8 +56,9 @@ class Agreement:
             self.num_wrong_not_judged_right += verdict.correct is not True
 
 
-def read_pairs(path: Path, judge: str | None = None) -> list[Pair]:
-    """The pairs of a file; `judge` takes the place of the judge that they name.
+def read_pairs(path: Path, judge: str | None = None, *, is_model: bool = False) -> list[Pair]:
+    """The pairs of a file; `judge` takes the place of the judge that they name, and is a language model's (`is_model`)
+    or one of KINDS.
 
     Raises DataError with file and line for a line that is not a pair, ConfigError for an unknown judge.
     """
@@ -66,7 +69,7 @@ def read_pairs(path: Path, judge: str | None = None) -> list[Pair]:
     pairs = [_pair(line, f"{path}:{number}", judge) for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise DataError(f"{path} holds no pairs: one JSON object per line, with judge, reference and answer")
-    for kind in sorted({pair.judge for pair in pairs}):
+    for kind in () if is_model else sorted({pair.judge for pair in pairs}):
         check_kind(kind)
         require_judge(kind)
     return pairs
@@ -141,4 +144,6 @@ def _pair(line: str, where: str, judge: str | None) -> Pair:
     text = reference if reference is None or isinstance(reference, str) else json.dumps(reference, ensure_ascii=False)
     answer = None if row["answer"] is None else str(row["answer"])
     identity = None if row.get("id") is None else str(row["id"])
-    return Pair(kind, answer, text, metadata, bool(row.get("truncated")), right, identity)
+    return Pair(
+        kind, answer, text, metadata, bool(row.get("truncated")), right, identity, str(row.get("question") or "")
+    )

@@ -90,6 +90,9 @@ SIGNAL_FIELDS = {
 CHAIN_FIELDS = [*IDENTITY_FIELDS, *PROMPT_FIELDS, *COMPLETION_FIELDS, *SCALAR_FIELDS, *TOKEN_FIELDS]
 """Columns of every chain, whatever the codec."""
 
+JUDGE_METADATA_KEY = "stillroom-judge"
+"""Of files with verdicts of a language model: JSON of its name, model, prompt and parameters."""
+
 VERDICT_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
