@@ -20,7 +20,6 @@ from stillroom.errors import ConfigError, StillroomError, one_line
 from stillroom.judging.answers import Verdict, undecided
 from stillroom.judging.opinion import CLOSING, opinion_prompt, read_opinion, verdict_without_asking
 from stillroom.judging.pairs import Pair
-from stillroom.log import note
 from stillroom.models import load_tokenizer
 from stillroom.schema.records import Message, Prompt, stable_hash
 from teacher_cache.config import CaptureConfig, LlmJudgeConfig, TeacherConfig
@@ -246,7 +245,6 @@ def start_engine(config: LlmJudgeConfig) -> Engine:
     """vLLM with the judge's model."""
     from teacher_cache.engine.vllm import EmbeddedEngine
 
-    note(f"loading {config.model}")
     model = TeacherConfig(model=config.model, revision=config.revision)
     return EmbeddedEngine(model, config.engine, CaptureConfig(max_support=1, draws=0))
 
