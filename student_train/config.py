@@ -48,6 +48,9 @@ class LossConfig(StrictModel):
     """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
     alpha: float | None = None
     """Skewed KLs: share of the KL's first argument in the mixture, between 0 and 1; None is 0.1."""
+    temperature: float | None = None
+    """chunk_likelihood: the probabilities p of chunks of text are compared as p^(1/temperature), above 0; None is 100.
+    Independent of the stage's temperature, and of what the cache stores."""
 
 
 class TokenWeightsConfig(StrictModel):
@@ -154,8 +157,10 @@ class StageConfig(StrictModel):
         low = tau if isinstance(tau, float) else min(one for one in (tau.start, tau.end) if one is not None)
         if low <= 0:
             raise ValueError(f"temperature {low} must be above 0")
-        if tau != 1.0 and all(name.startswith("cross_entropy") for name in self.losses):
-            raise ValueError("temperature has no effect on cross-entropies: drop it or add a loss on distributions")
+        if tau != 1.0 and all(name.startswith("cross_entropy") or name == "chunk_likelihood" for name in self.losses):
+            raise ValueError(
+                f"temperature has no effect on {' and '.join(self.losses)}: drop it or add a loss on distributions"
+            )
         return self
 
 

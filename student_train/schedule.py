@@ -59,7 +59,12 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
     """
     terms = tuple(
         make_loss(
-            name, scheduled(loss.weight, step, num_steps, remaining), tail=loss.tail, beta=loss.beta, alpha=loss.alpha
+            name,
+            scheduled(loss.weight, step, num_steps, remaining),
+            tail=loss.tail,
+            beta=loss.beta,
+            alpha=loss.alpha,
+            temperature=loss.temperature,
         )
         for name, loss in stage.losses.items()
     )

@@ -30,11 +30,15 @@ STEP_CHAINS = 64
 
 @dataclass(frozen=True)
 class Chains:
-    """What the teacher wrote: prompts [R, P] and completions [R, T], int64; the last `num_heldout` are held out."""
+    """What the teacher wrote: prompts [R, P] and completions [R, T], int64; the last `num_heldout` are held out.
+
+    `lengths_R` (None: all of T) says how many tokens count of a chain; one whose last is the end token ended by itself.
+    """
 
     prompts_RP: Tensor
     completions_RT: Tensor
     num_heldout: int
+    lengths_R: Tensor | None = None
 
 
 class ReplayEngine:
@@ -79,20 +83,23 @@ class ReplayEngine:
         logits_RLV = self._model(input_ids=torch.cat([prompts_RP, completions_RT], dim=1)).logits
         # The last prompt token predicts the first completion token.
         logits_RTV = logits_RLV[:, num_prompt - 1 : -1]
+        lengths_R = self._chains.lengths_R
+        lengths = [num_tokens] * len(rows) if lengths_R is None else lengths_R[rows].tolist()
         outcomes: list[Outcome] = []
-        for request, logits_TV, ids_T in zip(requests, logits_RTV, completions_RT, strict=True):
-            seeds_T = torch.full((num_tokens,), request.seed or 0)
-            captured = signal_rows(logits_TV, ids_T, self._layout, seeds_T, torch.arange(num_tokens))
+        for request, logits_TV, ids_T, length in zip(requests, logits_RTV, completions_RT, lengths, strict=True):
+            seeds_T = torch.full((length,), request.seed or 0)
+            captured = signal_rows(logits_TV[:length], ids_T[:length], self._layout, seeds_T, torch.arange(length))
             capture = capture_of_rows(
                 captured.ids.numpy(),
                 captured.logprobs.numpy(),
                 captured.ranks.numpy().astype(np.int32),
-                ids_T.tolist(),
+                ids_T[:length].tolist(),
                 self._layout.top,
                 self._layout,
             )
-            outcomes.append(Finished(request, capture, "length"))
-        self._num_tokens += completions_RT.numel()
+            has_ended = lengths_R is not None and int(ids_T[length - 1]) == self._model.config.eos_token_id
+            outcomes.append(Finished(request, capture, "stop" if has_ended else "length"))
+        self._num_tokens += sum(lengths)
         return outcomes
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ def train_student(
         }
         return validate_config(given, TrainConfig, "benchmark")
 
-    with _quiet(run.with_name(f"{run.name}.log")):
+    with quiet(run.with_name(f"{run.name}.log")):
         train(config(cache), ranks, StopRequest())
         found = evaluate_config(config(reference), "split = 'heldout'", "last")
     return Score(
@@ -97,7 +97,7 @@ def train_student(
 
 
 @contextlib.contextmanager
-def _quiet(log: Path) -> Iterator[None]:
+def quiet(log: Path) -> Iterator[None]:
     """Sends stderr to a file: sixty progress bars tell nothing."""
     saved = os.dup(2)
     with log.open("wb") as file:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from student_train.losses.divergences import (
     JSD,
+    ChunkLikelihood,
     CrossEntropy,
     CrossEntropyArgmax,
     ForwardKL,
@@ -28,10 +29,11 @@ from student_train.losses.divergences import (
 
 if TYPE_CHECKING:
     from student_train.losses.fused_head import LossSums, fused_loss
-    from student_train.losses.targets import SparseTargets, TailDraws
+    from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
 
 __all__ = [
     "JSD",
+    "ChunkLikelihood",
     "CrossEntropy",
     "CrossEntropyArgmax",
     "ForwardKL",
@@ -42,11 +44,18 @@ __all__ = [
     "SkewedReverseKL",
     "SparseTargets",
     "TailDraws",
+    "TextChunks",
     "TotalVariation",
     "fused_loss",
 ]
 
-_MODULE_OF = {"LossSums": "fused_head", "SparseTargets": "targets", "TailDraws": "targets", "fused_loss": "fused_head"}
+_MODULE_OF = {
+    "LossSums": "fused_head",
+    "SparseTargets": "targets",
+    "TailDraws": "targets",
+    "TextChunks": "targets",
+    "fused_loss": "fused_head",
+}
 
 
 # Lazy: configurations and plans name losses, and must not wait for torch.

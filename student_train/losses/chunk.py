@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import NO_MASS, Compared, Divergence, Drawn, LossMix, Seen
+from student_train.losses.divergences import NO_MASS, Chunked, Compared, Divergence, Drawn, LossMix, Seen
 from student_train.losses.targets import (
     SparseTargets,
     distinct_draws,
@@ -57,6 +57,7 @@ def chunk_losses(
             compared=None if soft is None else _compare(targets, soft),
             sampled_N=None if hard is None else hard.student_extra_CE[:, SAMPLED],
             argmax_N=None if hard is None or targets.num_support == 0 else hard.student_extra_CE[:, RANK_0],
+            chunks=None if targets.chunks is None else Chunked(targets.chunks.ids_N, targets.chunks.logprobs_N),
         )
         values_CJ = torch.stack([term.nats(seen) for term in mix.terms], dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)

@@ -27,6 +27,9 @@ about a rare token cannot make the estimate wild. `tail_costs` is (a, b) and `dr
 Distributions are compared at the targets' temperature and multiplied by its square, value and gradient alike (Hinton et
 al., 1503.02531); cross-entropies stay at temperature 1.
 
+Between vocabularies ids do not compare but text does: `ChunkLikelihood` reads the student's log probability of its own
+tokens and the teacher's of the same text.
+
     N loss tokens, K support, B = K + 1 buckets, M draws, F = K + M + 1 buckets with drawn ids apart
 """
 
@@ -51,6 +54,9 @@ NO_MASS = -1.0e4
 NO_MASS) is 0 where 0 * (inf - inf) would be nan, so no divergence needs a mask."""
 
 MAX_LOG_RATIO = 30.0
+
+MIN_SURPRISAL = 1.0e-6
+"""Nats that a chunk of text costs at least: float32 rounds a log probability nearer to 0 to 0, and 1 - 1 has no log."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,33 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Chunked:
+    """Which chunk of text each token belongs to.
+
+    Attributes:
+        ids_N: equal within a chunk, whose tokens stand together; -1 is no chunk.
+        teacher_N: the teacher's log probability of the token's whole chunk.
+    """
+
+    ids_N: Tensor
+    teacher_N: Tensor
+
+
+@dataclass(frozen=True)
 class Seen:
     """What losses read of N tokens.
 
     Attributes:
         compared: both sides at the targets' temperature; None where no loss of the mix is a Divergence.
-        sampled_N: log q at temperature 1 of the token that the teacher sampled; None without a cross-entropy.
+        sampled_N: log q at temperature 1 of the token that the teacher sampled; None where all losses are Divergences.
         argmax_N: the same of the teacher's most likely token; also None for text alone.
+        chunks: None where the targets hold none.
     """
 
     compared: Compared | None
     sampled_N: Tensor | None
     argmax_N: Tensor | None
+    chunks: Chunked | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +132,8 @@ class Loss(ABC):
     name: ClassVar[str]
     needs_distribution: ClassVar[bool] = True
     """Whether the cache must hold the teacher's distribution."""
+    needs_chunks: ClassVar[bool] = False
+    """Whether targets must hold the teacher's log probabilities of chunks of text."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
@@ -142,6 +165,57 @@ class CrossEntropyArgmax(Loss):
     def nats(self, seen: Seen) -> Tensor:
         assert seen.argmax_N is not None
         return -seen.argmax_N
+
+
+@dataclass(frozen=True)
+class ChunkLikelihood(Loss):
+    """Approximate likelihood matching (arXiv 2503.20083) of chunks, the text between boundaries of both vocabularies.
+
+    With p and q what teacher and student give a chunk, the products over their own tokens, the outcomes are "this
+    chunk" and "any other text", at a = p^(1/tau) and b = q^(1/tau):
+
+        tau (a log(a/b) + (1 - a) log((1 - a)/(1 - b)))
+
+    tau = 1 is the binary KL, which hardly sees unlikely chunks. With tau to infinity it becomes y - x + x log(x/y) of
+    the surprisals x = -log p and y = -log q. The factor tau keeps the size of the gradient.
+
+    Each token of a chunk holds an equal share, so that the mean of their weights weighs it.
+
+    Attributes:
+        temperature: tau, above 0; of this loss alone, and known at every value.
+    """
+
+    temperature: float = 100.0
+    name = "chunk_likelihood"
+    needs_distribution = False
+    needs_chunks = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.temperature) and self.temperature > 0.0):
+            raise ConfigError(f"{self.name}.temperature={self.temperature} must be a finite number above 0")
+
+    def nats(self, seen: Seen) -> Tensor:
+        assert seen.sampled_N is not None
+        assert seen.chunks is not None
+        ids_N, sampled_N = seen.chunks.ids_N, seen.sampled_N
+        is_first_N = ids_N != ids_N.roll(1)
+        # Chunks numbered as they come: ids 7, 7, -1, 9 are 0, 0, 1, 2. Not more than N, a size that no GPU waits for.
+        number_N = is_first_N.cumsum(0) - is_first_N[:1].long()
+        zeros_N = sampled_N.new_zeros(sampled_N.shape)
+        student_N = zeros_N.index_add(0, number_N, sampled_N)[number_N]
+        length_N = zeros_N.index_add(0, number_N, zeros_N + 1.0)[number_N]
+        value_N = self._between(seen.chunks.teacher_N.to(sampled_N.dtype), student_N)
+        return (value_N / length_N).where(ids_N >= 0, 0.0)
+
+    def _between(self, teacher_N: Tensor, student_N: Tensor) -> Tensor:
+        log_a_N = teacher_N.clamp(max=-MIN_SURPRISAL) / self.temperature
+        # The gradient passes where the value is held: a student that is wrongly certain must still learn.
+        held_N = student_N - (student_N + MIN_SURPRISAL).clamp(min=0.0).detach()
+        log_b_N = held_N / self.temperature
+        log_rest_a_N, log_rest_b_N = (-log_a_N.expm1()).log(), (-log_b_N.expm1()).log()
+        rest_N = -log_a_N.expm1() * (log_rest_a_N - log_rest_b_N)
+        return self.temperature * (log_a_N.exp() * (log_a_N - log_b_N) + rest_N)
 
 
 @dataclass(frozen=True)
@@ -338,6 +412,7 @@ LOSSES: dict[str, type[Loss]] = {
     "total_variation": TotalVariation,
     "cross_entropy": CrossEntropy,
     "cross_entropy_argmax": CrossEntropyArgmax,
+    "chunk_likelihood": ChunkLikelihood,
 }
 """Losses by the name that configurations and metrics use."""
 
@@ -383,6 +458,11 @@ class LossMix:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(term.name for term in self.terms)
+
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether chunks of text are read."""
+        return any(term.needs_chunks for term in self.terms)
 
     @property
     def reads_draws(self) -> bool:

@@ -81,12 +81,16 @@ def _fused_loss(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple
             raise ConfigError(
                 f"{term.name} needs the teacher's distribution and these targets hold none: use cross_entropy"
             )
+        if term.needs_chunks and targets.chunks is None:
+            raise ConfigError(
+                f"{term.name} needs the teacher's log probabilities of chunks of text and these targets hold none"
+            )
     # Decided here: inside an autograd function `ctx.needs_input_grad` stays true under no_grad.
     needs_grad = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head.tensors
     )
     if not any(needs_grad):
-        return _forward(HeadChunks(head), targets, mix, with_gradient=False)
+        return _forward(HeadChunks(head, cuts=targets.cuts), targets, mix, with_gradient=False)
     sums: tuple[Tensor, Tensor, Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         *head.tensors, head.chunk_tokens, targets, mix, needs_grad
     )
@@ -108,7 +112,7 @@ class _FusedLoss(torch.autograd.Function):
         needs_grad: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens)
-        chunks = HeadChunks(head, needs_grad)
+        chunks = HeadChunks(head, needs_grad, targets.cuts)
         loss_sum, term_sums_J, weight_sum = _forward(chunks, targets, mix, with_gradient=True)
         ctx.mark_non_differentiable(term_sums_J, weight_sum)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in head.tensors]

@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stillroom.schema.records import Int64
 from student_train.losses.divergences import NO_MASS
 
 MIN_TAIL_LOGMASS = -32.0
@@ -52,6 +54,29 @@ class TailDraws:
 
 
 @dataclass(frozen=True)
+class TextChunks:
+    """What the teacher gives the text between boundaries that its vocabulary and the student's have in common.
+
+    Attributes:
+        ids_N: int32 or int64, equal within a chunk, whose tokens stand together; -1 is no chunk.
+        logprobs_N: float32, natural log of the teacher's probability of the token's whole chunk.
+        cuts: ascending places, 0 and N among them, that separate no tokens of a chunk; numpy, so that no copy waits for
+            a GPU. Parts of targets have none.
+    """
+
+    ids_N: Tensor
+    logprobs_N: Tensor
+    cuts: Int64 | None
+
+    @staticmethod
+    def of(ids_N: Tensor, logprobs_N: Tensor) -> TextChunks:
+        """With the places to cut read off `ids_N`, which is on the CPU."""
+        ids = ids_N.numpy()
+        inside = np.flatnonzero((ids[1:] != ids[:-1]) | (ids[1:] < 0)) + 1
+        return TextChunks(ids_N, logprobs_N, np.concatenate([[0], inside, [len(ids)]]).astype(np.int64))
+
+
+@dataclass(frozen=True)
 class SparseTargets:
     """The teacher's distributions of N loss tokens. Shapes are checked; values are trusted (the stream checks them).
 
@@ -64,6 +89,7 @@ class SparseTargets:
         draws: sampled part of hybrid targets; `tail_logmass_N` is then the mass that the draws share.
         temperature: at which the distribution losses compare teacher and student (cross-entropies stay at 1).
         log_partition_N: float32, log sum_v p_v^(1/temperature), required when `temperature` is not 1.
+        chunks: for losses on chunks of text.
     """
 
     ids_NK: Tensor
@@ -74,6 +100,7 @@ class SparseTargets:
     draws: TailDraws | None = None
     temperature: float = 1.0
     log_partition_N: Tensor | None = None
+    chunks: TextChunks | None = None
 
     def __post_init__(self) -> None:
         assert self.ids_NK.dim() == 2
@@ -81,6 +108,7 @@ class SparseTargets:
         per_token = (self.tail_logmass_N, self.sampled_ids_N, self.weights_N, self.log_partition_N)
         assert all(tensor is None or tensor.shape == (self.num_tokens,) for tensor in per_token)
         assert self.draws is None or self.draws.ids_NM.shape[0] == self.num_tokens
+        assert self.chunks is None or self.chunks.ids_N.shape == self.chunks.logprobs_N.shape == (self.num_tokens,)
         assert self.temperature > 0.0
         assert self.temperature == 1.0 or self.log_partition_N is not None
 
@@ -92,6 +120,11 @@ class SparseTargets:
     def num_support(self) -> int:
         """K, the padded width of the support; 0 for text alone."""
         return self.ids_NK.shape[1]
+
+    @property
+    def cuts(self) -> Int64 | None:
+        """Where these targets may be cut; None is everywhere."""
+        return None if self.chunks is None else self.chunks.cuts
 
     @staticmethod
     def text_alone(ids_N: Tensor, weights_N: Tensor | None = None) -> SparseTargets:
@@ -105,14 +138,15 @@ class SparseTargets:
         return replace(self, temperature=temperature, log_partition_N=log_partition_N)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        cuts = None if self.chunks is None else self.chunks.cuts
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), cuts)
 
     def narrow(self, start: int, stop: int) -> SparseTargets:
         """Tokens start..stop as views."""
-        return self._map(lambda tensor: tensor[start:stop])
+        return self._map(lambda tensor: tensor[start:stop], None)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> SparseTargets:
-        draws = self.draws
+    def _map(self, change: Callable[[Tensor], Tensor], cuts: Int64 | None) -> SparseTargets:
+        draws, chunks = self.draws, self.chunks
         return SparseTargets(
             ids_NK=change(self.ids_NK),
             logprobs_NK=change(self.logprobs_NK),
@@ -124,6 +158,7 @@ class SparseTargets:
             else TailDraws(change(draws.ids_NM), change(draws.weights_NM), change(draws.logprobs_NM)),
             temperature=self.temperature,
             log_partition_N=None if self.log_partition_N is None else change(self.log_partition_N),
+            chunks=None if chunks is None else TextChunks(change(chunks.ids_N), change(chunks.logprobs_N), cuts),
         )
 
 

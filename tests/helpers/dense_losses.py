@@ -11,6 +11,7 @@ from torch import Tensor
 
 from student_train.losses.divergences import (
     JSD,
+    ChunkLikelihood,
     CrossEntropy,
     CrossEntropyArgmax,
     Divergence,
@@ -22,9 +23,11 @@ from student_train.losses.divergences import (
     Tail,
     TotalVariation,
 )
-from student_train.losses.targets import SparseTargets, TailDraws
+from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
 
 N, H, V, K, M = 13, 8, 37, 5, 4
+CHUNK_IDS = torch.tensor([3, 3, 4, -1, -1, 6, 6, 6, 6, 6, 6, 8, 9])
+"""Chunks of one, two and six tokens, and tokens in none."""
 TAILS: tuple[Tail, ...] = ("stored", "bucket", "drop", "renormalise")
 
 
@@ -44,7 +47,7 @@ def teacher_logprobs(seed: int = 1, num_vocab: int = V, sharpness: float = 2.0) 
 
 
 def sparse(dense_NV: Tensor, num_support: int = K, padding: int = 0) -> SparseTargets:
-    """The top `num_support` of each row, tail, sampled token, and `padding` slots that repeat a real id.
+    """The top `num_support` of each row, tail, sampled token, chunks, and `padding` slots that repeat a real id.
 
     Row 0 keeps a single entry, so that supports of several sizes share a batch.
     """
@@ -58,7 +61,8 @@ def sparse(dense_NV: Tensor, num_support: int = K, padding: int = 0) -> SparseTa
     tail_N = dense_NV.masked_fill(~is_outside_NV, -torch.inf).logsumexp(dim=1)
     generator = torch.Generator().manual_seed(7)
     sampled_N = torch.multinomial(dense_NV.exp(), 1, generator=generator).flatten()
-    return SparseTargets(ids_NK.int(), logprobs_NK, tail_N, sampled_N)
+    sizes_N = torch.linspace(0.3, 2.0, num_tokens, dtype=torch.float64)[CHUNK_IDS.clamp(min=0)]
+    return SparseTargets(ids_NK.int(), logprobs_NK, tail_N, sampled_N, chunks=TextChunks.of(CHUNK_IDS, -sizes_N))
 
 
 def support_mask(ids_NK: Tensor, logprobs_NK: Tensor, num_vocab: int) -> Tensor:
@@ -88,7 +92,7 @@ DIVERGENCES: tuple[Divergence, ...] = (
     *(SkewedReverseKL(tail=tail, alpha=0.2) for tail in TAILS[:2]),
     *(TotalVariation(tail=tail) for tail in TAILS[:2]),
 )
-EVERY_LOSS: tuple[Loss, ...] = (*DIVERGENCES, CrossEntropy(), CrossEntropyArgmax())
+EVERY_LOSS: tuple[Loss, ...] = (*DIVERGENCES, CrossEntropy(), CrossEntropyArgmax(), ChunkLikelihood(temperature=2.0))
 ONE_OF_EACH: tuple[Loss, ...] = tuple({loss.name: loss for loss in reversed(EVERY_LOSS)}.values())
 """With stored tails; a mix takes each name once."""
 
@@ -100,6 +104,8 @@ def loss_id(loss: Loss) -> str:
 
 def dense_loss(loss: Loss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseTargets) -> Tensor:
     """[N] nats, straight from the definition, with everything [N, V] materialised. `dense_NV` is at temperature 1."""
+    if isinstance(loss, ChunkLikelihood):
+        return dense_chunk_likelihood(loss, logits_NV, targets)
     if not isinstance(loss, Divergence):
         against_N = targets.sampled_ids_N if isinstance(loss, CrossEntropy) else targets.ids_NK[:, 0].long()
         return torch.nn.functional.cross_entropy(logits_NV, against_N, reduction="none")
@@ -140,6 +146,20 @@ def dense_loss(loss: Loss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseT
         p_B, q_B = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
         values.append(per_id(loss, p_B.log(), q_B.log())[(p_B > 0) & (q_B > 0)].sum())
     return tau**2 * torch.stack(values)
+
+
+def dense_chunk_likelihood(loss: ChunkLikelihood, logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+    """[N] nats of two outcomes, one chunk after the other."""
+    assert targets.chunks is not None
+    log_q_N = torch.log_softmax(logits_NV, dim=1).gather(1, targets.sampled_ids_N[:, None])[:, 0]
+    values = torch.zeros(len(log_q_N), dtype=log_q_N.dtype)
+    for chunk in set(targets.chunks.ids_N.tolist()) - {-1}:
+        inside_N = targets.chunks.ids_N == chunk
+        p = (targets.chunks.logprobs_N[inside_N][0] / loss.temperature).exp()
+        q = (log_q_N[inside_N].sum() / loss.temperature).exp()
+        value = loss.temperature * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+        values = values + inside_N * value / inside_N.sum()
+    return values
 
 
 def per_id(loss: Loss, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from student_train.losses.divergences import (
     JSD,
     LOSSES,
     NO_MASS,
+    Chunked,
+    ChunkLikelihood,
     Compared,
     CrossEntropy,
     CrossEntropyArgmax,
@@ -123,9 +125,39 @@ def test_the_reverse_divergences_exchange_the_sides() -> None:
     torch.testing.assert_close(SkewedReverseKL(alpha=0.3).between(teacher_NB, student_NB), forward)
 
 
+def test_a_student_certain_of_its_chunk_still_learns() -> None:
+    # log q of a token is 0 in float32 from about 1 - 6e-8 on; 1 - q has no log there.
+    sampled_N = torch.zeros(2, requires_grad=True)
+    chunks = Chunked(torch.tensor([0, 0]), torch.tensor([-0.5, -0.5]))
+    value_N = ChunkLikelihood(temperature=1.0).nats(Seen(None, sampled_N, None, chunks))
+    value_N.sum().backward()
+    assert sampled_N.grad is not None
+    assert torch.isfinite(value_N).all()
+    assert (sampled_N.grad > 1.0).all()
+
+
+def test_chunk_likelihood_is_least_where_both_agree_and_spreads_over_its_tokens() -> None:
+    teacher_N = torch.tensor([-1.2, -1.2, 0.0, -0.4], dtype=torch.float64)
+    chunks = Chunked(torch.tensor([5, 5, -1, 7]), teacher_N)
+    for temperature in (0.5, 1.0, 100.0):
+        loss = ChunkLikelihood(temperature=temperature)
+        agreeing_N = torch.tensor([-0.9, -0.3, -3.0, -0.4], dtype=torch.float64, requires_grad=True)
+        value_N = loss.nats(Seen(None, agreeing_N, None, chunks))
+        torch.testing.assert_close(value_N, torch.zeros_like(value_N), atol=1e-9, rtol=0)
+        (grad_N,) = torch.autograd.grad(value_N.sum(), agreeing_N)
+        torch.testing.assert_close(grad_N, torch.zeros_like(grad_N), atol=1e-9, rtol=0)
+        other_N = loss.nats(Seen(None, agreeing_N.detach() - 1.0, None, chunks))
+        assert other_N[0] == other_N[1] > 0.0
+        assert other_N[2] == 0.0
+
+
 def test_losses_say_what_they_need() -> None:
     assert {name: kind.name for name, kind in LOSSES.items()} == {name: name for name in LOSSES}
-    assert [name for name, kind in LOSSES.items() if not kind.needs_distribution] == ["cross_entropy"]
+    assert [name for name, kind in LOSSES.items() if not kind.needs_distribution] == [
+        "cross_entropy",
+        "chunk_likelihood",
+    ]
+    assert [name for name, kind in LOSSES.items() if kind.needs_chunks] == ["chunk_likelihood"]
     assert LossMix((CrossEntropy(), JSD())).reads_draws
     assert not LossMix((CrossEntropyArgmax(), JSD(tail="bucket"))).reads_draws
 
@@ -140,6 +172,7 @@ def test_losses_say_what_they_need() -> None:
         ({"name": "cross_entropy", "tail": "bucket"}, "tail=bucket has no effect: cross_entropy takes no tail"),
         ({"name": "jsd", "alpha": 0.5}, "alpha=0.5 has no effect: jsd takes no alpha"),
         ({"name": "jsd", "beta": 1.0}, "jsd.beta=1.0 must be strictly between 0 and 1"),
+        ({"name": "chunk_likelihood", "temperature": 0.0}, "temperature=0.0 must be a finite number above 0"),
         ({"name": "skewed_reverse_kl", "alpha": 0.0}, "skewed_reverse_kl.alpha=0.0 must be strictly"),
     ],
 )

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, LossMix
 from student_train.losses.fused_head import fused_loss
-from student_train.losses.head_chunks import HeadInputs
+from student_train.losses.head_chunks import HeadChunks, HeadInputs
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
-from student_train.losses.targets import SparseTargets
+from student_train.losses.targets import SparseTargets, TextChunks
 from tests.helpers.dense_losses import H, K, N, head_tensors, sparse, teacher_logprobs
 
 
@@ -183,6 +183,16 @@ def test_enclosing_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = results()
     torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "expected"),
+    [(4, [(0, 3), (3, 5), (5, 10)]), (100, [(0, 10)]), (1, [(0, 3), (3, 5), (5, 10)]), (8, [(0, 5), (5, 10)])],
+)
+def test_chunks_of_the_head_end_where_no_chunk_of_text_is_cut(chunk: int, expected: list[tuple[int, int]]) -> None:
+    head = HeadInputs(torch.zeros(10, 2), torch.zeros(3, 2), chunk_tokens=chunk)
+    ids_N = torch.tensor([1, 1, 1, 4, 4, 5, 5, 5, 5, 5])
+    assert list(HeadChunks(head, cuts=TextChunks.of(ids_N, torch.zeros(10)).cuts).spans()) == expected
 
 
 def test_no_tokens_give_zero_losses_and_zero_gradients() -> None:
