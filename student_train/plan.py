@@ -231,7 +231,9 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
         packs_per_step=packs_per_step(stage, config.data),
         num_steps=num_steps,
         mix=mix,
-        with_signals=stage.token_weights is not None or any(term.needs_distribution for term in mix.terms),
+        with_signals=stage.token_weights is not None
+        or mix.reads_chunks
+        or any(term.needs_distribution for term in mix.terms),
     )
 
 
@@ -327,6 +329,8 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
 
 def _targets_of(loss: Loss, header: SelectionHeader) -> str:
     """What a loss compares the student with on each token, as far as this selection's shards hold it."""
+    if loss.needs_chunks:
+        return "the teacher's log probability of each chunk of text"
     if not isinstance(loss, Divergence):
         return "the teacher's most likely token" if loss.needs_distribution else "the next token"
     entries = f"at most {header.max_support} stored entries a token"

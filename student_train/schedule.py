@@ -77,7 +77,7 @@ def target_view(
     """What the losses read of the targets at one step; `stored` are the temperatures that the cache holds."""
     temperature = temperature_at(stage, stored, step, num_steps)
     partition = None if temperature == 1.0 else list(stored).index(temperature)
-    return TargetView(has_draws and mix.reads_draws, temperature, partition)
+    return TargetView(has_draws and mix.reads_draws, temperature, partition, mix.reads_chunks)
 
 
 def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:

@@ -107,6 +107,8 @@ def check_losses(mix: "LossMix", selection: Selection) -> None:
     for term in mix.terms:
         if term.needs_distribution and selection.is_text:
             raise ConfigError(f"{term.name} needs distributions: set data.kind: distributions")
+        if term.needs_chunks and selection.is_text:
+            raise ConfigError(f"{term.name} needs the teacher's log probabilities: set data.kind: distributions")
 
 
 def check_temperature(selection: Selection, stage: StageConfig) -> None:

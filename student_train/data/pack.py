@@ -57,6 +57,8 @@ class Pack:
         tail_logmass_N, entropy_N: of the teacher, entropy in nats; None for text alone.
         draw_ids_NM, draw_logprobs_NM, draw_weights_NM: padding is id 0, -inf, 0; None where the cache has no draws.
         log_partitions_NS: None where the cache has no other temperatures.
+        chunk_ids_N, chunk_logprobs_N: which chunk of text each token belongs to (-1: none), and the teacher's log
+            probability of that chunk. In the teacher's own vocabulary each token is one. None for text alone.
     """
 
     input_ids_L: Int32
@@ -75,6 +77,8 @@ class Pack:
     draw_logprobs_NM: Float32 | None = None
     draw_weights_NM: Float32 | None = None
     log_partitions_NS: Float32 | None = None
+    chunk_ids_N: Int32 | None = None
+    chunk_logprobs_N: Float32 | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -134,6 +138,8 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         draw_logprobs_NM=draw_logprobs_NM,
         draw_weights_NM=draw_weights_NM,
         log_partitions_NS=signals.log_partitions_TS if signals is not None else None,
+        chunk_ids_N=np.arange(len(document_N), dtype=np.int32) if signals is not None else None,
+        chunk_logprobs_N=signals.sampled_logprob_T if signals is not None else None,
     )
 
 
@@ -166,6 +172,7 @@ class TargetView:
     with_draws: bool = False
     temperature: float = 1.0
     partition: int | None = None
+    with_chunks: bool = False
 
 
 PLAIN_VIEW = TargetView()
@@ -175,7 +182,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
     """The pack as tensors on `device`. An empty one gets a token of weight 0."""
     import torch
 
-    from student_train.losses.targets import SparseTargets, TailDraws
+    from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
 
     def tensor(array: Int32 | Int64 | Float32) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -200,6 +207,11 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
             weights_N,
             draws=draws,
         )
+        if view.with_chunks:
+            assert pack.chunk_ids_N is not None
+            assert pack.chunk_logprobs_N is not None
+            chunks = TextChunks.of(torch.from_numpy(pack.chunk_ids_N), torch.from_numpy(pack.chunk_logprobs_N))
+            targets = targets.with_chunks(chunks)
         if view.partition is not None:
             assert pack.log_partitions_NS is not None
             column_N = np.ascontiguousarray(pack.log_partitions_NS[:, view.partition])
@@ -225,6 +237,8 @@ def _weightless(pack: Pack, view: TargetView) -> Pack:
         draw_logprobs_NM=zero_11 - np.inf,
         draw_weights_NM=zero_11,
         log_partitions_NS=np.zeros((1, (view.partition or 0) + 1), np.float32),
+        chunk_ids_N=np.full(1, -1, np.int32),
+        chunk_logprobs_N=np.zeros(1, np.float32),
     )
     if pack.tail_logmass_N is None:
         return placeholder

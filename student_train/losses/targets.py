@@ -137,6 +137,12 @@ class SparseTargets:
         """The same targets seen at another temperature, with the log-partition that the cache holds for it."""
         return replace(self, temperature=temperature, log_partition_N=log_partition_N)
 
+    def with_chunks(self, chunks: TextChunks) -> SparseTargets:
+        """The same targets with chunks of text, whose tensors move to the device of the others."""
+        device = self.ids_NK.device
+        moved = replace(chunks, ids_N=chunks.ids_N.to(device), logprobs_N=chunks.logprobs_N.to(device))
+        return replace(self, chunks=moved)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
         cuts = None if self.chunks is None else self.chunks.cuts
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), cuts)

@@ -29,14 +29,14 @@ from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, StopAfter, Trainer, 
 
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
-Dense = tuple[float, float, float, float]
-DenseReference = Callable[[float, float], Dense]
+Dense = tuple[float, float, float, float, float]
+DenseReference = Callable[[float, float, float], Dense]
 
 
 @pytest.fixture(scope="module")
 def dense_reference(cache: SyntheticCache, student: Path) -> DenseReference:
     """`_dense_reference` of the cache and the student, computed once for equal arguments."""
-    return functools.cache(lambda entropy, tail: _dense_reference(cache, student, entropy, tail))
+    return functools.cache(lambda entropy, tail, chunk: _dense_reference(cache, student, entropy, tail, chunk))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_step_equals_dense_mean_over_unpacked_chains(
         student={"attention": attention},
     )
     (record,) = trainer.run(config)
-    loss, kl, ce, grad_norm = dense_reference(0.0, 0.0)
+    loss, kl, ce, _, grad_norm = dense_reference(0.0, 0.0, 0.0)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["parts"]["forward_kl"] == pytest.approx(kl, rel=1e-5)
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
@@ -64,18 +64,29 @@ def test_step_equals_dense_mean_over_unpacked_chains(
 
 
 def test_token_weights_make_the_loss_a_weighted_mean(trainer: Trainer, dense_reference: DenseReference) -> None:
-    """Loss and gradient against dense sums with (1 + entropy)^2 (1 - tail)^3 on every token."""
+    """Loss and gradient against dense sums with (1 + entropy)^2 (1 - tail)^3 on every token, a chunk of its own."""
     config = trainer.config(
         "run",
-        {"epochs": 1, "batch_tokens": 8192, "clip_norm": None, "token_weights": {"entropy": 2.0, "tail": 3.0}},
+        {
+            "epochs": 1,
+            "batch_tokens": 8192,
+            "clip_norm": None,
+            "token_weights": {"entropy": 2.0, "tail": 3.0},
+            "losses": {
+                "forward_kl": 0.9,
+                "cross_entropy": 0.1,
+                "chunk_likelihood": {"weight": 0.5, "temperature": 3.0},
+            },
+        },
     )
     (record,) = trainer.run(config)
-    loss, kl, ce, grad_norm = dense_reference(2.0, 3.0)
-    plain_loss = dense_reference(0.0, 0.0)[0]
+    loss, kl, ce, chunk, grad_norm = dense_reference(2.0, 3.0, 0.5)
+    plain_loss = dense_reference(0.0, 0.0, 0.0)[0]
     assert abs(loss - plain_loss) > 1e-3
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["parts"]["forward_kl"] == pytest.approx(kl, rel=1e-5)
     assert record["parts"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+    assert record["parts"]["chunk_likelihood"] == pytest.approx(chunk, rel=1e-5)
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
 
 
@@ -387,14 +398,15 @@ def _train_chains(cache: SyntheticCache) -> list[Chain]:
     return [chain for chain in cache.chains if chain.split == "train"]
 
 
-def _dense_reference(cache: SyntheticCache, student: Path, entropy: float, tail: float) -> Dense:
-    """(loss, KL, CE, norm of the loss's gradient), each chain alone, from full float64 softmaxes.
+def _dense_reference(cache: SyntheticCache, student: Path, entropy: float, tail: float, chunk_weight: float) -> Dense:
+    """(loss, KL, CE, binary KL at 3, norm of the loss's gradient), each chain alone, from full float64 softmaxes.
 
     Means by weights (1 + entropy)^a (1 - tail mass)^b of the tokens.
     """
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     kl_sum = torch.zeros((), dtype=torch.float64)
     ce_sum = torch.zeros((), dtype=torch.float64)
+    chunk_sum = torch.zeros((), dtype=torch.float64)
     weight_sum = 0.0
     for chain in _train_chains(cache):
         held_T = 1 - np.exp(chain.signals.tail_logmass_T.astype(np.float64))
@@ -403,7 +415,11 @@ def _dense_reference(cache: SyntheticCache, student: Path, entropy: float, tail:
         logits = model(ids[None]).logits[0].double()
         logprobs_TV = logits[len(chain.prompt_ids) - 1 : -1].log_softmax(dim=-1)
         sampled_T = torch.tensor(chain.token_ids, dtype=torch.int64)
-        ce_sum = ce_sum - (weights_T * logprobs_TV.gather(1, sampled_T[:, None])[:, 0]).sum()
+        student_T = logprobs_TV.gather(1, sampled_T[:, None])[:, 0]
+        ce_sum = ce_sum - (weights_T * student_T).sum()
+        p_T, q_T = torch.from_numpy(np.exp(chain.signals.sampled_logprob_T / 3.0)).double(), (student_T / 3.0).exp()
+        binary_T = p_T * (p_T / q_T).log() + (1 - p_T) * ((1 - p_T) / (1 - q_T)).log()
+        chunk_sum = chunk_sum + (weights_T * 3.0 * binary_T).sum()
         start = 0
         for token, count in enumerate(chain.signals.topk_n_T.tolist()):
             support = torch.tensor(chain.signals.topk_ids_N[start : start + count], dtype=torch.int64)
@@ -416,13 +432,14 @@ def _dense_reference(cache: SyntheticCache, student: Path, entropy: float, tail:
             kl_sum = kl_sum + weights_T[token] * (kl + teacher_tail.exp() * (teacher_tail - student_tail))
             start += count
         weight_sum += float(weights_T.sum())
-    loss = (0.9 * kl_sum + 0.1 * ce_sum) / weight_sum
+    loss = (0.9 * kl_sum + 0.1 * ce_sum + chunk_weight * chunk_sum) / weight_sum
     loss.backward()
     norms = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None])
     return (
         float(loss.detach()),
         float(kl_sum.detach()) / weight_sum,
         float(ce_sum.detach()) / weight_sum,
+        float(chunk_sum.detach()) / weight_sum,
         float(norms.norm()),
     )
 
