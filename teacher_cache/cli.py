@@ -143,7 +143,7 @@ def judge(
         warn(warning)
     lines = [f"{name}: {one.line}" for name, one in report.by_judge.items()]
     if report.num_without_judge:
-        lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge")
+        lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge, or --llm")
     if report.num_not_judged:
         lines.append(f"{report.num_not_judged} chains wait for their own judge first: teacher-cache judge {cache}")
     print_result(asdict(report), lines or ["nothing to judge"], as_json)

@@ -135,8 +135,8 @@ class RowFields(NamedSource):
     """Text appended to the last user message, after a blank line."""
     reference_field: str | None = None
     """Field with the reference answer, such as `answer` or `reward_model.ground_truth`."""
-    judge: Literal["math", "exact", "regex", "code"] | None = None
-    """How answers are checked against the reference."""
+    judge: Literal["math", "exact", "regex", "code", "llm"] | None = None
+    """How answers are checked against the reference; `llm` leaves them to `teacher-cache judge --llm`."""
     metadata_fields: list[str] = Field(default_factory=list)
     """Further fields to store in the cache's `metadata` column."""
 

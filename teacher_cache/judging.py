@@ -54,7 +54,9 @@ POLL_S = 0.2
 MAX_REASONS = 3
 """Reasons of undecided verdicts that a summary lists."""
 
-_OWN_JUDGE = "json_extract_string(metadata, '$.judge')"
+LLM = "llm"
+"""Judge of prompts whose chains wait for a language model; which one is named on the command line."""
+_OWN_JUDGE = f"nullif(json_extract_string(metadata, '$.judge'), '{LLM}')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +119,9 @@ class JudgeReport:
 
 
 def judge_of(prompt: Prompt) -> str | None:
-    """The kind of judge that the prompt's source asks for."""
+    """The kind of judge that the prompt's source asks for and a build can run."""
     kind = prompt.metadata.get("judge")
-    return None if kind is None else str(kind)
+    return None if kind is None or kind == LLM else str(kind)
 
 
 def require_judges(prompts: Iterable[Prompt]) -> None:

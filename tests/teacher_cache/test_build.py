@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.cache.catalog import Catalog, check_hash
+from stillroom.cache.reader import open_cache
 from stillroom.errors import CacheConflict, DataError, StillroomError
 from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
@@ -76,6 +77,22 @@ def test_rows_are_what_the_engine_gave(tmp_path: Path) -> None:
     manifest = catalog.runs()[rows[0]["run_id"]]
     assert manifest.kind == "generate"
     assert catalog.vocab_path(manifest.teacher.tokenizer_fingerprint).exists()
+
+
+def test_a_chain_that_ended_by_repetition_counts_as_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = FakeEngine._outcome
+
+    def looping(engine: FakeEngine, request: Request) -> Outcome:
+        outcome = made(engine, request)
+        assert isinstance(outcome, Finished)
+        return dataclasses.replace(outcome, finish_reason="repetition")
+
+    monkeypatch.setattr(FakeEngine, "_outcome", looping)
+    run_build(make_config(tmp_path / "c"), make_requests(3))
+    with open_cache(tmp_path / "c") as cache:
+        found = cache.sql("SELECT sample_id, finish_reason, truncated FROM chains").arrow().to_pylist()
+        assert [(row["finish_reason"], row["truncated"]) for row in found] == [("repetition", True)] * 3
+        assert cache.sample(found[0]["sample_id"]).chain["truncated"] is True
 
 
 def _assert_same(row: dict[str, list[float]], capture: Capture) -> None:

@@ -13,13 +13,13 @@ import teacher_cache.llm_judge
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, StillroomError
-from stillroom.schema.records import Capture
+from stillroom.schema.records import Capture, Prompt
 from stillroom.sql.session import open_cache
 from teacher_cache.cli import main
 from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
-from teacher_cache.judging import JudgeReport, ask_about_cache, judge_cache
+from teacher_cache.judging import JudgeReport, ask_about_cache, judge_cache, judge_of, require_judges
 from teacher_cache.llm_judge import llm_judge_name
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import SyntheticCache, make_cache
@@ -151,12 +151,25 @@ def test_chains_wait_for_their_own_judge_first(
     tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = make_requests(3)
-    for request in requests[:2]:
-        request.prompt.metadata["judge"] = "regex"  # type: ignore[index]
-    monkeypatch.setattr("teacher_cache.judging.JudgeQueue.put", lambda *_: None)
-    run_build(make_config(tmp_path / "c"), requests)
+    for request, kind in zip(requests, ("code", "llm", None), strict=True):
+        request.prompt.metadata["judge"] = kind  # type: ignore[index]
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher_cache.judging.JudgeQueue.put", lambda *_: None)
+        run_build(make_config(tmp_path / "c"), requests)
     report = ask_about_cache(tmp_path / "c", make_judge(server))
-    assert (report.num_not_judged, only(report).num_chains) == (2, 1)
+    assert (report.num_not_judged, only(report).num_chains) == (1, 2)
+    own = judge_cache(tmp_path / "c")
+    assert (list(own.by_judge), own.num_without_judge) == (["code"], 2)
+    report = ask_about_cache(tmp_path / "c", make_judge(server))
+    assert (report.num_not_judged, only(report).num_chains) == (0, 1)
+
+
+def test_a_build_leaves_llm_to_its_command() -> None:
+    asks = Prompt("p", (), "s", "train", "5", {"judge": "llm"})
+    require_judges([asks])
+    assert judge_of(asks) is None
+    with pytest.raises(ConfigError, match=r"judge llm needs a language model: .* --llm FILE"):
+        judge_cache(Path("c"), kind="llm")
 
 
 class Judge(FakeEngine):
