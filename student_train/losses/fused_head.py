@@ -17,7 +17,6 @@ LoRA on the head keep working.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from stillroom.errors import ConfigError
 from student_train.losses.chunk import chunk_losses, weighted_sum
 from student_train.losses.divergences import LossMix
-from student_train.losses.head_chunks import HeadChunks, HeadInputs
+from student_train.losses.head_chunks import PLAIN, HeadChunks, HeadInputs, LogitMap
+from student_train.losses.logit_probe import probe_logits
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
 
@@ -57,8 +57,10 @@ def fused_loss(
     lora_hidden_NR: Tensor | None = None,
     lora_weight_VR: Tensor | None = None,
     chunk_tokens: int | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> LossSums:
-    """All losses of `mix` at once, of logits = hidden W^T (+ bias) (+ lora_hidden lora_weight^T), never materialised.
+    """All losses of `mix` at once, of logits that are never materialised: hidden W^T (+ bias) (+ lora_hidden
+    lora_weight^T), then scaled or capped by `logit_map`.
 
     hidden and weight may be float32, bfloat16, float16 or float64; matrix products run in the weight's dtype,
     everything else and the accumulated gradients in float32 (float64 for float64). `lora_hidden_NR` is A x with the
@@ -70,7 +72,9 @@ def fused_loss(
     """
     return LossSums(
         *_fused_loss(
-            HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens), targets, mix
+            HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens, logit_map),
+            targets,
+            mix,
         )
     )
 
@@ -92,7 +96,7 @@ def _fused_loss(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple
     if not any(needs_grad):
         return _forward(HeadChunks(head, cuts=targets.cuts), targets, mix, with_gradient=False)
     sums: tuple[Tensor, Tensor, Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        *head.tensors, head.chunk_tokens, targets, mix, needs_grad
+        *head.tensors, head.chunk_tokens, head.logit_map, targets, mix, needs_grad
     )
     return sums
 
@@ -107,11 +111,12 @@ class _FusedLoss(torch.autograd.Function):
         lora_hidden_NR: Tensor | None,
         lora_weight_VR: Tensor | None,
         chunk_tokens: int | None,
+        logit_map: LogitMap,
         targets: SparseTargets,
         mix: LossMix,
         needs_grad: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens)
+        head = HeadInputs(hidden_NH, weight_VH, bias_V, lora_hidden_NR, lora_weight_VR, chunk_tokens, logit_map)
         chunks = HeadChunks(head, needs_grad, targets.cuts)
         loss_sum, term_sums_J, weight_sum = _forward(chunks, targets, mix, with_gradient=True)
         ctx.mark_non_differentiable(term_sums_J, weight_sum)
@@ -128,7 +133,7 @@ class _FusedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _forward(
@@ -151,20 +156,10 @@ def _forward(
     return weighted_sum(mix, term_sums_J), term_sums_J, weight_sum
 
 
-# What Hugging Face models do to logits after the head, by the name of the setting (Gemma, Cohere, Granite, Falcon-H1,
-# RecurrentGemma, Muse), with the value that turns it off.
-_LOGIT_SETTINGS: dict[str, float | None] = {
-    "final_logit_softcapping": None,
-    "logits_soft_cap": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-    "output_multiplier": 1.0,
-}
-
-
 class FusedHead(torch.nn.Linear):
     """`torch.nn.Linear` [V, H] whose forward can also be the fused loss; state dict and weights are the same."""
+
+    logit_map: LogitMap = PLAIN
 
     @staticmethod
     def sharing(linear: torch.nn.Linear) -> FusedHead:
@@ -188,7 +183,7 @@ class FusedHead(torch.nn.Linear):
         lora_weight_VR: Tensor | None = None,
         chunk_tokens: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [..., V] without targets; with targets and mix the tensors of LossSums; with targets alone those of
+        """z [..., V] without targets, to which the model adds its own scale or cap; with targets and mix the tensors of LossSums; with targets alone those of
         `metrics_tensor`. `head_loss` and `head_metrics` give them names.
 
         Plain tensors, and targets as keywords, because DeepSpeed's hooks look for tensors in positional inputs and in
@@ -196,38 +191,30 @@ class FusedHead(torch.nn.Linear):
         """
         if targets is None:
             return super().forward(input)
-        head = HeadInputs(input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens)
+        head = HeadInputs(
+            input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens, self.logit_map
+        )
         return metrics_tensor(head, targets) if mix is None else _fused_loss(head, targets, mix)
 
 
 def fuse_head(model: Any) -> FusedHead:
     """Put a FusedHead in the place of the model's head and return it; call before peft and DeepSpeed wrap the model.
 
+    Runs a few tokens to learn what the model does to hidden states before the head and to logits after it.
+
     Raises:
-        ConfigError: no head, a head that is not a plain `torch.nn.Linear` (quantised, say), or a model that scales or
-            caps its logits after the head, which the fused losses would not see.
+        ConfigError: no head, a head that is not a plain `torch.nn.Linear` (quantised, say), or a model whose logits are
+            neither the head's, nor scaled, nor capped.
     """
     linear = model.get_output_embeddings()
     if isinstance(linear, FusedHead):
         return linear
     if type(linear) is not torch.nn.Linear:
         raise ConfigError(f"the student's head is a {type(linear).__name__}: losses need a plain torch.nn.Linear head")
-    refuse_changed_logits(model.config.to_dict())
     head = FusedHead.sharing(linear)
+    head.logit_map = probe_logits(model)
     model.set_output_embeddings(head)
     return head
-
-
-def refuse_changed_logits(model_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a Hugging Face config (as a dict, nested text config included) scales or caps logits."""
-    for part in (model_config, model_config.get("text_config") or {}):
-        for name, neutral in _LOGIT_SETTINGS.items():
-            value = part.get(name)
-            if value is not None and value != neutral:
-                raise ConfigError(
-                    f"the student's config has {name}={value}: losses are fused with a head whose logits are used as "
-                    "they are, choose a student that neither scales nor caps them"
-                )
 
 
 def head_loss(
@@ -252,6 +239,9 @@ def head_metrics(
 def _through_head(
     head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, mix: LossMix | None, chunk_tokens: int | None
 ) -> Any:
+    hidden_scale = _fused_below(head).logit_map.hidden_scale
+    if hidden_scale != 1.0:
+        hidden_NH = hidden_NH * hidden_scale
     fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
     return fused(
         hidden_NH,
@@ -261,6 +251,11 @@ def _through_head(
         lora_weight_VR=lora_weight_VR,
         chunk_tokens=chunk_tokens,
     )
+
+
+def _fused_below(head: torch.nn.Module) -> FusedHead:
+    """The FusedHead in a peft wrapper, which holds one (LoRA) or two equal ones (a full copy)."""
+    return next(module for module in head.modules() if isinstance(module, FusedHead))
 
 
 def _without_lora(head: torch.nn.Module, hidden_NH: Tensor) -> tuple[torch.nn.Module, Tensor | None, Tensor | None]:

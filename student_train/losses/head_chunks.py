@@ -2,7 +2,8 @@
 
 In: hidden states and the head's weights. Out: one [chunk, V] buffer of logits at a time, which the caller replaces with
 dL/dlogits and hands back; it becomes gradients of hidden, weight, bias and LoRA pair. Memory: one [chunk, V] buffer in
-float32 (another in the weight's dtype if that is half precision) and the gradients that are needed.
+float32 (another in the weight's dtype if that is half precision, and another if logits are capped) and the gradients
+that are needed.
 
     N loss tokens, C tokens of a chunk, V vocabulary, H hidden, R LoRA rank
 """
@@ -26,8 +27,26 @@ GPU_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
+class LogitMap:
+    """What a model does between its last hidden states and its logits, besides the head's product z.
+
+    Attributes:
+        hidden_scale: factor on the hidden states before the head and its adapter (MiniCPM).
+        scale: factor on z (Cohere, Granite, Falcon-H1).
+        cap: logits = cap tanh(scale z / cap) (Gemma 2); None is scale z.
+    """
+
+    hidden_scale: float = 1.0
+    scale: float = 1.0
+    cap: float | None = None
+
+
+PLAIN = LogitMap()
+
+
+@dataclass(frozen=True)
 class HeadInputs:
-    """Logits are hidden W^T (+ bias) (+ lora_hidden lora_weight^T).
+    """z = hidden W^T (+ bias) (+ lora_hidden lora_weight^T); logits are z, or `logit_map` of it.
 
     Attributes:
         hidden_NH: final hidden states of the loss tokens; cast to the weight's dtype.
@@ -35,6 +54,7 @@ class HeadInputs:
         lora_hidden_NR: A x times the LoRA scaling.
         lora_weight_VR: B; products of the pair run in float32.
         chunk_tokens: None is CPU_CHUNK_TOKENS or GPU_CHUNK_TOKENS.
+        logit_map: its hidden_scale is in hidden_NH and lora_hidden_NR already.
     """
 
     hidden_NH: Tensor
@@ -43,6 +63,7 @@ class HeadInputs:
     lora_hidden_NR: Tensor | None = None
     lora_weight_VR: Tensor | None = None
     chunk_tokens: int | None = None
+    logit_map: LogitMap = PLAIN
 
     def __post_init__(self) -> None:
         assert self.hidden_NH.dim() == 2
@@ -84,6 +105,8 @@ class HeadChunks:
             if head.weight_VH.dtype == head.dtype
             else torch.zeros_like(self._logits_CV, dtype=head.weight_VH.dtype)
         )
+        # d logits / dz, which cannot be read from dL/dlogits.
+        self._slope_CV = torch.zeros_like(self._logits_CV) if head.logit_map.cap and any(needs_grad) else None
         self._lora_weight_VR = None if head.lora_weight_VR is None else head.lora_weight_VR.detach().to(head.dtype)
         self.gradients: tuple[Tensor | None, ...] = tuple(
             torch.zeros_like(tensor, dtype=head.dtype, memory_format=torch.contiguous_format)
@@ -110,12 +133,28 @@ class HeadChunks:
             logits_CV.add_(head.bias_V)
         if head.lora_hidden_NR is not None and self._lora_weight_VR is not None:
             logits_CV.addmm_(head.lora_hidden_NR[start:stop].to(head.dtype), self._lora_weight_VR.t())
+        self._map(logits_CV)
         return logits_CV
+
+    def _map(self, z_CV: Tensor) -> None:
+        """Turns z into logits in place, and keeps their slope where a gradient will need it."""
+        scale, cap = self._head.logit_map.scale, self._head.logit_map.cap
+        if cap is not None:
+            tanh_CV = z_CV.mul_(scale / cap).tanh_()
+            if self._slope_CV is not None:
+                torch.mul(tanh_CV, tanh_CV, out=self._slope_CV[: len(z_CV)]).neg_().add_(1.0).mul_(scale)
+            tanh_CV.mul_(cap)
+        elif scale != 1.0:
+            z_CV.mul_(scale)
 
     @torch.no_grad()
     def accumulate(self, start: int, stop: int, grad_CV: Tensor) -> None:
-        """Adds to `gradients` what follows from `grad_CV` = dL/dlogits of tokens start..stop-1."""
+        """Adds to `gradients` what follows from `grad_CV` = dL/dlogits of tokens start..stop-1, which it consumes."""
         head = self._head
+        if self._slope_CV is not None:
+            grad_CV.mul_(self._slope_CV[: stop - start])
+        elif head.logit_map.scale != 1.0:
+            grad_CV.mul_(head.logit_map.scale)
         grad_hidden, grad_weight, grad_bias, grad_lora_hidden, grad_lora_weight = self.gradients
         if self._half_CV is None:
             if grad_hidden is not None:

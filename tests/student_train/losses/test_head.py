@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stillroom.errors import ConfigError
 from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, LossMix
@@ -21,9 +21,8 @@ from student_train.losses.fused_head import (
     fused_loss,
     head_loss,
     head_metrics,
-    refuse_changed_logits,
 )
-from student_train.losses.head_chunks import HeadInputs
+from student_train.losses.head_chunks import HeadInputs, LogitMap
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
 
@@ -198,19 +197,76 @@ def test_adapters_without_a_plain_low_rank_form_are_refused() -> None:
             head_loss(wrapped.get_output_embeddings(), some_hidden(), some_targets(), DEFAULT_MIX)
 
 
-def test_heads_that_change_logits_are_refused() -> None:
-    for settings in (
-        {"final_logit_softcapping": 30.0},
-        {"logit_scale": 0.0625},
-        {"text_config": {"logits_scaling": 8.0}},
-    ):
-        with pytest.raises(ConfigError, match="neither scales nor caps"):
-            refuse_changed_logits(settings)
-    refuse_changed_logits({"final_logit_softcapping": None, "logits_scaling": 1.0, "text_config": None})
-    model = tiny_model(tied=False)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ConfigError, match=r"final_logit_softcapping=30\.0"):
-        fuse_head(model)
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+ARCHITECTURES: list[tuple[str, dict[str, Any], LogitMap]] = [
+    ("llama", {}, LogitMap()),
+    # Its decoder knows no such setting: nothing is capped.
+    ("llama", {"final_logit_softcapping": 30.0}, LogitMap()),
+    ("gemma2", {"final_logit_softcapping": 7.0}, LogitMap(cap=7.0)),
+    ("cohere", {"logit_scale": 0.0625}, LogitMap(scale=0.0625)),
+    ("granite", {"logits_scaling": 6.0}, LogitMap(scale=1 / 6)),
+    ("minicpm3", {"dim_model_base": 12, "num_key_value_heads": 2, **MLA}, LogitMap(hidden_scale=12 / 32)),
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "expected"), ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_see_the_logits_that_the_model_makes(
+    family: str, settings: dict[str, Any], expected: LogitMap, dtype: torch.dtype
+) -> None:
+    """Loss and every gradient against cross-entropy on the model's own logits, scaled and capped heads included."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **settings, "tie_word_embeddings": False})
+    dense: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        # Large enough that a cap of 7 bends them.
+        dense.get_output_embeddings().weight.mul_(20.0)
+    fused = copy.deepcopy(dense)
+    head = fuse_head(fused)
+    assert head.logit_map == expected
+    if dtype != torch.float32:
+        return
+    ids_1T = torch.arange(3, N + 4).unsqueeze(0)
+    logits_NV = dense(ids_1T).logits[0, :-1]
+    dense_sum = torch.nn.functional.cross_entropy(logits_NV, ids_1T[0, 1:], reduction="sum")
+    hidden_NH = fused.get_decoder()(ids_1T).last_hidden_state[0, :-1]
+    targets, mix = SparseTargets.text_alone(ids_1T[0, 1:]), LossMix((CrossEntropy(),))
+    fused_sum = head_loss(head, hidden_NH, targets, mix, chunk_tokens=3).loss_sum
+    torch.testing.assert_close(fused_sum, dense_sum)
+    dense_sum.backward()
+    fused_sum.backward()
+    grads = grads_of(fused)
+    assert grads.keys() == grads_of(dense).keys()
+    for name, grad in grads_of(dense).items():
+        torch.testing.assert_close(grads[name], grad, rtol=2e-4, atol=1e-4)
+
+
+def test_a_model_that_changes_its_logits_in_another_way_is_refused() -> None:
+    class Squaring(LlamaForCausalLM):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            out = super().forward(*arguments, **options)
+            out.logits = out.logits * out.logits.abs()
+            return out
+
+    class Transforming(LlamaForCausalLM):
+        def get_decoder(self) -> Any:
+            return self.model.layers[0].mlp.__class__(self.config)
+
+    for kind, why in ((Squaring, "by more than a factor or a soft cap"), (Transforming, "a few tokens cannot be run")):
+        with pytest.raises(ConfigError, match=f"{kind.__name__} cannot be trained: .*{why}"):
+            fuse_head(kind(tiny_model(tied=False).config))
 
 
 def test_heads_of_other_kinds_are_refused() -> None:
