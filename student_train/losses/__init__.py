@@ -29,6 +29,7 @@ from student_train.losses.divergences import (
 
 if TYPE_CHECKING:
     from student_train.losses.fused_head import LossSums, fused_loss
+    from student_train.losses.head_chunks import LogitMap
     from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "CrossEntropy",
     "CrossEntropyArgmax",
     "ForwardKL",
+    "LogitMap",
     "LossMix",
     "LossSums",
     "ReverseKL",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "LogitMap": "head_chunks",
     "LossSums": "fused_head",
     "SparseTargets": "targets",
     "TailDraws": "targets",

@@ -183,17 +183,15 @@ class FusedHead(torch.nn.Linear):
         lora_weight_VR: Tensor | None = None,
         chunk_tokens: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """z [..., V] without targets, to which the model adds its own scale or cap; with targets and mix the tensors of LossSums; with targets alone those of
-        `metrics_tensor`. `head_loss` and `head_metrics` give them names.
+        """z [..., V] without targets, to which the model adds its own scale or cap; with targets and mix the tensors of
+        LossSums; with targets alone those of `metrics_tensor`. `head_loss` and `head_metrics` give them names.
 
         Plain tensors, and targets as keywords, because DeepSpeed's hooks look for tensors in positional inputs and in
         outputs that are tensors or tuples.
         """
         if targets is None:
             return super().forward(input)
-        head = HeadInputs(
-            input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens, self.logit_map
-        )
+        head = HeadInputs(input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens, self.logit_map)
         return metrics_tensor(head, targets) if mix is None else _fused_loss(head, targets, mix)
 
 

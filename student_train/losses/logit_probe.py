@@ -37,9 +37,10 @@ def probe_logits(causal: Any) -> LogitMap:
     try:
         try:
             return _probe(causal)
-        except RuntimeError:
-            with _without_decoder(causal):
+        except RuntimeError as missing_kernel:
+            with _without_decoder(causal), contextlib.suppress(AttributeError):
                 return _probe(causal)
+            raise missing_kernel
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise _refused(causal, f"a few tokens cannot be run through it ({one_line(error)[:200]})") from error
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, ForwardKL, Loss, LossMix, ReverseKL
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.head_chunks import PLAIN, LogitMap
 from student_train.losses.targets import SparseTargets
 from tests.helpers.dense_losses import (
     EVERY_LOSS,
@@ -30,18 +31,26 @@ from tests.helpers.dense_losses import (
 
 
 def assert_same_as_dense(
-    losses: tuple[Loss, ...], dense_NV: Tensor, targets: SparseTargets, *, scale: float = 1.0, chunk: int = 4
+    losses: tuple[Loss, ...],
+    dense_NV: Tensor,
+    targets: SparseTargets,
+    *,
+    scale: float = 1.0,
+    chunk: int = 4,
+    logit_map: LogitMap = PLAIN,
 ) -> None:
     """Value, every term and both gradients of a mix agree with dense float64 autograd."""
     mix = LossMix(tuple(replace(loss, weight=0.5 + index) for index, loss in enumerate(losses)))
     hidden_NH, weight_VH = head_tensors(num_vocab=dense_NV.shape[1], scale=scale)
     weights_N = torch.ones(N) if targets.weights_N is None else targets.weights_N
-    logits_NV = hidden_NH @ weight_VH.t()
+    logits_NV = logit_map.scale * (hidden_NH @ weight_VH.t())
+    if logit_map.cap is not None:
+        logits_NV = logit_map.cap * torch.tanh(logits_NV / logit_map.cap)
     expected_J = torch.stack([(weights_N * dense_loss(loss, logits_NV, dense_NV, targets)).sum() for loss in losses])
     total = torch.stack([(0.5 + index) * value for index, value in enumerate(expected_J)]).sum()
     expected_grads = torch.autograd.grad(total, (hidden_NH, weight_VH))
 
-    sums = fused_loss(hidden_NH, weight_VH, targets, mix, chunk_tokens=chunk)
+    sums = fused_loss(hidden_NH, weight_VH, targets, mix, chunk_tokens=chunk, logit_map=logit_map)
     grads = torch.autograd.grad(sums.loss_sum, (hidden_NH, weight_VH))
     torch.testing.assert_close(sums.loss_sum, total, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(sums.term_sums_J, expected_J, rtol=1e-9, atol=1e-9)
@@ -97,6 +106,16 @@ def test_temperature_with_the_exact_log_partition(losses: tuple[Loss, ...], temp
     log_partition_N = (dense_NV / temperature).logsumexp(dim=1)
     targets = with_draws(sparse(dense_NV, padding=1), dense_NV).at_temperature(temperature, log_partition_N)
     assert_same_as_dense(losses, dense_NV, targets)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("logit_map", [LogitMap(scale=0.3), LogitMap(cap=3.0), LogitMap(scale=1.7, cap=2.0)], ids=str)
+@pytest.mark.parametrize("losses", [*((loss,) for loss in EVERY_LOSS), ONE_OF_EACH])
+def test_scaled_and_capped_logits(losses: tuple[Loss, ...], logit_map: LogitMap, temperature: float) -> None:
+    dense_NV = teacher_logprobs()
+    log_partition_N = (dense_NV / temperature).logsumexp(dim=1)
+    targets = with_draws(sparse(dense_NV, padding=1), dense_NV).at_temperature(temperature, log_partition_N)
+    assert_same_as_dense(losses, dense_NV, targets, logit_map=logit_map, scale=2.0)
 
 
 def test_temperature_squared_reaches_the_gradient() -> None:
