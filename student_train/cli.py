@@ -59,9 +59,8 @@ def run_lines(summary: Result) -> list[str]:
         f"{100 * summary['stall_frac']:.1f}% waiting for data"
     )
     if summary["num_skipped_steps"]:
-        lines.append(
-            f"skipped    {summary['num_skipped_steps']} steps with float16 overflow: their packs had no effect"
-        )
+        why = "float16 overflow" if summary["precision"] == "float16" else "a gradient that was not finite"
+        lines.append(f"skipped    {summary['num_skipped_steps']} steps with {why}: their packs had no effect")
     for label, name in (("before", "heldout_before"), ("after", "heldout_after")):
         if summary[name] is not None:
             lines.append(f"{label:10} {_metrics(summary[name])}")
@@ -216,6 +215,14 @@ def run(
     config_path: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Resume from the checkpoint after this step of the last stage and discard later ones. Learning rate, "
+            "its schedule and clip_norm may change.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train, or resume from the run's last checkpoint."""
@@ -235,14 +242,14 @@ def run(
     # From here on, before seconds of imports: Ctrl-C ends at once until there are steps to save.
     with StopRequest(at_once=True) as stop:
         config = _config(config_path, overrides)
-        summary = None if is_rank else summary_if_finished(config)
+        summary = None if is_rank or from_step is not None else summary_if_finished(config)
         is_first = True
         if summary is None:
             from student_train.runtime.ranks import joined_ranks
             from student_train.training import train
 
             with joined_ranks() as ranks:
-                summary, is_first = train(config, ranks, stop), ranks.is_first
+                summary, is_first = train(config, ranks, stop, from_step), ranks.is_first
     if is_first:
         print_result(summary, run_lines(summary), as_json)
 

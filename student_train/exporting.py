@@ -94,6 +94,12 @@ def _provenance(
         "Caches: " + "; ".join(f"{one.root}, version {one.chains_version} of its chains" for one in header.caches),
         f"Checkpoint: {state.tag}, after {state.num_loss_tokens} loss tokens",
     ]
+    lines += [
+        f"After step {one['step']} of stage {one['stage']}: "
+        + ", ".join(f"{key} {before} -> {after}" for key, (before, after) in one["keys"].items())
+        for one in RunFolder(config.run).read_changes()
+        if (one["stage_number"], one["step"]) < state.place
+    ]
     return "## Where it comes from\n\n" + "\n".join(f"- {line}" for line in [*lines, *stages])
 
 
@@ -139,8 +145,8 @@ def _settings(values: Json) -> str:
 
 
 def _evaluation(config: TrainConfig, state: CheckpointState) -> str:
-    reached = (state.stage, state.step)
-    entries = [one for one in RunFolder(config.run).read_evals() if (one["stage_number"], one["step"]) <= reached]
+    evals = RunFolder(config.run).read_evals()
+    entries = [one for one in evals if (one["stage_number"], one["step"]) <= state.place]
     if not entries:
         return "## Evaluation\n\nNot evaluated."
     before, after = before_and_after(entries)

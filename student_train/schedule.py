@@ -16,8 +16,11 @@ from student_train.losses.divergences import LossMix, make_loss
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
     """Rises linearly to the peak over the warm-up, then falls to its minimum at the last step.
 
-    With 100 steps and 10 of warm-up, step 0 has a tenth of the peak, step 9 the peak, step 99 the minimum.
+    With 100 steps and 10 of warm-up, step 0 has a tenth of the peak, step 9 the peak, step 99 the minimum. A single
+    step has the peak.
     """
+    if num_steps == 1:
+        return stage.learning_rate
     num_warmup = round(stage.warmup_frac * num_steps)
     if step < num_warmup:
         return stage.learning_rate * (step + 1) / num_warmup

@@ -15,6 +15,7 @@ import gc
 import math
 import random
 import resource
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,26 +41,33 @@ from student_train.plan import RunPlan, StagePlan, prepare
 from student_train.runtime import checkpoint
 from student_train.runtime.checkpoint import Best, CheckpointState, HeldoutProgress
 from student_train.runtime.engine import Engine
-from student_train.runtime.metrics_log import MetricsLog, StepRecord, require_tensorboard
+from student_train.runtime.metrics_log import MetricsLog, StepRecord, require_tensorboard, why_skipped
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import FINISHED, RunFolder, is_finished, summarise
 from student_train.schedule import learning_rate, mix_at, target_view
 
+MAX_SKIPPED_IN_A_ROW = 100
+"""float16 needs about twenty to find its loss scale."""
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
 
 
-def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
+def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int | None = None) -> Json:
     """Trains what is left of the run and returns its summary; called by all ranks together.
 
-    Raises ConfigError, DataError, CorruptError, CacheConflict, and KeyboardInterrupt after a stop request, once the
-    state is saved.
+    With `from_step` the run first goes back to its checkpoint after that step of the last stage. Raises ConfigError,
+    DataError, CorruptError, CacheConflict, and KeyboardInterrupt after a stop request, once the state is saved.
     """
     run = RunFolder(config.run)
     if config.tensorboard:
         require_tensorboard()
     with run.lock() if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
-            run.open(config, has_learnt=checkpoint.latest_state(run.checkpoints) is not None)
+            if from_step is None:
+                run.open(config, has_learnt=checkpoint.latest_state(run.checkpoints) is not None)
+            else:
+                _rewind(run, config, from_step)
+        if from_step is not None:
+            ranks.barrier()
         state = checkpoint.latest_state(run.checkpoints)
         if is_finished(state, config):
             if ranks.is_first:
@@ -68,7 +76,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest) -> Json:
         plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         if ranks.is_first:
             _announce(plan, state, ranks.num_ranks)
-            run.truncate_metrics((state.stage, state.step) if state is not None else (0, 0))
+            run.truncate_metrics(state.place if state is not None else (0, 0))
         ranks.barrier()
         for stage in plan.stages:
             if state is not None and (
@@ -150,6 +158,8 @@ class StageRun:
         if here is not None:
             checkpoint.load(self._folder.checkpoints, self.engine, here, ranks)
             self._stream.load_state_dict(here.stream)
+        self._num_skipped = here.num_skipped if here is not None else 0
+        self._num_skipped_in_a_row = 0
         self._step = here.step if here is not None else 0
         self._saved_step = here.step if here is not None else None
         self._best = self._comparable(state.best) if state is not None else None
@@ -157,6 +167,8 @@ class StageRun:
         self._num_loss_tokens = state.num_loss_tokens if state is not None else 0
         self._train_s = state.train_s if state is not None else 0.0
         self._num_tokens = 0
+        if here is not None:
+            self._require_finite()
         self._open = contextlib.ExitStack()
         self._log: MetricsLog | None = None
         self._bar: Progress | None = None
@@ -229,6 +241,11 @@ class StageRun:
     def total_weight(self, packs: list[Pack]) -> float:
         """Weight of all loss tokens of the global batch. Raises StillroomError where it is 0."""
         (total,) = self.ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])
+        if not math.isfinite(total):
+            raise StillroomError(
+                f"{self._key}: the weights of the tokens of step {self._step + 1} add up to {total}: make "
+                "token_weights or data.weight less steep"
+            )
         if total == 0:
             raise StillroomError(
                 f"{self._key}: every token of step {self._step + 1} has weight 0: lower token_weights.tail, or raise "
@@ -248,7 +265,7 @@ class StageRun:
     ) -> bool:
         """Logs the step; `sums` are this rank's, of the loss and of each term. Whether a rank was asked to stop.
 
-        Raises StillroomError for a loss that is not finite.
+        Raises StillroomError for a loss that is not finite, and where nothing is learnt.
         """
         ranks, stage = self.ranks, self._stage
         read = [pack for pack in packs if pack.num_loss_tokens]
@@ -284,23 +301,66 @@ class StageRun:
             time_s=self._train_s,
         )
         if not math.isfinite(record.loss):
-            raise StillroomError(
-                f"{self._key}: the loss is {record.loss} at step {self._step}: lower learning_rate, or raise "
-                "engine.precision; the last checkpoint is intact"
-            )
+            raise StillroomError(f"{self._key}: the loss is {record.loss} at step {self._step}: {self._how_to_go_on()}")
         if self._log is not None and self._bar is not None:
             self._log.write(record)
-            self._bar.update(self._step, self._num_tokens, record.notes())
+            self._bar.update(self._step, self._num_tokens, record.notes(self._config.engine.precision))
             if self.is_done:
                 # Before the evaluation that follows prints its own.
                 self._bar.print_now()
+        self._require_learning(is_applied)
         return num_stops > 0
+
+    def _require_learning(self, is_applied: bool) -> None:
+        """Raises StillroomError if all steps of the stage were skipped, or too many in a row."""
+        self._num_skipped += not is_applied
+        self._num_skipped_in_a_row = 0 if is_applied else self._num_skipped_in_a_row + 1
+        learnt_nothing = self.is_done and self._num_skipped == self._step
+        if learnt_nothing or self._num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            count = f"all {self._step}" if learnt_nothing else f"the last {self._num_skipped_in_a_row}"
+            precision = self._config.engine.precision
+            instead = "bfloat16 or float32" if precision == "float16" else "float32"
+            remedy = (
+                f"set engine.precision to {instead}" if precision != "float32" else "check the student and the data"
+            )
+            raise StillroomError(
+                f"{self._key}: {count} steps were skipped because {why_skipped(precision)}, and nothing was learnt: "
+                f"{remedy}, in another run folder"
+            )
+
+    def _require_finite(self) -> None:
+        """Raises StillroomError, on all ranks, if weights or moments of any of them are not finite."""
+        (num_broken,) = self.ranks.sum([float(not self.engine.is_finite())])
+        if num_broken:
+            raise StillroomError(
+                f"{self._key}: weights or moments are not finite after step {self._step}, which is no checkpoint: "
+                f"{self._how_to_go_on()}"
+            )
+
+    def _how_to_go_on(self) -> str:
+        """What to do about numbers that are not finite, as a command where there are checkpoints to go back to."""
+        key, rate = f"stages.{self._stage.index}.learning_rate", self._stage.config.learning_rate
+        states = checkpoint.states_of_last_stage(self._folder.checkpoints)
+        steps = [state.step for state in states if state.place < (self._stage.index, self._step)]
+        if not steps:
+            return f"lower {key} (now {rate:g}) and run again, or raise engine.precision"
+        command = f"student-train run {shlex.quote(str(self._folder.config_path))} --from-step {steps[-1]}"
+        return (
+            f"go back with a lower rate: {command} --set {key}={rate / 2:g} "
+            f"({'checkpoints' if len(steps) > 1 else 'the checkpoint'} of step {', '.join(map(str, steps))} "
+            f"{'are' if len(steps) > 1 else 'is'} intact)"
+        )
 
     def evaluate(self) -> None:
         """Measures the held-out loss, which elastic weights follow."""
         assert self._plan.heldout is not None
         header = self._plan.heldout.header
+        self._require_finite()
         result = evaluate(self.engine.metrics, self._plan.heldout, eval_spec(self._config.data), self.ranks)
+        if not math.isfinite(result.loss):
+            raise StillroomError(
+                f"{self._key}: the held-out loss is {result.loss} after step {self._step}: {self._how_to_go_on()}"
+            )
         start = self._heldout.start if self._heldout is not None else result.loss
         self._heldout = HeldoutProgress(selection=header.hash, start=start, now=result.loss)
         if self._log is not None:
@@ -320,6 +380,7 @@ class StageRun:
         """Writes a checkpoint, unless this step has one."""
         state = self._state()
         if self._saved_step != self._step:
+            self._require_finite()
             checkpoint.save(self._folder.checkpoints, self.engine, state, self._config.checkpoint.keep_last, self.ranks)
             self._saved_step = self._step
         return state
@@ -351,6 +412,7 @@ class StageRun:
             stream=self._stream.state_dict(),
             num_loss_tokens=self._num_loss_tokens,
             train_s=self._train_s,
+            num_skipped=self._num_skipped,
             best=self._best,
             heldout=self._heldout,
         )
@@ -367,6 +429,14 @@ class StageRun:
         )
         universal = checkpoint.needs_universal(here, self.ranks.num_ranks)
         return Engine(student, stage.config, config.engine, self.ranks, stage.accumulation, universal=universal)
+
+
+def _rewind(run: RunFolder, config: TrainConfig, step: int) -> None:
+    """Makes the checkpoint after `step` the last one. Raises DataError, or ConfigError for a change it forbids."""
+    state = checkpoint.find_step(run.checkpoints, step)
+    run.open(config, has_learnt=True, rewound_to=state)
+    checkpoint.rewind(run.checkpoints, state)
+    run.truncate_evals(state.place)
 
 
 def seed_generators(seed: int, stage: int, step: int, rank: int) -> None:

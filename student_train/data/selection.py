@@ -42,6 +42,7 @@ from stillroom.storage.paths import Location, atomic_path, location
 
 SELECTION_FORMAT = 1
 METADATA_KEY = b"stillroom-selection"
+MAX_WEIGHT = 1e6
 ID_CHARS = 32
 KEY_CHARS = 16
 
@@ -498,11 +499,12 @@ def _empty_message(catalogs: Sequence[Catalog], request: SelectionRequest) -> st
 
 
 def _check_weights(weights: Float32, expression: str | None) -> None:
-    bad = ~np.isfinite(weights) | (weights < 0)
+    # Above MAX_WEIGHT the gradients of a batch would overflow. nan compares as bad.
+    bad = ~((weights >= 0) & (weights <= MAX_WEIGHT))
     if bad.any():
         raise ConfigError(
-            f"data.weight {expression!r} is {weights[bad][0]} for {int(bad.sum())} of {len(weights)} chains: weights "
-            "are finite and not negative (use coalesce() for NULL)"
+            f"data.weight {expression!r} is {weights[bad][0]:g} for {int(bad.sum())} of {len(weights)} chains: weights "
+            f"lie between 0 and {MAX_WEIGHT:g} (only their ratios matter: divide; use coalesce() for NULL)"
         )
 
 

@@ -65,7 +65,7 @@ def _without_decoder(causal: Any) -> Iterator[None]:
     decoder, head = causal.get_decoder(), causal.get_output_embeddings()
     shape = (1, NUM_TOKENS, head.in_features)
     hidden_1LH = torch.linspace(-1.0, 1.0, math.prod(shape)).reshape(shape).to(head.weight)
-    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_1LH)
+    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_1LH)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -69,6 +69,8 @@ class CheckpointState(_Record):
     """Loss tokens so far, over all stages."""
     train_s: float
     """Seconds of optimizer steps so far, over all stages."""
+    num_skipped: int = 0
+    """Steps of this stage whose gradient was not finite."""
     best: Best | None = None
     heldout: HeldoutProgress | None = None
 
@@ -76,6 +78,11 @@ class CheckpointState(_Record):
     def tag(self) -> str:
         """Name of the checkpoint's folder."""
         return f"{self.stage_name}-{self.step:06d}"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(stage number, steps done in it)."""
+        return self.stage, self.step
 
     @property
     def stage_is_done(self) -> bool:
@@ -103,6 +110,39 @@ def find_state(folder: Path, which: str) -> CheckpointState:
     if not (folder / tag / STATE).exists():
         raise DataError(f"{folder} has no checkpoint {tag!r}: choose last, best, {', '.join(tags(folder))}")
     return _read(folder / tag / STATE)
+
+
+def states_of_last_stage(folder: Path) -> list[CheckpointState]:
+    """Whole checkpoints of the stage that the last one belongs to, by step."""
+    latest = latest_state(folder)
+    if latest is None:
+        return []
+    states = [_read(folder / tag / STATE) for tag in tags(folder)]
+    own = [state for state in states if state.stage == latest.stage and state.step <= latest.step]
+    return sorted(own, key=lambda state: state.step)
+
+
+def find_step(folder: Path, step: int) -> CheckpointState:
+    """The checkpoint after `step` steps of the last stage. Raises DataError with the steps that there are."""
+    states = states_of_last_stage(folder)
+    for state in states:
+        if state.step == step:
+            return state
+    if not states:
+        raise DataError(f"--from-step: {folder} has no checkpoint yet: leave it out")
+    known = ", ".join(str(state.step) for state in states)
+    raise DataError(f"--from-step {step}: stage {states[0].stage_name} has checkpoints of steps {known}")
+
+
+def rewind(folder: Path, state: CheckpointState) -> None:
+    """Makes `state` the last checkpoint and removes later ones."""
+    later = [one for one in states_of_last_stage(folder) if one.step > state.step]
+    best = state.best
+    if best is not None and not (folder / best.tag / STATE).exists():
+        state = state.model_copy(update={"best": None})
+    write_text_atomic(folder / LATEST, state.model_dump_json(indent=2) + "\n")
+    for one in later:
+        _remove(folder / one.tag)
 
 
 def tags(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.errors import ConfigError, CorruptError, first_line
+from stillroom.errors import ConfigError, CorruptError, StillroomError, first_line
 from student_train.config import EngineConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.divergences import LossMix
@@ -34,6 +34,15 @@ from student_train.runtime.ranks import Ranks
 
 ADAM_EPS = 1e-8
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+class _SkippableAdamW(torch.optim.AdamW):
+    """AdamW whose step can be skipped where DeepSpeed adds no wrapper that would: it reads `overflow` of either."""
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.overflow else super().step(closure)
 
 
 class Engine:
@@ -52,6 +61,7 @@ class Engine:
         """Spreads the student over the ranks; `universal` if a universal state will be loaded."""
         self._ranks = ranks
         self._student = student
+        self._has_parted_weights = config.zero_stage == 3
         self._is_plain = config.zero_stage == 0 and config.precision == "float32"
         self._plain_norm: Tensor | None = None
         with _quiet():
@@ -59,7 +69,7 @@ class Engine:
 
             _import_muon_uncompiled()
             _refuse_precision(config.precision, deepspeed.accelerator.get_accelerator())
-            optimizer = torch.optim.AdamW(
+            self._adam = _SkippableAdamW(
                 _parameter_groups(student, stage.weight_decay),
                 lr=stage.learning_rate,
                 betas=(stage.beta1, stage.beta2),
@@ -69,7 +79,7 @@ class Engine:
             )
             self._deepspeed, *_ = deepspeed.initialize(
                 model=student,
-                optimizer=optimizer,
+                optimizer=self._adam,
                 config=deepspeed_config(stage, config, ranks.num_ranks, accumulation, universal=universal),
                 dist_init_required=False,
             )
@@ -97,13 +107,33 @@ class Engine:
             self._deepspeed.step()
 
     def step(self, learning_rate: float) -> bool:
-        """Clips and applies the accumulated gradient; False if float16 overflowed and the step was skipped."""
+        """Clips and applies the accumulated gradient; False if it was not finite and the step was skipped.
+
+        Raises StillroomError if float16 overflows at the smallest loss scale.
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped_before = int(self._deepspeed.skipped_steps)
         self._plain_norm = self._norm_without_zero()
-        self._deepspeed.step()
+        self._adam.overflow = self._plain_norm is not None and not bool(self._plain_norm.isfinite())
+        try:
+            self._deepspeed.step()
+        except Exception as error:
+            # DeepSpeed raises no narrower type.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise StillroomError(
+                "float16 overflows even at the smallest loss scale: set engine.precision to bfloat16 or float32"
+            ) from error
         return int(self._deepspeed.skipped_steps) == skipped_before
+
+    def is_finite(self) -> bool:
+        """Whether this rank's trained weights and AdamW's copies and moments of them are finite."""
+        trained: list[Any] = [parameter for parameter in self._student.parameters() if parameter.requires_grad]
+        # Under ZeRO-3 a parameter outside its forward is empty and DeepSpeed's attribute holds this rank's part.
+        weights = [one.ds_tensor for one in trained] if self._has_parted_weights else trained
+        moments = [one for state in self._adam.state.values() for one in state.values()]
+        return all(_is_finite(tensor) for tensor in [*weights, *self._adam.state, *moments])
 
     @property
     def grad_norm(self) -> float:
@@ -133,6 +163,11 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's memory; the engine cannot be used afterwards."""
         self._deepspeed.destroy()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Extremes rather than isfinite(): they need no memory of the tensor's size.
+    return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def _refuse_precision(precision: str, accelerator: Any) -> None:

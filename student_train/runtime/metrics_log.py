@@ -30,7 +30,7 @@ class StepRecord:
     grad_norm: float | None
     """Norm of the whole gradient before clipping; None for a skipped step."""
     skipped: bool
-    """Whether float16 overflowed and nothing was learnt; the loss scale is lower afterwards."""
+    """Whether the gradient was not finite and nothing was learnt; float16's loss scale is lower afterwards."""
     num_tokens: int
     """Tokens that the model read, over all ranks."""
     num_loss_tokens: int
@@ -43,7 +43,7 @@ class StepRecord:
     time_s: float
     """Seconds of optimizer steps since the run began, over all resumptions."""
 
-    def notes(self) -> dict[str, str]:
+    def notes(self, precision: str) -> dict[str, str]:
         """For the progress line."""
         parts = {short_name(name): f"{value:.4f}" for name, value in self.parts.items()}
         return {
@@ -53,7 +53,7 @@ class StepRecord:
             "lr": f"{self.learning_rate:.2e}",
             "stall": f"{100 * self.stall_frac:.0f}%",
             "mem": f"{self.memory_gib:.1f} GiB",
-            **({"skipped:": "float16 overflowed"} if self.skipped else {}),
+            **({"skipped:": why_skipped(precision)} if self.skipped else {}),
         }
 
 
@@ -106,6 +106,11 @@ class MetricsLog:
             scalars["train/grad_norm"] = record.grad_norm
         for name, value in scalars.items():
             self._board.add_scalar(name, value, self._steps_before + record.step)
+
+
+def why_skipped(precision: str) -> str:
+    """Why an optimizer step is skipped: only float16 scales its loss until gradients overflow."""
+    return "float16 overflowed" if precision == "float16" else "the gradient was not finite"
 
 
 def short_name(loss: str) -> str:

@@ -1,6 +1,7 @@
 """A run's folder besides its checkpoints: configuration, selections, metrics, evaluations. One process at a time.
 
 RUN/config.yaml                   as resolved when the run began; after a checkpoint, a resumption must mean the same
+RUN/changes.json                  what `--from-step` changed since, and from which step on
 RUN/<stage>.selection.parquet     what the stage trains on
 RUN/heldout.selection.parquet     what the student is evaluated on
 RUN/metrics.jsonl                 one line an optimizer step
@@ -29,6 +30,8 @@ from student_train.runtime.checkpoint import CheckpointState, latest_state
 SHOWN_KEYS = 5
 FINISHED = "the run is finished: nothing is left to train"
 
+ADJUSTABLE = ("learning_rate", "lr_schedule", "warmup_frac", "min_lr_frac", "clip_norm")
+"""Keys of a stage that a resumption from a chosen step may change: they decide the size of later steps alone."""
 FROM_LEARNING = ("checkpoints", "stages", "tensorboard")
 """Folders that optimizer steps write."""
 
@@ -59,6 +62,10 @@ class RunFolder:
         return self.root / "eval.json"
 
     @property
+    def changes_path(self) -> Path:
+        return self.root / "changes.json"
+
+    @property
     def heldout_path(self) -> Path:
         return self.root / "heldout.selection.parquet"
 
@@ -83,12 +90,15 @@ class RunFolder:
             ) from error
         return file
 
-    def open(self, config: TrainConfig, *, has_learnt: bool) -> None:
-        """Writes config.yaml. A run that has learnt (has a checkpoint) must mean the same as before; without one, a
-        changed meaning discards what was frozen. Raises ConfigError naming the key that differs.
+    def open(self, config: TrainConfig, *, has_learnt: bool, rewound_to: CheckpointState | None = None) -> None:
+        """Writes config.yaml. A run that has learnt (has a checkpoint) must mean the same as before, ADJUSTABLE keys
+        aside where it resumes at a chosen checkpoint; without one, a changed meaning discards what was frozen. Raises
+        ConfigError naming the key that differs.
         """
         if self.config_path.exists():
-            if has_learnt:
+            if rewound_to is not None:
+                self._note_changes(config, rewound_to)
+            elif has_learnt:
                 self.refuse_other_meaning(config)
             elif meaning_of(self.read_config()) != meaning_of(config):
                 self._forget_beginning()
@@ -97,6 +107,23 @@ class RunFolder:
     def read_config(self) -> TrainConfig:
         """The configuration the run began with."""
         return validate_config(read_yaml(self.config_path), TrainConfig, str(self.config_path))
+
+    def _note_changes(self, config: TrainConfig, state: CheckpointState) -> None:
+        """Raises ConfigError for a change that the checkpoint does not allow."""
+        changed = self.refuse_other_meaning(config, adjustable_from=state.stage)
+        kept = [one for one in self.read_changes() if (one["stage_number"], one["step"]) <= state.place]
+        if changed:
+            kept.append({"stage": state.stage_name, "stage_number": state.stage, "step": state.step, "keys": changed})
+        write_text_atomic(self.changes_path, json.dumps(kept, indent=2) + "\n")
+
+    def read_changes(self) -> list[Json]:
+        """Entries of changes.json in order: keys with their values before and after."""
+        return self._read_list(self.changes_path)
+
+    def truncate_evals(self, reached: Position) -> None:
+        """Drops evaluations after `reached`, which a rewound run repeats."""
+        kept = [one for one in self.read_evals() if (one["stage_number"], one["step"]) <= reached]
+        write_text_atomic(self.eval_path, json.dumps(kept, indent=2) + "\n")
 
     def truncate_metrics(self, reached: Position) -> None:
         """Drops steps after `reached`, which a resumed run repeats."""
@@ -116,12 +143,15 @@ class RunFolder:
 
     def read_evals(self) -> list[Json]:
         """Entries of eval.json in order; empty without a file."""
-        if not self.eval_path.exists():
+        return self._read_list(self.eval_path)
+
+    def _read_list(self, path: Path) -> list[Json]:
+        if not path.exists():
             return []
         try:
-            entries: list[Json] = json.loads(self.eval_path.read_text(encoding="utf-8"))
+            entries: list[Json] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CorruptError(f"{self.eval_path} is not JSON: {error}") from error
+            raise CorruptError(f"{path} is not JSON: {error}") from error
         return entries
 
     def add_eval(self, entry: Json) -> None:
@@ -141,23 +171,37 @@ class RunFolder:
     def _forget_beginning(self) -> None:
         # The selection's own file goes first: it marks the rest as whole.
         files = [*self.root.glob("*.selection.parquet"), *self.root.glob("*.selection.source.parquet")]
-        for file in (*files, self.metrics_path, self.eval_path):
+        for file in (*files, self.metrics_path, self.eval_path, self.changes_path):
             file.unlink(missing_ok=True)
         for folder in (*self.root.glob("*.selection-text"), *(self.root / name for name in FROM_LEARNING)):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def refuse_other_meaning(self, config: TrainConfig) -> None:
-        """Raises ConfigError naming keys that decide what is learnt and differ from the run's."""
+    def refuse_other_meaning(self, config: TrainConfig, adjustable_from: int | None = None) -> dict[str, list[Any]]:
+        """Raises ConfigError naming keys that decide what is learnt and differ from the run's.
+
+        Returns ADJUSTABLE ones of the stages from `adjustable_from` on that differ, each with both values.
+        """
         kept, asked = meaning_of(self.read_config()), meaning_of(config)
-        changed = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
+        different = [key for key in dict.fromkeys([*kept, *asked]) if kept.get(key) != asked.get(key)]
+        is_rewound = adjustable_from is not None
+        adjusted = [key for key in different if _is_adjustable(key, adjustable_from or 0)]
+        changed = [key for key in different if not (is_rewound and key in adjusted)]
         if changed:
             key, *others = changed
             named = ", ".join(others[:SHOWN_KEYS]) + (", ..." if len(others) > SHOWN_KEYS else "")
             more = f" (other keys that differ: {named})" if others else ""
+            hint = ", resume from a checkpoint with --from-step" if changed == adjusted else ""
             raise ConfigError(
                 f"{self.root} was started with {key}={_shown(kept, key)}, now it is {_shown(asked, key)}{more}: "
-                "set it back to resume, or choose another run folder (run: ...)"
+                f"set it back to resume{hint}, or choose another run folder (run: ...)"
             )
+        return {key: [kept.get(key), asked.get(key)] for key in adjusted}
+
+
+def _is_adjustable(key: str, first_stage: int) -> bool:
+    block, _, rest = key.partition(".")
+    number, _, name = rest.partition(".")
+    return block == "stages" and name in ADJUSTABLE and int(number) >= first_stage
 
 
 def _shown(meaning: dict[str, Any], key: str) -> str:
@@ -197,6 +241,7 @@ def summarise(run: RunFolder, config: TrainConfig) -> Json:
         "stages": [_stage(records, stage.name) for stage in config.stages],
         "num_steps": len(records),
         "num_skipped_steps": sum(record["skipped"] for record in records),
+        "precision": config.engine.precision,
         "num_tokens": num_tokens,
         "num_loss_tokens": sum(record["num_loss_tokens"] for record in records),
         "train_s": train_s,

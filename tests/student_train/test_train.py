@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillroom.config import Json
-from stillroom.errors import CacheConflict, ConfigError, StillroomError
+from stillroom.errors import CacheConflict, ConfigError, DataError, StillroomError
 from stillroom.log import format_count
+from stillroom.program import StopRequest
 from student_train.cli import run_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
@@ -392,6 +393,73 @@ def test_loss_that_is_no_number_ends_the_run(trainer: Trainer, tmp_path: Path) -
     config = trainer.config("run", student={"model": str(broken)}, eval=None)
     with pytest.raises(StillroomError, match=r"stages.0 \(distill\): the loss is nan at step 1: lower"):
         trainer.finish(config)
+
+
+@pytest.mark.parametrize(
+    "engine", [{"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 0, "precision": "bfloat16"}]
+)
+def test_a_stage_that_skips_every_step_fails(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, engine: Json) -> None:
+    def overflowing(*arguments: Any, **options: Any) -> Student:
+        loaded = load_student(*arguments, **options)
+        loaded.causal.model.norm.weight.register_hook(lambda grad: grad * torch.inf)
+        return loaded
+
+    monkeypatch.setattr("student_train.training.load_student", overflowing)
+    config = trainer.config("run", {"max_steps": 2}, eval=None, engine=engine)
+    with pytest.raises(
+        StillroomError, match=r"all 2 steps were skipped because the gradient was not finite, and nothing was learnt"
+    ):
+        trainer.finish(config)
+    assert [one["skipped"] for one in RunFolder(config.run).read_metrics()] == [True, True]
+    assert not tags(RunFolder(config.run).checkpoints)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_broken_weights_are_never_a_checkpoint_and_the_run_can_go_back(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, zero_stage: int
+) -> None:
+    """The advice of the message is followed: an earlier step, a lower rate."""
+    blocks: Json = {"checkpoint": {"every_steps": 1, "keep_last": 9}, "engine": {"zero_stage": zero_stage}}
+    config = trainer.config("run", **blocks)
+    run = RunFolder(config.run)
+    before = trainer.run(config, stop_after=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("student_train.training.learning_rate", lambda *_: 1e39)
+        with pytest.raises(StillroomError) as caught:
+            trainer.finish(config)
+    assert "weights or moments are not finite after step 5, which is no checkpoint: go back" in str(caught.value)
+    advice = f"student-train run {run.config_path} --from-step 4 --set stages.0.learning_rate=0.005 (checkpoints of"
+    assert advice in str(caught.value)
+    assert len(tags(run.checkpoints)) == 4
+
+    slower = trainer.config("run", {"learning_rate": 5e-3}, **blocks)
+    with pytest.raises(ConfigError, match="set it back to resume, resume from a checkpoint with --from-step, or"):
+        trainer.finish(slower)
+    with pytest.raises(DataError, match="--from-step 6: stage distill has checkpoints of steps 1, 2, 3, 4"):
+        train(slower, trainer.ranks, StopRequest(), 6)
+    with pytest.raises(ConfigError, match=r"started with seed=0, now it is 1: set"):
+        train(trainer.config("run", seed=1, **blocks), trainer.ranks, StopRequest(), 3)
+    train(slower, trainer.ranks, StopRequest(), 3)
+    records = run.read_metrics()
+    assert [one["step"] for one in records] == [1, 2, 3, 4, 5, 6, 7]
+    assert losses_of(records)[:4] == losses_of(before)
+    assert records[3]["learning_rate"] == pytest.approx(before[3]["learning_rate"] / 2)
+    assert records[4]["loss"] != before[3]["loss"]
+    (change,) = run.read_changes()
+    assert (change["step"], change["keys"]) == (3, {"stages.0.learning_rate": [1e-2, 5e-3]})
+    assert trainer.finish(slower)["num_steps"] == 7
+
+
+def test_a_checkpoint_that_was_saved_broken_is_not_resumed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = trainer.config("run", {"max_steps": 3}, eval=None, checkpoint={"every_steps": 1, "keep_last": 9})
+    trainer.run(config, stop_after=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("student_train.training.learning_rate", lambda *_: 1e39)
+        patch.setattr("student_train.runtime.engine.Engine.is_finite", lambda _: True)
+        trainer.run(config, stop_after=1)
+    with pytest.raises(StillroomError, match=r"not finite after step 2, .* --from-step 1 "):
+        trainer.finish(config)
+    assert train(config, trainer.ranks, StopRequest(), 1)["num_steps"] == 3
 
 
 def _train_chains(cache: SyntheticCache) -> list[Chain]:
