@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from stillroom.cache.catalog import Catalog, publish
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from stillroom.schema.tables import VERDICT_SCHEMA
-from stillroom.sql.session import Session, open_cache
+from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import spool
 from teacher_cache.building import Build
 from teacher_cache.engine.api import Request
@@ -126,7 +126,7 @@ def _requests(num_chains: int) -> Iterator[Request]:
 
 def _write_verdicts(catalog: Catalog) -> None:
     """Right by the hash of the sample, more often in the later sources."""
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         rows = session.arrow(
             "SELECT sample_id, 'exact' AS judge,"
             " hash(sample_id) % 10 < 2 + split_part(source, ' ', 2)::INTEGER AS correct FROM chains"
@@ -141,7 +141,7 @@ def _write_verdicts(catalog: Catalog) -> None:
 
 def _shape(catalog: Catalog) -> Result:
     files = catalog.chains.files()
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         (row,) = session.arrow("SELECT count(*) AS chains, sum(num_tokens)::BIGINT AS tokens FROM chains").to_pylist()
     return {**row, "shards": len(files), "shard_bytes": sum(file.size_bytes for file in files)}
 
@@ -154,7 +154,7 @@ def _first_answer_s(root: Path) -> float:
 
 
 def _bytes_read(catalog: Catalog) -> int:
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         before = _rchar()
         session.arrow(LENGTHS)
         return _rchar() - before

@@ -23,7 +23,7 @@ from stillroom.judging.judges import require_judge
 from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress
 from stillroom.models import reasoning_ids, split_reasoning
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from stillroom.storage.paths import location
 from student_train.data.selection import PinnedCache
 from student_train.data.text import HuggingFaceText
@@ -191,7 +191,7 @@ def _prompts_of(
         "WHERE json_extract_string(s.metadata, '$.judge') IS NOT NULL "
         f"GROUP BY a.prompt_id ORDER BY a.prompt_id LIMIT {num_prompts}"
     )
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         rows = session.arrow(query).to_pylist()
     runs = catalog.runs()
     for row in rows:

@@ -37,7 +37,7 @@ from stillroom.log import Progress, format_plural
 from stillroom.schema.records import Prompt
 from stillroom.schema.tables import JUDGE_METADATA_KEY, VERDICT_SCHEMA
 from stillroom.sql.conditions import check_condition, in_brackets, run_with
-from stillroom.sql.session import Session, open_cache
+from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import TEMP_SUFFIX, Location, spool
 from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.writer.commit import lock_path, next_sequence, until_first, worker_lock
@@ -147,7 +147,7 @@ def judge_cache(
         check_kind(kind)
     catalog = Catalog(root)
     report = JudgeReport()
-    with open_cache(catalog) as session, ExitStack() as stack:
+    with open_session(catalog) as session, ExitStack() as stack:
         kinds, total = _count_pending(session, kind, where, again, report)
         if not total:
             return report

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stillroom.cache.catalog import Catalog
 from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.building import run_id_of
 from teacher_cache.config import BuildConfig, RunConfig, ScoreConfig, ServerConfig
@@ -258,7 +258,7 @@ def _measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalo
         "SELECT c.source, c.run_id = '{run}' AS own, avg(c.num_tokens) AS mean FROM chains c JOIN runs r USING (run_id)"
         " WHERE r.teacher_fingerprint = '{teacher}' GROUP BY ALL ORDER BY own"
     )
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         # Rows of this run come last and win.
         for row in session.arrow(query.format(run=plan.run_id, teacher=teacher)).to_pylist():
             if row["source"] in sources:

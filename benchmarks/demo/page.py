@@ -8,7 +8,7 @@ from typing import Any
 
 from stillroom.cache.catalog import Catalog
 from stillroom.html.report import Number, Numbers, Section, Table, Text, format_span, write_report
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from student_train.report import student_sections
 from teacher_cache.inspect.report import cache_sections
 
@@ -58,7 +58,7 @@ def _line(summary: dict[str, Any]) -> Section:
 
 def _next(catalog: Catalog, folder: Path) -> Section:
     """Commands to try next, in the demo's environment."""
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         (chain,) = session.arrow("SELECT sample_id FROM chains ORDER BY num_tokens, sample_id LIMIT 1").to_pylist()
     cache, run, second = folder / "cache", folder / "run", folder / "second"
     student = "benchmarks/demo/student.yaml"

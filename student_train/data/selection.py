@@ -37,7 +37,7 @@ from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.schema.tables import CHAIN_FIELDS
 from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_with
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, atomic_path, location
 
 SELECTION_FORMAT = 1
@@ -465,7 +465,7 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa
     condition = f"WHERE {in_brackets(where)}" if where is not None else ""
     expression = in_brackets(weight) if weight is not None else "1"
     footers = check_filter_columns(catalog, f"{where} {weight}")
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         check_condition(session, request.key, where)
         if weight is not None:
             dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")

@@ -20,7 +20,7 @@ from stillroom.html.charts import Group, Line, bars, histogram, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, format_span, write_report
 from stillroom.log import format_bytes, format_count, format_plural
 from stillroom.schema.records import Float32, Int32, Int64
-from stillroom.sql.session import Session, open_cache
+from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import open_parquet
 from teacher_cache.inspect.stats import SIGNAL_COLUMNS, CacheStats, session_stats
 
@@ -116,7 +116,7 @@ def write_cache_report(catalog: Catalog, out: Path, price_per_hour: float | None
 
 def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> list[Section]:
     """The report's sections, to stand alone or beside others."""
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         stats = session_stats(session, catalog)
         sample = sample_signals(catalog)
         pieces: dict[str, list[Piece]] = {

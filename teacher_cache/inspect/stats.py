@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stillroom.cache.catalog import Catalog
 from stillroom.log import format_bytes, format_count, format_plural, one_line, pad, width_of
 from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
-from stillroom.sql.session import Session, open_cache
+from stillroom.sql.session import Session, open_session
 from stillroom.sql.views import quote
 
 SIGNAL_COLUMNS = tuple(
@@ -79,7 +79,7 @@ class CacheStats(Counts):
 
 def cache_stats(catalog: Catalog) -> CacheStats:
     """Counts everything at the catalog's versions."""
-    with open_cache(catalog) as session:
+    with open_session(catalog) as session:
         return session_stats(session, catalog)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard, read_signals
 from stillroom.schema.records import Signals
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from tests.helpers.line import FAST_ENGINE, Line
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::transformers")
@@ -203,7 +203,7 @@ def test_the_export_says_in_vllm_what_it_says_in_transformers(line: Line) -> Non
 
 
 def test_sql_counts_what_was_built(line: Line, chains: list[Chain]) -> None:
-    with open_cache(Catalog(line.folder / "runs/demo/cache")) as session:
+    with open_session(Catalog(line.folder / "runs/demo/cache")) as session:
         (counts,) = session.arrow(
             "SELECT count(*) AS chains, sum(num_tokens)::BIGINT AS tokens, count(correct) AS judged FROM chains"
         ).to_pylist()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.selection import CacheSource, SelectionRequest, freeze
 from student_train.data.stream import PackStream
@@ -89,7 +89,7 @@ def test_a_student_learns_from_them_at_a_stored_temperature(hybrid: Line) -> Non
 def test_sql_tells_the_drawn_from_the_ranked(hybrid: Line) -> None:
     from stillroom.cache.catalog import Catalog
 
-    with open_cache(Catalog(hybrid.folder / CACHE)) as session:
+    with open_session(Catalog(hybrid.folder / CACHE)) as session:
         query = "SELECT drawn, count(*) AS num, count(rank) AS ranked FROM topk GROUP BY drawn ORDER BY drawn"
         ranked, drawn = session.arrow(query).to_pylist()
     assert ranked["ranked"] == ranked["num"] > 0
@@ -99,7 +99,7 @@ def test_sql_tells_the_drawn_from_the_ranked(hybrid: Line) -> None:
 def _chains(root: str) -> dict[int, tuple[list[int], list[int]]]:
     from stillroom.cache.catalog import Catalog
 
-    with open_cache(Catalog(Path(root))) as session:
+    with open_session(Catalog(Path(root))) as session:
         rows: list[dict[str, Any]] = session.arrow(
             "SELECT sample_id, prompt_token_ids, token_ids FROM shards"
         ).to_pylist()

@@ -22,7 +22,7 @@ from stillroom.errors import CacheConflict, ConfigError, StillroomError
 from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.tables import VERDICT_SCHEMA
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from teacher_cache.judging import JudgedSample, commit_verdict_file, commit_verdicts, judge_cache, verdict_temp
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> SyntheticCache:
 
 
 def verdicts(root: Path) -> dict[tuple[str, str], bool | None]:
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         rows = session.arrow("SELECT sample_id, judge, correct FROM verdicts").to_pylist()
     return {(row["sample_id"], row["judge"]): row["correct"] for row in rows}
 
@@ -84,7 +84,7 @@ def test_a_wrong_condition_is_reported_in_its_own_words(
 
 
 def latest(root: Path) -> list[tuple[str, str | None, bool | None]]:
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         rows = session.arrow("SELECT sample_id, judge, correct FROM chains ORDER BY sample_id").to_pylist()
     return [(row["sample_id"], row["judge"], row["correct"]) for row in rows]
 
@@ -276,13 +276,13 @@ def test_verdict_files_without_rules_are_read_beside_new_ones(cache: SyntheticCa
     pq.write_table(pa.Table.from_pylist([row], schema=earlier), temp)
     commit_verdict_file(table, temp, 1, "judge", "w0")
     query = "SELECT sample_id, correct, rule, compared FROM chains WHERE judge IS NOT NULL ORDER BY rule NULLS FIRST"
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         assert session.arrow(query).to_pylist() == [
             {"sample_id": first, "correct": True, "rule": None, "compared": None}
         ]
     verdict = Verdict(False, 0.0, "box, value", "4 | 5")
     commit_verdicts(Catalog(root).verdicts, [JudgedSample(second, "math", verdict)], "judge", "w1")
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         assert session.arrow(query).to_pylist()[1] == {
             "sample_id": second,
             "correct": False,

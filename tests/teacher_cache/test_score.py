@@ -14,7 +14,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema.records import chain_id_of, scored_sample_id_of
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from teacher_cache.building import Build, BuildResult
 from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import Engine, Failure, Request
@@ -86,7 +86,7 @@ def scored(config: ScoreConfig, teacher: IdentifiedTeacher) -> list[Request]:
 
 
 def rows_of(cache: Path) -> list[dict[str, Any]]:
-    with open_cache(Catalog(cache)) as session:
+    with open_session(Catalog(cache)) as session:
         return list(session.arrow("SELECT * FROM shards ORDER BY sample_id").to_pylist())
 
 
@@ -235,7 +235,7 @@ def test_every_turn_of_a_conversation_is_learned_once(tmp_path: Path, teacher: I
     assert [row["reference"] for row in first] == [None, None, "The answer"]
     said = [json.loads(row["metadata"]) for row in first]
     assert [(one["turn"], one.get("judge")) for one in said] == [(0, None), (1, None), (2, "exact")]
-    with open_cache(Catalog(tmp_path / "c")) as session:
+    with open_session(Catalog(tmp_path / "c")) as session:
         (failure,) = session.arrow("SELECT message FROM failures").to_pylist()
     assert failure["message"].endswith("messages 1 and 2 are both the assistant's: join them")
 

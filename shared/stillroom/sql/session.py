@@ -144,7 +144,7 @@ class Session:
         self._folder.cleanup()
 
 
-def open_cache(catalog: Catalog) -> Session:
+def open_session(catalog: Catalog) -> Session:
     """A session over one cache, at the versions of the catalog."""
     return Session({"main": catalog})
 

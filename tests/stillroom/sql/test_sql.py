@@ -16,7 +16,7 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema.tables import CODECS
-from stillroom.sql.session import Session, export_views, open_cache
+from stillroom.sql.session import Session, export_views, open_session
 from stillroom.sql.views import VIEWS
 from tests.helpers.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache, on_disk
 
@@ -30,7 +30,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def session(cache: SyntheticCache) -> Iterator[Session]:
-    with open_cache(cache.catalog) as session:
+    with open_session(cache.catalog) as session:
         yield session
 
 
@@ -89,7 +89,7 @@ def test_topk_are_the_candidates_in_rank_order(cache: SyntheticCache, session: S
 @pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
 def test_drawn_tails_are_told_from_the_support(tmp_path: Path, codec: str) -> None:
     cache = make_cache(tmp_path, num_chains=6, codec=codec, max_support=3, draws=2, temperatures=(2.0,))
-    with open_cache(cache.catalog) as session:
+    with open_session(cache.catalog) as session:
         for chain in cache.chains:
             signals, draws = chain.signals, chain.signals.draws
             assert draws is not None
@@ -155,7 +155,7 @@ def test_storage_adds_up_to_the_columns_of_the_footers(cache: SyntheticCache, se
 def test_both_codecs_answer_in_one_cache(tmp_path: Path) -> None:
     first = make_cache(tmp_path / "mixed", codec="topk-u8", num_chains=10)
     second = make_cache(tmp_path / "mixed", codec="topk-f32", num_chains=10, seed=1)
-    with open_cache(Catalog(tmp_path / "mixed")) as session:
+    with open_session(Catalog(tmp_path / "mixed")) as session:
         tokens = sum(len(chain.token_ids) for made in (first, second) for chain in made.chains)
         entries = sum(len(chain.signals.topk_ids_N) for made in (first, second) for chain in made.chains)
         (row,) = rows(session, "SELECT count(*) AS n, count(top1_prob) AS p, count(tail_mass) AS t FROM tokens")
@@ -164,7 +164,7 @@ def test_both_codecs_answer_in_one_cache(tmp_path: Path) -> None:
 
 
 def test_an_empty_cache_has_all_views_and_no_rows(tmp_path: Path) -> None:
-    with open_cache(Catalog.create(tmp_path / "empty")) as session:
+    with open_session(Catalog.create(tmp_path / "empty")) as session:
         for view in (*VIEWS, "chain_rows"):
             assert rows(session, f"SELECT count(*) AS n FROM {view}") == [{"n": 0}]
 
@@ -193,7 +193,7 @@ def test_the_latest_verdict_counts(tmp_path: Path) -> None:
     temp = on_disk(table.folder / ".again.tmp")
     pq.write_table(pa.Table.from_pylist([row], schema=VERDICT_SCHEMA), temp)
     table.commit([publish(temp, table.folder, "judge/w0-000002", 1)], "again", 1)
-    with open_cache(Catalog(cache.root)) as session:
+    with open_session(Catalog(cache.root)) as session:
         query = f"SELECT correct, judge FROM chains WHERE sample_id = '{chain.sample_id}'"
         assert rows(session, query) == [{"correct": not chain.correct, "judge": "math"}]
         assert rows(session, f"SELECT count(*) AS n FROM verdicts WHERE sample_id = '{chain.sample_id}'") == [{"n": 2}]
@@ -303,7 +303,7 @@ def test_every_way_out_is_refused(small: SyntheticCache, tmp_path: Path, templat
     secret_frame = small.catalog.runs()
     shard = next((small.root / "chains").rglob("*.parquet"))
     before = snapshot(tmp_path) | snapshot(small.root)
-    with open_cache(small.catalog) as session:
+    with open_session(small.catalog) as session:
         with pytest.raises(ConfigError):
             session.arrow(template.format(shard=shard, other=other, root=small.root))
         # What was refused leaves the session as it was.
@@ -313,7 +313,7 @@ def test_every_way_out_is_refused(small: SyntheticCache, tmp_path: Path, templat
 
 
 def test_the_lock_holds_without_the_check_of_statements(small: SyntheticCache) -> None:
-    with open_cache(small.catalog) as session:
+    with open_session(small.catalog) as session:
         for query in ("SET lock_configuration = false", "CREATE TABLE x (i INTEGER)", "ATTACH '/tmp/x.duckdb' AS x"):
             with pytest.raises(duckdb.Error):
                 session.connection.execute(query)
@@ -411,7 +411,7 @@ def test_names_of_caches_are_plain(small: SyntheticCache, name: str) -> None:
 
 def test_paths_with_quotes_are_quoted(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "it's [1] a 'cache'? *", num_chains=4)
-    with open_cache(cache.catalog) as session:
+    with open_session(cache.catalog) as session:
         assert rows(session, "SELECT count(*) AS n FROM tokens") == [
             {"n": sum(len(chain.token_ids) for chain in cache.chains)}
         ]
@@ -421,18 +421,18 @@ def test_damage_is_told_from_a_wrong_query(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", num_chains=40)
     shards = sorted((cache.root / "chains").rglob("*.parquet"))
     shards[1].unlink()
-    with pytest.raises(CorruptError, match="verify"), open_cache(cache.catalog) as session:
+    with pytest.raises(CorruptError, match="verify"), open_session(cache.catalog) as session:
         session.arrow("SELECT sum(mean_entropy) FROM chains")
     shards[0].write_bytes(b"")
     with pytest.raises(CorruptError):
-        open_cache(cache.catalog)
+        open_session(cache.catalog)
 
 
 def test_a_damaged_page_is_corrupt_or_told(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", num_chains=12)
     # The last byte: the magic of the footer.
     damage(next((cache.root / "chains").rglob("*.parquet")), 0.99999)
-    with pytest.raises(CorruptError), open_cache(cache.catalog) as session:
+    with pytest.raises(CorruptError), open_session(cache.catalog) as session:
         session.arrow("SELECT * FROM chains")
 
 
@@ -464,7 +464,7 @@ def test_every_probability_is_one(session: Session) -> None:
 def test_a_folder_named_like_a_column_changes_nothing(tmp_path: Path) -> None:
     """DuckDB would take `source=zzz` on the path for a partition, and its value for that of every row."""
     made = make_cache(tmp_path / "source=zzz" / "split=none" / "cache", 6)
-    with open_cache(made.catalog) as session:
+    with open_session(made.catalog) as session:
         rows = session.arrow("SELECT DISTINCT source, split FROM chains").to_pylist()
     assert {row["source"] for row in rows} == {chain.source for chain in made.chains}
     assert {row["split"] for row in rows} <= {"train", "heldout"}
@@ -477,7 +477,7 @@ def test_a_missing_file_is_named_with_its_remedy(tmp_path: Path, table: str) -> 
     path = on_disk(files.path_of(files.files()[-1]))
     path.unlink()
     with pytest.raises(CorruptError) as caught:
-        open_cache(catalog)
+        open_session(catalog)
     assert str(caught.value) == (
         f"{path} is registered but missing: teacher-cache verify {tmp_path / 'cache'} --quarantine"
     )
@@ -488,14 +488,14 @@ def test_a_shard_of_another_size_is_named(tmp_path: Path) -> None:
     path = on_disk(catalog.chains.path_of(catalog.chains.files()[-1]))
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(CorruptError, match=r"bytes, \d+ were registered: teacher-cache verify .* --quarantine"):
-        open_cache(catalog)
+        open_session(catalog)
 
 
 def test_a_changed_byte_of_a_verdict_file_is_found_before_a_query(tmp_path: Path) -> None:
     catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
     damage(catalog.verdicts.path_of(catalog.verdicts.files()[0]), 0.1)
     with pytest.raises(CorruptError, match=r"differs from the one in its name: teacher-cache verify .* --quarantine"):
-        open_cache(catalog)
+        open_session(catalog)
 
 
 @pytest.mark.parametrize(

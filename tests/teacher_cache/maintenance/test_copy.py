@@ -14,7 +14,7 @@ from stillroom.cache.catalog import Catalog, Table
 from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema import FORMAT_VERSION
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from teacher_cache.cli import app
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
@@ -36,7 +36,7 @@ def codecs(root: Path) -> set[str]:
 
 
 def chains(root: Path) -> list[dict[str, object]]:
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         rows: list[dict[str, object]] = session.arrow("SELECT * FROM chains ORDER BY sample_id").to_pylist()
     return rows
 
@@ -166,6 +166,6 @@ def test_exact_distributions_are_rounded_on_the_way(tmp_path: Path) -> None:
     assert verify_cache(tmp_path / "u8").problems == []
     assert codecs(tmp_path / "u8") == {"topk-u8"}
     ids = "SELECT sample_id, position, rank, token_id, drawn FROM topk ORDER BY ALL"
-    with open_cache(Catalog(source)) as exact, open_cache(Catalog(tmp_path / "u8")) as rounded:
+    with open_session(Catalog(source)) as exact, open_session(Catalog(tmp_path / "u8")) as rounded:
         assert rounded.arrow(ids).equals(exact.arrow(ids))
         assert chains(tmp_path / "u8") == chains(source)

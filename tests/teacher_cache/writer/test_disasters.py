@@ -18,7 +18,7 @@ import pytest
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomError
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from teacher_cache.building import Build
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
@@ -97,7 +97,7 @@ def test_a_read_only_cache_is_read_and_refuses_a_build_in_one_line(tmp_path: Pat
         with pytest.raises(DataError, match=r"cannot be opened for writing: .*Read-only file system"):
             run_build(make_config(tmp_path / "c"), make_requests(30))
         assert verify_cache(tmp_path / "c").ok
-        with open_cache(Catalog(tmp_path / "c")) as session:
+        with open_session(Catalog(tmp_path / "c")) as session:
             assert session.arrow("SELECT count(*) AS n FROM chains").to_pylist() == [{"n": 20}]
         command = [sys.executable, "-m", "teacher_cache.cli"]
         for arguments in (["gc", "--dry-run"], ["verify"], ["stats"]):
@@ -154,7 +154,7 @@ def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
     run_build(make_config(root), make_requests(30))
     assert visible(root) == expected(30)
     assert verify_cache(root).ok
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         assert session.arrow("SELECT count(*) AS n FROM chains").to_pylist() == [{"n": 30}]
         assert session.arrow("SELECT count(*) > 0 AS some FROM tokens").to_pylist() == [{"some": True}]
 
