@@ -7,6 +7,7 @@ when it stands under `if TYPE_CHECKING`. `importlib.import_module("name")` and `
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PACKAGES = {"stillroom": "shared/stillroom", "teacher_cache": "teacher_cache", "student_train": "student_train"}
@@ -32,6 +33,7 @@ def imports_of(root: Path) -> list[Import]:
     return [found for file in files for found in imports_in(root, file)]
 
 
+@cache
 def imports_in(root: Path, file: Path) -> list[Import]:
     """All imports of one file, relative ones resolved."""
     relative = file.relative_to(root)

@@ -1,6 +1,4 @@
-"""docs/training.md: its pieces of configuration are valid, its losses are those that there are, its links lead
-somewhere.
-"""
+"""docs/training.md: its pieces of configuration are valid and its table holds every loss."""
 
 import re
 
@@ -35,10 +33,3 @@ def test_the_table_holds_every_loss() -> None:
     named = set(re.findall(r"^\| (`.*?`) \|", TEXT, flags=re.MULTILINE))
     losses = {name for cell in named for name in re.findall(r"`([a-z_]+)`", cell)}
     assert losses == set(LOSSES)
-
-
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
-    assert len(links) > 5
-    for link in links:
-        assert (PAGE.parent / link).exists(), link
