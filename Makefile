@@ -2,7 +2,7 @@
 # make demo         the whole line on real input; the report is runs/demo/report.html
 # make test         what CI runs: the checks and all tests, on two processes (TEST_WORKERS=8 where there are cores)
 # make check        format, lint, types
-# make format       mend format and lint
+# make format       fix format and lint
 # make constraints  pin the newest versions that agree
 # make clean        remove the environment and all caches; runs/ stays
 

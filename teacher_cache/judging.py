@@ -371,7 +371,7 @@ class JudgeQueue:
 
 class _Judges:
     """Judge processes that threads share. Processes, because math checks keep their time limit with SIGALRM, which
-    needs a main thread, and a regular expression can backtrack for ever.
+    needs a main thread, and a regular expression can backtrack forever.
     """
 
     def __init__(self, num_processes: int) -> None:

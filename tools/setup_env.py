@@ -92,7 +92,7 @@ def install_deepspeed(venv_dir: Path, environ: Mapping[str, str], target: list[s
     """DeepSpeed with its CPU operator for shared-memory collectives compiled now.
 
     Otherwise the first training run compiles it, for most of a minute, under a lock that a killed run leaves behind
-    and that later runs wait on for ever. The compiler builds for this very processor, hence `--no-cache`: uv's cache
+    and that later runs wait on forever. The compiler builds for this processor, hence `--no-cache`: uv's cache
     may be on a home that machines share.
     """
     built = venv_dir / ".deepspeed-op"

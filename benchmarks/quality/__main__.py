@@ -210,13 +210,13 @@ def _show(result: Json) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     names = [target.name for target in TARGETS]
-    parser.add_argument("--json", action="store_true", help="print the JSON object alone")
-    parser.add_argument("--seeds", type=int, default=3, help="students a target")
+    parser.add_argument("--json", action="store_true", help="print only the JSON object")
+    parser.add_argument("--seeds", type=int, default=3, help="students per target")
     parser.add_argument("--targets", nargs="+", choices=names, default=SHORT, help="kinds of targets besides dense")
     parser.add_argument("--student", choices=("scratch", "cut"), default="scratch")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the same chains and draws")
     parser.add_argument("--teacher-steps", type=int, default=300, help="optimizer steps of the teacher")
-    parser.add_argument("--folder", type=Path, help="keep teacher and caches here, and find them again")
+    parser.add_argument("--folder", type=Path, help="keep the teacher and caches here for reuse")
     parser.add_argument("--plot", type=Path, help="also write quality against bytes as SVG")
     return parser.parse_args()
 

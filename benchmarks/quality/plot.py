@@ -1,4 +1,4 @@
-"""Held-out divergence against bytes a token, one point a kind of target."""
+"""Held-out divergence against bytes per token, one point per kind of target."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ LABELS = {
 
 
 def write_plot(results: list[Json], path: Path) -> None:
-    """One panel a result, side by side; SVG by the file's name."""
+    """One panel per result, side by side; the suffix of `path` chooses the format."""
     figure = Figure(figsize=(4.9 * len(results), 4.2), layout="constrained")
     for number, result in enumerate(results):
         _panel(figure.add_subplot(1, len(results), number + 1), result)
@@ -41,7 +41,7 @@ def _panel(axes: Any, result: Json) -> None:
     dense = next(row["heldout_kl"] for row in result["summary"] if row["targets"] == "dense")
     axes.axhline(dense, color="#444444", linewidth=1, linestyle="--")
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
-    axes.annotate("the whole distribution", (0.02, dense), xytext=(0, -10), **place)
+    axes.annotate("whole distribution", (0.02, dense), xytext=(0, -10), **place)
     for family, colour, marker in FAMILIES:
         own = [row for row in result["summary"] if row["targets"].startswith(family)]
         for row in own:
@@ -61,8 +61,8 @@ def _panel(axes: Any, result: Json) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("bytes a token stored")
-    axes.set_ylabel("held-out KL to the teacher (nats a token)")
+    axes.set_xlabel("stored bytes per token")
+    axes.set_ylabel("held-out KL to the teacher (nats per token)")
     epochs = "one epoch" if result["epochs"] == 1 else f"{result['epochs']} epochs on the same targets"
     student = {"scratch": "student from scratch", "cut": "student cut from its teacher"}[result["student"]]
     axes.set_title(f"{student}, {epochs}", fontsize=10)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 TIMEOUT_S = 20.0
-"""A driver in trouble may hang nvidia-smi for ever."""
+"""A driver in trouble may hang nvidia-smi forever."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Makes child processes die with this one, however it dies.
 
-vLLM's engine core waits for requests for ever, holding the GPU's memory, if the program that started it is killed.
+vLLM's engine core waits for requests forever, holding the GPU's memory, if the program that started it is killed.
 Linux can signal a child when its parent thread ends (prctl PR_SET_PDEATHSIG) if the child requests it: forked children
 do so in a fork hook, spawned ones in the first statement that their interpreter runs, and both pass it on to their own
 children. Imports only the standard library, because spawned interpreters run this file.

@@ -131,7 +131,7 @@ def test_the_trainers_first_numbers_equal_a_dense_computation(line: Line, chains
     assert before["forward_kl"] == pytest.approx(kl / num_tokens, rel=1e-4)
 
 
-def test_the_interrupted_run_went_on_where_it_stopped(line: Line) -> None:
+def test_the_interrupted_run_resumed_where_it_stopped(line: Line) -> None:
     records = [json.loads(text) for text in (line.folder / "runs/demo/run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     assert len(records) == line.results["train"]["num_steps"]

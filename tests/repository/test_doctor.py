@@ -30,7 +30,7 @@ def test_gpus_are_listed_as_the_driver_names_them(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("script", "said"), [("echo 'No devices were found'; exit 6", "No devices were found"), ("exit 1", "no answer")]
 )
-def test_a_driver_without_gpus_is_no_failure(
+def test_a_driver_without_gpus_is_not_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
     put_program(tmp_path, "nvidia-smi", script, monkeypatch)

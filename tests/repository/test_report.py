@@ -251,7 +251,7 @@ def test_numbers_of_a_run_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights_change", [False, True])
-def test_losses_of_stages_are_told_apart(tmp_path: Path, weights_change: bool) -> None:
+def test_losses_of_stages_are_shown_separately(tmp_path: Path, weights_change: bool) -> None:
     run = in_two_stages(fake_run(tmp_path / "run", num_steps=10), 4, weights_change=weights_change)
     write_student_report([run], tmp_path / "report.html")
     found = outline(tmp_path / "report.html")
@@ -293,7 +293,7 @@ def test_a_comparison_begins_with_what_differs(tmp_path: Path) -> None:
     assert "The configurations are the same in everything that decides" in (tmp_path / "same.html").read_text()
 
 
-def test_stages_that_a_run_lacks_are_said_and_not_spelt_out(tmp_path: Path) -> None:
+def test_missing_stages_are_reported_once(tmp_path: Path) -> None:
     first = {"name": "head", "learning_rate": 1e-3}
     last = {"name": "adapt", "learning_rate": 1e-4}
     runs = [

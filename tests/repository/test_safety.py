@@ -214,7 +214,7 @@ def test_a_configuration_holds_no_secret(key: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["https://hub.example/a@b", "s3://bucket/cache", "a task-sk-1", "me@example.org"])
-def test_what_is_no_secret_is_left_alone(value: str) -> None:
+def test_values_that_are_not_secrets_are_accepted(value: str) -> None:
     config = load_config(EXAMPLE, [f"teacher.chat_template_kwargs.a={value}"], BuildConfig)
     assert config.teacher.chat_template_kwargs == {"a": value}
 

@@ -7,7 +7,7 @@ import pytest
 from stillroom import models
 
 
-def test_failed_attempts_are_told_in_one_line(
+def test_failed_attempts_are_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(models, "_said", set())

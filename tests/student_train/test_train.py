@@ -209,7 +209,7 @@ def test_held_out_numbers_before_and_after_are_of_the_same_chains(trainer: Train
         ({"zero_stage": 2, "offload_optimizer": True}, {"weight_decay": 0.1}),
     ],
 )
-def test_interrupted_run_goes_on_bit_for_bit(trainer: Trainer, engine: Json, stage: Json) -> None:
+def test_interrupted_run_resumes_bit_for_bit(trainer: Trainer, engine: Json, stage: Json) -> None:
     whole = trainer.config("whole", stage, engine=engine)
     parted = trainer.config("parted", stage, engine=engine)
     expected = losses_of(trainer.run(whole))
@@ -384,7 +384,7 @@ def test_two_processes_never_train_one_run(trainer: Trainer) -> None:
         trainer.finish(config)
 
 
-def test_loss_that_is_no_number_ends_the_run(trainer: Trainer, tmp_path: Path) -> None:
+def test_a_nan_loss_ends_the_run(trainer: Trainer, tmp_path: Path) -> None:
     broken = make_student(tmp_path / "broken")
     model = AutoModelForCausalLM.from_pretrained(broken)
     with torch.no_grad():

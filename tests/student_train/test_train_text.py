@@ -78,7 +78,7 @@ def test_reference_answers_may_be_learnt_instead(trainer: Trainer, cache: Synthe
         trainer.config("run", student={"model": str(foreign)}, data={"text": "reference"})
 
 
-def test_text_run_goes_on_bit_for_bit(trainer: Trainer, foreign: Path) -> None:
+def test_text_run_resumes_bit_for_bit(trainer: Trainer, foreign: Path) -> None:
     stage: Json = {"losses": {"cross_entropy": 1}, "batch_tokens": 2048}
     text: Json = {"kind": "text", "pack_tokens": 512}
     whole = trainer.config("whole", stage, student={"model": str(foreign)}, data=text)

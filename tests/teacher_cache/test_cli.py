@@ -136,7 +136,7 @@ def test_sql_answers(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     "arguments",
     [["stats"], ["stats", "--json"], ["show", "SAMPLE"], ["sql", "FROM chains", "--format", "csv"]],
 )
-def test_a_reader_that_leaves_early_is_no_news(cache: Path, arguments: list[str]) -> None:
+def test_a_closed_pipe_is_not_an_error(cache: Path, arguments: list[str]) -> None:
     sample = next(iter(pq.read_table(next(cache.rglob("w0*.parquet")), columns=["sample_id"]).column(0))).as_py()
     command, *others = [sample if one == "SAMPLE" else one for one in arguments]
     read_end, write_end = os.pipe()

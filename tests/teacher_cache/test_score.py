@@ -382,7 +382,7 @@ def test_workers_agree_on_the_chains_that_a_limit_picks(tmp_path: Path, teacher:
     assert sorted(one.prompt.metadata["scored_from"]["sample_id"] for one in found if isinstance(one, Request)) == ids
 
 
-def test_a_cache_that_lost_a_manifest_is_no_source(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+def test_a_cache_that_lost_a_manifest_is_refused_as_a_source(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
     run_build(make_config(tmp_path / "first"), make_requests(3))
     (manifest,) = (tmp_path / "first" / "runs").glob("*.json")
     manifest.unlink()

@@ -34,7 +34,7 @@ def test_a_new_cache_is_empty_and_opens_again(catalog: Catalog) -> None:
     assert again.runs() == {}
 
 
-def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a cache"):
         Catalog(tmp_path)
 

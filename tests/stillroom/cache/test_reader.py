@@ -114,7 +114,7 @@ def test_samples_are_found_by_how_they_begin(made: SyntheticCache, cache: Cache)
         cache.sample(common)
 
 
-def test_a_folder_that_is_no_cache_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a cache"):
         open_cache(tmp_path)
 

@@ -65,7 +65,7 @@ def test_the_agreement_is_one_json_object(tmp_path: Path) -> None:
         ([1], "a pair is a JSON object"),
     ],
 )
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path, row: Any, problem: str) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, row: Any, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
         read_pairs(written(tmp_path, [row]))
 

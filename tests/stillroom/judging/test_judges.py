@@ -243,7 +243,7 @@ def test_a_check_that_hangs_is_undecided_and_the_next_one_is_not(monkeypatch: py
         assert judge.judge("regex", "a", "a", {}).correct is True
 
 
-def test_a_process_that_was_killed_is_started_anew() -> None:
+def test_a_killed_process_is_restarted() -> None:
     with JudgeProcess() as judge:
         assert judge.judge("exact", "a", "a", {}).correct is True
         process = judge._process

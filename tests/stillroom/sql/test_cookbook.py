@@ -59,7 +59,7 @@ def test_what_a_student_should_train_on_is_never_trivial(cache: SyntheticCache) 
         assert all(0 < rate < 1 for rate in session.arrow(query)["pass_rate"].to_pylist())
 
 
-def test_what_it_had_rather_said_is_no_draw(tmp_path: Path) -> None:
+def test_alternatives_exclude_draws(tmp_path: Path) -> None:
     made = make_cache(tmp_path / "cache", num_chains=8, draws=3)
     (query,) = [query for query in QUERIES if "'SAMPLE'" in query]
     with Session({"main": made.catalog}) as session:

@@ -87,7 +87,7 @@ def test_topk_are_the_candidates_in_rank_order(cache: SyntheticCache, session: S
 
 
 @pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
-def test_drawn_tails_are_told_from_the_support(tmp_path: Path, codec: str) -> None:
+def test_drawn_tails_are_distinguished_from_the_support(tmp_path: Path, codec: str) -> None:
     cache = make_cache(tmp_path, num_chains=6, codec=codec, max_support=3, draws=2, temperatures=(2.0,))
     with open_session(cache.catalog) as session:
         for chain in cache.chains:
@@ -417,7 +417,7 @@ def test_paths_with_quotes_are_quoted(tmp_path: Path) -> None:
         ]
 
 
-def test_damage_is_told_from_a_wrong_query(tmp_path: Path) -> None:
+def test_damage_is_distinguished_from_a_wrong_query(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", num_chains=40)
     shards = sorted((cache.root / "chains").rglob("*.parquet"))
     shards[1].unlink()
@@ -428,7 +428,7 @@ def test_damage_is_told_from_a_wrong_query(tmp_path: Path) -> None:
         open_session(cache.catalog)
 
 
-def test_a_damaged_page_is_corrupt_or_told(tmp_path: Path) -> None:
+def test_a_damaged_page_is_reported(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", num_chains=12)
     # The last byte: the magic of the footer.
     damage(next((cache.root / "chains").rglob("*.parquet")), 0.99999)

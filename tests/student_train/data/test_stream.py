@@ -128,7 +128,7 @@ def test_the_global_batches_are_the_same_for_any_world(frozen: Frozen, world: in
 
 @pytest.mark.parametrize("spec", [SPEC, PlanSpec(128, max_tokens=40, long_chains="split", lanes=3, window_groups=3)])
 @pytest.mark.parametrize("codec", ["topk-f32", "topk-u8"])
-def test_each_target_meets_its_own_token(tmp_path: Path, spec: PlanSpec, codec: str) -> None:
+def test_each_target_belongs_to_its_own_token(tmp_path: Path, spec: PlanSpec, codec: str) -> None:
     """By key: the cache's distribution of token t of chain r holds the ids r and V/2 + t."""
     frozen = freeze_all(tmp_path, make_cache(tmp_path / "cache", num_chains=50, codec=codec))
     half_vocab = frozen.selection.header.vocab_size // 2

@@ -114,7 +114,7 @@ def test_it_is_tokenised_once(cache: SyntheticCache, tmp_path: Path) -> None:
     assert texts_of(again) == texts_of(load_selection(path))
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(cache: SyntheticCache, tmp_path: Path) -> None:
+def test_an_interrupted_call_resumes_where_it_stopped(cache: SyntheticCache, tmp_path: Path) -> None:
     path = tmp_path / "run" / "selection.parquet"
     whole = open_text_selection(path, request(cache), Letters())
     path.unlink()

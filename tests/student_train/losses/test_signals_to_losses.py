@@ -41,7 +41,7 @@ def token_signals(cache: SyntheticCache, selection: Selection, row: int, token: 
 
 
 @pytest.mark.parametrize("long_chains", ["truncate", "split"])
-def test_every_loss_token_meets_its_own_draws_and_partitions(
+def test_every_loss_token_gets_its_own_draws_and_partitions(
     tmp_path: Path, cache: SyntheticCache, long_chains: str
 ) -> None:
     selection = selection_of(tmp_path, [cache])

@@ -113,7 +113,7 @@ def test_draws_that_seem_to_hold_more_than_the_tail_stay_finite() -> None:
     assert abs((sums.loss_sum - exact.loss_sum).item()) < 3.0 * N
 
 
-def test_a_draw_of_a_stored_id_is_no_further_entry() -> None:
+def test_a_draw_of_a_stored_id_adds_no_entry() -> None:
     dense_NV = teacher_logprobs()
     targets = sparse(dense_NV)
     ids_N1, logprobs_N1 = targets.ids_NK[:, :1].long(), targets.logprobs_NK[:, :1]

@@ -30,7 +30,7 @@ LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 1
 
 
 @pytest.mark.parametrize(("num_ranks", "stage", "kills"), [(1, LORA, (5, 15)), (2, {"epochs": 8}, (8,))])
-def test_killed_run_goes_on_bit_for_bit(trainer: Trainer, num_ranks: int, stage: Json, kills: tuple[int, ...]) -> None:
+def test_killed_run_resumes_bit_for_bit(trainer: Trainer, num_ranks: int, stage: Json, kills: tuple[int, ...]) -> None:
     """SIGKILL at random times, with a checkpoint every step, so that many hit one being written; then to the end."""
     options = ("--nproc", str(num_ranks))
     whole = trainer.config("whole", stage, eval=None)
@@ -56,7 +56,7 @@ def test_killed_run_goes_on_bit_for_bit(trainer: Trainer, num_ranks: int, stage:
     assert _trained_bytes(config) == _trained_bytes(whole)
 
 
-def test_two_ranks_go_on_from_one(trainer: Trainer) -> None:
+def test_two_ranks_resume_from_one(trainer: Trainer) -> None:
     """The other way round, with the weights spread too: ZeRO 3."""
     engine: Json = {"zero_stage": 3}
     whole = losses_of(trainer.reference(engine=engine))
@@ -83,7 +83,7 @@ def test_interrupted_before_the_first_step_ends_at_once(trainer: Trainer, option
     assert not RunFolder(config.run).read_metrics()
 
 
-def test_two_ranks_give_the_losses_of_one_and_one_goes_on_from_two(trainer: Trainer) -> None:
+def test_two_ranks_give_the_losses_of_one_and_one_resumes_from_two(trainer: Trainer) -> None:
     """Two ranks at ZeRO 2 are interrupted politely, then one rank takes over through a universal checkpoint."""
     stage: Json = {"epochs": 8, "clip_norm": 0.05}
     whole = losses_of(trainer.reference(stage))

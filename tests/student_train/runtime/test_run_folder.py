@@ -33,7 +33,7 @@ def make_config(root: Path, learning_rate: float) -> TrainConfig:
     return validate_config(given, TrainConfig, "test")
 
 
-def test_a_run_that_has_learnt_nothing_begins_anew_when_it_changes(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_restarts_when_it_changes(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.root.mkdir()
     run.open(make_config(run.root, 0.1), has_learnt=False)

@@ -132,7 +132,7 @@ def test_results_go_to_files_whole(session: Session, cache: SyntheticCache, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"tokens.parquet", "types.parquet", "x.csv"}
 
 
-def test_mistakes_about_files_and_formats_are_told(session: Session, cache: SyntheticCache, tmp_path: Path) -> None:
+def test_mistakes_about_files_and_formats_are_reported(session: Session, cache: SyntheticCache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="choose one of table, csv"):
         run_query(session, "SELECT 1", "xml")
     with pytest.raises(ConfigError, match="--out"):

@@ -50,7 +50,7 @@ def test_an_empty_cache_has_numbers_too(tmp_path: Path) -> None:
     assert "0 chains" in stats_text(stats)
 
 
-def test_undecided_chains_are_told_what_helps(tmp_path: Path) -> None:
+def test_undecided_chains_come_with_a_remedy(tmp_path: Path) -> None:
     made = make_cache(tmp_path / "cache", num_chains=24, judged=False)
     judge_cache(made.root, kind="code")
     stats = cache_stats(Catalog(made.root))

@@ -138,7 +138,7 @@ def test_a_commit_that_never_came_is_made_up_for(tmp_path: Path, monkeypatch: py
     assert chains(tmp_path / "b") == chains(source)
 
 
-def test_killed_copies_go_on(tmp_path: Path) -> None:
+def test_killed_copies_resume(tmp_path: Path) -> None:
     """SIGKILL at five moments, SIGINT at one; then the same command ends with everything once."""
     source = make_cache(tmp_path / "a", num_chains=300, rows_per_group=2, groups_per_shard=1).root
     command = [sys.executable, "-m", "teacher_cache.cli", "copy", str(source), str(tmp_path / "b")]

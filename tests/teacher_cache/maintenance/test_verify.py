@@ -305,7 +305,7 @@ def test_an_entry_cut_short_is_named_with_its_remedy(root: Path) -> None:
     assert str(caught.value) == f"{root}/chains/_delta_log cannot be read: {text}"
 
 
-def test_a_missing_entry_is_said_alike_by_all_commands(root: Path) -> None:
+def test_all_commands_report_a_missing_entry(root: Path) -> None:
     (root / "chains" / "_delta_log" / f"{1:020d}.json").unlink()
     ((_, text),) = problems(verify_cache(root))
     with pytest.raises(CorruptError) as caught:

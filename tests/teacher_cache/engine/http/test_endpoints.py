@@ -107,7 +107,7 @@ def test_without_httpx_the_remedy_is_named() -> None:
     assert ended.stderr.rstrip().endswith("server needs httpx2: pip install 'stillroom[teacher-server]'")
 
 
-def test_weights_that_are_elsewhere_are_told_apart_by_their_served_name(folder: Path) -> None:
+def test_remote_weights_are_identified_by_their_served_name(folder: Path) -> None:
     teacher = TeacherConfig(model=str(folder))
     one, two, nameless = (
         ServerConfig(kind="server", endpoints=["http://a:8000"], model=name) for name in ("one", "two", None)

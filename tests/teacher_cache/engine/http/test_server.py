@@ -487,7 +487,7 @@ def test_a_key_that_no_header_takes_is_refused_unseen(
 @pytest.mark.parametrize(
     "address", ["http://h:port", "http://h:99999", "http://h o", "http://[::1", "http://h:0", "http://a\nb", "h:8000"]
 )
-def test_what_is_no_address_is_refused_when_the_configuration_is_read(address: str) -> None:
+def test_an_invalid_address_is_refused_when_the_configuration_is_read(address: str) -> None:
     with pytest.raises(ValueError, match="is not a server address"):
         ServerConfig.model_validate({"kind": "server", "endpoints": [address]})
 
@@ -536,7 +536,7 @@ def test_a_chain_that_broke_off_says_how(server: FakeServer, trouble: str, messa
 
 
 @pytest.mark.parametrize("choices", [[], [{"prompt_logprobs": [[], [], []]}], [None], "none", [{}, {}]])
-def test_another_program_behind_the_address_is_told_in_one_line(
+def test_another_program_behind_the_address_is_reported_in_one_line(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, choices: object
 ) -> None:
     whole = {"choices": choices, "prompt_logprobs": "none"}

@@ -145,7 +145,7 @@ def test_an_endpoint_that_comes_back_as_the_other_kind_is_not_mixed_in(
         assert (outcome.capture.entropy_T is not None) == has_plugin
 
 
-def test_workers_of_which_some_lack_the_plugin_are_told(server: FakeServer) -> None:
+def test_workers_without_the_plugin_are_reported(server: FakeServer) -> None:
     server.behaviour.plugin_places = range(3)
     with pytest.raises(ConfigError, match="has workers with stillroom's sampler plugin and others without"):
         make_engine(server, capture=SIGNALS)

@@ -83,7 +83,7 @@ def test_float32_survives_the_way(api: Api) -> None:
 
 
 @WAYS
-def test_an_answer_that_lies_is_no_capture(api: Api) -> None:
+def test_an_inconsistent_answer_is_refused(api: Api) -> None:
     with pytest.raises(BadAnswer, match="candidates came"):
         read(api, [(7, -1.0, 1), (8, -2.0, 2)])
     shifted = choice_of(api, [[(7, -1.0, 1), (8, -2.0, 2), (9, -3.0, 3)]])
