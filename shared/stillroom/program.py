@@ -111,6 +111,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         was_set, now_s = self.is_set, time.monotonic()
+        # A scheduler signals every process of a job and the launcher forwards its own, so a rank gets the same signal
+        # twice within milliseconds. As a second request it would lose the steps since the last checkpoint.
         if was_set and now_s - self._asked_s < TOGETHER_S:
             return
         self.is_set, self._asked_s = True, now_s

@@ -87,12 +87,14 @@ class Recorder:
         self._catalog, self._header, self._config, self._rows = catalog, header, config, rows
         self._chains = Committer(catalog.chains, chains, header.run_id, header.worker)
         self._failures = Committer(catalog.failures, failures, header.run_id, header.worker)
+        # Bounded, because a stalled disk would otherwise fill the memory.
         self._queue = _Queue(MAX_QUEUED_TOKENS)
         self._error: BaseException | None = None
         self._shard: ShardFile | None = None
         self._opened_s = 0.0
         self._failed: list[Failure] = []
         self._judges = JudgeQueue(judging.processes)
+        # A thread, because a process would have to pickle the arrays.
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def __enter__(self) -> Self:

@@ -32,6 +32,7 @@ SERIES = ("--series-1", "--series-2", "--series-3", "--series-4", "--series-5", 
 """CSS variables of the lines, in order; the seventh line starts over."""
 INK, MUTED, GRID, CARD = "--ink", "--muted", "--grid", "--card"
 
+# Plotly's script alone is 4.5 MB a page and needs JavaScript to follow a dark theme: these pages take 100 kB.
 # matplotlib needs colours: each variable is drawn in a colour that nothing else has, and replaced in the SVG.
 _SENTINELS = {name: f"#fe{number:02x}ef" for number, name in enumerate((*SERIES, INK, MUTED, GRID, CARD))}
 _SETTINGS: dict[Any, Any] = {
