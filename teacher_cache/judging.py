@@ -181,7 +181,7 @@ def ask_about_cache(
 
     catalog, name = Catalog(root), llm_judge_name(config)
     report = JudgeReport()
-    with open_cache(catalog) as session, ExitStack() as stack:
+    with open_session(catalog) as session, ExitStack() as stack:
         check_condition(session, "--where", where)
         pending = _undecided_query(name, where, again)
         counts = _select(session, where, f"SELECT asked, count(*) AS n FROM ({pending}) GROUP BY asked").to_pylist()
