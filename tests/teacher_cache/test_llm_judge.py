@@ -14,7 +14,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Capture, Prompt
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from teacher_cache.cli import main
 from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.engine.api import Finished, Outcome, Request
@@ -57,7 +57,7 @@ def only(report: JudgeReport) -> Any:
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
-    with open_cache(Catalog(root)) as session:
+    with open_session(Catalog(root)) as session:
         found = session.arrow("SELECT sample_id, judge, correct, rule, compared FROM chains ORDER BY sample_id")
     return list(found.to_pylist())
 
