@@ -16,7 +16,7 @@ import queue
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -199,7 +199,7 @@ def ask_about_cache(
         )
         decided: set[str] = set()
 
-        def questions() -> Iterator[Question]:
+        def questions() -> Generator[Question]:
             query = f"SELECT p.*, s.messages FROM ({pending}) p JOIN shards s USING (sample_id) WHERE p.asked"
             for batch in session.batches(query, rows_per_batch=256):
                 for row in batch.to_pylist():
@@ -207,7 +207,8 @@ def ask_about_cache(
                         decided.add(row["sample_id"])
                     yield Question(row["sample_id"], question_of(row["messages"]), row["reference"], row["answer"])
 
-        for opinion in stack.enter_context(closing(opinions(config, questions()))):
+        asked = stack.enter_context(closing(questions()))
+        for opinion in stack.enter_context(closing(opinions(config, asked))):
             is_kept = opinion.key in decided and opinion.verdict.correct is None
             summary.add(opinion.verdict, is_kept)
             if not is_kept and not opinion.was_refused:

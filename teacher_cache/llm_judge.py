@@ -27,7 +27,7 @@ from teacher_cache.engine.api import Engine, Finished, Outcome, Request
 from teacher_cache.prompts.prompts import tokenize
 
 MAX_REFUSED = 5
-"""Refusals before the first reply: then it is the request's form that is refused, not a chain."""
+"""Refusals without a reply after which it must be the request's form that is refused, not a chain."""
 MAX_RETRY_AFTER_S = 60.0
 KEY_STATUS = {401, 403}
 NO_ENDPOINT_STATUS = {404, 405}
@@ -73,7 +73,7 @@ def opinions(config: LlmJudgeConfig, questions: Iterable[Question]) -> Generator
     Raises ConfigError for a key, address or parameter that the endpoint refuses, StillroomError if it cannot be used;
     opinions that came before were yielded.
     """
-    asked: list[Opinion] = []
+    settled: list[Opinion] = []
 
     def to_ask() -> Iterator[Question]:
         for one in questions:
@@ -81,18 +81,14 @@ def opinions(config: LlmJudgeConfig, questions: Iterable[Question]) -> Generator
             if verdict is None:
                 yield one
             else:
-                asked.append(Opinion(one.key, verdict))
+                settled.append(Opinion(one.key, verdict))
 
     found = _of_engine(config, to_ask()) if config.endpoint is None else _of_endpoint(config, to_ask())
     with contextlib.closing(found):
-        num_refused, num_answered = 0, 0
         for one in found:
-            num_refused, num_answered = num_refused + one.was_refused, num_answered + (not one.was_refused)
-            if num_refused >= MAX_REFUSED and not num_answered:
-                raise ConfigError(f"{config.model} refuses every question ({one.verdict.rule}): check `parameters`")
             yield one
-            yield from _drained(asked)
-    yield from _drained(asked)
+            yield from _drained(settled)
+    yield from _drained(settled)
 
 
 def opinions_on_pairs(config: LlmJudgeConfig, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Verdict]]:
@@ -138,16 +134,27 @@ def _of_endpoint(config: LlmJudgeConfig, questions: Iterator[Question]) -> Gener
     loop = asyncio.new_event_loop()
     http = HttpClient(str(config.endpoint), _api_key_of(config), config.timeout_s)
     tasks: set[asyncio.Task[Opinion]] = set()
+    refused, num_refused, num_answered = "", 0, 0
     try:
         while True:
-            for one in itertools.islice(questions, config.max_in_flight - len(tasks)):
+            # A refusal comes sooner than a reply: wait for the replies under way before every question is blamed.
+            is_suspect = num_refused >= MAX_REFUSED and not num_answered
+            for one in itertools.islice(questions, 0 if is_suspect else config.max_in_flight - len(tasks)):
                 tasks.add(loop.create_task(_ask(http, config, one)))
+            if not tasks and is_suspect:
+                raise ConfigError(
+                    f"{config.endpoint} refuses every question ({refused}): check `parameters`, and the model's "
+                    "maximum length"
+                )
             if not tasks:
                 return
             done, tasks = loop.run_until_complete(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
             # Paid replies are handed over before the error of another.
             for task in sorted(done, key=lambda task: task.exception() is not None):
-                yield task.result()
+                opinion = task.result()
+                num_refused, num_answered = num_refused + opinion.was_refused, num_answered + (not opinion.was_refused)
+                refused = opinion.verdict.rule or "" if opinion.was_refused else refused
+                yield opinion
     finally:
         loop.run_until_complete(_give_up(http, tasks))
         loop.close()

@@ -124,24 +124,32 @@ def test_refused_questions_are_asked_again_next_time(cache: SyntheticCache, serv
     assert only(ask_about_cache(cache.root, make_judge(server))).num_chains == 4
 
 
+def test_refusals_that_overtake_replies_stop_nothing(cache: SyntheticCache, server: FakeServer) -> None:
+    server.behaviour.trouble = lambda body: "400" if len(server.behaviour.seen) <= 6 else None
+    summary = only(ask_about_cache(cache.root, make_judge(server, max_in_flight=NUM)))
+    assert summary.undecided_rules == {"refused: status 400 on demand": 6}
+
+
 @pytest.mark.parametrize(
     ("status", "kind", "message"),
     [
-        ("400", ConfigError, r"judge-7b refuses every question \(refused: status 400.*check `parameters`"),
+        ("400", ConfigError, r"/v1 refuses every question \(refused: status 400.*check `parameters`"),
         ("401", ConfigError, "refuses the API key: name its variable with api_key_env"),
         ("404", ConfigError, r"/v1/chat/completions answers 404.*set endpoint to the API's base address"),
         ("503", StillroomError, r"answers 503.*, 3 times in a row: verdicts so far are kept"),
     ],
 )
-def test_an_endpoint_that_cannot_be_used_stops_the_command_and_keeps_what_was_judged(
+def test_an_endpoint_that_cannot_be_used_stops_the_command(
     cache: SyntheticCache, server: FakeServer, status: str, kind: type[Exception], message: str
 ) -> None:
     server.behaviour.trouble = lambda body: status
     with pytest.raises(kind, match=message):
         ask_about_cache(cache.root, make_judge(server))
     assert not [row for row in rows(cache.root) if row["correct"]]
-    num_before = len(server.behaviour.seen)
-    server.behaviour.trouble = lambda body: None if len(server.behaviour.seen) <= num_before + 6 else "503"
+
+
+def test_what_was_judged_before_an_endpoint_failed_is_kept(cache: SyntheticCache, server: FakeServer) -> None:
+    server.behaviour.trouble = lambda body: None if len(server.behaviour.seen) <= 6 else "503"
     with pytest.raises(StillroomError, match="3 times in a row"):
         ask_about_cache(cache.root, make_judge(server))
     assert sum(row["correct"] is True for row in rows(cache.root)) == 6
