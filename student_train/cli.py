@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -110,11 +110,27 @@ def _stage_lines(stage: Result) -> list[str]:
     return [
         f"stage      {stage['name']}: trains {stage['trainable']}",
         f"selection  {chains}, {completion} completion tokens, {prompt} prompt tokens{left_out}{cut}",
+        *_projection_lines(stage),
         f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} per rank",
         f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
         *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
         *_temperature_lines(stage["temperatures"]),
         f"memory     about {memory['total']:.1f} GiB per rank ({parts})",
+    ]
+
+
+def _projection_lines(stage: Result) -> list[str]:
+    made = stage["projection"]
+    if made is None:
+        return []
+    student, teacher = made["num_common"] / stage["num_tokens"], made["num_common"] / max(made["num_teacher_tokens"], 1)
+    text = [f"{made[f'num_{what}']} {what}" for what in ("changed", "respelled") if made[f"num_{what}"]]
+    special = ", ".join(f"{mine} as {'text' if own is None else own}" for mine, own in made["special"])
+    return [
+        f"vocabulary {student:.1%} of the student's tokens begin where a teacher token does ({teacher:.1%} of the "
+        f"teacher's); {made['mass']:.1%} of the teacher's mass is on student tokens"
+        + (f"; chains learnt as text alone: {', '.join(text)} by a tokenizer" if text else ""),
+        *([f"special    {special}"] if special else []),
     ]
 
 
@@ -142,6 +158,9 @@ def _share(value: float | None) -> str:
 
 def _metrics(result: Result) -> str:
     parts = [f"cross-entropy {result['cross_entropy']:.4f}"]
+    # Evaluations of older runs have none.
+    if result.get("bits_per_byte") is not None:
+        parts.append(f"bits per byte {result['bits_per_byte']:.4f}")
     if result["forward_kl"] is not None:
         parts += [
             f"KL {result['forward_kl']:.4f}",
@@ -263,6 +282,10 @@ def evaluate(
     where: Annotated[str | None, typer.Option(help="SQL condition over chains; default: split = 'heldout'.")] = None,
     initial: Annotated[bool, typer.Option("--initial", help="Evaluate the student before training.")] = False,
     checkpoint: WhichCheckpoint = "last",
+    kind: Annotated[
+        Literal["distributions", "projected", "text"] | None,
+        typer.Option(help="With --model: projected or text for a student of another vocabulary than the cache's."),
+    ] = None,
     max_chains: Annotated[int | None, typer.Option(min=1, help="With --model: maximum chains. Default: 512.")] = None,
     pack_tokens: Annotated[
         int | None, typer.Option(min=16, help="With --model: tokens per pack. Default: 4096.")
@@ -290,6 +313,8 @@ def evaluate(
     if config_path is not None:
         if (model, cache) != (None, None):
             raise ConfigError("CONFIG already names model and caches: remove it, or --model and --cache")
+        if kind is not None:
+            raise ConfigError("--kind needs --model: with a CONFIG use --set data.kind=KIND")
         if (max_chains, pack_tokens) != (None, None):
             raise ConfigError("--max-chains and --pack-tokens need --model: with a CONFIG use --set eval.max_chains=N")
         config = _config(config_path, overrides)
@@ -303,6 +328,7 @@ def evaluate(
             model,
             cache,
             where,
+            kind=kind or "distributions",
             max_chains=max_chains or DEFAULT_CHAINS,
             pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS,
             generate=answers,

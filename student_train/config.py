@@ -211,8 +211,9 @@ class DataConfig(StrictModel):
 
     caches: list[CacheConfig] = Field(min_length=1)
     """Caches; an item may be just a path or a URL."""
-    kind: Literal["distributions", "text"] = "distributions"
-    """`text` retokenises the chains for the student and trains on the text only (losses: cross_entropy)."""
+    kind: Literal["distributions", "projected", "text"] = "distributions"
+    """`projected` is for a student of another vocabulary: chains are retokenised and distributions projected into it
+    once, when the run starts. `text` retokenises the chains and trains on the text only (losses: cross_entropy)."""
     text: Literal["chain", "reference"] = "chain"
     """With `kind: text`: train on the teacher's chain, or on the prompt's reference answer (prompts without one are
     left out)."""

@@ -3,29 +3,38 @@
 In: a function from a pack to token metrics, a frozen selection. Out: means over all loss tokens of all ranks. Every
 token counts equally, whatever its chain's weight. Where the cache holds draws from the tail, KL and JSD are unbiased
 estimates of the dense ones; otherwise the tail is one bucket and they are lower bounds, exact where the support holds
-all of the mass. Reverse KL is always a lower bound.
+all of the mass. Reverse KL is always a lower bound. Of projected chains only the tokens that have a distribution are
+compared with it.
+
+Bits per byte compare students of different vocabularies: the bits of all loss tokens over the bytes that they spell.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
+from stillroom.models import cached_pieces
+from stillroom.storage.paths import Location
 from student_train.answers import GenerateConfig, generate_and_judge, heldout_prompts
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
-from student_train.data.pack import TargetView, TorchPack, to_torch
+from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
+from student_train.data.retokenised import vocab_beside
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
+from student_train.data.vocabulary.pieces import Vocabulary, lengths_of
 from student_train.exporting import adopt_tokens, cache_tokenizer, trained_model
 from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics
@@ -44,6 +53,9 @@ class EvalResult(BaseModel):
     num_tokens: int
     cross_entropy: float
     """-log q of the teacher's token."""
+    bits_per_byte: float | None = None
+    """Cross-entropy in bits for each byte of text; the token that ends a chain has none. None where neither cache nor
+    run has the vocabulary."""
     forward_kl: float | None
     """KL(teacher | student), the tail as the cache holds it."""
     reverse_kl: float | None
@@ -69,6 +81,8 @@ class EvalResult(BaseModel):
     def line(self) -> str:
         """For the progress output."""
         parts = [f"cross-entropy {self.cross_entropy:.4f}"]
+        if self.bits_per_byte is not None:
+            parts.append(f"bits per byte {self.bits_per_byte:.4f}")
         if self.forward_kl is not None:
             parts += [f"KL {self.forward_kl:.4f}", f"JSD {self.js:.4f}", f"top-1 agreement {self.top1_agreement:.1%}"]
         return "  ".join([*parts, f"confidence - accuracy {self.confidence_minus_accuracy:+.3f}"])
@@ -79,7 +93,8 @@ def evaluate(
 ) -> EvalResult:
     """Metrics over all packs of the selection, sharded over the ranks, which must all call this together."""
     sums = torch.zeros(len(TokenMetrics._fields), dtype=torch.float64, device=ranks.device)
-    num_tokens = 0
+    num_tokens = num_compared = num_bytes = 0
+    bytes_of = _byte_counter(selection)
     stream = PackStream(
         selection, spec, packs_per_step=ranks.num_ranks, rank=ranks.rank, world=ranks.num_ranks, num_epochs=1
     )
@@ -89,16 +104,21 @@ def evaluate(
         for number, pack in enumerate(stream):
             metrics = metrics_of(to_torch(pack, ranks.device, view))
             if pack.num_loss_tokens:
-                sums += torch.stack([values.double().sum() for values in metrics])
+                is_compared_N = None if pack.is_common_N is None else torch.from_numpy(pack.is_common_N)
+                sums += _sums(metrics, is_compared_N)
                 num_tokens += pack.num_loss_tokens
+                num_compared += pack.num_loss_tokens if is_compared_N is None else int(is_compared_N.sum())
+                num_bytes += 0 if bytes_of is None else bytes_of(pack)
             if progress is not None:
                 # What other ranks read is only known at the end.
                 known = num_tokens if ranks.num_ranks == 1 else 0
                 progress.update(min((number + 1) * ranks.num_ranks, num_packs), known)
-        *totals, total_tokens = ranks.sum([*sums.tolist(), float(num_tokens)])
+        counts = map(float, (num_compared, num_bytes, num_tokens))
+        *totals, total_compared, total_bytes, total_tokens = ranks.sum([*sums.tolist(), *counts])
         if progress is not None:
             progress.update(num_packs, int(total_tokens))
-    return _result(selection, dict(zip(TokenMetrics._fields, totals, strict=True)), int(total_tokens))
+    named = dict(zip(TokenMetrics._fields, totals, strict=True))
+    return _result(selection, named, int(total_tokens), int(total_compared), int(total_bytes))
 
 
 @torch.no_grad()
@@ -113,13 +133,60 @@ def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
     return metrics_of
 
 
-def _result(selection: Selection, totals: dict[str, float], num_tokens: int) -> EvalResult:
-    mean = {name: total / num_tokens for name, total in totals.items()}
+COMPARED = ("forward_kl_N", "reverse_kl_N", "jsd_N", "agreement_N")
+"""Metrics that compare with a distribution."""
+
+
+def _sums(metrics: TokenMetrics, is_compared_N: torch.Tensor | None) -> torch.Tensor:
+    """float64, one sum for each metric."""
+    values = metrics._asdict()
+    if is_compared_N is not None:
+        is_compared_N = is_compared_N.to(metrics.forward_kl_N.device)
+        values |= {name: values[name].where(is_compared_N, 0.0) for name in COMPARED}
+    return torch.stack([one.double().sum() for one in values.values()])
+
+
+def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
+    """A function from a pack to the bytes that its loss tokens stand for; None without the vocabulary's file.
+
+    A special token counts as its text, which a student without it has to spell, and as nothing where it ends a chain.
+    """
+    paths = [_vocab_path(selection, folder) for folder in dict.fromkeys(selection.folders)]
+    found = [cached_pieces(path) for path in paths if path.exists()]
+    if not found:
+        return None
+    pieces, special = found[0]
+    known_V = lengths_of(Vocabulary(pieces, special).bytes_by_id())
+    lengths_V = np.zeros(max(len(known_V), selection.header.vocab_size), np.int64)
+    lengths_V[: len(known_V)] = known_V
+    is_special_V = np.zeros(len(lengths_V), bool)
+    is_special_V[sorted(special)] = True
+
+    def count(pack: Pack) -> int:
+        is_last_N = pack.token_N == selection.num_tokens_R[pack.row_N] - 1
+        is_end_N = is_last_N & is_special_V[pack.sampled_ids_N]
+        return int(lengths_V[pack.sampled_ids_N][~is_end_N].sum())
+
+    return count
+
+
+def _vocab_path(selection: Selection, folder: Location) -> Location:
+    if selection.is_retokenised:
+        return vocab_beside(folder)
+    return folder.parent / "vocab" / f"{selection.header.tokenizer_fingerprints[0]}.parquet"
+
+
+def _result(
+    selection: Selection, totals: dict[str, float], num_tokens: int, num_compared: int, num_bytes: int
+) -> EvalResult:
+    counts = dict.fromkeys(COMPARED, max(num_compared, 1))
+    mean = {name: total / counts.get(name, num_tokens) for name, total in totals.items()}
     has_teacher = not selection.is_text
     return EvalResult(
         num_chains=selection.num_chains,
         num_tokens=num_tokens,
         cross_entropy=mean["cross_entropy_N"],
+        bits_per_byte=totals["cross_entropy_N"] / math.log(2.0) / num_bytes if num_bytes else None,
         forward_kl=mean["forward_kl_N"] if has_teacher else None,
         reverse_kl=mean["reverse_kl_N"] if has_teacher else None,
         js=mean["jsd_N"] if has_teacher else None,
@@ -163,18 +230,22 @@ def evaluate_model(
     caches: Sequence[Path],
     where: str | None,
     *,
+    kind: Literal["distributions", "projected", "text"] = "distributions",
     max_chains: int | None = DEFAULT_CHAINS,
     pack_tokens: int = DEFAULT_PACK_TOKENS,
     generate: GenerateConfig | None = None,
 ) -> Json:
-    """Evaluates a Hugging Face folder or hub id. Raises ConfigError, DataError, CorruptError."""
+    """Evaluates a Hugging Face folder or hub id; `kind` is that of DataConfig.
+
+    Raises ConfigError, DataError, CorruptError.
+    """
     if (Path(model) / "adapter_config.json").exists():
         raise ConfigError(
             f"--model {model} is a LoRA adapter without its model: export it merged (`student-train export` without "
             "--adapter-only) and pass that folder"
         )
     student = StudentConfig(model=model)
-    data = DataConfig(caches=[CacheConfig(path=path) for path in caches], pack_tokens=pack_tokens)
+    data = DataConfig(caches=[CacheConfig(path=path) for path in caches], kind=kind, pack_tokens=pack_tokens)
     wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
     loaded = load_causal(model, student, precision)
@@ -215,7 +286,7 @@ def _answers(
     model.set_attn_implementation(student.attention)
     tokenizer = cache_tokenizer(student, selection, None)
     adopt_tokens(model, tokenizer)
-    text = HuggingFaceText(tokenizer, selection.header.vocab_size) if selection.is_text else None
+    text = HuggingFaceText(tokenizer, selection.header.vocab_size) if selection.is_retokenised else None
     pinned = [
         cache.model_copy(update={"root": str(source.path)})
         for cache, source in zip(selection.header.caches, data.caches, strict=True)

@@ -249,15 +249,16 @@ def cache_tokenizer(config: StudentConfig, selection: Selection, named: str | No
 
     Raises DataError where none of them is, ConfigError where `named` is not it or of no use.
     """
-    if named is not None and selection.is_text:
-        raise ConfigError("--tokenizer has no effect after training on text alone: the student has its own")
+    if named is not None and selection.is_retokenised:
+        kind = "text alone" if selection.is_text else "projected distributions"
+        raise ConfigError(f"--tokenizer has no effect after training on {kind}: the student has its own")
     if named is not None:
         tokenizer = load_tokenizer(named)
         if not _is_cached(tokenizer, selection):
             raise ConfigError(f"--tokenizer {named} is not the cache's: its tokenizer or chat template differs")
         return tokenizer
     student = load_tokenizer(config.model, config.revision, config.trust_remote_code)
-    if selection.is_text or _is_cached(student, selection):
+    if selection.is_retokenised or _is_cached(student, selection):
         return student
     teachers = {manifest.teacher.model for manifest in manifests_of(selection)}
     for teacher in sorted(teachers):

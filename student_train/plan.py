@@ -309,6 +309,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "num_prompt_tokens": header.num_prompt_tokens,
         "num_tokens": header.num_tokens,
         "is_text": stage.selection.is_text,
+        "projection": None if header.projection is None else header.projection.model_dump(),
         "num_left_out": header.num_zero_weight + header.num_empty,
         "num_truncated": counts.num_truncated,
         "num_skipped": counts.num_skipped,

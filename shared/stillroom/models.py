@@ -145,16 +145,26 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
     return pieces
 
 
+def cached_pieces(vocab: Location) -> tuple[dict[int, str], set[int]]:
+    """Texts of all tokens in a cache's vocabulary file by id, and the ids of the special ones; empty without a file.
+
+    Raises CorruptError if the file cannot be read.
+    """
+    if not vocab.exists():
+        return {}, set()
+    table = _read_vocab(vocab)
+    ids, pieces, special = (table.column(name).to_pylist() for name in ("token_id", "piece", "is_special"))
+    chosen = {token_id for token_id, is_special in zip(ids, special, strict=True) if is_special}
+    return dict(zip(ids, pieces, strict=True)), chosen
+
+
 def special_pieces(vocab: Location) -> dict[int, str]:
     """Texts of the special tokens in a cache's vocabulary file by id; empty if there is no file.
 
     Raises CorruptError if the file cannot be read.
     """
-    if not vocab.exists():
-        return {}
-    table = _read_vocab(vocab)
-    special = table.filter(table.column("is_special"))
-    return dict(zip(special.column("token_id").to_pylist(), special.column("piece").to_pylist(), strict=True))
+    pieces, special = cached_pieces(vocab)
+    return {token_id: pieces[token_id] for token_id in special}
 
 
 def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bool:
@@ -237,7 +247,8 @@ def require_same_vocab(difference: VocabDifference, student: str) -> None:
     )
     raise ConfigError(
         f"the vocabulary of {student} differs from the cache's in {len(difference.ordinary)} ordinary tokens "
-        f"({shown}): choose a student of the teacher's family, or train on the text alone (data.kind: text)"
+        f"({shown}): project the distributions into the student's vocabulary (data.kind: projected), or choose a "
+        "student of the teacher's family"
     )
 
 

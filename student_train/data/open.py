@@ -30,6 +30,7 @@ from stillroom.models import (
 from stillroom.storage.paths import Location
 from student_train.config import DataConfig, EvalConfig, StageConfig, StudentConfig, TrainConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.retokenised import vocab_beside
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection, open_selection
 from student_train.model.shape import read_config
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from student_train.losses.divergences import LossMix
 
 SHOWN_DIFFERENCES = 5
+WITH_SIGNALS = "distributions, or projected for a student of another vocabulary"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
 
 
 def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
-    """The frozen selection at `path`, made where there is none yet; for `kind: text` its tokens are the student's."""
+    """The frozen selection at `path`, made where there is none yet; its tokens are the student's for `kind: text` and
+    `kind: projected`.
+    """
     if data.kind == "distributions":
         return open_selection(path, request)
     from student_train.data.text import HuggingFaceText, open_text_selection
@@ -78,7 +82,12 @@ def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: 
     with naming("student.model"):
         tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
         width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
-    return open_text_selection(path, request, HuggingFaceText(tokenizer, width), data.text)
+    text = HuggingFaceText(tokenizer, width)
+    if data.kind == "text":
+        return open_text_selection(path, request, text, data.text)
+    from student_train.data.vocabulary.freeze import open_projected_selection
+
+    return open_projected_selection(path, request, text)
 
 
 def reopen_data(path: Path, request: SelectionRequest) -> Selection:
@@ -106,9 +115,9 @@ def check_losses(mix: "LossMix", selection: Selection) -> None:
     """Raises ConfigError where the cache does not hold what a loss of the mix needs."""
     for term in mix.terms:
         if term.needs_distribution and selection.is_text:
-            raise ConfigError(f"{term.name} needs distributions: set data.kind: distributions")
+            raise ConfigError(f"{term.name} needs distributions: set data.kind: {WITH_SIGNALS}")
         if term.needs_chunks and selection.is_text:
-            raise ConfigError(f"{term.name} needs the teacher's log probabilities: set data.kind: distributions")
+            raise ConfigError(f"{term.name} needs the teacher's log probabilities: set data.kind: {WITH_SIGNALS}")
 
 
 def check_temperature(selection: Selection, stage: StageConfig) -> None:
@@ -117,6 +126,8 @@ def check_temperature(selection: Selection, stage: StageConfig) -> None:
     held = selection.header.temperatures
     if asked == 1.0 or (isinstance(asked, float) and asked in held):
         return
+    if selection.is_projected:
+        raise ConfigError("temperature must be 1 with data.kind: projected: log-partitions are of the teacher's ids")
     names = ", ".join(f"{one:g}" for one in held) or "none besides 1"
     if isinstance(asked, float):
         raise ConfigError(
@@ -143,7 +154,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
             if config is None
             else int(config["vocab_size"])
         )
-    if selection.is_text:
+    if selection.is_retokenised:
         return Vocabulary(width, [], same_tokenizer=True)
     num_ids = max(width, selection.header.vocab_size)
     notes = []
@@ -217,5 +228,8 @@ def before_and_after(evals: Sequence[Json]) -> tuple[Json | None, Json | None]:
 def _forget(path: Path) -> None:
     """Removes a selection, and last of all the file that says what was asked."""
     path.with_name(f"{path.stem}.source.parquet").unlink(missing_ok=True)
-    shutil.rmtree(path.parent / f"{path.stem}-text", ignore_errors=True)
+    for kind in ("text", "projected"):
+        folder = path.parent / f"{path.stem}-{kind}"
+        shutil.rmtree(folder, ignore_errors=True)
+        vocab_beside(folder).unlink(missing_ok=True)
     path.unlink()

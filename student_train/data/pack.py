@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
 from student_train.config import TokenWeightsConfig
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from student_train.losses.targets import SparseTargets
+
+MAX_CHUNK_TOKENS = 64
+"""Longer chunks are none: logits of a whole chunk are in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ class Pack:
         log_partitions_NS: None where the cache has no other temperatures.
         chunk_ids_N, chunk_logprobs_N: which chunk of text each token belongs to (-1: none), and the teacher's log
             probability of that chunk. In the teacher's own vocabulary each token is one. None for text alone.
+        is_common_N: bool, of projected chains: whether the token has a distribution of the teacher's, else its target
+            is itself.
     """
 
     input_ids_L: Int32
@@ -79,6 +85,7 @@ class Pack:
     log_partitions_NS: Float32 | None = None
     chunk_ids_N: Int32 | None = None
     chunk_logprobs_N: Float32 | None = None
+    is_common_N: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +128,7 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     if signals is not None:
         ids_NK, logprobs_NK = signals.dense(int(signals.topk_n_T.max()))
     draw_ids_NM, draw_logprobs_NM, draw_weights_NM = _draws(signals)
+    chunk_ids_N, chunk_logprobs_N, is_common_N = _chunks(pieces, signals)
     return Pack(
         input_ids_L=input_ids_L,
         position_ids_L=position_ids_L,
@@ -138,8 +146,9 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         draw_logprobs_NM=draw_logprobs_NM,
         draw_weights_NM=draw_weights_NM,
         log_partitions_NS=signals.log_partitions_TS if signals is not None else None,
-        chunk_ids_N=np.arange(len(document_N), dtype=np.int32) if signals is not None else None,
-        chunk_logprobs_N=signals.sampled_logprob_T if signals is not None else None,
+        chunk_ids_N=chunk_ids_N,
+        chunk_logprobs_N=chunk_logprobs_N,
+        is_common_N=is_common_N,
     )
 
 
@@ -323,6 +332,36 @@ def _draws(signals: Signals | None) -> tuple[Int32, Float32, Float32] | tuple[No
     if signals is None or signals.draws is None:
         return None, None, None
     return dense_draws(signals.draws, signals.tail_logmass_T)
+
+
+def _chunks(
+    pieces: Sequence[PackedPiece], signals: Signals | None
+) -> tuple[Int32 | None, Float32 | None, npt.NDArray[np.bool_] | None]:
+    """chunk_ids_N, chunk_logprobs_N and is_common_N of a pack.
+
+    A chunk begins at a common token, and its last token has its log probability. With common tokens 0 and 2 and values
+    at 1 and 4 of a piece that ends after token 3, ids are 0, 0, -1, -1.
+    """
+    if signals is None:
+        return None, None, None
+    parts = []
+    for piece in pieces:
+        first = _first_loss_token(piece)
+        parts.append(piece.block.chunks_of(piece.index, first, first + piece.stop - piece.loss))
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return np.arange(len(signals.topk_n_T), dtype=np.int32), signals.sampled_logprob_T, None
+    is_common_N = np.concatenate([common_N for common_N, _ in found])
+    logprob_N = np.concatenate([logprobs_N for _, logprobs_N in found])
+    begins_N = is_common_N.copy()
+    begins_N[np.cumsum([0, *(len(common_N) for common_N, _ in found[:-1])])] = True
+    number_N = np.cumsum(begins_N) - 1
+    starts_C = np.flatnonzero(begins_N)
+    lengths_C = np.diff(starts_C, append=len(number_N))
+    value_C = logprob_N[starts_C + lengths_C - 1]
+    is_whole_C = is_common_N[starts_C] & np.isfinite(value_C) & (lengths_C <= MAX_CHUNK_TOKENS)
+    ids_N = np.where(is_whole_C[number_N], number_N, -1).astype(np.int32)
+    return ids_N, np.where(is_whole_C, value_C, 0.0).astype(np.float32)[number_N], is_common_N
 
 
 def _no_support(num_tokens: int, k: int) -> tuple[Int32, Float32]:

@@ -15,6 +15,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,7 +23,8 @@ from stillroom.cache.codec import decode, signal_columns
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError
 from stillroom.schema.manifest import ShardHeader
-from stillroom.schema.records import Draws, Int32, Int64, Signals
+from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
+from student_train.data.retokenised import CHUNK_LOGPROB, IS_COMMON
 from student_train.data.selection import Selection, keys_of
 
 KEY_COLUMNS = ["sample_id", "prompt_token_ids", "token_ids"]
@@ -35,7 +37,9 @@ class RowBlock:
     rows_R int64 numbers in the selection, ascending; prompt_ids int32 and prompt_offsets int64 [R+1] into it;
     token_ids_T int32 and token_offsets int64 [R+1]; signals of the same T tokens with entry_offsets_T int64 [T+1] into
     their flat arrays, both None where only the text is read; draw_offsets_T the same for the draws where there are any.
-    The columns of log_partitions_TS are those of the selection's temperatures.
+    The columns of log_partitions_TS are those of the selection's temperatures. Of projected chains: is_common_T bool,
+    whether a token begins where a teacher token does, and chunk_logprob_T float32, the teacher's log probability of the
+    text from one such place to the next, on its last token (nan elsewhere).
     """
 
     rows_R: Int64
@@ -46,6 +50,8 @@ class RowBlock:
     signals: Signals | None
     entry_offsets_T: Int64 | None
     draw_offsets_T: Int64 | None = None
+    is_common_T: npt.NDArray[np.bool_] | None = None
+    chunk_logprob_T: Float32 | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +88,13 @@ class RowBlock:
             log_partitions_TS=None if partitions_TS is None else partitions_TS[tokens],
         )
 
+    def chunks_of(self, index: int, start: int, stop: int) -> tuple[npt.NDArray[np.bool_], Float32] | None:
+        """is_common and chunk_logprob of completion tokens start..stop-1 of row rows_R[index]."""
+        if self.is_common_T is None or self.chunk_logprob_T is None:
+            return None
+        tokens = slice(int(self.token_offsets[index]) + start, int(self.token_offsets[index]) + stop)
+        return self.is_common_T[tokens], self.chunk_logprob_T[tokens]
+
 
 def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: bool) -> RowBlock:
     """Reads and decodes rows `rows_R` (ascending numbers in the selection) of row group `group` of the selection.
@@ -111,8 +124,24 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
     if signals is not None:
         entry_offsets_T = _offsets(signals.topk_n_T)
         draw_offsets_T = None if signals.draws is None else _offsets(signals.draws.n_T)
+    is_common_T = chunk_logprob_T = None
+    if signals is not None and selection.is_projected:
+        is_common_T = table.column(IS_COMMON).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        # Nulls become nan.
+        chunk_logprob_T = table.column(CHUNK_LOGPROB).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        same = len(is_common_T) == len(chunk_logprob_T) == len(token_ids_T)
+        _require(same, where, f"does not have one entry per token in {IS_COMMON} and {CHUNK_LOGPROB}")
     return RowBlock(
-        rows_R, prompt_ids, prompt_offsets, token_ids_T, token_offsets, signals, entry_offsets_T, draw_offsets_T
+        rows_R,
+        prompt_ids,
+        prompt_offsets,
+        token_ids_T,
+        token_offsets,
+        signals,
+        entry_offsets_T,
+        draw_offsets_T,
+        is_common_T,
+        chunk_logprob_T,
     )
 
 
@@ -127,6 +156,8 @@ def _read_table(
     else:
         file, header = open_shard(path)
         columns = [*KEY_COLUMNS, *(signal_columns(header) if with_signals else [])]
+        if selection.is_projected and with_signals:
+            columns += [IS_COMMON, CHUNK_LOGPROB]
     with file:
         _require(index < file.num_row_groups, where, "does not exist in this file")
         table = read_row_group(file, index, columns, str(path))

@@ -75,6 +75,25 @@ class PinnedCache(_Frozen):
     verdicts_version: int
 
 
+class Projection(_Frozen):
+    """How well distributions came over into the student's vocabulary. Counts are of the selection's chains."""
+
+    num_aligned: int
+    """Chains with distributions; the others are learnt as text."""
+    num_changed: int
+    """Chains of which the student's tokenizer changes bytes."""
+    num_respelled: int
+    """Chains whose tokens spell another text than the cache holds, or no text."""
+    num_common: int
+    """Student tokens that begin where a teacher token does, and so have a distribution."""
+    num_teacher_tokens: int
+    """Tokens of the teacher in the aligned chains."""
+    mass: float
+    """Mean probability of the stored student ids, where there is a distribution."""
+    special: list[tuple[str, str | None]]
+    """Special tokens of the teacher and what the student writes for them; None is their text."""
+
+
 class SelectionHeader(_Frozen):
     """The request, the versions it was answered at, and what was found."""
 
@@ -84,7 +103,9 @@ class SelectionHeader(_Frozen):
     weight: str | None
     max_chains: int | None
     text: str | None = None
-    """None: token ids and distributions of the caches. Else the folder of retokenised text beside the selection."""
+    """None: token ids and distributions of the caches. Else the folder of retokenised chains beside the selection."""
+    projection: Projection | None = None
+    """Of retokenised chains with distributions."""
     num_chains: int
     num_prompt_tokens: int
     num_tokens: int
@@ -138,6 +159,16 @@ class Selection:
     @property
     def is_text(self) -> bool:
         """Whether rows are retokenised text, without distributions."""
+        return self.is_retokenised and not self.is_projected
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether rows are retokenised chains with distributions over the student's ids."""
+        return self.header.projection is not None
+
+    @property
+    def is_retokenised(self) -> bool:
+        """Whether rows lie in the run's folder, in the student's own tokens."""
         return self.header.text is not None
 
     def path_of(self, group: int) -> Location:
@@ -276,6 +307,9 @@ def _hash(selection: Selection) -> str:
     about: dict[str, Any] = selection.header.model_dump(
         mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}}
     )
+    if about["projection"] is None:
+        # Selections that were frozen before there was any keep their hash.
+        del about["projection"]
     digest.update(json.dumps([about, selection.files], sort_keys=True).encode())
     groups = (selection.cache_G, selection.file_G, selection.row_group_G, selection.group_R, selection.row_in_group_R)
     chains = (selection.key_R, selection.num_prompt_R, selection.num_tokens_R, selection.weight_R)
@@ -443,7 +477,7 @@ def check_one_tokenizer(headers: dict[str, ShardHeader]) -> None:
         if header.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise ConfigError(
                 f"selected shards have two tokenizers: {first_path} has {first.tokenizer_fingerprint}, {path} has "
-                f"{header.tokenizer_fingerprint}: select one with data.where, or train on text alone (data.kind: text)"
+                f"{header.tokenizer_fingerprint}: select one with data.where, or set data.kind to projected or text"
             )
 
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from stillroom.cache.catalog import Catalog, Table, publish
 from stillroom.cache.codec import encode
+from stillroom.models import write_vocab
 from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest, ShardHeader, Teacher
 from stillroom.schema.records import (
     Draws,
@@ -113,21 +114,29 @@ def write_cache(root: Path, shape: CacheShape) -> SyntheticCache:
     """Writes a cache below `root`, or more rows into it; shards go to runs and workers in turn."""
     if shape.id_skew is None:
         assert max(shape.num_chains, shape.max_tokens + shape.max_support) < shape.vocab_size // 2
-    catalog = Catalog.create(root)
     rng = np.random.default_rng(shape.seed)
+    teacher = _manifest(shape, 0).teacher.fingerprint
+    return write_chains(root, shape, [_chain(shape, teacher, row, rng) for row in range(shape.num_chains)])
+
+
+def write_chains(root: Path, shape: CacheShape, chains: list[Chain], tokenizer: Any = None) -> SyntheticCache:
+    """Writes given chains below `root`, and the vocabulary of `tokenizer` or that of synthetic chains."""
+    catalog = Catalog.create(root)
     manifests = [_manifest(shape, run) for run in range(shape.num_runs)]
-    chains = [_chain(shape, manifests[0].teacher.fingerprint, row, rng) for row in range(shape.num_chains)]
     for manifest in manifests:
         catalog.write_run(manifest)
     rows_per_shard = shape.rows_per_group * shape.groups_per_shard
-    for number in range(math.ceil(shape.num_chains / rows_per_shard)):
+    for number in range(math.ceil(len(chains) / rows_per_shard)):
         rows = chains[number * rows_per_shard : (number + 1) * rows_per_shard]
         run = manifests[number % shape.num_runs]
         worker = f"w{number // shape.num_runs % shape.num_workers}"
         _write_shard(catalog.chains, shape, run, worker, rows)
     if shape.judged:
         _write_verdicts(catalog.verdicts, chains)
-    _write_vocab(catalog, shape, manifests[0].teacher.tokenizer_fingerprint)
+    if tokenizer is None:
+        _write_vocab(catalog, shape, manifests[0].teacher.tokenizer_fingerprint)
+    else:
+        write_vocab(catalog.vocab_path(manifests[0].teacher.tokenizer_fingerprint), tokenizer)
     return SyntheticCache(root, chains, manifests)
 
 

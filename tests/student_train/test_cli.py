@@ -156,7 +156,7 @@ def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> No
         ("data.where=nonsense >", "data.where"),
         ("data.caches=[nowhere]", "nowhere is not a cache"),
         ("stages.0.losses={jsd: {tail: sampled}}", "jsd.tail: must be 'stored', 'bucket', 'drop' or 'renormalise'"),
-        ("stages.0.losses={kl: 1}", "stages.0 (distill): loss 'kl' is unknown: choose one of cross_entropy, "),
+        ("stages.0.losses={kl: 1}", "stages.0 (distill): loss 'kl' is unknown: choose one of chunk_likelihood, "),
         (
             "stages.0.losses={jsd: {beta: 1.5}}",
             "stages.0 (distill): jsd.beta=1.5 must be strictly between 0 and 1",
@@ -226,6 +226,7 @@ def test_vocabulary_of_another_family_is_refused_with_its_ids(call: Cli, tmp_pat
     code, _, err = call("plan", call.config(student={"model": str(other)}))
     assert code == 2
     assert "differs from the cache's in 297 ordinary tokens (3 is 'w3' in the cache and 'v3' in the student" in err
+    assert "project the distributions into the student's vocabulary (data.kind: projected)" in err
 
 
 def test_init_from_flags_and_from_a_config(call: Cli, tmp_path: Path, student: Path) -> None:

@@ -1,17 +1,21 @@
 """Training on chains as text (a student of another vocabulary), and on chains that are longer than the limit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError
-from student_train.evaluation import evaluate_config
+from student_train.data.rows import read_rows
+from student_train.data.selection import Selection, load_selection
+from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.exporting import export
 from student_train.plan import plan_run
 from student_train.runtime.checkpoint import find_state
@@ -20,6 +24,7 @@ from tests.helpers.caches import EOS_ID, Chain, SyntheticCache
 from tests.helpers.students import make_student
 from tests.helpers.tiny_tokenizer import byte_level, save
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
+from tests.helpers.vocabularies import make_text_cache, student_folder, teacher_tokenizer
 
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
@@ -78,15 +83,97 @@ def test_reference_answers_may_be_learnt_instead(trainer: Trainer, cache: Synthe
         trainer.config("run", student={"model": str(foreign)}, data={"text": "reference"})
 
 
-def test_text_run_resumes_bit_for_bit(trainer: Trainer, foreign: Path) -> None:
-    stage: Json = {"losses": {"cross_entropy": 1}, "batch_tokens": 2048}
-    text: Json = {"kind": "text", "pack_tokens": 512}
-    whole = trainer.config("whole", stage, student={"model": str(foreign)}, data=text)
-    parted = trainer.config("parted", stage, student={"model": str(foreign)}, data=text)
+@pytest.fixture(scope="session")
+def spelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticCache, Path]:
+    """A cache of real text and a student whose tokens spell it in other pieces."""
+    folder = tmp_path_factory.mktemp("spelled")
+    made = make_text_cache(folder / "cache", teacher_tokenizer(folder / "teacher"), num_chains=48)
+    return made, student_folder(folder, "pieces")
+
+
+@pytest.mark.parametrize("losses", [{"cross_entropy": 1}, {"jsd": 0.8, "chunk_likelihood": 0.1, "cross_entropy": 0.1}])
+def test_run_in_another_vocabulary_resumes_bit_for_bit(
+    trainer: Trainer, foreign: Path, spelled: tuple[SyntheticCache, Path], losses: Json
+) -> None:
+    stage: Json = {"losses": losses, "batch_tokens": 2048}
+    is_text = len(losses) == 1
+    text: Json = {"kind": "text" if is_text else "projected", "pack_tokens": 512}
+    if not is_text:
+        text |= {"caches": [str(spelled[0].root)], "long_chains": "split", "max_tokens": 100}
+    model = str(foreign if is_text else spelled[1])
+    whole = trainer.config("whole", stage, student={"model": model}, data=text)
+    parted = trainer.config("parted", stage, student={"model": model}, data=text)
     expected = losses_of(trainer.run(whole))
     trainer.run(parted, stop_after=3)
     assert losses_of(trainer.run(parted)) == expected
     assert len(expected) > 4
+
+
+def test_projected_distributions_train_a_student_of_another_vocabulary(
+    trainer: Trainer, spelled: tuple[SyntheticCache, Path], tmp_path: Path
+) -> None:
+    """The loss of one step is that of whole distributions of every chain alone; evaluation says where they compare."""
+    cache, student = spelled
+    stage: Json = {**ONE_STEP, "losses": {"forward_kl": {"weight": 1, "tail": "bucket"}}}
+    data: Json = {"kind": "projected", "caches": [str(cache.root)], "pack_tokens": 512}
+    config = trainer.config("run", stage, student={"model": str(student)}, data=data, eval={"max_chains": None})
+    planned = plan_run(config, 1)["stages"][0]
+    assert planned["projection"]["num_aligned"] == planned["num_chains"]
+    (record,) = trainer.run(config)
+    selection = load_selection(RunFolder(config.run).selection_path("distill"))
+    assert record["num_loss_tokens"] == selection.header.num_tokens == planned["num_tokens"]
+    sums, _ = _projected_losses(student, selection)
+    assert record["loss"] == pytest.approx(sums[0] / selection.header.num_tokens, rel=1e-5)
+    heldout = load_selection(RunFolder(config.run).heldout_path)
+    sums, counts = _projected_losses(student, heldout)
+    before, after = RunFolder(config.run).read_evals()
+    assert before["forward_kl"] == pytest.approx(sums[1] / counts[0], rel=1e-5)
+    assert after["forward_kl"] < before["forward_kl"]
+    assert before["bits_per_byte"] == pytest.approx(sums[2] / math.log(2) / counts[1], rel=1e-5)
+    state = find_state(RunFolder(config.run).checkpoints, "last")
+    export(config, state, tmp_path / "out", adapter_only=False, tokenizer=None)
+    again = evaluate_model(str(tmp_path / "out"), [cache.root], None, kind="projected", pack_tokens=512)
+    assert again["forward_kl"] == pytest.approx(after["forward_kl"], rel=1e-4)
+    assert again["bits_per_byte"] == pytest.approx(after["bits_per_byte"], rel=1e-4)
+    with pytest.raises(ConfigError, match=r"project the distributions into the student's vocabulary \(data.kind: proj"):
+        plan_run(trainer.config("other", student={"model": str(student)}, data={**data, "kind": "distributions"}), 1)
+    with pytest.raises(ConfigError, match=r"temperature must be 1 with data\.kind: projected"):
+        plan_run(trainer.config("warm", {"temperature": 2.0}, student={"model": str(student)}, data=data), 1)
+
+
+def _projected_losses(student: Path, selection: Selection) -> tuple[list[float], list[int]]:
+    """Sums of KL (the tail one bucket) over all tokens and over common ones, and of cross-entropy; counts of common
+    tokens and of bytes. Each chain alone, over whole distributions.
+    """
+    model = AutoModelForCausalLM.from_pretrained(student).double()
+    sums, num_common, num_bytes = [0.0, 0.0, 0.0], 0, 0
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    for group in range(len(selection.file_G)):
+        rows = np.flatnonzero(selection.group_R == group)
+        block = read_rows(selection, group, rows, with_signals=True)
+        for index in range(len(rows)):
+            prompt, ids = block.prompt_of(index), block.tokens_of(index)
+            with torch.no_grad():
+                logits_LV = model(torch.tensor(np.concatenate([prompt, ids]))[None].long()).logits[0]
+            logprobs_SV = logits_LV[len(prompt) - 1 : -1].log_softmax(dim=1)
+            signals, chunks = block.signals_of(index, 0, len(ids)), block.chunks_of(index, 0, len(ids))
+            assert signals is not None
+            assert chunks is not None
+            ids_SK, teacher_SK = (torch.from_numpy(one) for one in signals.dense(64))
+            student_SK = logprobs_SV.gather(1, ids_SK.long())
+            is_real_SK = teacher_SK > -torch.inf
+            p_SK = teacher_SK.double().exp()
+            kl_S = torch.where(is_real_SK, p_SK * (teacher_SK.double() - student_SK), 0.0).sum(dim=1)
+            tail_S = torch.tensor(signals.tail_logmass_T).double().clamp(min=-32)
+            rest_S = torch.where(is_real_SK, student_SK.exp(), 0.0).sum(dim=1)
+            kl_S += tail_S.exp() * (tail_S - (1 - rest_S).log())
+            common_S = torch.tensor(chunks[0])
+            sums[0] += float(kl_S.sum())
+            sums[1] += float(kl_S[common_S].sum())
+            sums[2] -= float(logprobs_SV.gather(1, torch.tensor(ids).long()[:, None]).sum())
+            num_common += int(common_S.sum())
+            num_bytes += len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode())
+    return sums, [num_common, num_bytes]
 
 
 @pytest.mark.parametrize("policy", ["truncate", "skip", "split"])

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.errors import ConfigError, CorruptError
+from stillroom.storage.paths import Location
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection
 from student_train.data.stream import PackStream
@@ -33,6 +34,9 @@ class Letters:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [[ord(letter) for letter in text] for text in texts]
+
+    def write_vocab(self, path: Location) -> None:
+        path.write_bytes(b"")
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         self.num_encoded += len(texts)

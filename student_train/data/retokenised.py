@@ -1,0 +1,216 @@
+"""Chains in a student's own tokens, made once and kept with the run: what `data.kind: text` and `projected` read.
+
+In: a selection of any caches, and what makes rows of them. Out: a folder of Parquet files (same row groups, same
+order) and a selection over them, which plans, streams and resumes like any other. Memory: one row group at a time. A
+file that is there is not made again, so an interrupted call goes on where it stopped.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stillroom.cache.codec import signal_columns
+from stillroom.cache.shards import open_shard, read_row_group
+from stillroom.errors import ConfigError, CorruptError
+from stillroom.log import Progress
+from stillroom.schema.manifest import ShardHeader
+from stillroom.schema.records import Int64, stable_hash
+from stillroom.storage.paths import Location, atomic_path
+from student_train.data.selection import (
+    SCHEMA,
+    Selection,
+    SelectionHeader,
+    keys_of,
+    totals_of,
+    write_selection,
+)
+
+TEXT_METADATA_KEY = b"stillroom-text"
+COUNTS_METADATA_KEY = b"stillroom-counts"
+IS_COMMON, CHUNK_LOGPROB = "is_common", "chunk_logprob"
+"""Columns of projected chains besides the signals: see RowBlock."""
+Counts = dict[str, float]
+"""What a file's rows came to, added up over files."""
+
+
+class Rows(Protocol):
+    """Makes rows of chains."""
+
+    verb: str
+    """What is done to them, for the progress line."""
+    folder_suffix: str
+    with_signals: bool
+    """Whether a chain's distributions are read."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """What else is read of a chain."""
+
+    @property
+    def identity(self) -> Sequence[object]:
+        """What the rows depend on besides the chains, ready for JSON."""
+
+    def metadata(self, header: ShardHeader) -> dict[bytes, bytes]:
+        """Of a file whose chains come from a shard."""
+
+    def schema(self, header: ShardHeader) -> pa.Schema:
+        """Of the rows: sample_id, prompt_token_ids, token_ids first."""
+
+    def make(self, table: pa.Table, header: ShardHeader, where: str) -> tuple[pa.Table, Counts]:
+        """Rows of some chains of one row group, which may be fewer, and their counts."""
+
+
+@dataclass(frozen=True)
+class Retokenised:
+    """Rows of a selection (SCHEMA) and the counts of all of them."""
+
+    rows: pa.Table
+    counts: Counts
+    folder: Path
+
+
+def retokenise(path: Path, source: Selection, maker: Rows) -> Retokenised:
+    """Makes the rows of the chains of `source`, in a folder beside `path`. Chains that come to no row are left out.
+
+    Raises CorruptError for a shard that cannot be read.
+    """
+    folder = path.parent / f"{path.stem}-{maker.folder_suffix}"
+    parts, done, num_tokens = [], 0, 0
+    counts: Counts = {}
+    with Progress(maker.verb, source.num_chains, "chains") as progress:
+        for groups in np.split(np.arange(len(source.file_G)), _file_starts(source)[1:]):
+            target = folder / f"{source.cache_G[groups[0]]}-{source.path_of(groups[0]).stem}.parquet"
+            rows = np.flatnonzero((source.group_R >= groups[0]) & (source.group_R <= groups[-1]))
+            request_hash = stable_hash(*maker.identity, source.key_R[rows].tolist())
+            if _metadata_of(target).get(TEXT_METADATA_KEY) != request_hash.encode():
+                _write_file(target, request_hash, source, groups, maker)
+            part = _rows_of(target, source, rows)
+            parts.append(part)
+            add_counts(counts, json.loads(_metadata_of(target).get(COUNTS_METADATA_KEY, b"{}")))
+            done, num_tokens = done + len(rows), num_tokens + int(part.column("num_tokens").to_numpy().sum())
+            progress.update(done, num_tokens)
+    return Retokenised(pa.concat_tables(parts), counts, folder)
+
+
+def write_retokenised(
+    path: Path, source: Selection, made: Retokenised, header: Mapping[str, Any], missing: str
+) -> Selection:
+    """The selection over `made` at `path`. `header`: what differs from the source's; `missing`: what chains lack.
+
+    Raises ConfigError where no chain is left.
+    """
+    if not made.rows.num_rows:
+        raise ConfigError(
+            f"none of the {source.num_chains} chains of {source.header.where!r} has {missing}: select others "
+            "(`teacher-cache sql` shows the columns reference and text)"
+        )
+    common = {
+        "text": made.folder.name,
+        "num_empty": source.header.num_empty + source.num_chains - made.rows.num_rows,
+        "template_fingerprints": [],
+        "draws": 0,
+        "temperatures": [],
+        **totals_of(made.rows),
+    }
+    changed: SelectionHeader = source.header.model_copy(update={**common, **header})
+    return write_selection(path, made.rows, changed)
+
+
+def read_groups(source: Selection, groups: Sequence[int], columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The selected chains of row groups of one file, a group at a time. Raises CorruptError."""
+    path = source.path_of(groups[0])
+    shard, _ = open_shard(path)
+    with shard:
+        for group in groups:
+            table = read_row_group(shard, int(source.row_group_G[group]), columns, str(path))
+            rows = np.flatnonzero(source.group_R == group)
+            table = table.take(pa.array(source.row_in_group_R[rows]))
+            if not (keys_of(table.column("sample_id"), source.where(group)) == source.key_R[rows]).all():
+                raise CorruptError(f"{source.where(group)} holds another chain than was selected (sample_id differs)")
+            yield group, table
+
+
+def vocab_beside(folder: Location) -> Location:
+    """Where the student's vocabulary lies, in the form of a cache's, for retokenised files in `folder`."""
+    return folder.parent / f"{folder.name}.vocab.parquet"
+
+
+def add_counts(counts: Counts, more: Mapping[str, float]) -> None:
+    """Adds `more` to `counts`, by name."""
+    for name, value in more.items():
+        counts[name] = counts.get(name, 0) + value
+
+
+def _write_file(target: Path, request_hash: str, source: Selection, groups: Int64, maker: Rows) -> None:
+    shard, header = open_shard(source.path_of(groups[0]))
+    shard.close()
+    columns = list(dict.fromkeys([*maker.columns, *(signal_columns(header) if maker.with_signals else [])]))
+    metadata = {TEXT_METADATA_KEY: request_hash.encode(), **maker.metadata(header)}
+    counts: Counts = {}
+    with (
+        atomic_path(target) as temp,
+        pq.ParquetWriter(
+            temp, maker.schema(header).with_metadata(metadata), compression="zstd", write_page_checksum=True
+        ) as writer,
+    ):
+        for group, table in read_groups(source, groups.tolist(), columns):
+            made, more = maker.make(table, header, source.where(group))
+            add_counts(counts, more)
+            # An empty row group keeps the numbering of groups that is the source's.
+            writer.write_table(made, row_group_size=max(made.num_rows, 1))
+        writer.add_key_value_metadata({COUNTS_METADATA_KEY: json.dumps(counts)})
+
+
+def _rows_of(target: Path, source: Selection, rows: Int64) -> pa.Table:
+    """Rows of a selection (SCHEMA) for the chains in `target`; `rows` are those of `source` it was made from."""
+    try:
+        with pq.ParquetFile(target, page_checksum_verification=True) as file:
+            sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            table = file.read(columns=["sample_id", "prompt_token_ids", "token_ids"])
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(target, error) from error
+    keys = keys_of(table.column("sample_id"), str(target))
+    kept = rows[np.isin(source.key_R[rows], keys)]
+    group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    columns = {
+        "cache": pa.array(source.cache_G[source.group_R[kept]].astype(np.int16)),
+        "file": pa.array([target.name] * len(kept), pa.string()),
+        "row_group": pa.array(group),
+        "row_in_group": pa.array((np.arange(len(kept)) - first).astype(np.int32)),
+        "sample_id": table.column("sample_id"),
+        "num_prompt_tokens": pc.list_value_length(table.column("prompt_token_ids")),
+        "num_tokens": pc.list_value_length(table.column("token_ids")),
+        "weight": pa.array(source.weight_R[kept]),
+    }
+    return pa.Table.from_pydict(columns).cast(SCHEMA)
+
+
+def _metadata_of(target: Path) -> dict[bytes, bytes]:
+    """Of a finished file; empty where there is none."""
+    if not target.exists():
+        return {}
+    try:
+        with pq.ParquetFile(target) as file:
+            return dict(file.metadata.metadata or {})
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(target, error) from error
+
+
+def _unreadable(target: Path, error: Exception) -> CorruptError:
+    reason = str(error).splitlines()[0]
+    return CorruptError(f"{target} cannot be read: {reason}: delete it to rebuild it")
+
+
+def _file_starts(source: Selection) -> Int64:
+    """First group of each file that the selection reads, int64."""
+    changes_G = np.ones(len(source.file_G), bool)
+    changes_G[1:] = (np.diff(source.file_G) != 0) | (np.diff(source.cache_G) != 0)
+    return np.flatnonzero(changes_G)

@@ -1,0 +1,174 @@
+"""A chain's teacher tokens and student tokens, aligned by the bytes of the text that both spell.
+
+In: the bytes of a chain (pieces.py), the student's encoder. Out: the student's ids and where the boundaries of both
+sides fall. Boundaries are byte offsets, so a character that either side splits is no special case. A text that comes
+back from the student's tokenizer with other bytes (lower case, another Unicode form, an unknown character) cannot be
+aligned.
+
+T teacher tokens, S student tokens of one chain
+"""
+
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stillroom.schema.records import Float32, Int32, Int64
+from student_train.data.vocabulary.pieces import MARK, VocabularyPair, lengths_of
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+"""Texts to the student's ids, in which no text becomes a special token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """A chain as the student writes it: ids_S int32 and the bytes that each stands for, lengths_S int64.
+
+    A SentencePiece tokenizer begins a text with a space of its own, which stands for no byte of the chain.
+    """
+
+    ids_S: Int32
+    lengths_S: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Both sides of one chain. Bytes are counted from the beginning of what the student reads.
+
+    Attributes:
+        student_ids_S: int32, the completion in the student's tokens.
+        teacher_ends_T, student_ends_S: int64, byte offset after each token.
+        teacher_place_S: int64, the teacher token that begins at the same byte as the student's, or -1. Only student
+            tokens that have one may carry a distribution.
+    """
+
+    student_ids_S: Int32
+    teacher_ends_T: Int64
+    student_ends_S: Int64
+    teacher_place_S: Int64
+
+    @property
+    def is_common_S(self) -> npt.NDArray[np.bool_]:
+        """Which student tokens begin where a teacher token does."""
+        return self.teacher_place_S >= 0
+
+
+class Speller:
+    """Writes chains, as the bytes of pieces.py, in the student's tokens."""
+
+    def __init__(self, pair: VocabularyPair, encode: Encode) -> None:
+        self._pair, self._encode = pair, encode
+        self._lengths_V = lengths_of(pair.student_bytes)
+
+    def spell(self, chains: Sequence[bytes]) -> list[Spelling | None]:
+        """Spellings of the chains; None for one whose bytes are no text, or not those that the student's tokens have.
+
+        A chain that was cut inside a character loses the part of it.
+        """
+        # "a FF </think> FE b" splits into a, the mark, b.
+        parts = [MARK.split(chain) for chain in chains]
+        texts = [_texts_of(one) for one in parts]
+        ids = iter(self._encode([text for mine in texts if mine is not None for text in mine if text]))
+        return [
+            None if mine is None else self._joined(part, mine, [next(ids) if text else [] for text in mine])
+            for part, mine in zip(parts, texts, strict=True)
+        ]
+
+    def _joined(self, parts: Sequence[bytes], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Spelling | None:
+        """`parts` are texts and marks in turn, `ids` those of `texts`."""
+        of_id, found_S, lengths_S = self._pair.student_bytes, [], []
+        for number, (text, one) in enumerate(zip(texts, ids, strict=True)):
+            mine = np.array(one, np.int32)
+            lengths = self._lengths_V[mine]
+            data, spelled = text.encode(), b"".join([of_id[token_id] for token_id in one])
+            if spelled == b" " + data:
+                lengths[0] -= 1
+            elif spelled != data:
+                return None
+            found_S.append(mine)
+            lengths_S.append(lengths)
+            if 2 * number + 1 < len(parts):
+                mark = parts[2 * number + 1]
+                found_S.append(np.array([self._pair.student_id_of[mark]], np.int32))
+                lengths_S.append(np.array([len(mark)], np.int64))
+        return Spelling(np.concatenate(found_S), np.concatenate(lengths_S))
+
+
+def align(teacher_lengths_T: Int64, start: int, spelling: Spelling) -> Alignment:
+    """`start` is the byte at which the first teacher token begins: above 0 after text that the teacher did not write,
+    below 0 where the student does not write the teacher's first bytes.
+
+    With "ab|c" of the teacher and "a|b|c" of the student, place is 0, -1, 1.
+    """
+    teacher_ends_T = start + np.cumsum(teacher_lengths_T)
+    student_ends_S = np.cumsum(spelling.lengths_S)
+    starts_T, starts_S = teacher_ends_T - teacher_lengths_T, student_ends_S - spelling.lengths_S
+    # The last of the tokens that begin here: those before it stand for no byte.
+    place_S = np.searchsorted(starts_T, starts_S, side="right") - 1
+    is_common_S = (place_S >= 0) & (spelling.lengths_S > 0)
+    is_common_S[is_common_S] = starts_T[place_S[is_common_S]] == starts_S[is_common_S]
+    return Alignment(spelling.ids_S, teacher_ends_T, student_ends_S, np.where(is_common_S, place_S, -1))
+
+
+def chunk_logprobs(alignment: Alignment, sampled_logprob_T: Float32) -> Float32:
+    """float32 [S]: on the last student token of each chunk, the teacher's log probability of the chunk; elsewhere nan.
+
+    A chunk is what lies between two neighbouring common boundaries. The last one has a value where both sides end
+    together.
+    """
+    found_S = np.full(len(alignment.student_ids_S), np.nan, np.float32)
+    starts = np.flatnonzero(alignment.is_common_S)
+    if not len(starts):
+        return found_S
+    total_T = np.concatenate([[0.0], np.cumsum(sampled_logprob_T, dtype=np.float64)])
+    first = alignment.teacher_place_S[starts]
+    last = np.append(first[1:], len(sampled_logprob_T))
+    found_S[np.append(starts[1:], len(found_S)) - 1] = total_T[last] - total_T[first]
+    if alignment.student_ends_S[-1] != alignment.teacher_ends_T[-1]:
+        found_S[-1] = np.nan
+    return found_S
+
+
+def first_tokens_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[bytes]], list[tuple[int, int]]]:
+    """A function from byte strings, as they stand in the middle of a text, to the student's first token of each and
+    that token's bytes; (-1, 0) where it has none.
+
+    Of a string that ends inside a character the whole ones are encoded. Half a character alone is the token of just
+    these bytes, if there is one.
+    """
+    id_of = {data: token_id for token_id, data in reversed(list(enumerate(pair.student_bytes))) if data}
+    (letter,) = encode(["a"])
+    # SentencePiece writes a space in front of a text, and none after a line break.
+    lead = "\n" if b"".join(pair.student_bytes[one] for one in letter).startswith(b" ") else ""
+    skipped = len(f" {lead}") if lead else 0
+
+    def first_of(data: bytes, ids: Sequence[int]) -> tuple[int, int]:
+        place = 0
+        for token_id in ids:
+            mine = pair.student_bytes[token_id]
+            if place == skipped and mine:
+                return token_id, len(mine)
+            place += len(mine)
+        token_id = id_of.get(data, -1)
+        return token_id, len(data) if token_id >= 0 else 0
+
+    def first_tokens(strings: list[bytes]) -> list[tuple[int, int]]:
+        texts = [(_texts_of([one]) or [""])[0] for one in strings]
+        ids = iter(encode([lead + text for text in texts if text]))
+        return [first_of(data, next(ids) if text else []) for data, text in zip(strings, texts, strict=True)]
+
+    return first_tokens
+
+
+def _texts_of(parts: Sequence[bytes]) -> list[str] | None:
+    """The texts among texts and marks; None where one is not UTF-8. Only the last may end inside a character."""
+    texts = []
+    for number in range(0, len(parts), 2):
+        decoder, is_last = codecs.getincrementaldecoder("utf-8")(), number == len(parts) - 1
+        try:
+            texts.append(decoder.decode(parts[number], final=not is_last))
+        except UnicodeDecodeError:
+            return None
+    return texts

@@ -1,0 +1,120 @@
+"""The bytes that each token of a vocabulary stands for, in a form that two vocabularies share.
+
+In: pieces of two tokenizers. Out: bytes by id. An ordinary token is the bytes of its piece, half a character included.
+A special token that both sides have is the same mark on both, which no text contains; so is what ends a chain, whatever
+each side calls it. A special token that only the teacher has is its text, because the student has to spell it; one that
+only the student has equals nothing.
+
+    mark of a special token:  FF content FE
+    end of sequence:          FF FE
+
+UTF-8 contains neither byte. Tokens that are such a byte by themselves become FD, which is as invalid.
+"""
+
+import re
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stillroom.models import pieces_of
+from stillroom.schema.records import Int64
+
+OPEN, CLOSE, NO_TEXT = b"\xff", b"\xfe", b"\xfd"
+END = OPEN + CLOSE
+"""The mark that ends a chain."""
+MARK = re.compile(rb"(\xff[^\xfe]*\xfe)")
+ESCAPE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Texts of all tokens by id, as a cache's vocabulary file has them, and which of them are special."""
+
+    pieces: Mapping[int, str]
+    special: Set[int]
+
+    def bytes_by_id(self) -> list[bytes]:
+        """The text of every token as bytes, from id 0 to the highest; b"" for ids without a token."""
+        # SentencePiece has a token <0x41> for each byte. In byte-level vocabularies only bytes that are no characters
+        # by themselves are shown like this, so there <0x41> is text.
+        texts = set(self.pieces.values())
+        has_byte_tokens = all(f"<0x{byte:02X}>" in texts for byte in range(0x20))
+        found = [b""] * (max(self.pieces, default=-1) + 1)
+        for token_id, piece in self.pieces.items():
+            is_plain = token_id in self.special or "<0x" not in piece
+            data = piece.encode() if is_plain else _unescaped(piece, has_byte_tokens)
+            found[token_id] = data.replace(OPEN, NO_TEXT).replace(CLOSE, NO_TEXT)
+        return found
+
+
+@dataclass(frozen=True)
+class VocabularyPair:
+    """A teacher's and a student's vocabulary made comparable: equal bytes mean the same.
+
+    Attributes:
+        teacher_bytes, student_bytes: by id; b"" for ids without a token.
+        student_id_of: the student's special ids by their marks, the end of sequence included.
+    """
+
+    teacher_bytes: list[bytes]
+    student_bytes: list[bytes]
+    student_id_of: Mapping[bytes, int]
+
+    @property
+    def eos_id(self) -> int:
+        """The student's end of sequence."""
+        return self.student_id_of[END]
+
+
+def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, eos_id: int) -> VocabularyPair:
+    """`ends` are the teacher's tokens that end a chain, `eos_id` is the student's."""
+    own = {student.pieces[one]: one for one in sorted(student.special, reverse=True)}
+    teacher_bytes, student_bytes = teacher.bytes_by_id(), student.bytes_by_id()
+    for token_id in teacher.special:
+        text = teacher.pieces[token_id]
+        is_end = token_id in ends or own.get(text) == eos_id
+        teacher_bytes[token_id] = END if is_end else mark_of(text) if text in own else text.encode()
+    marks = set(teacher_bytes)
+    student_id_of = {}
+    for token_id in student.special:
+        text = student.pieces[token_id]
+        is_shared = own[text] == token_id and mark_of(text) in marks
+        student_bytes[token_id] = mark_of(text) if is_shared else OPEN + mark_of(text)
+        if is_shared:
+            student_id_of[mark_of(text)] = token_id
+    student_bytes[eos_id] = END
+    return VocabularyPair(teacher_bytes, student_bytes, {**student_id_of, END: eos_id})
+
+
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
+    """The vocabulary of a transformers tokenizer.
+
+    Special are the tokens that it never writes for plain text: an added token such as <think> that is not marked so
+    stands in the text like any word.
+    """
+    marked = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Vocabulary(pieces_of(tokenizer), marked | set(tokenizer.all_special_ids))
+
+
+def mark_of(text: str) -> bytes:
+    """What a special token of this text is on both sides."""
+    return OPEN + text.encode() + CLOSE
+
+
+def lengths_of(table: list[bytes]) -> Int64:
+    """Bytes of each token, int64."""
+    return np.fromiter(map(len, table), np.int64, len(table))
+
+
+def _unescaped(piece: str, has_byte_tokens: bool) -> bytes:
+    if has_byte_tokens:
+        found = ESCAPE.fullmatch(piece)
+        return bytes([int(found[1], 16)]) if found else piece.encode()
+    parts = ESCAPE.split(piece)
+    data = parts[0].encode()
+    for digits, text in zip(parts[1::2], parts[2::2], strict=True):
+        byte = int(digits, 16)
+        data += (bytes([byte]) if byte >= 0x80 else f"<0x{digits}>".encode()) + text.encode()
+    return data

@@ -1,0 +1,193 @@
+"""Projected selections: every token checked by chain against the teacher's, through the files and the stream."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from stillroom.errors import ConfigError
+from student_train.data.epoch_plan import PlanSpec
+from student_train.data.pack import MAX_CHUNK_TOKENS
+from student_train.data.rows import read_rows
+from student_train.data.selection import CacheSource, SelectionRequest
+from student_train.data.stream import PackStream
+from student_train.data.text import HuggingFaceText
+from student_train.data.vocabulary.freeze import open_projected_selection
+from student_train.data.vocabulary.pieces import vocabulary_of
+from tests.helpers.caches import EOS_ID, SyntheticCache
+from tests.helpers.vocabularies import THINK_END, make_text_cache, student_folder, teacher_tokenizer
+
+PHRASE = "Ärger über"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return teacher_tokenizer(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module", params=["topk-f32", "topk-u8"])
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, teacher: Any) -> SyntheticCache:
+    return make_text_cache(tmp_path_factory.mktemp("cache") / "cache", teacher, codec=request.param)
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceText]:
+    folder = tmp_path_factory.mktemp("students")
+    kinds = ("bytes", "pieces", "lower")
+    return {
+        kind: HuggingFaceText(AutoTokenizer.from_pretrained(student_folder(folder / kind, kind)), 400) for kind in kinds
+    }
+
+
+def request(cache: SyntheticCache) -> SelectionRequest:
+    return SelectionRequest([CacheSource(cache.root)])
+
+
+def bytes_of(ids: Any, of_id: list[bytes], end: int) -> list[bytes]:
+    return [b"" if one == end else of_id[one] for one in ids.tolist()]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_every_chain_is_aligned_and_projected(
+    cache: SyntheticCache, teacher: Any, students: dict[str, HuggingFaceText], kind: str, tmp_path: Path
+) -> None:
+    student = students[kind]
+    selection = open_projected_selection(tmp_path / "run" / "selection.parquet", request(cache), student)
+    chains = {int(one.sample_id[:16], 16): one for one in cache.chains}
+    theirs, ours = vocabulary_of(teacher).bytes_by_id(), vocabulary_of(student.tokenizer).bytes_by_id()
+    num_common = 0
+    for group in range(len(selection.file_G)):
+        rows = np.flatnonzero(selection.group_R == group)
+        block = read_rows(selection, group, rows, with_signals=True)
+        for index, row in enumerate(rows.tolist()):
+            chain = chains[int(selection.key_R[row])]
+            ids_S = block.tokens_of(index)
+            pieces_T = bytes_of(chain.token_ids, theirs, EOS_ID)
+            pieces_S = bytes_of(ids_S, ours, student.eos_id)
+            # Reasoning is opened once: the teacher's prompt did not, so the completion does.
+            opening = b"<think>\n"
+            said = opening + b"".join(pieces_T)
+            assert b"".join(pieces_S) == said.decode(errors="ignore").encode()
+            assert (ids_S[-1] == student.eos_id) == (chain.finish_reason == "stop")
+            begins = {len(opening) + sum(map(len, pieces_T[:place])): place for place in range(len(pieces_T))}
+            starts_S = [sum(map(len, pieces_S[:place])) for place in range(len(pieces_S))]
+            found = block.chunks_of(index, 0, len(ids_S))
+            assert found is not None
+            is_common_S, chunk_S = found
+            assert is_common_S.tolist() == [one in begins for one in starts_S]
+            places = np.array([begins.get(one, -1) for one in starts_S])
+            has_value = ~np.isnan(chunk_S)
+            starts = np.flatnonzero(is_common_S)
+            is_whole = len(b"".join(pieces_S)) == len(said)
+            assert np.flatnonzero(has_value).tolist() == [*(starts[1:] - 1), *([len(ids_S) - 1] if is_whole else [])]
+            sampled_T = chain.signals.sampled_logprob_T
+            ends = [*places[starts[1:]], *([len(sampled_T)] if is_whole else [])]
+            sums = [sampled_T[places[first] : last].sum() for first, last in zip(starts, ends, strict=False)]
+            np.testing.assert_allclose(chunk_S[has_value], sums, rtol=2e-3)
+            signals = block.signals_of(index, 0, len(ids_S))
+            assert signals is not None
+            ids_TK, logprobs_TK = signals.dense(64)
+            mass_S = np.exp(logprobs_TK).sum(axis=1) + np.exp(signals.tail_logmass_T)
+            np.testing.assert_allclose(mass_S, 1.0, atol=1e-4)
+            # Elsewhere the target is the token that came.
+            assert (signals.topk_n_T[~is_common_S] == 1).all()
+            assert (ids_TK[~is_common_S, 0] == ids_S[~is_common_S]).all()
+            assert (logprobs_TK[~is_common_S, 0] == 0).all()
+            assert (signals.topk_n_T[is_common_S] > 1).mean() > 0.5
+            num_common += int(is_common_S.sum())
+    made = selection.header.projection
+    assert made is not None
+    assert (made.num_aligned, made.num_changed, made.num_respelled) == (len(chains), 0, 0)
+    assert made.num_common == num_common > 0.3 * selection.header.num_tokens
+    assert made.num_teacher_tokens == sum(len(chain.token_ids) for chain in cache.chains)
+    assert 0.5 < made.mass <= 1
+    assert made.special == [(THINK_END, THINK_END if kind == "bytes" else None), ("<|im_end|>", "<|im_end|>")]
+    if kind == "bytes":
+        (own,) = student.tokenizer.encode(THINK_END, add_special_tokens=False)
+        mine = read_rows(selection, 0, np.flatnonzero(selection.group_R == 0), with_signals=False).token_ids_T
+        assert (mine == own).sum() == (selection.group_R == 0).sum()
+
+
+def test_an_interrupted_projection_goes_on_and_is_read_again(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "selection.parquet"
+    whole = open_projected_selection(path, request(cache), students["bytes"])
+    files = sorted((path.parent / "selection-projected").iterdir())
+    kept = {one.name: one.read_bytes() for one in files}
+    path.unlink()
+    files[0].unlink()
+    # Its first part was made before: it is not made again, or its time of change would differ.
+    changed = files[1].stat().st_mtime_ns
+    again = open_projected_selection(path, request(cache), students["bytes"])
+    assert again.header == whole.header
+    assert {one.name: one.read_bytes() for one in files} == kept
+    assert files[1].stat().st_mtime_ns == changed
+    assert open_projected_selection(path, request(cache), students["bytes"]).header == whole.header
+    with pytest.raises(ConfigError, match="another tokenizer or chat template: name another run folder"):
+        open_projected_selection(path, request(cache), students["pieces"])
+
+
+def test_packs_say_which_chunks_are_whole(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path
+) -> None:
+    selection = open_projected_selection(tmp_path / "selection.parquet", request(cache), students["pieces"])
+    seen = {True: 0, False: 0}
+    for max_tokens in (None, 40):
+        spec = PlanSpec(512, max_tokens=max_tokens, long_chains="split")
+        with PackStream(selection, spec, packs_per_step=1, num_epochs=1) as stream:
+            for pack in stream:
+                assert pack.chunk_ids_N is not None
+                assert pack.chunk_logprobs_N is not None
+                assert pack.is_common_N is not None
+                for row, token, number, logprob in zip(
+                    pack.row_N, pack.token_N, pack.chunk_ids_N, pack.chunk_logprobs_N, strict=True
+                ):
+                    here_N = pack.chunk_ids_N == number
+                    seen[bool(number >= 0)] += 1
+                    if number < 0:
+                        assert logprob == 0
+                        continue
+                    assert set(pack.row_N[here_N]) == {row}
+                    tokens = pack.token_N[here_N]
+                    assert tokens.tolist() == list(range(tokens[0], tokens[0] + here_N.sum()))
+                    assert token in tokens
+                    assert pack.is_common_N[here_N].tolist() == [True] + [False] * (int(here_N.sum()) - 1)
+                    assert here_N.sum() <= MAX_CHUNK_TOKENS
+    assert min(seen.values()) > 50
+
+
+def test_text_that_the_student_changes_is_refused(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], teacher: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"normalizer Lowercase\) does not give back the text of most chains"):
+        open_projected_selection(tmp_path / "lower.parquet", request(cache), students["lower"])
+    with pytest.raises(ConfigError, match="the student has the cache's vocabulary"):
+        open_projected_selection(tmp_path / "same.parquet", request(cache), HuggingFaceText(teacher, 400))
+
+
+def test_chains_that_cannot_be_aligned_are_learnt_as_text(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's tokenizer lower-cases one phrase."""
+    student, encode = students["bytes"], students["bytes"].encode_completions
+
+    def encode_changed(texts: Sequence[str]) -> list[list[int]]:
+        return encode([one.replace(PHRASE, PHRASE.lower()) for one in texts])
+
+    monkeypatch.setattr(student, "encode_completions", encode_changed)
+    selection = open_projected_selection(tmp_path / "selection.parquet", request(cache), student)
+    texts = {int(chain.sample_id[:16], 16): chain.text for chain in cache.chains}
+    made = selection.header.projection
+    assert made is not None
+    assert made.num_changed == sum(PHRASE in text for text in texts.values()) > 0
+    assert made.num_aligned == len(texts) - made.num_changed
+    with PackStream(selection, PlanSpec(512), packs_per_step=1, num_epochs=1) as stream:
+        for pack in stream:
+            assert pack.is_common_N is not None
+            for row in set(pack.row_N.tolist()):
+                is_kept = PHRASE not in texts[int(selection.key_R[row])]
+                assert pack.is_common_N[pack.row_N == row].any() == is_kept
