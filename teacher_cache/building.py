@@ -248,6 +248,7 @@ class Build:
                 engine={**plain(config.engine), **info.settings},
                 prompts=plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
                 reasoning=plain(config.reasoning),
+                chat_template_kwargs=plain(config.teacher)["chat_template_kwargs"],
                 software=dict(info.software),
             )
         )
@@ -295,11 +296,12 @@ class Build:
 
 
 def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
-    """`<run>_<8 hex>`: a different teacher, capture, reasoning or sampling makes a different run, and so does scoring;
-    more prompts, samples or completions do not.
+    """`<run>_<8 hex>`: a different teacher, capture, reasoning, sampling or argument of the chat template makes a
+    different run, and so does scoring; more prompts, samples or completions do not.
     """
     capture, reasoning = plain(config.capture), plain(config.reasoning)
-    return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning)
+    template = plain(config.teacher)["chat_template_kwargs"]
+    return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning, template)
 
 
 def worker_name(share: WorkerShare) -> str:
@@ -479,6 +481,6 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
         note(f"{rows} will be recorded as failures; the first: {first}")
     if loaded.duplicates:
         twins, twin = format_plural(len(loaded.duplicates), "duplicate"), loaded.duplicates[0]
-        note(f"{twins} skipped; the first: {twin.where} repeats {twin.kept}")
+        note(f"{twins} skipped; the first: {twin}")
     if loaded.contaminated:
         note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")

@@ -238,9 +238,10 @@ def _problem_of(run_id: str, path: Location, headers: Sequence[ShardHeader]) -> 
         return f"has the unknown key {unknown[0]!r}"
     if run.run_id != run_id:
         return f"is that of run {run.run_id}"
-    meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, run.sampling, run.capture, run.reasoning)
+    settings = (run.sampling, run.capture, run.reasoning, run.chat_template_kwargs)
+    meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, *settings)
     if FORMED_ID.fullmatch(run_id) and run.format_version <= FORMAT_VERSION and meant != run_id:
-        return f"was changed: its name, teacher, sampling, capture and reasoning make the run id {meant}, not {run_id}"
+        return f"was changed: its name, teacher and settings make the run id {meant}, not {run_id}"
     return _difference(run.teacher, headers)
 
 

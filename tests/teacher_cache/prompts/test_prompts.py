@@ -22,8 +22,8 @@ from teacher_cache.prompts.prompts import (
     parse_worker,
     requests,
     seed_of,
-    tokenize,
 )
+from teacher_cache.prompts.rendering import tokenize
 from tests.helpers.tiny_tokenizer import byte_level, save
 
 
