@@ -230,11 +230,7 @@ def _opened(file: Location, kind: str, name: str) -> Iterator[BinaryIO]:
     """The file's decompressed bytes. Raises DataError if it cannot be read or is not of this kind."""
     where = f"source {name}: {file}"
     try:
-        with (
-            io.BufferedReader(file.open_file(), STREAM_BYTES)
-            if isinstance(file, ObjectPath)
-            else file.open("rb") as raw
-        ):
+        with _bytes_of(file) as raw:
             codec = _codec_of(raw.peek(SNIFF_BYTES))
             stream: Any = raw if codec is None else io.BufferedReader(pa.CompressedInputStream(raw, codec))
             problem = _other_kind(stream.peek(SNIFF_BYTES)[:SNIFF_BYTES], kind)
@@ -245,6 +241,31 @@ def _opened(file: Location, kind: str, name: str) -> Iterator[BinaryIO]:
         if isinstance(file, ObjectPath) and objects.is_store_error(error):
             raise objects.explained(error, str(file), file.scheme) from error
         raise DataError(f"{where} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def _bytes_of(file: Location) -> io.BufferedReader:
+    if isinstance(file, Path):
+        return file.open("rb")
+    # Objects are read in large requests.
+    return io.BufferedReader(_Parts(file.parts()), STREAM_BYTES)
+
+
+class _Parts(io.RawIOBase):
+    """Bytes that come in parts, as a file."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts, self._rest = parts, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._parts, b""))
+        num_bytes = min(len(buffer), len(self._rest))
+        buffer[:num_bytes] = self._rest[:num_bytes]
+        self._rest = self._rest[num_bytes:]
+        return num_bytes
 
 
 def _codec_of(head: bytes) -> str | None:
