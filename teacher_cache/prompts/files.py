@@ -334,8 +334,9 @@ def _matching(pattern: Location) -> list[Location]:
 
 
 def _glob_expression(pattern: str) -> str:
-    """A glob as a regular expression over keys: * and ? stay within a folder."""
-    signs = {"**/": r"(?:[^/.][^/]*/)*", "*": "[^/]*", "?": "[^/]"}
+    """A glob as a regular expression over keys: * and ? stay within a folder and match no leading dot."""
+    shown = r"(?:(?<=/)(?!\.)|(?<!/))"
+    signs = {"**/": r"(?:[^/.][^/]*/)*", "*": f"{shown}[^/]*", "?": f"{shown}[^/]"}
     parts = re.split(r"(\*\*/|\*|\?|\[[^\]/]+\])", pattern)
     return "".join(signs.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
 

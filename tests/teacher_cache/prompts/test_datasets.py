@@ -17,7 +17,7 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
-from stillroom.sql.session import open_cache
+from stillroom.sql.session import open_session
 from teacher_cache.building import Build
 from teacher_cache.config import BuildConfig, PromptsConfig
 from teacher_cache.engine.api import Failure, Request
@@ -519,7 +519,7 @@ def test_public_data_sets_go_from_raw_files_to_verdicts(tmp_path: Path, teacher:
     finally:
         build.close()
     assert (result.recorded.num_chains, result.recorded.num_failures) == (NUM_ROWS * len(SHAPES) - 1, 1)
-    with open_cache(Catalog(tmp_path / "cache")) as session:
+    with open_session(Catalog(tmp_path / "cache")) as session:
         columns = "c.source, s.prompt_token_ids, c.metadata, c.reference, c.correct"
         rows = session.arrow(f"SELECT {columns} FROM chains c JOIN shards s USING (sample_id)").to_pylist()
     asked = {row["source"]: set[str]() for row in rows}
