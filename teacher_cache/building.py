@@ -111,6 +111,7 @@ class Build:
                 self._chains = VisibleSamples(self.catalog.chains)
                 self._failures = VisibleSamples(self.catalog.failures)
                 self.num_adopted = self._recover(own_abandoned_s)
+                # After recovery, so that adopted rows count as done.
                 self._chains.refresh()
                 self._failures.refresh()
             except OSError as error:
@@ -241,6 +242,7 @@ class Build:
                 run_id=self.run_id,
                 name=config.run,
                 kind=_kind(config),
+                # A resumed run keeps its age; all else describes its newest start.
                 created_at=known.created_at if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 teacher=teacher.model_copy(update={"vocab_size": info.vocab_size}),
                 sampling=_sampling(config),
@@ -281,6 +283,7 @@ class Build:
         capture, teacher = self.config.capture, self.teacher.record
         return ShardHeader(
             codec=capture.codec,
+            # Readers check counts against the header, and a small vocabulary has fewer candidates than were asked for.
             max_support=min(capture.max_support, info.vocab_size),
             nucleus=capture.nucleus,
             draws=capture.draws,
@@ -356,6 +359,7 @@ class _Pending:
         self.num_skipped = 0
         self._seen: set[str] = set()
         self._remaining = self._undone(requests, is_done)
+        # One ahead: whether anything is left must be known before a model is loaded.
         self._next = next(self._remaining, None)
 
     def is_empty(self) -> bool:
