@@ -274,6 +274,7 @@ def _count_chains(
     if catalog is not None:
         _measure(plan, sources, catalog, teacher.record.fingerprint)
     visible, failed = (_visible_samples(catalog, name) for name in ("chains", "failures"))
+    # The shortest server decides, as in the build.
     limits = [one.max_model_len for one in plan.endpoints if one.max_model_len is not None]
     max_model_len = config.engine.max_model_len or min(limits, default=None)
     seen: set[str] = set()
@@ -281,6 +282,7 @@ def _count_chains(
     with Progress("plan", total, "chains") as progress:
         for number, request in enumerate(stream, start=1):
             progress.update(number, 0)
+            # As the build skips them: the plan must end at the number of chains that will exist.
             if request.sample_id in seen:
                 plan.num_duplicates += 1
                 continue
@@ -374,6 +376,7 @@ def _last_speed(cache: Location, run_id: str) -> float | None:
         return None
     newest_s = max(last["time"] for last in lasts)
     together = [last["tokens_per_s"] for last in lasts if newest_s - last["time"] < METRICS_FRESH_S]
+    # Workers run side by side, so their rates add up; those of earlier runs do not count.
     return float(sum(together)) or None
 
 
