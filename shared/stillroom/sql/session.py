@@ -61,7 +61,6 @@ class Session:
         self._folder = tempfile.TemporaryDirectory(prefix="stillroom-sql-")
         database = Path(self._folder.name) / "views.duckdb"
         try:
-            # Created in a connection of its own: the one that users query opens the finished file read-only.
             paths = _create_database(database, catalogs)
             self.connection = duckdb.connect(str(database), read_only=True)
             self._schemes = _register_stores(self.connection, catalogs)
@@ -69,7 +68,6 @@ class Session:
         except BaseException:
             self._folder.cleanup()
             raise
-        # Python handles signals in the main thread only, which must not be inside DuckDB when Ctrl-C comes.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="query")
 
     def __enter__(self) -> Self:
@@ -342,15 +340,12 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
     # Not enough: DuckDB 2.0 still writes to an allowed path for some forms of COPY, also in a WITH clause, which
     # `_require_select` refuses.
     listed = ", ".join(quote(path) for path in paths)
-    # An extension that loads itself could reach the network or other files.
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
-    # The same text of a timestamp on every machine.
     connection.execute("SET GLOBAL TimeZone = 'UTC'")
     connection.execute("SET GLOBAL parquet_metadata_cache = true")
     connection.execute(f"SET allowed_paths = [{listed}]")
     connection.execute("SET enable_external_access = false")
-    # Last: nothing above can be set, or undone by a query, from here on.
     connection.execute("SET lock_configuration = true")
 
 
@@ -366,7 +361,6 @@ def _split_explain(query: str) -> tuple[str, str]:
 
     words = [offset for offset, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment]
     # Offsets count bytes.
-    # Comments before EXPLAIN would hide it from the pattern.
     begun = query.encode()[words[0] :].decode() if words else ""
     prefix = EXPLAIN_PREFIX.match(begun)
     return (prefix[0], begun[prefix.end() :]) if prefix else ("", begun)

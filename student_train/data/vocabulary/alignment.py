@@ -139,10 +139,7 @@ def first_tokens_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[by
     these bytes, if there is one.
     """
     id_of = {data: token_id for token_id, data in reversed(list(enumerate(pair.student_bytes))) if data}
-    (letter,) = encode(["a"])
-    # SentencePiece writes a space in front of a text, and none after a line break.
-    lead = "\n" if b"".join(pair.student_bytes[one] for one in letter).startswith(b" ") else ""
-    skipped = len(f" {lead}") if lead else 0
+    lead, skipped = _lead_of(pair, encode)
 
     def first_of(data: bytes, ids: Sequence[int]) -> tuple[int, int]:
         place = 0
@@ -160,6 +157,40 @@ def first_tokens_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[by
         return [first_of(data, next(ids) if text else []) for data, text in zip(strings, texts, strict=True)]
 
     return first_tokens
+
+
+def is_written_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[tuple[int, int]]], list[bool]]:
+    """A function from pairs of the student's ids to whether its tokenizer makes just these two of the bytes that they
+    spell in the middle of a text; True where those are no whole characters, which nothing can be asked about.
+    """
+    lead, skipped = _lead_of(pair, encode)
+
+    def is_pair(wanted: tuple[int, int], ids: Sequence[int]) -> bool:
+        return tuple(ids[-2:]) == wanted and sum(len(pair.student_bytes[one]) for one in ids[:-2]) == skipped
+
+    def is_written(pairs: list[tuple[int, int]]) -> list[bool]:
+        spelled = [pair.student_bytes[before] + pair.student_bytes[after] for before, after in pairs]
+        texts = [_whole_text(data) for data in spelled]
+        ids = iter(encode([lead + text for text in texts if text]))
+        return [not text or is_pair(wanted, next(ids)) for wanted, text in zip(pairs, texts, strict=True)]
+
+    return is_written
+
+
+def _lead_of(pair: VocabularyPair, encode: Encode) -> tuple[str, int]:
+    """What to put before a text so that it is encoded as in the middle of one, and the bytes that this comes to."""
+    (letter,) = encode(["a"])
+    # SentencePiece writes a space in front of a text, and none after a line break.
+    has_space = b"".join(pair.student_bytes[one] for one in letter).startswith(b" ")
+    return ("\n", 2) if has_space else ("", 0)
+
+
+def _whole_text(data: bytes) -> str:
+    """The bytes as text; empty where they are no whole characters."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _texts_of(parts: Sequence[bytes]) -> list[str] | None:

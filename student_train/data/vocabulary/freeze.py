@@ -53,8 +53,9 @@ from student_train.data.text import (
     reopen_retokenised,
     with_last_id,
 )
-from student_train.data.vocabulary.alignment import chunk_logprobs, first_tokens_with
+from student_train.data.vocabulary.alignment import chunk_logprobs, first_tokens_with, is_written_with
 from student_train.data.vocabulary.chains import CHANGED, RESPELLED, AlignedChain, Aligner
+from student_train.data.vocabulary.pairs import Pairs
 from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, VocabularyPair, vocabulary_of
 from student_train.data.vocabulary.projection import MAX_SUPPORT, Targets, project
 from student_train.data.vocabulary.transport import Aligned, Strings, Transport
@@ -154,7 +155,7 @@ class ProjectedRows:
             "aligned": len(good),
             CHANGED: sum(chain.problem == CHANGED for chain in chains),
             RESPELLED: sum(chain.problem == RESPELLED for chain in chains),
-            "common": int((targets.n_S > 0).sum()),
+            "common": sum(int(chain.alignment.is_common_S.sum()) for chain in good if chain.alignment is not None),
             "teacher_tokens": len(signals.topk_n_T),
             "mass": float(-np.expm1(targets.tail_logmass_S[targets.n_S > 0].astype(np.float64)).sum()),
         }
@@ -188,13 +189,17 @@ class _Teacher:
         self.special = _special_of(vocabulary, seen, student, self.aligner.pair)
         pair = self.aligner.pair
         self._is_mark_V = np.array([MARK.fullmatch(data) is not None for data in pair.student_bytes])
-        self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, tokenizer.encode_completions))
+        encode = tokenizer.encode_completions
+        self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, encode))
         self._transport = Transport(self._strings, tokenizer.vocab_size)
+        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), tokenizer.vocab_size)
         problems: list[str] = []
         with Progress("align", len(groups), "row groups") as progress:
             for number, table in enumerate(_tables(source, groups, TEXT_COLUMNS)):
                 chains = self.aligner.align(table)
-                self._transport.add(self._aligned([chain for chain in chains if chain.alignment is not None]))
+                aligned = self._aligned([chain for chain in chains if chain.alignment is not None])
+                self._transport.add(aligned)
+                self._pairs.add(aligned.before_S, aligned.student_ids_S)
                 problems += [chain.problem for chain in chains]
                 progress.update(number + 1, 0)
         if 2 * sum(map(bool, problems)) > len(problems):
@@ -203,7 +208,7 @@ class _Teacher:
 
     def project(self, chains: Sequence[AlignedChain], signals: Signals) -> Targets:
         """Targets of the student tokens of all chains, one after the other; `signals` are of the teacher's."""
-        return project(self._aligned(chains), signals, self._strings, self._transport)
+        return project(self._aligned(chains), signals, self._strings, self._transport, self._pairs)
 
     def _aligned(self, chains: Sequence[AlignedChain]) -> Aligned:
         teacher_R = np.array([len(chain.teacher_ids_T) for chain in chains], np.int64)
@@ -218,6 +223,7 @@ class _Teacher:
             student_ids_S=(student_ids_S := _joined([chain.student_ids_S for chain in chains])),
             student_bytes_S=np.where(self._is_mark_V[student_ids_S], 0, _joined(lengths_S)),
             places_S=np.where(places_S >= 0, places_S + first_S, -1),
+            before_S=_joined([np.append(-1, chain.student_ids_S)[:-1] for chain in chains]),
         )
 
 

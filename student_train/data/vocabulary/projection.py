@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stillroom.schema.records import Float32, Int32, Int64, Signals
+from student_train.data.vocabulary.pairs import Pairs
 from student_train.data.vocabulary.transport import Aligned, Bool, Float64, Strings, Transport
 
 MIN_MASS = 2e-4
@@ -23,8 +24,9 @@ MAX_STRINGS = 2_000_000
 class Targets:
     """Sparse distributions at S student tokens; token s owns the next `n_S[s]` entries, by falling probability.
 
-    n_S int32, 0 where there is no distribution; ids_N int32; logprobs_N float32; tail_logmass_S float32, the log of the
-    mass outside them; teacher_mass_S float32, the share of the teacher's mass that found student tokens.
+    n_S int32, 0 where there is no distribution or nothing of it is possible; ids_N int32; logprobs_N float32;
+    tail_logmass_S float32, the log of the mass outside them; teacher_mass_S float32, the share of the teacher's mass
+    that found student tokens, those that cannot follow included.
     """
 
     n_S: Int32
@@ -45,13 +47,14 @@ class _Entries:
     sampled_T: Float64
 
 
-def project(chains: Aligned, signals: Signals, strings: Strings, transport: Transport) -> Targets:
+def project(chains: Aligned, signals: Signals, strings: Strings, transport: Transport, pairs: Pairs) -> Targets:
     """Projects `signals` [T] of aligned chains to targets [S] at student tokens that start where a teacher token does.
 
     The sum over the teacher's stored candidates a of p(a) times the transport of a's bytes. The sampled candidate's own
     term looks ahead instead: the next stored distribution tells how the text goes on, so that the candidates there
     either settle the student's token or lengthen the string that the transport is asked for, and so on along the path
-    until it has passed the token that came. Mass is conserved: what finds no token is tail.
+    until it has passed the token that came. Tokens that cannot follow the one before are left out, the rest scaled up.
+    Mass is conserved: what finds no token is tail.
 
     At temperature 1 the targets are calibrated: the mean mass of the token that came equals the mean sum of squares.
     """
@@ -96,7 +99,7 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
         ids = chains.student_ids_S[index_N[is_end_N]]
         events.append((index_N[is_end_N], ids, weight_N[is_end_N]))
         index_N, path_N, weight_N = index_N[~is_end_N], path_N[~is_end_N], weight_N[~is_end_N]
-    return _collect(events, chains.places_S >= 0)
+    return _collect(events, chains, pairs)
 
 
 def _entries_of(teacher_ids_T: Int64, signals: Signals) -> _Entries:
@@ -135,9 +138,9 @@ def _rows(
     return index_N[rows], tokens, mass_N[rows] * probs
 
 
-def _collect(events: list[tuple[Int64, Int64, Float64]], has_target_S: Bool) -> Targets:
+def _collect(events: list[tuple[Int64, Int64, Float64]], chains: Aligned, pairs: Pairs) -> Targets:
     index, tokens, mass = (np.concatenate(part) for part in zip(*events, strict=True))
-    num_tokens = len(has_target_S)
+    num_tokens = len(chains.places_S)
     width = int(tokens.max(initial=0)) + 1
     keys, place = np.unique(index * width + tokens, return_inverse=True)
     mass = np.bincount(place, mass, len(keys))
@@ -146,6 +149,14 @@ def _collect(events: list[tuple[Int64, Int64, Float64]], has_target_S: Bool) -> 
     # The control variate may leave less than nothing at a few ids, of which the others then give the mass back.
     mass = np.maximum(mass, 0.0)
     mass *= (found_S / np.maximum(np.bincount(index, mass, num_tokens), 1e-9))[index]
+    is_possible = (mass <= MIN_MASS) | (tokens == chains.student_ids_S[index])
+    asked = np.flatnonzero(~is_possible)
+    is_possible[asked] = pairs.allowed(chains.before_S[index[asked]], tokens[asked])
+    # What is left is the distribution given that the token before ends where it does.
+    left_S = np.maximum(1.0 - np.bincount(index, mass * ~is_possible, num_tokens), MIN_MASS)
+    is_possible &= mass > 0.0
+    index, tokens, mass = index[is_possible], tokens[is_possible], mass[is_possible]
+    mass /= left_S[index]
     order = np.lexsort((-mass, index))
     index, tokens, mass = index[order], tokens[order], mass[order]
     n_S = np.bincount(index, minlength=num_tokens)

@@ -105,7 +105,7 @@ class Aligned:
 
     teacher_ids_T int64; ends_T int64, the index after the last token of each token's chain; student_ids_S int64;
     student_bytes_S int64, bytes of each; places_S int64, the teacher token that starts where a student token starts,
-    or -1.
+    or -1; before_S int64, the student's token before each in its chain, or -1.
     """
 
     teacher_ids_T: Int64
@@ -113,6 +113,7 @@ class Aligned:
     student_ids_S: Int64
     student_bytes_S: Int64
     places_S: Int64
+    before_S: Int64
 
 
 class Transport:

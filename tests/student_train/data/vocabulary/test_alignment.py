@@ -1,5 +1,6 @@
 """Bytes of tokens and alignment on them, compared with every offset looked up one by one."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from student_train.data.text import HuggingFaceText
-from student_train.data.vocabulary.alignment import Alignment, Speller, align, chunk_logprobs, first_tokens_with
+from student_train.data.vocabulary.alignment import (
+    Alignment,
+    Speller,
+    align,
+    chunk_logprobs,
+    first_tokens_with,
+    is_written_with,
+)
 from student_train.data.vocabulary.pieces import END, Vocabulary, VocabularyPair, lengths_of, pair_of, vocabulary_of
 from tests.helpers.tiny_tokenizer import byte_level, metaspace
 from tests.helpers.vocabularies import byte_bpe
@@ -142,3 +150,15 @@ def test_first_tokens_are_those_in_the_middle_of_a_text(make: Any) -> None:
     assert all(spelled[:5])
     # A single byte is a token on its own, two halves of a character are not one.
     assert spelled[5:] == [b"\xe4", b"", b""]
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, with_prefix_space])
+def test_neighbours_in_a_text_are_written_and_what_would_be_joined_is_not(make: Any) -> None:
+    text = fast(make())
+    _, pair = speller_of(text)
+    is_written = is_written_with(pair, text.encode_completions)
+    neighbours = [two for ids in text.encode_completions(TEXTS) for two in itertools.pairwise(ids[1:])]
+    assert all(is_written(neighbours))
+    # The two halves of a merged token.
+    id_of = {data: token_id for token_id, data in enumerate(pair.student_bytes)}
+    assert is_written([(id_of[b"h"], id_of[b"e"]), (id_of[b"e"], id_of[b"h"])]) == [False, True]

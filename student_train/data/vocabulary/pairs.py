@@ -1,0 +1,70 @@
+"""Which of the student's tokens can follow which.
+
+A place where the student's token ends says something about the text that comes. After "the" it cannot go on with "re",
+because the student would have written "there"; the teacher, whose tokens are others, still gives "re" its mass. A
+sequence of BPE tokens is what the tokenizer makes of its text exactly where every pair of neighbours is (Vieira et al.
+2025, arXiv 2506.07956), so two tokens are enough to tell.
+
+P pairs
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from stillroom.schema.records import Int64
+from student_train.data.vocabulary.transport import Bool
+
+IsWritten = Callable[[list[tuple[int, int]]], list[bool]]
+"""For each pair of student ids, whether the tokenizer makes just these two of the bytes that both spell."""
+MAX_PAIRS = 8_000_000
+
+
+class Pairs:
+    """Answers for pairs of the student's tokens, kept by pair. Pairs that chains hold are allowed whatever the test
+    says: pre-tokenisers look further than two tokens.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], is_written: IsWritten, vocab_size: int) -> None:
+        """`token_bytes` by student id, ids below `vocab_size`."""
+        self._is_written, self._vocab_size = is_written, vocab_size
+        self._first_V = np.zeros(vocab_size, np.int64)
+        self._last_V = np.zeros(vocab_size, np.int64)
+        # Nothing can join two tokens at bytes that stand side by side in no token, which spares most tests.
+        self._joins = np.zeros((256, 256), np.bool_)
+        for token_id, data in enumerate(token_bytes):
+            if data:
+                self._first_V[token_id], self._last_V[token_id] = data[0], data[-1]
+            inside = np.frombuffer(data, np.uint8)
+            self._joins[inside[:-1], inside[1:]] = True
+        self._seen: Int64 = np.zeros(0, np.int64)
+        self._keys: Int64 = np.zeros(0, np.int64)
+        self._is_allowed: Bool = np.zeros(0, np.bool_)
+
+    def add(self, before_P: Int64, after_P: Int64) -> None:
+        """Allows pairs that stand in chains; `before_P` is -1 where a chain begins."""
+        keys = (before_P * self._vocab_size + after_P)[before_P >= 0]
+        self._seen = np.union1d(self._seen, keys)
+
+    def allowed(self, before_P: Int64, after_P: Int64) -> Bool:
+        """bool [P]; where `before_P` is -1 all are."""
+        allowed_P = np.ones(len(before_P), np.bool_)
+        asked = np.flatnonzero(before_P >= 0)
+        asked = asked[self._joins[self._last_V[before_P[asked]], self._first_V[after_P[asked]]]]
+        keys_U, place = np.unique(before_P[asked] * self._vocab_size + after_P[asked], return_inverse=True)
+        allowed_P[asked] = self._answers(keys_U)[place]
+        return allowed_P
+
+    def _answers(self, keys_U: Int64) -> Bool:
+        new = np.setdiff1d(keys_U, self._keys, assume_unique=True)
+        if len(new):
+            if len(self._keys) > MAX_PAIRS:
+                self._keys, self._is_allowed, new = self._keys[:0], self._is_allowed[:0], keys_U
+            asked = np.setdiff1d(new, self._seen, assume_unique=True)
+            pairs = list(zip((asked // self._vocab_size).tolist(), (asked % self._vocab_size).tolist(), strict=True))
+            is_allowed = np.ones(len(new), np.bool_)
+            is_allowed[np.searchsorted(new, asked)] = self._is_written(pairs)
+            keys = np.concatenate([self._keys, new])
+            order = np.argsort(keys, kind="stable")
+            self._keys, self._is_allowed = keys[order], np.concatenate([self._is_allowed, is_allowed])[order]
+        return self._is_allowed[np.searchsorted(self._keys, keys_U)]
