@@ -146,8 +146,10 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config:
     ids_BL = torch.full((len(prompts), longest), padding, dtype=torch.int64)
     mask_BL = torch.zeros_like(ids_BL)
     for row, prompt in enumerate(prompts):
+        # Padded on the left: generation continues at the last position.
         ids_BL[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         mask_BL[row, longest - len(prompt.token_ids) :] = 1
+    # Without top_k, transformers cuts the distribution to its default of 50 tokens.
     sampling = {"temperature": config.temperature, "top_k": 0} if config.temperature else {}
     wanted = GenerationConfig(
         do_sample=bool(config.temperature),

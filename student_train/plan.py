@@ -353,12 +353,14 @@ def _memory_gib(stage: StageConfig, config: TrainConfig, shape: ModelShape, num_
     ]
     extra = trained if stage.trainable == "lora" else 0
     kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
+    # A frozen decoder keeps no activations; a tied head trains the embeddings, so gradients pass all layers.
     layers = 1 if stage.trainable == "head" and not shape.has_tied_head else shape.num_layers
     parts = {
         "weights": (shape.num_parameters + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
         "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
         "optimizer": trained * ADAM_BYTES / (num_ranks if engine.zero_stage >= 1 else 1),
         "activations": config.data.pack_tokens * shape.hidden_size * width * kept * layers,
+        # float32, and a second buffer for half precision, capped logits or another temperature (head_chunks.py).
         "logits": _chunk_tokens(engine) * num_ids * 4 * 2,
     }
     return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}

@@ -70,6 +70,7 @@ def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool
         wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
         num_total = num_requests(config, loaded.prompts, share) + len(failures)
 
+        # A function, because an engine is loaded only if something is left to do.
         def start_engine() -> Engine:
             longest = min(config.sampling.max_tokens, config.engine.max_model_len or config.sampling.max_tokens)
             return _start_engine(config, teacher, build.num_left(num_total) * longest * TYPICAL_LENGTH_FRAC)
@@ -188,6 +189,7 @@ class Build:
             num = format_plural(recorded.num_unjudged, "chain")
             note(f"{num} without a verdict. Judge with: teacher-cache judge {config.cache}")
         if loop.stopped is not None and not stop.is_set:
+            # Only now, when everything that had finished is visible.
             raise StillroomError(loop.stopped)
         return self._result(num_total, pending, recorded, seconds, loop.stopped)
 

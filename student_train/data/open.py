@@ -100,6 +100,7 @@ def plan_spec(config: TrainConfig, stage_index: int) -> PlanSpec:
     data = config.data
     return PlanSpec(
         pack_tokens=data.pack_tokens,
+        # Not seed + index: stage 1 of seed 0 would have the order of stage 0 of seed 1.
         seed=config.seed * len(config.stages) + stage_index,
         max_tokens=data.max_tokens,
         long_chains=data.long_chains,

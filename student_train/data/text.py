@@ -199,6 +199,7 @@ class TextRows:
         prompt_ids, token_ids = self._tokenizer.encode_prompts(prompts), self._tokenizer.encode_completions(texts)
         ends = [[self._tokenizer.eos_id] if has_ended(row, self._markers[row["run_id"]]) else [] for row in rows]
         whole = [ids + end for ids, end in zip(token_ids, ends, strict=True)]
+        # Without a prompt token nothing predicts the first token.
         kept = [number for number in range(len(rows)) if whole[number] and prompt_ids[number]]
         columns = {
             "sample_id": [rows[number]["sample_id"] for number in kept],
@@ -229,6 +230,7 @@ def completion_text(row: Mapping[str, Any], prompt: str, markers: Markers) -> st
 def with_last_id(table: pa.Table) -> list[dict[str, Any]]:
     """Rows with the last token of each chain in the place of all of them."""
     ids = table.column("token_ids").combine_chunks()
+    # Sums of lengths are where lists end in the flat values; no list is empty.
     last = pc.subtract(pc.cumulative_sum(pc.list_value_length(ids)), 1)
     table = table.drop_columns("token_ids").append_column("last_id", ids.flatten().take(last))
     rows: list[dict[str, Any]] = table.to_pylist()

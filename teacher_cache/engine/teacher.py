@@ -36,6 +36,7 @@ def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfi
     is served replaces the weights.
     """
     weights, revision = _weights(config, engine)
+    # At the resolved commit, as all that follows: a branch that moves meanwhile would mix two models.
     tokenizer = load_tokenizer(config.model, revision, config.trust_remote_code)
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
     template = fingerprint_template(tokenizer)

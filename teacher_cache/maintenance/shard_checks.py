@@ -28,6 +28,7 @@ from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, chain_schema
 from stillroom.storage.paths import Location
 from teacher_cache.writer.rows import scalars_of
 
+# Nothing else in a row could contradict these.
 NOT_CHECKED = {"sample_index", "created_at", "source", "split", "reference", "finish_reason", "seed"}
 COLUMNS = [
     field.name
@@ -103,6 +104,7 @@ def verify_shard(table: Table, file: DataFile) -> ShardFindings:
     if not path.exists():
         return findings
     try:
+        # Also with a wrong hash: the row groups tell what quarantine can keep.
         _read_shard(path, findings)
     except StillroomError as error:
         _add_error(findings, error, path)
@@ -156,6 +158,7 @@ def _read_shard(path: Location, findings: ShardFindings) -> None:
             findings.problems += problems
             if problems:
                 findings.bad_groups.add(index)
+            # Others are reported by check_rows, and do not fit 16 bytes.
             ids = [one for one in table.column("sample_id").to_pylist() if SAMPLE_ID.match(one)]
             findings.sample_ids = np.concatenate([findings.sample_ids, packed(ids)])
             findings.num_tokens += len(signals.topk_n_T)
@@ -217,6 +220,7 @@ def _check_tokens(
     stored_T[token_N[hit_N]] = signals.topk_logprobs_N[hit_N]
     last_T = signals.topk_logprobs_N[starts_T + n_T - 1]
     falling_N = np.concatenate([[True], np.diff(signals.topk_logprobs_N) <= 1e-6])
+    # From one token to the next the log probability may rise.
     falling_N[starts_T] = True
     mass_T = np.add.reduceat(np.exp(signals.topk_logprobs_N, dtype=np.float64), starts_T)
     mass_T += np.exp(signals.tail_logmass_T, dtype=np.float64)
@@ -261,6 +265,7 @@ def _draws_outside(signals: Signals, header: ShardHeader) -> Bools:
     if draws is None or not len(draws.ids_D):
         return good_T
     token_D, token_N = np.repeat(np.arange(len(n_T)), draws.n_T), np.repeat(np.arange(len(n_T)), n_T)
+    # One number for each pair of token and id, so that one call compares all tokens.
     in_support_D = np.isin(token_D * header.vocab_size + draws.ids_D, token_N * header.vocab_size + signals.topk_ids_N)
     has_tail_T = np.isfinite(signals.tail_logmass_T)
     good_T[token_D[in_support_D | ~np.isfinite(draws.logprobs_D) | ~has_tail_T[token_D]]] = False

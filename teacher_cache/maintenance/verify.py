@@ -183,6 +183,7 @@ def _verify_small(table: Table, schema: pa.Schema) -> Iterator[tuple[Problem, Da
         except CorruptError as error:
             problem = without_path(str(error), table.path_of(file))
         except StillroomError as error:
+            # A disk or store that cannot be read says nothing about the bytes: nothing to quarantine.
             yield Problem(f"{table.folder.name}/{file.path}", without_path(str(error), table.path_of(file))), None
             continue
         if problem is not None:

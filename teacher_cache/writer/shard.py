@@ -46,6 +46,7 @@ class ShardFile:
         metadata = {SHARD_METADATA_KEY: header.model_dump_json()}
         self._schema = chain_schema(header.codec).with_metadata(metadata)
         temp.parent.mkdir(parents=True, exist_ok=True)
+        # A stream of our own tells how large the file is so far.
         self._stream = temp.open("wb")
         self._writer = pq.ParquetWriter(self._stream, self._schema, **parquet_options(self._schema, header.vocab_size))
 
@@ -107,8 +108,10 @@ def parquet_options(schema: pa.Schema, vocab_size: int) -> dict[str, Any]:
         # List columns need the path of their leaf; pyarrow ignores a bare column name without an error.
         "use_dictionary": [*integers, *_TEXT_DICTIONARY],
         "column_encoding": dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        # Past it a writer falls back to plain values; a dictionary of all ids as int32 must fit.
         "dictionary_pagesize_limit": max(MIN_DICTIONARY_BYTES, 4 * vocab_size),
         "data_page_size": PAGE_BYTES,
+        # Only of columns that SQL filters by: minima of token lists exclude no row group.
         "write_statistics": _STATISTICS,
         "write_page_checksum": True,
     }

@@ -36,8 +36,11 @@ INK, MUTED, GRID, CARD = "--ink", "--muted", "--grid", "--card"
 # matplotlib needs colours: each variable is drawn in a colour that nothing else has, and replaced in the SVG.
 _SENTINELS = {name: f"#fe{number:02x}ef" for number, name in enumerate((*SERIES, INK, MUTED, GRID, CARD))}
 _SETTINGS: dict[Any, Any] = {
+    # Text stays text, in the page's font.
     "svg.fonttype": "none",
+    # With this and no date, the same numbers give the same bytes.
     "svg.hashsalt": "stillroom",
+    # A $ in a name begins no formula.
     "text.parse_math": False,
     "font.size": 12,
     "axes.edgecolor": _SENTINELS[GRID],
@@ -81,6 +84,7 @@ class Drawing:
         with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
             # A glyph that the measuring font lacks is still drawn by the browser's.
             warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+            # Not pyplot, which keeps every figure and looks for a display.
             figure = Figure(figsize=(WIDE_IN if wide else WIDTH_IN, self.height_in))
             self.draw(figure.subplots())
             buffer = io.StringIO()
@@ -159,6 +163,7 @@ def line_chart(
 def histogram(groups: Sequence[Group], x_label: str, y_label: str = "share (%)", *, num_bins: int = 40) -> Drawing:
     """Shares of each group's values by bin, each group's median as a dashed line and in the legend."""
     everything = np.concatenate([np.asarray(group.values, float) for group in groups])
+    # The last half percent falls into the last bin: a few outliers would squeeze all other bins.
     low, high = float(everything.min()), float(np.quantile(everything, 0.995))
     if high <= low:
         low, high = low - 0.5, low + 0.5

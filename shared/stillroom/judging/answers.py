@@ -117,6 +117,7 @@ def judge_math(answer: str, reference: str, truncated: bool) -> Verdict:
         return exact if exact.correct else _first_value(found.candidates, wanted, wanted_text)
     candidates = found.candidates
     if isinstance(wanted, Group):
+        # Several boxes are a list only if they are as many as the reference has items.
         several = [
             one for one in candidates if one.mark == "all boxes" and one.text.count(", ") + 1 == len(wanted.items)
         ]

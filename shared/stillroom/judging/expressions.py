@@ -5,7 +5,9 @@ from typing import Any
 
 MAX_EXPONENT = 20_000
 """Larger powers and factorials are compared as they are written: sympy would compute all their digits."""
+# Positive, so that roots and logarithms are real, and no whole numbers, at which different expressions often agree.
 SAMPLES = ((0.37, 1.91, 2.83, 0.71, 1.33), (1.73, 0.59, 3.11, 2.29, 0.43), (2.61, 3.47, 0.83, 1.19, 4.07))
+# x and |x| differ only here; where a root or logarithm turns complex, the point is skipped.
 NEGATIVE_SAMPLE = (-1.57, -2.39, -0.67, -3.23, -1.13)
 RELATIVE_TOLERANCE = 1e-9
 
@@ -23,6 +25,7 @@ def same_expression(ours: Any, theirs: Any) -> bool:
         return is_same_shape and all(same_expression(a, b) for a, b in zip(ours, theirs, strict=True))
     if not isinstance(ours, Basic) or not isinstance(theirs, Basic) or _is_too_large(ours) or _is_too_large(theirs):
         return False
+    # sympy keeps rationals in lowest terms: equal ones were equal above.
     if ours.is_Rational and theirs.is_Rational:
         return False
     symbols = sorted(ours.free_symbols | theirs.free_symbols, key=str)
@@ -70,6 +73,7 @@ def _simplifies_to_zero(ours: Any, theirs: Any) -> bool:
         return False
 
 
+# 9^9^9 has more digits than memory.
 def _is_too_large(value: Any) -> bool:
     from sympy import Pow, factorial, preorder_traversal
 

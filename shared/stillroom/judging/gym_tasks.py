@@ -23,6 +23,7 @@ from typing import Any
 from stillroom.judging.answers import Verdict, decided, shown, undecided
 from stillroom.judging.marked import fenced_blocks, find_answer, plain
 
+# reasoning-gym 0.1.25 draws some tasks in the order of a set (ransom_note, ...), which string hashes decide.
 HASH_SEED = "0"
 REFUSED = re.compile(r"__|\b(?:eval|exec|open|compile|getattr|setattr|vars|globals|breakpoint|input)\s*\(")
 """Several checkers pass the answer to sympy.parse_expr, which evaluates it as Python: they never see such text."""
@@ -117,6 +118,7 @@ def judge_reasoning_gym(
         correct = any(own(candidate, reference, metadata["entry"]) for candidate in candidates)
         return decided(correct, f"own rule for {task}", shown(candidates[0], reference or ""))
     options = json.dumps(metadata["options"], sort_keys=True)
+    # With the size, on which entries of some tasks depend (acre).
     dataset = _dataset(task, int(metadata["seed"]), int(metadata["size"]), options)
     entry = dataset[int(metadata["index"])]
     if jsonable(entry["metadata"]) != metadata["entry"]:
@@ -218,6 +220,7 @@ def _value(node: Any) -> Any:
     raise ValueError("not a sum, difference, product or quotient")
 
 
+# reasoning-gym 0.1.25 accepts any text for the first, and 6*4*1*1 whatever the numbers for the second.
 _OWN_RULES = {"game_of_life_halting": _same_as_reference, "puzzle24": _makes_24}
 
 

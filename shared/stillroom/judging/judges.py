@@ -73,6 +73,7 @@ def judge_answer(
     Raises ConfigError for an unknown kind. `math` must be called from the main thread, where math-verify keeps time.
     """
     check_kind(kind)
+    # First: without a reference not even a missing answer can be called wrong.
     if kind != "reasoning_gym" and (problem := reference_problem(reference, kind)) is not None:
         return undecided(problem)
     if answer is None or not answer.strip():

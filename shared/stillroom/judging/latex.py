@@ -138,6 +138,7 @@ def split_top(text: str, separators: str) -> list[str]:
 
 def _unboxed(text: str) -> str:
     found = boxes(text)
+    # From the last one, so that the places of the others stay right.
     for start, end, content in reversed(found):
         text = text[:start] + content + text[end:]
     return _unboxed(text) if found else text
@@ -224,5 +225,6 @@ UNIT_WORDS = frozenset(
 def _fraction_of_repeating(match: re.Match[str]) -> str:
     """0.1(6): the repeating decimal as a fraction."""
     whole, fixed, repeated = match[1] or "0", match[2], match[3]
+    # 0.1(6) = (16 - 1) / 90
     numerator = int(whole + fixed + repeated) - int(whole + fixed)
     return rf"\frac{{{numerator}}}{{{(10 ** len(repeated) - 1) * 10 ** len(fixed)}}}"

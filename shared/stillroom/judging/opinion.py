@@ -64,6 +64,7 @@ def read_opinion(
     reply: str | None, finish_reason: str | None, model: str, answer: str, reference: str | None
 ) -> Verdict:
     """The verdict in a reply; undecided unless its last line, and every such line, is the same verdict."""
+    # The end of a long answer, where its result stands.
     compared = shown(answer if len(answer) <= MAX_SHOWN else f"…{answer[1 - MAX_SHOWN :]}", reference or "")
     if finish_reason != "stop":
         return undecided(f"the reply was cut ({finish_reason})", compared)

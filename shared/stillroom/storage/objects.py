@@ -181,6 +181,7 @@ class ObjectPath:
         """Raises errors of the store as one line that names this path."""
         try:
             yield
+        # An answer of the store, not a failure.
         except FileNotFoundError:
             raise
         except OSError as error:

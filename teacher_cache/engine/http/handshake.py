@@ -225,6 +225,7 @@ async def _check_logprobs(http: HttpClient, api: Api, model: str, form: Form, ex
     try:
         # The least probable token is scored and then forced: flags that change logprobs show in the difference.
         scored = await score_tokens(http, api, model, ids, 1, form)
+        # Row i scores token i + 1, because the probe's prompt is its first token.
         least = int(np.argmin(scored.sampled_logprob_T[:-1])) + 1
         forced = await _force_token(http, api, model, ids[: least + 1], form)
     except Refused as error:

@@ -49,6 +49,7 @@ class ServerEngine:
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._pool = EndpointPool(config, expected, api_key, self._answers)
+        # The loop has a thread of its own: streams are read while the build's thread makes requests and waits.
         self._thread = threading.Thread(target=self._loop.run_forever, name="server engine", daemon=True)
         self._thread.start()
         try:
@@ -114,6 +115,7 @@ class ServerEngine:
         try:
             waiting.result()
         except BaseException:
+            # After a Ctrl-C the coroutine must not go on in the other thread.
             waiting.cancel()
             raise
 
