@@ -96,7 +96,13 @@ def evaluate(
     num_tokens = num_compared = num_bytes = 0
     bytes_of = _byte_counter(selection)
     stream = PackStream(
-        selection, spec, packs_per_step=ranks.num_ranks, rank=ranks.rank, world=ranks.num_ranks, num_epochs=1
+        selection,
+        spec,
+        packs_per_step=ranks.num_ranks,
+        rank=ranks.rank,
+        world=ranks.num_ranks,
+        num_epochs=1,
+        tell=ranks.tell,
     )
     num_packs = stream.plans.total_packs()
     view = TargetView(with_draws=selection.header.draws > 0)

@@ -16,7 +16,7 @@ import numpy as np
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json
 from stillroom.errors import ConfigError
-from stillroom.log import warn
+from stillroom.log import note, warn
 from student_train.config import (
     DataConfig,
     EngineConfig,
@@ -75,8 +75,8 @@ class StagePlan:
     with_signals: bool
     """Whether a loss or a weight of the stage needs distributions; else only token ids are read."""
 
-    def stream(self, rank: int, num_ranks: int) -> PackStream:
-        """This rank's packs from the beginning of the stage."""
+    def stream(self, rank: int, num_ranks: int, tell: Callable[[str], None] = note) -> PackStream:
+        """This rank's packs from the beginning of the stage; `tell` is called while it waits for data."""
         return PackStream(
             self.selection,
             self.spec,
@@ -85,6 +85,7 @@ class StagePlan:
             world=num_ranks,
             num_epochs=self.num_epochs,
             with_signals=self.with_signals,
+            tell=tell,
         )
 
 

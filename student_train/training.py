@@ -154,7 +154,7 @@ class StageRun:
             export_stage(config, state)
         ranks.barrier()
         self.engine = self._load_engine(here)
-        self._stream = stage.stream(ranks.rank, ranks.num_ranks)
+        self._stream = stage.stream(ranks.rank, ranks.num_ranks, ranks.tell)
         if here is not None:
             checkpoint.load(self._folder.checkpoints, self.engine, here, ranks)
             self._stream.load_state_dict(here.stream)

@@ -256,6 +256,8 @@ class RowBuffer:
         self.num_bytes = 0
         self.max_bytes = 0
         self.num_reads = 0
+        self.waiting_for: int | None = None
+        """The row group whose read holds up the next row, for other threads to see."""
 
     def next_row(self) -> tuple[RowBlock, int]:
         """The next row's block and its index in it. Raises what reading raised."""
@@ -298,7 +300,10 @@ class RowBuffer:
 
     def _wait_for(self, group: int) -> RowBlock:
         future = self._loading.pop(group, None)
-        return self._load(group, self._due_rows(group)) if future is None else future.result()
+        self.waiting_for = group
+        block = self._load(group, self._due_rows(group)) if future is None else future.result()
+        self.waiting_for = None
+        return block
 
     def _keep(self, group: int, block: RowBlock) -> None:
         self._blocks[group] = block

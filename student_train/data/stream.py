@@ -26,6 +26,7 @@ from typing import Any, Self
 import numpy as np
 
 from stillroom.errors import ConfigError
+from stillroom.log import format_duration, note
 from stillroom.schema.records import Int64
 from student_train.data.epoch_plan import EpochPlans, Place, PlanSpec
 from student_train.data.pack import Pack, PackedPiece, build_pack, empty_pack
@@ -33,6 +34,8 @@ from student_train.data.rows import FOLDER_AHEAD_GROUPS, STORE_AHEAD_GROUPS, Row
 from student_train.data.selection import Selection
 
 THREAD_NAME = "pack-stream"
+WAIT_NOTE_S = 10.0
+"""A consumer that waits says so this often."""
 POLL_S = 0.1
 """How often a blocked reading thread checks whether the stream was closed."""
 
@@ -80,6 +83,7 @@ class PackStream:
         buffer_mib: int = 1024,
         prefetch_packs: int = 8,
         read_ahead_groups: int | None = None,
+        tell: Callable[[str], None] = note,
     ) -> None:
         """Sets up the stream; threads start with the first pack.
 
@@ -88,6 +92,7 @@ class PackStream:
         with_signals: False reads token ids only.
         buffer_mib: budget of decoded rows.
         read_ahead_groups: row groups read before they are due; None is 2 from folders, 8 from object stores.
+        tell: called every WAIT_NOTE_S while the consumer waits, with a line that says for which file.
 
         Raises ConfigError if the batch does not divide among the ranks or no chain is left to train on.
         """
@@ -108,6 +113,8 @@ class PackStream:
         self._read_ahead_groups = usual if read_ahead_groups is None else read_ahead_groups
         self._place: Place = (0, 0)
         self._stats = StreamStats()
+        self._tell = tell
+        self._rows: RowBuffer | None = None
         self._queue: queue.Queue[_Item] = queue.Queue(prefetch_packs)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -131,7 +138,7 @@ class PackStream:
         if self._thread is None:
             self._start()
         started_s = time.perf_counter()
-        item = self._queue.get()
+        item = self._next_item(started_s)
         waited_s = time.perf_counter() - started_s
         if item.pack is None:
             self.close()
@@ -142,6 +149,16 @@ class PackStream:
         self._place = item.place_after
         self._count(item, item.pack, waited_s)
         return item.pack
+
+    def _next_item(self, started_s: float) -> _Item:
+        while True:
+            try:
+                return self._queue.get(timeout=WAIT_NOTE_S)
+            except queue.Empty:
+                group = None if self._rows is None else self._rows.waiting_for
+                what = "the next pack" if group is None else self.plans.selection.where(group)
+                waited = format_duration(time.perf_counter() - started_s)
+                self._tell(f"waiting for data: rank {self._rank} of {self._world} has waited {waited} for {what}")
 
     @property
     def stats(self) -> StreamStats:
@@ -242,7 +259,8 @@ class PackStream:
         def load(group: int, rows_R: Int64) -> RowBlock:
             return read_rows(selection, group, rows_R, with_signals=self._with_signals)
 
-        return RowBuffer(load, rows_I, selection.group_R, self._budget_bytes, pool, self._read_ahead_groups)
+        self._rows = RowBuffer(load, rows_I, selection.group_R, self._budget_bytes, pool, self._read_ahead_groups)
+        return self._rows
 
 
 class _EpochReader:

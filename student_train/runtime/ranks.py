@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from stillroom.cores import CoreSharing
 from stillroom.errors import ConfigError, StillroomError, first_line
-from stillroom.log import console
+from stillroom.log import console, harmless, note
 from stillroom.program import INTERRUPTED, SIGNALS
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 
@@ -44,6 +44,8 @@ TAIL_LINES = 20
 
 PR_SET_PDEATHSIG = 1
 PARENT_VARIABLE = "STUDENT_TRAIN_PARENT"
+CONSOLE_VARIABLE = "STUDENT_TRAIN_CONSOLE"
+"""In ranks whose output goes to a log: the number of a file descriptor that leads to the launcher's stderr."""
 
 JOIN_TIMEOUT = datetime.timedelta(hours=24)
 """The first rank may freeze or retokenise a large cache while the others wait."""
@@ -61,8 +63,8 @@ class RanksLost(StillroomError):
 def launch(num_ranks: int, command: Sequence[str]) -> int:
     """Runs `command` as `num_ranks` ranks and returns the exit code: 0, 130 after an interruption, or the cause's.
 
-    Signals are forwarded. The first rank's output is shown live; the others write logs, and where one of them caused a
-    failure, the end of its log is shown with the log's path.
+    Signals are forwarded. The first rank's output is shown live; the others write logs, besides what they `tell`, and
+    where one of them caused a failure, the end of its log is shown with the log's path.
     """
     if "RANK" in os.environ:
         raise ConfigError("--nproc has no effect under a launcher (RANK is set): leave it out")
@@ -172,8 +174,15 @@ def _start(rank: int, num_ranks: int, command: Sequence[str], port: int, logs: P
     # A session of its own: Ctrl-C reaches a rank through `launch` only, once.
     if rank == 0:
         return subprocess.Popen(command, env=environ, start_new_session=True)
-    with _log_path(logs, rank).open("wb") as log:
-        return subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+    shown = os.dup(2)
+    environ[CONSOLE_VARIABLE] = str(shown)
+    try:
+        with _log_path(logs, rank).open("wb") as log:
+            return subprocess.Popen(
+                command, env=environ, stdout=log, stderr=log, start_new_session=True, pass_fds=[shown]
+            )
+    finally:
+        os.close(shown)
 
 
 def _log_path(logs: Path, rank: int) -> Path:
@@ -212,6 +221,16 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def tell(self, line: str) -> None:
+        """Shows a line of this rank where the first rank's output is shown."""
+        shown = os.environ.get(CONSOLE_VARIABLE)
+        if self.is_first or shown is None:
+            note(line)
+        else:
+            # The carriage return and the erasing code clear what the first rank's bar left on the line.
+            start = "\r\x1b[2K" if os.isatty(int(shown)) else ""
+            os.write(int(shown), f"{start}{harmless(line)}\n".encode())
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -1,6 +1,7 @@
 """Exact streaming: every chain once an epoch, whoever reads, wherever it resumes, each target with its own token."""
 
 import itertools
+import re
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from stillroom.errors import ConfigError, CorruptError
 from student_train.data.epoch_plan import LongChains, PlanSpec
 from student_train.data.pack import Pack
+from student_train.data.rows import read_rows
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
 from student_train.data.stream import PackStream
 from tests.helpers.caches import Chain, SyntheticCache, make_cache
@@ -342,3 +344,15 @@ def test_sample_weights_reach_every_token(tmp_path: Path) -> None:
     for pack in read(selection, SPEC)[0]:
         assert pack.weights_N.tolist() == selection.weight_R[pack.row_N].tolist()
     assert set(selection.weight_R.tolist()) == {2.0, 0.5}
+
+
+def test_a_rank_that_waits_says_for_which_file_and_how_long(frozen: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.15)
+        return read_rows(*arguments, **options)
+
+    monkeypatch.setattr("student_train.data.stream.read_rows", slowly)
+    monkeypatch.setattr("student_train.data.stream.WAIT_NOTE_S", 0.05)
+    said: list[str] = []
+    read(frozen.selection, SPEC, 1, rank=1, world=2, packs_per_step=2, tell=said.append)
+    assert re.fullmatch(r"waiting for data: rank 1 of 2 has waited 0:00 for /.*\.parquet: row group \d+", said[0])

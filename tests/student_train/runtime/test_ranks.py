@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import ConfigError
-from student_train.runtime.ranks import LOST_CODE, RANK_VARIABLES, find_cause, launch
+from student_train.runtime.ranks import CONSOLE_VARIABLE, LOST_CODE, RANK_VARIABLES, find_cause, launch
 from tests.helpers import ROOT
 from tests.helpers.rank_program import MESSAGE
 
@@ -43,6 +43,12 @@ def test_ranks_that_end_well_leave_nothing_behind(tmp_path: Path) -> None:
     code, said = _ended(_start(tmp_path, "well"))
     assert (code, said.strip()) == (0, "rank 0 is there")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_rank_tells_is_shown_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    telling = f"import os; os.write(int(os.environ.get('{CONSOLE_VARIABLE}', 2)), os.environ['RANK'].encode())"
+    assert launch(2, [sys.executable, "-c", telling]) == 0
+    assert sorted(capfd.readouterr().err) == ["0", "1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
