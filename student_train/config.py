@@ -81,7 +81,8 @@ class LoraConfig(StrictModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' inputs."""
     targets: list[str] | None = Field(default=None, min_length=1)
-    """Linear layers that get an adapter, e.g. [q_proj, v_proj]; None is all but the head."""
+    """Linear layers that get an adapter, e.g. [q_proj, v_proj], and stacked experts, e.g. [experts.down_proj]; None is
+    all linear layers but the head and the routers of experts."""
 
 
 def stage_key(number: int, name: str) -> str:

@@ -182,7 +182,7 @@ def export(
         if adapter_of is not None:
             # peft writes it into adapter_config.json, which is then opened from any directory.
             model.peft_config["default"].base_model_name_or_path = adapter_of
-        save_model(model, found, temp)
+        save_model(model, found, temp, with_embeddings=adapter_of is not None and _is_widened(model, adapter_of))
         selections = {
             one.name: load_selection(run.selection_path(one.name)) for one in config.stages[: state.stage + 1]
         }
@@ -214,6 +214,12 @@ def initial_folder(config: TrainConfig, stage: int) -> str:
     if stage == 0:
         return config.student.model
     return str(RunFolder(config.run).model_after(config.stages[stage - 1].name))
+
+
+def _is_widened(model: Any, base: str) -> bool:
+    from transformers import AutoConfig
+
+    return bool(model.config.vocab_size != AutoConfig.from_pretrained(base).get_text_config().vocab_size)
 
 
 def _base_of(config: TrainConfig, stage: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillroom.errors import DataError, first_line
 from student_train.config import StudentConfig
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -34,8 +35,9 @@ class ModelShape:
 
 
 def model_shape(student: StudentConfig) -> ModelShape:
-    """Raises DataError where transformers does not know the model."""
-    return _from_files(student) or _from_meta(student)
+    """Raises DataError where transformers does not know the model, or its files are not whole."""
+    shapes = _tensor_shapes(Path(student.model))
+    return _from_files(student, shapes) or _from_meta(student)
 
 
 def read_config(student: StudentConfig) -> dict[str, Any] | None:
@@ -58,9 +60,8 @@ def _is_known(model_type: Any) -> bool:
     return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
 
 
-def _from_files(student: StudentConfig) -> ModelShape | None:
+def _from_files(student: StudentConfig, shapes: Mapping[str, tuple[int, ...]]) -> ModelShape | None:
     config = read_config(student)
-    shapes = None if config is None else _tensor_shapes(Path(student.model))
     if config is None or not shapes or shapes.get(f"{EMBEDDING}.weight") is None:
         return None
     is_tied = f"{HEAD}.weight" not in shapes
@@ -85,16 +86,22 @@ def _from_files(student: StudentConfig) -> ModelShape | None:
     )
 
 
-def _tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
+def _tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
+    """By name, from the headers of a local folder's files. Raises DataError for one that is damaged or missing."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
+    paths = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        paths += [path for part in sorted(parts) if (path := folder / part) not in paths]
+    for path in paths:
+        try:
             with safe_open(path, framework="numpy") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} is missing, damaged or cut short: copy it again ({first_line(error)})") from error
     return shapes
 
 

@@ -15,9 +15,10 @@ import sys
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from stillroom.errors import ConfigError, DataError
+from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.models import hush_hub
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
 from student_train.data.pack import TorchPack
@@ -136,7 +137,7 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
             attn_implementation=student.attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{folder} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -180,25 +181,60 @@ def widen_vocab(model: Any, vocab_size: int) -> int:
 
 
 def add_lora(model: Any, lora: LoraConfig) -> Any:
-    """Wraps the model in a peft adapter. Raises ConfigError for targets that it does not have."""
+    """Wraps the model in a peft adapter. Routers and stacked experts get none unless they are named.
+
+    Raises ConfigError for targets that the model does not have, or that peft cannot adapt.
+    """
     import peft
 
+    experts = [name for name in lora.targets or [] if any(_ends_in(one, name) for one in _stacked_experts(model))]
+    named = [name for name in lora.targets or [] if name not in experts]
     wanted = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, used as a divisor
         lora_dropout=lora.dropout,
-        target_modules=lora.targets or "all-linear",
+        target_modules=_all_linear(model) if lora.targets is None else named,
+        target_parameters=experts or None,
     )
     try:
         return peft.get_peft_model(model, wanted)
     except ValueError as error:
-        raise ConfigError(f"lora.targets={lora.targets}: {' '.join(str(error).split())[:200]}") from error
+        at_fault = f"lora.targets={lora.targets}" if "arget modules" in str(error) else "lora cannot adapt this student"
+        raise ConfigError(f"{at_fault}: {one_line(error)[:200]}") from error
 
 
 def adaptable_layers(model: Any) -> list[str]:
-    """Dotted names of the layers that peft can adapt."""
+    """Dotted names of the layers, and of the experts' stacked weights, that peft can adapt."""
     import transformers
 
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, transformers.pytorch_utils.Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [
+        *(name for name, module in model.named_modules() if isinstance(module, kinds)),
+        *_stacked_experts(model),
+    ]
+
+
+def _stacked_experts(model: Any) -> list[str]:
+    """Dotted names of weights [experts, out, in] that are no layers."""
+    return [name for name, one in model.named_parameters() if one.dim() == 3 and not name.endswith(".weight")]
+
+
+def _all_linear(model: Any) -> str | list[str]:
+    """peft's name for all linear layers but the head, or their names where it would take routers and experts too."""
+    routers, head = set(_routers(model)), model.get_output_embeddings()
+    if not routers:
+        return "all-linear"
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name, module in linears if name not in routers and module is not head]
+
+
+def _routers(model: Any) -> list[str]:
+    """Dotted names of the modules that score experts: called router, or gate beside experts."""
+    names = [name for name, _ in model.named_modules()]
+    beside_experts = {f"{name.removesuffix('.experts')}.gate" for name in names if name.endswith(".experts")}
+    return [name for name in names if name in beside_experts or _ends_in(name, "router")]
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
