@@ -4,9 +4,10 @@ Commands import what they need when they run, so that `--help` and `sql` start f
 """
 
 import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +28,8 @@ Overrides = Annotated[
 ]
 Worker = Annotated[str, typer.Option(metavar="I/N", help="Process share I (from 0) of N.")]
 RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
-
+SQL_COMMENT = re.compile(r"--(?:\s|[^=]*\n)")
+"""Begins a query and no option: `-- why` or a first line without `=`."""
 
 app = new_program(
     "teacher-cache", "Run a teacher once and store its chains with the probability distribution of every token."
@@ -199,20 +201,49 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-@app.command()
+class _SqlCommand(typer.core.TyperCommand):
+    """A command whose QUERY may begin with a comment, `-- why`, which would look like an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        comments = [one for one in args if SQL_COMMENT.match(one)]
+        rest = [one for one in args if one not in comments]
+        return super().parse_args(ctx, [*rest, "--", *comments] if comments and "--" not in rest else args)
+
+
+@app.command(cls=_SqlCommand)
 def sql(
     cache: CachePath,
     query: Annotated[
         str | None,
-        typer.Argument(metavar="QUERY", help="A SELECT, or - for stdin. Without it an interactive session starts."),
+        typer.Argument(
+            metavar="QUERY", help="SELECTs separated by ;, or - for stdin. Without it an interactive session starts."
+        ),
     ] = None,
     output_format: Annotated[
-        str | None, typer.Option("--format", help="table, csv, json, markdown or parquet.")
+        str | None, typer.Option("--format", help="table, csv, json, jsonl, markdown, parquet or arrow.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this file instead of stdout.")] = None,
     attach: Annotated[
         list[str] | None,
         typer.Option("--attach", metavar="NAME=CACHE", help="Attach another cache as schema NAME. Repeatable."),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME=FILE",
+            help="Add a CSV, Parquet, JSON Lines or Arrow file as table NAME, read-only. Repeatable.",
+        ),
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(min=0, help="Version of the table chains. Default: the latest.")
+    ] = None,
+    verdicts_version: Annotated[
+        int | None, typer.Option(min=0, help="Version of the verdicts. Default: the latest.")
+    ] = None,
+    num_threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: all cores.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory limit, e.g. 4GB. Default: 80% of the machine's.")
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Maximum rows of a printed table.")] = 40,
     export_views: Annotated[
@@ -222,22 +253,24 @@ def sql(
         bool, typer.Option("--check", help="First verify every file against the hash in its name.")
     ] = False,
 ) -> None:
-    """Query the cache in SQL (DuckDB). Read-only; other files cannot be accessed."""
+    """Query the cache in SQL (DuckDB). Read-only; other files cannot be accessed unless named with --with."""
     from stillroom.sql.session import Session
     from stillroom.storage.paths import check_out, location
-    from teacher_cache.inspect.sql import check_files, open_caches, read_stdin, run_query, write_views
+    from teacher_cache.inspect.sql import check_files, open_caches, own_files, read_stdin, run_queries, write_views
 
-    catalogs = open_caches(location(cache), attach or [])
+    catalogs, files = open_caches(location(cache), attach or [], version, verdicts_version), own_files(own or [])
     if check:
         check_files(catalogs.values())
     if export_views is not None:
         if query is not None or out is not None or output_format is not None:
             raise ConfigError("--export-views runs no query: remove QUERY, --out and --format")
-        write_views(catalogs, export_views)
+        if num_threads is not None or memory is not None:
+            raise ConfigError("--export-views runs no query: remove --threads and --memory")
+        write_views(catalogs, export_views, files)
         return
     if out is not None:
         check_out("--out", out, [one.root for one in catalogs.values()])
-    with Session(catalogs) as session:
+    with Session(catalogs, files, num_threads, memory) as session:
         if query is None and sys.stdin.isatty() and out is None:
             from teacher_cache.inspect.shell import SqlShell
 
@@ -245,7 +278,23 @@ def sql(
                 raise ConfigError("--format needs a QUERY: use .mode in a session")
             SqlShell(session, max_rows, list(catalogs)).run()
         else:
-            run_query(session, read_stdin() if query in (None, "-") else str(query), output_format, out, max_rows)
+            text = read_stdin() if query in (None, "-") else str(query)
+            run_queries(session, text, output_format, out, max_rows)
+
+
+@app.command()
+def files(
+    cache: CachePath,
+    table: Annotated[str, typer.Option(help="chains, verdicts or failures.")] = "chains",
+    version: Annotated[int | None, typer.Option(min=0, help="Version of the table. Default: the latest.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the visible files of a table at a version, one per line: what any Parquet reader may read."""
+    from stillroom.storage.paths import location
+    from teacher_cache.inspect.files import list_files
+
+    found = list_files(location(cache), table, version)
+    print_result(found.model_dump(mode="json"), [one.path for one in found.files], as_json)
 
 
 @app.command()

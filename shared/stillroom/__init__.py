@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, StillroomError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pyarrow as pa
 
     from stillroom.cache.reader import Cache
@@ -40,16 +42,20 @@ __version__ = "0.1.0"
 
 
 def open_cache(
-    root: str | Path | ObjectPath, chains_version: int | None = None, verdicts_version: int | None = None
+    root: str | Path | ObjectPath,
+    chains_version: int | None = None,
+    verdicts_version: int | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Cache:
     """Opens a cache: a folder, or s3://, gs:// or az://BUCKET/PREFIX; at its latest version, or at pinned ones.
 
+    `files` are CSV, Parquet, JSON Lines or Arrow files of your own, by the name of their table in SQL.
     Raises DataError if there is none or its store refuses access, StillroomError if the store cannot be reached.
     """
     # Imported here because pyarrow, deltalake and DuckDB take half a second.
     from stillroom.cache.reader import open_cache
 
-    return open_cache(root, chains_version, verdicts_version)
+    return open_cache(root, chains_version, verdicts_version, files)
 
 
 def topk(chains: pa.Table | pa.RecordBatch) -> pa.Table:

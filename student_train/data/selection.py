@@ -505,7 +505,7 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa
             dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
         query = (
             f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
-            f"CAST({expression} AS FLOAT) AS weight FROM chain_places {condition} ORDER BY file, row_in_file"
+            f"CAST({expression} AS FLOAT) AS weight FROM internal.chain_places {condition} ORDER BY file, row_in_file"
         )
         given = {name: sql for name, sql in ((request.key, where), ("data.weight", weight)) if sql is not None}
         rows = run_with(session, " or ".join(given), " / ".join(given.values()), query)

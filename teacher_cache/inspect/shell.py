@@ -22,7 +22,7 @@ from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import note
 from stillroom.sql.session import Session
 from stillroom.sql.views import VIEWS, quote
-from teacher_cache.inspect.sql import FORMATS, run_query
+from teacher_cache.inspect.sql import FILES_ONLY, FORMATS, run_query
 
 PROMPT = "sql> "
 CONTINUED = "...> "
@@ -35,7 +35,7 @@ HELP = """\
 A query ends with `;` and may take several lines. Tab completes.
 .tables          list the views
 .schema VIEW     the columns of a view
-.mode FORMAT     table, csv, json or markdown
+.mode FORMAT     table, csv, json, jsonl or markdown
 .rows N          how many rows a table shows
 .help            this text
 .quit            leave (also Ctrl-D); Ctrl-C ends a running query
@@ -50,6 +50,7 @@ ABOUT = {
     "runs": "one row per build: teacher, sampling, software",
     "vocab": "the text of every token",
     "storage": "bytes of each column of each shard",
+    "shards": "one row per chain as stored: token ids, distributions",
 }
 
 
@@ -117,8 +118,8 @@ class SqlShell:
             query = f"SELECT column_name AS column, column_type AS type FROM (DESCRIBE {argument})"
             run_query(self._session, query, max_rows=200)
         elif name == ".mode":
-            if argument not in FORMATS or argument == "parquet":
-                raise ConfigError(f".mode {argument}: choose table, csv, json or markdown")
+            if argument not in FORMATS or argument in FILES_ONLY:
+                raise ConfigError(f".mode {argument}: choose table, csv, json, jsonl or markdown")
             self._format = argument
         elif name == ".rows":
             if not argument.isdigit() or int(argument) < 1:

@@ -4,18 +4,19 @@ In: a SELECT, from the command line or stdin. Out: its result on stdout, or in a
 session is locked (sql.session): it reads the caches' files and nothing else, and writes nowhere; the file of `--out` is
 written by this module, never by the query.
 
-A table is cut to the width of the terminal and to a number of rows, numbers to six digits. csv, json, markdown and
-parquet hold every row and digit, and stream one record batch at a time.
+A table is cut to the width of the terminal and to a number of rows, numbers to six digits. The other formats hold every
+row and digit (markdown six digits), and stream one record batch at a time.
 """
 
 import datetime
 import decimal
+import gzip
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,21 @@ from stillroom.log import Progress, cut, harmless, note, one_line, pad, width_of
 from stillroom.sql.session import Session, export_views
 from stillroom.storage.paths import Location, atomic_path, check_out, location
 
-FORMATS = ("table", "csv", "json", "markdown", "parquet")
-SUFFIXES = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet", ".txt": "table"}
+FORMATS = ("table", "csv", "json", "jsonl", "markdown", "parquet", "arrow")
+FILES_ONLY = ("parquet", "arrow")
+SUFFIXES = {
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".md": "markdown",
+    ".txt": "table",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+COMPRESSED = ".gz"
+"""After the suffix of a text format."""
 DEFAULT_MAX_ROWS = 40
 ROWS_PER_GROUP = 65536
 MIN_COLUMN_WIDTH = 12
@@ -56,9 +70,11 @@ class Shown:
     counted: bool = True
 
 
-def open_caches(cache: Location, attach: Sequence[str]) -> dict[str, Catalog]:
-    """The cache as `main` and those of `attach`, each `NAME=CACHE`, as schemas of their names."""
-    catalogs = {"main": Catalog(cache)}
+def open_caches(
+    cache: Location, attach: Sequence[str], version: int | None = None, verdicts_version: int | None = None
+) -> dict[str, Catalog]:
+    """The cache as `main`, at the versions given, and those of `attach`, each `NAME=CACHE`, by their names."""
+    catalogs = {"main": Catalog(cache, version, verdicts_version)}
     for item in attach:
         name, equals, folder = item.partition("=")
         if not equals or not name or not folder:
@@ -67,6 +83,33 @@ def open_caches(cache: Location, attach: Sequence[str]) -> dict[str, Catalog]:
             raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
         catalogs[name] = Catalog(location(folder))
     return catalogs
+
+
+def own_files(items: Sequence[str]) -> dict[str, Path]:
+    """The tables of `--with`, each `NAME=FILE`."""
+    files: dict[str, Path] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--with {item!r} is not of the form NAME=FILE, for example mine=labels.csv")
+        if name in files:
+            raise ConfigError(f"--with {item!r}: the name {name!r} is taken, choose another")
+        files[name] = Path(path)
+    return files
+
+
+def run_queries(
+    session: Session, text: str, output_format: str | None, out: Path | None, max_rows: int = DEFAULT_MAX_ROWS
+) -> None:
+    """Answers the statements of `text`, separated by `;`, one after the other; see `run_query`."""
+    statements = [text] if text.lstrip().startswith(".") else session.statements(text)
+    if len(statements) > 1 and (out is not None or output_format not in (None, "table", "markdown")):
+        given = f"--format {output_format}" if out is None else f"--out {out}"
+        raise ConfigError(f"{given} holds one result, {len(statements)} statements given: run one at a time")
+    for number, statement in enumerate(statements or [text]):
+        if number:
+            print(flush=True)
+        run_query(session, statement, output_format, out, max_rows)
 
 
 def run_query(
@@ -87,8 +130,8 @@ def run_query(
         command = query.split()[0]
         raise ConfigError(f"query: {command} is for a session on a terminal: here is asked in SQL, such as FROM chains")
     chosen = _format_of(output_format, out)
-    if chosen == "parquet" and out is None:
-        raise ConfigError("--format parquet needs --out FILE: it is not text")
+    if chosen in FILES_ONLY and out is None:
+        raise ConfigError(f"--format {chosen} needs --out FILE: it is not text")
     reader = session.batches(query)
     if out is None:
         shown = Shown()
@@ -98,10 +141,18 @@ def run_query(
         _say_rest(shown, in_session)
     elif chosen == "parquet":
         note(f"{out}: {_write_parquet(reader, out)} rows")
+    elif chosen == "arrow":
+        note(f"{out}: {_write_arrow(reader, out)} rows")
     else:
         shown = Shown()
-        with atomic_path(out) as temp, temp.open("w", encoding="utf-8", newline="") as stream:
-            stream.writelines(_text(reader, chosen, max_rows, None, shown))
+        pieces = (piece.encode("utf-8") for piece in _text(reader, chosen, max_rows, None, shown))
+        with atomic_path(out) as temp, temp.open("wb") as stream:
+            if out.suffix != COMPRESSED:
+                stream.writelines(pieces)
+            else:
+                # No name and time inside, so that equal results are equal files.
+                with gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0) as compressed:
+                    compressed.writelines(pieces)
         _say_rest(shown, in_session)
 
 
@@ -117,12 +168,12 @@ def check_files(catalogs: Iterable[Catalog]) -> None:
             progress.update(number, 0)
 
 
-def write_views(catalogs: dict[str, Catalog], path: Path) -> None:
+def write_views(catalogs: dict[str, Catalog], path: Path, files: Mapping[str, Path] | None = None) -> None:
     """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
     check_out("--export-views", path, [one.root for one in catalogs.values()])
     if path.exists() and not _is_duckdb(path):
         raise ConfigError(f"--export-views {path} exists and is not a DuckDB database: delete it, or name another file")
-    export_views(catalogs, path)
+    export_views(catalogs, path, files)
     note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
 
 
@@ -190,6 +241,14 @@ def json_text(reader: pa.RecordBatchReader) -> Iterator[str]:
             yield ("\n" if first else ",\n") + ",\n".join(lines)
             first = False
     yield "\n]\n"
+
+
+def json_lines_text(reader: pa.RecordBatchReader) -> Iterator[str]:
+    """One object a line, with values as in `json_text`."""
+    names = _distinct(reader.schema.names)
+    for batch in reader:
+        for row in _rows(batch):
+            yield json.dumps(dict(zip(names, map(_plain, row), strict=True)), ensure_ascii=False) + "\n"
 
 
 def markdown_text(reader: pa.RecordBatchReader) -> Iterator[str]:
@@ -338,15 +397,19 @@ def _records(names: Sequence[str], cells: Sequence[Sequence[str]], width: int | 
 
 
 def _format_of(output_format: str | None, out: Path | None) -> str:
-    if output_format is None:
-        if out is None:
-            return "table"
-        if out.suffix not in SUFFIXES:
-            raise ConfigError(f"--out {out}: say --format, or end the name in {', '.join(SUFFIXES)}")
-        return SUFFIXES[out.suffix]
-    if output_format not in FORMATS:
+    if output_format is not None and output_format not in FORMATS:
         raise ConfigError(f"--format {output_format} is unknown: choose one of {', '.join(FORMATS)}")
-    return output_format
+    if out is None:
+        return output_format or "table"
+    name = out.with_suffix("") if out.suffix == COMPRESSED else out
+    chosen = output_format or SUFFIXES.get(name.suffix)
+    if chosen is None:
+        raise ConfigError(
+            f"--out {out}: say --format, or end the name in {', '.join(SUFFIXES)}, {COMPRESSED} behind it"
+        )
+    if out.suffix == COMPRESSED and chosen in FILES_ONLY:
+        raise ConfigError(f"--out {out}: {chosen} files are not compressed as a whole: remove {COMPRESSED}")
+    return chosen
 
 
 def _text(
@@ -356,6 +419,8 @@ def _text(
         return csv_text(reader)
     if output_format == "json":
         return json_text(reader)
+    if output_format == "jsonl":
+        return json_lines_text(reader)
     if output_format == "markdown":
         return markdown_text(reader)
     return table_text(reader, max_rows, width, shown)
@@ -387,6 +452,16 @@ def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:
         raise ConfigError(
             f"--out {out}: Parquet has no such type ({error}): cast it, for example to VARCHAR"
         ) from error
+    return num_rows
+
+
+def _write_arrow(reader: pa.RecordBatchReader, out: Path) -> int:
+    """An Arrow IPC file; uncompressed, which every reader knows and can map into memory."""
+    num_rows = 0
+    with atomic_path(out) as temp, pa.ipc.new_file(temp, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+            num_rows += batch.num_rows
     return num_rows
 
 

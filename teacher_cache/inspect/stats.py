@@ -1,7 +1,7 @@
 """`teacher-cache stats`: the numbers of a cache, for eyes and for programs.
 
-In: a cache. Out: counts, bytes and shares, by source, split and run. Reads scalars and Parquet footers, never a
-distribution.
+In: a cache. Out: counts, bytes and shares, by source, split and run. Reads scalars, Parquet footers and token ids (of a
+sample of the chains, if there are many tokens), never a distribution.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,11 @@ _COUNTS = """
     sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
 """
 
+LOOP_FRAC = 0.5
+"""A chain with more than this `repeated_frac` is a loop: most of its windows of 16 tokens occurred before in it."""
+LOOP_TOKENS = 50_000_000
+"""Loops are counted in about this many tokens, which takes ten CPU seconds."""
+
 UNDECIDED = "no reference, or the check gave up: `teacher-cache judge` tries again, `--judge` another check"
 """What an undecided chain may lack, and what helps."""
 
@@ -57,11 +62,13 @@ class Counts(_Record):
     mean_entropy: float | None
     mean_tail_mass: float | None
     mean_support: float | None
+    loop_frac: float | None = Field(description="share of chains that mostly repeat themselves (repeated_frac > 0.5)")
 
 
 class CacheStats(Counts):
     """A whole cache. `bytes_per_token`: bytes of the shard files over the completion tokens in them."""
 
+    num_chains_read: int = Field(description="chains of which loop_frac is: all, or a sample of a large cache")
     num_shards: int
     shard_bytes: int
     signal_bytes: int = Field(description="bytes of the columns that hold distributions and per-token scalars")
@@ -97,8 +104,11 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
         " WHERE sample_id NOT IN (SELECT sample_id FROM chains) GROUP BY reason ORDER BY num DESC, reason"
     ).to_pylist()
     num_tokens = whole["num_tokens"]
+    loops = _loops(session, num_tokens)
     return CacheStats(
         **whole,
+        loop_frac=_loop_frac(loops),
+        num_chains_read=sum(row["num"] for row in loops),
         num_shards=len(files),
         shard_bytes=shard_bytes,
         signal_bytes=signals["bytes"],
@@ -106,9 +116,9 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
         signal_bytes_per_token=signals["bytes"] / num_tokens if num_tokens else None,
         num_failed=sum(row["num"] for row in failures),
         failures={row["reason"]: row["num"] for row in failures},
-        by_source=_grouped(session, "source"),
-        by_split=_grouped(session, "split"),
-        by_run=_grouped(session, "run_id"),
+        by_source=_grouped(session, "source", loops),
+        by_split=_grouped(session, "split", loops),
+        by_run=_grouped(session, "run_id", loops),
         chains_version=catalog.chains.version,
         verdicts_version=catalog.verdicts.version,
         failures_version=catalog.failures.version,
@@ -129,6 +139,9 @@ def stats_text(stats: CacheStats) -> str:
             f"{stats.signal_bytes_per_token:.1f} of them signals"
         )
     lines.append(f"{stats.num_truncated:,} truncated ({_share(stats.num_truncated, stats.num_chains)})")
+    if stats.loop_frac is not None:
+        sample = f" of a sample of {stats.num_chains_read:,}" if stats.num_chains_read < stats.num_chains else ""
+        lines.append(f"{stats.loop_frac:.1%} loops{sample} (repeated_frac > {LOOP_FRAC})")
     right = f", {stats.pass_rate:.1%} right" if stats.num_judged else ""
     undecided = f", {stats.num_undecided:,} undecided ({UNDECIDED})" if stats.num_undecided else ""
     lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
@@ -142,16 +155,32 @@ def stats_text(stats: CacheStats) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _grouped(session: Session, column: str) -> dict[str, Counts]:
+def _loops(session: Session, num_tokens: int) -> list[dict[str, Any]]:
+    """Numbers of chains read, and of loops among them, by source, split and run."""
+    every = max(1, num_tokens // LOOP_TOKENS)
+    rows: list[dict[str, Any]] = session.arrow(
+        f"SELECT source, split, run_id, count(*) AS num, count(*) FILTER (repeated_frac > {LOOP_FRAC}) AS num_loops"
+        f" FROM chains WHERE hash(sample_id) % {every} = 0 GROUP BY ALL"
+    ).to_pylist()
+    return rows
+
+
+def _loop_frac(loops: Sequence[dict[str, Any]]) -> float | None:
+    num = sum(row["num"] for row in loops)
+    return sum(row["num_loops"] for row in loops) / num if num else None
+
+
+def _grouped(session: Session, column: str, loops: Sequence[dict[str, Any]]) -> dict[str, Counts]:
     table: pa.Table = session.arrow(
         f"SELECT {column} AS name, {_COUNTS} FROM chains GROUP BY {column} ORDER BY {column}"
     )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return {row.pop("name"): Counts(**row) for row in rows}
+    groups = {row.pop("name"): row for row in table.to_pylist()}
+    own = {name: [row for row in loops if row[column] == name] for name in groups}
+    return {name: Counts(**row, loop_frac=_loop_frac(own[name])) for name, row in groups.items()}
 
 
 def _aligned(title: str, groups: dict[str, Counts]) -> list[str]:
-    rows = [[title, "chains", "tokens", "mean length", "truncated", "right", "entropy (nats)"]]
+    rows = [[title, "chains", "tokens", "mean length", "truncated", "loops", "right", "entropy (nats)"]]
     for name, counts in groups.items():
         rows.append(
             [
@@ -160,6 +189,7 @@ def _aligned(title: str, groups: dict[str, Counts]) -> list[str]:
                 format_count(counts.num_tokens),
                 f"{counts.mean_num_tokens:.0f}",
                 _share(counts.num_truncated, counts.num_chains),
+                "-" if counts.loop_frac is None else f"{counts.loop_frac:.1%}",
                 "-" if counts.pass_rate is None else f"{counts.pass_rate:.1%}",
                 f"{counts.mean_entropy:.3f}",
             ]

@@ -29,7 +29,7 @@ HOMES = {
     },
     "deepspeed": {"student_train/runtime/engine.py"},
     "deltalake": {"shared/stillroom/cache/catalog.py"},
-    "duckdb": {"shared/stillroom/sql/session.py"},
+    "duckdb": {f"shared/stillroom/sql/{name}.py" for name in ("session", "statements", "user_files")},
     "httpx2": {"teacher_cache/engine/http/client.py"},
 }
 INSIDE_VLLM = HOMES["vllm"] | {

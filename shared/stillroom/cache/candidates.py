@@ -46,6 +46,10 @@ def topk(chains: pa.Table | pa.RecordBatch) -> pa.Table:
         wanted = ", ".join(missing) or f"{' and '.join(CODED)}, or {' and '.join(EXACT)}"
         raise DataError(f"the table has no {wanted}: select {', '.join(TOPK_COLUMNS)}")
     table = pa.Table.from_batches([chains]) if isinstance(chains, pa.RecordBatch) else chains
+    table = table.select([name for name in TOPK_COLUMNS if name in table.schema.names])
+    # Views of strings, as DataFusion and Polars may give, cannot be filtered in pyarrow.
+    names = table.column("sample_id").cast(pa.string())
+    table = table.set_column(table.schema.get_field_index("sample_id"), "sample_id", names)
     # Some programs hand over [] for a null list; a chain has at least one token, so its codec is the one with values.
     lengths_R = {pair: _lists(table, pair[1]).lengths_R for pair in pairs}
     coded_R = lengths_R[CODED] > 0 if CODED in pairs else np.zeros(table.num_rows, np.bool_)
@@ -79,7 +83,7 @@ def _candidates(table: pa.Table, pair: tuple[str, str]) -> pa.Table:
     row_T = np.repeat(np.arange(table.num_rows), tokens_R)
     return pa.table(
         {
-            "sample_id": table.column("sample_id").cast(pa.string()).take(pa.array(np.repeat(row_T, entry_n_T))),
+            "sample_id": table.column("sample_id").take(pa.array(np.repeat(row_T, entry_n_T))),
             "position": pa.array(np.repeat(position_T, entry_n_T), pa.int32()),
             "rank": pa.array(rank_E, pa.int32(), mask=drawn_E),
             "token_id": pa.array(ids.values.astype(np.int32)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -31,7 +31,7 @@ from stillroom.schema.records import CUT_REASONS, Float32, Int32, Int64, Signals
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS
 from stillroom.sql.conditions import check_condition, in_brackets
 from stillroom.sql.session import Session
-from stillroom.sql.views import quote
+from stillroom.sql.views import WINDOW_TOKENS, quote
 from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import location, open_parquet
 
@@ -52,10 +52,14 @@ _PLACES = """SELECT c.*, s.filename, s.file_row_number
 
 
 def open_cache(
-    root: str | Path | ObjectPath, chains_version: int | None = None, verdicts_version: int | None = None
+    root: str | Path | ObjectPath,
+    chains_version: int | None = None,
+    verdicts_version: int | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Cache:
     """Opens a cache at its latest version, or at pinned ones. Raises DataError where there is none."""
-    return Cache(Catalog(location(root), chains_version, verdicts_version))
+    own = {name: Path(path) for name, path in (files or {}).items()}
+    return Cache(Catalog(location(root), chains_version, verdicts_version), own)
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,17 @@ class Result:
 
     def fetchall(self) -> list[tuple[Any, ...]]:
         """Rows as tuples."""
-        return [tuple(row.values()) for row in self.arrow().to_pylist()]
+        # Not through dictionaries, which keep one of two columns of the same name.
+        table = self.arrow()
+        return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
 class Cache:
     """An open cache; `close` it, or use it in a `with` block."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, files: Mapping[str, Path] | None = None) -> None:
         self.catalog = catalog
-        self.session = Session({"main": catalog})
+        self.session = Session({"main": catalog}, files)
         self._pieces: dict[str, dict[int, str]] = {}
 
     def __enter__(self) -> Self:
@@ -184,10 +190,11 @@ class Cache:
             rows = group.table.drop_columns(["token_ids"]).to_pylist()
             for number, (row, place) in enumerate(zip(rows, places, strict=True)):
                 messages = row.pop("messages")
+                tokens_T = token_ids[number].values.to_numpy()
                 yield Sample(
-                    chain=_chain(row, messages, place),
+                    chain=_chain(row, messages, place) | {"repeated_frac": repeated_frac(tokens_T)},
                     messages=messages,
-                    token_ids_T=token_ids[number].values.to_numpy(),
+                    token_ids_T=tokens_T,
                     signals=group.signals_of(number),
                     header=group.header,
                     piece_of=pieces,
@@ -266,6 +273,20 @@ def readable(pieces: Sequence[str]) -> list[str]:
     if texts:
         texts[-1] += decoder.decode(b"", final=True)
     return texts
+
+
+def repeated_frac(token_ids_T: Int32) -> float:
+    """Share of windows of WINDOW_TOKENS tokens that occurred before in the chain, as in the view `chains`.
+
+    Example: a loop of 100 tokens, 10 times, has 985 windows, 100 of them new: 0.9.
+    """
+    windows, width = token_ids_T.astype(np.uint64), 1
+    while width < WINDOW_TOKENS:
+        # Odd multipliers, so that no bit is lost; the shift mixes high bits into low ones.
+        windows = windows[:-width] * np.uint64(0x9E3779B97F4A7C15) + windows[width:] * np.uint64(0xC2B2AE3D27D4EB4F)
+        windows ^= windows >> np.uint64(29)
+        width *= 2
+    return 1 - len(np.unique(windows)) / len(windows) if len(windows) else 0.0
 
 
 def _bytes_of(piece: str) -> bytes:

@@ -1,7 +1,8 @@
-"""SQL over a cache: locked DuckDB views on exactly the files that the catalog shows. Only this file imports duckdb.
+"""SQL over a cache: locked DuckDB views on exactly the files that the catalog shows.
 
 The views are in a small database file that is made for the session and opened read-only. The configuration is then
-locked with external access off, so that a query can read the cache's files and nothing else, and write nowhere.
+locked with external access off, so that a query can read the cache's files, and those that the user added by name, and
+nothing else, and write nowhere.
 """
 
 import contextlib
@@ -19,8 +20,10 @@ import pyarrow as pa
 
 from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
 from stillroom.cache.shards import open_shard
-from stillroom.errors import ConfigError, CorruptError, DataError, StillroomError
+from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema.manifest import RunManifest
+from stillroom.sql.statements import prepare, query_error, require_select
+from stillroom.sql.user_files import create_tables
 from stillroom.sql.views import CacheFiles, Layout, quote, view_statements
 from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import Location, atomic_path
@@ -34,15 +37,11 @@ OPENED_TOGETHER = 8
 HASHED_BYTES = 64 * 2**20
 """Each session hashes verdict files up to this total: a fraction of a second."""
 T = TypeVar("T")
-DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "ZSTD", "Parquet file")
-"""Parts of DuckDB's messages about missing or damaged files."""
-LINE_NUMBER = re.compile(r"\bLINE (\d+):")
+STORAGE_VERSION = "v1.5.0"
+"""Of the database file, so that the duckdb program opens exported views: its newest release is older than our library.
+"""
 SCHEMA_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-RESERVED_NAMES = ("main", "temp", "system", "information_schema", "pg_catalog")
-READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-"""Nodes of DuckDB's syntax tree that only read; there are others for COPY, INSERT and the like in a WITH clause."""
-# Only words in the parentheses: strings or parentheses could make what follows look like another query.
-EXPLAIN_PREFIX = re.compile(r"EXPLAIN\s+(?:ANALYZE\s+)?(?:\([A-Za-z_,\s]*\)\s*)?", re.IGNORECASE)
+RESERVED_NAMES = ("main", "internal", "temp", "system", "information_schema", "pg_catalog")
 
 
 class Session:
@@ -51,19 +50,29 @@ class Session:
     Queries run in a separate thread, so that Ctrl-C ends the query and leaves the session usable.
     """
 
-    def __init__(self, catalogs: Mapping[str, Catalog]) -> None:
-        """Creates the views; those of the cache named `main` need no prefix.
+    def __init__(
+        self,
+        catalogs: Mapping[str, Catalog],
+        files: Mapping[str, Path] | None = None,
+        num_threads: int | None = None,
+        memory: str | None = None,
+    ) -> None:
+        """Creates the views; those of the cache named `main` need no prefix. `files` are the user's own tables by name.
 
-        Raises ConfigError for a name that is not a plain SQL identifier, CorruptError for missing or damaged shards.
+        `memory` is a size such as 4GB; what does not fit goes to temporary files. Raises ConfigError for a name that is
+        not a plain SQL identifier, a file that is no table, or another size; CorruptError for missing or damaged
+        shards.
         """
         import duckdb
 
         self._folder = tempfile.TemporaryDirectory(prefix="stillroom-sql-")
         database = Path(self._folder.name) / "views.duckdb"
         try:
-            paths = _create_database(database, catalogs)
+            # Created in a connection of its own: the one that users query opens the finished file read-only.
+            paths = _create_database(database, catalogs, files or {})
             self.connection = duckdb.connect(str(database), read_only=True)
             self._schemes = _register_stores(self.connection, catalogs)
+            _limit(self.connection, num_threads, memory)
             _lock(self.connection, paths)
         except BaseException:
             self._folder.cleanup()
@@ -97,7 +106,7 @@ class Session:
 
         cursor = self.connection.cursor()
         try:
-            return cursor.sql(_require_select(cursor, query))
+            return cursor.sql(require_select(cursor, query))
         except duckdb.Error as error:
             raise query_error(error) from error
 
@@ -149,7 +158,7 @@ def open_session(catalog: Catalog) -> Session:
     return Session({"main": catalog})
 
 
-def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
+def export_views(catalogs: Mapping[str, Catalog], path: Path, files: Mapping[str, Path] | None = None) -> None:
     """Writes the views to a database file for the duckdb program and notebooks, replacing an older one.
 
     The views name the current shards by absolute path. No data is copied; chains built later appear after the next
@@ -158,24 +167,7 @@ def export_views(catalogs: Mapping[str, Catalog], path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the database file to write, for example views.duckdb")
     with atomic_path(path) as temp:
-        _create_database(temp, catalogs)
-
-
-def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
-    """DuckDB's error as one line for the user: CorruptError for a damaged file, else ConfigError about the query.
-
-    `num_lines_before` is the number of lines before the user's own, which DuckDB counts too.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Traceback"):
-        # DuckDB calls Python only for stillroom.sql.object_files; the last line is its error.
-        kind, _, problem = lines[-1].partition(": ")
-        return CorruptError(f"{problem} is missing") if kind == "FileNotFoundError" else StillroomError(problem)
-    text = " ".join(lines[:2]) if lines else type(error).__name__
-    if any(sign in text for sign in DAMAGE_SIGNS):
-        return CorruptError(f"{text} (`teacher-cache verify` lists what is wrong)")
-    text = LINE_NUMBER.sub(lambda found: f"LINE {int(found[1]) - num_lines_before}:", text)
-    return ConfigError(f"query: {text}")
+        _create_database(temp, catalogs, files or {})
 
 
 def visible_files(catalog: Catalog) -> CacheFiles:
@@ -282,18 +274,19 @@ def _interrupt(cursor: "duckdb.DuckDBPyConnection", future: Future[T]) -> None:
             future.exception(timeout=0.05)
 
 
-def _create_database(path: Path, catalogs: Mapping[str, Catalog]) -> list[str]:
-    """Creates a DuckDB file with the views of all caches; returns the Parquet files that they read."""
+def _create_database(path: Path, catalogs: Mapping[str, Catalog], files: Mapping[str, Path]) -> list[str]:
+    """Creates a DuckDB file with the views of all caches and the user's tables; returns the files that they read."""
     import duckdb
 
     paths: list[str] = []
     try:
-        with duckdb.connect(str(path)) as connection:
+        with duckdb.connect(str(path), config={"storage_compatibility_version": STORAGE_VERSION}) as connection:
             _register_stores(connection, catalogs)
             for name, catalog in catalogs.items():
-                files = visible_files(catalog)
-                _create_views(connection, name, files, catalog.runs())
-                paths.extend(files.paths())
+                visible = visible_files(catalog)
+                _create_views(connection, name, visible, catalog.runs())
+                paths.extend(visible.paths())
+            paths.extend(create_tables(connection, files))
     except duckdb.Error as error:
         raise query_error(error) from error
     return paths
@@ -314,12 +307,14 @@ def _create_views(
     connection: "duckdb.DuckDBPyConnection", schema: str, files: CacheFiles, runs: Mapping[str, RunManifest]
 ) -> None:
     if schema != "main":
-        if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES:
+        if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES or schema.endswith("_internal"):
             raise ConfigError(f"cache name {schema!r} is not a free SQL name: use letters, digits and underscores")
         connection.execute(f'CREATE SCHEMA "{schema}"')
+    internal = "internal" if schema == "main" else f"{schema}_internal"
+    connection.execute(f'CREATE SCHEMA "{internal}"')
     connection.execute(f'USE "{schema}"')
     _create_runs(connection, runs, files.codecs)
-    for statement in view_statements(files):
+    for statement in view_statements(files, internal):
         connection.execute(statement)
     connection.execute("USE main")
 
@@ -336,9 +331,24 @@ def _create_runs(
         connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
 
 
+def _limit(connection: "duckdb.DuckDBPyConnection", num_threads: int | None, memory: str | None) -> None:
+    import duckdb
+
+    if num_threads is not None:
+        connection.execute(f"SET threads = {num_threads:d}")
+    if memory is not None:
+        try:
+            # DuckDB takes a negative size for no limit.
+            if not memory[:1].isdigit():
+                raise duckdb.Error
+            connection.execute(f"SET memory_limit = {quote(memory)}")
+        except duckdb.Error as error:
+            raise ConfigError(f"memory {memory!r} is not a size: write 4GB or 512MB") from error
+
+
 def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None:
     # Not enough: DuckDB 2.0 still writes to an allowed path for some forms of COPY, also in a WITH clause, which
-    # `_require_select` refuses.
+    # stillroom.sql.statements refuses.
     listed = ", ".join(quote(path) for path in paths)
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
@@ -350,77 +360,4 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
 
 
 def _start(connection: "duckdb.DuckDBPyConnection", query: str, rows_per_batch: int) -> pa.RecordBatchReader:
-    explain, select = _split_explain(query)
-    select = _require_select(connection, select)
-    return connection.sql(explain + select).to_arrow_reader(rows_per_batch)
-
-
-def _split_explain(query: str) -> tuple[str, str]:
-    """`EXPLAIN`, `EXPLAIN ANALYZE` or nothing, and the query without it and without comments before it."""
-    import duckdb
-
-    words = [offset for offset, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment]
-    # Offsets count bytes.
-    begun = query.encode()[words[0] :].decode() if words else ""
-    prefix = EXPLAIN_PREFIX.match(begun)
-    return (prefix[0], begun[prefix.end() :]) if prefix else ("", begun)
-
-
-def _require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
-    """The query without its last `;`. Raises ConfigError unless it is one SELECT (DESCRIBE, SHOW and SUMMARIZE count).
-
-    The lock alone is not enough: DuckDB may write to the paths it may read, and `COPY ... (USE_TMP_FILE false)` would
-    truncate a shard, also inside a WITH clause of a SELECT and under EXPLAIN ANALYZE. What is run must be the very text
-    that was looked at.
-    """
-    import duckdb
-
-    select = _without_end(query)
-    statements = connection.extract_statements(select)
-    kinds = [statement.type.name for statement in statements]
-    if not kinds:
-        raise ConfigError("query: it is empty: write one SELECT")
-    if set(kinds) == {"SELECT"} and len(kinds) > 1:
-        raise ConfigError(f"query: {len(kinds)} SELECTs given: run one at a time")
-    if kinds != ["SELECT"]:
-        found = " and ".join(map(_kind_of, statements))
-        raise ConfigError(f"query: one SELECT (or EXPLAIN of one) is allowed here, found {found}: a cache is read-only")
-    row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchone()
-    tree = json.loads(row[0]) if row else {"error": True}
-    if tree["error"] or not _only_reads(tree):
-        raise ConfigError("query: part of it is not a SELECT: a cache is read-only")
-    # Planned inside another SELECT, where DuckDB itself refuses WITH clauses that write.
-    try:
-        connection.execute(f"EXPLAIN SELECT * FROM (\n{select}\n)")
-    except duckdb.Error as error:
-        raise query_error(error, num_lines_before=1) from error
-    return select
-
-
-def _only_reads(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return all(_only_reads(one) for one in tree)
-    if not isinstance(tree, dict):
-        return True
-    kind = tree.get("type")
-    if (isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES) or "info_type" in tree:
-        return False
-    return all(_only_reads(one) for one in tree.values())
-
-
-def _kind_of(statement: "duckdb.Statement") -> str:
-    """INSERT, COPY and the like; the user's own word if DuckDB has another one (PIVOT is MULTI)."""
-    kind = statement.type.name
-    return statement.query.split()[0].upper() if kind in ("MULTI", "LOAD") else kind.replace("_", " ")
-
-
-def _without_end(query: str) -> str:
-    """The query without a final `;` and comments around it."""
-    import duckdb
-
-    text = query.encode()
-    for offset, kind in reversed(duckdb.tokenize(query)):
-        if kind != duckdb.token_type.comment and text[offset : offset + 1] != b";":
-            break
-        text = text[:offset]
-    return text.decode()
+    return connection.sql(prepare(connection, query)).to_arrow_reader(rows_per_batch)

@@ -6,7 +6,9 @@ tokens      one row per completion token: piece, log probability, rank, entropy,
 topk        one row per stored candidate: rank, piece, probability, weight; draws from the tail have no rank
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
 storage     one row per column of a shard: bytes in Parquet
-chain_places, chain_rows  chains with the file and row of each, or with its row group, which reads all footers
+shards      the rows of `chains` as stored: token ids, codes
+internal.chain_places, internal.chain_rows  chains with the file and row of each, or with its row group, which reads all
+            footers
 
 Probabilities are those that stillroom.cache.codec decodes: codes are divided by the mass of their token, as FORMAT.md
 says. `topk.weight` sums to one over the rows of a token: a draw's is its share of the tail.
@@ -20,7 +22,7 @@ import pyarrow as pa
 from stillroom.cache.columns import LOGPROB_RANGE_NATS, MAX_CODE
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
 
-VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage")
+VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage", "shards")
 """Views for users, in the order of the documentation."""
 
 SQL_TYPES = {
@@ -58,7 +60,12 @@ ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, 
 """Number of entries of each token: its support and its draws."""
 
 CODE_PROB = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE}, 2))"
-TAIL_CODE_PROB = f"if({{0}} = {MAX_CODE}, 0, {CODE_PROB.replace('{}', '{0}')})"
+TAIL_CODE_PROB = f"CASE WHEN {{0}} = {MAX_CODE} THEN 0 ELSE {CODE_PROB.replace('{}', '{0}')} END"
+
+WINDOW_TOKENS = 16
+"""Long enough that text which is no loop hardly ever repeats a window."""
+REPEATED_FRAC = "coalesce(1 - list_unique(windows) / nullif(len(windows), 0), 0)"
+"""Share of a chain's windows that occurred before in it (1 - distinct-n of Li et al. 2016, arXiv 1510.03055)."""
 
 DISTRIBUTIONS = f"""SELECT *, list_transform(first_entry, lambda first, i: coalesce(
       list_sum(list_select(code_prob, range(first, first + topk_n[i]))) + {TAIL_CODE_PROB.format("tail_codes[i]")}, 1
@@ -78,8 +85,8 @@ def quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def view_statements(files: CacheFiles) -> list[str]:
-    """CREATE VIEW statements in order."""
+def view_statements(files: CacheFiles, internal: str) -> list[str]:
+    """CREATE VIEW statements in order; the schema `internal` takes views that are not for users."""
     topk_prob = f"coalesce({CODE_PROB.format('topk_code')} / mass, exp(topk_logprob))"
     top1_prob = f"coalesce({CODE_PROB.format('top1_code')} / mass, exp(top1_logprob))"
     tail_mass = f"coalesce({TAIL_CODE_PROB.format('tail_code')} / mass, exp(tail_logmass))"
@@ -93,34 +100,36 @@ def view_statements(files: CacheFiles) -> list[str]:
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
              arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared
            FROM ({_verdicts(files.verdicts)}) GROUP BY sample_id, judge""",
-        """CREATE VIEW latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
+        f"""CREATE VIEW {internal}.latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
              arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared
            FROM verdicts GROUP BY sample_id""",
-        """CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source,
+        f"""CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source,
         s.split,
              list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
              s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, v.rule, v.compared,
              s.finish_reason, s.finish_reason IN ('length', 'repetition') AS truncated,
              s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
              s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
-             s.seed, s.worker, s.created_at, s.metadata
-           FROM shards s LEFT JOIN latest_verdicts v USING (sample_id)""",
-        f"CREATE VIEW parquet_columns AS {_parquet_columns(files.chains)}",
-        r"""CREATE VIEW storage AS SELECT regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
+             {REPEATED_FRAC} AS repeated_frac, s.seed, s.worker, s.created_at, s.metadata
+           FROM ({_windows()}) s LEFT JOIN {internal}.latest_verdicts v USING (sample_id)""",
+        f"CREATE VIEW {internal}.parquet_columns AS {_parquet_columns(files.chains)}",
+        rf"""CREATE VIEW storage AS SELECT regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
              split_part(path_in_schema, ', ', 1) AS column_name, sum(num_values)::BIGINT AS num_values,
              sum(total_compressed_size)::BIGINT AS bytes, sum(total_uncompressed_size)::BIGINT AS uncompressed_bytes
-           FROM parquet_columns GROUP BY ALL""",
-        """CREATE VIEW row_groups AS SELECT file_name, row_group_id,
+           FROM {internal}.parquet_columns GROUP BY ALL""",
+        f"""CREATE VIEW {internal}.row_groups AS SELECT file_name, row_group_id,
              sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
-           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows FROM parquet_columns)""",
-        r"""CREATE VIEW chain_places AS SELECT c.*,
+           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows
+             FROM {internal}.parquet_columns)""",
+        rf"""CREATE VIEW {internal}.chain_places AS SELECT c.*,
              regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file, p.file_row_number AS row_in_file
            FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)""",
-        r"""CREATE VIEW chain_rows AS SELECT c.* EXCLUDE (row_in_file), g.row_group_id::INTEGER AS row_group,
+        rf"""CREATE VIEW {internal}.chain_rows AS SELECT c.* EXCLUDE (row_in_file),
+             g.row_group_id::INTEGER AS row_group,
              (c.row_in_file - g.first_row)::INTEGER AS row_in_group
-           FROM chain_places c ASOF JOIN (SELECT *,
-             regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file FROM row_groups) g
+           FROM {internal}.chain_places c ASOF JOIN (SELECT *,
+             regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file FROM {internal}.row_groups) g
            ON c.file = g.file AND c.row_in_file >= g.first_row""",
         """CREATE VIEW prompts AS SELECT prompt_id, any_value(source) AS source, any_value(split) AS split,
              any_value(prompt) AS prompt, any_value(reference) AS reference, count(*) AS num_samples,
@@ -143,7 +152,7 @@ def view_statements(files: CacheFiles) -> list[str]:
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
         f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob,
-             if(t.rank IS NULL, {tail_mass} / draws, {topk_prob}) AS weight, t.rank IS NULL AS drawn
+             CASE WHEN t.rank IS NULL THEN {tail_mass} / draws ELSE {topk_prob} END AS weight, t.rank IS NULL AS drawn
            FROM (SELECT * EXCLUDE (mass, tail_codes, tail_logmass, draw_n), mass[position + 1] AS mass,
                tail_codes[position + 1] AS tail_code, tail_logmass[position + 1] AS tail_logmass,
                draw_n[position + 1] AS draws
@@ -155,6 +164,16 @@ def view_statements(files: CacheFiles) -> list[str]:
            LEFT JOIN runs r USING (run_id)
            LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
     ]
+
+
+def _windows() -> str:
+    """Shards with a hash of each window of a chain's tokens, made from hashes of pairs of windows half as wide."""
+    rows, width = "SELECT *, token_ids AS windows FROM shards", 1
+    while width < WINDOW_TOKENS:
+        pairs = f"list_zip(windows, windows[{width + 1}:], true)"
+        rows = f"SELECT * REPLACE (list_transform({pairs}, lambda pair: hash(pair)) AS windows) FROM ({rows})"
+        width *= 2
+    return rows
 
 
 def _shards(files: Mapping[Layout, Sequence[str]]) -> str:

@@ -75,6 +75,9 @@ def test_lists_may_be_wider_and_missing_ones_null_or_empty(tmp_path: Path, kind:
     filled = pc.if_else(stored.column("topk_codes").is_null(), pa.scalar([], kind), stored.column("topk_codes"))
     stored = stored.set_column(stored.schema.get_field_index("topk_codes"), "topk_codes", filled)
     assert stillroom.topk(stored).to_pylist() == wanted
+    views = stored.set_column(0, "sample_id", stored.column("sample_id").cast(pa.string_view()))
+    assert stored.column_names[0] == "sample_id"
+    assert stillroom.topk(views).to_pylist() == wanted
     assert stillroom.topk(stored.slice(0, 0)).num_rows == 0
 
 

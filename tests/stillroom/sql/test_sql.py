@@ -1,5 +1,6 @@
 """The views say what the shards say, for every codec; a query reads its cache and nothing else, and writes nowhere."""
 
+import gzip
 import math
 import os
 import signal
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from stillroom.cache.catalog import Catalog
@@ -130,7 +133,7 @@ def test_prompts_have_pass_rates_and_lengths(cache: SyntheticCache, session: Ses
 def test_chain_rows_says_where_each_chain_lies(cache: SyntheticCache, session: Session) -> None:
     import pyarrow.parquet as pq
 
-    located = rows(session, "SELECT sample_id, file, row_group, row_in_group FROM chain_rows")
+    located = rows(session, "SELECT sample_id, file, row_group, row_in_group FROM internal.chain_rows")
     assert len(located) == len(cache.chains)
     for row in located:
         file = pq.ParquetFile(cache.root / "chains" / str(row["file"]))
@@ -165,7 +168,7 @@ def test_both_codecs_answer_in_one_cache(tmp_path: Path) -> None:
 
 def test_an_empty_cache_has_all_views_and_no_rows(tmp_path: Path) -> None:
     with open_session(Catalog.create(tmp_path / "empty")) as session:
-        for view in (*VIEWS, "chain_rows"):
+        for view in (*VIEWS, "internal.chain_rows"):
             assert rows(session, f"SELECT count(*) AS n FROM {view}") == [{"n": 0}]
 
 
@@ -292,6 +295,14 @@ ESCAPES = [
     "USE main",
     "",
     "-- nothing",
+    "PIVOT (WITH x AS (COPY (SELECT 1) TO '{shard}' (USE_TMP_FILE false)) SELECT * FROM x) t ON a USING count(*)",
+    "WITH x AS (COPY (SELECT 1) TO '{shard}' (USE_TMP_FILE false)) PIVOT x ON a USING count(*)",
+    "PIVOT chains ON (SELECT content FROM read_text('/etc/passwd')) USING count(*)",
+    "PIVOT chains ON split) IN ('a') USING count(*); COPY (SELECT 1) TO '{shard}' (USE_TMP_FILE false); --",
+    "PIVOT '{other}/secret.json' ON password USING count(*)",
+    "PRAGMA table_info('{other}/secret.json')",
+    "PRAGMA table_info('chains'); COPY (SELECT 1) TO '{shard}' (USE_TMP_FILE false)",
+    "FROM read_csv('{other}/secret.json')",
 ]
 
 
@@ -338,6 +349,14 @@ def test_the_lock_holds_without_the_check_of_statements(small: SyntheticCache) -
         "EXPLAIN SELECT 1",
         "/* why */ EXPLAIN ANALYZE SELECT 1",
         "DESCRIBE chains",
+        "-- PIVOT\nPIVOT chains ON split, /* , ON */ coalesce(source, 'a,b') USING count(*), max(num_tokens)",
+        "PIVOT chains ON num_tokens % 2 IN (0, 1), split USING count(*) GROUP BY source ORDER BY source LIMIT 1;",
+        "WITH x AS (SELECT * FROM chains) PIVOT x ON split USING count(*)",
+        "EXPLAIN PIVOT chains ON split USING count(*)",
+        "PRAGMA table_info('chains');",
+        "pragma table_info(tokens)",
+        "PRAGMA show_tables",
+        "PRAGMA version",
         "SHOW TABLES",
         "SUMMARIZE SELECT num_tokens FROM chains",
     ],
@@ -444,7 +463,7 @@ def test_exported_views_open_in_plain_duckdb(cache: SyntheticCache, tmp_path: Pa
     with duckdb.connect(str(path), read_only=True) as connection:
         for name in ("tokens", "again.tokens"):
             assert connection.execute(f"SELECT count(*) FROM {name}").fetchone() == (tokens,)
-        assert connection.execute("SELECT count(*) FROM chain_rows").fetchone() == (len(cache.chains),)
+        assert connection.execute("SELECT count(*) FROM internal.chain_rows").fetchone() == (len(cache.chains),)
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH '{path}' AS other (READ_ONLY)")
         assert connection.execute("SELECT count(*) FROM other.runs").fetchone() == (2,)
@@ -501,11 +520,116 @@ def test_a_changed_byte_of_a_verdict_file_is_found_before_a_query(tmp_path: Path
 @pytest.mark.parametrize(
     ("query", "word"),
     [
-        ("PIVOT (SELECT 1 AS a, 2 AS b) ON a USING sum(b)", "PIVOT"),
-        ("/* now */ install httpfs;", "INSTALL"),
-        ("LOAD httpfs", "LOAD"),
+        ("FROM (PIVOT chains ON split USING count(*))", r"PIVOT: .*PIVOT \.\.\. ON x IN"),
+        ("/* now */ install httpfs;", "INSTALL: .*extensions are not available"),
+        ("LOAD httpfs", "LOAD: "),
+        ("COPY chains TO 'x.csv'", "COPY: .*; --out FILE writes a result"),
+        ("CREATE TABLE x AS SELECT 1", "CREATE: .*; WITH name AS"),
+        ("ATTACH 'x.duckdb'", "ATTACH: .*--attach NAME=CACHE"),
+        ("SET threads = 2", "SET: .*--threads N and --memory SIZE"),
+        ("PRAGMA threads = 2", "PRAGMA: .*--threads N"),
+        ("USE other", "USE: .*; write NAME.chains"),
     ],
 )
 def test_a_refused_statement_is_named_as_it_was_written(session: Session, query: str, word: str) -> None:
-    with pytest.raises(ConfigError, match=f"is allowed here, found {word}: a cache is read-only"):
+    with pytest.raises(ConfigError, match=f"is allowed here, found {word}"):
         session.arrow(query)
+
+
+def test_a_pivot_finds_its_values(session: Session, cache: SyntheticCache) -> None:
+    (row,) = rows(session, "PIVOT (SELECT split, 1 AS n FROM chains) ON split USING sum(n)")
+    assert row == Counter(chain.split for chain in cache.chains)
+    (row,) = rows(session, "PIVOT (SELECT 'it''s' AS a, 2 AS b, 1 AS c) ON a, c USING sum(b)")
+    assert row == {"it's_1": 2}
+
+
+def test_the_listed_tables_are_the_documented_ones(cache: SyntheticCache) -> None:
+    with Session({"main": cache.catalog, "other": cache.catalog}) as session:
+        assert {row["name"] for row in rows(session, "SHOW TABLES")} == set(VIEWS)
+        assert rows(session, "SELECT count(*) AS n FROM other.chains") == [{"n": len(cache.chains)}]
+
+
+OWN = {
+    "labels.csv": b"sample_id,label\n{id},7\n",
+    "labels.csv.gz": gzip.compress(b"sample_id,label\n{id},7\n"),
+    "odd [1] it's.tsv": b"sample_id\tlabel\n{id}\t7\n",
+    "labels.jsonl": b'{"sample_id": "{id}", "label": 7}\n',
+    "labels.parquet": b"",
+    "labels.arrow": b"",
+}
+
+
+@pytest.fixture(scope="module")
+def own(small: SyntheticCache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same table in every kind of file."""
+    folder, found = tmp_path_factory.mktemp("own=1"), {}
+    table = pa.table({"sample_id": [small.chains[0].sample_id], "label": pa.array([7], pa.int64())})
+    for number, (name, content) in enumerate(OWN.items()):
+        found[f"t{number}"] = folder / name
+        found[f"t{number}"].write_bytes(content)
+        if not name.endswith("gz"):
+            found[f"t{number}"].write_bytes(content.replace(b"{id}", small.chains[0].sample_id.encode()))
+    (folder / "labels.csv.gz").write_bytes(gzip.compress((folder / "labels.csv").read_bytes()))
+    pq.write_table(table, folder / "labels.parquet")
+    with pa.ipc.new_file(folder / "labels.arrow", table.schema) as writer:
+        writer.write_table(table)
+    return found
+
+
+def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[str, Path], tmp_path: Path) -> None:
+    folder = next(iter(own.values())).parent
+    (folder / "beside.csv").write_text("a\n1\n")
+    before = snapshot(folder)
+    with Session({"main": small.catalog}, own, num_threads=2, memory="500MB") as session:
+        for name in own:
+            query = f"SELECT num_tokens, label FROM chains JOIN {name} USING (sample_id)"
+            assert rows(session, query) == [{"num_tokens": len(small.chains[0].token_ids), "label": 7}]
+        settings = rows(session, "SELECT current_setting('threads') AS t, current_setting('memory_limit') AS m")
+        assert settings == [{"t": 2, "m": "476.8 MiB"}]
+        csv = own["t0"]
+        for query in (
+            f"COPY (SELECT 1) TO '{csv}' (USE_TMP_FILE false)",
+            f"WITH x AS (COPY (SELECT 1) TO '{csv}' (USE_TMP_FILE false)) SELECT * FROM x",
+            f"FROM '{folder}/beside.csv'",
+            f"FROM read_csv('{folder}/*.csv')",
+            f"FROM glob('{folder}/*')",
+            "INSERT INTO t5 SELECT 'a', 1",
+            "SET threads = 8",
+        ):
+            with pytest.raises(ConfigError):
+                session.arrow(query)
+        with pytest.raises(ConfigError, match=r"beside\.csv\" is not a file of the cache: --with NAME=FILE adds"):
+            session.arrow(f"FROM '{folder}/beside.csv'")
+    export_views({"main": small.catalog}, tmp_path / "views.duckdb", own)
+    with duckdb.connect(str(tmp_path / "views.duckdb"), read_only=True) as connection:
+        assert connection.execute("SELECT (SELECT sum(label) FROM t0) + (SELECT sum(label) FROM t5)").fetchone() == (
+            14,
+        )
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [
+        ("mine", "/etc/passwd", "its name must end in one of"),
+        ("mine", "/nowhere/x.csv", "is not a file: name one file"),
+        ("mine", "/nowhere/*.csv", "is not a file: name one file"),
+        ("mine", "https://127.0.0.1:9/x.csv", "is an address: download the file"),
+        ("chains", "x.csv", "not a free SQL name"),
+        ('x" AS SELECT 1; --', "x.csv", "not a free SQL name"),
+        ("mine", "{folder}/bad.parquet", "cannot be read as .parquet"),
+        ("mine", "{folder}/bad.arrow", "cannot be read as .arrow"),
+    ],
+)
+def test_what_is_no_table_is_refused(small: SyntheticCache, tmp_path: Path, name: str, path: str, message: str) -> None:
+    for ending in ("parquet", "arrow"):
+        (tmp_path / f"bad.{ending}").write_bytes(b"no table")
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        Session({"main": small.catalog}, {name: Path(path.format(folder=tmp_path)) if "://" not in path else path})  # type: ignore[dict-item]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory", ["4XB", "-1", "", "4GB'; SET threads = 1; --"])
+def test_a_memory_limit_is_a_size(small: SyntheticCache, memory: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size: write 4GB"):
+        Session({"main": small.catalog}, memory=memory)

@@ -1,6 +1,7 @@
 """`teacher-cache sql`: formats, files, limits, the session at the prompt, and what a model wrote stays text."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prompt_toolkit.input import PipeInput, create_pipe_input
@@ -357,3 +359,74 @@ def test_a_session_says_no_rows_and_names_its_own_commands(
     assert "the first 3 rows of 9: .rows N shows more, .mode csv all of them" in told
     run_query(session, "FROM range(9)", max_rows=3)
     assert "--max-rows shows more, --format csv all of them" in capsys.readouterr().err
+
+
+def run_app(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and the message of `teacher-cache`."""
+    ran = CliRunner().invoke(app, [str(one) for one in arguments])
+    return ran.exit_code, ran.stdout, str(ran.exception or "")
+
+
+def test_a_query_may_begin_with_a_comment_and_hold_several_statements(cache: SyntheticCache) -> None:
+    for comment in ("-- why\n", "--why\n", "/* why */ "):
+        assert run_app("sql", cache.root, f"{comment}SELECT 1 AS x", "--format", "csv")[:2] == (0, '"x"\n1\n')
+    code, out, _ = run_app("sql", cache.root, "SELECT 1 AS a; -- and\nSELECT ';' AS b;")
+    assert (code, out.split()) == (0, ["a", "─", "1", "b", "─", ";"])
+    assert (
+        "--out x.csv holds one result, 2 statements given: run one at a time"
+        in run_app("sql", cache.root, "SELECT 1; SELECT 2", "--out", "x.csv")[2]
+    )
+
+
+def test_results_come_as_json_lines_compressed_csv_and_arrow(cache: SyntheticCache, tmp_path: Path) -> None:
+    query = "SELECT sample_id, token_ids[1:2] AS ids FROM shards ORDER BY sample_id"
+    for name in ("x.jsonl", "x.jsonl.gz", "x.csv.gz", "x.arrow"):
+        assert run_app("sql", cache.root, query, "--out", tmp_path / name)[0] == 0
+    wanted = json.loads(run_app("sql", cache.root, query, "--format", "json")[1])
+    lines = run_app("sql", cache.root, query, "--format", "jsonl")[1]
+    assert [json.loads(line) for line in lines.splitlines()] == wanted
+    assert (
+        (tmp_path / "x.jsonl").read_text() == gzip.decompress((tmp_path / "x.jsonl.gz").read_bytes()).decode() == lines
+    )
+    assert gzip.decompress((tmp_path / "x.csv.gz").read_bytes()).startswith(b'"sample_id","ids"\n')
+    with pa.ipc.open_file(tmp_path / "x.arrow") as reader:
+        assert reader.read_all().to_pylist() == wanted
+    for given, message in (
+        (["--format", "arrow"], "--format arrow needs --out FILE"),
+        (["--out", str(tmp_path / "x.parquet.gz")], "remove .gz"),
+        (["--out", str(tmp_path / "x.gz")], "say --format"),
+    ):
+        assert message in run_app("sql", cache.root, query, *given)[2]
+
+
+def test_a_session_has_a_version_own_files_and_limits(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "cache", num_chains=24).root
+    (tmp_path / "mine.csv").write_text("x\n3\n4\n")
+    query = "SELECT (SELECT count(*) FROM chains) AS n, sum(x) AS s, current_setting('threads') AS t FROM mine"
+    given = ["--with", f"mine={tmp_path / 'mine.csv'}", "--threads", "2", "--memory", "400MB", "--format", "csv"]
+    assert run_app("sql", root, query, *given)[1].split() == ['"n","s","t"', "24,7,2"]
+    assert run_app("sql", root, query, *given, "--version", "1")[1].split() == ['"n","s","t"', "12,7,2"]
+    for wrong, message in (
+        (["--version", "99"], "has no version 99: the latest is 2"),
+        (["--with", "mine"], "not of the form NAME=FILE"),
+        (["--with", f"mine={tmp_path / 'mine.csv'}"], "the name 'mine' is taken"),
+        (["--memory", "much"], "is not a size: write 4GB"),
+    ):
+        assert message in run_app("sql", root, query, *given, *wrong)[2]
+    assert "remove --threads" in run_app("sql", root, "--export-views", tmp_path / "v.duckdb", "--threads", 2)[2]
+
+
+def test_files_prints_what_is_visible_at_a_version(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", num_chains=30)
+    (cache.root / "chains" / "orphan.parquet").write_bytes(b"of a crash")
+    counts = []
+    for version in (0, 1, 2, 3):
+        paths = run_app("files", cache.root, "--version", version)[1].split()
+        counts.append(sum(pq.read_metadata(path).num_rows for path in paths))
+    assert counts == [0, 12, 24, 30]
+    found = json.loads(run_app("files", cache.root, "--json")[1])
+    assert (found["version"], [one["path"] for one in found["files"]]) == (3, paths)
+    assert [one["num_rows"] for one in found["files"]] == [12, 12, 6]
+    assert len(run_app("files", cache.root, "--table", "verdicts")[1].split()) == 1
+    assert "choose one of chains, verdicts, failures" in run_app("files", cache.root, "--table", "x")[2]
+    assert "has no version 9" in run_app("files", cache.root, "--version", 9)[2]

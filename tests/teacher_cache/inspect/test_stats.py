@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from stillroom.cache.catalog import Catalog
+from stillroom.cache.reader import repeated_frac
+from stillroom.sql.session import open_session
 from teacher_cache.inspect.stats import SIGNAL_COLUMNS, cache_stats, stats_text
 from teacher_cache.judging import judge_cache
 from tests.helpers.caches import make_cache
@@ -42,6 +45,23 @@ def signal_bytes(path: Path) -> int:
         for index in range(metadata.num_columns)
     ]
     return sum(one.total_compressed_size for one in columns if one.path_in_schema.split(".")[0] in SIGNAL_COLUMNS)
+
+
+def test_loops_are_chains_that_repeat_their_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_cache(tmp_path / "cache", num_chains=30)
+    query = "SELECT sample_id, token_ids, repeated_frac FROM chains JOIN shards USING (sample_id)"
+    with open_session(made.catalog) as session:
+        for row in session.arrow(query).to_pylist():
+            ids = row["token_ids"]
+            windows = [tuple(ids[at : at + 16]) for at in range(len(ids) - 15)]
+            wanted = 1 - len(set(windows)) / len(windows) if windows else 0
+            assert row["repeated_frac"] == pytest.approx(wanted)
+    assert repeated_frac(np.tile(np.arange(100, dtype=np.int32), 10)) == pytest.approx(1 - 100 / 985)
+    assert cache_stats(made.catalog).loop_frac == 0
+    monkeypatch.setattr("teacher_cache.inspect.stats.LOOP_TOKENS", 200)
+    sampled = cache_stats(made.catalog)
+    assert 0 < sampled.num_chains_read < 30
+    assert f"loops of a sample of {sampled.num_chains_read}" in stats_text(sampled)
 
 
 def test_an_empty_cache_has_numbers_too(tmp_path: Path) -> None:
