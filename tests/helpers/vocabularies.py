@@ -33,10 +33,10 @@ def byte_bpe(vocab_size: int, special: list[str], *, lowercase: bool = False, di
     return tokenizer
 
 
-def teacher_tokenizer(folder: Path) -> Any:
+def teacher_tokenizer(folder: Path, vocab_size: int = 300) -> Any:
     """Splits characters that are not Latin; <think> and </think> are tokens, ids 1 and 2 those of synthetic caches."""
     special = ["<|im_start|>", "<|im_end|>", THINK_END, "<think>"]
-    return AutoTokenizer.from_pretrained(save(byte_bpe(300, special), folder, markers=()))
+    return AutoTokenizer.from_pretrained(save(byte_bpe(vocab_size, special), folder, markers=()))
 
 
 def student_folder(folder: Path, kind: str) -> Path:
@@ -57,15 +57,17 @@ def text_of(row: int, num_words: int = 12) -> str:
     return " ".join(WORDS[number] for number in rng.integers(0, len(WORDS), num_words))
 
 
-def make_text_cache(root: Path, tokenizer: Any, num_chains: int = 40, codec: str = "topk-f32") -> SyntheticCache:
+def make_text_cache(
+    root: Path, tokenizer: Any, num_chains: int = 40, codec: str = "topk-f32", name: str = "text"
+) -> SyntheticCache:
     """Chains of text_of() with the reasoning closed in the middle. Every tenth was cut off; support: 4 tokens and a
     tail, the sampled token nearly always among them.
     """
-    shape = CacheShape(num_chains=num_chains, codec=codec, vocab_size=len(tokenizer), max_support=4)
-    return write_chains(root, shape, [_chain(tokenizer, row) for row in range(num_chains)], tokenizer)
+    shape = CacheShape(codec=codec, vocab_size=len(tokenizer), max_support=4, tokenizer=name)
+    return write_chains(root, shape, [_chain(tokenizer, row, name) for row in range(num_chains)], tokenizer)
 
 
-def _chain(tokenizer: Any, row: int) -> Chain:
+def _chain(tokenizer: Any, row: int, name: str) -> Chain:
     rng = np.random.default_rng([2, row])
     first, second = text_of(row), text_of(row + 1000)
     ids = [*tokenizer.encode(first), THINK_END_ID, *tokenizer.encode(second)]
@@ -76,7 +78,7 @@ def _chain(tokenizer: Any, row: int) -> Chain:
     said = tokenizer.decode(token_ids[: len(token_ids) - has_ended].tolist())
     return Chain(
         row=row,
-        sample_id=stable_hash("text", row),
+        sample_id=stable_hash(name, row),
         sample_index=row % 2,
         source="sums",
         split="heldout" if row % 8 == 7 else "train",

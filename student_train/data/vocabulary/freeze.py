@@ -14,7 +14,7 @@ S student tokens, R chains, N stored candidates
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ from student_train.data.vocabulary.transport import Aligned, Strings, Transport
 VERSION = 1
 """Of all code that decides targets: files of another version are made again."""
 MAX_COUNTED = 2_000_000
+BATCH_TOKENS = 16_384
+"""Teacher tokens projected together: the projection's arrays are some hundred times as long."""
 EXTRA_FIELDS = [
     pa.field(IS_COMMON, list_of(pa.bool_()), nullable=False),
     pa.field(CHUNK_LOGPROB, list_of(pa.float32()), nullable=False),
@@ -150,7 +152,7 @@ class ProjectedRows:
         is_aligned_R = np.array([chain.alignment is not None for chain in chains])
         signals, offsets = decode(table.filter(pa.array(is_aligned_R)), header, where)
         good = [chain for chain in chains if chain.alignment is not None]
-        targets = teacher.project(good, signals)
+        targets = _concatenated([teacher.project(*batch) for batch in _batches(good, signals)])
         counts: Counts = {
             "aligned": len(good),
             CHANGED: sum(chain.problem == CHANGED for chain in chains),
@@ -335,6 +337,22 @@ def _filled(targets: Targets, student_ids_S: Int32 | Int64) -> Signals:
         sampled_rank_T=rank_S.astype(np.int32),
         entropy_T=np.maximum(entropy_S, 0.0).astype(np.float32),
     )
+
+
+def _batches(chains: Sequence[AlignedChain], signals: Signals) -> Iterator[tuple[Sequence[AlignedChain], Signals]]:
+    """Chains of about BATCH_TOKENS teacher tokens with their part of `signals`."""
+    ends_R = np.cumsum([len(chain.teacher_ids_T) for chain in chains])
+    first = 0
+    while first < len(chains):
+        start = int(ends_R[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends_R, start + BATCH_TOKENS, side="right")))
+        yield chains[first:last], signals.slice(start, int(ends_R[last - 1]))
+        first = last
+
+
+def _concatenated(parts: Sequence[Targets]) -> Targets:
+    parts = parts or [_no_targets(0)]
+    return Targets(*(np.concatenate([getattr(part, one.name) for part in parts]) for one in fields(Targets)))
 
 
 def _no_targets(num_tokens: int) -> Targets:

@@ -160,6 +160,30 @@ def test_packs_say_which_chunks_are_whole(
     assert min(seen.values()) > 50
 
 
+def test_chains_of_two_teachers_are_projected_each_by_its_own_vocabulary(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path
+) -> None:
+    tokenizer = teacher_tokenizer(tmp_path / "other", vocab_size=320)
+    other = make_text_cache(tmp_path / "cache", tokenizer, num_chains=12, name="other")
+    both = SelectionRequest([CacheSource(cache.root), CacheSource(other.root)])
+    selection = open_projected_selection(tmp_path / "selection.parquet", both, students["bytes"])
+    made = selection.header.projection
+    assert made is not None
+    assert made.num_aligned == len(cache.chains) + len(other.chains)
+    alone = open_projected_selection(tmp_path / "alone.parquet", request(other), students["bytes"])
+    rows = np.flatnonzero(selection.cache_G[selection.group_R] == 1)
+    for group in range(len(alone.file_G)):
+        here = np.flatnonzero(alone.group_R == group)
+        there = rows[here]
+        mine = read_rows(selection, int(selection.group_R[there[0]]), there, with_signals=True)
+        expected = read_rows(alone, group, here, with_signals=True)
+        assert mine.signals is not None
+        assert expected.signals is not None
+        np.testing.assert_array_equal(mine.token_ids_T, expected.token_ids_T)
+        np.testing.assert_array_equal(mine.signals.topk_ids_N, expected.signals.topk_ids_N)
+        np.testing.assert_array_equal(mine.signals.topk_logprobs_N, expected.signals.topk_logprobs_N)
+
+
 def test_text_that_the_student_changes_is_refused(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], teacher: Any, tmp_path: Path
 ) -> None:
