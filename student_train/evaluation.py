@@ -95,6 +95,7 @@ def evaluate(
     sums = torch.zeros(len(TokenMetrics._fields), dtype=torch.float64, device=ranks.device)
     num_tokens = num_compared = num_bytes = 0
     bytes_of = _byte_counter(selection)
+    # A step is one pack a rank: all ranks call the model equally often, as collectives under ZeRO-3 require.
     stream = PackStream(
         selection,
         spec,

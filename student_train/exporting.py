@@ -203,6 +203,7 @@ def export_stage(config: TrainConfig, state: CheckpointState) -> Path:
     """The model at the end of a stage, as the folder from which the next one begins; made once."""
     assert state.stage_is_done
     folder = RunFolder(config.run).model_after(state.stage_name)
+    # Folders appear whole, so one that exists is finished.
     if not folder.exists():
         with atomic_folder(folder) as temp:
             save_model(trained_model(config, state, merged=True), None, temp)
@@ -236,15 +237,18 @@ def trained_model(config: TrainConfig, state: CheckpointState, *, merged: bool) 
     # What the run trained on: the vocabulary of its first stage, which is that of all of them.
     selection = load_selection(run.selection_path(config.stages[0].name))
     caches = [cache.path for cache in config.data.caches]
+    # As training did, or the checkpoint's embeddings would have other rows.
     widen_vocab(model, check_vocabulary(config.student, selection, caches).num_ids)
     if stage.trainable == "lora":
         model = add_lora(model, stage.lora or LoraConfig())
     weights = saved_weights(run.checkpoints, state.tag, state.zero_stage)
+    # Not strict: checkpoints leave out frozen weights, which the initial folder has; trained ones are checked below.
     missing, unexpected = model.load_state_dict(weights, strict=False)
     lost = set(missing) & set(_trained_names(model, stage.trainable))
     if unexpected or lost:
         raise CorruptError(f"checkpoint {state.tag} does not fit the student: {sorted([*unexpected, *lost])[:3]}")
     if stage.trainable == "lora" and merged:
+        # Before the merge, which writes into the shared weight.
         _untie_adapted(model.get_base_model())
         model = model.merge_and_unload()
     return model.eval()

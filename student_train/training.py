@@ -76,6 +76,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int |
         plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         if ranks.is_first:
             _announce(plan, state, ranks.num_ranks)
+            # Steps after the checkpoint are taken again and must not stand in the log twice.
             run.truncate_metrics(state.place if state is not None else (0, 0))
         ranks.barrier()
         for stage in plan.stages:
@@ -118,6 +119,7 @@ def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bo
                 is_stopped = run.finish_step(step, packs, sums_1J.tolist(), total_weight, stop, is_applied=is_applied)
                 if run.is_time_to_evaluate:
                     run.evaluate()
+                    # Before saving, so that the checkpoint names itself as the best.
                     run.keep_best()
                     run.save()
                 elif run.is_time_to_save:
@@ -151,6 +153,7 @@ class StageRun:
         self._folder = RunFolder(config.run)
         here = state if state is not None and state.stage == stage.index else None
         if state is not None and here is None and ranks.is_first:
+            # This stage starts from the weights that the one before exports.
             export_stage(config, state)
         ranks.barrier()
         self.engine = self._load_engine(here)
@@ -268,6 +271,7 @@ class StageRun:
         Raises StillroomError for a loss that is not finite, and where nothing is learnt.
         """
         ranks, stage = self.ranks, self._stage
+        # Empty packs only keep ranks together in a run's last step.
         read = [pack for pack in packs if pack.num_loss_tokens]
         counts = [sum(pack.num_tokens for pack in read), sum(pack.num_loss_tokens for pack in read)]
         stall_s = self._stream.stats.stall_s - step.stall_before_s
@@ -275,6 +279,7 @@ class StageRun:
             [*sums, *map(float, counts), float(stop.is_set)]
         )
         worst_stall_s, memory_gib = ranks.max([stall_s, memory_used_gib(ranks.device)])
+        # Measured after the collectives: they wait for the slowest rank, whose time is the step's.
         step_s = time.perf_counter() - step.started_s
         self._step += 1
         self._num_tokens += int(num_tokens)
@@ -381,6 +386,7 @@ class StageRun:
         state = self._state()
         if self._saved_step != self._step:
             self._require_finite()
+            # Only finite states get here: a broken one would become the latest, from which every resume fails.
             checkpoint.save(self._folder.checkpoints, self.engine, state, self._config.checkpoint.keep_last, self.ranks)
             self._saved_step = self._step
         return state
@@ -441,6 +447,7 @@ def _rewind(run: RunFolder, config: TrainConfig, step: int) -> None:
 
 def seed_generators(seed: int, stage: int, step: int, rank: int) -> None:
     """Seeds every global generator for one step of one rank: a resumed run then drops out the same units."""
+    # 60 bits: torch takes a signed 64-bit seed.
     number = int(stable_hash("step", seed, stage, step, rank)[:15], 16)
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002 - a library may draw from the global generator

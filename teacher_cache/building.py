@@ -112,6 +112,7 @@ class Build:
                 self._chains = VisibleSamples(self.catalog.chains)
                 self._failures = VisibleSamples(self.catalog.failures)
                 self.num_adopted = self._recover(own_abandoned_s)
+                # After recovery, so that adopted rows count as done.
                 self._chains.refresh()
                 self._failures.refresh()
             except OSError as error:
@@ -243,6 +244,7 @@ class Build:
                 run_id=self.run_id,
                 name=config.run,
                 kind=_kind(config),
+                # A resumed run keeps its age; all else describes its newest start.
                 created_at=known.created_at if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 teacher=teacher.model_copy(update={"vocab_size": info.vocab_size}),
                 sampling=_sampling(config),
@@ -250,6 +252,7 @@ class Build:
                 engine={**plain(config.engine), **info.settings},
                 prompts=plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
                 reasoning=plain(config.reasoning),
+                chat_template_kwargs=plain(config.teacher)["chat_template_kwargs"],
                 software=dict(info.software),
             )
         )
@@ -282,6 +285,7 @@ class Build:
         capture, teacher = self.config.capture, self.teacher.record
         return ShardHeader(
             codec=capture.codec,
+            # Readers check counts against the header, and a small vocabulary has fewer candidates than were asked for.
             max_support=min(capture.max_support, info.vocab_size),
             nucleus=capture.nucleus,
             draws=capture.draws,
@@ -297,11 +301,12 @@ class Build:
 
 
 def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
-    """`<run>_<8 hex>`: a different teacher, capture, reasoning or sampling makes a different run, and so does scoring;
-    more prompts, samples or completions do not.
+    """`<run>_<8 hex>`: a different teacher, capture, reasoning, sampling or argument of the chat template makes a
+    different run, and so does scoring; more prompts, samples or completions do not.
     """
     capture, reasoning = plain(config.capture), plain(config.reasoning)
-    return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning)
+    template = plain(config.teacher)["chat_template_kwargs"]
+    return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning, template)
 
 
 def worker_name(share: WorkerShare) -> str:
@@ -356,6 +361,7 @@ class _Pending:
         self.num_skipped = 0
         self._seen: set[str] = set()
         self._remaining = self._undone(requests, is_done)
+        # One ahead: whether anything is left must be known before a model is loaded.
         self._next = next(self._remaining, None)
 
     def is_empty(self) -> bool:
@@ -481,6 +487,6 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
         note(f"{rows} will be recorded as failures; the first: {first}")
     if loaded.duplicates:
         twins, twin = format_plural(len(loaded.duplicates), "duplicate"), loaded.duplicates[0]
-        note(f"{twins} skipped; the first: {twin.where} repeats {twin.kept}")
+        note(f"{twins} skipped; the first: {twin}")
     if loaded.contaminated:
         note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")

@@ -37,16 +37,30 @@ app = new_program(
 
 
 @app.command()
-def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    num_shown: Annotated[
+        int,
+        typer.Option(
+            "--show",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Also print N prompts as the teacher reads them, special tokens included, from all sources in turn.",
+        ),
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Show what a build or score has left to do. Estimates tokens, disk space and time without loading the model."""
     from dataclasses import asdict
 
     from teacher_cache.config import BuildConfig, load_run_config
-    from teacher_cache.plan import disk_warning, plan_build, plan_lines, plan_score
+    from teacher_cache.plan import disk_warning, plan_build, plan_lines, plan_score, shown_lines
 
     config = load_run_config(config_path, overrides or ())
-    planned = plan_build(config) if isinstance(config, BuildConfig) else plan_score(config)
-    print_result(asdict(planned), plan_lines(planned), as_json)
+    planned = plan_build(config, num_shown) if isinstance(config, BuildConfig) else plan_score(config, num_shown)
+    print_result(asdict(planned), [*shown_lines(planned), *plan_lines(planned)], as_json)
     warning = disk_warning(planned)
     if warning is not None:
         warn(warning)

@@ -126,9 +126,15 @@ class RowFields(NamedSource):
     """
 
     messages_field: str | None = None
-    """Field with a list of {role, content}."""
+    """Field with a list of messages, or its JSON text: {role, content}, or {from, value} as in ShareGPT. human and gpt
+    mean user and assistant, developer means system."""
     prompt_field: str | None = None
-    """Field with the text of one user message."""
+    """Field with the text of one user message, or with a list of messages."""
+    system_field: str | None = None
+    """Field with the system message; rows may leave it empty."""
+    ignored_fields: list[str] = Field(default_factory=list)
+    """Columns, or keys of messages, that are left out of prompts on purpose, such as tools or reasoning_content.
+    Otherwise rows with a value there are malformed, because the teacher would not see it."""
     system: str | None = None
     """System message for prompts that have none."""
     instruction: str | None = None
@@ -148,7 +154,7 @@ class RowFields(NamedSource):
     @property
     def optional_fields(self) -> list[str]:
         """Fields that a row may lack; a name that no row has is a mistake."""
-        return _distinct(self.reference_field, *self.metadata_fields)
+        return _distinct(self.system_field, self.reference_field, *self.metadata_fields)
 
     @model_validator(mode="after")
     def _judge_has_reference(self) -> Self:
@@ -183,20 +189,34 @@ class PromptFields(PromptSource, RowFields):
         return self
 
 
-class JsonlFile(StrictModel):
-    """Rows of a JSON Lines file."""
+class FileRows(StrictModel):
+    """Rows of files."""
+
+    path: CacheRoot
+    """A file, a folder, or a glob such as `data/**/*.jsonl.gz`; local, or s3://, gs:// or az://BUCKET/PREFIX. Files may
+    be compressed with gzip, zstd or bzip2. Names in folders that begin with a dot or underscore are skipped."""
+    split: str | None = None
+    """Use only this split's files of a folder, by the names of files and folders; required if they name several."""
+
+
+class JsonlFile(FileRows):
+    """Rows of JSON Lines files, JSON arrays, or files with one JSON object each."""
 
     kind: Literal["jsonl"]
-    path: Path
-    """A file, or a folder of .jsonl files."""
 
 
-class ParquetFile(StrictModel):
-    """Rows of a Parquet file."""
+class CsvFile(FileRows):
+    """Rows of CSV files whose first line names the columns. Empty cells are null."""
+
+    kind: Literal["csv"]
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Character between cells; None: a tab in .tsv files, else a comma."""
+
+
+class ParquetFile(FileRows):
+    """Rows of Parquet files."""
 
     kind: Literal["parquet"]
-    path: Path
-    """A file, or a folder of .parquet files."""
 
 
 class HuggingFaceDataset(StrictModel):
@@ -214,11 +234,15 @@ class HuggingFaceDataset(StrictModel):
 
 
 class JsonlSource(PromptFields, JsonlFile):
-    """Prompts from a JSON Lines file."""
+    """Prompts from JSON Lines or JSON files."""
+
+
+class CsvSource(PromptFields, CsvFile):
+    """Prompts from CSV files."""
 
 
 class ParquetSource(PromptFields, ParquetFile):
-    """Prompts from a Parquet file."""
+    """Prompts from Parquet files."""
 
 
 class HuggingFaceSource(PromptFields, HuggingFaceDataset):
@@ -244,7 +268,7 @@ class ReasoningGymSource(PromptSource):
 
 
 Source = Annotated[
-    JsonlSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
+    JsonlSource | CsvSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
     Field(discriminator="kind"),
 ]
 
@@ -268,7 +292,8 @@ class TeacherConfig(StrictModel):
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Only for models that you trust as much as your own code."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments for the model's chat template, such as `enable_thinking: true`."""
+    """Arguments for the model's chat template, such as `enable_thinking: true`; part of the run's identity. Names that
+    the template does not mention are refused."""
 
 
 class PromptsConfig(StrictModel):
@@ -281,6 +306,9 @@ class PromptsConfig(StrictModel):
     """Fraction of prompts whose chains get split 'heldout' instead of 'train'; chosen by hash of the prompt."""
     decontaminate: DecontaminateConfig | None = None
     """Skip prompts that overlap an evaluation set."""
+    max_unusable_frac: float = Field(default=0.5, ge=0, le=1)
+    """Stop before generating if more than this fraction of a source's rows is malformed, or of its first prompts is
+    refused by the chat template; 1 uses whatever is left."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
@@ -482,7 +510,7 @@ class CompletionFields(RowFields):
         if self.messages_field is not None and self.prompt_field is not None:
             raise ValueError("messages_field and prompt_field both give the prompt: remove one")
         if self.are_ids:
-            for name in ("completion_field", "append_eos", "system", "instruction"):
+            for name in ("completion_field", "append_eos", "system", "system_field", "instruction", "ignored_fields"):
                 if name in self.model_fields_set:
                     raise ValueError(f"{name} has no effect on token ids: remove it")
         elif self.messages_field is None and (self.prompt_field is None or self.completion_field is None):
@@ -494,11 +522,15 @@ class CompletionFields(RowFields):
 
 
 class JsonlCompletions(CompletionFields, JsonlFile):
-    """Completions from a JSON Lines file."""
+    """Completions from JSON Lines or JSON files."""
+
+
+class CsvCompletions(CompletionFields, CsvFile):
+    """Completions from CSV files."""
 
 
 class ParquetCompletions(CompletionFields, ParquetFile):
-    """Completions from a Parquet file."""
+    """Completions from Parquet files."""
 
 
 class HuggingFaceCompletions(CompletionFields, HuggingFaceDataset):
@@ -521,7 +553,7 @@ class CacheCompletions(NamedSource):
 
 
 CompletionSource = Annotated[
-    JsonlCompletions | ParquetCompletions | HuggingFaceCompletions | CacheCompletions,
+    JsonlCompletions | CsvCompletions | ParquetCompletions | HuggingFaceCompletions | CacheCompletions,
     Field(discriminator="kind"),
 ]
 
@@ -615,8 +647,8 @@ class LlmJudgeConfig(StrictModel):
         return self
 
 
-FileSource = JsonlSource | ParquetSource | HuggingFaceSource
-FileCompletions = JsonlCompletions | ParquetCompletions | HuggingFaceCompletions
+FileSource = JsonlSource | CsvSource | ParquetSource | HuggingFaceSource
+FileCompletions = JsonlCompletions | CsvCompletions | ParquetCompletions | HuggingFaceCompletions
 RowSource = FileSource | FileCompletions
 """Sources whose rows are read from files and datasets."""
 

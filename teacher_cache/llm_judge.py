@@ -24,7 +24,7 @@ from stillroom.models import load_tokenizer
 from stillroom.schema.records import Message, Prompt, stable_hash
 from teacher_cache.config import CaptureConfig, LlmJudgeConfig, TeacherConfig
 from teacher_cache.engine.api import Engine, Finished, Outcome, Request
-from teacher_cache.prompts.prompts import tokenize
+from teacher_cache.prompts.rendering import tokenize
 
 MAX_REFUSED = 5
 """Refusals without a reply after which it must be the request's form that is refused, not a chain."""

@@ -6,14 +6,16 @@ measured where the cache has chains of a source; otherwise they are upper bounds
 says which. Completions to score are counted token by token.
 """
 
+import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stillroom.cache.catalog import Catalog
-from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural
+from stillroom.log import Progress, cut, format_bytes, format_count, format_duration, format_plural, harmless
+from stillroom.log import one_line as flat
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.building import run_id_of
@@ -39,8 +41,23 @@ BYTES_PER_TEMPERATURE = 4.0
 METRICS_FRESH_S = 3600.0
 """Workers whose last metrics are older than the newest by more than this do not count as running together."""
 
+REFERENCE_COLUMNS = 40
 NUM_SHOWN = 3
 """Examples shown of each kind of skipped row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPrompt:
+    """A prompt as the teacher reads it: its tokens as text, special ones included. For scored chains the completion
+    too.
+    """
+
+    source: str
+    prompt_id: str
+    num_prompt_tokens: int
+    prompt: str
+    completion: str | None
+    reference: str | None
 
 
 @dataclass(slots=True)
@@ -91,27 +108,31 @@ class BuildPlan:
     sources: list[SourcePlan] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     endpoints: "list[EndpointStatus]" = field(default_factory=list)
+    shown: list[ShownPrompt] = field(default_factory=list)
 
 
-def plan_build(config: BuildConfig) -> BuildPlan:
-    """Raises DataError or ConfigError as `build` would before it starts."""
+def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
+    """Raises DataError or ConfigError as `build` would before it starts. `num_shown` prompts are in `shown`."""
     loaded = load_prompts(config.prompts)
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.prompts.sources])
     _count_prompts(plan, loaded)
     stream = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
-    _count_chains(plan, stream, num_requests(config, loaded.prompts), config, teacher)
+    shown = _Shown(stream, num_shown)
+    _count_chains(plan, shown, num_requests(config, loaded.prompts), config, teacher)
+    plan.shown = shown.prompts(plan.sources, teacher.tokenizer)
     plan.tokens_left_measured = all(one.mean_num_tokens is not None or not one.num_left for one in plan.sources)
     return plan
 
 
-def plan_score(config: ScoreConfig) -> BuildPlan:
+def plan_score(config: ScoreConfig, num_shown: int = 0) -> BuildPlan:
     """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before it starts."""
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.completions.sources])
     with Completions(config, teacher) as completions:
-        stream = _counting_prompts(plan, completions.requests())
-        _count_chains(plan, stream, completions.count(), config, teacher)
+        shown = _Shown(_counting_prompts(plan, completions.requests()), num_shown)
+        _count_chains(plan, shown, completions.count(), config, teacher)
+    plan.shown = shown.prompts(plan.sources, teacher.tokenizer)
     plan.num_contaminated = len(completions.contaminated)
     overlaps = [f"{one.where} overlaps {one.against}" for one in completions.contaminated]
     plan.examples += _examples("contaminated", overlaps)
@@ -140,6 +161,19 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     return [*lines, *(f"server   {one.url} {one.summary}" for one in plan.endpoints)]
 
 
+def shown_lines(plan: BuildPlan) -> list[str]:
+    """The prompts of `shown` for a person, each below a line that names it."""
+    lines = []
+    for one in plan.shown:
+        reference = (
+            "no reference" if one.reference is None else f"reference {cut(flat(one.reference), REFERENCE_COLUMNS)}"
+        )
+        lines.append(f"=== {one.source} {one.prompt_id[:8]}, {one.num_prompt_tokens:,} tokens, {reference}")
+        lines += [harmless(one.prompt)]
+        lines += [] if one.completion is None else ["--- scored:", harmless(one.completion)]
+    return [*lines, "=== end of prompts", ""] if lines else []
+
+
 def disk_warning(plan: BuildPlan) -> str | None:
     """A warning if the disk is too small."""
     if plan.fits or plan.disk_free_gb is None:
@@ -149,6 +183,38 @@ def disk_warning(plan: BuildPlan) -> str | None:
         f"{plan.cache} has {format_bytes(1e9 * plan.disk_free_gb)} free and the build needs {bound}"
         f"{format_bytes(1e9 * plan.gb_left)}: choose a larger disk, fewer samples or a smaller capture.max_support"
     )
+
+
+class _Shown:
+    """Passes requests on and keeps the first `num` of each source."""
+
+    def __init__(self, stream: Iterable[Request | Failure], num: int) -> None:
+        self._stream, self._num = stream, num
+        self._kept: dict[str, dict[str, Request]] = {}
+
+    def __iter__(self) -> Iterator[Request | Failure]:
+        for request in self._stream:
+            if isinstance(request, Request):
+                kept = self._kept.setdefault(request.prompt.source, {})
+                if len(kept) < self._num:
+                    kept.setdefault(request.prompt.prompt_id, request)
+            yield request
+
+    def prompts(self, sources: Sequence[SourcePlan], tokenizer: Any) -> list[ShownPrompt]:
+        """At most `num`, from all sources in turn."""
+        rounds = itertools.zip_longest(*(self._kept.get(one.source, {}).values() for one in sources))
+        requests = [request for turn in rounds for request in turn if request is not None]
+        return [_shown(request, tokenizer) for request in requests[: self._num]]
+
+
+def _shown(request: Request, tokenizer: Any) -> ShownPrompt:
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    prompt, completion_ids = request.prompt, request.completion_token_ids
+    completion = None if completion_ids is None else text(completion_ids)
+    ids = request.prompt_token_ids
+    return ShownPrompt(prompt.source, prompt.prompt_id, len(ids), text(ids), completion, prompt.reference)
 
 
 def _new_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, sources: Sequence[str]) -> BuildPlan:
@@ -172,7 +238,7 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
     plan.num_contaminated = len(loaded.contaminated)
     plan.examples = [
         *_examples("malformed", [failure.message for failure in loaded.failures]),
-        *_examples("duplicate", [f"{one.where} is {one.kept}" for one in loaded.duplicates]),
+        *_examples("duplicate", [str(one) for one in loaded.duplicates]),
         *_examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
     ]
 
@@ -208,16 +274,21 @@ def _count_chains(
     if catalog is not None:
         _measure(plan, sources, catalog, teacher.record.fingerprint)
     visible, failed = (_visible_samples(catalog, name) for name in ("chains", "failures"))
+    # The shortest server decides, as in the build.
     limits = [one.max_model_len for one in plan.endpoints if one.max_model_len is not None]
     max_model_len = config.engine.max_model_len or min(limits, default=None)
     seen: set[str] = set()
+    refused: dict[str, str] = {}
     with Progress("plan", total, "chains") as progress:
         for number, request in enumerate(stream, start=1):
             progress.update(number, 0)
+            # As the build skips them: the plan must end at the number of chains that will exist.
             if request.sample_id in seen:
                 plan.num_duplicates += 1
                 continue
             seen.add(request.sample_id)
+            if isinstance(request, Failure) and request.reason == "chat_template":
+                refused.setdefault(request.prompt_id, request.message)
             one = sources[request.source if isinstance(request, Failure) else request.prompt.source]
             one.num_chains += 1
             if request.sample_id in visible:
@@ -236,6 +307,7 @@ def _count_chains(
         plan.num_unusable += one.num_unusable
         plan.num_left += one.num_left
         plan.tokens_left += one.tokens_left
+    plan.examples += _examples("refused", list(refused.values()))
     _predict(plan, config, has_cache=catalog is not None)
 
 
@@ -304,6 +376,7 @@ def _last_speed(cache: Location, run_id: str) -> float | None:
         return None
     newest_s = max(last["time"] for last in lasts)
     together = [last["tokens_per_s"] for last in lasts if newest_s - last["time"] < METRICS_FRESH_S]
+    # Workers run side by side, so their rates add up; those of earlier runs do not count.
     return float(sum(together)) or None
 
 

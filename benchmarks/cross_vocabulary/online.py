@@ -121,11 +121,12 @@ class _Chains:
         prompts, completions = encoded(setting, same_vocabulary=False)
         self._number = {tuple(p + c): n for n, (p, c) in enumerate(zip(prompts, completions, strict=True))}
         self._completions = completions
-        self._groups: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._bytes = token_bytes(setting.other), token_bytes(setting.tokenizer)
 
     def of(self, pack: Pack, model: Any) -> Iterator[AlignedChain]:
         """The chains of a pack, in its order."""
         setting = self._setting
+        student_bytes, teacher_bytes = self._bytes
         starts = np.flatnonzero(np.diff(pack.document_ids_L, prepend=-1))
         documents = [tuple(ids.tolist()) for ids in np.split(pack.input_ids_L, starts[1:])]
         numbers = [self._number[ids] for ids in documents]
@@ -140,17 +141,8 @@ class _Chains:
                 teacher_BLV[row, len(teacher_ids[row]) - len(ids_T) - 1 : len(teacher_ids[row]) - 1],
                 torch.tensor(ids_S),
                 torch.tensor(ids_T),
-                self._groups_of(number),
+                groups_between([student_bytes[one] for one in ids_S], [teacher_bytes[one] for one in ids_T]),
             )
-
-    def _groups_of(self, number: int) -> list[tuple[int, int, int, int]]:
-        if number not in self._groups:
-            setting = self._setting
-            self._groups[number] = groups_between(
-                token_bytes(setting.other, self._completions[number]),
-                token_bytes(setting.tokenizer, setting.completions[number]),
-            )
-        return self._groups[number]
 
 
 def groups_between(student: list[bytes], teacher: list[bytes]) -> list[tuple[int, int, int, int]]:

@@ -8,7 +8,6 @@ has 1,536 ids instead of 1,024 and keeps digits apart, so ids, merges and pre-to
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from benchmarks.quality.teacher import (
     write_chains,
 )
 from student_train.data.text import HuggingFaceText
+from student_train.data.vocabulary.pieces import vocabulary_of
 from student_train.model.folder import atomic_folder, save_model
 
 NUM_TRAIN, NUM_HELDOUT = 1536, 192
@@ -138,23 +138,10 @@ def heldout_numbers(setting: Setting) -> list[int]:
     return [n for n in range(first, len(setting.texts)) if setting.texts[n] and "\ufffd" not in setting.texts[n]]
 
 
-def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
-    """The bytes of each token of a byte-level BPE; special tokens stand for none."""
-    specials = set(tokenizer.all_special_ids)
-    return [
-        b"" if one in specials else bytes(_BYTE_OF[char] for char in tokenizer.convert_ids_to_tokens(one))
-        for one in ids
-    ]
-
-
-def _byte_of() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte, by character (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-_BYTE_OF = _byte_of()
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes of each token by id; special tokens stand for none."""
+    vocabulary = vocabulary_of(tokenizer)
+    return [b"" if one in vocabulary.special else data for one, data in enumerate(vocabulary.bytes_by_id())]
 
 
 def _chains(path: Path, model: Any, tokenizer: Any) -> Chains:

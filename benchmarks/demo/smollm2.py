@@ -34,7 +34,7 @@ def ensure_teacher(folder: Path) -> Path:
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
     _load_model(gguf_file).save_pretrained(temp)
-    _load_tokenizer(gguf_file).save_pretrained(temp)
+    load_tokenizer(gguf_file).save_pretrained(temp)
     for path in temp.iterdir():
         sync_file(path)
     temp.rename(folder)
@@ -66,7 +66,7 @@ def _load_model(gguf_file: Path) -> LlamaForCausalLM:
     return model
 
 
-def _load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer, with the splitting of digits that the GGUF file only names (`tokenizer.ggml.pre = smollm`).
 
     Without it "\\n\\n2" becomes Ċ Ċ 2 where the model was trained on ĊĊ 2: the byte-level rule keeps the last space

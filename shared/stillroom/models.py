@@ -82,6 +82,7 @@ def fingerprints_from_files(model: str) -> tuple[str, str] | None:
     from tokenizers import Tokenizer
 
     try:
+        # Through the library, which writes old and new files in one form.
         backend = json.loads(Tokenizer.from_file(str(tokenizer)).to_str())
         template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
         jinja = folder / "chat_template.jinja"
@@ -199,6 +200,7 @@ def split_reasoning(
     if len(ends):
         return int(ends[0]) + 1
     began = start_id is not None and (
+        # The last mark of the prompt decides: few-shot examples hold whole pairs.
         bool((completion == start_id).any()) or _last(prompt, start_id) > _last(prompt, end_id)
     )
     return None if began else 0

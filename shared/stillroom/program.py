@@ -100,6 +100,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for one, handler in self._before.items():
+            # Restored, so that a stop request ends with its block and an outer one is in charge again.
             signal.signal(one, handler)
         self._before = {}
         if self._at_once and self.is_set and isinstance(error, Exception):

@@ -190,9 +190,11 @@ def plan_epoch(pieces: Pieces, group_R: Int32, copies_R: Int32 | None, spec: Pla
     item_I, visit_I, num_visits = _items(pieces, group_R, copies_R)
     if not num_visits:
         return EpochPlan(np.zeros(0, np.int32), np.zeros(1, np.int64))
+    # "plan" in ASCII: keeps this stream apart from that of repeat_counts ("weig"), which has the same seed.
     bits = np.random.PCG64(np.random.SeedSequence([spec.seed, epoch, 0x706C616E]))
     tokens_I = pieces.num_tokens_P[item_I]
     tokens_V = np.bincount(visit_I, tokens_I, num_visits).astype(np.int64)
+    # The order of draws from `bits` is part of the plan: resumed runs must get the packs they had.
     lane_V, position_V = _deal(np.argsort(_raw(bits, num_visits), kind="stable"), tokens_V, spec)
     time_I = _times(
         position_V[visit_I], np.bincount(lane_V)[lane_V[visit_I]], spec.window_groups, _raw(bits, len(item_I))
@@ -245,9 +247,11 @@ def fill_packs(tokens_I: Int32, pack_tokens: int) -> tuple[Int32, Int64]:
             next_item += 1
         free, size = pack_tokens, 0
         while pool:
+            # Items taken out of turn are dropped when they reach the head: removing them at once would be linear.
             while not waiting[arrivals[0]]:
                 arrivals.popleft()
             key = lengths[arrivals[0]] << 32 | arrivals[0]
+            # The item that waits longest, so that none starves; if it does not fit, the longest that does.
             index = bisect_left(pool, key) if key >> 32 <= free else bisect_right(pool, free << 32 | mask) - 1
             if index < 0:
                 break

@@ -120,12 +120,14 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     place_N = np.arange(len(document_N)) - (np.cumsum(num_losses_D) - num_losses_D)[document_N]
     # Prompt of 3, completion of 2: token 3 of the document is the first with a loss; position 3 - 1 predicts it.
     loss_D = np.array([piece.loss - piece.first for piece in pieces], np.int64)
+    # loss > first in every piece, so the position before a loss token is never another document's.
     predict_positions_N = (starts_D + loss_D - 1)[document_N] + place_N
     input_ids_L = np.concatenate([_tokens(piece) for piece in pieces])
     first_token_D = np.array([_first_loss_token(piece) for piece in pieces], np.int32)
     signals = _signals(pieces)
     ids_NK, logprobs_NK = _no_support(len(document_N), 0)
     if signals is not None:
+        # Padded to the widest token of this pack rather than to max_support: K is what the losses pay for.
         ids_NK, logprobs_NK = signals.dense(int(signals.topk_n_T.max()))
     draw_ids_NM, draw_logprobs_NM, draw_weights_NM = _draws(signals)
     chunk_ids_N, chunk_logprobs_N, is_common_N = _chunks(pieces, signals)
@@ -198,6 +200,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
 
     if not pack.num_loss_tokens:
         pack = _weightless(pack, view)
+    # int32 is copied and int64 made on the device: half the bytes cross the bus.
     sampled_ids_N, weights_N = tensor(pack.sampled_ids_N).long(), tensor(pack.weights_N)
     if pack.tail_logmass_N is None:
         targets = SparseTargets.text_alone(sampled_ids_N, weights_N)
@@ -228,6 +231,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
     return TorchPack(
         input_ids_1L=tensor(pack.input_ids_L).long().unsqueeze(0),
         position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
+        # Python numbers: they split tensors, and reading them from a GPU would wait for it.
         document_lengths=tuple(np.bincount(pack.document_ids_L).tolist()),
         predict_positions_N=tensor(pack.predict_positions_N),
         targets=targets,
@@ -287,6 +291,7 @@ def dense_draws(draws: Draws, tail_logmass_N: Float32) -> tuple[Int32, Float32, 
 
 def _tokens(piece: PackedPiece) -> Int32:
     prompt = piece.block.prompt_of(piece.index)
+    # A later piece of a split chain begins within the completion.
     completion = piece.block.tokens_of(piece.index)[max(piece.first - len(prompt), 0) : piece.stop - len(prompt)]
     return np.concatenate([prompt[piece.first :], completion])
 

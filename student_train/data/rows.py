@@ -108,6 +108,7 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
     _require(int(selection.row_in_group_R[rows_R].max()) < table.num_rows, where, "has fewer rows than were selected")
     if len(rows_R) < table.num_rows:
         table = table.take(pa.array(selection.row_in_group_R[rows_R]))
+    # By key, not only by position: another chain in this place would be trained on without an error.
     same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
     _require(bool(same_R.all()), where, "holds another chain than was selected (sample_id differs)")
     prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)
@@ -312,10 +313,13 @@ class RowBuffer:
         self.num_bytes += block.num_bytes
         self.max_bytes = max(self.max_bytes, self.num_bytes)
         self._largest_bytes = max(self._largest_bytes, block.num_bytes)
+        # The block that is due stays, even if it alone exceeds the budget.
         while self.num_bytes > self._budget_bytes and len(self._blocks) > 1:
             next_place = {other: int(self._due_places(other)[0]) for other in self._blocks if other != group}
+            # The order is known, so the block that is needed last goes (Belady's rule).
             last = max(next_place, key=next_place.__getitem__)
             self._drop(last)
+            # So that reading ahead finds the dropped group again.
             self._seen = min(self._seen, next_place[last])
 
     def _drop(self, group: int) -> None:
@@ -331,4 +335,5 @@ class RowBuffer:
 
     def _due_rows(self, group: int) -> Int64:
         """Remaining rows of a group, ascending, without repeats."""
+        # Split chains and weighted caches name a row several times.
         return np.unique(self._rows_I[self._due_places(group)])

@@ -235,6 +235,7 @@ def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
     if not len(array):
         return np.zeros(0, np.uint64)
     try:
+        # Fixed width makes all ids one buffer: keys of millions of rows without a Python string each.
         fixed = array.cast(pa.binary()).cast(pa.binary(ID_CHARS))
     except pa.ArrowException as error:
         raise CorruptError(f"{where}: a sample_id does not have 32 characters") from error
@@ -304,6 +305,7 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
 def _hash(selection: Selection) -> str:
     """Of the header except where the caches lie, and of all that the selection holds in memory."""
     digest = hashlib.blake2b(digest_size=16)
+    # Without roots: a cache that was moved is the same selection.
     about: dict[str, Any] = selection.header.model_dump(
         mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}}
     )
@@ -349,6 +351,7 @@ def check_filter_columns(catalog: Catalog, condition: str) -> dict[str, ShardFoo
     """
     words = set(re.findall(r"\w+", condition.lower()))
     small = [field.name for field in CHAIN_FIELDS if not pa.types.is_list(field.type) and field.name not in LARGE]
+    # Words rather than a parse: a word too many only verifies a column too many.
     columns = [*small, *(name for name, names in LARGE.items() if words.intersection(names))]
 
     def check_shard(file: DataFile) -> ShardFooter:
@@ -463,6 +466,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
         codecs=sorted({one.codec for one in headers.values()}),
         vocab_size=max(one.vocab_size for one in headers.values()),
         max_support=max(one.max_support for one in headers.values()),
+        # What not every shard has cannot be used: a pack may mix rows of all of them.
         draws=min(one.draws for one in headers.values()),
         temperatures=sorted(set.intersection(*(set(one.temperatures) for one in headers.values()))),
         **totals_of(rows),
@@ -498,6 +502,7 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa
     where, weight = request.where, request.weight
     condition = f"WHERE {in_brackets(where)}" if where is not None else ""
     expression = in_brackets(weight) if weight is not None else "1"
+    # Before the query, which would read damaged columns without noticing.
     footers = check_filter_columns(catalog, f"{where} {weight}")
     with open_session(catalog) as session:
         check_condition(session, request.key, where)
@@ -517,6 +522,7 @@ def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa
 def _first_by_id(rows: pa.Table, max_chains: int | None) -> pa.Table:
     if max_chains is None or rows.num_rows <= max_chains:
         return rows
+    # Ids are hashes, so the smallest are a fair sample, and a grown cache keeps most of it.
     order = np.argsort(keys_of(rows.column("sample_id"), "the selection"), kind="stable")
     return rows.take(pa.array(np.sort(order[:max_chains])))
 

@@ -146,6 +146,7 @@ class PackStream:
             if item.error is not None:
                 raise item.error
             raise StopIteration
+        # Only packs that were taken count: a checkpoint reads those still in the queue again.
         self._place = item.place_after
         self._count(item, item.pack, waited_s)
         return item.pack
@@ -178,6 +179,7 @@ class PackStream:
                 "settings, or name another run folder"
             )
         self.close()
+        # Normalised: a state at the very end of an epoch is the beginning of the next.
         self._place = self.plans.place(int(state["epoch"]), int(state["cursor"]))
         self._ended = False
 
@@ -190,6 +192,7 @@ class PackStream:
         self._thread = None
 
     def _start(self) -> None:
+        # New queue and event: what an earlier thread had read ahead belongs to another place.
         self._closing = threading.Event()
         self._queue = queue.Queue(self._prefetch_packs)
         reader = threading.Thread(target=self._read_ahead, args=(self._place,), name=THREAD_NAME, daemon=True)

@@ -62,6 +62,7 @@ def chunk_losses(
         values_CJ = torch.stack([term.nats(seen) for term in mix.terms], dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)
         loss_sum = (weights_C * weighted_sum(mix, values_CJ)).sum()
+        # Some mixes leave a leaf unread (cross-entropy has no use for the tail): its gradient is 0, not None.
         grads = torch.autograd.grad(loss_sum, leaves, materialize_grads=True) if with_gradient else ()
     if with_gradient:
         closed = [
@@ -69,6 +70,7 @@ def chunk_losses(
             for i, chunk in enumerate(opened)
         ]
         if len(closed) == 2:
+            # closed[1] is in logits_CV already: the hard chunk owns that memory (see _open).
             logits_CV.add_(closed[0])
     return values_CJ.detach(), weights_C
 
@@ -128,6 +130,7 @@ def open_chunk(scaled_logits_CV: Tensor, ids_CK: Tensor, is_support_CK: Tensor, 
     exp_CV = u_CV.sub_(max_C.unsqueeze(1)).exp_()
     tail_sum_C = exp_CV.sum(dim=1)
     u_tail_C = max_C + tail_sum_C.log()
+    # A padding slot repeats some id, whose mass would otherwise count twice.
     u_support_CK = u_CS[:, : ids_CK.shape[1]].masked_fill(~is_support_CK, -torch.inf)
     logsumexp_C = torch.cat([u_support_CK, u_tail_C.unsqueeze(1)], dim=1).logsumexp(dim=1)
     return OpenChunk(
@@ -156,6 +159,7 @@ def close_chunk(chunk: OpenChunk, grad_CS: Tensor, grad_tail_C: Tensor, temperat
     softmax_CK = chunk.student_CS[:, :num_support].exp() * chunk.is_support_CK
     slot_grad_CS = grad_CS.clone()
     slot_grad_CS[:, :num_support] -= softmax_CK * total_C.unsqueeze(1)
+    # Added rather than written: the sampled token's extra slot may be an id of the support.
     return grad_CV.scatter_add_(1, chunk.slot_ids_CS, slot_grad_CS.div_(temperature))
 
 
@@ -173,6 +177,7 @@ def _open(logits_CV: Tensor, targets: SparseTargets, mix: LossMix) -> tuple[Open
         soft = open_chunk(scaled_CV, ids_CS, is_apart_CS, extra_ids_CE)
         return soft, soft if needs_hard else None
     at_tau = open_chunk(logits_CV / targets.temperature, ids_CS, is_apart_CS, extra_ids_CE) if needs_soft else None
+    # Cross-entropies compare no buckets: no id needs to be apart from the tail.
     return at_tau, open_chunk(logits_CV, ids_CS[:, :0], is_apart_CS[:, :0], extra_ids_CE)
 
 
@@ -218,7 +223,9 @@ def _token_weights(targets: SparseTargets, mix: LossMix, seen: Seen, values_CJ: 
     if mix.focal_gamma is None:
         return weights_C
     assert seen.sampled_N is not None
+    # 1 - q without cancellation where the student is nearly certain.
     missed_C = -torch.expm1(seen.sampled_N.detach())
+    # Rounding can put log q above 0, and a broken power of a negative number is nan.
     return weights_C * missed_C.clamp(min=0.0) ** mix.focal_gamma
 
 

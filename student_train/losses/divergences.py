@@ -199,6 +199,7 @@ class ChunkLikelihood(Loss):
         assert seen.sampled_N is not None
         assert seen.chunks is not None
         ids_N, sampled_N = seen.chunks.ids_N, seen.sampled_N
+        # roll compares the first token with the last; its number below is 0 whatever comes out.
         is_first_N = ids_N != ids_N.roll(1)
         # Chunks numbered as they come: ids 7, 7, -1, 9 are 0, 0, 1, 2. Not more than N, a size that no GPU waits for.
         number_N = is_first_N.cumsum(0) - is_first_N[:1].long()
@@ -234,6 +235,7 @@ class Divergence(Loss):
     def nats(self, seen: Seen) -> Tensor:
         """[N] nats times temperature^2, without the weight."""
         assert seen.compared is not None
+        # Gradients of soft targets shrink by 1/tau^2 (Hinton et al., arXiv 1503.02531): value and gradient are scaled.
         return self._value(seen.compared) * seen.compared.temperature**2
 
     def _value(self, seen: Compared) -> Tensor:
@@ -331,6 +333,7 @@ class JSD(Divergence):
         return -self.beta * math.log(self.beta), -(1.0 - self.beta) * math.log1p(-self.beta)
 
     def drawn_nats(self, log_ratio_NM: Tensor) -> Tensor:
+        # -beta log(beta + (1 - beta) t) + beta log beta = -beta log(1 + (1 - beta)/beta t)
         of_teacher_NM = self.beta * _softplus(log_ratio_NM + _odds(self.beta))
         # t log(1 + x/t) is x from MAX_LOG_RATIO on, and t itself could overflow.
         limited_NM = log_ratio_NM.clamp(max=MAX_LOG_RATIO)
@@ -383,6 +386,7 @@ class SkewedReverseKL(SkewedForwardKL):
 
     def drawn_nats(self, log_ratio_NM: Tensor) -> Tensor:
         limited_NM = log_ratio_NM.clamp(max=MAX_LOG_RATIO)
+        # t log(t/(alpha t + 1 - alpha)) + t log alpha = -t log(1 + (1 - alpha)/(alpha t))
         return -limited_NM.exp() * _softplus(_odds(self.alpha) - limited_NM)
 
 
@@ -400,6 +404,7 @@ class TotalVariation(Divergence):
         return 0.5, 0.5
 
     def drawn_nats(self, log_ratio_NM: Tensor) -> Tensor:
+        # |1 - t|/2 - 1/2 - t/2 = -min(1, t)
         return -log_ratio_NM.clamp(max=0.0).exp()
 
 

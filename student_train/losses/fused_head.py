@@ -121,10 +121,12 @@ class _FusedLoss(torch.autograd.Function):
         loss_sum, term_sums_J, weight_sum = _forward(chunks, targets, mix, with_gradient=True)
         ctx.mark_non_differentiable(term_sums_J, weight_sum)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in head.tensors]
+        # Not as plain attributes of ctx: only saved tensors get the version check that backward relies on.
         ctx.save_for_backward(*chunks.gradients)
         return loss_sum, term_sums_J, weight_sum
 
     @staticmethod
+    # The gradient was computed without a graph, so it has no derivative of its own.
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # In place, or the weight's gradient would exist twice; a second backward (retain_graph) is then refused by
@@ -152,6 +154,7 @@ def _forward(
             term_sums_J += (weights_C.unsqueeze(1) * values_CJ).sum(dim=0)
             weight_sum += weights_C.sum()
             if with_gradient:
+                # chunk_losses has left dL/dlogits in the memory of the logits.
                 chunks.accumulate(start, stop, logits_CV)
     return weighted_sum(mix, term_sums_J), term_sums_J, weight_sum
 
@@ -165,6 +168,7 @@ class FusedHead(torch.nn.Linear):
     def sharing(linear: torch.nn.Linear) -> FusedHead:
         """A head around the very Parameters of `linear`, so that tied embeddings stay tied."""
         has_bias = linear.bias is not None
+        # On the meta device: the weight is replaced at once, and a second [V, H] would only take memory.
         head = FusedHead(
             linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=linear.weight.dtype
         )
@@ -207,6 +211,7 @@ def fuse_head(model: Any) -> FusedHead:
     linear = model.get_output_embeddings()
     if isinstance(linear, FusedHead):
         return linear
+    # Not isinstance: quantised layers are Linear too, but their weight is no matrix of floats.
     if type(linear) is not torch.nn.Linear:
         raise ConfigError(f"the student's head is a {type(linear).__name__}: losses need a plain torch.nn.Linear head")
     head = FusedHead.sharing(linear)
@@ -238,9 +243,11 @@ def _through_head(
     head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, mix: LossMix | None, chunk_tokens: int | None
 ) -> Any:
     hidden_scale = _fused_below(head).logit_map.hidden_scale
+    # Before LoRA, whose A reads the same scaled states.
     if hidden_scale != 1.0:
         hidden_NH = hidden_NH * hidden_scale
     fused, lora_hidden_NR, lora_weight_VR = _without_lora(head, hidden_NH)
+    # Called as a module: ZeRO-3 gathers the weight in the hooks around its forward.
     return fused(
         hidden_NH,
         targets=targets,
@@ -264,6 +271,7 @@ def _without_lora(head: torch.nn.Module, hidden_NH: Tensor) -> tuple[torch.nn.Mo
 
     if not isinstance(head, LoraLinear):
         return head, None, None
+    # An adapter can be active in the model without having a part on the head.
     active = [] if head.disable_adapters or head.merged else [a for a in head.active_adapters if a in head.lora_A]
     if any(adapter in head.lora_variant or head.lora_bias[adapter] for adapter in active):
         raise ConfigError(

@@ -142,6 +142,7 @@ class HeadChunks:
         if cap is not None:
             tanh_CV = z_CV.mul_(scale / cap).tanh_()
             if self._slope_CV is not None:
+                # d/dz of cap tanh(scale z / cap) is scale (1 - tanh^2).
                 torch.mul(tanh_CV, tanh_CV, out=self._slope_CV[: len(z_CV)]).neg_().add_(1.0).mul_(scale)
             tanh_CV.mul_(cap)
         elif scale != 1.0:
@@ -166,6 +167,7 @@ class HeadChunks:
             if grad_hidden is not None:
                 grad_hidden[start:stop] = half_CV @ head.weight_VH
             if grad_weight is not None:
+                # Multiplied in half precision, but summed over chunks in float32.
                 grad_weight += half_CV.t() @ self._hidden(start, stop)
         if grad_bias is not None:
             grad_bias += grad_CV.sum(dim=0)
@@ -187,6 +189,7 @@ def _spans(num_tokens: int, chunk_tokens: int, cuts: Int64 | None) -> list[tuple
     while start < num_tokens:
         stop = min(start + chunk_tokens, num_tokens)
         if cuts is not None:
+            # The last cut that fits, or the next one where a chunk of text is longer than a chunk of tokens.
             place = max(int(np.searchsorted(cuts, stop, "right")) - 1, int(np.searchsorted(cuts, start, "right")))
             stop = int(cuts[place])
         spans.append((start, stop))

@@ -91,6 +91,7 @@ def _run(causal: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs: list[Tensor] = []
 
     def replace(_: torch.nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # The head's output is replaced by known numbers: what the model makes of them is its map from z to logits.
         inputs.append(given[0].detach())
         return z_V.expand(output.shape)
 

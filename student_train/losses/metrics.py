@@ -53,6 +53,7 @@ class TokenMetrics(NamedTuple):
 def metrics_tensor(head: HeadInputs, targets: SparseTargets) -> Tensor:
     """float32 [8, N], rows in the order of TokenMetrics' attributes: the plain tensor a module's hooks understand."""
     chunks = HeadChunks(head)
+    # Evaluations of stages with different temperatures must compare.
     targets = targets.at_temperature(1.0, None)
     metrics_8N = torch.full((8, targets.num_tokens), torch.nan, dtype=torch.float32, device=head.hidden_NH.device)
     with torch.autocast(targets.ids_NK.device.type, enabled=False):

@@ -72,6 +72,7 @@ class TextChunks:
     def of(ids_N: Tensor, logprobs_N: Tensor) -> TextChunks:
         """With the places to cut read off `ids_N`, which is on the CPU."""
         ids = ids_N.numpy()
+        # Tokens that belong to no chunk (-1) may be cut from each other.
         inside = np.flatnonzero((ids[1:] != ids[:-1]) | (ids[1:] < 0)) + 1
         return TextChunks(ids_N, logprobs_N, np.concatenate([[0], inside, [len(ids)]]).astype(np.int64))
 
@@ -149,6 +150,7 @@ class SparseTargets:
 
     def narrow(self, start: int, stop: int) -> SparseTargets:
         """Tokens start..stop as views."""
+        # Cuts count from the first token of the whole, so parts have none.
         return self._map(lambda tensor: tensor[start:stop], None)
 
     def _map(self, change: Callable[[Tensor], Tensor], cuts: Int64 | None) -> SparseTargets:
@@ -206,6 +208,7 @@ def distinct_draws(targets: SparseTargets, draws: TailDraws) -> Tensor:
     """bool [N, M]: the first draw of each id, which is a further entry of the support; padding and repeats are not."""
     stored_NKM = (targets.ids_NK.unsqueeze(2) == draws.ids_NM.unsqueeze(1)) & in_support(targets).unsqueeze(2)
     is_real_NM = (draws.weights_NM > 0.0) & ~stored_NKM.any(dim=1)
+    # Padding and stored ids become -1, which no real id equals and `is_first_NM` leaves out.
     ids_NM, order_NM = torch.where(is_real_NM, draws.ids_NM.long(), -1).sort(dim=1, stable=True)
     is_first_NM = ids_NM >= 0
     is_first_NM[:, 1:] &= ids_NM[:, 1:] != ids_NM[:, :-1]

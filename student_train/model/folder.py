@@ -31,6 +31,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 sync_file(file)
         if path.exists():
+            # Empty, as checked above; rename does not replace a folder everywhere.
             path.rmdir()
         temp.replace(path)
         sync_folder(path.parent)

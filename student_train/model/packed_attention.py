@@ -76,6 +76,7 @@ def hidden_states(
 
 
 def _decode(causal: Any, input_ids_1L: Tensor, position_ids_1L: Tensor, **options: Any) -> Tensor:
+    # transformers keeps packed documents apart only without mask and cache, and its cache is on even in training.
     out = causal.get_decoder()(
         input_ids=input_ids_1L, position_ids=position_ids_1L, attention_mask=None, use_cache=False, **options
     )

@@ -113,6 +113,7 @@ def keep_layers(model: Any, layers: int | list[int]) -> list[int]:
     decoder.layers = torch.nn.ModuleList([modules[number] for number in kept])
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == num_teacher:
+            # Lists as long as the model are settings per layer (layer_types): the kept layers keep theirs.
             setattr(config, name, [value[number] for number in kept])
     config.num_hidden_layers = len(kept)
     return kept

@@ -73,6 +73,7 @@ def _from_files(student: StudentConfig, shapes: Mapping[str, tuple[int, ...]]) -
         for name, shape in shapes.items()
         if len(shape) == 2 and name.endswith(".weight") and not name.startswith((EMBEDDING, HEAD))
     }
+    # Experts are stored in forms that differ from the modules transformers builds.
     if not all(name.startswith("model.layers.") and "expert" not in name for name in linears):
         return None
     return ModelShape(

@@ -59,6 +59,7 @@ class Student(torch.nn.Module):
             hidden_LH = hidden_states(
                 causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths
             )
+            # Only positions that predict a loss token reach the head: prompts cost no logits.
             hidden_NH = hidden_LH.index_select(0, pack.predict_positions_N)
         head = causal.get_output_embeddings()
         if mix is not None:
@@ -75,10 +76,13 @@ def load_student(
     """
     model = load_causal(folder, student, engine.precision)
     widen_vocab(model, vocab_size)
+    # Before peft: its wrapper then holds a FusedHead, and LoRA on the head is found around it.
     fuse_head(model)
     if engine.gradient_checkpointing:
+        # The reentrant form needs an input that requires grad, which LoRA and a frozen embedding do not have.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if stage.trainable == "lora":
+        # peft draws A from the global generator: all ranks must begin with the same adapter.
         torch.manual_seed(seed)
         model = add_lora(model, stage.lora or LoraConfig())
     elif stage.trainable == "head":
@@ -112,6 +116,7 @@ def _keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
+    # No mmap for large blocks, and no trim of the heap's top: both give pages back.
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)
 
@@ -126,6 +131,7 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
 
     transformers.utils.logging.disable_progress_bar()
     hush_hub()
+    # A later stage's folder has no revisions.
     revision = student.revision if folder == student.model else None
     loader: Any = transformers.AutoModelForCausalLM
     try:
@@ -173,6 +179,7 @@ def widen_vocab(model: Any, vocab_size: int) -> int:
     old_size = model.get_input_embeddings().weight.shape[0]
     if old_size >= vocab_size:
         return 0
+    # transformers' mean_resizing draws from a normal fitted to all rows; the plain mean is enough and repeatable.
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -140,6 +140,7 @@ def rewind(folder: Path, state: CheckpointState) -> None:
     best = state.best
     if best is not None and not (folder / best.tag / STATE).exists():
         state = state.model_copy(update={"best": None})
+    # The marker moves first: a kill during removal leaves surplus checkpoints, never a marker on a missing one.
     write_text_atomic(folder / LATEST, state.model_dump_json(indent=2) + "\n")
     for one in later:
         _remove(folder / one.tag)
@@ -157,6 +158,7 @@ def save(folder: Path, engine: "Engine", state: CheckpointState, keep_last: int,
         folder.mkdir(parents=True, exist_ok=True)
         _remove(temp)
     ranks.barrier()
+    # All ranks wait above until leftovers are gone, and below until everyone's files are there to be renamed.
     engine.save(folder, temp.name)
     ranks.barrier()
     if ranks.is_first:
@@ -175,6 +177,7 @@ def load(folder: Path, engine: "Engine", state: CheckpointState, ranks: "Ranks")
             _remove(temp)
             from student_train.runtime.engine import make_universal
 
+            # Converted under a temporary name: a kill must not leave half a state under the name of a whole one.
             make_universal(folder / state.tag, temp)
             temp.replace(folder / tag)
         ranks.barrier()
@@ -192,13 +195,16 @@ def _commit(folder: Path, temp: Path, state: CheckpointState) -> None:
         if path.is_file():
             sync_file(path)
     target = folder / state.tag
+    # A kill between this rename and the marker leaves the folder of this step, which the resumed run saves again.
     _remove(target)
     temp.replace(target)
+    # Before the marker moves: it must not name a folder whose rename a power cut can undo.
     sync_folder(folder)
     write_text_atomic(folder / LATEST, state.model_dump_json(indent=2) + "\n")
 
 
 def _sweep(folder: Path, state: CheckpointState, keep_last: int) -> None:
+    # By time: names of stages need not sort in the order of stages.
     whole = sorted((folder / tag / STATE for tag in tags(folder)), key=lambda path: path.stat().st_mtime_ns)
     keep = {path.parent.name for path in whole[-keep_last:]} | {state.tag}
     if state.best is not None:

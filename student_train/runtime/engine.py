@@ -103,6 +103,7 @@ class Engine:
         """Adds the gradient of loss_sum / total_weight; `is_last` marks the last micro-step before `step`."""
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         self._deepspeed.backward(loss_sum * (self._ranks.num_ranks / total_weight), scale_wrt_gas=False)
+        # DeepSpeed wants a step after every backward; off the boundary it only counts micro-steps.
         if not is_last:
             self._deepspeed.step()
 
@@ -157,6 +158,7 @@ class Engine:
     def load(self, folder: Path, tag: str) -> None:
         """Loads what `save` wrote. Raises CorruptError for files with more than tensors and plain values."""
         with _quiet(), _tensors_only(folder / tag):
+            # Not strict: frozen weights are not in the file.
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         assert path is not None
 
@@ -194,6 +196,7 @@ def deepspeed_config(
     if config.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
+        # A pack is one sequence, [1, L].
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * num_ranks,
@@ -201,6 +204,7 @@ def deepspeed_config(
         "bf16": {"enabled": config.precision == "bfloat16"},
         "fp16": {"enabled": config.precision == "float16"},
         "zero_optimization": zero,
+        # DeepSpeed counts only optimizers of its own as tested; ours is torch's.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
@@ -246,6 +250,7 @@ def saved_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
         else:
             path = folder / tag / "mp_rank_00_model_states.pt"
             state = torch.load(path, map_location="cpu", weights_only=True)["module"]
+    # `Student` holds the Hugging Face model in its attribute `model`.
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
@@ -269,6 +274,7 @@ def _parameter_groups(student: Student, weight_decay: float) -> list[dict[str, A
         return [{"params": trained, "weight_decay": 0.0}]
     return [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        # Biases and norms: decay would pull scales towards 0.
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
 

@@ -78,6 +78,7 @@ def launch(num_ranks: int, command: Sequence[str]) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
+    # Before the first rank starts: a signal in between must reach those that run.
     handlers = {one: signal.signal(one, forward) for one in SIGNALS}
     try:
         # Blocked while ranks start, here and, until StopRequest lets them through, in the ranks.
@@ -119,6 +120,7 @@ def end_with_parent() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or not sys.platform.startswith("linux"):
         return
+    # The parent may have died before this call took effect; the check below catches that.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         sys.exit(1)
@@ -161,6 +163,7 @@ def _explain(rank: int, code: int, num_ranks: int, logs: Path) -> str | None:
 def _start(rank: int, num_ranks: int, command: Sequence[str], port: int, logs: Path) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
     environ = {
+        # Before os.environ, so that what the user has set wins.
         "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
         **os.environ,
         "RANK": str(rank),
@@ -197,6 +200,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
         for number, rank in enumerate(ranks):
             code = rank.poll()
             if code is not None:
+                # The order of insertion is the order of ends, which find_cause reads.
                 codes.setdefault(number, code)
         if any(codes.values()):
             deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
@@ -248,6 +252,7 @@ class Ranks:
     def _reduce(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.num_ranks == 1:
             return values
+        # float64 holds token counts exactly up to 2^53; float32 would round them above 16 million.
         reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(reduced, op=operation)
         return [float(value) for value in reduced.tolist()]

@@ -80,6 +80,7 @@ class RunFolder:
     def lock(self) -> IO[str]:
         """Holds the folder until the returned file is closed. Raises CacheConflict if another process holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
+        # The kernel releases the lock with the process, so a killed run never blocks its folder.
         file = (self.root / ".lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,6 +138,7 @@ class RunFolder:
             return []
         lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
         try:
+            # What follows the last newline is empty, or a line that a kill cut short.
             return [json.loads(line) for line in lines[:-1]]
         except ValueError as error:
             raise CorruptError(f"{self.metrics_path} holds a line that is not JSON: {error}") from error
@@ -157,6 +159,7 @@ class RunFolder:
     def add_eval(self, entry: Json) -> None:
         """Appends one evaluation, replacing an earlier one of the same step."""
         here = (entry["stage_number"], entry["step"])
+        # Later entries go too: a run resumed from an earlier checkpoint evaluates those steps again.
         kept = [one for one in self.read_evals() if (one["stage_number"], one["step"]) < here]
         write_text_atomic(self.eval_path, json.dumps([*kept, entry], indent=2) + "\n")
 

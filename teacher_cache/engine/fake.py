@@ -101,6 +101,7 @@ class FakeEngine:
             capture = self._capture(np.random.default_rng(list(given)), len(given), ends=False, given=given)
             self._num_tokens += len(given)
             return Finished(request, capture, "scored")
+        # From the request alone, so that a chain is the same in every batch, worker and resumed build.
         rng = np.random.default_rng(request.seed)
         room = min(request.max_tokens, self.info.max_model_len - len(request.prompt_token_ids))
         wanted = max(1, int(self._mean_tokens * rng.lognormal(-0.125, 0.5)))
@@ -122,6 +123,7 @@ class FakeEngine:
         drawn_T = (np.cumsum(probs_TK, axis=1) < rng.random(num_tokens)[:, None]).sum(axis=1)
         column_T = np.minimum(drawn_T, self._k - 1)
         if ends:
+            # A chain that stops has sampled the end-of-sequence token, which stands first.
             column_T[-1] = 0
         tokens = np.arange(num_tokens)
         if given is not None:

@@ -112,6 +112,7 @@ def capture_of_rows(
     token_ids_T = np.asarray(token_ids, np.int32)
     if len(ids) != len(token_ids_T):
         raise StillroomError(f"vLLM gave distributions of {len(ids)} tokens for a completion of {len(token_ids_T)}")
+    # Column 0 is the sampled token: rows that are shifted by one would pass every other check.
     if not np.array_equal(ids[:, 0], token_ids_T):
         first = int(np.flatnonzero(ids[:, 0] != token_ids_T)[0])
         raise StillroomError(f"vLLM's distributions do not belong to its tokens: token {first} differs")
@@ -162,4 +163,5 @@ def _with_numbers(plain: Capture, values: Float32, layout: Layout) -> Capture:
 def is_marked(ids: Int32, logprobs: Float32, layout: Layout) -> bool:
     """Whether every row was made by the plugin, with this layout."""
     marks_T = logprobs[:, layout.width]
+    # Mapped rows carry their numbers under ids that are free, so there the id says nothing.
     return bool((marks_T == layout.mark).all() and (layout.mapped or (ids[:, layout.width] == 0).all()))

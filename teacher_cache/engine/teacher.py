@@ -1,9 +1,14 @@
 """Identifies the teacher without loading the model: its tokenizer, and fingerprints of weights and template."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateError, meta
+
+from stillroom.config import nearest_name
 from stillroom.errors import ConfigError, naming
 from stillroom.models import (
     fingerprint_served,
@@ -18,6 +23,11 @@ from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import stable_hash
 from teacher_cache.config import EmbeddedConfig, EngineConfig, ServerConfig, TeacherConfig
 
+SET_HERE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+"""What apply_chat_template takes besides variables of the template."""
+OF_TRANSFORMERS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+"""Tags that only transformers' own templates know."""
+
 
 @dataclass(frozen=True, slots=True)
 class IdentifiedTeacher:
@@ -29,7 +39,8 @@ class IdentifiedTeacher:
 
 @naming("teacher.model")
 def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfig()) -> IdentifiedTeacher:  # noqa: B008
-    """Raises DataError if the folder or hub id lacks a tokenizer, config.json, or weights that are loaded here.
+    """Raises DataError if the folder or hub id lacks a tokenizer, config.json, or weights that are loaded here;
+    ConfigError for arguments that the chat template does not mention.
 
     With a server engine the weights may be elsewhere. If they are in the folder or on the hub all the same, the
     identity is that of the embedded engine, so that both may fill one cache; otherwise the name under which the model
@@ -38,6 +49,7 @@ def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfi
     weights, revision = _weights(config, engine)
     # At the resolved commit, as all that follows: a branch that moves meanwhile would mix two models.
     tokenizer = load_tokenizer(config.model, revision, config.trust_remote_code)
+    check_template_kwargs(str(tokenizer.chat_template or ""), config.chat_template_kwargs)
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
     template = fingerprint_template(tokenizer)
     record = Teacher(
@@ -50,6 +62,25 @@ def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfi
         vocab_size=vocab_size_of(config.model, revision, config.trust_remote_code),
     )
     return IdentifiedTeacher(record, tokenizer)
+
+
+def check_template_kwargs(template: str, names: Iterable[str]) -> None:
+    """Raises ConfigError for a name that is not a variable of the chat template, which would ignore it."""
+    wanted = set(names)
+    if not wanted:
+        return
+    key = "teacher.chat_template_kwargs"
+    if set_here := sorted(wanted & {*SET_HERE}):
+        raise ConfigError(f"{key}.{set_here[0]} is set by teacher-cache: remove it")
+    try:
+        known = meta.find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(OF_TRANSFORMERS.sub("", template))
+        )
+    except TemplateError as error:
+        raise ConfigError(f"{key}: the chat template cannot be parsed: {error}") from error
+    for name in sorted(wanted - known):
+        hint = nearest_name(name, sorted(known - {*SET_HERE}), "its variables are")
+        raise ConfigError(f"{key}.{name} has no effect: the chat template does not mention it{hint}")
 
 
 def _weights(config: TeacherConfig, engine: EngineConfig) -> tuple[str, str | None]:

@@ -114,6 +114,7 @@ class EmbeddedEngine:
         # Says when a saved compilation cannot be used, which costs a minute or more at this start.
         logging.getLogger("vllm.compilation.decorators").setLevel("WARNING")
         in_process = on_cpu if config.in_process is None else config.in_process
+        # Read when the engine is made.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         misfit = register()
         if misfit is not None:
@@ -193,6 +194,7 @@ class EmbeddedEngine:
         request_id = str(self._num_submitted)
         self._num_submitted += 1
         try:
+            # Tokens rather than text: vLLM must see exactly the ids whose hash is the sample's.
             prompt = tokens_input([*request.prompt_token_ids, *(request.completion_token_ids or ())[:-1]])
             self._engine.add_request(request_id, prompt, self._sampling_params(request))
         except (VLLMValidationError, ValueError) as error:
@@ -202,6 +204,7 @@ class EmbeddedEngine:
 
     def step(self) -> list[Outcome]:
         """One engine step: a token for every chain in the batch."""
+        # Refused requests are answered here, so that every request gets its outcome from `step`.
         outcomes, self._refused = self._refused, []
         if not self._requests:
             return outcomes
@@ -259,6 +262,7 @@ class EmbeddedEngine:
         params = self._params(self._layout, {"temperature": 0.0}, seed_of_draws(request), max_tokens=1)
         # The last token is generated rather than read: a chain of max_model_len tokens leaves no room to generate.
         params.allowed_token_ids = [request.completion_token_ids[-1]]
+        # Rows that are read and the one that is generated must have the same layout.
         params.prompt_logprobs = params.logprobs
         return params
 
@@ -275,8 +279,10 @@ class EmbeddedEngine:
             max_tokens=max_tokens,
             logprobs=self._k if layout is None else layout.width,
             extra_args=None if layout is None else layout.extra_args(),
+            # Marks the requests for which ArrayLogprobs keeps arrays; without it, flat lists are the cheapest vLLM has.
             flat_logprobs=True,
             detokenize=False,
+            # Nobody reads half a chain: no output objects per step.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

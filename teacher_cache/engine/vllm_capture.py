@@ -59,6 +59,7 @@ class TokenArrays:
             num = min(len(ids_nW) - done, BLOCK_TOKENS - self._used)
             new, place = slice(done, done + num), slice(self._used, self._used + num)
             ids, logprobs, ranks = self._blocks[-1]
+            # Copied: a slice would keep the whole message of a batch alive.
             ids[place] = ids_nW[new, :width]
             logprobs[place] = logprobs_nW[new, :width]
             ranks[place] = ranks_n[new]

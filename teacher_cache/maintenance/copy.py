@@ -73,6 +73,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
     _warn_of_space(catalogs, target)
     with contextlib.ExitStack() as stack:
         for run_id in sorted({run_id for source in catalogs for run_id in source.runs()}):
+            # One copy per run and destination: two would publish under the same worker's name.
             stack.enter_context(worker_lock(lock_path(dest, run_id, COPIER), 0.0))
         stop = stack.enter_context(StopRequest())
         progress = stack.enter_context(Progress("copy", total, "chains"))
@@ -143,6 +144,7 @@ def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
 
 
 def _meaning(run: RunManifest) -> dict[str, object]:
+    # More samples continue a run; the run id leaves them out for the same reason.
     sampling = {key: value for key, value in run.sampling.items() if key != "samples"}
     return {
         "teacher": run.teacher.fingerprint,
@@ -199,6 +201,7 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
             visible.refresh()
         size_bytes = 0
         sample_ids = read_sample_ids(source.path_of(file))
+        # Only the ids are read of a shard that is there already: a repeated copy moves no bytes.
         num_fresh = sum(sample_id not in visible for sample_id in sample_ids)
         if num_fresh:
             temp = committers[run_id].temp_path()
@@ -234,6 +237,7 @@ def _copy_checked(path: Location, temp: Path) -> None:
     digest = hashlib.sha256()
     try:
         with temp.open("wb") as out:
+            # Hashed while it is copied, so that a large cache is read once.
             for chunk in parts_of(path):
                 digest.update(chunk)
                 out.write(chunk)

@@ -90,6 +90,7 @@ def gc_cache(
         if not dry_run:
             # A cache without runs has no such folder yet.
             (root / "runs").mkdir(parents=True, exist_ok=True)
+        # A network disk's clock may differ from ours. Asking it writes a file, which a dry run must not do.
         now_s = time.time() if dry_run else file_clock_s(root / "runs")
         collector = _Collector(report, now_s, grace_s, delete_removed)
         for table in tables:
@@ -153,6 +154,7 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
             if is_locked(path):
                 raise CacheConflict(f"run {run_id} is being built ({path} is locked): stop its workers first")
             if not dry_run:
+                # Held until the run has left all tables: a worker that starts in between would add shards to it.
                 locks.enter_context(worker_lock(path, 0.0))
         chains = [file for file in catalog.chains.files() if is_of_run(file)]
         others = [file for t in (catalog.verdicts, catalog.failures) for file in t.files() if is_of_run(file)]
@@ -206,6 +208,7 @@ class _Collector:
             relative = relative_name(path, table.folder)
             item = Item(f"{table.folder.name}/{relative}", size_bytes, "only older versions use it")
             (report.deleted if self._delete_removed else report.removed).append(item)
+            # In a dry run, files of a run to be dropped are still visible; they would leave with the next version.
             spans += [span if span.removed else Span(span.added, table.version + 1) for span in history[relative]]
             if self._delete_removed and not report.dry_run:
                 path.unlink(missing_ok=True)

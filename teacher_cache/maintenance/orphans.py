@@ -31,6 +31,7 @@ def find_orphans(table: Table, history: Mapping[str, Sequence[Span]] | None = No
     Raises CorruptError if the log has gaps, which makes it impossible to know what a file was.
     """
     spans = file_history(table.folder / "_delta_log") if history is None else history
+    # After the history is read: a file committed in between would count as removed.
     table.refresh()
     visible = {file.path for file in table.files()}
     found = []

@@ -167,6 +167,7 @@ def _header_is_right(table: Table, damage: Damage, manifest: RunManifest | None)
     teacher = manifest.teacher
     return (
         all(said[key] == asked[key] for key in ("nucleus", "draws", "temperatures") if key in asked)
+        # Lower is right too: a vocabulary smaller than max_support limits what a build writes.
         and header.max_support <= asked.get("max_support", header.max_support)
         and header.vocab_size == teacher.vocab_size
         and header.teacher_fingerprint == teacher.fingerprint

@@ -76,6 +76,7 @@ def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport
         log = root / name / "_delta_log"
         problems = log_problems(log) or broken_entries(log)
         report.problems += [Problem(f"{name}/_delta_log", text) for text in problems]
+    # Without a whole log nobody can tell which files should exist.
     if report.problems:
         return report
     try:
@@ -146,6 +147,7 @@ def _verify_together(catalog: Catalog, findings: list[ShardFindings], report: Ve
 def _duplicates(findings: list[ShardFindings]) -> Iterator[Problem]:
     """Rows whose sample id an earlier row has."""
     ids = np.concatenate([one.sample_ids for one in findings]) if findings else packed([])
+    # return_index is the first occurrence: of equal rows the earliest stays and the others are surplus.
     _, first = np.unique(ids, return_index=True)
     repeated = np.ones(len(ids), bool)
     repeated[first] = False
@@ -223,6 +225,7 @@ def _verify_runs(
             f"is missing, although the run has {format_plural(num_shards, 'shard')}: {WRITTEN_AGAIN}",
         )
     for run_id, path in sorted(paths.items()):
+        # Only sound shards are witnesses: a damaged header must not accuse a manifest.
         problem = _problem_of(run_id, path, [header for header in sound if header.run_id == run_id])
         if problem is not None:
             yield f"runs/{path.name}", f"{problem}: restore it from a copy, or remove it, and {WRITTEN_AGAIN}"
@@ -239,9 +242,10 @@ def _problem_of(run_id: str, path: Location, headers: Sequence[ShardHeader]) -> 
         return f"has the unknown key {unknown[0]!r}"
     if run.run_id != run_id:
         return f"is that of run {run.run_id}"
-    meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, run.sampling, run.capture, run.reasoning)
+    settings = (run.sampling, run.capture, run.reasoning, run.chat_template_kwargs)
+    meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, *settings)
     if FORMED_ID.fullmatch(run_id) and run.format_version <= FORMAT_VERSION and meant != run_id:
-        return f"was changed: its name, teacher, sampling, capture and reasoning make the run id {meant}, not {run_id}"
+        return f"was changed: its name, teacher and settings make the run id {meant}, not {run_id}"
     return _difference(run.teacher, headers)
 
 

@@ -34,21 +34,19 @@ from stillroom.sql.session import Session
 from teacher_cache.config import CacheCompletions, CompletionFields, CompletionSource, FileCompletions, ScoreConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
+from teacher_cache.prompts.conversations import Json, messages_of, text_of, value_of
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
-from teacher_cache.prompts.prompts import TOKENIZE_BATCH, WHOLE, WorkerShare, prompt_of, template_failure, tokenize
+from teacher_cache.prompts.files import Row
+from teacher_cache.prompts.prompts import TOKENIZE_BATCH, WHOLE, WorkerShare, prompt_of, template_failure
+from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import (
     Draft,
-    Json,
-    Row,
-    conversation_of,
     count_rows,
     malformed,
     metadata_of,
     read_rows,
     reference_of,
     require_encodable,
-    text_of,
-    value_of,
 )
 
 COLUMNS = (
@@ -335,19 +333,18 @@ def _turns(
     source: CompletionFields, values: Json, prompt_ids: list[int] | None, tokenizer: Any
 ) -> list[tuple[list[Message], str | list[int]]]:
     """Each completion and the messages before it. Raises ValueError if the row has none."""
-    if source.prompt_field is not None:
-        messages = [Message("user", text_of(values, source.prompt_field))]
-    elif source.messages_field is not None:
-        messages = conversation_of(values, source.messages_field)
+    if source.prompt_field is not None or source.messages_field is not None:
+        messages = messages_of(source, values)
     else:
         messages = [Message("user", str(tokenizer.decode(prompt_ids)))]
     beside = source.completion_ids_field or source.completion_field
     if beside is None:
         return _turns_of(messages, str(source.messages_field), every=source.turns == "all")
     if messages[-1].role == "assistant":
+        field = source.messages_field or source.prompt_field
         raise ValueError(
-            f"field {source.messages_field!r} ends with the assistant's turn, and {beside!r} holds the completion too: "
-            f"remove that turn, or the setting of {beside!r} to score the turn"
+            f"field {field!r} ends with the assistant's turn, and {beside!r} holds the completion too: remove that "
+            f"turn, or the setting of {beside!r} to score the turn"
         )
     return [(messages, _ids(values, beside) if source.are_ids else text_of(values, beside))]
 

@@ -9,24 +9,26 @@ that a half-built cache is a fair sample of the whole.
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
-from stillroom.errors import ConfigError, DataError, one_line
+from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of, stable_hash
 from teacher_cache.config import BuildConfig, PromptsConfig, SamplingConfig, Source
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
+from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import Draft, read_source
 
 TOKENIZE_BATCH = 512
 """Prompts tokenised at once: enough to keep every core busy, few enough to start the engine soon."""
 
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
-"""What chat templates raise for a conversation that they do not accept."""
+MANY_ROWS = 100
+"""Unusable rows at the beginning of a source after which it is not read on."""
+MIN_SAMPLE = 16
+"""Prompts of a source, or all if it has fewer, that are rendered before it is refused."""
 
 NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
 """Values without effect. They are left out of sample ids, so that a setting added later changes no existing id."""
@@ -34,10 +36,17 @@ NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penal
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A row whose messages equal those of an earlier row, which was kept."""
+    """A row whose messages equal those of an earlier row, which was kept, with this row's reference if it had none.
+
+    `contradicts` says that both have references, which differ.
+    """
 
     where: str
     kept: str
+    contradicts: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where} repeats {self.kept}" + (", whose reference differs" if self.contradicts else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +85,19 @@ def load_prompts(config: PromptsConfig) -> LoadedPrompts:
     """Reads every source. Raises DataError for a source that cannot be read or has no usable prompt."""
     evaluation = None if config.decontaminate is None else EvaluationTexts(config.decontaminate)
     loaded = LoadedPrompts([], [], [], [])
-    places: dict[str, str] = {}
+    kept: dict[str, _Kept] = {}
     for source in config.sources:
-        num_drafts, num_failures = 0, len(loaded.failures)
+        num_drafts, first_failure = 0, len(loaded.failures)
         for row in read_source(source):
             if isinstance(row, Failure):
                 loaded.failures.append(row)
+                if num_drafts == 0 and len(loaded.failures) - first_failure >= MANY_ROWS:
+                    break
             else:
                 num_drafts += 1
-                _add(row, source, config.heldout_frac, evaluation, places, loaded)
-        if num_drafts == 0:
-            raise DataError(_empty_source(source, loaded.failures[num_failures:]))
+                _add(row, source, config.heldout_frac, evaluation, kept, loaded)
+        _require_usable(source, num_drafts, loaded.failures[first_failure:], config.max_unusable_frac)
+    loaded.prompts.extend(one.prompt for one in kept.values())
     # By hash rather than by shuffling: prompts added later do not change the order of the others.
     loaded.prompts.sort(key=lambda prompt: stable_hash("order", config.seed, prompt.prompt_id))
     return loaded
@@ -108,7 +119,8 @@ def requests(
     """One Request per chain: sample 0 of all prompts of this worker, then sample 1, and so on.
 
     `tokenizer` is a transformers tokenizer with a chat template (ConfigError if it has none). A prompt that the
-    template refuses is a Failure, once per sample.
+    template refuses or does not render as a whole is a Failure, once per sample; DataError if these are most of a
+    source's.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
@@ -118,6 +130,7 @@ def requests(
     sampling = {source.name: sampling_of(config.sampling, source) for source in config.prompts.sources}
     samples = _samples_by_source(config)
     remaining = [prompt for prompt in prompts if prompt.prompt_id in worker]
+    check = _TemplateCheck(remaining, config.prompts.max_unusable_frac)
     # Later samples reuse the prompt's tokens: four bytes a token are cheaper than tokenising again.
     tokens: dict[str, array[int] | str] = {}
     for sample_index in range(max(samples.values())):
@@ -126,6 +139,7 @@ def requests(
             batch = remaining[start : start + TOKENIZE_BATCH]
             if sample_index == 0:
                 rows = tokenize(tokenizer, batch, config.teacher.chat_template_kwargs)
+                check.require_most(batch, rows)
                 tokens |= {
                     prompt.prompt_id: ids if isinstance(ids, str) else array("i", ids)
                     for prompt, ids in zip(batch, rows, strict=True)
@@ -140,19 +154,10 @@ def requests(
                     yield _request(prompt, ids.tolist(), sample_index, settings, seed, teacher_fingerprint)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int] | str]:
-    """Token ids of each prompt with the assistant's turn opened, or why the chat template refuses it."""
-    chats = [[{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in prompts]
-    try:
-        return list(_apply_template(tokenizer, chats, template_kwargs))
-    except TEMPLATE_ERRORS:
-        # One refused prompt fails the whole batch: find it.
-        return [_tokenize_one(tokenizer, chat, template_kwargs) for chat in chats]
-
-
 def template_failure(prompt: Prompt, sample_id: str, sample_index: int, message: str) -> Failure:
     """The failure of a prompt that the chat template refuses."""
-    return Failure(sample_id, prompt.prompt_id, prompt.source, sample_index, "chat_template", message)
+    where = _place_of(prompt)
+    return Failure(sample_id, prompt.prompt_id, prompt.source, sample_index, "chat_template", f"{where}: {message}")
 
 
 def sampling_of(config: SamplingConfig, source: Source) -> dict[str, Any]:
@@ -186,26 +191,70 @@ def prompt_of(draft: Draft, source: str, system: str | None, instruction: str | 
     return Prompt(prompt_id, tuple(messages), source, split, draft.reference, draft.metadata)
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A distinct prompt and where its row is."""
+
+    prompt: Prompt
+    where: str
+
+
+class _TemplateCheck:
+    """Counts by source what the chat template refuses. Prompts come shuffled, so the first ones are a fair sample."""
+
+    def __init__(self, prompts: Sequence[Prompt], max_unusable_frac: float) -> None:
+        self._num_prompts = Counter(prompt.source for prompt in prompts)
+        self._num_seen: Counter[str] = Counter()
+        self._num_refused: Counter[str] = Counter()
+        self._max_frac = max_unusable_frac
+
+    def require_most(self, prompts: Sequence[Prompt], rows: Sequence[list[int] | str]) -> None:
+        """Adds prompts with their token ids or refusals. Raises DataError if too many of a source are refused."""
+        self._num_seen.update(prompt.source for prompt in prompts)
+        refused = [(prompt, row) for prompt, row in zip(prompts, rows, strict=True) if isinstance(row, str)]
+        self._num_refused.update(prompt.source for prompt, _ in refused)
+        for prompt, message in refused:
+            name = prompt.source
+            # A worker's share may hold very few prompts of a source, of which nothing follows.
+            is_sample = self._num_seen[name] >= min(MIN_SAMPLE, self._num_prompts[name])
+            if is_sample and self._num_refused[name] > self._max_frac * self._num_seen[name]:
+                raise DataError(
+                    f"source {name}: {self._num_refused[name]} of the first {self._num_seen[name]} prompts cannot be "
+                    f"used, first {_place_of(prompt)}: {message} (prompts.max_unusable_frac is the limit)"
+                )
+
+
+def _place_of(prompt: Prompt) -> str:
+    """The prompt's row for a person, as far as its metadata says."""
+    unit = next((unit for unit in ("line", "row", "index") if unit in prompt.metadata), None)
+    return f"source {prompt.source}" + (f", {unit} {prompt.metadata[unit]}" if unit is not None else "")
+
+
 def _add(
     draft: Draft,
     source: Source,
     heldout_frac: float,
     evaluation: EvaluationTexts | None,
-    places: dict[str, str],
+    kept: dict[str, _Kept],
     loaded: LoadedPrompts,
 ) -> None:
-    """Adds one draft to `loaded`; `places` maps the prompt_id of each kept prompt to its place."""
+    """Adds one draft to `kept` by its prompt_id, or to those in `loaded` that are left out."""
     where = f"{source.name} {draft.where}"
     # The draft, not the finished prompt: an instruction that all prompts share is not an overlap.
     against = None if evaluation is None else evaluation.overlap(draft.messages)
     prompt = prompt_of(draft, source.name, source.system, source.instruction, heldout_frac)
+    earlier = kept.get(prompt.prompt_id)
     if against is not None:
         loaded.contaminated.append(Contaminated(where, against))
-    elif prompt.prompt_id in places:
-        loaded.duplicates.append(Duplicate(where, places[prompt.prompt_id]))
+    elif earlier is None:
+        kept[prompt.prompt_id] = _Kept(prompt, where)
     else:
-        places[prompt.prompt_id] = where
-        loaded.prompts.append(prompt)
+        old, new = earlier.prompt.reference, prompt.reference
+        loaded.duplicates.append(Duplicate(where, earlier.where, None not in (old, new) and old != new))
+        if old is None and new is not None:
+            # The judge and what it needs come along; the row's place stays that of the row that was kept.
+            metadata = {**prompt.metadata, **earlier.prompt.metadata}
+            earlier.prompt = replace(earlier.prompt, reference=new, metadata=metadata)
 
 
 def _request(
@@ -229,30 +278,24 @@ def _request(
     )
 
 
-def _apply_template(tokenizer: Any, chats: list[Any], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
-    encoded = tokenizer.apply_chat_template(
-        chats, tokenize=True, add_generation_prompt=True, return_dict=True, **template_kwargs
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _tokenize_one(tokenizer: Any, chat: list[dict[str, str]], template_kwargs: Mapping[str, Any]) -> list[int] | str:
-    try:
-        return _apply_template(tokenizer, [chat], template_kwargs)[0]
-    except TEMPLATE_ERRORS as error:
-        return f"the chat template refuses the prompt: {one_line(error)}"
-
-
 def _samples_by_source(config: BuildConfig) -> dict[str, int]:
     return {source.name: source.samples or config.sampling.samples for source in config.prompts.sources}
 
 
-def _empty_source(source: Source, failures: Sequence[Failure]) -> str:
-    if not failures:
-        return f"source {source.name} holds no rows"
-    first = failures[0].message
-    return f"source {source.name} has no usable prompt: all {len(failures)} rows are malformed, first {first}"
+def _require_usable(source: Source, num_drafts: int, failures: Sequence[Failure], max_frac: float) -> None:
+    """Raises DataError if a source has no usable row, or too few."""
+    if num_drafts == 0 and not failures:
+        raise DataError(f"source {source.name} holds no rows")
+    num_rows = num_drafts + len(failures)
+    if num_drafts == 0:
+        which = "all" if len(failures) < MANY_ROWS else "the first"
+        problem, hint = f"has no usable prompt: {which} {len(failures)} rows are malformed", ""
+    elif len(failures) > max_frac * num_rows:
+        problem = f"has {len(failures)} malformed rows among {num_rows}"
+        hint = " (prompts.max_unusable_frac is the limit)"
+    else:
+        return
+    raise DataError(f"source {source.name} {problem}, first {failures[0].message}{hint}")
 
 
 def _uniform_64(*parts: object) -> int:

@@ -30,6 +30,7 @@ from stillroom.storage.objects import is_store_error
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, matching, open_parquet, relative_name, spool
 from teacher_cache.writer.shard import parquet_options
 
+# "care" is an older word for maintenance; logs and commit markers of existing caches carry it, so it stays.
 REMOVAL_APPLICATION = "stillroom/care/removals"
 MAX_ATTEMPTS = 200
 MAX_PAUSE_S = 0.5
@@ -109,8 +110,10 @@ class Committer:
         self._table.refresh()
         for temp in spool(self._folder).glob(f".{self._worker}-*{TEMP_SUFFIX}"):
             if self._is_abandoned(temp, abandoned_s):
+                # Without a footer nothing in it can be read, so there is nothing to save.
                 temp.unlink(missing_ok=True)
         known = {file.path for file in self._table.files()}
+        # Taken before the loop: each adoption commits, which raises the next sequence above files still to be adopted.
         first_open = self.next_sequence
         num_adopted = 0
         for path in matching(self._folder, f"{self._worker}-*.parquet"):
@@ -147,6 +150,7 @@ class Committer:
 
     def _commit(self, file: DataFile, sample_ids: Sequence[str]) -> int:
         def attempt() -> int:
+            # After a lost race the next attempt starts from the rewritten file: the first one is gone by then.
             nonlocal file, sample_ids
             self._visible.refresh()
             if self._visible.holds(file.path):
@@ -157,6 +161,7 @@ class Committer:
                 path = self._table.path_of(file)
                 if fresh_ids:
                     file, sample_ids = self._rewrite(path), fresh_ids
+                # After its replacement is published: a kill in between leaves both, and each row is adopted once.
                 path.unlink()
             if fresh_ids:
                 self._table.commit([file], self.application, self.next_sequence)
@@ -212,6 +217,7 @@ def replace_file(table: Table, committer: Committer, old: DataFile, temp: Path, 
         if any(file.path == new.path for file in files):
             # The log took an earlier attempt although it seemed to fail.
             return True
+        # Whoever removed it decided about its rows: the new file would bring them back.
         if old not in files:
             table.path_of(new).unlink()
             return False
@@ -299,6 +305,7 @@ def is_locked(path: Location) -> bool:
     """Whether a process holds this lock. Writes nothing, so it works on a read-only cache."""
     try:
         with (spool(path.parent) / path.name).open("r") as stream:
+            # A shared lock meets only a builder's exclusive one, and two programs that ask do not see each other.
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

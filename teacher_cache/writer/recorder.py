@@ -106,6 +106,7 @@ class Recorder:
     ) -> None:
         self._queue.end()
         if error is not None:
+            # After an engine's error chains are still saved, but answers are left to `teacher-cache judge`.
             self._judges.hurry()
         self._thread.join()
         self._judges.close()
@@ -114,6 +115,7 @@ class Recorder:
 
     def put(self, outcome: Outcome) -> None:
         """Queues one outcome; blocks while too many tokens are queued. Raises the error that ended the thread."""
+        # Returns at once when the thread has ended, so its error is raised here and not at the end of the build.
         self._queue.put(outcome)
         self._raise()
 
@@ -196,6 +198,7 @@ class Recorder:
             pq.write_table(self._failure_rows(), temp, compression="zstd", write_page_checksum=True)
             self._failures.commit(temp, [failure.sample_id for failure in self._failed])
             self._failed = []
+        # Last: every judged chain is in a shard committed by now, so no verdict appears before its chain.
         self._commit_verdicts()
 
     def _failure_rows(self) -> pa.Table:
@@ -341,6 +344,7 @@ class _Queue:
 
 
 def _num_tokens(outcome: Outcome) -> int:
+    # A failure holds no arrays; counting it as 1 still bounds a flood of them.
     return len(outcome.capture.token_ids_T) if isinstance(outcome, Finished) else 1
 
 

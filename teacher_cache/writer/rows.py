@@ -118,12 +118,15 @@ class RowMaker:
         """Reasoning and answer, without the tokens that open and close the reasoning."""
         if reasoning_end == 0:
             return None, self._text(ids)
+        # Most templates open the reasoning in the prompt; a model that opens it itself writes the mark first.
         first = 1 if ids[0] == self._start_id else 0
         if reasoning_end is None:
             return self._text(ids[first:]).strip("\n"), None
+        # reasoning_end counts the closing mark, which belongs to neither text.
         return self._text(ids[first : reasoning_end - 1]).strip("\n"), self._text(ids[reasoning_end:]).strip("\n")
 
     def _text(self, ids: list[int]) -> str:
+        # Clean-up would delete spaces before punctuation that the model did write.
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -143,6 +146,7 @@ def support_of(capture: Capture, max_support: int, nucleus: float | None) -> Sig
     if nucleus is None:
         n_T = np.full(len(logprobs_TK), limit, np.int32)
     else:
+        # + 1: the entry that crosses the nucleus belongs to the support.
         n_T = np.minimum((cumulative_TK[:, :limit] < nucleus).sum(axis=1) + 1, limit).astype(np.int32)
     kept_TK = np.arange(num_captured)[None, :] < n_T[:, None]
     kept_mass_T = np.take_along_axis(cumulative_TK, n_T[:, None].astype(np.int64) - 1, axis=1)[:, 0]
@@ -168,6 +172,7 @@ def scalars_of(signals: Signals) -> dict[str, float]:
     return {
         "mean_logprob": float(signals.sampled_logprob_T.mean(dtype=np.float64)),
         "mean_entropy": float(signals.entropy_T.mean(dtype=np.float64)),
+        # Supports are in rank order: the first entry of a token is its most probable.
         "mean_top1_prob": float(np.exp(signals.topk_logprobs_N[starts_T], dtype=np.float64).mean()),
         "mean_tail_mass": float(np.exp(signals.tail_logmass_T, dtype=np.float64).mean()),
         "mean_support": float(signals.topk_n_T.mean(dtype=np.float64)),
@@ -192,6 +197,7 @@ def _require_aligned(finished: Finished) -> None:
 
 def _support_entropy(probs_TK: npt.NDArray[np.float64], logprobs_TK: Float32) -> npt.NDArray[np.float64]:
     tail_T = np.maximum(1.0 - probs_TK.sum(axis=1), 0.0)
+    # A candidate without probability adds nothing, but 0 * -inf would be NaN.
     safe_TK = np.where(probs_TK > 0, logprobs_TK, 0.0)
     return np.asarray(-(probs_TK * safe_TK).sum(axis=1) - tail_T * np.where(tail_T > 0, _log(tail_T), 0.0))
 

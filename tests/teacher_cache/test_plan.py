@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 import teacher_cache.plan
+from stillroom.cache.catalog import Catalog
+from stillroom.config import plain as config_json
 from stillroom.config import validate_config
-from stillroom.errors import DataError
-from stillroom.schema.records import Capture
-from teacher_cache.building import Build
+from stillroom.errors import ConfigError, DataError
+from stillroom.schema.records import Capture, stable_hash
+from teacher_cache.building import Build, run_id_of
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher
-from teacher_cache.plan import disk_warning, plan_build, plan_lines
+from teacher_cache.plan import disk_warning, plan_build, plan_lines, shown_lines
 from teacher_cache.prompts.prompts import load_prompts, requests
 from teacher_cache.writer.recorder import MetricsLog, Recorded
 from tests.helpers.tiny_tokenizer import byte_level, save
@@ -119,7 +121,7 @@ def test_without_a_cache_everything_is_left_and_bounded(folder: Path) -> None:
     text = "\n".join(plan_lines(plan))
     assert "at most, by max_tokens: 1.4k" in text
     assert f"malformed: {folder / 'sums.jsonl'}:8: not JSON" in text
-    assert f"duplicate: sums {folder / 'sums.jsonl'}:7 is sums {folder / 'sums.jsonl'}:1" in text
+    assert f"duplicate: sums {folder / 'sums.jsonl'}:7 repeats sums {folder / 'sums.jsonl'}:1" in text
 
 
 def test_after_a_build_nothing_is_left_and_more_prompts_are_measured(folder: Path) -> None:
@@ -214,3 +216,55 @@ def test_a_file_is_refused_as_cache(folder: Path) -> None:
         plan_build(config)
     with pytest.raises(DataError, match=refused):
         Build(config, identify_teacher(config.teacher), "w0")
+
+
+def test_prompts_are_shown_as_the_teacher_reads_them(folder: Path) -> None:
+    config = config_of(folder)
+    path = folder / "sums.jsonl"
+    path.write_text(json.dumps({"q": "\x1b[31mred?", "a": "5\n6"}) + "\n" + path.read_text())
+    plan = plan_build(config, num_shown=5)
+    assert [one.source for one in plan.shown] == ["sums", "words"] * 2 + ["sums"]
+    assert len({one.prompt_id for one in plan.shown}) == 5
+    first = plan.shown[1]
+    assert first.prompt.startswith("<|im_start|>user\nwords number")
+    assert first.prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n")
+    text = "\n".join(shown_lines(plan))
+    assert text.count("<|im_start|>assistant") == 5
+    assert f"=== words {first.prompt_id[:8]}, {first.num_prompt_tokens} tokens, no reference\n<|im_start|>user" in text
+    everything = plan_build(config, num_shown=50).shown
+    assert [one.source for one in everything] == ["sums", "words"] * 4 + ["sums"] * 3
+    assert "\n\\x1b[31mred?" in "\n".join(shown_lines(plan_build(config, num_shown=50)))
+    assert shown_lines(plan_build(config)) == []
+
+
+def test_refused_prompts_are_named(folder: Path) -> None:
+    roles = (["user"], ["user", "tool"], ["user", "system", "user"])
+    rows = [{"m": [{"role": role, "content": f"{role}?"} for role in row]} for row in roles]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chat = {"kind": "jsonl", "name": "chat", "path": str(folder / "chat.jsonl"), "messages_field": "m"}
+    plan = plan_build(config_of(folder, prompts={"sources": [chat]}))
+    assert plan.num_unusable == 1
+    assert "refused: source chat, line 2: the chat template refuses the prompt: no tools here" in plan.examples
+
+
+def test_template_arguments_make_another_run(folder: Path) -> None:
+    model = str(folder / "model")
+    plain, opened = (
+        config_of(folder, teacher={"model": model, "chat_template_kwargs": kwargs})
+        for kwargs in ({}, {"open_reasoning": True})
+    )
+    assert plan_build(plain).run_id != plan_build(opened).run_id
+    # As earlier versions wrote it.
+    teacher = identify_teacher(plain.teacher).record
+    settings = (teacher.fingerprint, config_json(plain.capture), config_json(plain.reasoning))
+    sampling = {key: value for key, value in config_json(plain.sampling).items() if key != "samples"}
+    assert run_id_of(plain, teacher) == f"test_{stable_hash('run', *settings, sampling)[:8]}"
+    build(opened)
+    (run,) = Catalog(folder / "cache").runs().values()
+    assert run.chat_template_kwargs == {"open_reasoning": True}
+    assert run.run_id == run_id_of(opened, teacher)
+    unknown = config_of(folder, teacher={"model": model, "chat_template_kwargs": {"open_reasonin": True}})
+    with pytest.raises(
+        ConfigError, match="open_reasonin has no effect: the chat template does not mention it: did you"
+    ):
+        plan_build(unknown)

@@ -76,6 +76,7 @@ def _candidates(table: pa.Table, pair: tuple[str, str]) -> pa.Table:
     else:
         logprobs_E, tail_T = entries.values.astype(np.float32), tails.values.astype(np.float32)
     prob_E = np.exp(logprobs_E, dtype=np.float64)
+    # Tokens without draws have no entry that uses their share; 1 only avoids a division by zero.
     share_T = np.exp(tail_T, dtype=np.float64) / np.maximum(draw_n_T, 1)
     tokens_R = n.lengths_R
     position_T = np.arange(len(n_T)) - np.repeat(np.cumsum(tokens_R) - tokens_R, tokens_R)

@@ -97,6 +97,7 @@ class Table:
                     str(folder), schema, mode="error", configuration=TABLE_CONFIGURATION, storage_options=options
                 )
             except DeltaError as error:
+                # Another worker may have created it since the check: that is no failure.
                 if not DeltaTable.is_deltatable(str(folder), options):
                     raise CacheConflict(f"cannot create the table {folder}: {first_line(error)}") from error
         table = cls(folder)
@@ -194,6 +195,7 @@ class Table:
                 raise CacheConflict(f"another commit to {self.folder} came first: {first_line(error)}") from error
             raise
         self.refresh()
+        # After the commit: a kill in between leaves an older marker, which proves less but never accuses a whole log.
         write_marker(self.folder, CommitMarker(application, sequence, version))
 
     def _add_action(self, file: DataFile) -> Any:
@@ -208,6 +210,7 @@ class Table:
             partition_values={},
             modification_time=int(time.time() * 1000),
             data_change=True,
+            # `files` takes row counts from here, so that no footer has to be opened.
             stats=json.dumps({"numRecords": file.num_rows}),
         )
 
@@ -277,10 +280,12 @@ def publish(temp: Path, folder: Location, relative_stem: str, num_rows: int) -> 
     `relative_stem` is `<run>/<worker>-<sequence>`. The rename is atomic and flushed to disk before this returns. For an
     object store the file is uploaded and the local one removed.
     """
+    # Content before name: after a power cut, a renamed file that was not flushed can be empty.
     sync_file(temp)
     path = f"{relative_stem}-{sha256_of(temp)[:HASH_CHARS]}.parquet"
     target = folder / path
     if not isinstance(target, Path):
+        # One put is atomic, so a store needs neither temporary name nor rename.
         target.upload(temp)
         size_bytes = temp.stat().st_size
         temp.unlink()

@@ -78,6 +78,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     """
     values, row_offsets = _read_values(table, header, where)
     n_T, ids_E = values["topk_n"].astype(np.int32), values["topk_ids"]
+    # Shards of version 1 have no draw_n.
     draw_n_T = values["draw_n"].astype(np.int32) if header.draws and "draw_n" in values else None
     drawn_E = None if draw_n_T is None else _drawn(n_T, draw_n_T)
     if "topk_codes" in values:
@@ -192,6 +193,7 @@ def _concat_draws(rows: Sequence[Signals]) -> Draws | None:
 
 def _drawn(n_T: Int32, draw_n_T: Int32) -> npt.NDArray[np.bool_]:
     """Marks entries that are draws: each token has n_T entries of its support, then draw_n_T draws."""
+    # Example: n_T [2, 1] and draw_n_T [1, 0] give [False, False, True, False].
     kinds_2T = np.tile([False, True], len(n_T))
     return np.repeat(kinds_2T, np.stack([n_T, draw_n_T], axis=1).reshape(-1))
 

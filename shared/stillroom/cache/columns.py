@@ -22,7 +22,9 @@ SCALAR_MANTISSA_BITS = 10
 PARTITION_MANTISSA_BITS = 14
 """An error of a log-partition scales every probability at its temperature: at most 2e-4 nats below 8."""
 _CODE_LOGPROB = (-LOGPROB_RANGE_NATS * (np.arange(MAX_CODE + 1) / MAX_CODE) ** 2).astype(np.float32)
+# There are only 256 codes: decoding looks probabilities up instead of calling exp for every entry.
 _CODE_PROB = np.exp(_CODE_LOGPROB.astype(np.float64))
+# As a tail, code 255 is no mass at all; as an entry it is exp(-32).
 _TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
 
 
@@ -78,6 +80,7 @@ def codes_of(logprobs: Float32) -> npt.NDArray[np.int16]:
     # Square roots of probabilities would be finer near 1, but give an entry of 3e-4 steps of 0.4 nats instead of 0.12,
     # and KL at temperature 2 grows eightfold.
     scaled = np.sqrt(np.clip(-logprobs, 0.0, LOGPROB_RANGE_NATS) / LOGPROB_RANGE_NATS)
+    # Halves to even, in float32: the format says so, and golden shards depend on it.
     codes: npt.NDArray[np.int16] = np.rint(MAX_CODE * scaled).astype(np.int16)
     return codes
 
@@ -105,6 +108,7 @@ def logprobs_of(
     probs_E = _CODE_PROB[codes_E]
     if drawn_E is not None:
         probs_E[drawn_E] = 0.0
+    # reduceat is wrong for empty segments; every token has at least one entry, which reading has checked.
     mass_T = np.add.reduceat(probs_E, starts_T) + _TAIL_PROB[tails_T]
     log_mass_T = np.log(mass_T).astype(np.float32)
     logprobs_E = _CODE_LOGPROB[codes_E] - np.repeat(log_mass_T, n_T)
@@ -115,5 +119,6 @@ def logprobs_of(
 def round_mantissa(x: Float32, num_bits: int) -> Float32:
     """Rounds float32 to `num_bits` explicit mantissa bits, half away from zero; the zeroed bits compress well."""
     dropped = 23 - num_bits
+    # Floats are sign and magnitude, so adding half a step to the bits rounds away from zero for both signs.
     bits = x.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
     return ((bits >> dropped) << dropped).astype(np.uint32).view(np.float32)

@@ -40,6 +40,7 @@ def log_problems(log: Location) -> list[str]:
     if not entries and not checkpoints:
         return ["has no entry: files of this table cannot be distinguished from orphans"]
     last, bridged = max(entries | checkpoints), max(checkpoints, default=-1)
+    # From 0, also below a checkpoint: tables are created without log cleanup, so no entry may be missing.
     missing = [version for version in range(last + 1) if version not in entries]
     hinted = _hinted_checkpoint(log)
     lost = [] if hinted is None or hinted in checkpoints else [hinted]
@@ -105,6 +106,7 @@ def merged_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
     """
     merged: list[tuple[int, int]] = []
     for first, last in sorted((span.added, span.removed - 1) for span in spans if span.removed is not None):
+        # Versions are whole numbers, so adjacent ranges are one.
         if merged and first <= merged[-1][1] + 1:
             merged[-1] = (merged[-1][0], max(merged[-1][1], last))
         else:

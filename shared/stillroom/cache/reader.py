@@ -45,6 +45,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _LISTS = ("messages", "prompt_token_ids", "token_ids")
 _SCALARS = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS and field.name not in _LISTS]
+# `chains` has the latest verdict, `shards` the place; the order lets each row group be read once.
 _PLACES = """SELECT c.*, s.filename, s.file_row_number
     FROM (SELECT sample_id, correct, score, judge, rule, compared FROM chains{condition}) c
     JOIN (SELECT sample_id, filename, file_row_number FROM shards) s USING (sample_id)
@@ -186,6 +187,7 @@ class Cache:
         check_condition(self.session, "where", where)
         for places, group in self._groups([*_SCALARS, "messages", "token_ids"], where):
             pieces = self._pieces_of(group.header.tokenizer_fingerprint)
+            # Kept in Arrow: to_pylist would make a Python int of every token.
             token_ids = group.table.column("token_ids")
             rows = group.table.drop_columns(["token_ids"]).to_pylist()
             for number, (row, place) in enumerate(zip(rows, places, strict=True)):
@@ -219,6 +221,7 @@ class Cache:
             shard, header = open_shard(path)
             with shard:
                 for index, places, rows_R in _by_row_group(shard, list(rows)):
+                    # decode counts tokens by token_ids, whether the caller wants that column or not.
                     needed = list(dict.fromkeys([*columns, "token_ids", *signal_columns(header)]))
                     table = read_row_group(shard, index, needed, str(path))
                     # Rows without a match need not be decoded.
@@ -249,6 +252,7 @@ class Cache:
         found: list[str] = [row["sample_id"] for row in rows]
         if not found:
             raise DataError(f"no sample of {self.catalog.root} begins with {prefix!r}")
+        # A whole id is not ambiguous, even if longer ids begin with it.
         if len(found) > 1 and prefix not in found:
             count, first = rows[0]["num_found"], "the first " if rows[0]["num_found"] > len(rows) else ""
             raise DataError(
@@ -259,6 +263,7 @@ class Cache:
 
 
 class _Pieces(dict[int, str]):
+    # Models pad their vocabulary, so a candidate's id may be one that the tokenizer does not know.
     def __missing__(self, token: int) -> str:
         return f"<{token}>"
 
@@ -271,6 +276,7 @@ def readable(pieces: Sequence[str]) -> list[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = [decoder.decode(_bytes_of(piece)) for piece in pieces]
     if texts:
+        # A chain cut by its limit can end within a character: that shows as U+FFFD.
         texts[-1] += decoder.decode(b"", final=True)
     return texts
 

@@ -267,6 +267,7 @@ def _same_in_any_order(ours: Sequence[Value], theirs: Sequence[Value]) -> bool |
     left = list(theirs)
     is_undecided = False
     for one in ours:
+        # Each of theirs is used once: {1, 1, 2} must not match {1, 2, 2}.
         said = [equal(one, other)[0] for other in left]
         if True in said:
             del left[said.index(True)]

@@ -118,6 +118,7 @@ class JudgeProcess:
 
     def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | None:
         """The reply; None, and no process any more, when there is none in time."""
+        # It may have died since the last check, of memory for instance.
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -125,9 +126,11 @@ class JudgeProcess:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+            # select sees the pipe, not Python's buffer: one reply a request keeps that buffer empty in between.
             line = process.stdout.readline() if ready else ""
         except BrokenPipeError:
             line = ""
+        # Late or dead: a process that is still busy with an old answer must not answer the next question.
         if not line:
             self._stop()
             return None
@@ -137,6 +140,7 @@ class JudgeProcess:
     def _start(self) -> "subprocess.Popen[str]":
         self._stop()
         self._process = subprocess.Popen(
+            # -P: modules in the working folder must not stand in for packages.
             [sys.executable, "-P", "-m", "stillroom.judging.process", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -53,6 +53,7 @@ def run_tests(program: str, tests: Sequence[UnitTest]) -> list[bool | None]:
 
 def run_test(program: str, test: UnitTest, timeout_s: float) -> tuple[bool | None, bool]:
     """Whether one test passes, and whether it ran out of time. Raises StillroomError where code cannot be isolated."""
+    # A program cannot print what it does not know, so it cannot fake having come to its end.
     nonce = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="stillroom-code-") as folder:
         place = Path(folder)
@@ -114,6 +115,7 @@ def _run(place: Path, nonce: str, timeout_s: float) -> int:
             return -signal.SIGKILL
         finally:
             if process.poll() is None:
+                # The group, which start_new_session made.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 

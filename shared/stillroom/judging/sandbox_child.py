@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> None:
             tests = stream.read()
     set_limits(int(memory_bytes), int(cpu_s), int(file_bytes))
     libc = ctypes.CDLL(None, use_errno=True)
+    # The kernel lets an unprivileged process install a filter only after this.
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         os._exit(NOT_ISOLATED)
     confine_writes(libc)
@@ -97,6 +98,7 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
     architecture, clone, refused = machine
     steps = [
         (LOAD, 0, 0, 4),
+        # Numbers of system calls differ between architectures: without this the list below would mean others.
         (JUMP_EQUAL, 1, 0, architecture),
         (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, 0),

@@ -25,6 +25,7 @@ def load_solution(prelude: str, program: str) -> types.ModuleType:
             import __future__
 
             for alias in node.names:
+                # Statements are compiled one by one, so each needs the flags that the file began with.
                 flags |= getattr(__future__, alias.name).compiler_flag
     for node in tree.body:
         code = compile(ast.Module([node], []), "program.py", "exec", flags=flags, dont_inherit=True)

@@ -63,6 +63,7 @@ class RunManifest(_Record):
     engine: dict[str, Any]
     prompts: dict[str, Any]
     reasoning: dict[str, Any]
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description="arguments of the chat template")
     software: dict[str, str]
 
 
@@ -73,9 +74,12 @@ def run_id_for(
     sampling: Mapping[str, Any],
     capture: Mapping[str, Any],
     reasoning: Mapping[str, Any],
+    chat_template_kwargs: Mapping[str, Any],
 ) -> str:
-    """`<name>_<8 hex>`. A different teacher, capture, reasoning or sampling makes a different run, and so does scoring;
-    more samples per prompt do not. The arguments are fields of RunManifest.
+    """`<name>_<8 hex>`. A different teacher, capture, reasoning, sampling or argument of the chat template makes a
+    different run, and so does scoring; more samples per prompt do not. The arguments are fields of RunManifest.
     """
     how = {key: value for key, value in sampling.items() if key != "samples"} if kind == "generate" else "score"
-    return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how)[:8]}"
+    # Only where there are any: runs without them keep the ids of earlier versions.
+    template = [dict(chat_template_kwargs)] if chat_template_kwargs else []
+    return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how, *template)[:8]}"

@@ -77,6 +77,7 @@ class Session:
         except BaseException:
             self._folder.cleanup()
             raise
+        # Python handles signals in the main thread only, which must not be inside DuckDB when Ctrl-C comes.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="query")
 
     def __enter__(self) -> Self:
@@ -350,12 +351,15 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
     # Not enough: DuckDB 2.0 still writes to an allowed path for some forms of COPY, also in a WITH clause, which
     # stillroom.sql.statements refuses.
     listed = ", ".join(quote(path) for path in paths)
+    # An extension that loads itself could reach the network or other files.
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
+    # The same text of a timestamp on every machine.
     connection.execute("SET GLOBAL TimeZone = 'UTC'")
     connection.execute("SET GLOBAL parquet_metadata_cache = true")
     connection.execute(f"SET allowed_paths = [{listed}]")
     connection.execute("SET enable_external_access = false")
+    # Last: nothing above can be set, or undone by a query, from here on.
     connection.execute("SET lock_configuration = true")
 
 

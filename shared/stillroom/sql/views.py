@@ -96,6 +96,7 @@ def view_statements(files: CacheFiles, internal: str) -> list[str]:
         rf"""CREATE VIEW vocab AS SELECT token_id, piece, is_special,
              regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
            FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
+        # arg_max_null, because arg_max skips NULL: an undecided latest verdict would show an older decision.
         f"""CREATE VIEW verdicts AS SELECT sample_id, judge, max(judged_at) AS judged_at,
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
              arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared

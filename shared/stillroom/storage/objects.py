@@ -115,6 +115,7 @@ class ObjectPath:
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
         """Objects and prefixes directly below whose name matches; the pattern has no slash."""
         assert "/" not in pattern
+        # fnmatchcase: keys of a store have case on every machine.
         yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def rglob(self, pattern: str) -> Iterator["ObjectPath"]:

@@ -112,6 +112,7 @@ def spool(folder: Location) -> Path:
     """
     if isinstance(folder, Path):
         return folder
+    # The same in every process of this user: a restarted worker finds and sweeps what it left there.
     name = f"stillroom-{os.getuid()}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
     local = Path(tempfile.gettempdir()) / name
     local.mkdir(mode=0o700, exist_ok=True)
@@ -167,11 +168,13 @@ def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
 
     try:
         if isinstance(path, Path):
+            # Checksums are pyarrow's opt-in, and without them a flipped bit is decoded as if it had been written.
             return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, **options)
         return pq.ParquetFile(
             path.key,
             filesystem=objects.file_system(path.scheme),
             page_checksum_verification=True,
+            # Column chunks become a few large requests at once instead of one round trip each.
             pre_buffer=True,
             **options,
         )
@@ -233,6 +236,7 @@ def write_text_atomic(path: Location, text: str) -> None:
 
 def sync_file(path: Path) -> None:
     """Flushes a written file to the disk."""
+    # fsync takes any descriptor of the file, and only a read-only one can be had of a folder.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -247,6 +251,7 @@ def sync_folder(path: Path) -> None:
 
 def file_clock_s(folder: Location) -> float:
     """The time now by the clock of the storage, so that ages of files do not depend on this machine's clock."""
+    # Named like a temporary file, so that gc sweeps it if a kill leaves it behind.
     probe = folder / f".clock.{secrets.token_hex(4)}{TEMP_SUFFIX}"
     try:
         probe.write_bytes(b"")

@@ -71,7 +71,9 @@ class HttpClient:
         self._client = httpx2.AsyncClient(
             base_url=url,
             headers=headers,
+            # The timeout is between bytes: a long chain may take an hour as long as it keeps arriving.
             timeout=httpx2.Timeout(stall_s, connect=CONNECT_TIMEOUT_S, pool=None),
+            # No limit here: the pool bounds requests with max_in_flight, and a second bound would queue them unseen.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S),
         )
 
@@ -135,6 +137,7 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
                 yield _checked(_parsed(text))
     if not is_stream and waiting.strip():
         raise _no_stream(response, waiting)
+    # A stream that ends without [DONE] looks complete to HTTP but lacks tokens.
     raise Unavailable("broke off in the middle of an answer", was_sent=True)
 
 

@@ -98,6 +98,7 @@ class Endpoint:
         self.problem = problem
         self._num_failures += 1
         self.served = None
+        # Wakes _keep, which reconnects.
         self._down.set()
 
     def backoff_s(self) -> float:
@@ -257,6 +258,7 @@ class EndpointPool:
     def offer(self, job: Job) -> None:
         """Queues a job: a new one at the end, a retried one at the front."""
         if job.num_attempts + job.num_waits:
+            # In front: a chain that was begun should not wait behind a million new ones.
             self._jobs.appendleft(job)
         else:
             self._jobs.append(job)
@@ -283,6 +285,7 @@ class EndpointPool:
                 return
             # Chains differ in length by orders of magnitude: balance what is open, not what was sent.
             endpoint = min(free, key=lambda one: one.num_in_flight)
+            # Counted before the task runs, or this loop would give one endpoint everything.
             endpoint.num_in_flight += 1
             self._start(self._run(endpoint, self._jobs.popleft()))
 
@@ -330,6 +333,7 @@ class EndpointPool:
         if job.num_attempts >= self._config.max_attempts:
             return job.request.failure("engine_error", f"after {job.num_attempts} attempts {endpoint.url} {error}")
         pause = max(pause_s(job.num_attempts + job.num_waits, self._jitter), min(error.retry_after_s, MAX_BACKOFF_S))
+        # The chain pauses, not the loop: others are dispatched meanwhile.
         asyncio.get_running_loop().call_later(pause, self.offer, job)
         return None
 

@@ -75,6 +75,7 @@ class Rows:
                 raise BadAnswer("its distributions do not belong to its tokens")
             token_ids.append(token_id)
             logprobs.append(logprob)
+            # Requested again by scoring the chain (pool._with_ranks).
             ranks.append(rank or UNKNOWN_RANK)
             place = _place_of(values, rank, self.form)
             all_ids += _in_columns(ids, place, width)

@@ -114,6 +114,7 @@ class Batch:
         seeds = positions = None
         if layout.draws:
             asked = [self.asked_N[row] for row in members]
+            # None of them is None here: rows without a request have a group of their own.
             seeds = torch.tensor([one.seed for one in asked if one is not None]).to(logits.device, non_blocking=True)
             positions = self.positions_N if len(members) == len(self) else self.positions_N[members]
         rows = signal_rows(logits, sampled, layout.unmapped(), seeds, positions)
@@ -140,6 +141,7 @@ def _parsed(
         layout = Layout.of({TOP: top, DRAWS: draws, TEMPERATURES: temperatures, MAPPED: mapped})
     except ValueError:
         return Asked(None, 0)
+    # NaN rows rather than an error: inside vLLM an exception would end the engine, and with it everyone's requests.
     if layout is None or layout.width > width or (layout.draws > 0 and seed is None):
         return Asked(None, 0)
     # As int64: vLLM takes seeds up to 2^64.

@@ -62,6 +62,7 @@ def install() -> str | None:
 
 @contextlib.contextmanager
 def _expecting(batch: Batch | None) -> Iterator[None]:
+    # Handed over in a module variable, because vLLM's functions in between take no further argument.
     before, _coming.batch = _coming.batch, batch
     try:
         yield
@@ -91,6 +92,7 @@ def _sampled_batch(runner: Any, num_rows: int, spec_decode_metadata: Any) -> Bat
         asked = [one for one, num in zip(asked, drafts, strict=True) for _ in range(num + 1)]
     if len(asked) != num_rows:
         return None
+    # The logits at position i predict token i + 1, and draws are seeded by the token's own place.
     return Batch(asked, runner.positions[last].long() + 1)
 
 
@@ -146,6 +148,7 @@ def _prompt_batch(runner: Any, req_id: str, num_scheduled: int | None, device: t
     asked = _asked(request.sampling_params, prompt=True)
     if asked is None:
         return None
+    # Chunked prefill: this step's rows begin where the ones before ended.
     first = request.num_computed_tokens + 1
     return Batch([asked] * num_scheduled, torch.arange(first, first + num_scheduled, device=device))
 

@@ -79,6 +79,7 @@ def install() -> str | None:
         RejectionSampler.__call__ = _verify_with_signals  # type: ignore[method-assign]
         PromptLogprobsWorker.add_request = _add_prompt_noted  # type: ignore[method-assign]
         PromptLogprobsWorker.compute_prompt_logprobs = _prompts_with_signals  # type: ignore[method-assign]
+        # Each has imported the function by name, so replacing it in its own module would change nothing.
         for module in (gpu_sampler, prompt_logprob, rejection_sampler):
             module.compute_topk_scores = scores_with_signals  # type: ignore[attr-defined]
     return reason

@@ -85,6 +85,7 @@ def uniforms_of(seeds_N: Tensor, positions_N: Tensor, num: int) -> Tensor:
     start_N = _mix(_mix(seeds_N) + positions_N * _GAMMA)
     steps_M = torch.arange(1, num + 1, device=seeds_N.device) * _GAMMA
     bits_NM = _mix(start_N[:, None] + steps_M[None, :])
+    # The upper 53 bits are all that a double holds.
     return _shifted(bits_NM, 11).double() * 2.0**-53
 
 
@@ -114,6 +115,7 @@ def _chunk_rows(logits_NV: Tensor, sampled_N: Tensor, layout: Layout, uniforms_N
     sampled_N1 = sampled_N[:, None]
     sampled_logits_N1 = logits_NV.gather(1, sampled_N1)
     top_logits_NK, top_ids_NK = top_candidates(logits_NV, layout.top)
+    # The top's first is the maximum: no further pass over V.
     max_N1 = top_logits_NK[:, :1]
     floor = MIN_LOG2 * max((1.0, *layout.temperatures))
     log2_NV = (logits_NV - max_N1).mul_(LOG2_E).clamp_(min=floor)
@@ -145,6 +147,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
 
     By inverting the distribution function twice, over stripes and within one. Sets the top's weights to zero.
     """
+    # In place: the chunk's weights are not needed whole any more (see _chunk_rows).
     weights_NV.scatter_(1, top_ids_NK, 0.0)
     num_rows, vocab_size = weights_NV.shape
     num_stripes = max(1, vocab_size // STRIPE_IDS)
@@ -155,6 +158,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
         # What does not fill a row of stripes is one more stripe.
         sums_NC = torch.cat([sums_NC, weights_NV[:, even:].sum(dim=1, keepdim=True)], dim=1)
         num_ids = max(num_ids, vocab_size - even)
+    # In float64: in float32 the running sum would swallow small stripes at its end, which would then never be drawn.
     below_NC = sums_NC.double().cumsum(dim=1)
     target_NM = uniforms_NM.clamp(max=MAX_UNIFORM) * below_NC[:, -1:]
     # The first stripe whose running sum exceeds the target: its own sum is positive. NaN ends past the last.
@@ -164,6 +168,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
     offsets = torch.arange(num_ids, device=weights_NV.device)
     ids_NMR = stripe_NM[:, :, None] + offsets * num_stripes
     ids_NMR = ids_NMR.where(stripe_NM[:, :, None] < num_stripes, even + offsets)
+    # The stripe of leftovers may be shorter or longer than the others.
     is_id = ids_NMR < (torch.where(stripe_NM < num_stripes, even, vocab_size))[:, :, None]
     ids_NMR = ids_NMR.clamp_(max=vocab_size - 1)
     members = weights_NV.gather(1, ids_NMR.view(num_rows, -1)).view(ids_NMR.shape).double().where(is_id, 0.0)
@@ -176,6 +181,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
 def _ranks(logits_NV: Tensor, sampled_N1: Tensor, top_logits_NK: Tensor) -> Tensor:
     """Logits not below the sampled one. Above the last of the top, the top itself tells."""
     if logits_NV.device.type != "cpu":
+        # One pass on a GPU is cheaper than finding the rows that need it, which would wait for the device.
         return (logits_NV >= sampled_N1).sum(dim=1)
     ranks_N = (top_logits_NK >= sampled_N1).sum(dim=1)
     beyond = (sampled_N1[:, 0] <= top_logits_NK[:, -1]).nonzero()[:, 0]

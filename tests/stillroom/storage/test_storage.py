@@ -2,6 +2,7 @@
 written is visible whole or not at all, and a store that cannot be used is one line.
 """
 
+import io
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -31,9 +34,11 @@ from student_train.data.rows import read_rows
 from student_train.data.selection import CacheSource, SelectionRequest, freeze, load_selection
 from student_train.data.stream import PackStream
 from teacher_cache.cli import app
+from teacher_cache.config import PromptsConfig
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.prompts.prompts import load_prompts
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache
@@ -99,6 +104,39 @@ def test_names_of_places(tmp_path: Path) -> None:
     config = CacheConfig(path=location("gs://bucket/a"))
     assert config.model_dump(mode="json")["path"] == "gs://bucket/a"
     assert CacheConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_prompts_are_read_from_the_store(store: ObjectPath) -> None:
+    lines = [f'{{"q": "{number}+1?"}}\n'.encode() for number in range(4)]
+    (store / "data/train/a.jsonl").write_bytes(lines[0])
+    (store / "data/train/b.jsonl.zst").write_bytes(pa.compress(lines[1], codec="zstd", asbytes=True))
+    (store / "data/test/c.jsonl").write_bytes(lines[2])
+    (store / "data/.cache/d.jsonl").write_bytes(b"not data")
+    (store / "page.jsonl").write_bytes(b"<html>")
+    table = io.BytesIO()
+    pq.write_table(pa.table({"q": ["3+1?"]}), table)
+    (store / "x.parquet").write_bytes(table.getvalue())
+
+    def questions(name: str, kind: str = "jsonl", **more: str) -> str:
+        source = {"kind": kind, "name": "s", "path": f"{store}/{name}", "prompt_field": "q", **more}
+        loaded = load_prompts(validate_config({"sources": [source]}, PromptsConfig, "test"))
+        return " ".join(sorted(prompt.messages[0].content[0] for prompt in loaded.prompts))
+
+    assert questions("data", split="train") == "0 1"
+    assert questions("data/*/*.jsonl") == "0 2"
+    assert questions("data/**/*.zst") == "1"
+    assert questions("x.parquet", "parquet") == "3"
+    wrong = {
+        "data": "holds the splits test and train",
+        "page.jsonl": "is a web page",
+        "none.jsonl": "does not exist",
+        "*.x": "no file",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(DataError, match=message):
+            questions(name)
+    with pytest.raises(DataError, match=r"page\.jsonl is a web page"):
+        questions("page.jsonl", "parquet")
 
 
 def test_an_epoch_from_the_store_is_the_local_one_bit_for_bit(

@@ -15,30 +15,24 @@ import pytest
 from stillroom.config import validate_config
 from stillroom.errors import DataError
 from teacher_cache.config import HuggingFaceDataset, PromptsConfig
-from teacher_cache.prompts.sources import (
-    Draft,
-    count_jsonl_rows,
-    huggingface_rows,
-    jsonl_rows,
-    parquet_rows,
-    read_source,
-)
+from teacher_cache.prompts.files import count_json_rows, json_rows, parquet_rows
+from teacher_cache.prompts.sources import Draft, huggingface_rows, read_source
 
 
 def test_a_folder_that_is_named_like_a_file_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(DataError, match=r"source s: the folder .* holds no \.jsonl file"):
-        list(jsonl_rows(tmp_path, "s"))
+        list(json_rows(tmp_path, None, "s"))
     (tmp_path / "a.jsonl" / "b.jsonl").write_text('{"q": 1}\n')
-    assert [row.values for row in jsonl_rows(tmp_path, "s")] == [{"q": 1}]
+    assert [row.values for row in json_rows(tmp_path, None, "s")] == [{"q": 1}]
 
 
 def counted(path: Path) -> list[int]:
-    return [count_jsonl_rows(path, "s")]
+    return [count_json_rows(path, None, "s")]
 
 
 @pytest.mark.parametrize(
-    "reader", [lambda path: jsonl_rows(path, "s"), lambda path: parquet_rows(path, ["q"], "s"), counted]
+    "reader", [lambda path: json_rows(path, None, "s"), lambda path: parquet_rows(path, None, ["q"], [], "s"), counted]
 )
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Any) -> None:
     for name in ("a.jsonl", "a.parquet"):
@@ -70,7 +64,7 @@ def test_a_stream_that_breaks_off_says_after_how_many_rows(monkeypatch: pytest.M
     hub.exceptions = types.SimpleNamespace(DatasetsError=OSError)  # type: ignore[attr-defined]
     hub.load_dataset = lambda *_, **__: Rows()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    rows = huggingface_rows(HuggingFaceDataset(kind="huggingface", dataset="hub/set"), 5, ["q"], "s")
+    rows = huggingface_rows(HuggingFaceDataset(kind="huggingface", dataset="hub/set"), 5, ["q"], [], "s")
     assert [next(rows).values, next(rows).values] == [{"q": "1"}, {"q": "2"}]
     with pytest.raises(DataError, match="dataset hub/set breaks off after 2 rows: Server disconnected without"):
         next(rows)
