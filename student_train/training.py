@@ -103,6 +103,7 @@ def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bo
     with run:
         if run.is_untrained:
             run.evaluate()
+        # From here on there are steps to save. Until now a stop request ended the program at once.
         stop.finish_first()
         with run.progress():
             while not (run.is_done or is_stopped):
@@ -161,6 +162,7 @@ class StageRun:
         if here is not None:
             checkpoint.load(self._folder.checkpoints, self.engine, here, ranks)
             self._stream.load_state_dict(here.stream)
+        # Steps and skips count within the stage; the best checkpoint, tokens and seconds over the whole run.
         self._num_skipped = here.num_skipped if here is not None else 0
         self._num_skipped_in_a_row = 0
         self._step = here.step if here is not None else 0

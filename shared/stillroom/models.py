@@ -140,6 +140,7 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
         if "ByteLevel" in kinds and all(char in byte_of for char in token):
             pieces[token_id] = _show_bytes(bytes(byte_of[char] for char in token))
         elif kinds & {"Metaspace", "Replace"}:
+            # SentencePiece writes a space as U+2581; decode would drop the one before a first token.
             pieces[token_id] = token.replace("▁", " ")
         else:
             pieces[token_id] = tokenizer.decode([token_id])

@@ -95,6 +95,7 @@ def cut_chains(num_prompt_R: Int32, num_tokens_R: Int32, limit: int, policy: Lon
 
 
 def _split(prompt_R: Int64, total_R: Int64, limit: int) -> tuple[Int64, Int64, Int64, Int64]:
+    # At least one token, because a piece's first loss token needs one before it that predicts it.
     overlap = max(1, int(limit * SPLIT_OVERLAP_FRAC))
     step = limit - overlap
     # Limit 8, overlap 1, prompt 3, 12 completion tokens: reads 0..7 with loss on 3..7, then reads 7..14 with loss on
@@ -106,6 +107,7 @@ def _split(prompt_R: Int64, total_R: Int64, limit: int) -> tuple[Int64, Int64, I
     later_P = np.arange(len(row_P)) - (ends_R - 1 - num_later_R)[row_P]
     loss_P = np.where(later_P == 0, prompt_R[row_P], first_stop_R[row_P] + (later_P - 1) * step)
     stop_P = np.where(later_P == 0, first_stop_R[row_P], np.minimum(total_R[row_P], loss_P + step))
+    # A first piece reads the prompt from its beginning, unless the prompt alone fills the limit.
     whole_P = (later_P == 0) & (prompt_R[row_P] < limit)
     first_P = np.where(whole_P, 0, loss_P - overlap)
     return row_P, first_P, loss_P, stop_P
@@ -196,12 +198,14 @@ def plan_epoch(pieces: Pieces, group_R: Int32, copies_R: Int32 | None, spec: Pla
     tokens_V = np.bincount(visit_I, tokens_I, num_visits).astype(np.int64)
     # The order of draws from `bits` is part of the plan: resumed runs must get the packs they had.
     lane_V, position_V = _deal(np.argsort(_raw(bits, num_visits), kind="stable"), tokens_V, spec)
+    # Within a lane, chains spread over the row groups around their own, which the reader holds at the same time.
     time_I = _times(
         position_V[visit_I], np.bincount(lane_V)[lane_V[visit_I]], spec.window_groups, _raw(bits, len(item_I))
     )
     order_I = np.lexsort((time_I, lane_V[visit_I]))
     lane_stops = np.cumsum(np.bincount(lane_V[visit_I]))
     lanes = []
+    # Lane by lane, so that the chains of a pack lie close together on disk.
     for start, stop in zip([0, *lane_stops[:-1]], lane_stops, strict=True):
         taken, sizes = fill_packs(tokens_I[order_I[start:stop]], spec.pack_tokens)
         lanes.append((order_I[start:stop][taken], sizes))

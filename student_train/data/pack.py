@@ -111,10 +111,12 @@ class TorchPack:
 
 def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     """Concatenates pieces, in their order, into one pack."""
+    # Documents: where each begins in the pack, and positions from 0 in each.
     lengths_D = np.array([piece.stop - piece.first for piece in pieces], np.int64)
     starts_D = np.cumsum(lengths_D) - lengths_D
     document_ids_L = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths_D)
     position_ids_L = np.arange(len(document_ids_L), dtype=np.int32) - starts_D.astype(np.int32)[document_ids_L]
+    # Loss tokens, document by document, and the positions that predict them.
     num_losses_D = np.array([piece.stop - piece.loss for piece in pieces], np.int64)
     document_N = np.repeat(np.arange(len(pieces)), num_losses_D)
     place_N = np.arange(len(document_N)) - (np.cumsum(num_losses_D) - num_losses_D)[document_N]

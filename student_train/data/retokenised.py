@@ -88,6 +88,7 @@ def retokenise(path: Path, source: Selection, maker: Rows) -> Retokenised:
         for groups in np.split(np.arange(len(source.file_G)), _file_starts(source)[1:]):
             target = folder / f"{source.cache_G[groups[0]]}-{source.path_of(groups[0]).stem}.parquet"
             rows = np.flatnonzero((source.group_R >= groups[0]) & (source.group_R <= groups[-1]))
+            # A finished file says what it was made of: it is kept if that still holds, else made again.
             request_hash = stable_hash(*maker.identity, source.key_R[rows].tolist())
             if _metadata_of(target).get(TEXT_METADATA_KEY) != request_hash.encode():
                 _write_file(target, request_hash, source, groups, maker)
@@ -177,6 +178,7 @@ def _rows_of(target: Path, source: Selection, rows: Int64) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(target, error) from error
     keys = keys_of(table.column("sample_id"), str(target))
+    # Chains that came to no row are missing from the file; the others are in the order of the source.
     kept = rows[np.isin(source.key_R[rows], keys)]
     group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     first = np.repeat(np.cumsum(sizes) - sizes, sizes)

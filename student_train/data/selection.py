@@ -448,6 +448,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     header = SelectionHeader(
         caches=[
             PinnedCache(
+                # Absolute: a run may be resumed from another folder.
                 root=str(catalog.root.resolve()),
                 weight=source.weight,
                 chains_version=catalog.chains.version,
@@ -524,6 +525,7 @@ def _first_by_id(rows: pa.Table, max_chains: int | None) -> pa.Table:
         return rows
     # Ids are hashes, so the smallest are a fair sample, and a grown cache keeps most of it.
     order = np.argsort(keys_of(rows.column("sample_id"), "the selection"), kind="stable")
+    # Back in the order of files, in which they are read.
     return rows.take(pa.array(np.sort(order[:max_chains])))
 
 

@@ -75,6 +75,7 @@ def load_student(
     Raises ConfigError, DataError.
     """
     model = load_causal(folder, student, engine.precision)
+    # Before fuse_head, because resizing makes a new plain head.
     widen_vocab(model, vocab_size)
     # Before peft: its wrapper then holds a FusedHead, and LoRA on the head is found around it.
     fuse_head(model)

@@ -62,6 +62,7 @@ class Engine:
         self._ranks = ranks
         self._student = student
         self._has_parted_weights = config.zero_stage == 3
+        # There DeepSpeed neither computes a gradient norm nor skips a step that is not finite: both are done here.
         self._is_plain = config.zero_stage == 0 and config.precision == "float32"
         self._plain_norm: Tensor | None = None
         with _quiet():
@@ -81,6 +82,7 @@ class Engine:
                 model=student,
                 optimizer=self._adam,
                 config=deepspeed_config(stage, config, ranks.num_ranks, accumulation, universal=universal),
+                # joined_ranks has done that.
                 dist_init_required=False,
             )
         if config.zero_stage == 0 and config.precision != "float32":
@@ -102,6 +104,7 @@ class Engine:
     def backward(self, loss_sum: Tensor, total_weight: float, *, is_last: bool) -> None:
         """Adds the gradient of loss_sum / total_weight; `is_last` marks the last micro-step before `step`."""
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed takes the mean over ranks; times their number it is the sum.
         self._deepspeed.backward(loss_sum * (self._ranks.num_ranks / total_weight), scale_wrt_gas=False)
         # DeepSpeed wants a step after every backward; off the boundary it only counts micro-steps.
         if not is_last:

@@ -203,6 +203,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
                 # The order of insertion is the order of ends, which find_cause reads.
                 codes.setdefault(number, code)
         if any(codes.values()):
+            # From the first failure on: later ones do not extend it.
             deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
         time.sleep(POLL_S)
     return codes

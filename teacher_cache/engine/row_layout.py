@@ -59,11 +59,13 @@ class Layout:
     @property
     def width(self) -> int:
         """The `logprobs` to ask vLLM for: columns besides the sampled token's."""
+        # Behind top and draws: the entropy, the log-partitions, the mark.
         return self.top + self.num_numbers if self.mapped else self.top + self.draws + 1 + len(self.temperatures) + 1
 
     @property
     def num_numbers(self) -> int:
         """Columns of a mapped row that hold no token: all behind the top."""
+        # Ids and log probabilities of the draws, the entropy, the log-partitions, the rank, the mark.
         return 2 * self.draws + 1 + len(self.temperatures) + 2
 
     @property

@@ -116,6 +116,7 @@ class EmbeddedEngine:
         in_process = on_cpu if config.in_process is None else config.in_process
         # Read when the engine is made.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+        # Before the engine is made, so that workers forked from this process are prepared.
         misfit = register()
         if misfit is not None:
             _require_no_plugin(capture, misfit)
@@ -134,6 +135,7 @@ class EmbeddedEngine:
         except (RuntimeError, OSError) as error:
             raise StillroomError(f"vLLM did not start with {teacher.model}: {_one_line(error)}") from error
         if marker is not None:
+            # Only now: an interrupted compilation is not saved.
             marker.touch()
         fallback = install_arrays()
         if fallback is not None:
@@ -142,6 +144,7 @@ class EmbeddedEngine:
         model = vllm_config.model_config
         self._k = min(capture.max_support, model.get_vocab_size())
         self._layout = self._working_layout(capture) if misfit is None else None
+        # It counts for the whole process, in which another engine may have run before.
         self._tokens_before = ArrayLogprobs.num_tokens
         self._max_in_flight = vllm_config.scheduler_config.max_num_seqs + config.max_waiting
         self._info = EngineInfo(

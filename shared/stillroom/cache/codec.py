@@ -60,6 +60,7 @@ def encode(codec: str, rows: Sequence[Signals]) -> dict[str, pa.Array]:
     values = _flat_values(codec, rows, n_T)
     entries_R = np.array([_num_entries(row) for row in rows], np.int64)
     partitions_R = np.array([len(_flat_partitions(row)) for row in rows], np.int64)
+    # All other columns have one value per token.
     lengths = dict.fromkeys(PER_ENTRY, entries_R) | {"log_partitions": partitions_R}
     return {name: list_column(flat, lengths.get(name, tokens_R)) for name, flat in values.items()}
 

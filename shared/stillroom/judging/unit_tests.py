@@ -144,6 +144,7 @@ def same_output(expected: str, output: str) -> bool:
 
 
 def _close(expected: str, output: str) -> bool:
+    # Whole numbers must agree exactly: 1000001 is not 1000000.
     if not re.search(r"[.eE]", expected + output):
         return False
     try:
@@ -162,6 +163,7 @@ def _tests_of_data(data: Any, entry: str | None) -> list[UnitTest]:
         return []
     if all(isinstance(item, str) for item in data):
         tests = [_python_tests(item, entry) for item in data]
+        # Some of the tests would call wrong programs right: an unknown form among them leaves the answer undecided.
         return [test for group in tests for test in group] if all(tests) else []
     if all(isinstance(item, dict) for item in data):
         groups = [_tests_of_dict(item, _entry_of(item) or entry) for item in data]

@@ -347,8 +347,10 @@ def _as_expression(text: str) -> Expression | None:
         isinstance(value, Relational | Boolean) and not isinstance(value, Symbol)
     ):
         return None
+    # 0.1 as written is 1/10, and not the binary fraction next to it.
     exact = {number: Rational(str(number)) for number in value.atoms(Float)} if isinstance(value, Basic) else {}
     value = value.xreplace(exact) if exact else value
+    # i is the imaginary unit, but in sums and integrals it is an index.
     if not value.has(Sum, Integral):
         value = value.xreplace({Symbol("i", real=True): I})
     return Expression(value, decimal=dense if DECIMAL.fullmatch(dense) else None)

@@ -56,6 +56,7 @@ class CacheFiles:
             yield from group
 
 
+# In shards of version 1 draw_n is NULL, and so is its sum: ELSE applies.
 ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, i: n + draw_n[i]) ELSE topk_n END"
 """Number of entries of each token: its support and its draws."""
 

@@ -216,6 +216,7 @@ def delta_options(scheme: str) -> dict[str, str]:
     options = {
         "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
         "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
+        # deltalake counts retries, pyarrow attempts.
         "max_retries": str(PATIENT_ATTEMPTS - 1),
         "retry_timeout": "60s",
     }

@@ -127,6 +127,7 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
             if len(waiting) < MAX_BODY_BYTES:
                 continue
             break
+        # The last part is an event that has not arrived whole.
         *events, waiting = waiting.split(b"\n\n")
         for event in events:
             text = event.strip().removeprefix(b"data: ")
@@ -194,6 +195,7 @@ def _message_of(content: bytes) -> str:
 
 
 def _broken(error: httpx2.RequestError) -> Unavailable:
+    # What was sent may have been worked on, and counts as an attempt at the chain.
     never_sent = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout))
     if isinstance(error, httpx2.ReadTimeout):
         problem = "stopped sending"
