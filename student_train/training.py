@@ -307,6 +307,7 @@ class StageRun:
             step_s=step_s,
             time_s=self._train_s,
         )
+        # Of all ranks' losses, so that all of them stop here.
         if not math.isfinite(record.loss):
             raise StillroomError(f"{self._key}: the loss is {record.loss} at step {self._step}: {self._how_to_go_on()}")
         if self._log is not None and self._bar is not None:

@@ -117,6 +117,7 @@ class Build:
                 self._failures.refresh()
             except OSError as error:
                 raise DataError(f"{config.cache} cannot be opened for writing: {one_line(error)}") from error
+            # Nothing failed: the worker stays locked until `close`.
             self._locks = locks.pop_all()
 
     def run(

@@ -431,6 +431,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    # training_args.bin holds a Trainer's settings, no weights.
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.stem != "training_args")
     # If a folder has both, transformers loads safetensors.
     return [path for path in files if path.suffix == ".safetensors"] or files

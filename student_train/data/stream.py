@@ -275,6 +275,7 @@ class _EpochReader:
         self.epoch = epoch
         self._plans, self._plan = plans, plans.plan(epoch)
         pack_I = np.repeat(np.arange(self._plan.num_packs), np.diff(self._plan.offsets))
+        # This rank's packs alone: its buffer must not hold row groups for the others.
         mine_I = (pack_I >= cursor) & ((pack_I - cursor) % world == 0)
         self.buffer = make_buffer(plans.pieces.row_P[self._plan.items_I[mine_I]].astype(np.int64))
 

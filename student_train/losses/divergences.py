@@ -259,6 +259,7 @@ class Divergence(Loss):
     def _estimate(self, seen: Compared, draws: Drawn) -> Tensor:
         """[N] nats: exact on the support, the tail's part estimated from the draws without bias."""
         is_draw_NM = draws.weights_NM > 0.0
+        # Padding has weight 0, but 0 * inf would be nan.
         log_ratio_NM = (draws.student_NM - draws.teacher_NM).where(is_draw_NM, 0.0)
         per_teacher, per_student = self.tail_costs
         known_N = per_teacher * seen.teacher_NB[:, -1].exp() + per_student * seen.student_NB[:, -1].exp()

@@ -64,6 +64,7 @@ def _from_files(student: StudentConfig, shapes: Mapping[str, tuple[int, ...]]) -
     config = read_config(student)
     if config is None or not shapes or shapes.get(f"{EMBEDDING}.weight") is None:
         return None
+    # transformers saves a tied weight once, as the embeddings.
     is_tied = f"{HEAD}.weight" not in shapes
     # Both a head in the file and a tied configuration: what transformers makes of that is its own business.
     if not is_tied and config.get("tie_word_embeddings", False):

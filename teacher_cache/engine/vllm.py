@@ -435,6 +435,7 @@ def _kv_cache_bytes(vllm_config: "VllmConfig") -> int:
         # Recurrent layers keep states of other sizes than keys and values.
         return limit
     itemsize = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model).itemsize
+    # 2: keys and values.
     token_bytes = (
         2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size() * itemsize
     )

@@ -85,6 +85,7 @@ def gc_cache(
         for table in tables:
             if problems := lost_commits(table):
                 raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is deleted from a damaged cache")
+        # Before orphans are looked for, or a file of a dropped run would be adopted.
         for run_id in _runs_named(catalog, drop_runs):
             report.dropped.append(_drop_run(catalog, run_id, dry_run))
         if not dry_run:

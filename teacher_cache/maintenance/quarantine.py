@@ -135,6 +135,7 @@ def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
         keep = []
         for sample_id in rows.column("sample_id").to_pylist():
             keep.append(not left[sample_id])
+            # Of a repeated id only the surplus rows are left out.
             left[sample_id] -= not keep[-1]
         return keep
 

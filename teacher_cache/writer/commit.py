@@ -191,6 +191,7 @@ def rewrite(
     with open_parquet(path) as file:
         schema = file.schema_arrow
         is_shard = SHARD_METADATA_KEY in (schema.metadata or {})
+        # Encodings of shards depend on it (parquet_options).
         vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
         with pq.ParquetWriter(temp, schema, **parquet_options(schema, vocab_size)) as writer:
             for index in range(file.num_row_groups):

@@ -110,6 +110,7 @@ class Recorder:
             self._judges.hurry()
         self._thread.join()
         self._judges.close()
+        # Otherwise the error under way is the one to report.
         if error is None:
             self._raise()
 

@@ -101,6 +101,7 @@ class Table:
                 if not DeltaTable.is_deltatable(str(folder), options):
                     raise CacheConflict(f"cannot create the table {folder}: {first_line(error)}") from error
         table = cls(folder)
+        # A cache of an older version gains the columns of this one.
         table.add_columns(schema)
         return table
 
@@ -177,6 +178,7 @@ class Table:
         now_ms = int(time.time() * 1000)
         actions = [
             *(self._add_action(file) for file in files),
+            # True: data changes, which readers that follow the log must know.
             *(RemoveAction(file.path, True, now_ms, file.size_bytes, {}) for file in removed),
         ]
         properties = CommitProperties(
@@ -229,6 +231,7 @@ class Catalog:
         Raises DataError if there is none or its store refuses access, StillroomError if the store cannot be reached.
         """
         check_reachable(root)
+        # First: deltalake would call a cache missing that is there.
         _require_openable(str(root.absolute()))
         require_cache(root)
         self.root = root

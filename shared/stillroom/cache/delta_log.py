@@ -43,6 +43,7 @@ def log_problems(log: Location) -> list[str]:
     # From 0, also below a checkpoint: tables are created without log cleanup, so no entry may be missing.
     missing = [version for version in range(last + 1) if version not in entries]
     hinted = _hinted_checkpoint(log)
+    # deltalake follows the hint, and fails if its checkpoint is gone although the entries would do.
     lost = [] if hinted is None or hinted in checkpoints else [hinted]
     return [
         f"checkpoint {version}, to which _last_checkpoint points, is missing: restore it from a copy, or delete "

@@ -171,6 +171,7 @@ def _solved(relation: Relation) -> Any:
     symbols = set().union(*(one.free_symbols for one in compared))
     if len(symbols) != 1:
         return None
+    # One real variable, whatever the answer calls it.
     symbol = Symbol("x", real=True)
     found = []
     for one in compared:
@@ -336,6 +337,7 @@ def _proportional(ours: Any, theirs: Any) -> bool:
     ratio = simplify(a / b)
     if ratio.free_symbols or not ratio.is_number or ratio == 0:
         return False
+    # Equations may differ by any factor; with inequalities its sign must fit the direction.
     if kinds[0] in (Eq, Ne):
         return True
     return bool(ratio > 0) == (kinds[0] is kinds[1])

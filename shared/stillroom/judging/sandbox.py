@@ -67,6 +67,7 @@ def run_test(program: str, test: UnitTest, timeout_s: float) -> tuple[bool | Non
         raise StillroomError(
             "programs cannot be isolated here: the code judge needs Linux on x86-64 or arm64 with seccomp filters"
         )
+    # The kernel's signals at the limit of processor time; SIGKILL is ours at that of wall time.
     if code in (-signal.SIGKILL, -signal.SIGXCPU):
         return False, True
     if test.expected is None:

@@ -112,6 +112,7 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
     steps += [(JUMP_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | ENOSYS)]
     steps += [
         (JUMP_EQUAL, 0, 3, clone),
+        # clone's first argument holds its flags: threads may be made, processes not.
         (LOAD, 0, 0, 16),
         (JUMP_SET, 1, 0, CLONE_THREAD),
         (RETURN, 0, 0, REFUSE | EPERM),

@@ -230,6 +230,7 @@ class EndpointPool:
         self._max_model_len = self._common_length(lengths)
         self._entropy = self._common_entropy()
         for endpoint in self._endpoints:
+            # Whoever comes back must give this kind of entropy.
             endpoint.expected = dataclasses.replace(self._expected, entropy=self._entropy)
 
     async def close(self) -> None:
@@ -301,6 +302,7 @@ class EndpointPool:
     async def _try(self, endpoint: Endpoint, job: Job) -> Outcome | None:
         """The outcome, None if the job goes back to the queue."""
         request, served = job.request, endpoint.served
+        # Excluded between dispatch and start.
         if served is None:
             self.offer(job)
             return None
@@ -320,6 +322,7 @@ class EndpointPool:
         return outcome
 
     def _after_trouble(self, endpoint: Endpoint, job: Job, error: Unavailable) -> Outcome | None:
+        # Chains that break off together exclude their endpoint once.
         was_up = endpoint.is_up
         if was_up:
             endpoint.note_trouble(error)

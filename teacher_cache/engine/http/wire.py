@@ -252,6 +252,7 @@ def _sampling(request: Request, max_tokens: int) -> dict[str, Any]:
 
 
 def _forced(token_ids: Sequence[int], form: Form) -> dict[str, Any]:
+    # Not 1, at which processed and raw log probabilities could not be told apart (handshake.py).
     return {"temperature": 0.5, "max_tokens": 1, "allowed_token_ids": [token_ids[-1]], **_seed(form, 0)}
 
 

@@ -132,6 +132,7 @@ def _prompts_with_signals(
             self.num_prompt_logprobs = {req_id: num}
             with _expecting(_prompt_batch(self, req_id, num_scheduled_tokens.get(req_id), hidden_states.device)):
                 results |= _prompt_logprobs(self, hidden_states, num_scheduled_tokens)
+            # vLLM removes a request once its prompt is done.
             left |= self.num_prompt_logprobs
     finally:
         self.num_prompt_logprobs = waiting
@@ -170,6 +171,7 @@ def _gather_with_signals(logprobs: Tensor, num_logprobs: int, token_ids: Tensor)
     batch = _coming.batch
     if batch is None:
         return _gather(logprobs, num_logprobs, token_ids)
+    # A prompt's last token predicts none of it, so there may be a row less than tokens.
     rows = batch.slice(0, len(logprobs)).rows(logprobs, token_ids, num_logprobs, _plain)
     return LogprobsTensors(rows.ids, rows.logprobs, rows.ranks)
 

@@ -96,6 +96,7 @@ def top_candidates(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     num_rows, vocab_size = logits_NV.shape
     num_stripes = vocab_size // STRIPE_IDS
+    # Too few stripes to leave many of them out.
     if num_stripes <= 2 * k:
         top = logits_NV.topk(k, dim=-1)
         return top.values, top.indices
@@ -164,6 +165,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
     # The first stripe whose running sum exceeds the target: its own sum is positive. NaN ends past the last.
     stripe_NM = torch.searchsorted(below_NC, target_NM, right=True).clamp_(max=sums_NC.shape[1] - 1)
     sum_NM = sums_NC.gather(1, stripe_NM).double()
+    # Where the target lies within its stripe, from 0 to 1: one uniform number serves both searches.
     within_NM = 1.0 - (below_NC.gather(1, stripe_NM) - target_NM) / sum_NM
     offsets = torch.arange(num_ids, device=weights_NV.device)
     ids_NMR = stripe_NM[:, :, None] + offsets * num_stripes
