@@ -170,6 +170,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4\nsize 12\n"
         ("a.csv", b"q,a\n1,2,3\n", r"a\.csv:2: has 3 cells for 2 columns"),
         ("a.jsonl", b"[1]\n[2]\n", r"a\.jsonl:1: holds a list"),
     ],
+    # Workers must name tests alike, and gzip writes the time.
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_files_are_read_by_what_they_are(tmp_path: Path, name: str, content: bytes, problem: str | None) -> None:
     (tmp_path / name).write_bytes(content)
