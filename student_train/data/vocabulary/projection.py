@@ -157,6 +157,10 @@ def _collect(events: list[tuple[Int64, Int64, Float64]], chains: Aligned, pairs:
     is_possible &= mass > 0.0
     index, tokens, mass = index[is_possible], tokens[is_possible], mass[is_possible]
     mass /= left_S[index]
+    # Small entries become tail anyway, and are most of those that would have to be sorted.
+    is_large = mass > MIN_MASS
+    is_large |= (np.bincount(index, is_large, num_tokens) == 0)[index]
+    index, tokens, mass = index[is_large], tokens[is_large], mass[is_large]
     order = np.lexsort((-mass, index))
     index, tokens, mass = index[order], tokens[order], mass[order]
     n_S = np.bincount(index, minlength=num_tokens)
