@@ -116,6 +116,13 @@ class HuggingFaceText:
         if not texts:
             # transformers fails on an empty batch.
             return []
+        if self.tokenizer.is_fast:
+            # Offsets and masks take transformers longer than the ids of short texts take their encoder.
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            backend.encode_special_tokens = split_special_tokens
+            return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         encoded = self.tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
         )
