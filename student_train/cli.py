@@ -124,12 +124,16 @@ def _projection_lines(stage: Result) -> list[str]:
     if made is None:
         return []
     student, teacher = made["num_common"] / stage["num_tokens"], made["num_common"] / max(made["num_teacher_tokens"], 1)
-    text = [f"{made[f'num_{what}']} {what}" for what in ("changed", "respelled") if made[f"num_{what}"]]
+    problems = {
+        "num_changed": "that the student's tokenizer cannot spell",
+        "num_respelled": "whose tokens do not spell their text",
+    }
+    text = [f"{made[name]} {problem}" for name, problem in problems.items() if made[name]]
     special = ", ".join(f"{mine} as {'text' if own is None else own}" for mine, own in made["special"])
     return [
         f"vocabulary {student:.1%} of the student's tokens begin where a teacher token does ({teacher:.1%} of the "
         f"teacher's); {made['mass']:.1%} of the teacher's mass is on student tokens"
-        + (f"; chains learnt as text alone: {', '.join(text)} by a tokenizer" if text else ""),
+        + (f"; chains learnt as text alone: {', '.join(text)}" if text else ""),
         *([f"special    {special}"] if special else []),
     ]
 

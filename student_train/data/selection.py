@@ -81,9 +81,9 @@ class Projection(_Frozen):
     num_aligned: int
     """Chains with distributions; the others are learnt as text."""
     num_changed: int
-    """Chains of which the student's tokenizer changes bytes."""
+    """Chains that the student's tokenizer cannot spell: it changes their bytes, or they are not UTF-8."""
     num_respelled: int
-    """Chains whose tokens spell another text than the cache holds, or no text."""
+    """Chains whose tokens do not spell the text that the cache holds."""
     num_common: int
     """Student tokens that begin where a teacher token does, and so have a distribution."""
     num_teacher_tokens: int

@@ -19,7 +19,7 @@ from student_train.data.vocabulary.alignment import Alignment, Speller, align
 from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, lengths_of, pair_of
 
 CHANGED, RESPELLED = "changed", "respelled"
-"""Why a chain cannot be aligned: the student's tokenizer changes its bytes; its tokens do not spell its text."""
+"""Why a chain cannot be aligned: the student's tokenizer cannot spell its bytes; its tokens do not spell its text."""
 
 
 @dataclass(frozen=True)
