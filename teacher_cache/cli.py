@@ -45,7 +45,7 @@ def plan(
         typer.Option(
             "--show",
             metavar="N",
-            min=1,
+            min=0,
             show_default=False,
             help="Also print N prompts as the teacher reads them, special tokens included, from all sources in turn.",
         ),
