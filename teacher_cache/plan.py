@@ -8,12 +8,14 @@ says which. Completions to score are counted token by token.
 
 import itertools
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillroom.cache.catalog import Catalog
+from stillroom.judging.answers import reference_problem
 from stillroom.log import Progress, cut, format_bytes, format_count, format_duration, format_plural, harmless
 from stillroom.log import one_line as flat
 from stillroom.sql.session import open_session
@@ -240,6 +242,21 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
         *_examples("malformed", [failure.message for failure in loaded.failures]),
         *_examples("duplicate", [str(one) for one in loaded.duplicates]),
         *_examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
+        *_without_verdict(loaded),
+    ]
+
+
+def _without_verdict(loaded: LoadedPrompts) -> list[str]:
+    """How many prompts of each source have a judge and nothing that it can judge by."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for prompt in loaded.prompts:
+        kind = prompt.metadata.get("judge")
+        if isinstance(kind, str) and kind != "reasoning_gym":
+            problem = reference_problem(prompt.reference, kind)
+            counts.update([(prompt.source, kind, problem)] if problem is not None else [])
+    return [
+        f"undecided: the judge {kind} cannot decide {format_plural(num, 'prompt')} of {source}: {problem}"
+        for (source, kind, problem), num in sorted(counts.items())
     ]
 
 

@@ -33,9 +33,9 @@ UNHELD_KEYS = (
 """Keys of messages that carry text for the model. Messages are stored as role and content."""
 UNHELD_COLUMNS = ("tools", "functions", "images", "image", "documents")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-BESIDE_TEXT = ("context", "choices", "options")
+BESIDE_TEXT = ("context", "choices", "options", "starter_code")
 BESIDE_INSTRUCTION = ("input", "history")
-"""Columns that complete the question of another column: SQuAD, MMLU; Alpaca, Dolly."""
+"""Columns that complete the question of another column: SQuAD, MMLU, LiveCodeBench; Alpaca, Dolly."""
 
 
 def guarded_columns(source: RowFields) -> list[str]:
@@ -51,7 +51,7 @@ def guarded_columns(source: RowFields) -> list[str]:
 def messages_of(source: RowFields, row: Json, *, drop_final_answer: bool = False) -> list[Message]:
     """The row's messages, at least one. Raises ValueError for a row that cannot become a prompt as a whole."""
     for column in guarded_columns(source):
-        if not _is_empty(row.get(column)):
+        if not _is_empty(row.get(column)) and not _stands_in_prompt(source, row, column):
             raise ValueError(_unused_column(column))
     if source.prompt_field is not None:
         messages = _of_text_field(source, row)
@@ -132,9 +132,17 @@ def _of_text_field(source: RowFields, row: Json) -> list[Message]:
     value = value_of(row, field)
     if isinstance(value, dict):
         value = [value]
-    if isinstance(value, list) or (isinstance(value, str) and _holds_messages(value)):
+    is_texts = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    if not is_texts and (isinstance(value, list) or (isinstance(value, str) and _holds_messages(value))):
         return conversation_of({field: value}, field, source.ignored_fields)
     return [Message("user", text_of(row, field))]
+
+
+def _stands_in_prompt(source: RowFields, row: Json, column: str) -> bool:
+    """Whether the prompt's text already holds the column's, as in data sets that keep the parts beside the whole."""
+    text = None if source.prompt_field is None else find(row, source.prompt_field)
+    part = row[column]
+    return isinstance(text, str) and isinstance(part, str) and part.strip() in text
 
 
 def _holds_messages(text: str) -> bool:

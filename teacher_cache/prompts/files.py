@@ -42,6 +42,7 @@ SPLITS = {
 }
 """Words in names of files and folders that mean a split, as the Hugging Face hub reads them."""
 TO_UTF_8 = "convert it first: iconv -f {} -t UTF-8 OLD > NEW"
+ANOTHER_ENCODING = "LATIN1 (or the encoding that it has)"
 
 Json = dict[str, Any]
 Line = tuple[int, bytes]
@@ -83,13 +84,14 @@ def csv_rows(
             sign = delimiter or ("\t" if ".tsv" in file.name else ",")
             reader = csv.DictReader(text, delimiter=sign, strict=True)
             try:
+                _check_header(fields, reader.fieldnames or (), f"source {name}: {file}")
                 check_columns(fields, reader.fieldnames or (), str(file), name)
                 for row in reader:
                     yield Row(f"{file}:{reader.line_num}", reader.line_num, _cells(row), "line")
             except csv.Error as error:
                 raise DataError(f"source {name}: {file}:{reader.line_num} is not CSV: {one_line(error)}") from error
             except UnicodeDecodeError as error:
-                hint = TO_UTF_8.format("LATIN1 (or the encoding that it has)")
+                hint = TO_UTF_8.format(ANOTHER_ENCODING)
                 raise DataError(f"source {name}: {file} is not UTF-8 text: {hint}") from error
 
 
@@ -165,6 +167,17 @@ def check_columns(fields: Iterable[str], columns: Sequence[str], where: str, nam
             raise DataError(f"source {name}: {where} has no column {field!r}{nearest_name(field, list(columns))}")
 
 
+def _check_header(fields: Sequence[str], columns: Sequence[str], where: str) -> None:
+    """Raises DataError for a column that would be lost, and for another delimiter."""
+    # DictReader keeps the last of several columns of one name.
+    repeated = next((one for one in fields if columns.count(one) > 1), None)
+    if repeated is not None:
+        raise DataError(f"{where} has {columns.count(repeated)} columns {repeated!r}: rename all but one")
+    sign = next((one for one in ";\t|," if len(columns) == 1 and one in columns[0]), None)
+    if sign is not None and columns[0] not in fields:
+        raise DataError(f"{where} has one column, {columns[0]!r}: set delimiter: {json.dumps(sign)}")
+
+
 def _json_items(path: Location, split: str | None, name: str) -> Iterator[tuple[str, int, str, Any]]:
     """Place, number, unit, and bytes of every line that is not blank, or the parsed items of a JSON array."""
     for file in find_files(path, JSON_SUFFIXES, split, name):
@@ -208,6 +221,8 @@ def _document(head: Sequence[Line], rest: Iterator[Line], where: str) -> tuple[l
 def _parsed(line: bytes) -> Json | str:
     try:
         return _object(json.loads(line))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text ({error.reason} at byte {error.start}): {TO_UTF_8.format(ANOTHER_ENCODING)}"
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
 
@@ -277,6 +292,8 @@ def _other_kind(head: bytes, kind: str) -> str | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"PAR1"):
         return None if kind == "parquet" else "is a Parquet file: set kind: parquet"
+    if head[257:262] == b"ustar":
+        return "is a tar archive: unpack it and name the file inside"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (b"\0" in head[:64] and kind != "parquet"):
         hint = TO_UTF_8.format("UTF-16")
         return f"is UTF-16 text or not text at all: {hint}"

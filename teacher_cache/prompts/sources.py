@@ -191,8 +191,9 @@ def _messages(source: FileSource, row: Json) -> tuple[Message, ...]:
     messages = messages_of(source, row, drop_final_answer=source.drop_final_answer)
     if not messages or messages[-1].role in ("assistant", "system"):
         role = messages[-1].role if messages else "assistant"
-        hint = " (drop_final_answer: true removes answers)" if role == "assistant" else ""
         field = source.messages_field or source.prompt_field
+        remedy = "" if source.messages_field else f"messages_field: {field} with "
+        hint = f" ({remedy}drop_final_answer: true removes answers)" if role == "assistant" else ""
         raise ValueError(f"field {field!r} ends with the {role}: a prompt must end with a question{hint}")
     return tuple(messages)
 

@@ -268,3 +268,12 @@ def test_template_arguments_make_another_run(folder: Path) -> None:
         ConfigError, match="open_reasonin has no effect: the chat template does not mention it: did you"
     ):
         plan_build(unknown)
+
+
+def test_references_that_no_judge_can_use_are_counted(folder: Path) -> None:
+    rows = [{"q": f"{one}?", "a": one} for one in ("5", None, "NaN", {"x": 1}, {"x": 2})]
+    (folder / "refs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refs = {"kind": "jsonl", "name": "refs", "path": str(folder / "refs.jsonl"), "prompt_field": "q"}
+    plan = plan_build(config_of(folder, prompts={"sources": [{**refs, "reference_field": "a", "judge": "math"}]}))
+    cannot = "undecided: the judge math cannot decide 2 prompts of refs:"
+    assert plan.examples == [f"{cannot} no reference", f"{cannot} the reference is a struct"]

@@ -1,8 +1,8 @@
 """Judges pairs of reference and answer without a cache: what people try on their own data before a build.
 
 In: JSON Lines with `judge`, `reference` and `answer`; optional are `id`, `metadata`, `truncated`, `question` (for a
-language model) and `right` (true, false, or null where nobody knows). Out: a verdict for each, in their order, and how
-often judges agree with `right`.
+language model) and `right` (true, false, or null where nobody knows). Of an answer, only what follows `</think>` is
+judged. Out: a verdict for each, in their order, and how often judges agree with `right`.
 """
 
 import json
@@ -17,6 +17,8 @@ from stillroom.errors import DataError
 from stillroom.judging.answers import Verdict
 from stillroom.judging.judges import KINDS, check_kind, require_judge
 from stillroom.judging.process import JudgeProcess
+
+REASONING_START, REASONING_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ def read_pairs(path: Path, judge: str | None = None, *, is_model: bool = False) 
     Raises DataError with file and line for a line that is not a pair, ConfigError for an unknown judge.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other line breaks, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     pairs = [_pair(line, f"{path}:{number}", judge) for number, line in enumerate(lines, 1) if line.strip()]
@@ -123,6 +126,14 @@ def agreement_lines(agreements: Iterable[tuple[str, Agreement]]) -> list[str]:
     return lines
 
 
+def _without_reasoning(text: str) -> str | None:
+    """What follows the reasoning, as a build judges it; None if the reasoning never ended."""
+    _, end, answer = text.rpartition(REASONING_END)
+    if end:
+        return answer
+    return None if text.lstrip().startswith(REASONING_START) else text
+
+
 def _pair(line: str, where: str, judge: str | None) -> Pair:
     try:
         row = json.loads(line)
@@ -142,7 +153,7 @@ def _pair(line: str, where: str, judge: str | None) -> Pair:
         raise DataError(f"{where}: right is {right!r}; it is true, false or null")
     # As a build keeps references: what is not text becomes JSON.
     text = reference if reference is None or isinstance(reference, str) else json.dumps(reference, ensure_ascii=False)
-    answer = None if row["answer"] is None else str(row["answer"])
+    answer = None if row["answer"] is None else _without_reasoning(str(row["answer"]))
     identity = None if row.get("id") is None else str(row["id"])
     return Pair(
         kind, answer, text, metadata, bool(row.get("truncated")), right, identity, str(row.get("question") or "")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from stillroom.judging.pairs import read_pairs
 from stillroom.judging.process import JudgeProcess
 
 PAIRS = Path(__file__).with_name("pairs")
@@ -38,3 +39,11 @@ def test_pair(judge: JudgeProcess, pair: dict[str, Any]) -> None:
     else:
         assert verdict.correct is not True, verdict
     assert verdict.rule
+
+
+def test_a_file_of_pairs_is_read_as_a_build_would_judge_it(tmp_path: Path) -> None:
+    answers = ["5\u2028\u0085", "<think>5</think>6", "5</think>6", "<think>5", "6 <think>"]
+    rows = [json.dumps({"judge": "exact", "answer": one, "reference": "5"}, ensure_ascii=False) for one in answers]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")
+    found = [pair.answer for pair in read_pairs(tmp_path / "a.jsonl")]
+    assert found == ["5\u2028\u0085", "6", "6", None, "6 <think>"]
