@@ -104,7 +104,7 @@ def _stage_lines(stage: Result) -> list[str]:
     chains = format_plural(stage["num_chains"], "chain")
     completion, prompt = format_count(stage["num_tokens"]), format_count(stage["num_prompt_tokens"])
     what = "text to learn" if stage["is_text"] else "tokens"
-    left_out = f"; {stage['num_left_out']} left out (without {what}, or of weight 0)" if stage["num_left_out"] else ""
+    left_out = f"; {stage['num_left_out']} left out (no {what}, or weight 0)" if stage["num_left_out"] else ""
     packs, steps = format_plural(stage["packs_per_epoch"], "pack"), format_plural(stage["steps_per_epoch"], "step")
     epoch = f"{packs} per epoch{fill}; {steps} per epoch"
     return [
@@ -133,7 +133,7 @@ def _projection_lines(stage: Result) -> list[str]:
     return [
         f"vocabulary {student:.1%} of the student's tokens begin where a teacher token does ({teacher:.1%} of the "
         f"teacher's); {made['mass']:.1%} of the teacher's mass is on student tokens"
-        + (f"; chains learnt as text alone: {', '.join(text)}" if text else ""),
+        + (f"; chains trained on text only: {', '.join(text)}" if text else ""),
         *([f"special    {special}"] if special else []),
     ]
 

@@ -14,7 +14,7 @@ class ScheduleConfig(StrictModel):
     """A number that changes over a stage, from its first optimizer step to its last.
 
     `elastic` (loss weights only) follows the held-out loss instead of the step: the value is `end` + (`start` - `end`)
-    x r, where r is the held-out loss divided by what it was when the stage began, at most 1.
+    x r, where r is the held-out loss divided by its value at the start of the stage, at most 1.
     """
 
     kind: Literal["linear", "cosine", "exponential", "elastic"]
@@ -41,9 +41,9 @@ class LossConfig(StrictModel):
 
     weight: float | ScheduleConfig = 1.0
     tail: Literal["stored", "bucket", "drop", "renormalise"] | None = None
-    """Divergences: how probability outside the stored entries counts. `stored` (None) estimates it from the draws that
-    the cache holds, and is `bucket` where it holds none; `bucket` treats it as one outcome; `drop` leaves it out;
-    `renormalise` rescales the stored entries to mass 1."""
+    """Divergences: how probability outside the stored entries counts. `stored` (None) estimates it from the cache's
+    draws and equals `bucket` without draws; `bucket` treats it as one outcome; `drop` ignores it; `renormalise`
+    rescales the stored entries to mass 1."""
     beta: float | None = None
     """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
     alpha: float | None = None
@@ -54,13 +54,13 @@ class LossConfig(StrictModel):
 
 
 class TokenWeightsConfig(StrictModel):
-    """Weights of tokens in the losses, from the teacher's distribution there. The loss is the weighted mean, so only
+    """Weights of tokens in the losses, computed from the teacher's distribution. The loss is a weighted mean, so only
     their ratios matter.
     """
 
     entropy: float | None = None
-    """Multiplies weights by (1 + the teacher's entropy in nats)^entropy. Above 0 stresses tokens where the teacher was
-    unsure (the forks of a chain), below 0 those where it was sure."""
+    """Multiplies weights by (1 + the teacher's entropy in nats)^entropy. Above 0 emphasises tokens where the teacher
+    was unsure (the forks of a chain), below 0 those where it was sure."""
     tail: float | None = Field(default=None, gt=0)
     """Multiplies weights by (1 - tail mass)^tail: tokens whose distribution is stored only in part count less."""
 
@@ -91,7 +91,7 @@ def stage_key(number: int, name: str) -> str:
 
 
 class StageConfig(StrictModel):
-    """One part of a run: what is trained, on what, with which losses, for how long. Stages run in order."""
+    """One part of a run: what is trained, on which data, with which losses, for how long. Stages run in order."""
 
     name: str = Field(default="distill", pattern=r"^[A-Za-z0-9_\-]+$")
     """Used in checkpoint names and metrics; letters, digits, '_' and '-'."""
@@ -115,7 +115,7 @@ class StageConfig(StrictModel):
     """Hard tokens count more: weights are multiplied by (1 - q)^focal_gamma, q the student's probability of the sampled
     token. None is off."""
     token_weights: TokenWeightsConfig | None = None
-    """None weighs all tokens of a chain equally."""
+    """None weights all tokens of a chain equally."""
     where: str | None = None
     """SQL condition of this stage; None takes `data.where`."""
     epochs: int | None = Field(default=None, ge=1)
@@ -125,7 +125,7 @@ class StageConfig(StrictModel):
     batch_tokens: int = Field(default=65536, ge=16)
     """Tokens of the global batch: a multiple of data.pack_tokens times the number of ranks."""
     learning_rate: float = Field(gt=0)
-    """Peak learning rate. LoRA takes about ten times that of full weights."""
+    """Peak learning rate. LoRA needs about ten times that of full weights."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
@@ -139,7 +139,7 @@ class StageConfig(StrictModel):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's decay of the mean squared gradient."""
     clip_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the norm of the whole gradient to this; None does not clip."""
+    """Clip the global gradient norm to this value; None does not clip."""
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -160,7 +160,7 @@ class StageConfig(StrictModel):
             raise ValueError(f"temperature {low} must be above 0")
         if tau != 1.0 and all(name.startswith("cross_entropy") or name == "chunk_likelihood" for name in self.losses):
             raise ValueError(
-                f"temperature has no effect on {' and '.join(self.losses)}: drop it or add a loss on distributions"
+                f"temperature has no effect on {' and '.join(self.losses)}: remove it, or add a loss on distributions"
             )
         return self
 
@@ -176,7 +176,7 @@ class InitConfig(StrictModel):
     teacher: str
     """Hugging Face folder or hub id of the model to cut from."""
     layers: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    """How many layers to keep, evenly spaced from the first to the last; or a list of their numbers, counted from 0."""
+    """How many layers to keep, evenly spaced from the first to the last; or a list of layer numbers, from 0."""
 
 
 class StudentConfig(StrictModel):
@@ -187,7 +187,7 @@ class StudentConfig(StrictModel):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
-    """Run Python code that ships with the model. Only for models that you trust like your own programs."""
+    """Run Python code that ships with the model. Only for models that you trust as much as your own code."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel. sdpa is torch's own, run on each document of a pack separately (models with sliding windows use
     a mask); flash_attention_2 needs the package flash-attn and a GPU."""
@@ -211,10 +211,10 @@ class DataConfig(StrictModel):
     """What the student reads."""
 
     caches: list[CacheConfig] = Field(min_length=1)
-    """Caches; an item may be just a path or a URL."""
+    """Caches to read; an item may be just a path or a URL."""
     kind: Literal["distributions", "projected", "text"] = "distributions"
-    """`projected` is for a student of another vocabulary: chains are retokenised and distributions projected into it
-    once, when the run starts. `text` retokenises the chains and trains on the text only (losses: cross_entropy)."""
+    """`projected` is for a student of another vocabulary: chains are retokenised and distributions are projected into
+    it once, when the run starts. `text` retokenises the chains and trains on the text only (losses: cross_entropy)."""
     text: Literal["chain", "reference"] = "chain"
     """With `kind: text`: train on the teacher's chain, or on the prompt's reference answer (prompts without one are
     left out)."""
@@ -223,7 +223,7 @@ class DataConfig(StrictModel):
     weight: str | None = None
     """SQL expression over `chains`: weight of a chain's tokens in the losses, e.g. `1 - mean_top1_prob`."""
     pack_tokens: int = Field(default=4096, ge=16)
-    """Tokens of a pack: chains are packed up to this length, and each attends only to itself."""
+    """Tokens per pack: chains are packed up to this length, and each attends only to itself."""
     max_chains: int | None = Field(default=None, ge=1)
     """Use at most this many of the selected chains, chosen by a hash of their id; None uses all."""
     max_tokens: int | None = Field(default=None, ge=2)
@@ -270,7 +270,9 @@ class EngineConfig(StrictModel):
             raise ValueError("offload_parameters needs zero_stage 3")
         if self.precision == "float16" and self.zero_stage == 0:
             # DeepSpeed 0.19.8 divides gradients by a loss scale there that it never multiplied the loss by.
-            raise ValueError("precision float16 needs zero_stage 1, 2 or 3: DeepSpeed scales no loss without ZeRO")
+            raise ValueError(
+                "precision float16 needs zero_stage 1, 2 or 3: without ZeRO, DeepSpeed does not scale the loss"
+            )
         return self
 
 
@@ -295,7 +297,7 @@ class CheckpointConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """A training run: its folder, the student, its data, and the stages it goes through."""
+    """A training run: its folder, the student, its data and its stages."""
 
     run: Path
     """The run's folder: configuration, selections, metrics, checkpoints. The same command resumes a run."""
@@ -315,7 +317,7 @@ class TrainConfig(StrictModel):
     def _agrees(self) -> "TrainConfig":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(f"stages are named {names}: give each a name of its own")
+            raise ValueError(f"stages are named {names}: give each its own name")
         for number, stage in enumerate(self.stages):
             key = stage_key(number, stage.name)
             if stage.batch_tokens % self.data.pack_tokens:
@@ -325,8 +327,8 @@ class TrainConfig(StrictModel):
                 )
             if self.data.kind == "text" and stage.token_weights is not None:
                 raise ValueError(
-                    f"{key}: token_weights need distributions, but data.kind: text has none: leave them out "
-                    "(data.weight weighs whole chains, focal_gamma tokens by the student)"
+                    f"{key}: token_weights need distributions, but data.kind: text has none: remove them "
+                    "(data.weight weights whole chains, focal_gamma weights tokens by the student)"
                 )
             if _is_elastic(stage) and (self.eval is None or self.eval.every_steps is None):
                 raise ValueError(

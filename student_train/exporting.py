@@ -100,7 +100,7 @@ def _provenance(
         for one in RunFolder(config.run).read_changes()
         if (one["stage_number"], one["step"]) < state.place
     ]
-    return "## Where it comes from\n\n" + "\n".join(f"- {line}" for line in [*lines, *stages])
+    return "## Provenance\n\n" + "\n".join(f"- {line}" for line in [*lines, *stages])
 
 
 def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> str:
@@ -279,8 +279,8 @@ def cache_tokenizer(config: StudentConfig, selection: Selection, named: str | No
         if _is_cached(tokenizer, selection):
             return tokenizer
     raise DataError(
-        f"the cache's tokenizer is neither the student's nor to be had from {', '.join(sorted(teachers))}: "
-        "name the folder that has it with --tokenizer"
+        f"the cache's tokenizer differs from the student's and cannot be loaded from {', '.join(sorted(teachers))}: "
+        "pass the folder that has it with --tokenizer"
     )
 
 

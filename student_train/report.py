@@ -86,7 +86,7 @@ def _keys(run: Run) -> Json:
 def _differing_keys(runs: Sequence[Run]) -> Piece:
     different = differences(runs)
     if not different:
-        return Text("The configurations are the same in everything that decides what is learnt and evaluated.")
+        return Text("The configurations agree in everything that affects training and evaluation.")
     rows = [[key, *map(_value, values)] for key, values in different.items()]
     title = f"The configurations differ in {format_plural(len(different), 'key')}"
     return Table(title, ["key", *(run.name for run in runs)], rows)
@@ -187,7 +187,7 @@ def _stage_table(run: Run) -> list[Piece]:
             start, end = stage.ends(None)
             rows.append([f"{named}: weighted sum", "-", f"{start:.3f}", f"{end:.3f}"])
     note = (
-        "Nats a token on the chains of the stage. Compare within a stage: another one may have other chains, token "
+        "Nats per token on the stage's chains. Compare within a stage: others may differ in chains, token "
         f"weights or losses. No sum is given where weights change. {_windows_note(run)}"
     )
     columns = ["loss", "weight", "at the start", "at the end"]
@@ -214,7 +214,7 @@ def _losses(runs: Sequence[Run]) -> list[Piece]:
             for number, run in runs_by_number.items()
             if any(part in stage.parts() for stage in run.stages())
         ]
-        chart = line_chart(lines, axis.label, f"{loss_unit(part)} a token", marks=marks)
+        chart = line_chart(lines, axis.label, f"{loss_unit(part)} per token", marks=marks)
         words = loss_words(part)
         pieces.append(Figure(f"{words[:1].upper()}{words[1:]} in training", chart, note))
     return pieces

@@ -332,8 +332,8 @@ class StageRun:
                 f"set engine.precision to {instead}" if precision != "float32" else "check the student and the data"
             )
             raise StillroomError(
-                f"{self._key}: {count} steps were skipped because {why_skipped(precision)}, and nothing was learnt: "
-                f"{remedy}, in another run folder"
+                f"{self._key}: {count} steps were skipped because {why_skipped(precision)}, and nothing was learned: "
+                f"{remedy} and choose another run folder"
             )
 
     def _require_finite(self) -> None:
@@ -341,7 +341,7 @@ class StageRun:
         (num_broken,) = self.ranks.sum([float(not self.engine.is_finite())])
         if num_broken:
             raise StillroomError(
-                f"{self._key}: weights or moments are not finite after step {self._step}, which is no checkpoint: "
+                f"{self._key}: weights or moments are not finite after step {self._step}, so it is not saved: "
                 f"{self._how_to_go_on()}"
             )
 

@@ -26,7 +26,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sampling.samples=4. Repeatable."),
 ]
-Worker = Annotated[str, typer.Option(metavar="I/N", help="Process share I (from 0) of N.")]
+Worker = Annotated[str, typer.Option(metavar="I/N", help="Run as worker I (from 0) of N.")]
 RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
 SQL_COMMENT = re.compile(r"--(?:\s|[^=]*\n)")
 """Begins a query and no option: `-- why` or a first line without `=`."""
@@ -161,7 +161,7 @@ def judge(
     if report.num_without_judge:
         lines.append(f"{report.num_without_judge} chains have no judge: choose one with --judge, or --llm")
     if report.num_not_judged:
-        lines.append(f"{report.num_not_judged} chains wait for their own judge first: teacher-cache judge {cache}")
+        lines.append(f"{report.num_not_judged} chains need their own judge first: teacher-cache judge {cache}")
     print_result(asdict(report), lines or ["nothing to judge"], as_json)
 
 

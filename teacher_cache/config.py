@@ -73,7 +73,7 @@ class ServerConfig(StrictModel):
     """Attempts per chain when endpoints break down while generating it; after that it is recorded as a failure. Busy
     responses (429, 503) do not count."""
     stall_s: float = Field(default=600.0, gt=0)
-    """Retry a chain after this many seconds without a byte of it."""
+    """Retry a chain after this many seconds without receiving any of it."""
     handshake_s: float = Field(default=60.0, gt=0)
     """Exclude an endpoint that does not finish its checks, a few short requests, within this many seconds; it is
     checked again. The others start without it."""
@@ -484,8 +484,8 @@ class CompletionFields(RowFields):
     completion_ids_field: str | None = None
     """Field with the completion's token ids."""
     append_eos: bool = True
-    """End completion texts with the tokenizer's end-of-sequence token, as a chain that stopped does; False for texts
-    that were truncated. Nothing is appended to token ids."""
+    """End completion texts with the tokenizer's end-of-sequence token, like a chain that stopped; set false for
+    truncated texts. Nothing is appended to token ids."""
     turns: Literal["last", "all"] = "last"
     """Which assistant turns of `messages_field` are completions. With `all` each turn becomes a chain whose prompt is
     the conversation before it, so that every turn is learned once; `reference_field` then belongs to the last turn."""
@@ -584,7 +584,7 @@ class LlmJudgeConfig(StrictModel):
     """A language model that gives a second opinion on chains that no judge could decide (`judge --llm FILE`)."""
 
     name: str = Field(default="llm", pattern=r"^[A-Za-z0-9_]+$")
-    """Start of the judge's name in the verdicts, to which a hash of model, prompt and parameters is added."""
+    """Prefix of the judge's name in the verdicts; a hash of model, prompt and parameters is appended."""
     model: str
     """Name under which the endpoint serves the model; without an endpoint a model folder or hub id."""
     revision: str | None = None
@@ -595,17 +595,17 @@ class LlmJudgeConfig(StrictModel):
     """Environment variable that holds the endpoint's API key. The key itself is never written to disk."""
     engine: EmbeddedConfig = EmbeddedConfig()
     prompt: str | None = None
-    """What the model is asked, with {question}, {reference} and {answer}; the form of a verdict is added at the end.
-    None: whether the answer's result means the same as the reference."""
+    """Prompt with {question}, {reference} and {answer}; the format of a verdict is appended. None asks whether the
+    answer's result means the same as the reference."""
     parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 4096})
-    """Sampling parameters; for an endpoint any fields of its requests, such as `max_completion_tokens`. Without one
-    max_tokens is needed, and chat_template_kwargs may hold arguments of the chat template."""
+    """Sampling parameters; with an endpoint any fields of its requests, such as `max_completion_tokens`. Without an
+    endpoint max_tokens is required, and chat_template_kwargs may hold arguments of the chat template."""
     max_in_flight: int = Field(default=32, ge=1)
-    """Questions that the endpoint is asked at once."""
+    """Concurrent requests to the endpoint."""
     max_attempts: int = Field(default=8, ge=1)
-    """Attempts per question, with growing pauses, before the command stops; what was judged is kept."""
+    """Attempts per question, with increasing pauses, before the command stops; verdicts so far are kept."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Try a question again after this many seconds without a byte of its reply."""
+    """Retry a question after this many seconds without receiving any of its reply."""
 
     @property
     def asked(self) -> str:

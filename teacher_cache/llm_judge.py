@@ -192,7 +192,7 @@ async def _ask(http: Any, config: LlmJudgeConfig, one: Question) -> Opinion:
             if attempt == config.max_attempts:
                 raise StillroomError(
                     f"{config.endpoint} {error}, {attempt} times in a row: verdicts so far are kept, and the same "
-                    "command asks the rest"
+                    "command continues with the rest"
                 ) from error
             await asyncio.sleep(max(pause_s(attempt, random.Random()), min(error.retry_after_s, MAX_RETRY_AFTER_S)))
     raise AssertionError

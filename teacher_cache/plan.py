@@ -411,7 +411,7 @@ def _cost_lines(plan: BuildPlan) -> list[str]:
     if plan.disk_free_gb is not None:
         lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
     if plan.hours_left is None:
-        lines.append("time     unknown until this run has generated something: start the build, stop it, plan again")
+        lines.append("time     unknown until this run has generated chains: start the build, stop it and plan again")
     else:
         speed = f"{plan.tokens_per_s:.0f} tok/s as in the last build"
         lines.append(f"time     {format_duration(3600 * plan.hours_left)} at {speed}")

@@ -106,7 +106,9 @@ def read_yaml(path: Path) -> Json:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}, a configuration is a mapping of keys to values")
+        raise ConfigError(
+            f"{path} holds a {type(data).__name__}, but a configuration must be a mapping of keys to values"
+        )
     return data
 
 
@@ -128,7 +130,7 @@ def apply_override(data: Json, override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise ConfigError(f"--set {override!r}: {'.'.join(parents)} holds a plain value, it has no keys")
+        raise ConfigError(f"--set {override!r}: {'.'.join(parents)} holds a plain value without keys")
 
 
 def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> Model:
@@ -174,7 +176,7 @@ def _child(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_list_index(node, part, override)]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {override!r}: the part before {part!r} holds a plain value, it has no keys")
+        raise ConfigError(f"--set {override!r}: the part before {part!r} holds a plain value without keys")
     # `--set eval.where=...` makes the block that the file left out or set to null.
     if node.get(part) is None:
         node[part] = {}
@@ -183,7 +185,7 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 def _list_index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"--set {override!r}: {part!r} is not an item of a list of {len(node)} (they count from 0)")
+        raise ConfigError(f"--set {override!r}: {part!r} is not an item of a list of {len(node)} (numbered from 0)")
     return int(part)
 
 
@@ -231,7 +233,7 @@ def _rule(error: Any) -> str:
     """The broken rule in terms of YAML instead of Python."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "missing":
-        return "must be given"
+        return "is required"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return "must be a mapping of keys to values"
     if kind == "list_type":

@@ -322,7 +322,7 @@ def _once(record: logging.LogRecord) -> bool:
         return True
     if not _said:
         _said.add(text)
-        note("the Hugging Face hub does not answer: retrying for half a minute (HF_HUB_OFFLINE=1 never asks it)")
+        note("the Hugging Face hub does not answer: retrying for half a minute (HF_HUB_OFFLINE=1 skips it)")
     return False
 
 

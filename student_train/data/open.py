@@ -173,7 +173,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
     same_template = selection.header.template_fingerprints == [found[1]]
     if found[0] == cached:
         if not same_template:
-            notes.append("the student's chat template is not the cache's: the student learns the cache's")
+            notes.append("the student's chat template differs from the cache's: the student learns the cache's")
         return Vocabulary(num_ids, notes, same_tokenizer=same_template)
     difference = compare_vocab(_vocab_path(caches, cached), tokenizer)
     require_same_vocab(difference, student.model)
@@ -190,7 +190,7 @@ def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:
     for path in paths:
         if path.exists():
             return path
-    raise ConfigError(f"{paths[0]} is missing, and the student's tokenizer is not the cache's: copy the cache whole")
+    raise ConfigError(f"{paths[0]} is missing, and the student's tokenizer is not the cache's: copy the whole cache")
 
 
 def open_heldout(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
@@ -199,7 +199,9 @@ def open_heldout(path: Path, request: SelectionRequest, data: DataConfig, studen
     Raises ConfigError, DataError, CorruptError.
     """
     if path.exists() and not is_answered(path, request):
-        note("eval selects other held-out chains than before: selecting them again and resetting the best checkpoint")
+        note(
+            "eval selects different held-out chains than before: selecting them again and resetting the best checkpoint"
+        )
         _forget(path)
     return open_data(path, request, data, student)
 

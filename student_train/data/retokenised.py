@@ -134,7 +134,9 @@ def read_groups(source: Selection, groups: Sequence[int], columns: Sequence[str]
             rows = np.flatnonzero(source.group_R == group)
             table = table.take(pa.array(source.row_in_group_R[rows]))
             if not (keys_of(table.column("sample_id"), source.where(group)) == source.key_R[rows]).all():
-                raise CorruptError(f"{source.where(group)} holds another chain than was selected (sample_id differs)")
+                raise CorruptError(
+                    f"{source.where(group)} holds a different chain than was selected (sample_id differs)"
+                )
             yield group, table
 
 

@@ -110,7 +110,7 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         table = table.take(pa.array(selection.row_in_group_R[rows_R]))
     # By key, not only by position: another chain in this place would be trained on without an error.
     same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
-    _require(bool(same_R.all()), where, "holds another chain than was selected (sample_id differs)")
+    _require(bool(same_R.all()), where, "holds a different chain than was selected (sample_id differs)")
     prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)
     token_ids_T, token_offsets = _lists(table, "token_ids", where)
     for offsets, lengths_R in (
@@ -118,7 +118,7 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         (token_offsets, selection.num_tokens_R[rows_R]),
     ):
         _require(
-            bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of another length than was selected"
+            bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of a different length than was selected"
         )
     signals = decode_signals(table) if decode_signals is not None else None
     entry_offsets_T = draw_offsets_T = None

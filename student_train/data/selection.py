@@ -225,7 +225,7 @@ def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selec
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptError(f"{path} is not a readable selection: {str(error).strip().splitlines()[0]}") from error
     if _hash(selection) != header.hash:
-        raise CorruptError(f"{path} does not have the hash that its header names: it was changed after it was frozen")
+        raise CorruptError(f"{path} does not match the hash in its header: it was changed after it was frozen")
     return selection
 
 
@@ -421,7 +421,9 @@ def check_request(path: Path, header: SelectionHeader, request: SelectionRequest
             asked[f"verdicts_version of {source.root}"] = (cache.verdicts_version, source.verdicts_version)
     for name, (kept, wanted) in asked.items():
         if kept != wanted:
-            raise ConfigError(f"{path} was frozen with {name} {kept!r}, now it is {wanted!r}: name another run folder")
+            raise ConfigError(
+                f"{path} was frozen with {name} {kept!r}, now it is {wanted!r}: choose another run folder"
+            )
 
 
 def freeze(path: Path, request: SelectionRequest) -> Selection:
@@ -441,7 +443,9 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     usable = (rows.column("num_tokens").to_numpy() > 0) & (rows.column("num_prompt_tokens").to_numpy() > 0)
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
     if not rows.num_rows:
-        raise ConfigError(f"{request.key} {request.where!r} selects only chains that are empty or weigh 0: widen it")
+        raise ConfigError(
+            f"{request.key} {request.where!r} selects only chains that are empty or have weight 0: widen it"
+        )
     rows, headers = _locate(catalogs, [footers for _, footers in answers], rows)
     if not request.any_tokenizer:
         check_one_tokenizer(headers)
@@ -536,7 +540,7 @@ def _empty_message(catalogs: Sequence[Catalog], request: SelectionRequest) -> st
         return f"{names} holds no chains yet: build some first with `teacher-cache build`"
     return (
         f"{request.key} {request.where!r} selects none of the {total} chains of {names}: widen it (`teacher-cache sql` "
-        "tries it)"
+        "runs it)"
     )
 
 

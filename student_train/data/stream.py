@@ -98,7 +98,7 @@ class PackStream:
         """
         if packs_per_step % world:
             raise ConfigError(
-                f"a global batch of {packs_per_step} packs does not divide among {world} ranks: make it a multiple"
+                f"a global batch of {packs_per_step} packs cannot be divided among {world} ranks: make it a multiple"
             )
         assert 0 <= rank < world
         assert buffer_mib > 0
@@ -175,8 +175,8 @@ class PackStream:
         """Continues from a state saved with any world size. Raises ConfigError if it belongs to another plan."""
         if state["plan"] != self.plans.hash:
             raise ConfigError(
-                "the checkpoint's place in the data belongs to another selection or packing: resume with the run's own "
-                "settings, or name another run folder"
+                "the checkpoint's data position belongs to another selection or packing: resume with the run's own "
+                "settings, or choose another run folder"
             )
         self.close()
         # Normalised: a state at the very end of an epoch is the beginning of the next.

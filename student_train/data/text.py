@@ -167,7 +167,7 @@ def reopen_retokenised(path: Path, request: SelectionRequest, tokenizer: TextTok
     selection = load_selection(path, [one.root for one in request.sources])
     check_request(path, selection.header, request)
     if selection.header.tokenizer_fingerprints != [tokenizer.fingerprint]:
-        raise ConfigError(f"{path} was tokenised with another tokenizer or chat template: name another run folder")
+        raise ConfigError(f"{path} was tokenised with another tokenizer or chat template: choose another run folder")
     return selection
 
 

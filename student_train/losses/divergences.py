@@ -433,7 +433,7 @@ def make_loss(name: str, weight: float = 1.0, **settings: str | float | None) ->
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():
         if key not in {field.name for field in fields(LOSSES[name])}:
-            raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, drop it")
+            raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, remove it")
     return LOSSES[name](weight, **given)
 
 
@@ -455,11 +455,11 @@ class LossMix:
 
     def __post_init__(self) -> None:
         if not any(term.weight > 0.0 for term in self.terms):
-            raise ConfigError("losses: no loss has a weight above 0, so nothing would be learnt: give one a weight")
+            raise ConfigError("losses: no loss has a weight above 0, so nothing would be learned: give one a weight")
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"losses: a name is repeated in {self.names}: list each loss once")
         if self.focal_gamma is not None and not (math.isfinite(self.focal_gamma) and self.focal_gamma > 0.0):
-            raise ConfigError(f"focal_gamma={self.focal_gamma} must be above 0; leave it out to weigh tokens alike")
+            raise ConfigError(f"focal_gamma={self.focal_gamma} must be above 0; leave it out to weight tokens equally")
 
     @property
     def names(self) -> tuple[str, ...]:

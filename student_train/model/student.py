@@ -93,7 +93,7 @@ def load_student(
     made = Student(model, engine.chunk_tokens)
     if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
         raise ConfigError(
-            f"{folder} carries a state from token to token, so each document of a pack is a call of its own, and ranks "
+            f"{folder} has recurrent state, so each document of a pack is a separate forward pass, and ranks "
             "with different numbers of documents would deadlock under ZeRO 3: set engine.zero_stage to 2"
         )
     return made

@@ -312,7 +312,7 @@ def _join() -> Ranks:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}: start one rank a GPU"
+            f"rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: start one rank per GPU"
         )
     if use_cuda:
         torch.cuda.set_device(device)

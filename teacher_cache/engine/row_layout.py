@@ -94,7 +94,7 @@ class Layout:
             return None
         mapped = extra_args.get(MAPPED)
         if mapped not in (None, MAPPED_MARK):
-            raise ValueError(f"{MAPPED}={mapped} is another version than {MAPPED_MARK:g}")
+            raise ValueError(f"{MAPPED}={mapped} does not match version {MAPPED_MARK:g}")
         try:
             taus = tuple(float(tau) for tau in extra_args.get(TEMPERATURES) or ())
             return cls(int(extra_args[TOP]), int(extra_args.get(DRAWS) or 0), taus, mapped is not None)
@@ -117,7 +117,7 @@ def capture_of_rows(
     # Column 0 is the sampled token: rows that are shifted by one would pass every other check.
     if not np.array_equal(ids[:, 0], token_ids_T):
         first = int(np.flatnonzero(ids[:, 0] != token_ids_T)[0])
-        raise StillroomError(f"vLLM's distributions do not belong to its tokens: token {first} differs")
+        raise StillroomError(f"vLLM's distributions do not match its tokens: token {first} differs")
     top = slice(1, 1 + (k if layout is None else layout.top))
     plain = Capture(
         token_ids_T=token_ids_T,

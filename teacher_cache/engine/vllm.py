@@ -139,7 +139,7 @@ class EmbeddedEngine:
             marker.touch()
         fallback = install_arrays()
         if fallback is not None:
-            warn(f"reading logprobs through vLLM's slower flat lists, its arrays are not as expected: {fallback}")
+            warn(f"reading logprobs from vLLM's slower flat lists: its arrays are not as expected: {fallback}")
         self._arrays = None if fallback is not None else ArrayLogprobs
         model = vllm_config.model_config
         self._k = min(capture.max_support, model.get_vocab_size())

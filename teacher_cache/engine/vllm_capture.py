@@ -193,13 +193,13 @@ def _mismatch() -> str | None:
         return f"it was written for vllm {VLLM_VERSION}, this is {vllm.__version__}"
     fields = {one.name for one in dataclasses.fields(LogprobsProcessor)}
     if not {"logprobs", "prompt_logprobs", "num_logprobs"} <= fields:
-        return "its LogprobsProcessor has other fields"
+        return "its LogprobsProcessor has different fields"
     for method, parameters in (
         (LogprobsProcessor.from_new_request, ["tokenizer", "request"]),
         (LogprobsProcessor.update_from_output, ["self", "output"]),
     ):
         if list(inspect.signature(method).parameters) != parameters:
-            return f"its LogprobsProcessor.{method.__name__} has other parameters"
+            return f"its LogprobsProcessor.{method.__name__} has different parameters"
     if LogprobsLists._fields[:3] != ("logprob_token_ids", "logprobs", "sampled_token_ranks"):
-        return "its LogprobsLists has other fields"
+        return "its LogprobsLists has different fields"
     return None

@@ -74,7 +74,7 @@ class SqlShell:
             input=terminal_in,
             output=terminal_out,
         )
-        note(".help for help, .tables for the views; end a query with `;`, Ctrl-D leaves")
+        note(".help for help, .tables for the views; end a query with `;`, Ctrl-D quits")
         while True:
             try:
                 text = prompt.prompt().strip()

@@ -34,9 +34,7 @@ STYLES = ("", "color(71)", "color(178)", "color(208)", "color(196)")
 CONTEXT_TOKENS = 12
 MAX_CANDIDATES = 20
 EXACT = "topk-f32"
-ROUNDED = (
-    "the list is stored as 8-bit codes, the sampled token's own probability (above) to 16 bits: they differ a little"
-)
+ROUNDED = "the list is stored as 8-bit codes, the sampled token's probability (above) in 16 bits: they differ slightly"
 BAR_WIDTH = 24
 
 
@@ -122,7 +120,7 @@ def candidate_lines(sample: Sample, position: int) -> list[str]:
     if len(probs) > num_shown:
         lines.append(f"      {pad(f'{len(probs) - num_shown} more candidates', width)}  {probs[num_shown:].sum():8.4f}")
     if (drawn := draws_of(sample, position)) is not None:
-        lines.append(f"      drawn from there: {drawn}")
+        lines.append(f"      drawn from the tail: {drawn}")
     if sampled not in signals.topk_ids_N:
         lines.append(f"      the sampled token, rank {signals.sampled_rank_T[0]}, is outside the support")
     return lines

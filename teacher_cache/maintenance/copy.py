@@ -89,7 +89,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
 
 def copy_lines(report: CopyReport, dest: Location) -> list[str]:
     """The result for a person."""
-    known = f"; {report.num_known} were there before" if report.num_known else ""
+    known = f"; {report.num_known} already there" if report.num_known else ""
     counts = [
         f"{format_plural(report.num_chains, 'chain')} in {format_plural(report.num_shards, 'shard')}",
         format_bytes(report.size_bytes),

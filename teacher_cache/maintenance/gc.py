@@ -181,7 +181,7 @@ class _Collector:
         visible = VisibleSamples(table)
         for (run_id, worker), group in _by_worker([one for one in orphans if one.kind != "removed"]).items():
             if worker is None:
-                self._keep(group, "not a file of this program")
+                self._keep(group, "not written by this program")
             else:
                 self._clean_worker(Committer(table, visible, run_id, worker), table, run_id, worker, group)
 

@@ -94,7 +94,7 @@ def quarantine_lines(quarantined: Sequence[Quarantined], root: Location) -> list
     if lost["chains"]:
         lines.append(f"{_gone(lost['chains'], 'chain')} until the build runs again")
     if lost["verdicts"]:
-        makes = "makes it again" if lost["verdicts"] == 1 else "makes them again"
+        makes = "restores it" if lost["verdicts"] == 1 else "restores them"
         lines.append(f"{_gone(lost['verdicts'], 'verdict')}: teacher-cache judge {root} {makes}")
     if lost["failures"]:
         lines.append(f"{_gone(lost['failures'], 'failure')}: the build tries those samples again")
@@ -107,7 +107,7 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     table = {"chains": catalog.chains, "verdicts": catalog.verdicts, "failures": catalog.failures}[damage.table]
     note = catalog.root / "quarantine" / damage.table / f"{damage.file.path}.json"
     name = f"{damage.table}/{damage.file.path}"
-    problems = list(damage.problems) or [f"{len(damage.repeated)} samples are visible elsewhere too"]
+    problems = list(damage.problems) or [f"{len(damage.repeated)} samples are also visible in other files"]
     content = {
         "file": name,
         "problems": problems,

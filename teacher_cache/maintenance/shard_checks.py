@@ -236,9 +236,9 @@ def _check_tokens(
         ("sampled_rank", "is below 1", signals.sampled_rank_T >= 1),
         ("sampled_logprob", "is not a log probability", np.isfinite(sampled_T) & (sampled_T <= F32_TOLERANCE)),
         ("entropy", "is negative or not a number", np.isfinite(signals.entropy_T) & (signals.entropy_T >= -1e-3)),
-        ("topk_n", "and its log probabilities do not fall with rank", np.logical_and.reduceat(falling_N, starts_T)),
-        ("topk_ids", "and the tail do not have mass 1", np.abs(mass_T - 1) < F32_TOLERANCE),
-        ("draw_n", "and its draws are in the support, or have no probability, or there is no tail", outside_T),
+        ("topk_n", "has log probabilities that increase with rank", np.logical_and.reduceat(falling_N, starts_T)),
+        ("topk_ids", "has entries that do not add up to mass 1 with the tail", np.abs(mass_T - 1) < F32_TOLERANCE),
+        ("draw_n", "has draws that are in the support, have no probability or lack a tail", outside_T),
         ("log_partitions", "holds a value that is not a number", partitioned_T),
         (
             "sampled_logprob",

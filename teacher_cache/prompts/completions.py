@@ -357,7 +357,7 @@ def _turns_of(messages: list[Message], field: str, *, every: bool) -> list[tuple
         raise ValueError(f"field {field!r} does not end with a question and the assistant's answer")
     for place in places:
         if place == 0 or not messages[place].content.strip():
-            problem = "answers no question" if place == 0 else "is empty"
+            problem = "has no question before it" if place == 0 else "is empty"
             raise ValueError(f"field {field!r}, message {place} of the assistant {problem}")
         if messages[place - 1].role == "assistant":
             raise ValueError(f"field {field!r}, messages {place - 1} and {place} are both the assistant's: join them")

@@ -256,7 +256,7 @@ def until_first(table: Table, attempt: Callable[[], T]) -> T:
         except CacheConflict:
             # Workers that retry in step would collide again.
             time.sleep(jitter.uniform(0, min(MAX_PAUSE_S, 0.01 * 2**number)))
-    raise CacheConflict(f"{table.folder}: other processes commit without a pause: try again later")
+    raise CacheConflict(f"{table.folder}: other processes keep committing: try again later")
 
 
 def next_sequence(table: Table, application: str) -> int:
@@ -325,7 +325,9 @@ def _try_lock(stream: IO[str], path: Location) -> float | None:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
         # Some network file systems have no locks. The commit protocol still prevents duplicate rows.
-        warn(f"{path.parent} cannot be locked ({error.strerror}): make sure that no two processes run as one worker")
+        warn(
+            f"{path.parent} cannot be locked ({error.strerror}): make sure that no two processes run as the same worker"
+        )
         return NO_LOCKS_GRACE_S
     return 0.0
 

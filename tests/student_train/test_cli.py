@@ -174,7 +174,7 @@ def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> No
         ("stages.0.losses=[cross_entropy]", "stages.0.losses: must be a mapping of keys to values"),
         ("data.caches=x", "data.caches: must be a list, for example [a, b] (got 'x')"),
         ("data.pack_tokens=many", "data.pack_tokens: must be a valid integer (got 'many')"),
-        ("student={}", "student.model: must be given"),
+        ("student={}", "student.model: is required"),
         (
             "stages.0.losses={jsd: {weight: {kind: steep, start: 1}}}",
             "yaml: stages.0.losses.jsd.weight.kind: must be 'linear', ",

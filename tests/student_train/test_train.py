@@ -407,7 +407,7 @@ def test_a_stage_that_skips_every_step_fails(trainer: Trainer, monkeypatch: pyte
     monkeypatch.setattr("student_train.training.load_student", overflowing)
     config = trainer.config("run", {"max_steps": 2}, eval=None, engine=engine)
     with pytest.raises(
-        StillroomError, match=r"all 2 steps were skipped because the gradient was not finite, and nothing was learnt"
+        StillroomError, match=r"all 2 steps were skipped because the gradient was not finite, and nothing was learned"
     ):
         trainer.finish(config)
     assert [one["skipped"] for one in RunFolder(config.run).read_metrics()] == [True, True]
@@ -427,7 +427,7 @@ def test_broken_weights_are_never_a_checkpoint_and_the_run_can_go_back(
         patch.setattr("student_train.training.learning_rate", lambda *_: 1e39)
         with pytest.raises(StillroomError) as caught:
             trainer.finish(config)
-    assert "weights or moments are not finite after step 5, which is no checkpoint: go back" in str(caught.value)
+    assert "weights or moments are not finite after step 5, so it is not saved: go back" in str(caught.value)
     advice = f"student-train run {run.config_path} --from-step 4 --set stages.0.learning_rate=0.005 (checkpoints of"
     assert advice in str(caught.value)
     assert len(tags(run.checkpoints)) == 4

@@ -129,7 +129,7 @@ def test_sql_answers(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         monkeypatch.setattr(sys, "stdin", io.StringIO("  .tables\nSELECT 1"))
         result = run(capsys, monkeypatch, *arguments)
         assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("teacher-cache: query: .tables is for a session on a terminal")
+        assert result.err.startswith("teacher-cache: query: .tables works only in an interactive session")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[
 def whole_column(table: pa.Table, name: str, where: str) -> pa.Array:
     """A column as one array. Raises CorruptError if it is missing or contains nulls."""
     if name not in table.column_names:
-        raise CorruptError(f"{where}: column {name} is missing: the file is not what its header says")
+        raise CorruptError(f"{where}: column {name} is missing: the file does not match its header")
     column = table.column(name).combine_chunks()
     if column.null_count:
         raise CorruptError(f"{where}: column {name} holds nulls, which the format forbids")

@@ -46,8 +46,8 @@ def log_problems(log: Location) -> list[str]:
     # deltalake follows the hint, and fails if its checkpoint is gone although the entries would do.
     lost = [] if hinted is None or hinted in checkpoints else [hinted]
     return [
-        f"checkpoint {version}, to which _last_checkpoint points, is missing: restore it from a copy, or delete "
-        "_last_checkpoint, which loses nothing while every entry exists"
+        f"checkpoint {version}, named by _last_checkpoint, is missing: restore it from a copy, or delete "
+        "_last_checkpoint, which is safe while every entry exists"
         for version in lost
     ] + [
         f"entry {version:020d}.json is missing: restore it from a copy; "

@@ -49,7 +49,7 @@ def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], whe
     """Columns of one row group. Raises CorruptError if one is missing, fails its checksum or cannot be decoded."""
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
-        raise CorruptError(f"{where}: column {missing[0]} is missing: the file is not what its header says")
+        raise CorruptError(f"{where}: column {missing[0]} is missing: the file does not match its header")
     try:
         # One thread: the training stream reads several row groups at once and needs the other cores.
         return file.read_row_group(index, columns=list(columns), use_threads=False)

@@ -96,7 +96,7 @@ def make_entries(task: str, seed: int, size: int, options: Mapping[str, Any]) ->
             yield reply
             num_made += 1
         if num_made < size:
-            raise ValueError(f"the process that makes tasks ended after {num_made} of {size}")
+            raise ValueError(f"the process that generates tasks ended after {num_made} of {size}")
     finally:
         process.kill()
         process.wait()

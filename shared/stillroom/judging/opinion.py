@@ -43,7 +43,7 @@ def prompt_problem(prompt: str) -> str | None:
         return "it has no {answer}, where the answer is put"
     # Other braces are text: LaTeX is full of them.
     near = sorted(name for name in named - set(PLACEHOLDERS) if name.lower() in (*PLACEHOLDERS, "prompt", "response"))
-    return f"{{{near[0]}}} is none of {{question}}, {{reference}} and {{answer}}" if near else None
+    return f"{{{near[0]}}} is not one of {{question}}, {{reference}} and {{answer}}" if near else None
 
 
 def opinion_prompt(prompt: str, question: str, reference: str | None, answer: str) -> str:

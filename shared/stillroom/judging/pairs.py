@@ -148,9 +148,9 @@ def _pair(line: str, where: str, judge: str | None) -> Pair:
         raise DataError(f"{where} has no field answer: a pair needs judge, reference and answer")
     reference, metadata, right = row.get("reference"), row.get("metadata") or {}, row.get("right")
     if not isinstance(metadata, dict):
-        raise DataError(f"{where}: metadata is a {type(metadata).__name__}, an object is needed")
+        raise DataError(f"{where}: metadata is a {type(metadata).__name__}, not an object")
     if right is not None and not isinstance(right, bool):
-        raise DataError(f"{where}: right is {right!r}; it is true, false or null")
+        raise DataError(f"{where}: right is {right!r}, but must be true, false or null")
     # As a build keeps references: what is not text becomes JSON.
     text = reference if reference is None or isinstance(reference, str) else json.dumps(reference, ensure_ascii=False)
     answer = None if row["answer"] is None else _without_reasoning(str(row["answer"]))

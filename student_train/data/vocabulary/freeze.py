@@ -265,7 +265,7 @@ def _vocab_path(source: Selection, fingerprint: str, tokenizer: HuggingFaceText)
     paths = [Catalog(folder.parent).vocab_path(fingerprint) for folder in dict.fromkeys(source.folders)]
     path = next((one for one in paths if one.exists()), None)
     if path is None:
-        raise ConfigError(f"{paths[0]} is missing, and says what the teacher's tokens are: copy the cache whole")
+        raise ConfigError(f"{paths[0]} is missing, and says what the teacher's tokens are: copy the whole cache")
     is_same = fingerprint == fingerprint_tokenizer(tokenizer.tokenizer)
     if is_same or compare_vocab(path, tokenizer.tokenizer).agree:
         raise ConfigError(

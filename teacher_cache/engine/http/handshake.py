@@ -175,7 +175,7 @@ async def _form_of(http: HttpClient, api: Api, model: str, expected: Expected) -
     """The form of requests. Raises ConfigError if it needs the plugin and the server lacks it."""
     needed_for = expected.needing_plugin
     if needed_for is None and expected.entropy == "exact":
-        needed_for = "exact entropies, with which the build was begun"
+        needed_for = "exact entropies, which this build started with"
     if needed_for is None and (expected.entropy == "support" or _is_too_small(expected)):
         return expected.plain
     if _is_too_small(expected):
@@ -234,10 +234,10 @@ async def _check_logprobs(http: HttpClient, api: Api, model: str, form: Form, ex
         with np.errstate(over="ignore"):
             mass_T = np.exp(capture.topk_logprobs_TK.astype(np.float64)).sum(axis=1)
         if not (mass_T < np.exp(MAX_EXCESS_NATS)).all():
-            raise ConfigError(f"{http.url} gives logits instead of log probabilities: {MODE_REMEDY}")
+            raise ConfigError(f"{http.url} returns logits instead of log probabilities: {MODE_REMEDY}")
     # With one allowed token at temperature 0.5, the logprob is 0 after processing, and the model's own before.
     if forced.sampled_logprob_T[0] > CERTAIN_NATS and scored.sampled_logprob_T[least - 1] < SURELY_UNCERTAIN_NATS:
-        raise ConfigError(f"{http.url} gives log probabilities after temperature and truncation: {MODE_REMEDY}")
+        raise ConfigError(f"{http.url} returns log probabilities after temperature and truncation: {MODE_REMEDY}")
 
 
 def _too_few(http: HttpClient, api: Api, form: Form, refused: Refused) -> ConfigError | Refused:
@@ -249,7 +249,7 @@ def _too_few(http: HttpClient, api: Api, form: Form, refused: Refused) -> Config
         wanted += f" and draws={form.layout.draws}" if form.layout.draws else ""
         wanted += " with stillroom's plugin"
     return ConfigError(
-        f"{http.url} gives too few log probabilities for {wanted}: start it with --max-logprobs "
+        f"{http.url} returns too few log probabilities for {wanted}: start it with --max-logprobs "
         f"{api.num_logprobs(form)} ({refused})"
     )
 

@@ -72,7 +72,7 @@ class Rows:
         all_values: list[float | None] = []
         for token_id, logprob, rank, ids, values in tokens:
             if ids[0] != token_id:
-                raise BadAnswer("its distributions do not belong to its tokens")
+                raise BadAnswer("its distributions do not match its tokens")
             token_ids.append(token_id)
             logprobs.append(logprob)
             # Requested again by scoring the chain (pool._with_ranks).
@@ -82,7 +82,7 @@ class Rows:
             all_values += _in_columns(values, place, width)
         num = len(token_ids)
         if len(all_ids) != num * width:
-            raise BadAnswer(f"{len(all_ids)} candidates came for {num} tokens, {width} per token were requested")
+            raise BadAnswer(f"received {len(all_ids)} candidates for {num} tokens, but requested {width} per token")
         self.num_tokens += num
         self._blocks.append(
             (
@@ -97,7 +97,7 @@ class Rows:
     def capture(self) -> Capture:
         """All tokens. Raises BadAnswer without tokens, UnmarkedRows if the plugin did not answer although requested."""
         if not self.num_tokens:
-            raise BadAnswer("the completion holds no token")
+            raise BadAnswer("the completion has no tokens")
         token_ids_T1, logprob_T1, rank_T, ids_TW, values_TW = map(np.concatenate, zip(*self._blocks, strict=True))
         ids, values = np.hstack([token_ids_T1, ids_TW]), np.hstack([logprob_T1, values_TW])
         return capture_of_rows(ids, values, rank_T, token_ids_T1[:, 0].tolist(), self.form.k, self.form.layout)
@@ -267,7 +267,7 @@ def _seed(form: Form, seed: int) -> dict[str, int]:
 
 def _require_token(choice: Json, token_id: int) -> None:
     if list(choice["token_ids"]) != [token_id]:
-        raise BadAnswer("it generated another token than the only one allowed")
+        raise BadAnswer("it generated a token other than the only one allowed")
 
 
 def _read_prompt(
@@ -275,12 +275,12 @@ def _read_prompt(
 ) -> None:
     """Adds the tokens after the prompt from `prompt_logprobs`, one mapping per token: {id: {logprob, rank}}."""
     if len(scores) != len(token_ids):
-        raise BadAnswer(f"{len(scores)} scores came for {len(token_ids)} tokens")
+        raise BadAnswer(f"received {len(scores)} scores for {len(token_ids)} tokens")
 
     def tokens() -> Iterable[Token]:
         for token_id, candidates in zip(token_ids[num_prompt_tokens:], scores[num_prompt_tokens:], strict=True):
             if not candidates:
-                raise BadAnswer("a token came without its scores")
+                raise BadAnswer("received a token without its scores")
             values = [entry["logprob"] for entry in candidates.values()]
             rank = next(iter(candidates.values()))["rank"]
             yield token_id, values[0], rank, [int(key) for key in candidates], values

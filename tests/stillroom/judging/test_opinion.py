@@ -48,8 +48,8 @@ def test_a_long_answer_is_shown_from_its_end() -> None:
         (PROMPT, None),
         ("Is {answer} good? $\\frac{x}{2}$", None),
         ("Is it good?", "it has no {answer}"),
-        ("{answer} for {prompt}", "{prompt} is none of"),
-        ("{answer} for {Question}", "{Question} is none of"),
+        ("{answer} for {prompt}", "{prompt} is not one of"),
+        ("{answer} for {Question}", "{Question} is not one of"),
     ],
 )
 def test_a_prompt_of_ones_own_is_checked(prompt: str, problem: str | None) -> None:

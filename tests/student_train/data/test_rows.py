@@ -63,7 +63,7 @@ def test_another_file_of_the_same_name_is_found(tmp_path: Path) -> None:
     selection, path = one_file(tmp_path)
     other = make_cache(tmp_path / "other", num_chains=12, seed=3, groups_per_shard=100)
     path.write_bytes(next(other.root.glob("chains/*/*.parquet")).read_bytes())
-    with pytest.raises(CorruptError, match="holds another chain than was selected"):
+    with pytest.raises(CorruptError, match="holds a different chain than was selected"):
         read_rows(selection, 0, np.array([0]), with_signals=True)
 
 

@@ -181,7 +181,7 @@ def test_a_frozen_selection_answers_only_its_own_request(cache: SyntheticCache, 
         (SelectionRequest([CacheSource(cache.root, chains_version=0)], "correct"), "chains_version"),
         (SelectionRequest([CacheSource(cache.root)], "correct", max_chains=1), "max_chains"),
     ):
-        with pytest.raises(ConfigError, match=f"frozen with {name}.*name another run folder"):
+        with pytest.raises(ConfigError, match=f"frozen with {name}.*choose another run folder"):
             open_selection(path, request)
     with pytest.raises(ConfigError, match="selects from 1 caches, 2 were named"):
         open_selection(path, SelectionRequest([CacheSource(cache.root), CacheSource(tmp_path)], "correct"))

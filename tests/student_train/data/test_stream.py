@@ -264,7 +264,7 @@ def test_nothing_left_is_refused(frozen: Frozen) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused(frozen: Frozen) -> None:
-    with pytest.raises(ConfigError, match="8 packs does not divide among 3 ranks"):
+    with pytest.raises(ConfigError, match="8 packs cannot be divided among 3 ranks"):
         PackStream(frozen.selection, SPEC, packs_per_step=8, rank=0, world=3)
 
 

@@ -166,7 +166,7 @@ def test_a_selection_without_text_is_refused(cache: SyntheticCache, tmp_path: Pa
 def test_another_tokenizer_needs_another_run(cache: SyntheticCache, tmp_path: Path) -> None:
     path = tmp_path / "selection.parquet"
     open_text_selection(path, request(cache), Letters())
-    with pytest.raises(ConfigError, match="another tokenizer or chat template: name another run folder"):
+    with pytest.raises(ConfigError, match="another tokenizer or chat template: choose another run folder"):
         open_text_selection(path, request(cache), Letters(fingerprint="other"))
     with pytest.raises(ConfigError, match="frozen with where"):
         open_text_selection(path, request(cache, where="correct"), Letters())

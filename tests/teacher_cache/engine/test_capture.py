@@ -47,7 +47,7 @@ assert (got.topk_ids_TK.dtype, got.topk_logprobs_TK.dtype, got.sampled_rank_T.dt
 
 # What does not line up is refused.
 raises("3 candidates per token, 4 were requested", lambda: c.TokenArrays(4).append(*step(rng, 1, 4)))
-raises("do not belong to its tokens: token 1 differs",
+raises("do not match its tokens: token 1 differs",
        lambda: c.capture_of(arrays, [ids[0, 0], ids[1, 0] + 1, *ids[2:, 0]], 4))
 raises(f"distributions of {len(ids)} tokens for a completion of 1", lambda: c.capture_of(arrays, [1], 4))
 raises("returned NoneType", lambda: c.capture_of(None, [1], 4))
@@ -69,7 +69,7 @@ real, c.vllm.__version__ = c.vllm.__version__, "0.33.1"
 assert "this is 0.33.1" in c.install_arrays()
 c.vllm.__version__ = real
 fields, c.LogprobsLists = c.LogprobsLists, type("Other", (), {"_fields": ("a", "b", "c")})
-assert "LogprobsLists has other fields" in c.install_arrays()
+assert "LogprobsLists has different fields" in c.install_arrays()
 c.LogprobsLists = fields
 assert output_processor.LogprobsProcessor is before
 assert c.install_arrays() is None

@@ -141,7 +141,7 @@ def test_mistakes_about_files_and_formats_are_reported(session: Session, cache: 
         run_query(session, "SELECT 1", "parquet")
     with pytest.raises(ConfigError, match="cast it"):
         run_query(session, "SELECT INTERVAL 2 DAY AS gap", out=tmp_path / "x.parquet")
-    with pytest.raises(ConfigError, match="say --format"):
+    with pytest.raises(ConfigError, match="set --format"):
         run_query(session, "SELECT 1", out=tmp_path / "x.tsv")
     with pytest.raises(ConfigError, match="read-only"):
         check_out("--out", cache.root / "chains" / "x.csv", [cache.root])

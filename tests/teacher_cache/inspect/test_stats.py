@@ -76,6 +76,6 @@ def test_undecided_chains_come_with_a_remedy(tmp_path: Path) -> None:
     stats = cache_stats(Catalog(made.root))
     assert (stats.num_judged, stats.num_undecided) == (0, 24)
     text = stats_text(stats)
-    assert "0 judged, 24 undecided (no reference, or the check gave up: `teacher-cache judge` tries again" in text
+    assert "0 judged, 24 undecided (no reference, or the check timed out: `teacher-cache judge` tries again" in text
     assert judge_cache(made.root, kind="regex").by_judge["regex"].num_undecided == 0
     assert "undecided" not in stats_text(cache_stats(Catalog(made.root)))

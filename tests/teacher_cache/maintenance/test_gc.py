@@ -105,7 +105,7 @@ def test_nothing_is_swept_while_the_log_lacks_an_entry(tmp_path: Path) -> None:
 def test_a_file_of_another_program_is_kept(crashed: Path) -> None:
     (crashed / "chains" / "notes.txt").write_text("mine")
     report = gc(crashed)
-    assert [(item.file, item.why) for item in report.kept] == [("chains/notes.txt", "not a file of this program")]
+    assert [(item.file, item.why) for item in report.kept] == [("chains/notes.txt", "not written by this program")]
 
 
 def test_a_dropped_run_stays_in_older_versions_until_it_is_deleted(tmp_path: Path) -> None:

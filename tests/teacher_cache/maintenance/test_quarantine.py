@@ -164,7 +164,7 @@ def test_verdicts_that_are_gone_are_called_verdicts(root: Path) -> None:
     (file,) = table.files()
     damage(table.path_of(file))
     ended = CliRunner().invoke(app, ["verify", str(root), "--quarantine"])
-    assert f"{NUM_ROWS} verdicts are gone: teacher-cache judge {root} makes them again\n" in ended.stdout
+    assert f"{NUM_ROWS} verdicts are gone: teacher-cache judge {root} restores them\n" in ended.stdout
     assert "chains are gone" not in ended.stdout
     assert judge_cache(root, kind="exact").by_judge["exact"].num_chains == NUM_ROWS
 

@@ -66,7 +66,7 @@ def test_a_stream_that_breaks_off_says_after_how_many_rows(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", hub)
     rows = huggingface_rows(HuggingFaceDataset(kind="huggingface", dataset="hub/set"), 5, ["q"], [], "s")
     assert [next(rows).values, next(rows).values] == [{"q": "1"}, {"q": "2"}]
-    with pytest.raises(DataError, match="dataset hub/set breaks off after 2 rows: Server disconnected without"):
+    with pytest.raises(DataError, match="dataset hub/set ends unexpectedly after 2 rows: Server disconnected without"):
         next(rows)
 
 

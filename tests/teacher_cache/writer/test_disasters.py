@@ -172,7 +172,7 @@ def test_a_lost_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="_delta_log cannot be read"):
         Catalog(root)
     (found,) = verify_cache(root).problems
-    assert "to which _last_checkpoint points, is missing" in found.problem
+    assert "named by _last_checkpoint, is missing" in found.problem
     (log / "_last_checkpoint").unlink()
     assert verify_cache(root).ok
     assert verify_cache(root).num_chains == 20

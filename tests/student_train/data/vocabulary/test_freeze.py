@@ -127,7 +127,7 @@ def test_an_interrupted_projection_goes_on_and_is_read_again(
     assert {one.name: one.read_bytes() for one in files} == kept
     assert files[1].stat().st_mtime_ns == changed
     assert open_projected_selection(path, request(cache), students["bytes"]).header == whole.header
-    with pytest.raises(ConfigError, match="another tokenizer or chat template: name another run folder"):
+    with pytest.raises(ConfigError, match="another tokenizer or chat template: choose another run folder"):
         open_projected_selection(path, request(cache), students["pieces"])
 
 

@@ -343,7 +343,7 @@ def _with(**changes: object) -> Callable[[Behaviour], None]:
         (_with(vocab_size=401), {}, "has a vocabulary of 401, teacher.model one of 400"),
         (_with(tokenizer_shift=1), {}, "tokenises text differently from teacher.model"),
         (_with(logprobs_mode="processed_logprobs"), {}, "after temperature and truncation.*--logprobs-mode"),
-        (_with(logprobs_mode="raw_logits"), {}, "gives logits.*--logprobs-mode"),
+        (_with(logprobs_mode="raw_logits"), {}, "returns logits.*--logprobs-mode"),
         (_with(key="secret"), {}, "refuses the API key: name the environment variable"),
         (_with(key="secret"), {"api_key_env": "WRONG_KEY"}, "refuses the API key: set the right one.*WRONG_KEY"),
         (_with(), {"api_key_env": "NO_SUCH_KEY"}, "names NO_SUCH_KEY, which is not set"),
@@ -523,7 +523,7 @@ def test_a_chain_that_ended_by_repetition_is_kept(server: FakeServer, has_genera
     ("trouble", "message"),
     [
         ("page", r"answered 200 with application/json instead of a stream: the backend is asleep$"),
-        ("cut", r"broke off in the middle of an answer, after 10 tokens and 0\.\d s$"),
+        ("cut", r"closed the connection in the middle of an answer, after 10 tokens and 0\.\d s$"),
         ("hang", r"stopped sending, after 10 tokens and 0\.[2-9] s$"),
     ],
 )

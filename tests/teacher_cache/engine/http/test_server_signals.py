@@ -139,7 +139,7 @@ def test_an_endpoint_that_comes_back_as_the_other_kind_is_not_mixed_in(
         engine.close()
     said = capsys.readouterr().err
     assert (sum(map(is_work, other.behaviour.seen)) == num_seen) == has_plugin
-    assert ("needed for exact entropies, with which the build was begun" in said) == has_plugin
+    assert ("needed for exact entropies, which this build started with" in said) == has_plugin
     for outcome in outcomes:
         assert isinstance(outcome, Finished)
         assert (outcome.capture.entropy_T is not None) == has_plugin

@@ -88,7 +88,7 @@ def test_an_inconsistent_answer_is_refused(api: Api) -> None:
         read(api, [(7, -1.0, 1), (8, -2.0, 2)])
     shifted = choice_of(api, [[(7, -1.0, 1), (8, -2.0, 2), (9, -3.0, 3)]])
     shifted["token_ids"] = [8]
-    with pytest.raises(BadAnswer, match="do not belong to its tokens"):
+    with pytest.raises(BadAnswer, match="do not match its tokens"):
         api.read(shifted, Rows(PLAIN))
     with pytest.raises(BadAnswer, match="no token"):
         Rows(PLAIN).capture()
@@ -98,9 +98,9 @@ def test_an_inconsistent_answer_is_refused(api: Api) -> None:
 def test_scores_that_belong_to_other_tokens_are_refused(api: Api) -> None:
     scores = [None, {"6": {"logprob": -1.0, "rank": 1}, "7": {"logprob": -2.0, "rank": 2}}]
     answer = {"prompt_logprobs": scores, "choices": [{"prompt_logprobs": scores, "token_ids": [9]}]}
-    with pytest.raises(BadAnswer, match="do not belong to its tokens"):
+    with pytest.raises(BadAnswer, match="do not match its tokens"):
         api.read_scores(answer, [5, 7, 9] if isinstance(api, GenerateApi) else [5, 7], 1, Rows(Form(1, 400)))
-    with pytest.raises(BadAnswer, match="2 scores came for"):
+    with pytest.raises(BadAnswer, match="received 2 scores for"):
         api.read_scores(answer, [5, 6, 7, 8, 9], 1, Rows(Form(1, 400)))
 
 
