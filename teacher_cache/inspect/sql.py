@@ -128,7 +128,7 @@ def run_query(
     """
     if query.lstrip().startswith("."):
         command = query.split()[0]
-        raise ConfigError(f"query: {command} is for a session on a terminal: here is asked in SQL, such as FROM chains")
+        raise ConfigError(f"query: {command} works only in an interactive session: use SQL here, such as FROM chains")
     chosen = _format_of(output_format, out)
     if chosen in FILES_ONLY and out is None:
         raise ConfigError(f"--format {chosen} needs --out FILE: it is not text")
@@ -174,7 +174,7 @@ def write_views(catalogs: dict[str, Catalog], path: Path, files: Mapping[str, Pa
     if path.exists() and not _is_duckdb(path):
         raise ConfigError(f"--export-views {path} exists and is not a DuckDB database: delete it, or name another file")
     export_views(catalogs, path, files)
-    note(f"{path}: views over the shards of this moment; open it with `duckdb -readonly {path}`")
+    note(f"{path}: views over the current shards; open it with `duckdb -readonly {path}`")
 
 
 def _is_duckdb(path: Path) -> bool:
@@ -405,7 +405,7 @@ def _format_of(output_format: str | None, out: Path | None) -> str:
     chosen = output_format or SUFFIXES.get(name.suffix)
     if chosen is None:
         raise ConfigError(
-            f"--out {out}: say --format, or end the name in {', '.join(SUFFIXES)}, {COMPRESSED} behind it"
+            f"--out {out}: set --format, or use a file name that ends in {', '.join(SUFFIXES)}, {COMPRESSED} behind it"
         )
     if out.suffix == COMPRESSED and chosen in FILES_ONLY:
         raise ConfigError(f"--out {out}: {chosen} files are not compressed as a whole: remove {COMPRESSED}")
@@ -450,7 +450,7 @@ def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:
                 num_rows += batch.num_rows
     except pa.ArrowNotImplementedError as error:
         raise ConfigError(
-            f"--out {out}: Parquet has no such type ({error}): cast it, for example to VARCHAR"
+            f"--out {out}: Parquet cannot store this type ({error}): cast it, for example to VARCHAR"
         ) from error
     return num_rows
 

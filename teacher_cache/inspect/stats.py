@@ -38,7 +38,7 @@ LOOP_FRAC = 0.5
 LOOP_TOKENS = 50_000_000
 """Loops are counted in about this many tokens, which takes ten CPU seconds."""
 
-UNDECIDED = "no reference, or the check gave up: `teacher-cache judge` tries again, `--judge` another check"
+UNDECIDED = "no reference, or the check timed out: `teacher-cache judge` tries again, `--judge` another check"
 """What an undecided chain may lack, and what helps."""
 
 

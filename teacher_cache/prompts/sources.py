@@ -39,7 +39,7 @@ from teacher_cache.prompts.files import (
     parquet_rows,
 )
 
-LONE_SURROGATE = "holds half of a character (a lone surrogate), which is not valid text"
+LONE_SURROGATE = "holds a lone surrogate (half of a character), which is not valid text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def huggingface_rows(
         except StopIteration:
             return
         except Exception as error:  # streams pass on whatever networks, archives and loader scripts raise
-            raise DataError(f"{where} breaks off after {number} rows: {one_line(error)}") from error
+            raise DataError(f"{where} ends unexpectedly after {number} rows: {one_line(error)}") from error
         yield Row(f"{source.dataset}:{number}", number, row)
         number += 1
 

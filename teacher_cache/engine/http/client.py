@@ -102,7 +102,7 @@ class HttpClient:
             async with self._client.stream("POST", path, json=body) as response:
                 if response.status_code != httpx2.codes.OK:
                     _answer(response, await response.aread())
-                    raise Unavailable(f"answers {response.status_code} to a request for a stream", was_sent=True)
+                    raise Unavailable(f"answers {response.status_code} to a streaming request", was_sent=True)
                 async for event in _events(response):
                     yield event
         except httpx2.RequestError as error:
@@ -139,7 +139,7 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
     if not is_stream and waiting.strip():
         raise _no_stream(response, waiting)
     # A stream that ends without [DONE] looks complete to HTTP but lacks tokens.
-    raise Unavailable("broke off in the middle of an answer", was_sent=True)
+    raise Unavailable("closed the connection in the middle of an answer", was_sent=True)
 
 
 def _no_stream(response: httpx2.Response, body: bytes) -> Unavailable:
