@@ -125,7 +125,7 @@ def test_max_chains_takes_a_fair_sample_by_id(cache: SyntheticCache, tmp_path: P
         (None, "score", "data.weight 'score' is nan for"),
         (None, "-1", "data.weight '-1' is -1 for 60 of 60 chains"),
         (None, "1e38", r"data.weight '1e38' is 1e\+38 for 60 of 60 chains: weights lie between 0 and 1e\+06"),
-        (None, "0", "weigh 0"),
+        (None, "0", "have weight 0"),
         ("cast(source as int) = 1", None, "data.where 'cast[^']*': Could not convert string"),
     ],
 )

@@ -394,7 +394,7 @@ def test_results_come_as_json_lines_compressed_csv_and_arrow(cache: SyntheticCac
     for given, message in (
         (["--format", "arrow"], "--format arrow needs --out FILE"),
         (["--out", str(tmp_path / "x.parquet.gz")], "remove .gz"),
-        (["--out", str(tmp_path / "x.gz")], "say --format"),
+        (["--out", str(tmp_path / "x.gz")], "set --format"),
     ):
         assert message in run_app("sql", cache.root, query, *given)[2]
 
