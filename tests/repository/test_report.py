@@ -290,7 +290,7 @@ def test_a_comparison_begins_with_what_differs(tmp_path: Path) -> None:
     speed = cells.index("optimizer steps")
     assert cells[speed : speed + 3] == ["optimizer steps", "10", "5"]
     write_student_report([one, fake_run(tmp_path / "same", num_steps=5)], tmp_path / "same.html")
-    assert "The configurations are the same in everything that decides" in (tmp_path / "same.html").read_text()
+    assert "The configurations agree in everything" in (tmp_path / "same.html").read_text()
 
 
 def test_missing_stages_are_reported_once(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_stages_alone_do_not_make_runs_differ(tmp_path: Path) -> None:
     found = outline(tmp_path / "report.html")
     assert "Cross-entropy in training" in found.texts["h3"]
     assert "Before its weight." in found.texts["figcaption"]
-    assert "The configurations are the same" in (tmp_path / "report.html").read_text()
+    assert "The configurations agree" in (tmp_path / "report.html").read_text()
 
 
 def test_evaluations_on_other_chains_are_not_compared(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_runs_at_every_stage_have_a_report(tmp_path: Path) -> None:
     evaluated = fake_run(tmp_path / "evaluated")
     (evaluated / "metrics.jsonl").unlink()
     write_student_report([evaluated], tmp_path / "evaluated.html")
-    with pytest.raises(DataError, match="name the folder of a run"):
+    with pytest.raises(DataError, match="name a run folder"):
         student_sections(tmp_path)
     (begun / "config.yaml").unlink()
     with pytest.raises(DataError, match=r"begun holds no config\.yaml"):

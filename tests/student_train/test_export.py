@@ -146,7 +146,7 @@ def test_tokenizer_that_nobody_has_is_refused(
     # The teacher's name is no hub id: without this the hub would be asked for half a minute.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = _trained(trainer, {}, {})
-    with pytest.raises(DataError, match="name the folder that has it with --tokenizer"):
+    with pytest.raises(DataError, match="pass the folder that has it with --tokenizer"):
         export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
     selection = load_selection(RunFolder(config.run).selection_path("distill"))
     with pytest.raises(ConfigError, match="is not the cache's"):

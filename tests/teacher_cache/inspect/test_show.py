@@ -82,7 +82,7 @@ def test_draws_from_the_tail_are_named(tmp_path: Path) -> None:
     assert draws is not None
     position = int(np.argmax(draws.n_T > 0))
     named = {sample.piece_of[int(token)] for token in draws.slice(position, position + 1).ids_D}
-    (line,) = [line for line in candidate_lines(sample, position) if "drawn from there" in line]
+    (line,) = [line for line in candidate_lines(sample, position) if "drawn from the tail" in line]
     assert all(f"'{piece}'" in line for piece in named)
     write_chain_page(sample, tmp_path / "chain.html")
     assert "Drawn from the tail" in (tmp_path / "chain.html").read_text()

@@ -218,8 +218,8 @@ def test_masses_and_order_are_checked(tmp_path: Path) -> None:
     swapped = replaced(content, "topk_logprobs", lambda cell: cell[0].__setitem__(slice(0, 2), cell[0][1::-1]))
     names = [register(table, heavier, "w0"), register(Catalog(root).chains, swapped, "w1")]
     found = problems(verify_cache(root))
-    assert any(file == names[0] and "do not have mass 1" in text for file, text in found)
-    assert any(file == names[1] and "do not fall with rank" in text for file, text in found)
+    assert any(file == names[0] and "do not add up to mass 1" in text for file, text in found)
+    assert any(file == names[1] and "increase with rank" in text for file, text in found)
 
 
 def test_draws_and_log_partitions_are_checked(tmp_path: Path) -> None:
