@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from teacher_cache.building import BuildResult
     from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
     from teacher_cache.judging import JudgeReport
+    from teacher_cache.states.config import FeaturesConfig
+    from teacher_cache.states.passes import FeaturesResult
 
-__all__ = ["build", "judge", "score"]
+__all__ = ["build", "features", "judge", "score"]
 
 
 def build(
@@ -62,6 +64,22 @@ def score(
     loaded = config if isinstance(config, ScoreConfig) else load_run_config(Path(config), overrides, "score")
     assert isinstance(loaded, ScoreConfig)
     return score_cache(loaded, parse_worker(worker), retry_failures=retry_failures)
+
+
+def features(
+    config: "str | Path | FeaturesConfig", *, overrides: Sequence[str] = (), worker: str = "0/1"
+) -> "FeaturesResult":
+    """Stores the teacher's states at existing chains, as `teacher-cache features` does; the same call resumes.
+
+    `worker` is this process's share I/N of the chains. Errors are those of `build`. Read them with
+    stillroom.cache.features.FeatureSet.
+    """
+    from teacher_cache.prompts.prompts import parse_worker
+    from teacher_cache.states.config import FeaturesConfig, load_features_config
+    from teacher_cache.states.passes import features_of_cache
+
+    loaded = config if isinstance(config, FeaturesConfig) else load_features_config(Path(config), overrides)
+    return features_of_cache(loaded, parse_worker(worker))
 
 
 def judge(

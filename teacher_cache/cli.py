@@ -18,6 +18,7 @@ from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, StopRequest,
 if TYPE_CHECKING:
     from teacher_cache.building import BuildResult
     from teacher_cache.config import BuildConfig, ScoreConfig
+    from teacher_cache.states.config import FeaturesConfig
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
@@ -52,12 +53,18 @@ def plan(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a build or score has left to do. Estimates tokens, disk space and time without loading the model."""
+    """Show what a build, score or features pass has left to do: tokens, disk space, time. Loads no model."""
     from dataclasses import asdict
 
     from teacher_cache.config import BuildConfig, load_run_config
     from teacher_cache.plan import disk_warning, plan_build, plan_lines, plan_score, shown_lines
+    from teacher_cache.states.config import is_features_file, load_features_config
 
+    if is_features_file(config_path):
+        if num_shown:
+            raise ConfigError("--show prints prompts, which a features configuration does not have: remove it")
+        _plan_features(load_features_config(config_path, overrides or ()), as_json)
+        return
     config = load_run_config(config_path, overrides or ())
     planned = plan_build(config, num_shown) if isinstance(config, BuildConfig) else plan_score(config, num_shown)
     print_result(asdict(planned), [*shown_lines(planned), *plan_lines(planned)], as_json)
@@ -102,6 +109,26 @@ def score(
     with StopRequest(at_once=True):
         result = teacher_cache.score(config, worker=worker, retry_failures=retry_failures)
     _print_build(config, result, as_json)
+
+
+@app.command()
+def features(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    worker: Worker = "0/1",
+    as_json: AsJson = False,
+) -> None:
+    """Store the teacher's hidden states or attention at existing chains. The same command resumes."""
+    import teacher_cache
+    from teacher_cache.states.config import load_features_config
+    from teacher_cache.states.passes import result_json, result_lines
+
+    config = load_features_config(config_path, overrides or ())
+    with StopRequest(at_once=True):
+        result = teacher_cache.features(config, worker=worker)
+    print_result(result_json(result), result_lines(result, config.cache), as_json)
+    if result.stopped is not None:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -299,7 +326,7 @@ def sql(
 @app.command()
 def files(
     cache: CachePath,
-    table: Annotated[str, typer.Option(help="chains, verdicts or failures.")] = "chains",
+    table: Annotated[str, typer.Option(help="chains, verdicts, failures or features.")] = "chains",
     version: Annotated[int | None, typer.Option(min=0, help="Version of the table. Default: the latest.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -446,7 +473,17 @@ def main() -> None:
     """Entry point."""
     # torch reads it when it is loaded, which tokenizers do long before the engine starts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run_program(app, "teacher-cache", ("build", "score", "copy"))
+    run_program(app, "teacher-cache", ("build", "score", "features", "copy"))
+
+
+def _plan_features(config: "FeaturesConfig", as_json: bool) -> None:
+    from teacher_cache.states.plan import plan_features, plan_json, plan_lines, plan_warning
+
+    planned = plan_features(config)
+    print_result(plan_json(planned), plan_lines(planned), as_json)
+    warning = plan_warning(planned)
+    if warning is not None:
+        warn(warning)
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:

@@ -47,6 +47,8 @@ QUIET_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
+NOT_INSTALLED = "the embedded engine needs vllm"
+HOW_TO_INSTALL = "pip install 'stillroom[teacher]', or 'stillroom[teacher-cpu]' where there is no GPU"
 PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
 
 
@@ -73,7 +75,7 @@ class EmbeddedEngine:
         for name, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         die_with_parent()
-        with _stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
+        with stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
             # Deprecation warnings about vLLM's own code: our user cannot fix them.
             warnings.simplefilter("ignore")
             self._start(teacher, config, capture, scores, tokens_left)
@@ -105,10 +107,7 @@ class EmbeddedEngine:
             from teacher_cache.engine.plugin.register import register
             from teacher_cache.engine.vllm_capture import ArrayLogprobs, install_arrays
         except ImportError as error:
-            raise ConfigError(
-                f"the embedded engine needs vllm ({error}): pip install 'stillroom[teacher]', "
-                "or 'stillroom[teacher-cpu]' where there is no GPU"
-            ) from error
+            raise ConfigError(f"{NOT_INSTALLED} ({error}): {HOW_TO_INSTALL}") from error
         on_cpu = current_platform.is_cpu()
         _set_log_level("ERROR" if on_cpu else "WARNING")
         # Says when a saved compilation cannot be used, which costs a minute or more at this start.
@@ -231,7 +230,7 @@ class EmbeddedEngine:
         self._closed = True
         self._core_sharing.__exit__()
         uninstall_arrays()
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             self._engine.engine_core.shutdown()
             del self._engine
             cleanup_dist_env_and_memory()
@@ -307,6 +306,59 @@ class EmbeddedEngine:
         if np.isnan(capture.topk_logprobs_TK).any() or np.isnan(capture.sampled_logprob_T).any():
             return request.failure("not_finite", "the model's log probabilities hold NaN: check its dtype and weights")
         return Finished(request, capture, reason or completion.finish_reason)
+
+
+@contextlib.contextmanager
+def quiet_start() -> Iterator[bool]:
+    """Prepares this process for an engine other than EmbeddedEngine and yields whether it runs on a CPU.
+
+    Raises ConfigError if vLLM is not installed.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    die_with_parent()
+    with stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if _is_cpu_build():
+            _set_log_level("ERROR")
+        try:
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise ConfigError(f"{NOT_INSTALLED} ({error}): {HOW_TO_INSTALL}") from error
+        on_cpu = current_platform.is_cpu()
+        _set_log_level("ERROR" if on_cpu else "WARNING")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cpu else "1"
+        yield on_cpu
+
+
+def started(model: str, arguments: dict[str, Any], config: EmbeddedConfig, on_cpu: bool) -> tuple[Any, dict[str, Any]]:
+    """An engine with these arguments, not compiled on a CPU, and its settings and software.
+
+    Raises ConfigError where vLLM refuses the model or a setting, StillroomError where it fails to start.
+    """
+    import vllm
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        if on_cpu:
+            import torch._dynamo.config
+
+            # vLLM compiles a kernel for ranks at the first request, whatever enforce_eager says.
+            torch._dynamo.config.disable = True
+        vllm_config = _fitted_config(arguments, config, True) if on_cpu else _vllm_config(arguments)
+        engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+    except ValueError as error:
+        raise ConfigError(f"vLLM refuses {model}: {_one_line(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise StillroomError(f"vLLM did not start with {model}: {_one_line(error)}") from error
+    settings = {
+        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "max_model_len": vllm_config.model_config.max_model_len,
+        "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
+        "enforce_eager": vllm_config.model_config.enforce_eager,
+    }
+    software = {"vllm": vllm.__version__, **_versions("torch", "transformers")}
+    return engine, {"settings": settings, "software": software}
 
 
 def _core_sharing() -> CoreSharing:
@@ -486,7 +538,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
+def stdout_to_stderr() -> Iterator[None]:
     """Sends file descriptor 1 to 2: C++ libraries and engine processes print to it, and stdout is for results."""
     sys.stdout.flush()
     saved = os.dup(1)

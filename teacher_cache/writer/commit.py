@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,9 +25,11 @@ from stillroom.cache.catalog import SHARD_NAME, DataFile, Table, check_hash, pub
 from stillroom.cache.shards import header_of
 from stillroom.errors import CacheConflict, CorruptError, StillroomError
 from stillroom.log import warn
+from stillroom.schema.features import FEATURES_METADATA_KEY
 from stillroom.schema.manifest import SHARD_METADATA_KEY
 from stillroom.storage.objects import is_store_error
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, matching, open_parquet, relative_name, spool
+from teacher_cache.writer.feature_file import feature_options
 from teacher_cache.writer.shard import parquet_options
 
 # "care" is an older word for maintenance; logs and commit markers of existing caches carry it, so it stays.
@@ -41,10 +43,14 @@ T = TypeVar("T")
 
 
 class VisibleSamples:
-    """Ids of a table's visible samples, updated file by file; about 100 bytes per sample."""
+    """Ids of a table's visible samples, updated file by file; about 100 bytes per sample.
 
-    def __init__(self, table: Table) -> None:
+    With `within` only files of that folder count: a sample has features once per set.
+    """
+
+    def __init__(self, table: Table, within: str | None = None) -> None:
         self._table = table
+        self._prefix = "" if within is None else f"{within}/"
         self._read: set[str] = set()
         self._ids: set[bytes] = set()
 
@@ -52,7 +58,7 @@ class VisibleSamples:
         """Reads the log and the ids of its new files. Raises CorruptError naming a damaged file."""
         self._table.refresh()
         for file in self._table.files():
-            if file.path not in self._read:
+            if file.path not in self._read and file.path.startswith(self._prefix):
                 self.add(file.path, read_sample_ids(self._table.path_of(file)))
 
     def add(self, path: str, sample_ids: Iterable[str]) -> None:
@@ -190,10 +196,7 @@ def rewrite(
     num_rows = 0
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        is_shard = SHARD_METADATA_KEY in (schema.metadata or {})
-        # Encodings of shards depend on it (parquet_options).
-        vocab_size = header_of(schema.metadata, str(path)).vocab_size if is_shard else 0
-        with pq.ParquetWriter(temp, schema, **parquet_options(schema, vocab_size)) as writer:
+        with pq.ParquetWriter(temp, schema, **_options_of(schema, path)) as writer:
             for index in range(file.num_row_groups):
                 if groups is not None and index not in groups:
                     continue
@@ -314,6 +317,14 @@ def is_locked(path: Location) -> bool:
         # There was never such a worker, or the file system has no locks.
         return False
     return False
+
+
+def _options_of(schema: pa.Schema, path: Location) -> dict[str, Any]:
+    """Encodings of a file of the table that its header belongs to."""
+    metadata = schema.metadata or {}
+    if FEATURES_METADATA_KEY in metadata:
+        return feature_options()
+    return parquet_options(schema, header_of(metadata, str(path)).vocab_size if SHARD_METADATA_KEY in metadata else 0)
 
 
 def _try_lock(stream: IO[str], path: Location) -> float | None:

@@ -1,4 +1,4 @@
-"""The files that make up a cache: three Delta tables, run manifests and vocabularies. Only this file imports deltalake.
+"""The files that make up a cache: Delta tables, run manifests and vocabularies. Only this file imports deltalake.
 
 pyarrow writes the data files; the Delta log only says which of them are visible. A data file is written under a
 temporary name, fsynced, renamed to a name that carries its SHA-256, and then committed with an AddAction and the
@@ -9,8 +9,10 @@ file can be checked against its own name wherever it is copied.
     CACHE/verdicts/..., CACHE/failures/...                               likewise
     CACHE/runs/<run_id>.json, CACHE/vocab/<tokenizer fingerprint>.parquet
     CACHE/receipts/                                                      commit markers (stillroom.cache.delta_log)
+    CACHE/features/, CACHE/feature_sets/                                 optional (stillroom.cache.features)
 """
 
+import functools
 import json
 import re
 import time
@@ -24,6 +26,7 @@ from pydantic import ValidationError
 
 from stillroom.cache.delta_log import CommitMarker, broken_entries, log_problems, write_marker
 from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomError, first_line
+from stillroom.schema.features import FEATURE_SCHEMA
 from stillroom.schema.manifest import RunManifest
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, table_schema
 from stillroom.storage.objects import ObjectPath, explained
@@ -238,6 +241,31 @@ class Catalog:
         self.chains = Table(root / "chains", chains_version)
         self.verdicts = Table(root / "verdicts", verdicts_version)
         self.failures = Table(root / "failures")
+
+    @functools.cached_property
+    def features(self) -> Table | None:
+        """The table of hidden states and attention, which most caches do not have."""
+        # Opened only when asked for: every reader would pay for it otherwise.
+        return Table(self.root / "features") if (self.root / "features" / "_delta_log").is_dir() else None
+
+    def features_at(self, version: int) -> Table | None:
+        """The same at a version. Raises DataError if the table has no such version."""
+        return None if self.features is None else Table(self.root / "features", version)
+
+    def create_features(self) -> Table:
+        """The table of features, created if needed."""
+        Table.create(self.root / "features", FEATURE_SCHEMA)
+        # The property may remember that there was none.
+        self.__dict__.pop("features", None)
+        assert self.features is not None
+        return self.features
+
+    def tables(self) -> list[Table]:
+        """Every table of the cache, chains first."""
+        return [
+            *(self.chains, self.verdicts, self.failures),
+            *([self.features] if self.features is not None else []),
+        ]
 
     @classmethod
     def create(cls, root: Location) -> "Catalog":

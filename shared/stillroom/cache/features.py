@@ -1,0 +1,384 @@
+"""Reads a feature set: the states and attention that a teacher had at the tokens of a cache's chains.
+
+    states = FeatureSet.open("runs/demo/cache")
+    row = states.read([sample_id])[sample_id]
+    logits_PV = states.head().logits(row.hidden_PD)         # of the completion tokens row.positions_P
+
+Needs numpy and pyarrow only. Rows are found by sample_id: chains may move to other shards, features stay valid.
+
+Shape legend: P stored positions of a chain, D channels, R coefficients, V vocabulary, M keys per query.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.cache import tensors
+from stillroom.cache.catalog import Catalog, DataFile, Table, manifest_problem
+from stillroom.cache.feature_codec import (
+    Attention,
+    Basis,
+    VectorCodec,
+    attention_token_bytes,
+    decode_attention,
+)
+from stillroom.cache.shards import read_row_group
+from stillroom.errors import CorruptError, DataError
+from stillroom.schema.features import (
+    FEATURE_SCHEMA,
+    FEATURES_METADATA_KEY,
+    FEATURES_VERSION,
+    FeatureHeader,
+    SetManifest,
+    StoredVectors,
+)
+from stillroom.schema.records import Float32, Int32
+from stillroom.storage.objects import ObjectPath
+from stillroom.storage.paths import Location, location, matching, open_parquet
+
+SETS_FOLDER = "feature_sets"
+NUM_KEPT_GROUPS = 4
+"""Row groups kept in memory: a stream of chains in stored order reads each once."""
+COLUMNS = FEATURE_SCHEMA.names
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One chain's features.
+
+    `positions_P` int32: indices of completion tokens, rising. The state at t is the one whose product with the head is
+    the distribution that completion token t was sampled from; the queries of `attention` are at the same place.
+    `hidden_PD` float32 after the final norm; `layers` by number of decoder layers passed, before any final norm;
+    `attention` by (decoder layer, head), both from 0. What the set does not store is None or empty. Read with
+    `expand=False`, states are coefficients [P, R] of the set's bases.
+    """
+
+    sample_id: str
+    chain_id: str
+    positions_P: Int32
+    hidden_PD: Float32 | None = None
+    layers: dict[int, Float32] = field(default_factory=dict)
+    attention: dict[tuple[int, int], Attention] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The teacher's output layer: weight_VD float32, bias_V float32 or None."""
+
+    weight_VD: Float32
+    bias_V: Float32 | None
+    logit_scale: float
+    softcap: float | None
+
+    def logits(self, hidden_PD: Float32) -> Float32:
+        """Logits [P, V] at temperature 1."""
+        logits_PV: Float32 = hidden_PD @ self.weight_VD.T
+        if self.bias_V is not None:
+            logits_PV = logits_PV + self.bias_V
+        logits_PV = logits_PV * np.float32(self.logit_scale)
+        return logits_PV if self.softcap is None else np.float32(self.softcap) * np.tanh(logits_PV / self.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    file: int
+    group: int
+    row: int
+
+
+class FeatureSet:
+    """One feature set of a cache at one version of its table. Not thread-safe: open one per thread."""
+
+    def __init__(self, catalog: Catalog, manifest: SetManifest, table: Table) -> None:
+        self.manifest = manifest
+        self.set_id = manifest.set_id
+        self.version = table.version
+        self._root = catalog.root
+        self._table = table
+        self._files = [file for file in table.files() if file.path.startswith(f"{self.set_id}/")]
+        self._codecs = read_codecs(catalog.root, manifest)
+        self._places: dict[str, _Place] | None = None
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    @classmethod
+    def open(
+        cls, cache: str | Path | ObjectPath | Catalog, set_id: str | None = None, version: int | None = None
+    ) -> "FeatureSet":
+        """Opens a set by id or name; None is the only one. `version` pins the table.
+
+        Raises DataError if there is no such set, or several and none is named; CorruptError for a damaged one.
+        """
+        catalog = cache if isinstance(cache, Catalog) else Catalog(location(cache))
+        table = catalog.features if version is None else catalog.features_at(version)
+        sets = read_sets(catalog.root)
+        if table is None or not sets:
+            raise DataError(f"{catalog.root} has no features: `teacher-cache features CONFIG` adds them")
+        found = [one for one in sets.values() if set_id in (None, one.set_id, one.name)]
+        if len(found) != 1:
+            problem = f"no feature set {set_id!r}" if not found else "several feature sets"
+            raise DataError(f"{catalog.root} has {problem}: name one of {', '.join(sorted(sets))}")
+        return cls(catalog, found[0], table)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the teacher."""
+        return self.manifest.hidden_size
+
+    @property
+    def stores_hidden(self) -> bool:
+        """Whether the last hidden state is stored."""
+        return self.manifest.hidden is not None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Stored middle layers: layer i is the stream after i decoder layers."""
+        return tuple(one.layer for one in self.manifest.layers if one.layer is not None)
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Stored heads as (decoder layer, head)."""
+        return () if self.manifest.attention is None else tuple(self.manifest.attention.heads)
+
+    @property
+    def num_keys(self) -> int:
+        """M, the most attended positions stored per query and head; 0 without attention."""
+        return 0 if self.manifest.attention is None else self.manifest.attention.num_keys
+
+    def basis(self, of: int | str) -> Basis | None:
+        """The low-rank basis of a layer's number or of "hidden"; None if all channels are stored."""
+        return self._codecs["hidden" if of == "hidden" else f"layer{of}"].basis
+
+    def head(self) -> Head:
+        """The teacher's head, read from disk each time. Raises DataError if the set stores no last hidden state."""
+        stored = self.manifest.head
+        if stored is None:
+            raise DataError(f"feature set {self.set_id} stores no last hidden state, and therefore no head")
+        read = tensors.read_tensors(self._root / SETS_FOLDER / stored.file)
+        weight_VD = read["weight"].astype(np.float32)
+        bias_V = read["bias"].astype(np.float32) if "bias" in read else None
+        return Head(weight_VD, bias_V, stored.logit_scale, stored.softcap)
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self._index()
+
+    def __len__(self) -> int:
+        return len(self._index())
+
+    def sample_ids(self) -> Iterator[str]:
+        """Chains with features, in stored order."""
+        return iter(self._index())
+
+    def read(self, sample_ids: Iterable[str], *, expand: bool = True) -> dict[str, FeatureRow]:
+        """Features of those of these chains that have any. Without `expand` states stay coefficients of the bases.
+
+        Raises CorruptError naming file and row if what is stored contradicts the set.
+        """
+        wanted: dict[tuple[int, int], list[tuple[str, int]]] = {}
+        for sample_id in dict.fromkeys(sample_ids):
+            place = self._index().get(sample_id)
+            if place is not None:
+                wanted.setdefault((place.file, place.group), []).append((sample_id, place.row))
+        found = {}
+        for key, rows in sorted(wanted.items()):
+            group, where = self._group(*key), f"{self._files[key[0]].path}: row group {key[1]}"
+            for sample_id, row in rows:
+                found[sample_id] = self._decoded(group.slice(row, 1), f"{where}: row {row}", expand)
+        return found
+
+    def _index(self) -> dict[str, _Place]:
+        if self._places is None:
+            self._places = {}
+            for number, file in enumerate(self._files):
+                with self._opened(file) as parquet:
+                    for group in range(parquet.num_row_groups):
+                        ids = read_row_group(parquet, group, ["sample_id"], file.path).column(0).to_pylist()
+                        self._places.update({one: _Place(number, group, row) for row, one in enumerate(ids)})
+        return self._places
+
+    def _group(self, number: int, group: int) -> pa.Table:
+        key = (number, group)
+        if key not in self._groups:
+            file = self._files[number]
+            with self._opened(file) as parquet:
+                self._groups[key] = read_row_group(parquet, group, COLUMNS, file.path)
+            while len(self._groups) > NUM_KEPT_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def _opened(self, file: DataFile) -> pq.ParquetFile:
+        parquet, header = open_features(self._table.path_of(file))
+        if header.constants != self.manifest.constants:
+            parquet.close()
+            raise CorruptError(f"features/{file.path} was written with other scales than those of set {self.set_id}")
+        return parquet
+
+    def _decoded(self, row: pa.Table, where: str, expand: bool) -> FeatureRow:
+        (values,) = row.select(["sample_id", "chain_id", "num_context"]).to_pylist()
+        positions_P = row.column("positions")[0].values.to_numpy().astype(np.int32, copy=False)
+        return decode_row(
+            self.manifest,
+            self._codecs,
+            FeatureRow(values["sample_id"], values["chain_id"], positions_P),
+            {name: _bytes_of(row, name) for name in ("hidden", "layers", "attention")},
+            values["num_context"],
+            where,
+            expand=expand,
+        )
+
+
+def read_sets(root: Location) -> dict[str, SetManifest]:
+    """Manifests of a cache's feature sets by id. Raises CorruptError naming one that cannot be read."""
+    found = {}
+    # Sets are folders, heads are files beside them.
+    for folder in matching(root / SETS_FOLDER, "*_*"):
+        path = folder / "manifest.json"
+        if not path.exists():
+            # Its constants are there and its first worker died, or is at work.
+            continue
+        try:
+            manifest = SetManifest.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptError(f"{path} is not the manifest of a feature set: {manifest_problem(error)}") from error
+        if manifest.format_version > FEATURES_VERSION:
+            raise DataError(
+                f"{path} has format version {manifest.format_version}, this program reads up to {FEATURES_VERSION}: "
+                "upgrade it"
+            )
+        found[manifest.set_id] = manifest
+    return found
+
+
+def open_features(path: Location) -> tuple[pq.ParquetFile, FeatureHeader]:
+    """Opens a file of the table `features` with page checksums verified. Raises CorruptError, or DataError for a newer
+    format.
+    """
+    try:
+        file = open_parquet(path)
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path} is registered but missing: `teacher-cache verify` lists what is wrong") from error
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    raw = (file.schema_arrow.metadata or {}).get(FEATURES_METADATA_KEY)
+    try:
+        header = FeatureHeader.model_validate_json(raw or b"")
+    except ValueError as error:
+        file.close()
+        raise CorruptError(f"{path} has no header of features that can be read") from error
+    if header.format_version > FEATURES_VERSION:
+        file.close()
+        raise DataError(
+            f"{path} has format version {header.format_version}, this program reads up to {FEATURES_VERSION}: "
+            "upgrade it"
+        )
+    return file, header
+
+
+def set_folder(root: Location, set_id: str) -> Location:
+    """Where a set's manifest and constants lie."""
+    return root / SETS_FOLDER / set_id
+
+
+def read_codecs(root: Location, manifest: SetManifest) -> dict[str, VectorCodec]:
+    """Codecs by name: "hidden", "layer7", ... Raises CorruptError if the constants are missing or damaged."""
+    path = set_folder(root, manifest.set_id) / f"constants-{manifest.constants}.safetensors"
+    read = tensors.read_tensors(path)
+    found = {}
+    for stored in stored_vectors(manifest):
+        parts = [read.get(f"{stored.name}.{part}") for part in ("mean", "vectors", "encode")]
+        mean_D, vectors_RD, encode_DR = parts
+        has_basis = mean_D is not None and vectors_RD is not None and encode_DR is not None
+        if f"{stored.name}.scale" not in read or has_basis != (stored.rank is not None):
+            raise CorruptError(f"{path} lacks the scales or the basis of {stored.name}: restore it from a copy")
+        basis = (
+            None if mean_D is None or vectors_RD is None or encode_DR is None else Basis(mean_D, vectors_RD, encode_DR)
+        )
+        found[stored.name] = VectorCodec(stored.bits, read[f"{stored.name}.scale"], basis)
+    return found
+
+
+def constants_of(codecs: dict[str, VectorCodec]) -> dict[str, tensors.Array]:
+    """The tensors that `read_codecs` reads."""
+    found: dict[str, tensors.Array] = {}
+    for name, codec in codecs.items():
+        found[f"{name}.scale"] = codec.scale_R
+        if codec.basis is not None:
+            found[f"{name}.mean"] = codec.basis.mean_D
+            found[f"{name}.vectors"] = np.ascontiguousarray(codec.basis.vectors_RD)
+            found[f"{name}.encode"] = np.ascontiguousarray(codec.basis.encode_DR)
+    return found
+
+
+def stored_vectors(manifest: SetManifest) -> list[StoredVectors]:
+    """Everything that is stored as vectors, the last hidden state first."""
+    return [*([manifest.hidden] if manifest.hidden is not None else []), *manifest.layers]
+
+
+def payload_token_bytes(manifest: SetManifest, num_context: int) -> int:
+    """Bytes of one stored position of a chain with so many tokens."""
+    size = sum(vector_token_bytes(manifest.hidden_size, one.rank, one.bits) for one in stored_vectors(manifest))
+    if manifest.attention is not None:
+        size += attention_token_bytes(len(manifest.attention.heads), manifest.attention.num_keys, num_context)
+    return size
+
+
+def vector_token_bytes(hidden_size: int, rank: int | None, bits: int) -> int:
+    """Bytes of one state."""
+    num_coefficients = hidden_size if rank is None else rank
+    return VectorCodec(bits, np.ones(num_coefficients, np.float32)).token_bytes
+
+
+def decode_row(
+    manifest: SetManifest,
+    codecs: dict[str, VectorCodec],
+    row: FeatureRow,
+    payloads: dict[str, bytes | None],
+    num_context: int,
+    where: str,
+    *,
+    expand: bool = True,
+) -> FeatureRow:
+    """`row`, which has ids and positions, with its signals. Raises CorruptError if payload and set disagree."""
+    num_positions = len(row.positions_P)
+    for name, is_stored in zip(payloads, _stored(manifest), strict=True):
+        if (payloads[name] is not None) != is_stored:
+            raise CorruptError(f"{where}: column {name} {'is null' if is_stored else 'holds data'}, unlike its set")
+
+    def states(codec: VectorCodec, data: bytes, column: str) -> Float32:
+        coefficients_PR = codec.coefficients(data, num_positions, f"{where}: column {column}")
+        return codec.expand(coefficients_PR) if expand else coefficients_PR
+
+    hidden, layers, attention = payloads["hidden"], payloads["layers"], payloads["attention"]
+    found: dict[int, Float32] = {}
+    start = 0
+    for one in manifest.layers:
+        assert layers is not None
+        assert one.layer is not None
+        size = num_positions * codecs[one.name].token_bytes
+        found[one.layer] = states(codecs[one.name], layers[start : start + size], "layers")
+        start += size
+    if layers is not None and start != len(layers):
+        raise CorruptError(f"{where}: column layers has {len(layers)} bytes, {start} expected")
+    heads: dict[tuple[int, int], Attention] = {}
+    if attention is not None and manifest.attention is not None:
+        chosen, num_keys = manifest.attention.heads, manifest.attention.num_keys
+        parts = decode_attention(
+            attention, num_positions, len(chosen), num_keys, num_context, f"{where}: column attention"
+        )
+        heads = dict(zip(chosen, parts, strict=True))
+    hidden_PD = None if hidden is None else states(codecs["hidden"], hidden, "hidden")
+    return FeatureRow(row.sample_id, row.chain_id, row.positions_P, hidden_PD, found, heads)
+
+
+def _stored(manifest: SetManifest) -> Sequence[bool]:
+    return (manifest.hidden is not None, bool(manifest.layers), manifest.attention is not None)
+
+
+def _bytes_of(row: pa.Table, name: str) -> bytes | None:
+    value: bytes | None = row.column(name)[0].as_py()
+    return value

@@ -1,0 +1,65 @@
+"""safetensors files in numpy alone: float32, float16, bfloat16 and integers. The package's own numpy interface refuses
+bfloat16, in which most heads are stored.
+
+A file is an 8-byte little-endian length, a JSON object of name -> {dtype, shape, data_offsets}, then the bytes
+(https://github.com/huggingface/safetensors).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stillroom.errors import CorruptError, first_line
+from stillroom.storage.paths import Location
+
+Array = npt.NDArray[Any]
+DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "BF16": np.uint16}
+_NAME_OF = {np.dtype(kind): name for name, kind in DTYPES.items()}
+MAX_HEADER_BYTES = 100 << 20
+
+
+def tensor_bytes(tensors: Mapping[str, Array]) -> bytes:
+    """The whole file. A uint16 array holds the bits of bfloat16."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _NAME_OF[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    # Padded with spaces, so that the data begin at a multiple of 8.
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join(
+        [len(text).to_bytes(8, "little"), text, *(np.ascontiguousarray(one).data for one in tensors.values())]
+    )
+
+
+def read_tensors(path: Location) -> dict[str, Array]:
+    """Every tensor of the file; bfloat16 becomes float32. Raises CorruptError if it cannot be read."""
+    try:
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        if not 0 < size <= min(MAX_HEADER_BYTES, len(data)):
+            raise ValueError("it has no safetensors header")
+        header = json.loads(data[8 : 8 + size])
+        return {name: _tensor(data, 8 + size, entry) for name, entry in header.items() if name != "__metadata__"}
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path} is missing: restore it from a copy") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
+
+
+def bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper halves of float32 values that are bfloat16 already."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _tensor(data: bytes, start: int, entry: Mapping[str, Any]) -> Array:
+    first, last = entry["data_offsets"]
+    kind = DTYPES[entry["dtype"]]
+    values = np.frombuffer(data, kind, (last - first) // np.dtype(kind).itemsize, start + first).reshape(entry["shape"])
+    if entry["dtype"] != "BF16":
+        return values
+    return (values.astype(np.uint32) << 16).view(np.float32)

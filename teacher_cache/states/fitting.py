@@ -1,0 +1,88 @@
+"""Scales and low-rank bases of a feature set, fitted on calibration states.
+
+Shape legend: N calibration tokens, D channels, R coefficients, V vocabulary.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from stillroom.cache.feature_codec import Basis, VectorCodec
+from stillroom.schema.records import Float32
+
+Float64 = npt.NDArray[np.float64]
+RIDGE = 1e-4
+"""Added to the metric, relative to its mean diagonal, so that channels without influence can be inverted."""
+METRIC_TOKENS = 1024
+"""Tokens whose distributions make the metric of the last hidden state."""
+
+
+def fit_codec(
+    states_ND: Float32, bits: int, rank: int | None, metric_DD: Float64 | None = None
+) -> tuple[VectorCodec, float]:
+    """A codec for such states, and the share of their variance that its basis loses.
+
+    With `rank` the basis minimises the mean squared error, or with `metric_DD` that of x' metric x.
+    """
+    if rank is None or rank >= states_ND.shape[1]:
+        return VectorCodec(bits, _typical(states_ND)), 0.0
+    mean_D = states_ND.mean(axis=0, dtype=np.float64)
+    centred_ND = states_ND.astype(np.float64) - mean_D
+    root_DD = np.eye(len(mean_D)) if metric_DD is None else _root(metric_DD)
+    weighted_ND = centred_ND @ root_DD
+    _, vectors_DD = np.linalg.eigh(weighted_ND.T @ weighted_ND)
+    # eigh sorts by rising eigenvalue.
+    best_DR = vectors_DD[:, : -rank - 1 : -1]
+    encode_DR, vectors_RD = root_DD @ best_DR, np.linalg.solve(root_DD.T, best_DR).T
+    lost_ND = centred_ND - centred_ND @ encode_DR @ vectors_RD
+    basis = Basis(mean_D.astype(np.float32), vectors_RD.astype(np.float32), encode_DR.astype(np.float32))
+    scale_R = _typical((centred_ND @ encode_DR).astype(np.float32))
+    return VectorCodec(bits, scale_R, basis), float(np.square(lost_ND).sum() / np.square(centred_ND).sum())
+
+
+def error_frac(codec: VectorCodec, states_ND: Float32) -> float:
+    """Squared error of decoded states relative to their variance."""
+    decoded_ND = codec.decode(codec.encode(states_ND), len(states_ND))
+    variance = np.square(states_ND - states_ND.mean(axis=0)).sum(dtype=np.float64)
+    return float(np.square(decoded_ND - states_ND).sum(dtype=np.float64) / variance)
+
+
+def head_metric(states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None) -> Float64:
+    """Mean Fisher information of a state: x' F x / 2 is the KL divergence that an error of x causes, to second order.
+
+    F = scale^2 mean_n W' (diag(p_n) - p_n p_n') W.
+    """
+    states_ND = states_ND[:: max(1, len(states_ND) // METRIC_TOKENS)]
+    mean_V, means_ND = np.zeros(len(weight_VD)), []
+    # In pieces: the logits of a thousand tokens over a large vocabulary are half a gigabyte.
+    for first in range(0, len(states_ND), 64):
+        logits_NV = logits_of(states_ND[first : first + 64], weight_VD, logit_scale, softcap)
+        probs_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True))
+        probs_NV /= probs_NV.sum(axis=1, keepdims=True)
+        mean_V += probs_NV.sum(axis=0)
+        means_ND.append(probs_NV @ weight_VD)
+    expected_ND = np.concatenate(means_ND).astype(np.float64)
+    # Ids that nobody predicts carry no information, and V x D products are what this costs.
+    used_V = mean_V > 1e-9 * mean_V.sum()
+    used_UD = weight_VD[used_V].astype(np.float64)
+    second_DD = (used_UD * (mean_V[used_V] / len(states_ND))[:, None]).T @ used_UD
+    metric_DD: Float64 = logit_scale**2 * (second_DD - expected_ND.T @ expected_ND / len(states_ND))
+    return metric_DD
+
+
+def logits_of(states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None) -> Float32:
+    """Logits [N, V] of states after the final norm."""
+    logits_NV: Float32 = np.float32(logit_scale) * (states_ND @ weight_VD.T)
+    return logits_NV if softcap is None else np.float32(softcap) * np.tanh(logits_NV / np.float32(softcap))
+
+
+def _typical(coefficients_NR: Float32) -> Float32:
+    """Root mean square of each coefficient; of one that is always 0 something above 0."""
+    rms_R = np.sqrt(np.square(coefficients_NR, dtype=np.float64).mean(axis=0))
+    return np.maximum(rms_R, max(1e-6 * float(rms_R.max(initial=0.0)), 1e-12)).astype(np.float32)
+
+
+def _root(metric_DD: Float64) -> Float64:
+    """L with L L' = metric, made positive definite."""
+    size = len(metric_DD)
+    ridge = RIDGE * np.trace(metric_DD) / size
+    return np.linalg.cholesky((metric_DD + metric_DD.T) / 2 + ridge * np.eye(size))

@@ -1,0 +1,318 @@
+"""`teacher-cache features`: states of the teacher at chains that exist, into the table `features`; the same command
+resumes.
+
+The unit is a row group of a chains shard. Rows whose sample has features of this set are skipped, files that were
+published but not committed are adopted, and the rest is computed. One process per worker; workers meet only in the
+Delta log. On SIGINT or SIGTERM the batch at hand is finished, what is computed becomes visible, and the call returns.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stillroom.cache.catalog import SHARD_NAME, Catalog
+from stillroom.cache.features import SETS_FOLDER
+from stillroom.config import Json
+from stillroom.errors import CacheConflict, ConfigError, DataError, one_line
+from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural, note
+from stillroom.program import StopRequest
+from stillroom.schema.features import FeatureHeader
+from stillroom.schema.manifest import Teacher
+from stillroom.storage.paths import Location, matching, relative_name
+from teacher_cache.building import OWN_LOCK_WAIT_S, worker_name
+from teacher_cache.config import EmbeddedConfig
+from teacher_cache.engine.teacher import identify_teacher
+from teacher_cache.prompts.prompts import WorkerShare
+from teacher_cache.states.config import FeaturesConfig, TransformersConfig
+from teacher_cache.states.engine import ChainTokens, Shape, StatesEngine, Wanted, batches
+from teacher_cache.states.model import shape_of, wanted_of
+from teacher_cache.states.plan import FeaturesPlan, plan_units
+from teacher_cache.states.selection import Place, Unit, choose, read_unit
+from teacher_cache.states.sets import OpenSet, create_set, find_set, set_id_of
+from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.feature_file import FeatureFile, FeatureValues
+from teacher_cache.writer.recorder import explained
+
+StartEngine = Callable[[Wanted], StatesEngine]
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesResult:
+    """What one process did. `stopped` says why it ended early; `seconds` is computing, without loading the model."""
+
+    set_id: str
+    worker: str
+    num_total: int
+    num_done_before: int
+    num_adopted: int
+    num_chains: int
+    num_tokens: int
+    size_bytes: int
+    seconds: float
+    stopped: str | None
+
+
+def features_of_cache(config: FeaturesConfig, share: WorkerShare) -> FeaturesResult:
+    """Computes the missing features of this worker's share. Raises StillroomError for everything a user can fix."""
+    teacher = identify_teacher(config.teacher.as_teacher, EmbeddedConfig()).record
+    shape = shape_of(teacher, config.teacher.trust_remote_code)
+
+    def start_engine(wanted: Wanted) -> StatesEngine:
+        if isinstance(config.engine, TransformersConfig):
+            from teacher_cache.states.transformers import TransformersStates
+
+            return TransformersStates(teacher, config.teacher.trust_remote_code, config.engine, wanted)
+        from teacher_cache.states.vllm import VllmStates
+
+        return VllmStates(teacher, config.teacher.trust_remote_code, config.engine, wanted, shape)
+
+    with contextlib.closing(FeaturesPass(config, teacher, shape, share)) as features:
+        return features.run(start_engine)
+
+
+class FeaturesPass:
+    """One worker's pass. The worker is locked until `close`."""
+
+    def __init__(self, config: FeaturesConfig, teacher: Teacher, shape: Shape, share: WorkerShare) -> None:
+        """Chooses the chains, locks the worker, and recovers what a crash left behind.
+
+        Raises ConfigError if no chain is selected or the set would exceed max_bytes, CacheConflict if another process
+        runs as this worker, DataError if the cache cannot be written, CorruptError if a registered file is damaged.
+        """
+        self.config, self.teacher, self.shape, self.share = config, teacher, shape, share
+        self.wanted = wanted_of(config, shape)
+        self.set_id = set_id_of(config, teacher, self.wanted)
+        self.worker = worker_name(share)
+        self.catalog = Catalog(config.cache)
+        self.units = choose(self.catalog, config.chains, teacher)
+        with contextlib.ExitStack() as locks:
+            try:
+                planned = plan_units(self.catalog, config, self.wanted, self.shape, self.set_id, self.units)
+                _require_size(planned, config.max_bytes)
+                self.table = self.catalog.create_features()
+                path = lock_path(config.cache, self.set_id, self.worker)
+                own_abandoned_s = locks.enter_context(worker_lock(path, OWN_LOCK_WAIT_S))
+                self._visible = VisibleSamples(self.table, self.set_id)
+                self._committer = Committer(self.table, self._visible, self.set_id, self.worker)
+                self.num_adopted = self._recover(own_abandoned_s)
+                self._visible.refresh()
+            except OSError as error:
+                raise DataError(f"{config.cache} cannot be opened for writing: {one_line(error)}") from error
+            self._locks = locks.pop_all()
+
+    def close(self) -> None:
+        """Releases the worker's lock."""
+        self._locks.close()
+
+    def run(self, start_engine: StartEngine) -> FeaturesResult:
+        """Computes what is not done. The engine is started only if something is left.
+
+        Raises StillroomError if the engine dies, after making finished rows visible.
+        """
+        own = [unit for unit in self.units if unit.is_of(self.share)]
+        left = [(unit, todo) for unit in own if (todo := [one for one in unit.places if not self._is_done(one)])]
+        num_total = sum(len(unit.places) for unit in own)
+        num_before = num_total - sum(len(todo) for _, todo in left)
+        if not left:
+            return self._result(num_total, num_before, _Done(), 0.0, None)
+        engine = start_engine(self.wanted)
+        try:
+            with StopRequest() as stop:
+                opened = find_set(self.catalog, self.set_id) or self._create_set(engine)
+                return self._compute(engine, opened, left, num_total, num_before, stop)
+        finally:
+            engine.close()
+
+    def _is_done(self, place: Place) -> bool:
+        return place.sample_id in self._visible
+
+    def _create_set(self, engine: StatesEngine) -> OpenSet:
+        """Calibrates on the first chains by hash, whichever worker has them."""
+        chains = sorted((place.sample_id, unit, place) for unit in self.units for place in unit.places)
+        chosen: dict[tuple[str, int], list[Place]] = {}
+        units: dict[tuple[str, int], Unit] = {}
+        num_tokens = 0
+        for _, unit, place in chains:
+            if num_tokens >= self.config.calibration.tokens:
+                break
+            units[unit.file, unit.group] = unit
+            chosen.setdefault((unit.file, unit.group), []).append(place)
+            num_tokens += place.num_tokens
+        frac = self.config.tokens.entropy_frac
+        calibration = [
+            one for key, places in chosen.items() for one in read_unit(self.catalog, units[key], places, frac)
+        ]
+        try:
+            return create_set(self.catalog, self.config, self.teacher, self.shape, self.wanted, engine, calibration)
+        except OSError as error:
+            raise explained(error) from error
+
+    def _compute(
+        self,
+        engine: StatesEngine,
+        opened: OpenSet,
+        left: Sequence[tuple[Unit, Sequence[Place]]],
+        num_total: int,
+        num_before: int,
+        stop: StopRequest,
+    ) -> FeaturesResult:
+        started_s = time.monotonic()
+        done = _Done()
+        stopped: str | None = None
+        frac = opened.manifest.entropy_frac
+        with (
+            Progress("features", num_total, "chains", done_before=num_before) as progress,
+            _Output(self, opened) as out,
+        ):
+            for unit, todo in left:
+                for batch in batches(read_unit(self.catalog, unit, todo, frac), self.config.engine.batch_tokens):
+                    for chain, states in zip(batch, engine.run(batch), strict=True):
+                        out.add(unit, opened.encoded(chain, states))
+                    done.add(batch, out.size_bytes)
+                    progress.update(num_before + done.num_chains, done.num_tokens, done.notes)
+                    if stop.is_set:
+                        stopped = "interrupted"
+                        break
+                out.end_unit()
+                if stopped is not None:
+                    note("interrupted: saving finished chains")
+                    break
+        done.size_bytes = out.size_bytes
+        return self._result(num_total, num_before, done, time.monotonic() - started_s, stopped)
+
+    def _recover(self, own_abandoned_s: float) -> int:
+        """Adopts files of this set that workers published but did not commit, except those of running workers."""
+        num_rows = 0
+        known = {file.path for file in self.table.files()}
+        found = {
+            name["worker"]
+            for path in matching(self.table.folder / self.set_id, "*.parquet")
+            if (name := SHARD_NAME.match(path.name)) and relative_name(path, self.table.folder) not in known
+        }
+        for worker in sorted({self.worker, *found}):
+            abandoned_s = own_abandoned_s
+            with contextlib.ExitStack() as stack:
+                if worker != self.worker:
+                    try:
+                        path = lock_path(self.config.cache, self.set_id, worker)
+                        abandoned_s = stack.enter_context(worker_lock(path, 0.0))
+                    except CacheConflict:
+                        continue
+                num_rows += Committer(self.table, self._visible, self.set_id, worker).recover(abandoned_s)
+        if num_rows:
+            note(f"adopted {format_plural(num_rows, 'row')} that an interrupted pass had written but not registered")
+        return num_rows
+
+    def _result(
+        self, num_total: int, num_before: int, done: "_Done", seconds: float, stopped: str | None
+    ) -> FeaturesResult:
+        return FeaturesResult(
+            *(self.set_id, self.worker, num_total, num_before, self.num_adopted),
+            *(done.num_chains, done.num_tokens, done.size_bytes, seconds, stopped),
+        )
+
+
+@dataclass(slots=True)
+class _Done:
+    """What this process has computed."""
+
+    num_chains: int = 0
+    num_tokens: int = 0
+    size_bytes: int = 0
+
+    def add(self, batch: Sequence[ChainTokens], size_bytes: int) -> None:
+        self.num_chains += len(batch)
+        self.num_tokens += sum(len(one.positions_P) for one in batch)
+        self.size_bytes = size_bytes
+
+    @property
+    def notes(self) -> dict[str, str]:
+        return {"": f"{self.size_bytes / max(self.num_tokens, 1):.0f} B/token"}
+
+
+class _Output:
+    """Rows into files: one file at a time, closed by size, by age, and where the next chains shard begins."""
+
+    def __init__(self, features: FeaturesPass, opened: OpenSet) -> None:
+        self._features, self._opened = features, opened
+        self._file: FeatureFile | None = None
+        self._unit: Unit | None = None
+        self._opened_s = 0.0
+        self.size_bytes = 0
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # After an error too: what is computed is kept.
+        self._commit()
+
+    def add(self, unit: Unit, row: FeatureValues) -> None:
+        if self._unit is not None and self._unit.file != unit.file:
+            self._commit()
+        self._unit = unit
+        if self._file is None:
+            self._file = FeatureFile(self._features._committer.temp_path(), self._header(unit))
+            self._opened_s = time.monotonic()
+        self._file.add(row)
+        self.size_bytes += row.num_bytes
+        shard = self._features.config.shard
+        is_old = time.monotonic() - self._opened_s >= 60 * shard.max_minutes
+        if is_old or self._file.num_bytes >= 1e6 * shard.max_mb:
+            self._commit()
+
+    def end_unit(self) -> None:
+        """Ends the row group with that of its chains."""
+        if self._file is not None:
+            self._file.end_group()
+
+    def _commit(self) -> None:
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            file.close()
+            self._features._committer.commit(file.temp, file.sample_ids)
+        except OSError as error:
+            file.discard()
+            raise explained(error) from error
+
+    def _header(self, unit: Unit) -> FeatureHeader:
+        features = self._features
+        return FeatureHeader(
+            set_id=features.set_id,
+            worker=features.worker,
+            constants=self._opened.manifest.constants,
+            teacher_fingerprint=features.teacher.fingerprint,
+            chains_file=unit.file,
+        )
+
+
+def _require_size(planned: FeaturesPlan, max_bytes: int | None) -> None:
+    if max_bytes is not None and planned.total_bytes > max_bytes:
+        raise ConfigError(
+            f"max_bytes={max_bytes}: the set would take {planned.total_bytes:.0f} bytes "
+            f"({format_count(planned.num_tokens)} tokens of {planned.bytes_per_token:.1f} B and "
+            f"{format_bytes(planned.constant_bytes)} of constants): store fewer chains, tokens, layers or coefficients"
+        )
+
+
+def result_json(result: FeaturesResult) -> Json:
+    """The result for programs."""
+    from dataclasses import asdict
+
+    tokens_per_s = result.num_tokens / result.seconds if result.num_tokens and result.seconds else None
+    bytes_per_token = result.size_bytes / result.num_tokens if result.num_tokens else None
+    return {**asdict(result), "tokens_per_s": tokens_per_s, "bytes_per_token": bytes_per_token}
+
+
+def result_lines(result: FeaturesResult, cache: Location) -> list[str]:
+    """The result for a person."""
+    rate = "" if not result.num_tokens else f" at {result.num_tokens / max(result.seconds, 1e-9):.0f} tok/s"
+    size = "" if not result.num_tokens else f", {result.size_bytes / result.num_tokens:.1f} B/token"
+    took = f"{format_count(result.num_tokens)} tokens in {format_duration(result.seconds)}{rate}{size}"
+    return [
+        f"new     {format_plural(result.num_chains, 'chain')}, {took}; {result.num_done_before} done before",
+        f"set     {result.set_id} of {cache / SETS_FOLDER}",
+    ]

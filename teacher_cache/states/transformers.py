@@ -1,0 +1,180 @@
+"""The teacher in transformers: states of all layers by hooks, attention by the eager path, one forward pass a batch."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stillroom.errors import ConfigError, DataError, StillroomError, one_line
+from stillroom.log import note
+from stillroom.schema.manifest import Teacher
+from teacher_cache.states.config import TransformersConfig
+from teacher_cache.states.engine import AttendedKeys, ChainTokens, HeadWeights, States, Wanted
+from teacher_cache.states.model import final_norm, head_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class TransformersStates:
+    """Implements teacher_cache.states.engine.StatesEngine."""
+
+    is_teacher = True
+
+    def __init__(self, teacher: Teacher, trust_remote_code: bool, config: TransformersConfig, wanted: Wanted) -> None:
+        """Loads the model. Raises ConfigError if its layers cannot be found, DataError if it cannot be loaded."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        note(f"loading {teacher.model} in transformers")
+        self._wanted = wanted
+        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # Only the eager path forms the attention weights.
+        attention = "eager" if wanted.attention else "sdpa"
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                teacher.model,
+                revision=teacher.revision,
+                trust_remote_code=trust_remote_code,
+                dtype=config.dtype,
+                attn_implementation=attention,
+            )
+            self._model: nn.Module = model.to(self._device).eval()
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise DataError(f"transformers cannot load {teacher.model}: {one_line(error)}") from error
+        self._decoder = model.base_model
+        self._config: dict[str, Any] = model.config.get_text_config().to_dict()
+        self._layers = _decoder_layers(self._decoder, int(self._config["num_hidden_layers"]))
+        self.settings: Mapping[str, Any] = {
+            "kind": "transformers",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "attention": attention,
+        }
+        self.software: Mapping[str, str] = {name: version(name) for name in ("torch", "transformers")}
+
+    def head(self) -> HeadWeights:
+        """The output layer as loaded."""
+        model: Any = self._model
+        return head_of(model.get_output_embeddings(), self._config, final_norm(self._decoder))
+
+    def run(self, chains: Sequence[ChainTokens]) -> list[States]:
+        """One forward pass, padded on the right: causal attention never looks there."""
+        import torch
+
+        longest = max(len(chain.inputs) for chain in chains)
+        ids_BL = torch.zeros((len(chains), longest), dtype=torch.long)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, chain in enumerate(chains):
+            ids_BL[row, : len(chain.inputs)] = torch.tensor(chain.inputs)
+            mask_BL[row, : len(chain.inputs)] = 1
+        seen = _Seen(chains)
+        try:
+            with torch.inference_mode(), self._hooked(seen):
+                output = self._decoder(
+                    input_ids=ids_BL.to(self._device), attention_mask=mask_BL.to(self._device), use_cache=False
+                )
+        except (RuntimeError, ValueError) as error:
+            raise StillroomError(
+                f"the teacher failed on a batch of {ids_BL.numel()} tokens: {one_line(error)}"
+            ) from error
+        if self._wanted.hidden:
+            seen.hidden = seen.picked(output.last_hidden_state)
+        return [
+            States(
+                seen.hidden[row] if self._wanted.hidden else None,
+                {layer: found[row] for layer, found in seen.layers.items()},
+                {layer: found[row] for layer, found in seen.attention.items()},
+            )
+            for row in range(len(chains))
+        ]
+
+    def close(self) -> None:
+        """Frees the model."""
+        import torch
+
+        del self._model, self._decoder, self._layers
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _hooked(self, seen: "_Seen") -> Iterator[None]:
+        """Keeps what the wanted layers return; hooks rather than output_hidden_states, which keeps every layer's."""
+        with contextlib.ExitStack() as stack:
+            for number in self._wanted.layers:
+                # The stream after `number` layers is what layer number - 1, from 0, returns.
+                hook = self._layers[number - 1].register_forward_hook(_stream_hook(seen, number))
+                stack.callback(hook.remove)
+            for number in self._wanted.attention:
+                module = self._layers[number].get_submodule("self_attn")
+                hook = module.register_forward_hook(_attention_hook(seen, number, self._wanted.num_keys))
+                stack.callback(hook.remove)
+            yield
+
+
+class _Seen:
+    """What one forward pass has shown, by chain."""
+
+    def __init__(self, chains: Sequence[ChainTokens]) -> None:
+        self.chains = chains
+        self.hidden: list[Any] = []
+        self.layers: dict[int, list[Any]] = {}
+        self.attention: dict[int, list[AttendedKeys]] = {}
+
+    def picked(self, states_BLD: "torch.Tensor") -> list[Any]:
+        """The rows of each chain's queries, float32 on the CPU."""
+        return [
+            states_BLD[row, chain.query_P.astype(np.int64)].float().cpu().numpy()
+            for row, chain in enumerate(self.chains)
+        ]
+
+
+def _stream_hook(seen: _Seen, number: int) -> Callable[..., None]:
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        seen.layers[number] = seen.picked(output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _attention_hook(seen: _Seen, number: int, num_keys: int) -> Callable[..., None]:
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        if not isinstance(output, tuple) or output[1] is None:
+            raise ConfigError(
+                f"attention: decoder layer {number} ({type(module).__name__}) returns no attention weights"
+            )
+        seen.attention[number] = [_attended(output[1][row], chain, num_keys) for row, chain in enumerate(seen.chains)]
+
+    return hook
+
+
+def _attended(weights_HLK: "torch.Tensor", chain: ChainTokens, num_keys: int) -> AttendedKeys:
+    import torch
+
+    query_P = torch.from_numpy(chain.query_P.astype(np.int64)).to(weights_HLK.device)
+    num_inputs = len(chain.inputs)
+    # Keys past the chain are padding, with weight 0.
+    weights_PHK = weights_HLK[:, query_P, :num_inputs].transpose(0, 1).float()
+    kept = min(num_keys, num_inputs)
+    best = weights_PHK.topk(kept, dim=-1)
+    keys_PHM = torch.where(best.values > 0, best.indices, 0)
+    entropy_PH = -torch.special.xlogy(weights_PHK, weights_PHK).sum(dim=-1)
+    # Relative to the entropy of looking everywhere alike, or late queries would decide alone.
+    relative_PH = entropy_PH / torch.log(query_P.float() + 1).clamp(min=1e-6)[:, None]
+    pad = ((0, 0), (0, 0), (0, num_keys - kept))
+    return AttendedKeys(
+        np.pad(keys_PHM.int().cpu().numpy(), pad),
+        np.pad(best.values.cpu().numpy(), pad),
+        relative_PH.mean(dim=0).cpu().numpy(),
+    )
+
+
+def _decoder_layers(decoder: "nn.Module", num_layers: int) -> Any:
+    from torch import nn
+
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ConfigError(f"{type(decoder).__name__} has no list of {num_layers} decoder layers that is known here")

@@ -1,0 +1,113 @@
+"""Codes of states and attention, and the reader of feature sets."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillroom.cache.feature_codec import VectorCodec, attention_token_bytes, decode_attention, encode_attention
+from stillroom.cache.features import FeatureSet
+from stillroom.errors import CorruptError, DataError
+from stillroom.schema.records import Float32
+from teacher_cache.states.engine import Wanted
+from teacher_cache.states.fitting import fit_codec
+from tests.helpers.caches import make_cache
+from tests.helpers.feature_sets import add_features, expected
+
+
+def states(num: int = 400, width: int = 24, rank: int = 24) -> Float32:
+    """States of low rank with an outlier channel."""
+    rng = np.random.default_rng(0)
+    made = rng.standard_normal((num, rank)) @ rng.standard_normal((rank, width)) + 3
+    made[:, 5] *= 100
+    return made.astype(np.float32)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 1e-4), (4, 4e-2)])
+def test_codes_keep_states_whatever_their_outliers(bits: int, most: float) -> None:
+    x = states()
+    codec, lost_frac = fit_codec(x, bits, None)
+    data = codec.encode(x)
+    assert lost_frac == 0
+    assert len(data) == len(x) * codec.token_bytes == len(x) * (2 + 24 * bits // 8)
+    error_D = np.square(codec.decode(data, len(x)) - x).mean(axis=0) / np.square(x).mean(axis=0)
+    # Channel by channel: the outlier must not cost the others their precision.
+    assert error_D.max() < most
+
+
+def test_a_basis_of_the_true_rank_loses_nothing_but_rounding() -> None:
+    x = states(rank=6)
+    codec, lost_frac = fit_codec(x, 8, 6)
+    assert lost_frac < 1e-9
+    decoded = codec.decode(codec.encode(x), len(x))
+    assert np.square(decoded - x).sum() / np.square(x - x.mean(axis=0)).sum() < 1e-3
+    assert codec.token_bytes == 8
+
+
+def test_a_metric_keeps_the_directions_that_it_weighs() -> None:
+    x, rng = states(), np.random.default_rng(1)
+    directions_KD = rng.standard_normal((3, 24))
+    metric = directions_KD.T @ directions_KD
+    errors = []
+    for one in (None, metric):
+        codec, _ = fit_codec(x, 8, 4, one)
+        errors.append(np.square((codec.decode(codec.encode(x), len(x)) - x) @ directions_KD.T).mean())
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_codes_of_another_length_are_refused() -> None:
+    codec = VectorCodec(8, np.ones(4, np.float32))
+    with pytest.raises(CorruptError, match="11 bytes, 12 expected for 2 positions"):
+        codec.decode(b"x" * 11, 2)
+
+
+@pytest.mark.parametrize("num_context", [40, 70_000])
+def test_attention_sums_to_one_and_keeps_its_keys(num_context: int) -> None:
+    rng = np.random.default_rng(0)
+    weights = -np.sort(-rng.dirichlet(np.full(8, 0.3), (5, 2)), axis=-1)[..., :3].astype(np.float32)
+    keys = rng.integers(0, num_context, (5, 2, 3)).astype(np.int32)
+    data = encode_attention(keys, weights, num_context)
+    assert len(data) == 5 * attention_token_bytes(2, 3, num_context)
+    heads = decode_attention(data, 5, 2, 3, num_context)
+    for h, head in enumerate(heads):
+        assert (head.keys_PM == keys[:, h]).all()
+        np.testing.assert_allclose(head.weights_PM, weights[:, h], atol=6e-3)
+        np.testing.assert_allclose(head.weights_PM.sum(axis=1) + head.rest_P, 1, rtol=1e-6)
+
+
+def test_the_reader_finds_every_chain_by_key(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=30)
+    result = add_features(cache.root)
+    assert (result.num_chains, result.stopped) == (30, None)
+    opened = FeatureSet.open(cache.root)
+    assert (opened.layers, opened.heads[0][0], len(opened.heads), opened.num_keys) == ((1, 2), 2, 2, 3)
+    rows = opened.read([chain.sample_id for chain in cache.chains])
+    made = expected(cache.root, Wanted(True, (1, 2), (2,), 3))
+    assert rows.keys() == made.keys() == set(opened.sample_ids())
+    for sample_id, (chain, true) in made.items():
+        row = rows[sample_id]
+        assert row.chain_id == chain.chain_id
+        assert row.hidden_PD is not None
+        assert true.hidden_PD is not None
+        assert (row.positions_P == np.arange(len(chain.token_ids))).all()
+        np.testing.assert_allclose(row.hidden_PD[:, 1:], true.hidden_PD[:, 1:], atol=0.06)
+        # Half the rank of noise keeps about half of it: enough to tell one token from another.
+        noise = row.layers[2][:, 1:], true.layers[2][:, 1:]
+        assert np.square(noise[0] - noise[1]).mean() < 0.75 * np.square(noise[1]).mean()
+        for layer, head in opened.heads:
+            assert (row.attention[layer, head].keys_PM == true.attention[layer].keys_PHM[:, head]).all()
+    basis = opened.basis(2)
+    assert basis is not None
+    assert opened.basis("hidden") is None
+    sample_id = cache.chains[7].sample_id
+    coefficients = opened.read([sample_id], expand=False)[sample_id].layers[2]
+    np.testing.assert_allclose(coefficients @ basis.vectors_RD + basis.mean_D, rows[sample_id].layers[2], atol=1e-4)
+
+
+def test_a_missing_set_is_named(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=4)
+    with pytest.raises(DataError, match="has no features: `teacher-cache features CONFIG` adds them"):
+        FeatureSet.open(cache.root)
+    add_features(cache.root)
+    with pytest.raises(DataError, match="has no feature set 'other': name one of all_"):
+        FeatureSet.open(cache.root, "other")

@@ -1,0 +1,110 @@
+"""Passes with invented states: exactly once, resumed, in shares, of chosen chains and tokens."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillroom.cache.catalog import Catalog
+from stillroom.cache.features import FeatureSet
+from stillroom.errors import ConfigError
+from teacher_cache.prompts.prompts import WHOLE, WorkerShare
+from teacher_cache.states.engine import Wanted
+from teacher_cache.states.model import wanted_of
+from teacher_cache.states.passes import FeaturesPass
+from teacher_cache.states.plan import plan_units
+from teacher_cache.states.selection import choose, most_uncertain, num_stored
+from teacher_cache.states.sets import set_id_of
+from teacher_cache.writer.commit import read_sample_ids
+from tests.helpers.caches import make_cache
+from tests.helpers.feature_sets import SHAPE, add_features, features_config, teacher_of
+
+
+def stored_ids(root: Path) -> list[str]:
+    table = Catalog(root).features
+    assert table is not None
+    return [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
+
+
+def test_a_second_pass_adds_nothing_and_shares_add_up(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=40)
+    first = add_features(cache.root, WorkerShare(0, 2))
+    second = add_features(cache.root, WorkerShare(1, 2))
+    assert first.num_chains + second.num_chains == 40
+    assert min(first.num_chains, second.num_chains) > 0
+    assert add_features(cache.root).num_done_before == 40
+    assert sorted(stored_ids(cache.root)) == sorted(chain.sample_id for chain in cache.chains)
+
+
+def test_more_chains_continue_a_set_and_other_states_begin_another(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=40).root
+    few = add_features(root, chains={"fraction": 0.4, "where": "split = 'train'"})
+    more = add_features(root)
+    assert 0 < few.num_chains < 30
+    assert (more.set_id, more.num_done_before, more.num_chains) == (few.set_id, few.num_chains, 40 - few.num_chains)
+    other = add_features(root, name="hidden", layers=None, attention=None)
+    assert other.set_id != few.set_id
+    assert other.num_chains == 40
+    # By number: 0.5 of four layers is layer 2.
+    assert add_features(root, layers={"at": [1, 2], "rank": 8}).set_id == few.set_id
+
+
+def test_the_most_uncertain_tokens_are_those_of_the_cache(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=12)
+    add_features(cache.root, tokens={"entropy_frac": 0.2}, calibration={"tokens": 400})
+    rows = FeatureSet.open(cache.root).read([chain.sample_id for chain in cache.chains])
+    for chain in cache.chains:
+        entropy_T, positions_P = chain.signals.entropy_T, rows[chain.sample_id].positions_P
+        assert len(positions_P) == num_stored(len(entropy_T), 0.2) == max(1, int(np.ceil(len(entropy_T) / 5)))
+        others = np.delete(entropy_T, positions_P)
+        assert not len(others) or entropy_T[positions_P].min() >= others.max()
+    assert most_uncertain(np.array([1, 3, 3, 0], np.float32), 0.25).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "problem"),
+    [
+        ({"layers": {"at": [4]}}, r"layers.at: 4 is not a layer from 1 to 3 of the teacher's 4"),
+        ({"attention": {"layers": [1, 0.25]}}, r"attention.layers: two entries mean the same layer \(1, 1\)"),
+        ({"last_hidden": {"rank": 16}}, "last_hidden.rank=16 saves nothing, the teacher's width is 16"),
+        ({"chains": {"where": "num_tokens > 9999"}}, "no chain of synthetic-teacher in .* meets the condition"),
+        ({"max_bytes": 50_000}, r"max_bytes=50000: the set would take \d+ bytes \(.* tokens of .* B and .* of const"),
+        (
+            {"calibration": {"tokens": 1}, "layers": {"at": [1], "rank": 15}, "chains": {"where": "num_tokens < 12"}},
+            r"layer1: a basis of rank 15 cannot be fitted on \d+ tokens: raise calibration.tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, blocks: dict[str, object], problem: str) -> None:
+    root = make_cache(tmp_path / "c", num_chains=10).root
+    with pytest.raises(ConfigError, match=problem):
+        add_features(root, **blocks)
+
+
+def test_another_teacher_is_refused_by_name(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=4).root
+    other = teacher_of(root).model_copy(update={"fingerprint": "0" * 32, "model": "other"})
+    with pytest.raises(ConfigError, match=r"other \(00000000\) wrote no chain of .* teachers are synthetic-teacher"):
+        FeaturesPass(features_config(root), other, SHAPE, WHOLE)
+
+
+@pytest.mark.parametrize("frac", [None, 0.3])
+def test_the_plan_is_within_five_percent_of_what_comes(tmp_path: Path, frac: float | None) -> None:
+    root = make_cache(tmp_path / "c", num_chains=60, max_tokens=400, min_tokens=100).root
+    blocks = {"tokens": {"entropy_frac": frac}} if frac else {}
+    config, catalog, teacher = features_config(root, **blocks), Catalog(root), teacher_of(root)
+    wanted = wanted_of(config, SHAPE)
+    assert wanted == Wanted(True, (1, 2), (2,), 3)
+    units = choose(catalog, config.chains, teacher)
+    planned = plan_units(catalog, config, wanted, SHAPE, set_id_of(config, teacher, wanted), units)
+    assert not (root / "features").exists()
+    result = add_features(root, **blocks)
+    assert result.num_tokens == planned.num_tokens
+    sizes = [one.stat().st_size for name in ("features", "feature_sets") for one in (root / name).rglob("*.[ps]a*")]
+    head = 4 * SHAPE.vocab_size * SHAPE.hidden_size
+    # Not counting the head, which would hide everything else.
+    assert sum(sizes) - head == pytest.approx(planned.total_bytes - head, rel=0.05)
+    again = plan_units(Catalog(root), config, wanted, SHAPE, planned.set_id, units)
+    assert (again.num_left, again.tokens_left) == (0, 0)
+    assert json.loads((root / "feature_sets" / planned.set_id / "manifest.json").read_text())["hidden"]["bits"] == 8
