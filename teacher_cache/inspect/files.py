@@ -9,7 +9,7 @@ from stillroom.cache.catalog import Catalog, Table
 from stillroom.errors import ConfigError
 from stillroom.storage.paths import Location
 
-TABLES = ("chains", "verdicts", "failures")
+TABLES = ("chains", "verdicts", "failures", "features")
 
 
 class _Record(BaseModel):
@@ -37,7 +37,9 @@ def list_files(cache: Location, table: str = "chains", version: int | None = Non
     if table not in TABLES:
         raise ConfigError(f"--table {table} is unknown: choose one of {', '.join(TABLES)}")
     catalog = Catalog(cache)
-    found = {"chains": catalog.chains, "verdicts": catalog.verdicts, "failures": catalog.failures}[table]
+    found = next((one for one in catalog.tables() if one.folder.name == table), None)
+    if found is None:
+        raise ConfigError(f"--table {table}: {cache} has no features (teacher-cache features CONFIG adds them)")
     if version is not None:
         found = Table(found.folder, version)
     files = [

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from stillroom.cache.catalog import HASH_CHARS, SHARD_NAME, Catalog, DataFile, Table
 from stillroom.cache.codec import encode
 from stillroom.cache.delta_log import log_problems
+from stillroom.cache.features import SETS_FOLDER, read_sets
 from stillroom.cache.shards import open_shard, read_signals
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.log import Progress, format_bytes, format_plural, warn
@@ -28,15 +29,24 @@ from stillroom.program import StopRequest
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, chain_schema
-from stillroom.storage.paths import Location, atomic_path, check_reachable, local_copy, parts_of
+from stillroom.storage.paths import (
+    Location,
+    atomic_path,
+    check_reachable,
+    files_below,
+    local_copy,
+    parts_of,
+    relative_name,
+)
 from teacher_cache.judging import commit_verdict_file, verdict_temp
+from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import lost_commits
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, worker_lock
 from teacher_cache.writer.shard import parquet_options
 
 COPIER = "copied"
 """Takes the worker's place in the names of copied files; rows keep their own worker."""
-CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine"}
+CACHE_FOLDERS = {"chains", "verdicts", "failures", "runs", "vocab", "receipts", "quarantine", "features", SETS_FOLDER}
 
 
 @dataclass(slots=True)
@@ -48,6 +58,7 @@ class CopyReport:
     num_known: int = 0
     num_verdicts: int = 0
     num_failures: int = 0
+    num_features: int = 0
     size_bytes: int = 0
     stopped: bool = False
 
@@ -72,7 +83,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
     report, total = CopyReport(), sum(file.num_rows for source in catalogs for file in source.chains.files())
     _warn_of_space(catalogs, target)
     with contextlib.ExitStack() as stack:
-        for run_id in sorted({run_id for source in catalogs for run_id in source.runs()}):
+        for run_id in sorted({one for source in catalogs for one in (*source.runs(), *read_sets(source.root))}):
             # One copy per run and destination: two would publish under the same worker's name.
             stack.enter_context(worker_lock(lock_path(dest, run_id, COPIER), 0.0))
         stop = stack.enter_context(StopRequest())
@@ -95,6 +106,7 @@ def copy_lines(report: CopyReport, dest: Location) -> list[str]:
         format_bytes(report.size_bytes),
         format_plural(report.num_verdicts, "verdict"),
         format_plural(report.num_failures, "failure"),
+        *([f"features of {format_plural(report.num_features, 'chain')}"] if report.num_features else []),
     ]
     return [f"{dest}: {', '.join(counts)}{known}"]
 
@@ -110,7 +122,7 @@ def _require_apart(sources: Sequence[Location], dest: Location) -> None:
 
 def _open_source(root: Location) -> Catalog:
     catalog = Catalog(root)
-    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+    for table in catalog.tables():
         problems = log_problems(table.folder / "_delta_log") or lost_commits(table)
         if problems:
             raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: a copy would lack chains")
@@ -141,6 +153,15 @@ def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
                     f"run {run_id} of {catalog.root} and of {root} differ in {different[0]}: build one of them again "
                     "under another run name"
                 )
+    constants: dict[str, tuple[Location, str]] = {}
+    for catalog in catalogs:
+        for set_id, manifest in read_sets(catalog.root).items():
+            root, name = constants.setdefault(set_id, (catalog.root, manifest.constants))
+            if name != manifest.constants:
+                raise ConfigError(
+                    f"feature set {set_id} of {catalog.root} and of {root} was fitted twice, with other scales: drop "
+                    "one of them (gc --drop-run) and run its pass again after the copy"
+                )
 
 
 def _meaning(run: RunManifest) -> dict[str, object]:
@@ -157,7 +178,13 @@ def _meaning(run: RunManifest) -> dict[str, object]:
 
 
 def _warn_of_space(sources: Sequence[Catalog], target: Catalog) -> None:
-    size_bytes = sum(file.size_bytes for source in sources for file in source.chains.files())
+    size_bytes = sum(
+        file.size_bytes
+        for source in sources
+        for table in (source.chains, source.features)
+        if table is not None
+        for file in table.files()
+    )
     if not isinstance(target.root, Path):
         return
     free_bytes = shutil.disk_usage(target.root).free
@@ -174,6 +201,11 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
         if not (target.root / "vocab" / path.name).exists():
             with atomic_path(target.root / "vocab" / path.name) as temp, local_copy(path) as local:
                 shutil.copyfile(local, temp)
+    # Manifests last: a set without one does not exist yet.
+    for path in sorted(files_below(source.root / SETS_FOLDER), key=lambda one: one.name == "manifest.json"):
+        if not path.name.startswith(".") and not (copied := target.root / relative_name(path, source.root)).exists():
+            with atomic_path(copied) as temp, local_copy(path) as local:
+                shutil.copyfile(local, temp)
     known = target.runs()
     for run_id, run in source.runs().items():
         if run_id not in known:
@@ -186,14 +218,22 @@ def _copy_one(source: Catalog, target: Catalog, report: CopyReport, *, rounded: 
     yield
     yield from _copy_rows(source.failures, target.failures, report, rounded=False)
     yield from _copy_rows(source.chains, target.chains, report, rounded=rounded)
+    if source.features is not None and source.features.files():
+        yield from _copy_rows(source.features, target.create_features(), report, rounded=False)
+        # Of a sample that both had, the destination keeps its own chain, which may have other tokens.
+        for dropped in drop_chainless(target).values():
+            report.num_features -= dropped
 
 
 def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: bool) -> Iterator[None]:
-    visible = VisibleSamples(target)
     committers: dict[str, Committer] = {}
-    is_chains = target.folder.name == "chains"
+    of_run: dict[str | None, VisibleSamples] = {}
+    kind = target.folder.name
     for file in source.files():
         run_id = _run_of(file)
+        # A sample has features once per set.
+        within = run_id if kind == "features" else None
+        visible = of_run.setdefault(within, VisibleSamples(target, within))
         if run_id not in committers:
             # First adopt what an interrupted copy had published, so that it is not copied again.
             committers[run_id] = Committer(target, visible, run_id, COPIER)
@@ -211,10 +251,13 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
                 temp = _round(temp, committers[run_id].temp_path())
             size_bytes = temp.stat().st_size
             num_fresh = committers[run_id].commit(temp, sample_ids)
-        if is_chains:
+        if kind == "chains":
             report.num_shards += bool(num_fresh)
             report.num_chains += num_fresh
             report.num_known += file.num_rows - num_fresh
+            report.size_bytes += size_bytes if num_fresh else 0
+        elif kind == "features":
+            report.num_features += num_fresh
             report.size_bytes += size_bytes if num_fresh else 0
         else:
             report.num_failures += num_fresh

@@ -1,6 +1,6 @@
 """`teacher-cache gc`: adopts or deletes what crashes left behind, and removes whole runs on request.
 
-    adopted    complete shards that were never registered: their rows become visible
+    adopted    complete files that were never registered: their rows become visible
     swept      unfinished files, and files that are damaged or whose rows are all visible elsewhere: no row is lost
     removed    files that only older versions use (dropped runs, quarantined shards); deleted only on request
     kept       files of running workers, files younger than the grace period, files of other programs
@@ -17,15 +17,17 @@ from pathlib import Path
 
 from stillroom.cache.catalog import SHARD_NAME, Catalog, DataFile, Table
 from stillroom.cache.delta_log import Span, file_history, merged_ranges
+from stillroom.cache.features import SETS_FOLDER, read_sets, set_folder
 from stillroom.config import nearest_name
 from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, one_line
 from stillroom.log import format_bytes, format_plural
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, files_below, matching, relative_name
+from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
 
 TEMP_NAME = re.compile(rf"^\.(?P<worker>[A-Za-z0-9_.]+)-\d+\.[0-9a-f]+{re.escape(TEMP_SUFFIX)}$")
-COMPANION_FOLDERS = ("runs", "vocab", "receipts", "quarantine")
+COMPANION_FOLDERS = ("runs", "vocab", "receipts", "quarantine", SETS_FOLDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Dropped:
     num_shards: int
     num_chains: int
     size_bytes: int
+    num_features: int = 0
 
 
 @dataclass(slots=True)
@@ -73,7 +76,7 @@ def gc_cache(
 ) -> GcReport:
     """Cleans the cache at `root`; files younger than `grace_s` seconds are kept.
 
-    `drop_runs` names runs (by name or id) whose shards, failures and verdicts leave the latest version. Their files
+    `drop_runs` names runs or feature sets (by name or id) whose files leave the latest version. Their files
     stay for older versions until `delete_removed`, which deletes whatever the latest version does not use.
     Raises CorruptError if a log is damaged, ConfigError for an unknown run, CacheConflict for a running one, DataError
     if the cache cannot be written.
@@ -81,7 +84,7 @@ def gc_cache(
     report = GcReport(dry_run)
     try:
         catalog = Catalog(root)
-        tables = (catalog.chains, catalog.verdicts, catalog.failures)
+        tables = catalog.tables()
         for table in tables:
             if problems := lost_commits(table):
                 raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is deleted from a damaged cache")
@@ -97,6 +100,8 @@ def gc_cache(
         for table in tables:
             collector.clean_table(table)
         collector.sweep_companions(root)
+        if delete_removed:
+            collector.delete_unused_sets(catalog)
     except OSError as error:
         raise DataError(f"{root} cannot be written: {one_line(error)}") from error
     return report
@@ -108,7 +113,8 @@ def gc_lines(report: GcReport) -> list[str]:
     for one in report.dropped:
         lines.append(
             f"dropped  run {one.run_id}: {format_plural(one.num_shards, 'shard')}, "
-            f"{format_plural(one.num_chains, 'chain')}, {format_bytes(one.size_bytes)} leave the latest version; "
+            f"{format_plural(one.num_chains, 'chain')}, {format_plural(one.num_features, 'row')} of features, "
+            f"{format_bytes(one.size_bytes)} leave the latest version; "
             "running its build again would regenerate them"
         )
     if report.num_adopted or report.adoptable:
@@ -135,12 +141,14 @@ def gc_lines(report: GcReport) -> list[str]:
 
 
 def _runs_named(catalog: Catalog, names: Sequence[str]) -> list[str]:
-    runs = catalog.runs()
+    runs = {run_id: run.name for run_id, run in catalog.runs().items()}
+    if names:
+        runs |= {set_id: one.name for set_id, one in read_sets(catalog.root).items()}
     found: list[str] = []
     for name in names:
-        ids = [run_id for run_id, run in runs.items() if name in (run_id, run.name)]
+        ids = [run_id for run_id, own_name in runs.items() if name in (run_id, own_name)]
         if not ids:
-            known = sorted({run.name for run in runs.values()} | set(runs))
+            known = sorted({*runs.values(), *runs})
             raise ConfigError(f"--drop-run {name!r}: {catalog.root} has no such run{nearest_name(name, known)}")
         found += ids
     return list(dict.fromkeys(found))
@@ -158,12 +166,17 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
                 # Held until the run has left all tables: a worker that starts in between would add shards to it.
                 locks.enter_context(worker_lock(path, 0.0))
         chains = [file for file in catalog.chains.files() if is_of_run(file)]
+        features = [] if catalog.features is None else [file for file in catalog.features.files() if is_of_run(file)]
         others = [file for t in (catalog.verdicts, catalog.failures) for file in t.files() if is_of_run(file)]
         if not dry_run:
-            for table in (catalog.chains, catalog.verdicts, catalog.failures):
+            for table in catalog.tables():
                 remove_files(table, is_of_run)
-    size_bytes = sum(file.size_bytes for file in [*chains, *others])
-    return Dropped(run_id, len(chains), sum(file.num_rows for file in chains), size_bytes)
+        num_features = sum(file.num_rows for file in features)
+        if chains:
+            # Features of chains that are gone: a later build may generate other tokens for the same samples.
+            num_features += sum(drop_chainless(catalog, dry_run=dry_run, without_run=run_id).values())
+    size_bytes = sum(file.size_bytes for file in [*chains, *features, *others])
+    return Dropped(run_id, len(chains), sum(file.num_rows for file in chains), size_bytes, num_features)
 
 
 class _Collector:
@@ -177,12 +190,14 @@ class _Collector:
         history = file_history(table.folder / "_delta_log")
         orphans = find_orphans(table, history)
         self._clean_removed(table, history, [one for one in orphans if one.kind == "removed"])
-        # Read once, when the first file is adopted.
-        visible = VisibleSamples(table)
+        # Read once, when the first file is adopted; a sample has features once per set.
+        by_set: dict[str, VisibleSamples] = {}
         for (run_id, worker), group in _by_worker([one for one in orphans if one.kind != "removed"]).items():
             if worker is None:
                 self._keep(group, "not written by this program")
             else:
+                within = run_id if table.folder.name == "features" else None
+                visible = by_set.setdefault(within or "", VisibleSamples(table, within))
                 self._clean_worker(Committer(table, visible, run_id, worker), table, run_id, worker, group)
 
     def sweep_companions(self, root: Location) -> None:
@@ -196,6 +211,28 @@ class _Collector:
                         self._keep([one], "younger than the grace period")
                     else:
                         self._sweep(root, one, "was never finished")
+
+    def delete_unused_sets(self, catalog: Catalog) -> None:
+        """Constants of feature sets of which no file is left, and heads that no set names any more."""
+        sets = read_sets(catalog.root)
+        unused = {one for one in sets if not matching(catalog.root / "features" / one, "*.parquet")}
+        for set_id in sorted(unused):
+            # Of a set that is being fitted there is no manifest yet, and of one at work there may be no file.
+            if any(map(is_locked, matching(catalog.root / "runs", f"{set_id}.*.lock"))):
+                continue
+            # The manifest first: without it the rest is no set.
+            for path in reversed(matching(set_folder(catalog.root, set_id), "*")):
+                self._delete(catalog.root, path, "its feature set has no file")
+            del sets[set_id]
+        named = {one.head.file for one in sets.values() if one.head is not None}
+        for path in matching(catalog.root / SETS_FOLDER, "head-*.safetensors"):
+            if path.name not in named:
+                self._delete(catalog.root, path, "no feature set uses it")
+
+    def _delete(self, root: Location, path: Location, why: str) -> None:
+        self._report.deleted.append(Item(relative_name(path, root), path.stat().st_size, why))
+        if not self._report.dry_run:
+            path.unlink(missing_ok=True)
 
     def _clean_removed(self, table: Table, history: dict[str, list[Span]], removed: Sequence[OrphanFile]) -> None:
         root, report = table.folder.parent, self._report

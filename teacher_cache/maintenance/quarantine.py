@@ -22,6 +22,7 @@ from stillroom.errors import CorruptError, DataError
 from stillroom.log import format_plural
 from stillroom.schema.manifest import RunManifest
 from stillroom.storage.paths import Location, write_text_atomic
+from teacher_cache.maintenance.feature_checks import drop_chainless, keep_features
 from teacher_cache.maintenance.shard_checks import Damage
 from teacher_cache.maintenance.verify import VerifyReport, summary_of, verify_cache
 from teacher_cache.writer.commit import (
@@ -56,6 +57,10 @@ def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantin
     """
     catalog.chains.refresh()
     quarantined = [_quarantine(catalog, damage) for damage in report.damages]
+    if any(damage.table == "chains" for damage in report.damages):
+        # The next build may generate other tokens for these samples.
+        for file, num_rows in drop_chainless(catalog).items():
+            quarantined.append(Quarantined(file, num_rows, 0, ("rows whose chains were quarantined",)))
     names = {one.file for one in quarantined}
     report.problems = [problem for problem in report.problems if problem.file not in names]
     report.damages = []
@@ -96,6 +101,8 @@ def quarantine_lines(quarantined: Sequence[Quarantined], root: Location) -> list
     if lost["verdicts"]:
         makes = "restores it" if lost["verdicts"] == 1 else "restores them"
         lines.append(f"{_gone(lost['verdicts'], 'verdict')}: teacher-cache judge {root} {makes}")
+    if lost["features"]:
+        lines.append(f"features of {format_plural(lost['features'], 'chain')} are gone until their pass runs again")
     if lost["failures"]:
         lines.append(f"{_gone(lost['failures'], 'failure')}: the build tries those samples again")
     if quarantined:
@@ -104,7 +111,7 @@ def quarantine_lines(quarantined: Sequence[Quarantined], root: Location) -> list
 
 
 def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
-    table = {"chains": catalog.chains, "verdicts": catalog.verdicts, "failures": catalog.failures}[damage.table]
+    table = next(one for one in catalog.tables() if one.folder.name == damage.table)
     note = catalog.root / "quarantine" / damage.table / f"{damage.file.path}.json"
     name = f"{damage.table}/{damage.file.path}"
     problems = list(damage.problems) or [f"{len(damage.repeated)} samples are also visible in other files"]
@@ -118,7 +125,10 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     # The note comes first: a file must never leave its table unexplained.
     write_text_atomic(note, json.dumps(content, indent=2) + "\n")
     num_kept = _keep_sound_rows(catalog, damage) if damage.table == "chains" and damage.good_groups else 0
-    if not num_kept:
+    if damage.table == "features":
+        groups = frozenset(damage.good_groups)
+        num_kept = keep_features(catalog, table, damage.file, _all_rows if groups else None, groups)
+    elif not num_kept:
         remove_files(table, lambda file: file.path == damage.file.path)
     write_text_atomic(note, json.dumps({**content, "num_kept": num_kept}, indent=2) + "\n")
     return Quarantined(name, damage.file.num_rows, num_kept, tuple(problems))
@@ -175,6 +185,10 @@ def _header_is_right(table: Table, damage: Damage, manifest: RunManifest | None)
         and header.tokenizer_fingerprint == teacher.tokenizer_fingerprint
         and header.template_fingerprint == teacher.template_fingerprint
     )
+
+
+def _all_rows(rows: pa.Table) -> list[bool]:
+    return [True] * rows.num_rows
 
 
 def _gone(number: int, noun: str) -> str:

@@ -1,8 +1,9 @@
 """`teacher-cache verify`: checks that a cache holds what was written into it and that its rows make sense.
 
-    logs       all entries of the three Delta logs exist and are readable; commit markers prove the newest
+    logs       all entries of the Delta logs exist and are readable; commit markers prove the newest
     files      every registered file exists with its size, and its SHA-256 is the one in its name
     shards     header, page checksums, decoding of all row groups, row counts, checks of every row (shard_checks)
+    features   files, sets, and that every row's chain is visible with the same tokens (feature_checks)
     cache      sample ids are unique; every shard has its run's manifest and its tokenizer's vocabulary; manifests
                agree with their run ids and shards
 
@@ -30,6 +31,7 @@ from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
 from stillroom.storage.paths import Location, check_reachable, matching, open_parquet, require_cache
+from teacher_cache.maintenance.feature_checks import verify_features, verify_sets, visible_chains
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.maintenance.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
 
@@ -56,6 +58,8 @@ class VerifyReport:
     num_chains: int = 0
     num_tokens: int = 0
     size_bytes: int = 0
+    num_feature_files: int = 0
+    feature_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     orphans: list[OrphanFile] = field(default_factory=list)
@@ -72,7 +76,8 @@ def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport
     check_reachable(root)
     require_cache(root)
     report = VerifyReport()
-    for name in TABLES:
+    has_features = (root / "features" / "_delta_log").is_dir()
+    for name in (*TABLES, *(["features"] if has_features else [])):
         log = root / name / "_delta_log"
         problems = log_problems(log) or broken_entries(log)
         report.problems += [Problem(f"{name}/_delta_log", text) for text in problems]
@@ -91,7 +96,8 @@ def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport
         for problem, damage in _verify_small(table, schema):
             report.problems.append(problem)
             report.damages += [damage] if damage is not None else []
-    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+    _verify_features(catalog, report)
+    for table in catalog.tables():
         _verify_log(table, report)
     return report
 
@@ -104,7 +110,24 @@ def summary_of(report: VerifyReport) -> str:
     for noun, items in (("orphan", report.orphans), ("superseded file", report.removed)):
         if items:
             state += f", {format_plural(len(items), noun)} ({format_bytes(sum(one.size_bytes for one in items))})"
+    if report.num_feature_files:
+        found += (
+            f", {format_plural(report.num_feature_files, 'file')} of features ({format_bytes(report.feature_bytes)})"
+        )
     return f"{format_plural(report.num_shards, 'shard')}, {found}: {state}"
+
+
+def _verify_features(catalog: Catalog, report: VerifyReport) -> None:
+    if catalog.features is None:
+        return
+    files = catalog.features.files()
+    report.num_feature_files, report.feature_bytes = len(files), sum(file.size_bytes for file in files)
+    # Damaged chains would accuse sound features.
+    chains = None if any(one.file.startswith("chains/") for one in report.problems) else visible_chains(catalog)
+    report.problems += [Problem(file, problem) for file, problem in verify_sets(catalog)]
+    for name, problems, damage in verify_features(catalog, chains):
+        report.problems += [Problem(name, problem) for problem in problems]
+        report.damages += [] if damage is None else [damage]
 
 
 def _verify_log(table: Table, report: VerifyReport) -> None:
