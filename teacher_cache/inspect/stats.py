@@ -4,6 +4,7 @@ In: a cache. Out: counts, bytes and shares, by source, split and run. Reads scal
 sample of the chains, if there are many tokens), never a distribution.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,14 @@ class Counts(_Record):
     loop_frac: float | None = Field(description="share of chains that mostly repeat themselves (repeated_frac > 0.5)")
 
 
+class FeatureCounts(_Record):
+    """Of one feature set. `size_bytes` are those of its files, without scales, bases and head."""
+
+    num_chains: int
+    num_tokens: int = Field(description="completion tokens with features")
+    size_bytes: int
+
+
 class CacheStats(Counts):
     """A whole cache. `bytes_per_token`: bytes of the shard files over the completion tokens in them."""
 
@@ -76,6 +85,7 @@ class CacheStats(Counts):
     signal_bytes_per_token: float | None
     num_failed: int = Field(description="samples that failed and have not succeeded since")
     failures: dict[str, int] = Field(description="the same by reason")
+    features: dict[str, FeatureCounts] = Field(description="by feature set")
     by_source: dict[str, Counts]
     by_split: dict[str, Counts]
     by_run: dict[str, Counts]
@@ -116,6 +126,7 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
         signal_bytes_per_token=signals["bytes"] / num_tokens if num_tokens else None,
         num_failed=sum(row["num"] for row in failures),
         failures={row["reason"]: row["num"] for row in failures},
+        features=_features(session, catalog),
         by_source=_grouped(session, "source", loops),
         by_split=_grouped(session, "split", loops),
         by_run=_grouped(session, "run_id", loops),
@@ -147,12 +158,28 @@ def stats_text(stats: CacheStats) -> str:
     lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
     reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
     lines.append(f"{stats.num_failed:,} failed" + (f": {reasons}" if reasons else ""))
+    for name, counts in stats.features.items():
+        size = format_bytes(counts.size_bytes)
+        per_token = counts.size_bytes / max(counts.num_tokens, 1)
+        chains = format_plural(counts.num_chains, "chain")
+        lines.append(f"features {name}: {chains}, {counts.num_tokens:,} tokens, {size} ({per_token:.1f} B/token)")
     lines.append(
         f"versions: chains {stats.chains_version}, verdicts {stats.verdicts_version}, failures {stats.failures_version}"
     )
     for title, groups in (("source", stats.by_source), ("split", stats.by_split), ("run", stats.by_run)):
         lines += ["", *_aligned(title, groups)]
     return "\n".join(lines) + "\n"
+
+
+def _features(session: Session, catalog: Catalog) -> dict[str, FeatureCounts]:
+    rows = session.arrow(
+        "SELECT set_id, count(*) AS num_chains, sum(num_stored)::BIGINT AS num_tokens FROM features"
+        " GROUP BY set_id ORDER BY set_id"
+    ).to_pylist()
+    sizes: Counter[str] = Counter()
+    for file in catalog.features.files() if catalog.features is not None else []:
+        sizes[file.path.partition("/")[0]] += file.size_bytes
+    return {set_id: FeatureCounts(size_bytes=sizes[set_id], **row) for row in rows if (set_id := row.pop("set_id"))}
 
 
 def _loops(session: Session, num_tokens: int) -> list[dict[str, Any]]:

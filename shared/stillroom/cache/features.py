@@ -24,7 +24,6 @@ from stillroom.cache.feature_codec import (
     Attention,
     Basis,
     VectorCodec,
-    attention_token_bytes,
     decode_attention,
 )
 from stillroom.cache.shards import read_row_group
@@ -319,12 +318,9 @@ def stored_vectors(manifest: SetManifest) -> list[StoredVectors]:
     return [*([manifest.hidden] if manifest.hidden is not None else []), *manifest.layers]
 
 
-def payload_token_bytes(manifest: SetManifest, num_context: int) -> int:
-    """Bytes of one stored position of a chain with so many tokens."""
-    size = sum(vector_token_bytes(manifest.hidden_size, one.rank, one.bits) for one in stored_vectors(manifest))
-    if manifest.attention is not None:
-        size += attention_token_bytes(len(manifest.attention.heads), manifest.attention.num_keys, num_context)
-    return size
+def vectors_token_bytes(manifest: SetManifest) -> int:
+    """Bytes of all states of one stored position."""
+    return sum(vector_token_bytes(manifest.hidden_size, one.rank, one.bits) for one in stored_vectors(manifest))
 
 
 def vector_token_bytes(hidden_size: int, rank: int | None, bits: int) -> int:

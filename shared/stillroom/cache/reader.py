@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.codec import decode, signal_columns
+from stillroom.cache.features import FeatureSet
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import DataError, StillroomError
 from stillroom.schema.manifest import ShardHeader
@@ -201,6 +202,10 @@ class Cache:
                     header=group.header,
                     piece_of=pieces,
                 )
+
+    def features(self, set_id: str | None = None, version: int | None = None) -> FeatureSet:
+        """A feature set of the cache, by id or name; None is the only one. Raises DataError if there is none."""
+        return FeatureSet.open(self.catalog, set_id, version)
 
     def row_groups(self, columns: Sequence[str] = ("sample_id",), where: str | None = None) -> Iterator[RowGroup]:
         """Distributions in bulk: each row group with a match, its matching rows decoded at once.

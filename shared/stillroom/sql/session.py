@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import pyarrow as pa
 
 from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
+from stillroom.cache.features import read_sets, vectors_token_bytes
 from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.schema.features import SetManifest
 from stillroom.schema.manifest import RunManifest
 from stillroom.sql.statements import prepare, query_error, require_select
 from stillroom.sql.user_files import create_tables
@@ -188,6 +190,7 @@ def visible_files(catalog: Catalog) -> CacheFiles:
         verdicts=visible(catalog.verdicts),
         failures=visible(catalog.failures),
         vocab=[str(path.absolute()) for path in catalog.vocab_paths()],
+        features=[] if catalog.features is None else visible(catalog.features),
         codecs={run_id: ", ".join(sorted(names)) for run_id, names in codecs.items()},
     )
 
@@ -200,7 +203,7 @@ def require_sound(catalog: Catalog) -> None:
     if not isinstance(catalog.root, Path):
         return
     remedy = f"teacher-cache verify {catalog.root} --quarantine"
-    for table in (catalog.chains, catalog.verdicts, catalog.failures):
+    for table in catalog.tables():
         for file in table.files():
             path = table.path_of(file)
             if not path.exists():
@@ -285,7 +288,7 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog], files: Mapping
             _register_stores(connection, catalogs)
             for name, catalog in catalogs.items():
                 visible = visible_files(catalog)
-                _create_views(connection, name, visible, catalog.runs())
+                _create_views(connection, name, visible, catalog)
                 paths.extend(visible.paths())
             paths.extend(create_tables(connection, files))
     except duckdb.Error as error:
@@ -304,9 +307,7 @@ def _register_stores(connection: "duckdb.DuckDBPyConnection", catalogs: Mapping[
     return schemes
 
 
-def _create_views(
-    connection: "duckdb.DuckDBPyConnection", schema: str, files: CacheFiles, runs: Mapping[str, RunManifest]
-) -> None:
+def _create_views(connection: "duckdb.DuckDBPyConnection", schema: str, files: CacheFiles, catalog: Catalog) -> None:
     if schema != "main":
         if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES or schema.endswith("_internal"):
             raise ConfigError(f"cache name {schema!r} is not a free SQL name: use letters, digits and underscores")
@@ -314,7 +315,8 @@ def _create_views(
     internal = "internal" if schema == "main" else f"{schema}_internal"
     connection.execute(f'CREATE SCHEMA "{internal}"')
     connection.execute(f'USE "{schema}"')
-    _create_runs(connection, runs, files.codecs)
+    _create_runs(connection, catalog.runs(), files.codecs)
+    _create_feature_sets(connection, read_sets(catalog.root) if files.features else {})
     for statement in view_statements(files, internal):
         connection.execute(statement)
     connection.execute("USE main")
@@ -330,6 +332,24 @@ def _create_runs(
     )
     for row in run_rows(runs, codecs):
         connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
+
+
+def _create_feature_sets(connection: "duckdb.DuckDBPyConnection", sets: Mapping[str, SetManifest]) -> None:
+    connection.execute(
+        "CREATE TABLE feature_sets (set_id VARCHAR, name VARCHAR, created_at TIMESTAMPTZ, teacher VARCHAR,"
+        " teacher_fingerprint VARCHAR, hidden BOOLEAN, layers INTEGER[], num_heads INTEGER, num_keys INTEGER,"
+        " entropy_frac FLOAT, vector_bytes_per_token INTEGER, logprob_error FLOAT, stored JSON)"
+    )
+    for one in sets.values():
+        attention = one.attention
+        row = [
+            *(one.set_id, one.name, one.created_at, one.teacher.model, one.teacher.fingerprint),
+            *(one.hidden is not None, [stored.layer for stored in one.layers]),
+            *((0, 0) if attention is None else (len(attention.heads), attention.num_keys)),
+            *(one.entropy_frac, vectors_token_bytes(one), one.logprob_error),
+            json.dumps(one.model_dump(mode="json", include={"hidden", "layers", "attention"}), sort_keys=True),
+        ]
+        connection.execute(f"INSERT INTO feature_sets VALUES ({', '.join('?' * len(row))})", row)
 
 
 def _limit(connection: "duckdb.DuckDBPyConnection", num_threads: int | None, memory: str | None) -> None:

@@ -4,6 +4,7 @@ chains      one row per chain: readable columns and its latest verdict
 prompts     one row per prompt: samples, pass rate, mean length
 tokens      one row per completion token: piece, log probability, rank, entropy, top-1 probability, tail mass, part
 topk        one row per stored candidate: rank, piece, probability, weight; draws from the tail have no rank
+features    one row per chain and feature set: tokens with features, bytes; feature_sets says what a set holds
 verdicts    the latest verdict of each judge; failures, runs, vocab as stored
 storage     one row per column of a shard: bytes in Parquet
 shards      the rows of `chains` as stored: token ids, codes
@@ -20,9 +21,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from stillroom.cache.columns import LOGPROB_RANGE_NATS, MAX_CODE
+from stillroom.cache.feature_codec import SHORT_CONTEXT
+from stillroom.schema.features import FEATURE_SCHEMA, PAYLOADS
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, table_schema
 
-VIEWS = ("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "storage", "shards")
+VIEWS = (
+    *("chains", "prompts", "tokens", "topk", "verdicts", "failures", "runs", "vocab", "features", "feature_sets"),
+    *("storage", "shards"),
+)
 """Views for users, in the order of the documentation."""
 
 SQL_TYPES = {
@@ -47,14 +53,18 @@ class CacheFiles:
     verdicts: Sequence[str]
     failures: Sequence[str]
     vocab: Sequence[str]
+    features: Sequence[str]
     codecs: Mapping[str, str]
     """Codecs of each run's shards, by run id."""
 
     def paths(self) -> Iterator[str]:
         """Every file."""
-        for group in (*self.chains.values(), self.verdicts, self.failures, self.vocab):
+        for group in (*self.chains.values(), self.verdicts, self.failures, self.vocab, self.features):
             yield from group
 
+
+_KEYED = pa.schema([field for field in FEATURE_SCHEMA if field.name not in PAYLOADS])
+"""What SQL shows of features: who and where, not the codes."""
 
 # In shards of version 1 draw_n is NULL, and so is its sum: ELSE applies.
 ENTRY_N = "CASE WHEN list_sum(draw_n) > 0 THEN list_transform(topk_n, lambda n, i: n + draw_n[i]) ELSE topk_n END"
@@ -97,6 +107,13 @@ def view_statements(files: CacheFiles, internal: str) -> list[str]:
         rf"""CREATE VIEW vocab AS SELECT token_id, piece, is_special,
              regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
            FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
+        # Payloads have known sizes, so that nobody need read them to add up bytes.
+        rf"""CREATE VIEW features AS SELECT f.sample_id, f.chain_id, s.name AS feature_set, f.set_id,
+             len(f.positions)::INTEGER AS num_stored, f.num_context, len(f.positions) * (s.vector_bytes_per_token
+               + s.num_heads * (s.num_keys * CASE WHEN f.num_context > {SHORT_CONTEXT} THEN 5 ELSE 3 END + 1)) AS bytes,
+             f.positions
+           FROM (SELECT *, regexp_extract(filename, '([^/\\]+)[/\\][^/\\]+$', 1) AS set_id
+             FROM ({_select(_KEYED, files.features, ("filename",))})) f JOIN feature_sets s USING (set_id)""",
         # arg_max_null, because arg_max skips NULL: an undecided latest verdict would show an older decision.
         f"""CREATE VIEW verdicts AS SELECT sample_id, judge, max(judged_at) AS judged_at,
              arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
