@@ -1,14 +1,15 @@
 """Kills builders at random until it has killed enough, lets the last ones finish, and counts what is there.
 
-    python -m benchmarks.crash [--kills N] [--workers W] [--seed S] [--json]
+    python -m benchmarks.crash [--features] [--kills N] [--workers W] [--seed S] [--json]
 
 Real processes build one cache with a fake engine: everything but the model is real. Each round starts W of them at
 once, every third round with one that has all prompts, so that shares overlap, and kills each with SIGKILL at a random
 moment: while it starts, generates, encodes, renames or commits. Beside them `gc` without any grace adopts and sweeps,
 and is killed like the others. Then W workers finish, and one more looks after them.
 `lost` are expected rows that are not visible, `duplicated` visible rows beyond the first of their sample, `orphans`
-files that no log names. Exit code 1 unless nothing is lost, nothing is duplicated and `verify` finds no fault. The
-last line is one JSON object; with --json it is the only one.
+files that no log names. With --features the cache is built in peace, and what is killed are passes that store
+invented states of its chains. Exit code 1 unless nothing is lost, nothing is duplicated and `verify` finds no fault.
+The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from stillroom.errors import StillroomError
 from stillroom.log import note
 from teacher_cache.engine.api import Request
 from teacher_cache.maintenance.gc import gc_cache
+from teacher_cache.prompts.prompts import WorkerShare
 from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
+from tests.helpers.feature_sets import add_features
 
 ROWS_A_KILL = 60
 """Prompts that each round adds: more than it gets done, so that a kill never meets an idle process."""
@@ -66,12 +69,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--features", action="store_true", help="kill passes of `teacher-cache features` instead")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     options = parser.parse_args()
     if options.kills < 1 or options.workers < 1:
         parser.error("--kills and --workers must be at least 1")
     with tempfile.TemporaryDirectory(prefix="stillroom-crash-") as folder:
-        result = crash(Path(folder) / "cache", options.kills, options.workers, options.seed, quiet=options.json)
+        kill = crash_features if options.features else crash
+        result = kill(Path(folder) / "cache", options.kills, options.workers, options.seed, quiet=options.json)
     print(json.dumps(asdict(result)))
     sys.exit(0 if result.is_good else 1)
 
@@ -90,15 +95,36 @@ def crash(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bo
         processes = [_start(cache, requests, *share) for share in shares]
         sweeper = _fork(_sweep, cache)
         killed += _kill_all(processes, rng, num_kills - killed)
-        sweeper.kill()
-        sweeper.join()
-        if sweeper.exitcode != -signal.SIGKILL:
-            raise RuntimeError(f"gc beside builders ended by itself, with {sweeper.exitcode}")
+        _end_sweeper(sweeper)
         if not quiet and rounds % 10 == 0:
             note(f"{killed}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
     for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
         _finish([_start(cache, requests, *share) for share in shares])
     return _count(cache, requests, killed, num_workers, time.monotonic() - started_s)
+
+
+def crash_features(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
+    """Stores features of a finished cache against all odds. Forks, as `crash` does."""
+    rng = random.Random(seed)
+    started_s = time.monotonic()
+    requests = make_requests((num_kills + num_workers) * ROWS_A_KILL)
+    # In a process of its own: this one must not have opened the cache before it forks.
+    _finish([_fork(_work, cache, requests, 0, 1, 0.0)])
+    killed = rounds = 0
+    while killed < num_kills:
+        rounds += 1
+        shares = [(index, num_workers) for index in range(num_workers)]
+        if rounds % 3 == 0:
+            shares[-1] = (0, 1)
+        processes = [_fork(_add_features, cache, *share) for share in shares]
+        sweeper = _fork(_sweep, cache)
+        killed += _kill_all(processes, rng, num_kills - killed)
+        _end_sweeper(sweeper)
+        if not quiet and rounds % 10 == 0:
+            note(f"{killed}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
+    for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
+        _finish([_fork(_add_features, cache, *share, 0.0) for share in shares])
+    return _count(cache, requests, killed, num_workers, time.monotonic() - started_s, table_name="features")
 
 
 def _start(cache: Path, requests: Sequence[Request], index: int, count: int) -> BaseProcess:
@@ -126,10 +152,24 @@ def _silence() -> None:
         os.dup2(sink.fileno(), 2)
 
 
-def _work(cache: Path, requests: Sequence[Request], index: int, count: int) -> None:
+def _end_sweeper(sweeper: BaseProcess) -> None:
+    sweeper.kill()
+    sweeper.join()
+    if sweeper.exitcode != -signal.SIGKILL:
+        raise RuntimeError(f"gc beside workers ended by itself, with {sweeper.exitcode}")
+
+
+def _add_features(cache: Path, index: int, count: int, step_s: float = STEP_S) -> None:
+    _silence()
+    # Files of a few batches, so that kills meet all of: computing, writing, renaming, committing.
+    shard = {"max_mb": 0.02, "max_minutes": 0.02}
+    add_features(cache, WorkerShare(index, count), step_s, teacher={"model": "fake"}, shard=shard)
+
+
+def _work(cache: Path, requests: Sequence[Request], index: int, count: int, step_s: float = STEP_S) -> None:
     _silence()
     config = make_config(cache, shard={"row_group_tokens": 400, "max_mb": 0.03, "max_minutes": 0.02})
-    run_build(config, requests[index::count], lambda: make_engine(STEP_S), f"w{index}of{count}")
+    run_build(config, requests[index::count], lambda: make_engine(step_s), f"w{index}of{count}")
 
 
 def _kill_all(processes: Sequence[BaseProcess], rng: random.Random, at_most: int) -> int:
@@ -154,13 +194,21 @@ def _finish(processes: Sequence[BaseProcess]) -> None:
             raise RuntimeError(f"a worker that nobody killed ended with {process.exitcode}")
 
 
-def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers: int, seconds: float) -> CrashResult:
+def _count(
+    cache: Path,
+    requests: Sequence[Request],
+    num_kills: int,
+    num_workers: int,
+    seconds: float,
+    table_name: str = "chains",
+) -> CrashResult:
     from stillroom.cache.catalog import Catalog
     from teacher_cache.maintenance.verify import verify_cache
     from teacher_cache.writer.commit import read_sample_ids
 
     catalog = Catalog(cache)
-    found = [one for file in catalog.chains.files() for one in read_sample_ids(catalog.chains.path_of(file))]
+    table = next(one for one in catalog.tables() if one.folder.name == table_name)
+    found = [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
     expected = {request.sample_id for request in requests}
     report = verify_cache(cache)
     for problem in report.problems:
@@ -173,7 +221,7 @@ def _count(cache: Path, requests: Sequence[Request], num_kills: int, num_workers
         lost=len(expected - set(found)),
         duplicated=len(found) - len(set(found)),
         orphans=len(report.orphans),
-        num_shards=len(catalog.chains.files()),
+        num_shards=len(table.files()),
         verify_ok=not report.problems,
         seconds=round(seconds, 1),
     )

@@ -23,6 +23,7 @@ LINE_FILES = {
     "tests/end_to_end/test_hybrid_line.py",
     "tests/repository/test_readme.py",
     "tests/teacher_cache/engine/http/test_server_vllm.py",
+    "tests/teacher_cache/states/test_vllm_states.py",
     "tests/teacher_cache/test_score_vllm.py",
 }
 """They share the session fixtures below, which take a minute: all on one worker."""

@@ -19,11 +19,13 @@ from pydantic_core import PydanticUndefined
 from stillroom.config import StrictModel
 from student_train.config import TrainConfig
 from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
+from teacher_cache.states.config import FeaturesConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 PROGRAMS: tuple[tuple[str, type[StrictModel]], ...] = (
     ("`teacher-cache plan`, `build`", BuildConfig),
     ("`teacher-cache plan`, `score`", ScoreConfig),
+    ("`teacher-cache plan`, `features`", FeaturesConfig),
     ("`teacher-cache judge --llm`", LlmJudgeConfig),
     ("`student-train`", TrainConfig),
 )

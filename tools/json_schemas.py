@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from stillroom.schema.features import FeatureHeader, SetManifest
 from stillroom.schema.manifest import RunManifest, ShardHeader
 from student_train.data.selection import SelectionHeader
 from student_train.runtime.checkpoint import CheckpointState
@@ -18,6 +19,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "schemas"
 DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
     "manifest": (RunManifest, "runs/<run_id>.json of a cache"),
     "shard-header": (ShardHeader, "value of `stillroom` in the key-value metadata of a shard"),
+    "feature-set": (SetManifest, "feature_sets/<set_id>/manifest.json of a cache"),
+    "feature-header": (FeatureHeader, "value of `stillroom-features` in the key-value metadata of a file of features"),
     "selection": (SelectionHeader, "value of `stillroom-selection` in the key-value metadata of selection.parquet"),
     "checkpoint": (CheckpointState, "state.json of a checkpoint, and latest.json beside the checkpoints"),
 }

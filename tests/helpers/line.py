@@ -19,7 +19,7 @@ from tests.helpers.tiny import make_tiny_teacher
 
 FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM compiles nothing: the tiny model is generated sooner than compiled."""
-RUN_VLLM = ("build", "score")
+RUN_VLLM = ("build", "score", "features")
 
 
 @dataclass

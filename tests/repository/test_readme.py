@@ -10,6 +10,7 @@ import yaml
 from stillroom.config import load_config
 from student_train.config import TrainConfig
 from teacher_cache.config import BuildConfig, ScoreConfig
+from teacher_cache.states.config import FeaturesConfig
 from tests.helpers import ROOT
 from tests.helpers.line import TEACHER, Line
 
@@ -50,8 +51,10 @@ def test_examples_are_valid(path: Path) -> None:
     assert load_config(path, [], model_of(path)).model_dump()
 
 
-def model_of(path: Path) -> type[TrainConfig | BuildConfig | ScoreConfig]:
+def model_of(path: Path) -> type[TrainConfig | BuildConfig | ScoreConfig | FeaturesConfig]:
     blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "student" in blocks:
         return TrainConfig
+    if "run" not in blocks:
+        return FeaturesConfig
     return ScoreConfig if "completions" in blocks else BuildConfig
