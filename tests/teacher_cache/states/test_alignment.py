@@ -15,7 +15,7 @@ from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.states import sets
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
-from teacher_cache.states.engine import ChainTokens, Wanted
+from teacher_cache.states.engine import ChainTokens, States, Wanted
 from teacher_cache.states.model import head_array, load_outer
 from teacher_cache.states.passes import features_of_cache
 from teacher_cache.states.selection import choose, read_unit
@@ -107,8 +107,9 @@ def test_states_of_other_tokens_are_refused(scored: tuple[Path, LlamaForCausalLM
     engine = TransformersStates(teacher, False, TransformersConfig(kind="transformers", dtype="float32"), wanted)
     states = engine.run(chains)
     assert sets._check_states(engine.head(), chains, states) < 1e-4
-    with pytest.raises(StillroomError, match="differ from the cache's log probabilities by .* nats"):
-        sets._check_states(engine.head(), chains[1:], states[:-1])
+    shifted = [States(np.roll(one.hidden_PD, 1, axis=0)) for one in states if one.hidden_PD is not None]
+    with pytest.raises(StillroomError, match=r"differ from the cache's log probabilities by .* nats"):
+        sets._check_states(engine.head(), chains, shifted)
     # What the vLLM engine reads from the files alone is the model's own head and norm.
     head, norm, _ = load_outer(teacher, False)
     assert torch.equal(head.weight, engine._model.lm_head.weight)  # type: ignore[union-attr]
