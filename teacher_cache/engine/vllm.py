@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 FREE_MEMORY_FRAC = 0.25
 """Largest share of a CPU's free memory that the key-value cache takes by default; vLLM's own default is 0.9."""
 
+MAX_STATES_BYTES = 4 << 30
+"""Default KV cache on a CPU where it also holds hidden states."""
+
 SCORING_CHUNK_TOKENS = 2048
 """Default tokens per step when scoring: 1.2 GB of logits at a vocabulary of 150,000."""
 
@@ -345,6 +348,9 @@ def started(model: str, arguments: dict[str, Any], config: EmbeddedConfig, on_cp
 
             # vLLM compiles a kernel for ranks at the first request, whatever enforce_eager says.
             torch._dynamo.config.disable = True
+            # States lie beside keys and values, which _fitted_config does not count.
+            free_bytes = int(FREE_MEMORY_FRAC * _free_memory_bytes())
+            arguments.setdefault("kv_cache_memory_bytes", min(MAX_STATES_BYTES, free_bytes))
         vllm_config = _fitted_config(arguments, config, True) if on_cpu else _vllm_config(arguments)
         engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
     except ValueError as error:

@@ -127,6 +127,7 @@ class _FileChecker:
         self._catalog, self._file, self._manifest = catalog, file, manifest
         self._chains, self._seen = chains, seen
         self._path = table.path_of(file)
+        self._shards = {one.path for one in catalog.chains.files()}
         self.problems: list[str] = []
         self.sound_groups: set[int] = set()
         self.is_damaged = True
@@ -205,8 +206,7 @@ class _FileChecker:
             return f"{row.sample_id} has other tokens than the chain of that name"
         if int(row.positions_P[-1]) >= chain.num_tokens:
             return f"{row.sample_id} has {chain.num_tokens} tokens, fewer than its positions"
-        is_visible = header.chains_file in {file.path for file in self._catalog.chains.files()}
-        if is_visible and chain.file != header.chains_file:
+        if header.chains_file in self._shards and chain.file != header.chains_file:
             return f"{row.sample_id} is in {chain.file}, not in the shard {header.chains_file} that the header names"
         return None
 

@@ -39,7 +39,8 @@ def head_bytes_of(config: FeaturesConfig, shape: Shape) -> int:
     """Bytes of the head in the type that the engine loads it with."""
     from transformers import AutoConfig
 
-    dtype = config.engine.dtype
+    # vLLM's head is read from the model's files.
+    dtype = config.engine.dtype if config.engine.kind == "transformers" else "auto"
     if dtype == "auto":
         teacher = config.teacher
         loaded = AutoConfig.from_pretrained(

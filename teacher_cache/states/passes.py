@@ -244,7 +244,12 @@ class _Output:
     def __enter__(self) -> "_Output":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            # Stop at once, as the second Ctrl-C asks.
+            if self._file is not None:
+                self._file.discard()
+            return
         # After an error too: what is computed is kept.
         self._commit()
 
