@@ -201,7 +201,8 @@ def _divergence(
 
 def _log_softmax(logits_PV: Float32) -> Float32:
     shifted_PV = logits_PV - logits_PV.max(axis=1, keepdims=True)
-    return shifted_PV - np.log(np.exp(shifted_PV).sum(axis=1, keepdims=True))
+    logprobs_PV: Float32 = shifted_PV - np.log(np.exp(shifted_PV).sum(axis=1, keepdims=True))
+    return logprobs_PV
 
 
 def _error(rows: Mapping[str, FeatureRow], states: Mapping[str, States], unseen: Sequence[str]) -> float:

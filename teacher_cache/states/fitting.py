@@ -72,7 +72,9 @@ def head_metric(states_ND: Float32, weight_VD: Float32, logit_scale: float, soft
 def logits_of(states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None) -> Float32:
     """Logits [N, V] of states after the final norm."""
     logits_NV: Float32 = np.float32(logit_scale) * (states_ND @ weight_VD.T)
-    return logits_NV if softcap is None else np.float32(softcap) * np.tanh(logits_NV / np.float32(softcap))
+    if softcap is not None:
+        logits_NV = np.float32(softcap) * np.tanh(logits_NV / np.float32(softcap))
+    return logits_NV
 
 
 def _typical(coefficients_NR: Float32) -> Float32:

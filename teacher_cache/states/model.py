@@ -40,7 +40,7 @@ def head_bytes_of(config: FeaturesConfig, shape: Shape) -> int:
     from transformers import AutoConfig
 
     # vLLM's head is read from the model's files.
-    dtype = config.engine.dtype if config.engine.kind == "transformers" else "auto"
+    dtype: str = config.engine.dtype if config.engine.kind == "transformers" else "auto"
     if dtype == "auto":
         teacher = config.teacher
         loaded = AutoConfig.from_pretrained(

@@ -35,7 +35,7 @@ class TransformersStates:
         # Only the eager path forms the attention weights.
         attention = "eager" if wanted.attention else "sdpa"
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 teacher.model,
                 revision=teacher.revision,
                 trust_remote_code=trust_remote_code,

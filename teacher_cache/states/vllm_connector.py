@@ -33,7 +33,8 @@ class StatesConnector(ExampleHiddenStatesConnector):
         if descriptor is not None:
             os.close(descriptor)
         # Without it the parent would never report the request as sent, and its blocks would not be freed.
-        self._req_copy_events[pending.req_id] = _Done()
+        events: dict[str, Any] = self._req_copy_events
+        events[pending.req_id] = _Done()
 
 
 class _Done:

@@ -55,7 +55,8 @@ class VectorCodec:
         divisor_P1 = np.where(step_P > 0, step_P, np.float16(1)).astype(np.float32)[:, None]
         codes_PR = np.clip(np.rint(relative_PR / divisor_P1), -steps, steps).astype(np.int8)
         bytes_PB = codes_PR.view(np.uint8) if self.bits == 8 else _packed(codes_PR)
-        return np.concatenate([step_P[:, None].view(np.uint8), bytes_PB], axis=1).tobytes()
+        data: bytes = np.concatenate([step_P[:, None].view(np.uint8), bytes_PB], axis=1).tobytes()
+        return data
 
     def coefficients(self, data: bytes, num_positions: int, where: str = "") -> Float32:
         """Coefficients [P, R] float32. Raises CorruptError unless the data are those of `num_positions` states."""
@@ -125,8 +126,8 @@ def decode_attention(
     # Rounded separately, so that they sum to 1 only after division.
     total_PH = weights_PHM.sum(axis=-1) + rest_PH
     weights_PHM, rest_PH = weights_PHM / total_PH[..., None], rest_PH / total_PH
-    keys_PHM = keys_PHM.astype(np.int32)
-    return [Attention(keys_PHM[:, h], weights_PHM[:, h], rest_PH[:, h]) for h in range(num_heads)]
+    ids_PHM: Int32 = keys_PHM.astype(np.int32)
+    return [Attention(ids_PHM[:, h], weights_PHM[:, h], rest_PH[:, h]) for h in range(num_heads)]
 
 
 def _key_bytes(num_context: int) -> int:
@@ -149,8 +150,7 @@ def _packed(codes_PR: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     nibbles_PR = (codes_PR & 0xF).astype(np.uint8)
     if nibbles_PR.shape[1] % 2:
         nibbles_PR = np.pad(nibbles_PR, ((0, 0), (0, 1)))
-    packed_PB: npt.NDArray[np.uint8] = nibbles_PR[:, 0::2] | (nibbles_PR[:, 1::2] << 4)
-    return packed_PB
+    return (nibbles_PR[:, 0::2] | (nibbles_PR[:, 1::2] << 4)).astype(np.uint8)
 
 
 def _unpacked(bytes_PB: npt.NDArray[np.uint8], num_codes: int) -> npt.NDArray[np.int8]:

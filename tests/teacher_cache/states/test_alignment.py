@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
 from stillroom.errors import StillroomError
-from stillroom.schema.records import Float32
+from stillroom.schema.records import Float32, Int32
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.states import sets
@@ -49,10 +49,11 @@ def chains_of(folder: Path) -> list[ChainTokens]:
     return [one for unit in units for one in read_unit(catalog, unit, unit.places, 0.5)]
 
 
-def logprobs(hidden_PD: Float32, weight_VD: Float32, ids_P: np.ndarray) -> np.ndarray:
+def logprobs(hidden_PD: Float32, weight_VD: Float32, ids_P: Int32) -> Float32:
     logits_PV = hidden_PD @ weight_VD.T
     log_sum_P = np.log(np.exp(logits_PV - logits_PV.max(axis=1, keepdims=True)).sum(axis=1)) + logits_PV.max(axis=1)
-    return logits_PV[np.arange(len(ids_P)), ids_P] - log_sum_P
+    found_P: Float32 = logits_PV[np.arange(len(ids_P)), ids_P] - log_sum_P
+    return found_P
 
 
 def test_each_state_is_that_of_the_token_it_predicts(scored: tuple[Path, LlamaForCausalLM]) -> None:
@@ -112,6 +113,7 @@ def test_states_of_other_tokens_are_refused(scored: tuple[Path, LlamaForCausalLM
         sets._check_states(engine.head(), chains, shifted)
     # What the vLLM engine reads from the files alone is the model's own head and norm.
     head, norm, _ = load_outer(teacher, False)
-    assert torch.equal(head.weight, engine._model.lm_head.weight)  # type: ignore[union-attr]
-    assert torch.equal(norm.weight, engine._decoder.norm.weight)
+    for name, module in (("lm_head", head), ("model.norm", norm)):
+        own = engine._model.get_submodule(name)
+        assert torch.equal(module.get_parameter("weight"), own.get_parameter("weight"))
     engine.close()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_the_most_uncertain_tokens_are_those_of_the_cache(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, blocks: dict[str, object], problem: str) -> None:
+def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, blocks: dict[str, Any], problem: str) -> None:
     root = make_cache(tmp_path / "c", num_chains=10).root
     with pytest.raises(ConfigError, match=problem):
         add_features(root, **blocks)
@@ -92,7 +93,7 @@ def test_another_teacher_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("frac", [None, 0.3])
 def test_the_plan_is_within_five_percent_of_what_comes(tmp_path: Path, frac: float | None) -> None:
     root = make_cache(tmp_path / "c", num_chains=60, max_tokens=400, min_tokens=100).root
-    blocks = {"tokens": {"entropy_frac": frac}} if frac else {}
+    blocks: dict[str, Any] = {"tokens": {"entropy_frac": frac}} if frac else {}
     config, catalog, teacher = features_config(root, **blocks), Catalog(root), teacher_of(root)
     wanted = wanted_of(config, SHAPE)
     assert wanted == Wanted(True, (1, 2), (2,), 3)
