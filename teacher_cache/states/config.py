@@ -145,8 +145,8 @@ class AttentionConfig(StrictModel):
 class CalibrationConfig(StrictModel):
     """The chains from which scales, bases and heads are fitted, once per set: the first by hash."""
 
-    tokens: int = Field(default=8192, ge=1)
-    """Completion tokens to fit on; a basis needs more than its rank."""
+    tokens: int = Field(default=16384, ge=1)
+    """Completion tokens to fit on; a basis needs many times its rank."""
 
 
 class FeatureShardConfig(StrictModel):

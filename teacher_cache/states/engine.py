@@ -35,6 +35,8 @@ class Shape:
     hidden_size: int
     num_heads: int
     vocab_size: int
+    weight_bytes: int = 4
+    """Of each weight in the model's files."""
 
 
 @dataclass(frozen=True, slots=True)

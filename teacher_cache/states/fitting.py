@@ -21,9 +21,10 @@ def fit_codec(
 ) -> tuple[VectorCodec, float]:
     """A codec for such states, and the share of their variance that its basis loses.
 
-    With `rank` the basis minimises the mean squared error, or with `metric_DD` that of x' metric x.
+    With `rank` the basis minimises the mean squared error, or with `metric_DD` that of x' metric x. A basis of full
+    rank loses nothing, but rounds in its own directions instead of in those of the channels.
     """
-    if rank is None or rank >= states_ND.shape[1]:
+    if rank is None:
         return VectorCodec(bits, _typical(states_ND)), 0.0
     mean_D = states_ND.mean(axis=0, dtype=np.float64)
     centred_ND = states_ND.astype(np.float64) - mean_D
@@ -78,9 +79,14 @@ def logits_of(states_ND: Float32, weight_VD: Float32, logit_scale: float, softca
 
 
 def _typical(coefficients_NR: Float32) -> Float32:
-    """Root mean square of each coefficient; of one that is always 0 something above 0."""
+    """Geometric mean of each coefficient's root mean square and its maximum; of one that is always 0 something above 0.
+
+    Of three choices the one with the least KL on SmolLM2: 4.3e-4, with either alone 5.5e-4 and 5.1e-4; with no scale
+    per channel 1.5e-2.
+    """
     rms_R = np.sqrt(np.square(coefficients_NR, dtype=np.float64).mean(axis=0))
-    return np.maximum(rms_R, max(1e-6 * float(rms_R.max(initial=0.0)), 1e-12)).astype(np.float32)
+    size_R = np.sqrt(rms_R * np.abs(coefficients_NR).max(axis=0))
+    return np.maximum(size_R, max(1e-6 * float(size_R.max(initial=0.0)), 1e-12)).astype(np.float32)
 
 
 def _root(metric_DD: Float64) -> Float64:

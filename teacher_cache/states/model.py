@@ -30,6 +30,7 @@ def shape_of(teacher: Teacher, trust_remote_code: bool) -> Shape:
             int(config.hidden_size),
             int(config.num_attention_heads),
             int(config.vocab_size),
+            2 if str(config.dtype).endswith("float16") else 4,
         )
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{teacher.model} has no config.json that names layers, heads and width: {error}") from error
@@ -37,17 +38,10 @@ def shape_of(teacher: Teacher, trust_remote_code: bool) -> Shape:
 
 def head_bytes_of(config: FeaturesConfig, shape: Shape) -> int:
     """Bytes of the head in the type that the engine loads it with."""
-    from transformers import AutoConfig
-
     # vLLM's head is read from the model's files.
     dtype: str = config.engine.dtype if config.engine.kind == "transformers" else "auto"
-    if dtype == "auto":
-        teacher = config.teacher
-        loaded = AutoConfig.from_pretrained(
-            teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-        ).get_text_config()
-        dtype = str(loaded.dtype).removeprefix("torch.")
-    return shape.vocab_size * shape.hidden_size * (2 if dtype in ("bfloat16", "float16") else 4)
+    num_bytes = shape.weight_bytes if dtype == "auto" else 4 if dtype == "float32" else 2
+    return shape.vocab_size * shape.hidden_size * num_bytes
 
 
 def wanted_of(config: FeaturesConfig, shape: Shape) -> Wanted:

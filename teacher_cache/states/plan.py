@@ -22,7 +22,7 @@ from teacher_cache.states.config import FeaturesConfig
 from teacher_cache.states.engine import Shape, Wanted
 from teacher_cache.states.model import head_bytes_of, shape_of, wanted_of
 from teacher_cache.states.selection import Unit, choose, num_stored
-from teacher_cache.states.sets import set_id_of
+from teacher_cache.states.sets import rank_of, set_id_of
 from teacher_cache.writer.commit import VisibleSamples
 
 ROW_BYTES = 54.0
@@ -172,7 +172,7 @@ def _constant_bytes(catalog: Catalog, config: FeaturesConfig, wanted: Wanted, sh
     for block, num in ((config.last_hidden, 1), (config.layers, len(wanted.layers))):
         if block is not None:
             # Scales; with a basis its vectors, their encoder and the mean.
-            rank = block.rank
+            rank = rank_of(block, width)
             size += 4.0 * num * (width if rank is None else rank + width + 2 * rank * width)
     if (catalog.root / SETS_FOLDER / set_id / "manifest.json").exists():
         size = 0.0

@@ -22,7 +22,7 @@ from stillroom.schema.features import Head, SetManifest, StoredAttention, Stored
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import Float32, stable_hash
 from stillroom.storage.paths import Location, atomic_path, write_text_atomic
-from teacher_cache.states.config import FeaturesConfig
+from teacher_cache.states.config import FeaturesConfig, HiddenConfig, LayersConfig
 from teacher_cache.states.engine import (
     AttendedKeys,
     ChainTokens,
@@ -85,6 +85,15 @@ def set_id_of(config: FeaturesConfig, teacher: Teacher, wanted: Wanted) -> str:
         if stored[key] is not None:
             stored[key] = {**stored[key], "at" if key == "layers" else "layers": list(numbers)}
     return f"{config.name}_{stable_hash('features', teacher.fingerprint, stored)[:8]}"
+
+
+def rank_of(block: HiddenConfig | LayersConfig, hidden_size: int) -> int | None:
+    """The rank of the basis, None for no basis."""
+    if block.rank is None and block.bits == 4:
+        # 4 bits are too coarse for single channels: rounded in a basis of full rank, the last state of SmolLM2 has half
+        # of the KL.
+        return hidden_size
+    return block.rank
 
 
 def find_set(catalog: Catalog, set_id: str) -> OpenSet | None:
@@ -155,15 +164,16 @@ def _fit_vectors(
     if config.last_hidden is not None and head is not None:
         hidden_ND = np.concatenate([one.hidden_PD for one in states if one.hidden_PD is not None])
         metric = None
-        if config.last_hidden.rank is not None:
+        if rank_of(config.last_hidden, hidden_ND.shape[1]) is not None:
             # The metric of the head: what the distributions do not show may be lost.
             metric = head_metric(hidden_ND, head_array(head), head.logit_scale, head.softcap)
-        bits, rank = config.last_hidden.bits, config.last_hidden.rank
+        bits, rank = config.last_hidden.bits, rank_of(config.last_hidden, hidden_ND.shape[1])
         stored.append(_fit("hidden", None, hidden_ND, bits, rank, metric, codecs))
     if config.layers is not None:
         for layer in wanted.layers:
             states_ND = np.concatenate([one.layers[layer] for one in states])
-            stored.append(_fit(f"layer{layer}", layer, states_ND, config.layers.bits, config.layers.rank, None, codecs))
+            bits, rank = config.layers.bits, rank_of(config.layers, states_ND.shape[1])
+            stored.append(_fit(f"layer{layer}", layer, states_ND, bits, rank, None, codecs))
     return stored, codecs
 
 
@@ -176,7 +186,7 @@ def _fit(
     metric: Any,
     codecs: dict[str, VectorCodec],
 ) -> StoredVectors:
-    if rank is not None and len(states_ND) <= rank:
+    if rank is not None and len(states_ND) < rank:
         raise ConfigError(
             f"{name}: a basis of rank {rank} cannot be fitted on {len(states_ND)} tokens: raise calibration.tokens, "
             "select more chains, or lower the rank"
