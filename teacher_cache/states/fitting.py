@@ -86,7 +86,8 @@ def _typical(coefficients_NR: Float32) -> Float32:
     """
     rms_R = np.sqrt(np.square(coefficients_NR, dtype=np.float64).mean(axis=0))
     size_R = np.sqrt(rms_R * np.abs(coefficients_NR).max(axis=0))
-    return np.maximum(size_R, max(1e-6 * float(size_R.max(initial=0.0)), 1e-12)).astype(np.float32)
+    typical_R: Float32 = np.maximum(size_R, max(1e-6 * float(size_R.max()), 1e-12)).astype(np.float32)
+    return typical_R
 
 
 def _root(metric_DD: Float64) -> Float64:
