@@ -33,8 +33,9 @@ from stillroom.config import Json
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Signals
 from student_train.data.pack import dense_draws
-from student_train.losses.divergences import LOSSES, Divergence, ForwardKL, LossMix, Tail
+from student_train.losses.divergences import Divergence, ForwardKL, LossMix, Tail
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.names import LOSSES
 from student_train.losses.targets import SparseTargets, TailDraws
 from teacher_cache.engine.plugin.signals import signal_rows
 from teacher_cache.engine.row_layout import Layout, capture_of_rows
@@ -77,7 +78,9 @@ def _targets() -> list[Target]:
     return found
 
 
-COMPARED = {name: kind for name, kind in LOSSES.items() if issubclass(kind, Divergence)}
+COMPARED = {
+    name: kind for name, kind in LOSSES.items() if issubclass(kind, Divergence) and kind.needs_start == "nothing"
+}
 CODECS_SHOWN = ("topk-f32", "topk-u8")
 NUM_REDRAWS = 4
 AVERAGED = "hybrid 8+8, mean of 4 draws"

@@ -45,12 +45,39 @@ class LossConfig(StrictModel):
     draws and equals `bucket` without draws; `bucket` treats it as one outcome; `drop` ignores it; `renormalise`
     rescales the stored entries to mass 1."""
     beta: float | None = None
-    """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5."""
+    """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5. dpo: the larger, the smaller the
+    preference that is enough; None is 0.1."""
     alpha: float | None = None
-    """Skewed KLs: share of the KL's first argument in the mixture, between 0 and 1; None is 0.1."""
+    """Skewed KLs: share of the KL's first argument in the mixture, between 0 and 1; None is 0.1. asymmetric_likelihood:
+    what a token of a wrong chain counts relative to a right one; None is 0.8."""
+    clip: float | None = None
+    """policy_gradient: a token that has moved by this share in the direction that the teacher asks for, relative to
+    the student that wrote the chain, is left alone; between 0 and 1, None is 0.2."""
+    max_ratio: float | None = None
+    """policy_gradient: largest slope of the ratio of probabilities, student over the one that wrote the chain; None is
+    3."""
+    max_advantage: float | None = None
+    """policy_gradient: limit of a token's advantage, log p(teacher) - log p(writer), in nats; None is 10."""
+    interpolation: float | ScheduleConfig | None = None
+    """taid: where the target lies between the student (0) and the teacher (1); None moves from 0.4 to 1 over the
+    stage."""
     temperature: float | None = None
     """chunk_likelihood: the probabilities p of chunks of text are compared as p^(1/temperature), above 0; None is 100.
     Independent of the stage's temperature, and of what the cache stores."""
+
+
+class NegativesConfig(StrictModel):
+    """Wrong chains, for asymmetric_likelihood, unlikelihood and dpo. No other loss but start_kl applies to them.
+
+    `dpo` pairs each with a right chain (one that `where` of the stage selects) of the same prompt and trains on the
+    pairs alone. Every evaluation then also measures held-out right chains, and warns once they become less likely.
+    """
+
+    where: str
+    """SQL condition over `chains`, e.g. `not correct and finish_reason = 'stop'`. Chains that it selects are wrong even
+    if the stage's `where` selects them too."""
+    right: str = "correct"
+    """SQL condition that selects, among the held-out chains, those whose likelihood must not fall."""
 
 
 class TokenWeightsConfig(StrictModel):
@@ -118,6 +145,8 @@ class StageConfig(StrictModel):
     """None weights all tokens of a chain equally."""
     where: str | None = None
     """SQL condition of this stage; None takes `data.where`."""
+    negatives: NegativesConfig | None = None
+    """Chains to move away from; None is none."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the selection; 1 if neither this nor max_steps is set."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -158,13 +187,22 @@ class StageConfig(StrictModel):
         low = tau if isinstance(tau, float) else min(one for one in (tau.start, tau.end) if one is not None)
         if low <= 0:
             raise ValueError(f"temperature {low} must be above 0")
-        if tau != 1.0 and all(name.startswith("cross_entropy") or name == "chunk_likelihood" for name in self.losses):
+        if tau != 1.0 and all(name.startswith("cross_entropy") or name in LOSSES_AT_ONE for name in self.losses):
             raise ValueError(
                 f"temperature has no effect on {' and '.join(self.losses)}: remove it, or add a loss on distributions"
             )
+        if tau != 1.0 and "start_kl" in self.losses:
+            raise ValueError("start_kl compares at temperature 1 alone: remove temperature or start_kl")
+        for name, loss in self.losses.items():
+            if isinstance(loss.interpolation, ScheduleConfig) and loss.interpolation.kind == "elastic":
+                raise ValueError(f"{name}.interpolation cannot be elastic: give it a linear or cosine schedule")
         return self
 
 
+LOSSES_AT_ONE = ("chunk_likelihood", "policy_gradient", "asymmetric_likelihood", "unlikelihood", "dpo")
+"""Besides cross-entropies: losses that compare at temperature 1 whatever the stage's is."""
+TEXT_LOSSES = ("cross_entropy", "asymmetric_likelihood", "unlikelihood")
+"""Losses that need nothing but the text of a chain."""
 HELDOUT = "split = 'heldout'"
 RUN_KEYS = ("run", "checkpoint", "eval", "tensorboard")
 """Blocks that may change when a run resumes: they say where and how often, never what is learnt."""
@@ -207,11 +245,54 @@ class CacheConfig(StrictModel):
     """Version of the verdicts to read; None pins the latest when the run starts."""
 
 
+class TeacherConfig(StrictModel):
+    """A cache in which another teacher scored the same chains."""
+
+    path: CacheRoot
+    """A folder or URL. Its chains are found by chain_id: the same prompt and completion tokens."""
+    weight: float | str = 1.0
+    """The teacher's share of the mixture, relative to the others: a number, or a SQL expression over its `chains`, e.g.
+    `source = 'code'` (true is 1)."""
+
+
+class MixtureConfig(StrictModel):
+    """Several teachers on one token: the target is the weighted mean of their distributions."""
+
+    own: float | str = 1.0
+    """Weight of the chain's own cache, like `weight`."""
+    teachers: list[TeacherConfig] = Field(min_length=1)
+    """The others. Where one has not scored a chain, the rest share its weight."""
+
+
+class PromptConfig(StrictModel):
+    """What the student's prompts lack of the teacher's (context distillation). Rendered with the cache's template."""
+
+    drop_system: bool = False
+    """Leave system messages out."""
+    remove: list[str] = Field(default_factory=list)
+    """Texts to delete from the messages, e.g. an instruction that only the teacher gets."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "PromptConfig":
+        if not (self.drop_system or self.remove or self.chat_template_kwargs):
+            raise ValueError("changes nothing: set drop_system, remove or chat_template_kwargs, or leave it out")
+        return self
+
+
 class DataConfig(StrictModel):
     """What the student reads."""
 
     caches: list[CacheConfig] = Field(min_length=1)
     """Caches to read; an item may be just a path or a URL."""
+    behaviour: list[CacheRoot] = Field(default_factory=list)
+    """For policy_gradient: caches in which the student itself generated chains that `caches` score, matched by
+    chain_id. Chains that none of them holds have no policy gradient."""
+    mixture: MixtureConfig | None = None
+    """Further teachers of the same chains; None is the chain's own alone."""
+    prompt: PromptConfig | None = None
+    """None gives the student the teacher's prompts."""
     kind: Literal["distributions", "projected", "text"] = "distributions"
     """`projected` is for a student of another vocabulary: chains are retokenised and distributions are projected into
     it once, when the run starts. `text` retokenises the chains and trains on the text only (losses: cross_entropy)."""
@@ -235,6 +316,9 @@ class DataConfig(StrictModel):
     def _text_has_effect(self) -> "DataConfig":
         if self.text != "chain" and self.kind != "text":
             raise ValueError(f"text: {self.text} has no effect with kind: {self.kind}: set kind: text")
+        for key, value in (("behaviour", self.behaviour), ("mixture", self.mixture), ("prompt", self.prompt)):
+            if value and self.kind != "distributions":
+                raise ValueError(f"{key} has no effect with kind: {self.kind}: remove it, or set kind: distributions")
         return self
 
     @field_validator("caches", mode="before")
@@ -334,11 +418,17 @@ class TrainConfig(StrictModel):
                 raise ValueError(
                     f"{key}: a loss has an elastic weight, which follows the held-out loss: set eval.every_steps"
                 )
-            if self.data.kind == "text" and list(stage.losses) != ["cross_entropy"]:
+            if self.data.kind == "text" and not set(stage.losses) <= set(TEXT_LOSSES):
                 raise ValueError(
                     f"{key}: its losses are {', '.join(stage.losses)}, but data.kind: text has no distributions: "
                     "losses must be {cross_entropy: 1}"
                 )
+            if stage.negatives is not None and self.eval is None:
+                raise ValueError(
+                    f"{key}: negatives can make right chains less likely too, which only an evaluation shows: set eval"
+                )
+            if stage.negatives is not None and "dpo" in stage.losses and self.data.kind != "distributions":
+                raise ValueError(f"{key}: dpo needs data.kind: distributions")
         return self
 
 

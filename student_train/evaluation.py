@@ -24,7 +24,7 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces
-from stillroom.storage.paths import Location
+from stillroom.storage.paths import Location, location
 from student_train.answers import GenerateConfig, generate_and_judge, heldout_prompts
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.epoch_plan import PlanSpec
@@ -180,6 +180,9 @@ def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
 def _vocab_path(selection: Selection, folder: Location) -> Location:
     if selection.is_retokenised:
         return vocab_beside(folder)
+    if selection.header.prepared is not None:
+        # The rows lie in the run's folder, their vocabulary in the cache.
+        folder = location(selection.header.caches[0].root) / "chains"
     return folder.parent / "vocab" / f"{selection.header.tokenizer_fingerprints[0]}.parquet"
 
 

@@ -6,9 +6,10 @@ losses. All refusals that need no GPU happen here, for all stages at once.
 """
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +29,30 @@ from student_train.config import (
     packs_per_step,
     stage_key,
 )
+from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
 from student_train.data.open import (
     Vocabulary,
     check_losses,
+    check_own_words,
     check_temperature,
     check_vocabulary,
     eval_request,
     eval_spec,
+    is_paired,
     kept_or_temporary,
+    negatives_request,
     open_data,
     open_heldout,
     plan_spec,
     reopen_data,
+    right_request,
     train_request,
 )
-from student_train.data.selection import Selection, SelectionHeader, SelectionRequest
+from student_train.data.prepared import Pairing
+from student_train.data.selection import Selection, SelectionHeader, SelectionRequest, open_selection
 from student_train.data.stream import PackStream
+from student_train.data.token_numbers import TokenNumbers, numbers_path, write_behaviour
 from student_train.losses.divergences import Divergence, Loss, LossMix
 from student_train.model.prune import require_cut
 from student_train.model.shape import ModelShape, model_shape
@@ -74,6 +82,10 @@ class StagePlan:
     """Of the first step."""
     with_signals: bool
     """Whether a loss or a weight of the stage needs distributions; else only token ids are read."""
+    attached: Attached = NOTHING_ATTACHED
+    """What is known of its tokens besides the stream; the student's start comes with the weights."""
+    right: Selection | None = None
+    """Held-out right chains of a stage that moves away from wrong ones."""
 
     def stream(self, rank: int, num_ranks: int, tell: Callable[[str], None] = note) -> PackStream:
         """This rank's packs from the beginning of the stage; `tell` is called while it waits for data."""
@@ -118,7 +130,7 @@ def prepare(
     """
     for number, stage in enumerate(config.stages):
         with _naming_stage(number, stage):
-            check_mixes(stage, 1)
+            check_own_words(check_mixes(stage, 1), stage, config.data)
     if is_first and config.student.init is not None:
         # Report missing caches first: no student should be cut for a run that would be refused.
         for cache in config.data.caches:
@@ -127,24 +139,15 @@ def prepare(
     run = RunFolder(folder)
     accumulations = [_accumulation(config, number, num_ranks) for number in range(len(config.stages))]
 
-    def opened(path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
-        if is_first:
-            selection = open_here(path, request, config.data, config.student)
-        barrier()
-        return selection if is_first else reopen_data(path, request)
-
+    shared = _Shared(config, run, is_first, barrier)
     stages = [
-        _stage_plan(
-            config,
-            index,
-            accumulation,
-            opened(run.selection_path(stage.name), train_request(config.data, index, stage)),
-        )
-        for index, (stage, accumulation) in enumerate(zip(config.stages, accumulations, strict=True))
+        _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared)), shared)
+        for index, accumulation in enumerate(accumulations)
     ]
     heldout = None
     if config.eval is not None:
-        heldout = opened(heldout_path or run.heldout_path, eval_request(config.data, config.eval), open_heldout)
+        path = heldout_path or run.heldout_path
+        heldout = shared.opened(path, eval_request(config.data, config.eval), open_heldout)
         # Refuse here rather than at the first evaluation if the length limit leaves no held-out chain.
         EpochPlans(heldout, eval_spec(config.data), 1)
     if heldout is not None and is_first:
@@ -154,6 +157,70 @@ def prepare(
     vocabulary = check_vocabulary(config.student, stages[0].selection, caches)
     _check_lora_targets(config)
     return RunPlan(stages, heldout, vocabulary)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Files of a run that its first rank writes and the others read after the barrier."""
+
+    config: TrainConfig
+    run: RunFolder
+    is_first: bool
+    barrier: Callable[[], None]
+
+    def opened(self, path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
+        """A selection."""
+        if self.is_first:
+            selection = open_here(path, request, self.config.data, self.config.student)
+        self.barrier()
+        return selection if self.is_first else reopen_data(path, request)
+
+    def written(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Any file."""
+        if self.is_first and not path.exists():
+            write(path)
+        self.barrier()
+
+
+def _opened_stage(index: int, shared: _Shared) -> Selection:
+    """The selection of a stage: single chains, or pairs."""
+    config, run = shared.config, shared.run
+    stage, data = config.stages[index], config.data
+    request = train_request(data, index, stage)
+    if not is_paired(stage):
+        return shared.opened(run.selection_path(stage.name), request)
+    negatives = shared.opened(run.negatives_path(stage.name), negatives_request(data, index, stage), _open_plain)
+    pairing = Pairing(negatives, data.pack_tokens, data.max_tokens)
+    return shared.opened(run.selection_path(stage.name), request, functools.partial(open_data, pairing=pairing))
+
+
+def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
+    """The plan with what the stage knows of the student's own chains and of wrong ones."""
+    config, run = shared.config, shared.run
+    stage, data, selection = plan.config, config.data, plan.selection
+    attached = NOTHING_ATTACHED
+    if plan.mix.reads_behaviour:
+        path = numbers_path(run.root, stage.name, "behaviour", selection)
+        shared.written(path, lambda path: write_behaviour(path, selection, data.behaviour))
+        attached = Attached(behaviour=TokenNumbers(path, selection))
+    if stage.negatives is None:
+        return replace(plan, attached=attached)
+    if not is_paired(stage):
+        request = negatives_request(data, plan.index, stage)
+        negatives = shared.opened(run.negatives_path(stage.name), request, _open_plain)
+        is_negative_R = np.isin(selection.key_R, negatives.key_R)
+        if not is_negative_R.any():
+            raise ConfigError(f"{request.key} {request.where!r} selects none of the chains that data.max_chains leaves")
+        attached = replace(attached, is_negative_R=is_negative_R)
+    assert config.eval is not None
+    wanted = right_request(data, config.eval, plan.index, stage)
+    right = shared.opened(run.right_path(stage.name), wanted, open_heldout)
+    return replace(plan, attached=attached, right=right)
+
+
+def _open_plain(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
+    """Which chains are wrong: neither their tokens nor their distributions are read here."""
+    return open_selection(path, replace(request, any_tokenizer=True))
 
 
 @contextlib.contextmanager
@@ -311,6 +378,9 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "num_tokens": header.num_tokens,
         "is_text": stage.selection.is_text,
         "projection": None if header.projection is None else header.projection.model_dump(),
+        "prepared": None if header.prepared is None else header.prepared.model_dump(),
+        "num_negative": _num_negative(stage),
+        "num_own_chains": None if stage.attached.behaviour is None else stage.attached.behaviour.num_known_chains(),
         "num_left_out": header.num_zero_weight + header.num_empty,
         "num_truncated": counts.num_truncated,
         "num_skipped": counts.num_skipped,
@@ -329,10 +399,22 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
     }
 
 
+def _num_negative(stage: StagePlan) -> int:
+    """Chains to move away from."""
+    header, is_negative_R = stage.selection.header, stage.attached.is_negative_R
+    if stage.selection.has_pairs:
+        return header.num_chains
+    return 0 if is_negative_R is None else int(is_negative_R.sum())
+
+
 def _targets_of(loss: Loss, header: SelectionHeader) -> str:
     """What a loss compares the student with on each token, as far as this selection's shards hold it."""
     if loss.needs_chunks:
         return "the teacher's log probability of each chunk of text"
+    if loss.needs_behaviour:
+        return "what teacher and writer of the chain gave the token"
+    if loss.needs_pairs:
+        return "which chain of a pair is right"
     if not isinstance(loss, Divergence):
         return "the teacher's most likely token" if loss.needs_distribution else "the next token"
     entries = f"at most {header.max_support} stored entries a token"

@@ -8,9 +8,13 @@ import math
 import sys
 from collections.abc import Sequence
 
-from student_train.config import ScheduleConfig, StageConfig
+from student_train.config import LossConfig, ScheduleConfig, StageConfig
 from student_train.data.pack import TargetView
-from student_train.losses.divergences import LossMix, make_loss
+from student_train.losses.divergences import LossMix
+from student_train.losses.names import make_loss
+
+TAID_SCHEDULE = ScheduleConfig(kind="linear", start=0.4, end=1.0)
+"""arXiv 2501.16937 begins at 0.4 and ends at the teacher."""
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
@@ -68,10 +72,19 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
             beta=loss.beta,
             alpha=loss.alpha,
             temperature=loss.temperature,
+            clip=loss.clip,
+            max_ratio=loss.max_ratio,
+            max_advantage=loss.max_advantage,
+            interpolation=_interpolation(name, loss, step, num_steps),
         )
         for name, loss in stage.losses.items()
     )
     return LossMix(terms, stage.focal_gamma)
+
+
+def _interpolation(name: str, loss: LossConfig, step: int, num_steps: int) -> float | None:
+    asked = TAID_SCHEDULE if name == "taid" and loss.interpolation is None else loss.interpolation
+    return None if asked is None else scheduled(asked, step, num_steps)
 
 
 def target_view(
@@ -80,7 +93,7 @@ def target_view(
     """What the losses read of the targets at one step; `stored` are the temperatures that the cache holds."""
     temperature = temperature_at(stage, stored, step, num_steps)
     partition = None if temperature == 1.0 else list(stored).index(temperature)
-    return TargetView(has_draws and mix.reads_draws, temperature, partition, mix.reads_chunks)
+    return TargetView(has_draws and mix.reads_draws, temperature, partition, mix.reads_chunks, mix.reads_pairs)
 
 
 def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:

@@ -18,7 +18,7 @@ import resource
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -27,10 +27,11 @@ import torch
 
 from stillroom.config import Json
 from stillroom.errors import StillroomError
-from stillroom.log import Progress, format_plural, note
+from stillroom.log import Progress, format_plural, note, warn
 from stillroom.program import StopRequest
 from stillroom.schema.records import stable_hash
 from student_train.config import TrainConfig, stage_key
+from student_train.data.attached import Attached
 from student_train.data.open import eval_spec
 from student_train.data.pack import Pack, TargetView, apply_token_weights, to_torch
 from student_train.evaluation import evaluate
@@ -44,10 +45,13 @@ from student_train.runtime.engine import Engine
 from student_train.runtime.metrics_log import MetricsLog, StepRecord, require_tensorboard, why_skipped
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import FINISHED, RunFolder, is_finished, summarise
+from student_train.runtime.start import open_start
 from student_train.schedule import learning_rate, mix_at, target_view
 
 MAX_SKIPPED_IN_A_ROW = 100
 """float16 needs about twenty to find its loss scale."""
+RIGHT_TOLERANCE_NATS = 1e-4
+"""A rise that the order of a sum could make is none."""
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
 
 
@@ -158,6 +162,8 @@ class StageRun:
             export_stage(config, state)
         ranks.barrier()
         self.engine = self._load_engine(here)
+        # Before the checkpoint is loaded: these are the weights that the stage starts from.
+        self._attached = self._with_start()
         self._stream = stage.stream(ranks.rank, ranks.num_ranks, ranks.tell)
         if here is not None:
             checkpoint.load(self._folder.checkpoints, self.engine, here, ranks)
@@ -203,8 +209,9 @@ class StageRun:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the first evaluation, before any step of the run, is due."""
-        return self._config.eval is not None and self._stage.index == 0 and self._step == 0
+        """Whether an evaluation before any step is due: of the run, or of a stage that moves away from wrong chains."""
+        is_watched = self._stage.index == 0 or self._stage.right is not None
+        return self._config.eval is not None and is_watched and self._step == 0
 
     @property
     def is_done(self) -> bool:
@@ -241,7 +248,8 @@ class StageRun:
     def next_packs(self) -> list[Pack]:
         """This rank's packs of the next global batch."""
         weights = self._stage.config.token_weights
-        return [apply_token_weights(next(self._stream), weights) for _ in range(self._stage.accumulation)]
+        packs = [self._attached.to(next(self._stream)) for _ in range(self._stage.accumulation)]
+        return [apply_token_weights(pack, weights) for pack in packs]
 
     def total_weight(self, packs: list[Pack]) -> float:
         """Weight of all loss tokens of the global batch. Raises StillroomError where it is 0."""
@@ -371,12 +379,36 @@ class StageRun:
             )
         start = self._heldout.start if self._heldout is not None else result.loss
         self._heldout = HeldoutProgress(selection=header.hash, start=start, now=result.loss)
+        right = self._evaluate_right()
         if self._log is not None:
-            values, name = result.model_dump(), self._stage.config.name
+            values, name = {**result.model_dump(), **right}, self._stage.config.name
             where = {"stage": name, "stage_number": self._stage.index, "step": self._step, "where": header.where}
             self._folder.add_eval({**where, "selection": header.hash, **values})
             self._log.write_eval(self._step, values)
             note(f"held-out after step {self._step} of {name}: {result.line()}")
+            self._warn_of_right(right)
+
+    def _evaluate_right(self) -> dict[str, float]:
+        """Cross-entropy on held-out right chains, in a stage that moves away from wrong ones."""
+        right = self._stage.right
+        if right is None:
+            return {}
+        found = evaluate(self.engine.metrics, right, eval_spec(self._config.data), self.ranks)
+        return {"right_cross_entropy": found.cross_entropy}
+
+    def _warn_of_right(self, right: dict[str, float]) -> None:
+        """Says when moving away from wrong chains has made right ones less likely than at the stage's start."""
+        if not right:
+            return
+        own = [one for one in self._folder.read_evals() if one["stage_number"] == self._stage.index]
+        before, now = own[0].get("right_cross_entropy"), right["right_cross_entropy"]
+        note(f"held-out right chains: cross-entropy {now:.4f}" + (f" (at the start {before:.4f})" if before else ""))
+        if before is not None and now > before + RIGHT_TOLERANCE_NATS:
+            warn(
+                f"right chains have become less likely since stage {self._stage.config.name} began: cross-entropy "
+                f"{before:.4f} -> {now:.4f} nats: lower the weight of the losses on wrong chains (or their alpha), "
+                "raise cross_entropy or start_kl, or choose unlikelihood"
+            )
 
     def keep_best(self) -> None:
         """Marks this step's checkpoint as the best one, if its held-out loss is the lowest."""
@@ -425,6 +457,22 @@ class StageRun:
             best=self._best,
             heldout=self._heldout,
         )
+
+    def _with_start(self) -> Attached:
+        """What is attached to packs, with the log probabilities of the student as the stage starts from it."""
+        stage = self._stage
+        needs = stage.mix.reads_start
+        if needs == "nothing":
+            return stage.attached
+        start = open_start(
+            self._folder.start_of(stage.config.name),
+            stage.selection,
+            stage.spec,
+            self.engine.slots,
+            self.ranks,
+            with_distribution=needs == "distribution",
+        )
+        return replace(stage.attached, start=start)
 
     def _load_engine(self, here: CheckpointState | None) -> Engine:
         config, stage = self._config, self._stage

@@ -30,6 +30,7 @@ from stillroom.models import (
 from stillroom.storage.paths import Location
 from student_train.config import DataConfig, EvalConfig, StageConfig, StudentConfig, TrainConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.prepared import Pairing, open_prepared_selection
 from student_train.data.retokenised import vocab_beside
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection, open_selection
 from student_train.model.shape import read_config
@@ -60,23 +61,48 @@ def sources_of(data: DataConfig) -> list[CacheSource]:
 
 
 def train_request(data: DataConfig, number: int, stage: StageConfig) -> SelectionRequest:
-    """What stage number `number`, from 0, learns from."""
+    """What stage number `number`, from 0, learns from, wrong chains included."""
     key = "data.where" if stage.where is None else f"{stage_key(number, stage.name)}: where"
-    return SelectionRequest(sources_of(data), stage.where or data.where, data.weight, data.max_chains, key=key)
+    where = stage.where or data.where
+    if stage.negatives is not None and where is not None:
+        where, key = f"({where}) OR ({stage.negatives.where})", f"{key} or negatives.where"
+    return SelectionRequest(sources_of(data), where, data.weight, data.max_chains, key=key)
+
+
+def negatives_request(data: DataConfig, number: int, stage: StageConfig) -> SelectionRequest:
+    """The wrong chains among those of a stage."""
+    assert stage.negatives is not None
+    key = f"{stage_key(number, stage.name)}: negatives.where"
+    return SelectionRequest(_unweighted(data), stage.negatives.where, None, None, key=key)
+
+
+def right_request(data: DataConfig, config: EvalConfig, number: int, stage: StageConfig) -> SelectionRequest:
+    """The held-out chains whose likelihood must not fall in a stage with wrong chains."""
+    assert stage.negatives is not None
+    key = f"{stage_key(number, stage.name)}: eval.where and negatives.right"
+    where = f"({config.where}) AND ({stage.negatives.right})"
+    return SelectionRequest(_unweighted(data), where, None, config.max_chains, key=key)
 
 
 def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
     """What the student is evaluated on; cache weights do not count there."""
-    sources = [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
-    return SelectionRequest(sources, config.where, None, config.max_chains, key="eval.where")
+    return SelectionRequest(_unweighted(data), config.where, None, config.max_chains, key="eval.where")
 
 
-def open_data(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
+def _unweighted(data: DataConfig) -> list[CacheSource]:
+    return [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
+
+
+def open_data(
+    path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig, pairing: Pairing | None = None
+) -> Selection:
     """The frozen selection at `path`, made where there is none yet; its tokens are the student's for `kind: text` and
-    `kind: projected`.
+    `kind: projected`. Rows differ from the caches' for `mixture`, `prompt` and with a `pairing`.
     """
-    if data.kind == "distributions":
+    if data.kind == "distributions" and data.mixture is None and data.prompt is None and pairing is None:
         return open_selection(path, request)
+    if data.kind == "distributions":
+        return open_prepared_selection(path, request, data, student, pairing)
     from student_train.data.text import HuggingFaceText, open_text_selection
 
     with naming("student.model"):
@@ -97,14 +123,20 @@ def reopen_data(path: Path, request: SelectionRequest) -> Selection:
 
 def plan_spec(config: TrainConfig, stage_index: int) -> PlanSpec:
     """How the chains of a stage are packed and ordered; each stage has an order of its own."""
-    data = config.data
+    data, stage = config.data, config.stages[stage_index]
     return PlanSpec(
         pack_tokens=data.pack_tokens,
         # Not seed + index: stage 1 of seed 0 would have the order of stage 0 of seed 1.
         seed=config.seed * len(config.stages) + stage_index,
-        max_tokens=data.max_tokens,
+        # A row of two chains is as long as both; each was held to the limit when they were paired.
+        max_tokens=None if is_paired(stage) else data.max_tokens,
         long_chains=data.long_chains,
     )
+
+
+def is_paired(stage: StageConfig) -> bool:
+    """Whether the stage trains on pairs of a right and a wrong chain."""
+    return stage.negatives is not None and "dpo" in stage.losses
 
 
 def eval_spec(data: DataConfig) -> PlanSpec:
@@ -119,6 +151,31 @@ def check_losses(mix: "LossMix", selection: Selection) -> None:
             raise ConfigError(f"{term.name} needs distributions: set data.kind: {WITH_SIGNALS}")
         if term.needs_chunks and selection.is_text:
             raise ConfigError(f"{term.name} needs the teacher's log probabilities: set data.kind: {WITH_SIGNALS}")
+
+
+def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> None:
+    """Raises ConfigError where losses on wrong chains or on the student's own have none, and where such chains have no
+    loss.
+    """
+    wanting = [term.name for term in mix.terms if term.needs_negatives]
+    if wanting and stage.negatives is None:
+        raise ConfigError(
+            f"{wanting[0]} needs wrong chains: set negatives: {{where: not correct and finish_reason = 'stop'}}"
+        )
+    if stage.negatives is not None and not wanting:
+        raise ConfigError(
+            f"negatives have no effect with the losses {', '.join(mix.names)}: add asymmetric_likelihood, unlikelihood "
+            "or dpo"
+        )
+    if mix.reads_behaviour and not data.behaviour:
+        raise ConfigError(
+            "policy_gradient needs what the student gave its own chains: set data.behaviour to the cache that it "
+            "generated them into"
+        )
+    if mix.reads_pairs and mix.reads_behaviour:
+        raise ConfigError("dpo trains on pairs of chains, policy_gradient on single ones: give each a stage of its own")
+    if mix.reads_pairs and (stage.token_weights is not None or mix.focal_gamma is not None):
+        raise ConfigError("dpo weighs pairs as a whole: remove token_weights and focal_gamma")
 
 
 def check_temperature(selection: Selection, stage: StageConfig) -> None:
@@ -231,7 +288,7 @@ def before_and_after(evals: Sequence[Json]) -> tuple[Json | None, Json | None]:
 def _forget(path: Path) -> None:
     """Removes a selection, and last of all the file that says what was asked."""
     path.with_name(f"{path.stem}.source.parquet").unlink(missing_ok=True)
-    for kind in ("text", "projected"):
+    for kind in ("text", "projected", "prepared"):
         folder = path.parent / f"{path.stem}-{kind}"
         shutil.rmtree(folder, ignore_errors=True)
         vocab_beside(folder).unlink(missing_ok=True)

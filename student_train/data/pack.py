@@ -6,13 +6,16 @@ last prompt token, and the last completion token's own hidden state predicts not
 
     L tokens of the pack, N loss tokens, K largest support in the pack, M most draws of a token in it, S temperatures,
     D documents
+
+A row of two chains (a right and a wrong one of the same prompt) becomes two documents: prompts and completions of both
+stand one after the other in the row, and `documents` says where they part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +50,18 @@ class PackedPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class StartNumbers:
+    """Log probabilities of the student that a stage starts from, float32: of the sampled token, and where losses
+    compare distributions of the stored ids, the drawn ids (padded like those of the pack) and all others.
+    """
+
+    sampled_N: Float32
+    support_NK: Float32 | None = None
+    draws_NM: Float32 | None = None
+    rest_N: Float32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """One packed sequence. int32 and float32 unless noted.
 
@@ -65,6 +80,10 @@ class Pack:
             probability of that chunk. In the teacher's own vocabulary each token is one. None for text alone.
         is_common_N: bool, of projected chains: whether the token has a distribution of the teacher's, else its target
             is itself.
+        teacher_logprobs_N: what the teacher gives the token that came; None for text alone.
+        pair_ids_N, pair_signs_N: number of the pair of chains that a token belongs to, 1 in its right chain and -1 in
+            the wrong one (0: in none); None where the selection has no pairs.
+        behaviour_logprobs_N, is_negative_N, start: attached by key (`attached.py`); nan is unknown.
     """
 
     input_ids_L: Int32
@@ -86,6 +105,12 @@ class Pack:
     chunk_ids_N: Int32 | None = None
     chunk_logprobs_N: Float32 | None = None
     is_common_N: npt.NDArray[np.bool_] | None = None
+    teacher_logprobs_N: Float32 | None = None
+    pair_ids_N: Int32 | None = None
+    pair_signs_N: Float32 | None = None
+    behaviour_logprobs_N: Float32 | None = None
+    is_negative_N: npt.NDArray[np.bool_] | None = None
+    start: StartNumbers | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -111,21 +136,25 @@ class TorchPack:
 
 def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
     """Concatenates pieces, in their order, into one pack."""
-    # Documents: where each begins in the pack, and positions from 0 in each.
-    lengths_D = np.array([piece.stop - piece.first for piece in pieces], np.int64)
+    documents = [document for number, piece in enumerate(pieces) for document in _documents(number, piece)]
+    # Where each begins in the pack, and positions from 0 in each.
+    lengths_D = np.array([len(one.ids) for one in documents], np.int64)
     starts_D = np.cumsum(lengths_D) - lengths_D
-    document_ids_L = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths_D)
+    document_ids_L = np.repeat(np.arange(len(documents), dtype=np.int32), lengths_D)
     position_ids_L = np.arange(len(document_ids_L), dtype=np.int32) - starts_D.astype(np.int32)[document_ids_L]
     # Loss tokens, document by document, and the positions that predict them.
-    num_losses_D = np.array([piece.stop - piece.loss for piece in pieces], np.int64)
-    document_N = np.repeat(np.arange(len(pieces)), num_losses_D)
+    loss_D = np.array([one.num_context for one in documents], np.int64)
+    num_losses_D = lengths_D - loss_D
+    document_N = np.repeat(np.arange(len(documents)), num_losses_D)
     place_N = np.arange(len(document_N)) - (np.cumsum(num_losses_D) - num_losses_D)[document_N]
     # Prompt of 3, completion of 2: token 3 of the document is the first with a loss; position 3 - 1 predicts it.
-    loss_D = np.array([piece.loss - piece.first for piece in pieces], np.int64)
-    # loss > first in every piece, so the position before a loss token is never another document's.
+    # Every document has a token before its first loss, so that position is never another document's.
     predict_positions_N = (starts_D + loss_D - 1)[document_N] + place_N
-    input_ids_L = np.concatenate([_tokens(piece) for piece in pieces])
-    first_token_D = np.array([_first_loss_token(piece) for piece in pieces], np.int32)
+    input_ids_L = np.concatenate([one.ids for one in documents])
+    first_token_D = np.array([one.first_token for one in documents], np.int32)
+    piece_N = np.array([one.number for one in documents], np.int32)[document_N]
+    sign_D = np.array([one.sign for one in documents], np.float32)
+    has_pairs = any(piece.block.documents_R4 is not None for piece in pieces)
     signals = _signals(pieces)
     ids_NK, logprobs_NK = _no_support(len(document_N), 0)
     if signals is not None:
@@ -139,8 +168,8 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         document_ids_L=document_ids_L,
         predict_positions_N=predict_positions_N,
         sampled_ids_N=input_ids_L[predict_positions_N + 1],
-        weights_N=np.array([piece.weight for piece in pieces], np.float32)[document_N],
-        row_N=np.array([piece.row for piece in pieces], np.int32)[document_N],
+        weights_N=np.array([piece.weight for piece in pieces], np.float32)[piece_N],
+        row_N=np.array([piece.row for piece in pieces], np.int32)[piece_N],
         token_N=first_token_D[document_N] + place_N.astype(np.int32),
         ids_NK=ids_NK,
         logprobs_NK=logprobs_NK,
@@ -153,6 +182,9 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         chunk_ids_N=chunk_ids_N,
         chunk_logprobs_N=chunk_logprobs_N,
         is_common_N=is_common_N,
+        teacher_logprobs_N=signals.sampled_logprob_T if signals is not None else None,
+        pair_ids_N=piece_N if has_pairs else None,
+        pair_signs_N=sign_D[document_N] if has_pairs else None,
     )
 
 
@@ -175,6 +207,7 @@ def empty_pack(*, with_signals: bool) -> Pack:
         logprobs_NK=logprobs_NK,
         tail_logmass_N=none,
         entropy_N=none,
+        teacher_logprobs_N=none,
     )
 
 
@@ -186,6 +219,7 @@ class TargetView:
     temperature: float = 1.0
     partition: int | None = None
     with_chunks: bool = False
+    with_pairs: bool = False
 
 
 PLAIN_VIEW = TargetView()
@@ -197,7 +231,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
 
     from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
 
-    def tensor(array: Int32 | Int64 | Float32) -> torch.Tensor:
+    def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     if not pack.num_loss_tokens:
@@ -230,6 +264,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
             assert pack.log_partitions_NS is not None
             column_N = np.ascontiguousarray(pack.log_partitions_NS[:, view.partition])
             targets = targets.at_temperature(view.temperature, tensor(column_N))
+    targets = _with_own_words(pack, targets, tensor)
     return TorchPack(
         input_ids_1L=tensor(pack.input_ids_L).long().unsqueeze(0),
         position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
@@ -238,6 +273,29 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
         predict_positions_N=tensor(pack.predict_positions_N),
         targets=targets,
     )
+
+
+def _with_own_words(
+    pack: Pack, targets: SparseTargets, tensor: Callable[[npt.NDArray[Any]], torch.Tensor]
+) -> SparseTargets:
+    """The targets with what was attached to the pack, and its pairs of chains."""
+    from student_train.losses.divergences import Spoken
+    from student_train.losses.targets import ChainPairs, StartBuckets
+
+    start, behaviour_N, teacher_N = pack.start, pack.behaviour_logprobs_N, pack.teacher_logprobs_N
+    spoken = Spoken(
+        None if behaviour_N is None or teacher_N is None else tensor(teacher_N),
+        None if behaviour_N is None else tensor(behaviour_N),
+        None if start is None else tensor(start.sampled_N),
+    )
+    buckets = pairs = None
+    if start is not None and start.support_NK is not None and start.rest_N is not None:
+        drawn = None if targets.draws is None or start.draws_NM is None else tensor(start.draws_NM)
+        buckets = StartBuckets(tensor(start.support_NK), drawn, tensor(start.rest_N))
+    if pack.pair_ids_N is not None and pack.pair_signs_N is not None:
+        pairs = ChainPairs(tensor(pack.pair_ids_N).long(), tensor(pack.pair_signs_N))
+    is_negative_N = None if pack.is_negative_N is None else tensor(pack.is_negative_N)
+    return replace(targets, spoken=spoken, is_negative_N=is_negative_N, start=buckets, pairs=pairs)
 
 
 def _weightless(pack: Pack, view: TargetView) -> Pack:
@@ -254,6 +312,11 @@ def _weightless(pack: Pack, view: TargetView) -> Pack:
         log_partitions_NS=np.zeros((1, (view.partition or 0) + 1), np.float32),
         chunk_ids_N=np.full(1, -1, np.int32),
         chunk_logprobs_N=np.zeros(1, np.float32),
+        behaviour_logprobs_N=None if pack.behaviour_logprobs_N is None else np.full(1, np.nan, np.float32),
+        is_negative_N=None if pack.is_negative_N is None else np.zeros(1, bool),
+        start=None if pack.start is None else _no_start(pack.start),
+        pair_ids_N=np.zeros(1, np.int32) if view.with_pairs else None,
+        pair_signs_N=np.zeros(1, np.float32) if view.with_pairs else None,
     )
     if pack.tail_logmass_N is None:
         return placeholder
@@ -262,7 +325,15 @@ def _weightless(pack: Pack, view: TargetView) -> Pack:
         ids_NK=np.zeros((1, 1), np.int32),
         logprobs_NK=zero_11,
         tail_logmass_N=np.full(1, -np.inf, np.float32),
+        teacher_logprobs_N=np.zeros(1, np.float32),
     )
+
+
+def _no_start(start: StartNumbers) -> StartNumbers:
+    zero_1, zero_11 = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
+    if start.support_NK is None:
+        return StartNumbers(zero_1)
+    return StartNumbers(zero_1, zero_11, zero_11, zero_1)
 
 
 def apply_token_weights(pack: Pack, config: TokenWeightsConfig | None) -> Pack:
@@ -289,6 +360,31 @@ def dense_draws(draws: Draws, tail_logmass_N: Float32) -> tuple[Int32, Float32, 
     share_N = np.exp(tail_logmass_N) / np.maximum(draws.n_T, 1)
     weights_NM = np.where(np.isfinite(logprobs_NM), share_N[:, None], 0.0).astype(np.float32)
     return ids_NM, logprobs_NM, weights_NM
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """Tokens of a piece that see each other alone: `num_context` without a loss, then loss tokens from number
+    `first_token` of the row's completion on. `number` is the piece's, `sign` that of a chain in its pair.
+    """
+
+    number: int
+    ids: Int32
+    num_context: int
+    first_token: int
+    sign: float = 0.0
+
+
+def _documents(number: int, piece: PackedPiece) -> list[_Document]:
+    if piece.block.documents_R4 is None:
+        return [_Document(number, _tokens(piece), piece.loss - piece.first, _first_loss_token(piece))]
+    num_prompt, num_tokens, num_second_prompt, _ = piece.block.documents_R4[piece.index].tolist()
+    # Pairs are never cut: the plan's limit is at least as long as any of them.
+    assert (piece.first, piece.loss) == (0, num_prompt + num_second_prompt)
+    prompts, completions = piece.block.prompt_of(piece.index), piece.block.tokens_of(piece.index)
+    right = np.concatenate([prompts[:num_prompt], completions[:num_tokens]])
+    wrong = np.concatenate([prompts[num_prompt:], completions[num_tokens:]])
+    return [_Document(number, right, num_prompt, 0, 1.0), _Document(number, wrong, num_second_prompt, num_tokens, -1.0)]
 
 
 def _tokens(piece: PackedPiece) -> Int32:

@@ -36,6 +36,8 @@ TEXT_METADATA_KEY = b"stillroom-text"
 COUNTS_METADATA_KEY = b"stillroom-counts"
 IS_COMMON, CHUNK_LOGPROB = "is_common", "chunk_logprob"
 """Columns of projected chains besides the signals: see RowBlock."""
+DOCUMENTS = "documents"
+"""Column of pairs of chains: see RowBlock."""
 Counts = dict[str, float]
 """What a file's rows came to, added up over files."""
 

@@ -24,7 +24,7 @@ from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
-from student_train.data.retokenised import CHUNK_LOGPROB, IS_COMMON
+from student_train.data.retokenised import CHUNK_LOGPROB, DOCUMENTS, IS_COMMON
 from student_train.data.selection import Selection, keys_of
 
 KEY_COLUMNS = ["sample_id", "prompt_token_ids", "token_ids"]
@@ -39,7 +39,8 @@ class RowBlock:
     their flat arrays, both None where only the text is read; draw_offsets_T the same for the draws where there are any.
     The columns of log_partitions_TS are those of the selection's temperatures. Of projected chains: is_common_T bool,
     whether a token begins where a teacher token does, and chunk_logprob_T float32, the teacher's log probability of the
-    text from one such place to the next, on its last token (nan elsewhere).
+    text from one such place to the next, on its last token (nan elsewhere). Of pairs of chains: documents_R4 int32,
+    tokens of the right chain's prompt and completion, then of the wrong one's, in each row.
     """
 
     rows_R: Int64
@@ -52,6 +53,7 @@ class RowBlock:
     draw_offsets_T: Int64 | None = None
     is_common_T: npt.NDArray[np.bool_] | None = None
     chunk_logprob_T: Float32 | None = None
+    documents_R4: Int32 | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -132,6 +134,9 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         chunk_logprob_T = table.column(CHUNK_LOGPROB).combine_chunks().flatten().to_numpy(zero_copy_only=False)
         same = len(is_common_T) == len(chunk_logprob_T) == len(token_ids_T)
         _require(same, where, f"does not have one entry per token in {IS_COMMON} and {CHUNK_LOGPROB}")
+    documents_R4 = None
+    if selection.has_pairs:
+        documents_R4 = table.column(DOCUMENTS).combine_chunks().flatten().to_numpy().reshape(-1, 4)
     return RowBlock(
         rows_R,
         prompt_ids,
@@ -143,6 +148,7 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         draw_offsets_T,
         is_common_T,
         chunk_logprob_T,
+        documents_R4,
     )
 
 
@@ -159,6 +165,8 @@ def _read_table(
         columns = [*KEY_COLUMNS, *(signal_columns(header) if with_signals else [])]
         if selection.is_projected and with_signals:
             columns += [IS_COMMON, CHUNK_LOGPROB]
+        if selection.has_pairs:
+            columns.append(DOCUMENTS)
     with file:
         _require(index < file.num_row_groups, where, "does not exist in this file")
         table = read_row_group(file, index, columns, str(path))

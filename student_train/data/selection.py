@@ -94,6 +94,19 @@ class Projection(_Frozen):
     """Special tokens of the teacher and what the student writes for them; None is their text."""
 
 
+class Prepared(_Frozen):
+    """How rows differ from those of the caches: rewritten prompts, mixed teachers, pairs of chains."""
+
+    identity: str
+    """Hash of the settings that they were prepared by."""
+    num_mixed: int = 0
+    """Chains that several teachers scored."""
+    num_pairs: int = 0
+    """Rows that hold a right and a wrong chain of one prompt; 0: every row is one chain."""
+    num_unpaired: int = 0
+    """Chains left out because no chain of the other kind has their prompt, or both together exceed a pack."""
+
+
 class SelectionHeader(_Frozen):
     """The request, the versions it was answered at, and what was found."""
 
@@ -106,6 +119,8 @@ class SelectionHeader(_Frozen):
     """None: token ids and distributions of the caches. Else the folder of retokenised chains beside the selection."""
     projection: Projection | None = None
     """Of retokenised chains with distributions."""
+    prepared: Prepared | None = None
+    """Rows lie in the folder `text` in the teacher's tokens."""
     num_chains: int
     num_prompt_tokens: int
     num_tokens: int
@@ -169,7 +184,12 @@ class Selection:
     @property
     def is_retokenised(self) -> bool:
         """Whether rows lie in the run's folder, in the student's own tokens."""
-        return self.header.text is not None
+        return self.header.text is not None and self.header.prepared is None
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each row holds a right and a wrong chain of one prompt."""
+        return self.header.prepared is not None and self.header.prepared.num_pairs > 0
 
     def path_of(self, group: int) -> Location:
         """The file that row group number `group` lies in."""
@@ -309,9 +329,10 @@ def _hash(selection: Selection) -> str:
     about: dict[str, Any] = selection.header.model_dump(
         mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}}
     )
-    if about["projection"] is None:
-        # Selections that were frozen before there was any keep their hash.
-        del about["projection"]
+    for name in ("projection", "prepared"):
+        if about[name] is None:
+            # Selections that were frozen before there was any keep their hash.
+            del about[name]
     digest.update(json.dumps([about, selection.files], sort_keys=True).encode())
     groups = (selection.cache_G, selection.file_G, selection.row_group_G, selection.group_R, selection.row_in_group_R)
     chains = (selection.key_R, selection.num_prompt_R, selection.num_tokens_R, selection.weight_R)

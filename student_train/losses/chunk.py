@@ -24,7 +24,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import NO_MASS, Chunked, Compared, Divergence, Drawn, LossMix, Seen
+from student_train.losses.divergences import (
+    NO_MASS,
+    Chunked,
+    Compared,
+    Divergence,
+    Drawn,
+    Loss,
+    LossMix,
+    Paired,
+    Seen,
+)
 from student_train.losses.targets import (
     SparseTargets,
     distinct_draws,
@@ -58,8 +68,11 @@ def chunk_losses(
             sampled_N=None if hard is None else hard.student_extra_CE[:, SAMPLED],
             argmax_N=None if hard is None or targets.num_support == 0 else hard.student_extra_CE[:, RANK_0],
             chunks=None if targets.chunks is None else Chunked(targets.chunks.ids_N, targets.chunks.logprobs_N),
+            spoken=targets.spoken,
+            is_negative_N=targets.is_negative_N,
+            pairs=targets.pairs if isinstance(targets.pairs, Paired) else None,
         )
-        values_CJ = torch.stack([term.nats(seen) for term in mix.terms], dim=1)
+        values_CJ = torch.stack([_where_it_applies(term, term.nats(seen), seen) for term in mix.terms], dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)
         loss_sum = (weights_C * weighted_sum(mix, values_CJ)).sum()
         # Some mixes leave a leaf unread (cross-entropy has no use for the tail): its gradient is 0, not None.
@@ -73,6 +86,13 @@ def chunk_losses(
             # closed[1] is in logits_CV already: the hard chunk owns that memory (see _open).
             logits_CV.add_(closed[0])
     return values_CJ.detach(), weights_C
+
+
+def _where_it_applies(term: Loss, value_C: Tensor, seen: Seen) -> Tensor:
+    if seen.is_negative_N is None or term.applies_to == "all":
+        # Without wrong chains, a loss for them alone is zero.
+        return torch.zeros_like(value_C) if term.applies_to == "wrong" else value_C
+    return value_C.where(seen.is_negative_N == (term.applies_to == "wrong"), 0.0)
 
 
 def weighted_sum(mix: LossMix, values_XJ: Tensor) -> Tensor:
@@ -163,6 +183,16 @@ def close_chunk(chunk: OpenChunk, grad_CS: Tensor, grad_tail_C: Tensor, temperat
     return grad_CV.scatter_add_(1, chunk.slot_ids_CS, slot_grad_CS.div_(temperature))
 
 
+def read_slots(logits_CV: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor, Tensor]:
+    """(sampled [C], at the support's and the drawn ids [C, K + M], over all others [C]): log q at temperature 1.
+
+    Consumes the logits.
+    """
+    ids_CS, is_apart_CS = _apart(targets)
+    opened = open_chunk(logits_CV, ids_CS, is_apart_CS, targets.sampled_ids_N.unsqueeze(1))
+    return opened.student_extra_CE[:, SAMPLED], opened.student_support_CK, opened.student_tail_C
+
+
 def _open(logits_CV: Tensor, targets: SparseTargets, mix: LossMix) -> tuple[OpenChunk | None, OpenChunk | None]:
     """(soft, hard): log q at the targets' temperature and at 1, None where the mix needs none, one object where equal.
 
@@ -201,8 +231,9 @@ def _compare(targets: SparseTargets, soft: OpenChunk) -> Compared:
     student_CB = torch.cat([student_CF[:, :num_support], torch.where(has_tail_C1, student_tail_C1, NO_MASS)], dim=1)
     is_bucket_CB = torch.cat([is_bucket_CF[:, :num_support], has_tail_C1], dim=1)
     teacher_CB = torch.where(is_bucket_CB, teacher_buckets(targets, dtype), NO_MASS)
+    start_CB, start_CF = _start_buckets(targets, is_bucket_CF, has_tail_C1, dtype)
     if targets.draws is None:
-        return Compared(targets.temperature, teacher_CB, student_CB, None)
+        return Compared(targets.temperature, teacher_CB, student_CB, None, start_CB)
     weights_CM, teacher_CM = draws_at_temperature(targets, targets.draws, dtype)
     split_CF = split_tail(teacher_CB, torch.where(is_drawn_CM, teacher_CM, NO_MASS))
     draws = Drawn(
@@ -211,8 +242,24 @@ def _compare(targets: SparseTargets, soft: OpenChunk) -> Compared:
         student_NM=soft.student_support_CK[:, num_support:],
         teacher_NF=torch.where(is_bucket_CF, split_CF, NO_MASS),
         student_NF=student_CF,
+        start_NF=start_CF,
     )
-    return Compared(targets.temperature, teacher_CB, student_CB, draws)
+    return Compared(targets.temperature, teacher_CB, student_CB, draws, start_CB)
+
+
+def _start_buckets(
+    targets: SparseTargets, is_bucket_CF: Tensor, has_tail_C1: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The student's start in the buckets [C, B] and [C, F] of the student."""
+    start = targets.start
+    if start is None:
+        return None, None
+    drawn = [] if start.draws_NM is None else [start.draws_NM]
+    start_CF = torch.cat([start.support_NK, *drawn, start.rest_N.unsqueeze(1)], dim=1).to(dtype)
+    start_CF = torch.where(is_bucket_CF, start_CF, NO_MASS)
+    num_support = targets.num_support
+    tail_C1 = torch.where(has_tail_C1, start_CF[:, num_support:].logsumexp(dim=1, keepdim=True), NO_MASS)
+    return torch.cat([start_CF[:, :num_support], tail_C1], dim=1), start_CF
 
 
 def _token_weights(targets: SparseTargets, mix: LossMix, seen: Seen, values_CJ: Tensor) -> Tensor:

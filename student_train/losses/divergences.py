@@ -1,8 +1,8 @@
 """The losses, one frozen class each: what a loss needs, its value where the teacher is known, and its tail.
 
 In: log probabilities of teacher and student in B = K + 1 buckets a token: the K stored ids and, last, everything else.
-Out: nats per token. Cost: O(N K); `fused_head.py` does the O(N V) part once for any mix. A new loss is a class here and
-its line in LOSSES.
+Out: nats per token. Cost: O(N K); `fused_head.py` does the O(N V) part once for any mix. A new loss is a class here or
+in `own_words.py` and its line in `names.py`.
 
 With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q_r = 1 - sum_S q its tail, `tail` says
 what becomes of r, here for the forward KL:
@@ -37,10 +37,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from stillroom.config import nearest_name
 from stillroom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ class Drawn:
         weights_NM: mass that each draw stands for; 0 is padding.
         teacher_NM, student_NM: of the drawn ids.
         teacher_NF, student_NF: of the support, each distinct drawn id, and the rest of the tail.
+        start_NF: the same of the student that the stage starts from; None where no loss compares with it.
     """
 
     weights_NM: Tensor
@@ -74,6 +74,7 @@ class Drawn:
     student_NM: Tensor
     teacher_NF: Tensor
     student_NF: Tensor
+    start_NF: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Compared:
     teacher_NB: Tensor
     student_NB: Tensor
     draws: Drawn | None
+    start_NB: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,40 @@ class Chunked:
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """What others gave the tokens that came, as log probabilities at temperature 1; nan where they did not.
+
+    Attributes:
+        teacher_N: the teacher.
+        behaviour_N: the student that wrote the chain, when it wrote it.
+        start_N: the student that the stage starts from.
+    """
+
+    teacher_N: Tensor | None = None
+    behaviour_N: Tensor | None = None
+    start_N: Tensor | None = None
+
+
+NOTHING_SPOKEN = Spoken()
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The pair of a right and a wrong chain that each token belongs to, measured over both chains as a whole.
+
+    Attributes:
+        sign_N: 1 in the right chain, -1 in the wrong one, 0 in no pair.
+        margin_N: how much more the student has come to prefer the right chain since its start, log (q/q_start) of the
+            right chain minus that of the wrong one; no gradient.
+        num_tokens_N: tokens of the pair.
+    """
+
+    sign_N: Tensor
+    margin_N: Tensor
+    num_tokens_N: Tensor
+
+
+@dataclass(frozen=True)
 class Seen:
     """What losses read of N tokens.
 
@@ -108,12 +144,18 @@ class Seen:
         sampled_N: log q at temperature 1 of the token that the teacher sampled; None where all losses are Divergences.
         argmax_N: the same of the teacher's most likely token; also None for text alone.
         chunks: None where the targets hold none.
+        spoken: what others gave the token that came.
+        is_negative_N: tokens of chains to move away from; None where there are none.
+        pairs: None where the targets hold none.
     """
 
     compared: Compared | None
     sampled_N: Tensor | None
     argmax_N: Tensor | None
     chunks: Chunked | None = None
+    spoken: Spoken = NOTHING_SPOKEN
+    is_negative_N: Tensor | None = None
+    pairs: Paired | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +176,16 @@ class Loss(ABC):
     """Whether the cache must hold the teacher's distribution."""
     needs_chunks: ClassVar[bool] = False
     """Whether targets must hold the teacher's log probabilities of chunks of text."""
+    needs_behaviour: ClassVar[bool] = False
+    """Whether targets must hold what the student that wrote the chain gave its tokens."""
+    needs_start: ClassVar[Literal["nothing", "tokens", "distribution"]] = "nothing"
+    """What targets must hold of the student that the stage starts from."""
+    needs_negatives: ClassVar[bool] = False
+    """Whether the loss says nothing without wrong chains."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether it compares right and wrong chains of one prompt."""
+    applies_to: ClassVar[Literal["right", "wrong", "all"]] = "right"
+    """Tokens that the loss is for: those of chains to learn from, of chains to move away from, or both."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
@@ -409,34 +461,6 @@ class TotalVariation(Divergence):
         return -log_ratio_NM.clamp(max=0.0).exp()
 
 
-LOSSES: dict[str, type[Loss]] = {
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-    "skewed_forward_kl": SkewedForwardKL,
-    "skewed_reverse_kl": SkewedReverseKL,
-    "total_variation": TotalVariation,
-    "cross_entropy": CrossEntropy,
-    "cross_entropy_argmax": CrossEntropyArgmax,
-    "chunk_likelihood": ChunkLikelihood,
-}
-"""Losses by the name that configurations and metrics use."""
-
-
-def make_loss(name: str, weight: float = 1.0, **settings: str | float | None) -> Loss:
-    """The loss of that name; a setting of None takes its default.
-
-    Raises ConfigError for an unknown name, a value out of range, or a setting that this loss does not have.
-    """
-    if name not in LOSSES:
-        raise ConfigError(f"loss {name!r} is unknown{nearest_name(name, list(LOSSES), 'choose one of')}")
-    given = {key: value for key, value in settings.items() if value is not None}
-    for key, value in given.items():
-        if key not in {field.name for field in fields(LOSSES[name])}:
-            raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, remove it")
-    return LOSSES[name](weight, **given)
-
-
 @dataclass(frozen=True)
 class LossMix:
     """A weighted sum of losses that share one pass over the head.
@@ -471,9 +495,28 @@ class LossMix:
         return any(term.needs_chunks for term in self.terms)
 
     @property
+    def reads_behaviour(self) -> bool:
+        """Whether the behaviour's log probabilities are read."""
+        return any(term.needs_behaviour for term in self.terms)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether right and wrong chains are compared."""
+        return any(term.needs_pairs for term in self.terms)
+
+    @property
+    def reads_start(self) -> Literal["nothing", "tokens", "distribution"]:
+        """What is read of the student that the stage starts from."""
+        needs = {term.needs_start for term in self.terms}
+        return "distribution" if "distribution" in needs else "tokens" if "tokens" in needs else "nothing"
+
+    @property
     def reads_draws(self) -> bool:
         """Whether draws from the tail are read where the cache holds them."""
-        return any(isinstance(term, Divergence) and term.tail == "stored" for term in self.terms)
+        return any(
+            isinstance(term, Divergence) and (term.tail == "stored" or term.needs_start == "distribution")
+            for term in self.terms
+        )
 
 
 DEFAULT_MIX = LossMix((ForwardKL(0.9), CrossEntropy(0.1)))

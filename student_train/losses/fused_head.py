@@ -17,6 +17,7 @@ LoRA on the head keep working.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stillroom.errors import ConfigError
-from student_train.losses.chunk import chunk_losses, weighted_sum
-from student_train.losses.divergences import LossMix
+from student_train.losses.chunk import chunk_losses, read_slots, weighted_sum
+from student_train.losses.divergences import Loss, LossMix
 from student_train.losses.head_chunks import PLAIN, HeadChunks, HeadInputs, LogitMap
 from student_train.losses.logit_probe import probe_logits
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
-from student_train.losses.targets import SparseTargets
+from student_train.losses.targets import ChainPairs, SparseTargets
 
 
 class LossSums(NamedTuple):
@@ -45,6 +46,20 @@ class LossSums(NamedTuple):
     loss_sum: Tensor
     term_sums_J: Tensor
     weight_sum: Tensor
+
+
+class TokenSlots(NamedTuple):
+    """Log probabilities of N tokens at temperature 1, float32, no gradient.
+
+    Attributes:
+        sampled_N: of the sampled token.
+        slots_NS: of the support's ids, then of the drawn ones, padding included.
+        rest_N: of all other ids; -inf where there are none.
+    """
+
+    sampled_N: Tensor
+    slots_NS: Tensor
+    rest_N: Tensor
 
 
 def fused_loss(
@@ -89,6 +104,7 @@ def _fused_loss(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple
             raise ConfigError(
                 f"{term.name} needs the teacher's log probabilities of chunks of text and these targets hold none"
             )
+        _require_own_words(term, targets)
     # Decided here: inside an autograd function `ctx.needs_input_grad` stays true under no_grad.
     needs_grad = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in head.tensors
@@ -99,6 +115,21 @@ def _fused_loss(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple
         *head.tensors, head.chunk_tokens, head.logit_map, targets, mix, needs_grad
     )
     return sums
+
+
+def _require_own_words(term: Loss, targets: SparseTargets) -> None:
+    """Raises ConfigError where targets lack log probabilities of behaviour or start, or pairs of chains."""
+    spoken = targets.spoken
+    lacks = {
+        "the behaviour's log probabilities": term.needs_behaviour
+        and (spoken.behaviour_N is None or spoken.teacher_N is None),
+        "the log probabilities of the student's start": (term.needs_start == "tokens" and spoken.start_N is None)
+        or (term.needs_start == "distribution" and targets.start is None),
+        "pairs of chains": term.needs_pairs and targets.pairs is None,
+    }
+    for what, is_lacking in lacks.items():
+        if is_lacking:
+            raise ConfigError(f"{term.name} needs {what} and these targets hold none")
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -146,6 +177,11 @@ def _forward(
     weight_sum = torch.zeros((), dtype=chunks.dtype, device=targets.ids_NK.device)
     # Precision is chosen here, not by an enclosing autocast.
     with torch.autocast(targets.ids_NK.device.type, enabled=False):
+        if mix.reads_pairs and isinstance(targets.pairs, ChainPairs):
+            # A pair's gradient depends on both chains as a whole: one more matrix product measures them first.
+            assert targets.spoken.start_N is not None
+            sampled_N = torch.cat([_sampled(chunks, targets, start, stop) for start, stop in chunks.spans()])
+            targets = replace(targets, pairs=targets.pairs.measured(sampled_N, targets.spoken.start_N))
         for start, stop in chunks.spans():
             logits_CV = chunks.logits(start, stop)
             values_CJ, weights_C = chunk_losses(
@@ -157,6 +193,23 @@ def _forward(
                 # chunk_losses has left dL/dlogits in the memory of the logits.
                 chunks.accumulate(start, stop, logits_CV)
     return weighted_sum(mix, term_sums_J), term_sums_J, weight_sum
+
+
+def _sampled(chunks: HeadChunks, targets: SparseTargets, start: int, stop: int) -> Tensor:
+    """[C] log q of the sampled tokens, without gradient."""
+    logits_CV = chunks.logits(start, stop)
+    return logits_CV.gather(1, targets.sampled_ids_N[start:stop].unsqueeze(1)).squeeze(1) - logits_CV.logsumexp(dim=1)
+
+
+@torch.no_grad()
+def _slots_tensor(head: HeadInputs, targets: SparseTargets) -> Tensor:
+    """float32 [N, 2 + S]: the columns of TokenSlots, sampled and rest first."""
+    chunks, parts = HeadChunks(head), []
+    with torch.autocast(targets.ids_NK.device.type, enabled=False):
+        for start, stop in chunks.spans():
+            sampled_C, slots_CS, rest_C = read_slots(chunks.logits(start, stop), targets.narrow(start, stop))
+            parts.append(torch.cat([sampled_C.unsqueeze(1), rest_C.unsqueeze(1), slots_CS], dim=1).float())
+    return torch.cat(parts)
 
 
 class FusedHead(torch.nn.Linear):
@@ -186,9 +239,11 @@ class FusedHead(torch.nn.Linear):
         lora_hidden_NR: Tensor | None = None,
         lora_weight_VR: Tensor | None = None,
         chunk_tokens: int | None = None,
+        as_slots: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """z [..., V] without targets, to which the model adds its own scale or cap; with targets and mix the tensors of
-        LossSums; with targets alone those of `metrics_tensor`. `head_loss` and `head_metrics` give them names.
+        LossSums; with targets alone those of `metrics_tensor`, or of `head_slots`. `head_loss`, `head_metrics` and
+        `head_slots` give them names.
 
         Plain tensors, and targets as keywords, because DeepSpeed's hooks look for tensors in positional inputs and in
         outputs that are tensors or tuples.
@@ -196,6 +251,8 @@ class FusedHead(torch.nn.Linear):
         if targets is None:
             return super().forward(input)
         head = HeadInputs(input, self.weight, self.bias, lora_hidden_NR, lora_weight_VR, chunk_tokens, self.logit_map)
+        if as_slots:
+            return _slots_tensor(head, targets)
         return metrics_tensor(head, targets) if mix is None else _fused_loss(head, targets, mix)
 
 
@@ -239,8 +296,23 @@ def head_metrics(
     return TokenMetrics(*_through_head(head, hidden_NH, targets, None, chunk_tokens))
 
 
+@torch.no_grad()
+def head_slots(
+    head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, *, chunk_tokens: int | None = None
+) -> TokenSlots:
+    """TokenSlots through the model's output embeddings as they stand, without gradient; see `head_loss`."""
+    columns_NX = _through_head(head, hidden_NH, targets, None, chunk_tokens, as_slots=True)
+    return TokenSlots(columns_NX[:, 0], columns_NX[:, 2:], columns_NX[:, 1])
+
+
 def _through_head(
-    head: torch.nn.Module, hidden_NH: Tensor, targets: SparseTargets, mix: LossMix | None, chunk_tokens: int | None
+    head: torch.nn.Module,
+    hidden_NH: Tensor,
+    targets: SparseTargets,
+    mix: LossMix | None,
+    chunk_tokens: int | None,
+    *,
+    as_slots: bool = False,
 ) -> Any:
     hidden_scale = _fused_below(head).logit_map.hidden_scale
     # Before LoRA, whose A reads the same scaled states.
@@ -255,6 +327,7 @@ def _through_head(
         lora_hidden_NR=lora_hidden_NR,
         lora_weight_VR=lora_weight_VR,
         chunk_tokens=chunk_tokens,
+        as_slots=as_slots,
     )
 
 

@@ -13,14 +13,15 @@ total variation at k=64, tau=2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stillroom.schema.records import Int64
-from student_train.losses.divergences import NO_MASS
+from student_train.losses.divergences import NO_MASS, NOTHING_SPOKEN, Paired, Spoken
 
 MIN_TAIL_LOGMASS = -32.0
 """A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes hold. Forward KL, JSD
@@ -78,6 +79,41 @@ class TextChunks:
 
 
 @dataclass(frozen=True)
+class StartBuckets:
+    """Log probabilities at temperature 1 of the student that the stage starts from, at the ids of the targets.
+
+    Attributes:
+        support_NK, draws_NM: of the stored and of the drawn ids; padding holds any number.
+        rest_N: of all ids that are neither; -inf where there are none.
+    """
+
+    support_NK: Tensor
+    draws_NM: Tensor | None
+    rest_N: Tensor
+
+
+@dataclass(frozen=True)
+class ChainPairs:
+    """Pairs of a right and a wrong chain. Both chains of a pair are whole among the N tokens.
+
+    Attributes:
+        ids_N: int64, number of the pair below N; tokens of no pair have any.
+        sign_N: float32, 1 in the right chain, -1 in the wrong one, 0 in no pair.
+    """
+
+    ids_N: Tensor
+    sign_N: Tensor
+
+    def measured(self, sampled_N: Tensor, start_N: Tensor) -> Paired:
+        """With each pair's margin; `sampled_N` and `start_N` are what student and start give the tokens that came."""
+        sign_N = self.sign_N.to(sampled_N.dtype)
+        zeros_N = torch.zeros_like(sampled_N)
+        moved_N = (sign_N * (sampled_N - start_N.to(sampled_N.dtype))).where(sign_N != 0.0, 0.0)
+        margin_N = zeros_N.index_add(0, self.ids_N, moved_N)[self.ids_N]
+        return Paired(sign_N, margin_N, zeros_N.index_add(0, self.ids_N, sign_N.abs())[self.ids_N])
+
+
+@dataclass(frozen=True)
 class SparseTargets:
     """The teacher's distributions of N loss tokens. Shapes are checked; values are trusted (the stream checks them).
 
@@ -91,6 +127,10 @@ class SparseTargets:
         temperature: at which the distribution losses compare teacher and student (cross-entropies stay at 1).
         log_partition_N: float32, log sum_v p_v^(1/temperature), required when `temperature` is not 1.
         chunks: for losses on chunks of text.
+        spoken: float32, what teacher, behaviour and start gave the sampled token.
+        is_negative_N: bool, tokens of chains to move away from; None is none.
+        start: for losses that compare with the student's start; at the ids of support and draws.
+        pairs: for losses that compare chains; measured, for a part of targets.
     """
 
     ids_NK: Tensor
@@ -102,11 +142,16 @@ class SparseTargets:
     temperature: float = 1.0
     log_partition_N: Tensor | None = None
     chunks: TextChunks | None = None
+    spoken: Spoken = NOTHING_SPOKEN
+    is_negative_N: Tensor | None = None
+    start: StartBuckets | None = None
+    pairs: ChainPairs | Paired | None = None
 
     def __post_init__(self) -> None:
         assert self.ids_NK.dim() == 2
         assert self.ids_NK.shape == self.logprobs_NK.shape
-        per_token = (self.tail_logmass_N, self.sampled_ids_N, self.weights_N, self.log_partition_N)
+        spoken = (self.spoken.teacher_N, self.spoken.behaviour_N, self.spoken.start_N, self.is_negative_N)
+        per_token = (self.tail_logmass_N, self.sampled_ids_N, self.weights_N, self.log_partition_N, *spoken)
         assert all(tensor is None or tensor.shape == (self.num_tokens,) for tensor in per_token)
         assert self.draws is None or self.draws.ids_NM.shape[0] == self.num_tokens
         assert self.chunks is None or self.chunks.ids_N.shape == self.chunks.logprobs_N.shape == (self.num_tokens,)
@@ -145,29 +190,23 @@ class SparseTargets:
         return replace(self, chunks=moved)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
-        cuts = None if self.chunks is None else self.chunks.cuts
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), cuts)
+        moved: SparseTargets = _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved
 
     def narrow(self, start: int, stop: int) -> SparseTargets:
         """Tokens start..stop as views."""
+        part: SparseTargets = _map(self, lambda tensor: tensor[start:stop])
         # Cuts count from the first token of the whole, so parts have none.
-        return self._map(lambda tensor: tensor[start:stop], None)
+        return part if part.chunks is None else replace(part, chunks=replace(part.chunks, cuts=None))
 
-    def _map(self, change: Callable[[Tensor], Tensor], cuts: Int64 | None) -> SparseTargets:
-        draws, chunks = self.draws, self.chunks
-        return SparseTargets(
-            ids_NK=change(self.ids_NK),
-            logprobs_NK=change(self.logprobs_NK),
-            tail_logmass_N=change(self.tail_logmass_N),
-            sampled_ids_N=change(self.sampled_ids_N),
-            weights_N=None if self.weights_N is None else change(self.weights_N),
-            draws=None
-            if draws is None
-            else TailDraws(change(draws.ids_NM), change(draws.weights_NM), change(draws.logprobs_NM)),
-            temperature=self.temperature,
-            log_partition_N=None if self.log_partition_N is None else change(self.log_partition_N),
-            chunks=None if chunks is None else TextChunks(change(chunks.ids_N), change(chunks.logprobs_N), cuts),
-        )
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with `change` applied to every tensor in it; all have one entry a token."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: _map(getattr(value, field.name), change) for field in fields(value)})
 
 
 def in_support(targets: SparseTargets) -> Tensor:

@@ -23,7 +23,7 @@ from stillroom.models import hush_hub
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.divergences import LossMix
-from student_train.losses.fused_head import fuse_head, head_loss, head_metrics
+from student_train.losses.fused_head import fuse_head, head_loss, head_metrics, head_slots
 from student_train.model.packed_attention import Apart, hidden_states, keep_apart
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -48,8 +48,9 @@ class Student(torch.nn.Module):
         peft = sys.modules.get("peft")
         return self.model.get_base_model() if peft and isinstance(self.model, peft.PeftModel) else self.model
 
-    def forward(self, pack: TorchPack, mix: LossMix | None = None) -> tuple[Tensor, ...]:
-        """LossSums with a mix, TokenMetrics without, as plain tuples: module hooks rebuild outputs by their type.
+    def forward(self, pack: TorchPack, mix: LossMix | None = None, as_slots: bool = False) -> tuple[Tensor, ...]:
+        """LossSums with a mix, TokenMetrics without, TokenSlots on request, as plain tuples: module hooks rebuild
+        outputs by their type.
 
         Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
         """
@@ -64,6 +65,8 @@ class Student(torch.nn.Module):
         head = causal.get_output_embeddings()
         if mix is not None:
             return tuple(head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens))
+        if as_slots:
+            return tuple(head_slots(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
         return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
 
 

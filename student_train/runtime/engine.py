@@ -27,7 +27,7 @@ from stillroom.errors import ConfigError, CorruptError, StillroomError, first_li
 from student_train.config import EngineConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.divergences import LossMix
-from student_train.losses.fused_head import LossSums
+from student_train.losses.fused_head import LossSums, TokenSlots
 from student_train.losses.metrics import TokenMetrics
 from student_train.model.student import Student
 from student_train.runtime.ranks import Ranks
@@ -100,6 +100,14 @@ class Engine:
         values = self._deepspeed(pack)
         self._deepspeed.train()
         return TokenMetrics(*values)
+
+    @torch.no_grad()
+    def slots(self, pack: TorchPack) -> TokenSlots:
+        """Log probabilities of one pack's loss tokens at the ids of its targets, without dropout."""
+        self._deepspeed.eval()
+        values = self._deepspeed(pack, None, True)
+        self._deepspeed.train()
+        return TokenSlots(*values)
 
     def backward(self, loss_sum: Tensor, total_weight: float, *, is_last: bool) -> None:
         """Adds the gradient of loss_sum / total_weight; `is_last` marks the last micro-step before `step`."""

@@ -4,6 +4,10 @@ RUN/config.yaml                   as resolved when the run began; after a checkp
 RUN/changes.json                  what `--from-step` changed since, and from which step on
 RUN/<stage>.selection.parquet     what the stage trains on
 RUN/heldout.selection.parquet     what the student is evaluated on
+RUN/<stage>.negatives.selection.parquet, <stage>.right.selection.parquet
+                                  wrong chains of a stage, and held-out right ones that must not become less likely
+RUN/<stage>.behaviour-<hash>.npy  what the student gave its own chains when it wrote them
+RUN/start/<stage>/                what the student gave the stage's tokens when the stage began, see start.py
 RUN/metrics.jsonl                 one line an optimizer step
 RUN/eval.json                     every evaluation, in order
 RUN/checkpoints/                  see checkpoint.py
@@ -32,7 +36,7 @@ FINISHED = "the run is finished: nothing is left to train"
 
 ADJUSTABLE = ("learning_rate", "lr_schedule", "warmup_frac", "min_lr_frac", "clip_norm")
 """Keys of a stage that a resumption from a chosen step may change: they decide the size of later steps alone."""
-FROM_LEARNING = ("checkpoints", "stages", "tensorboard")
+FROM_LEARNING = ("checkpoints", "stages", "start", "tensorboard")
 """Folders that optimizer steps write."""
 
 Position = tuple[int, int]
@@ -72,6 +76,18 @@ class RunFolder:
     def selection_path(self, stage_name: str) -> Path:
         """The selection of a stage."""
         return self.root / f"{stage_name}.selection.parquet"
+
+    def negatives_path(self, stage_name: str) -> Path:
+        """The wrong chains of a stage."""
+        return self.root / f"{stage_name}.negatives.selection.parquet"
+
+    def right_path(self, stage_name: str) -> Path:
+        """Held-out right chains of a stage that moves away from wrong ones."""
+        return self.root / f"{stage_name}.right.selection.parquet"
+
+    def start_of(self, stage_name: str) -> Path:
+        """What the student gave the tokens of a stage when it began."""
+        return self.root / "start" / stage_name
 
     def model_after(self, stage_name: str) -> Path:
         """The model at the end of a stage, from which the next one starts."""
@@ -174,9 +190,11 @@ class RunFolder:
     def _forget_beginning(self) -> None:
         # The selection's own file goes first: it marks the rest as whole.
         files = [*self.root.glob("*.selection.parquet"), *self.root.glob("*.selection.source.parquet")]
+        files += self.root.glob("*.behaviour-*.npy")
         for file in (*files, self.metrics_path, self.eval_path, self.changes_path):
             file.unlink(missing_ok=True)
-        for folder in (*self.root.glob("*.selection-text"), *(self.root / name for name in FROM_LEARNING)):
+        made = [folder for kind in ("text", "prepared") for folder in self.root.glob(f"*.selection-{kind}")]
+        for folder in (*made, *(self.root / name for name in FROM_LEARNING)):
             shutil.rmtree(folder, ignore_errors=True)
 
     def refuse_other_meaning(self, config: TrainConfig, adjustable_from: int | None = None) -> dict[str, list[Any]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from student_train.losses.chunk import read_slots
 from student_train.losses.divergences import (
     JSD,
     ChunkLikelihood,
@@ -20,10 +21,12 @@ from student_train.losses.divergences import (
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
+    Spoken,
     Tail,
     TotalVariation,
 )
-from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
+from student_train.losses.own_words import DPO, TAID, AsymmetricLikelihood, PolicyGradient, StartKL, Unlikelihood
+from student_train.losses.targets import ChainPairs, SparseTargets, StartBuckets, TailDraws, TextChunks
 
 N, H, V, K, M = 13, 8, 37, 5, 4
 CHUNK_IDS = torch.tensor([3, 3, 4, -1, -1, 6, 6, 6, 6, 6, 6, 8, 9])
@@ -84,6 +87,32 @@ def with_draws(targets: SparseTargets, dense_NV: Tensor, num_draws: int = M, see
     return replace(targets, draws=TailDraws(ids_NM, weights_NM, dense_NV.gather(1, ids_NM)))
 
 
+PAIR_IDS = torch.tensor([4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 0, 0])
+PAIR_SIGNS = torch.tensor([1, 1, 1, -1, -1, -1, 1, 1, -1, -1, -1, 0, 0], dtype=torch.float64)
+"""Two pairs of chains, right ones of 3 and 2 tokens, wrong ones of 3; two tokens in none."""
+
+
+def with_own_words(targets: SparseTargets, dense_NV: Tensor, seed: int = 5) -> SparseTargets:
+    """The targets of chains that a behaviour wrote, some of them wrong, with the log probabilities of a start."""
+    start_NV = teacher_logprobs(seed, dense_NV.shape[1])
+    # Near the dense teacher of another seed, so that ratios lie within and beyond every limit.
+    behaviour_NV = teacher_logprobs(seed + 1, dense_NV.shape[1], sharpness=1.0)
+    sampled_N1 = targets.sampled_ids_N.unsqueeze(1)
+    behaviour_N = behaviour_NV.gather(1, sampled_N1).squeeze(1)
+    behaviour_N[[2, 9]] = torch.nan
+    num_support = targets.num_support
+    _, slots_NS, rest_N = read_slots(start_NV.clone(), targets)
+    return replace(
+        targets,
+        spoken=Spoken(
+            dense_NV.gather(1, sampled_N1).squeeze(1), behaviour_N, start_NV.gather(1, sampled_N1).squeeze(1)
+        ),
+        is_negative_N=(PAIR_SIGNS < 0) | (torch.arange(N) == N - 1),
+        start=StartBuckets(slots_NS[:, :num_support], slots_NS[:, num_support:], rest_N),
+        pairs=ChainPairs(PAIR_IDS, PAIR_SIGNS),
+    )
+
+
 DIVERGENCES: tuple[Divergence, ...] = (
     *(ForwardKL(tail=tail) for tail in TAILS),
     *(JSD(tail=tail, beta=0.3) for tail in TAILS),
@@ -97,6 +126,17 @@ ONE_OF_EACH: tuple[Loss, ...] = tuple({loss.name: loss for loss in reversed(EVER
 """With stored tails; a mix takes each name once."""
 
 
+OWN_WORDS: tuple[Loss, ...] = (
+    PolicyGradient(max_ratio=1.5, max_advantage=2.0),
+    AsymmetricLikelihood(alpha=0.3),
+    Unlikelihood(),
+    DPO(beta=0.5),
+    *(TAID(tail=tail, interpolation=0.3) for tail in TAILS[:2]),
+    *(StartKL(tail=tail) for tail in TAILS[:2]),
+)
+"""Losses on the student's own chains and on wrong ones, and with targets that move."""
+
+
 def loss_id(loss: Loss) -> str:
     """For pytest."""
     return f"{loss.name}-{loss.tail}" if isinstance(loss, Divergence) else loss.name
@@ -106,6 +146,8 @@ def dense_loss(loss: Loss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseT
     """[N] nats, straight from the definition, with everything [N, V] materialised. `dense_NV` is at temperature 1."""
     if isinstance(loss, ChunkLikelihood):
         return dense_chunk_likelihood(loss, logits_NV, targets)
+    if isinstance(loss, PolicyGradient | AsymmetricLikelihood | Unlikelihood | DPO):
+        return dense_own_words(loss, logits_NV, targets)
     if not isinstance(loss, Divergence):
         against_N = targets.sampled_ids_N if isinstance(loss, CrossEntropy) else targets.ids_NK[:, 0].long()
         return torch.nn.functional.cross_entropy(logits_NV, against_N, reduction="none")
@@ -117,6 +159,14 @@ def dense_loss(loss: Loss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseT
     if loss.tail in ("drop", "renormalise"):
         mass_N1 = (mask_NV * p_NV).sum(dim=1, keepdim=True) if loss.tail == "renormalise" else torch.ones(N, 1)
         return tau**2 * per_id(loss, log_p_NV - mass_N1.log(), log_q_NV).masked_fill(~mask_NV, 0.0).sum(dim=1)
+    if isinstance(loss, TAID):
+        # The target of the definition over the whole vocabulary would merge otherwise: each side merges first.
+        values_N = torch.stack([dense_taid(loss, *one) for one in merged(log_p_NV, log_q_NV, targets, loss)])
+        assert targets.is_negative_N is not None
+        return values_N.masked_fill(targets.is_negative_N, 0.0)
+    if isinstance(loss, StartKL):
+        log_p_NV = teacher_logprobs(5, dense_NV.shape[1])
+        return torch.stack([(q_B * (q_B / p_B).log()).sum() for p_B, q_B in merged(log_p_NV, log_q_NV, targets, loss)])
     draws = targets.draws if loss.tail == "stored" else None
     if draws is not None and not isinstance(loss, ReverseKL):
         mass_NM = draws.weights_NM * (log_p_NV - dense_NV).gather(1, draws.ids_NM).exp()
@@ -160,6 +210,71 @@ def dense_chunk_likelihood(loss: ChunkLikelihood, logits_NV: Tensor, targets: Sp
         value = loss.temperature * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
         values = values + inside_N * value / inside_N.sum()
     return values
+
+
+def merged(log_p_NV: Tensor, log_q_NV: Tensor, targets: SparseTargets, loss: Divergence) -> list[tuple[Tensor, Tensor]]:
+    """(p, q) of each token over the support, each drawn id if tails are stored, and all others as one outcome."""
+    apart_NV = support_mask(targets.ids_NK, targets.logprobs_NK, log_p_NV.shape[1])
+    stored_NV = apart_NV.clone()
+    if targets.draws is not None and loss.tail == "stored":
+        apart_NV.scatter_(1, targets.draws.ids_NM, True)
+    found = []
+    for p_V, q_V, stored_V, apart_V in zip(log_p_NV.exp(), log_q_NV.exp(), stored_NV, apart_NV, strict=True):
+        outcomes = [(p_V[apart_V], q_V[apart_V])]
+        if not apart_V.all():
+            p_left = p_V[~apart_V].sum()
+            if isinstance(loss, TAID):
+                # What is left of the teacher's tail beside drawn ids counts as a 32nd of the tail at least.
+                p_left = torch.maximum(p_left, p_V[~stored_V].sum() / 32)
+            outcomes.append((p_left.view(1), q_V[~apart_V].sum().view(1)))
+        p_B, q_B = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
+        found.append((p_B, q_B))
+    return found
+
+
+def dense_taid(loss: TAID, p_B: Tensor, q_B: Tensor) -> Tensor:
+    target_B = q_B.detach() ** (1 - loss.interpolation) * p_B**loss.interpolation
+    target_B = target_B / target_B.sum()
+    return (target_B * (target_B / q_B).log()).sum()
+
+
+def dense_own_words(loss: Loss, logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+    """[N] nats, one token or pair after the other."""
+    log_q_N = torch.log_softmax(logits_NV, dim=1).gather(1, targets.sampled_ids_N[:, None])[:, 0]
+    spoken, is_negative_N = targets.spoken, targets.is_negative_N
+    assert spoken.teacher_N is not None
+    assert spoken.behaviour_N is not None
+    assert spoken.start_N is not None
+    assert is_negative_N is not None
+    match loss:
+        case AsymmetricLikelihood():
+            return torch.where(is_negative_N, 0.3 * log_q_N, -log_q_N)
+        case Unlikelihood():
+            return torch.where(is_negative_N, -torch.log(1 - log_q_N.exp()), 0.0)
+        case DPO():
+            values = torch.zeros_like(log_q_N)
+            for pair in (4, 2):
+                inside_N = pair == PAIR_IDS
+                moved_N = PAIR_SIGNS * (log_q_N - spoken.start_N)
+                values = values + inside_N * -torch.log(torch.sigmoid(loss.beta * moved_N[inside_N].sum()))
+            return values
+        case _:
+            assert isinstance(loss, PolicyGradient)
+    values = []
+    for log_q, log_p, log_b, is_negative in zip(
+        log_q_N, spoken.teacher_N, spoken.behaviour_N, is_negative_N, strict=True
+    ):
+        if is_negative or log_b.isnan():
+            values.append(log_q * 0)
+            continue
+        advantage = max(-2.0, min(2.0, float(log_p - log_b)))
+        ratio = (log_q - log_b).exp()
+        if ratio > 1.5:
+            ratio = 1.5 + 1.5 * (log_q - log_b - math.log(1.5))
+        # Two-sided: beyond a fifth in the advantage's direction nothing is left to learn.
+        limited = ratio.clamp(max=1.2) if advantage > 0 else ratio.clamp(min=0.8)
+        values.append(-limited * advantage)
+    return torch.stack(values)
 
 
 def per_id(loss: Loss, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import yaml
 
 from stillroom.config import validate_config
 from student_train.config import TrainConfig
-from student_train.losses.divergences import LOSSES
+from student_train.losses.names import LOSSES
 from student_train.schedule import check_mixes
 from tests.helpers import ROOT
 

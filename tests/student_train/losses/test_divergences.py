@@ -17,7 +17,6 @@ from stillroom.errors import ConfigError
 from student_train.losses.chunk import weighted_sum
 from student_train.losses.divergences import (
     JSD,
-    LOSSES,
     NO_MASS,
     Chunked,
     ChunkLikelihood,
@@ -33,8 +32,8 @@ from student_train.losses.divergences import (
     SkewedReverseKL,
     TotalVariation,
     kl,
-    make_loss,
 )
+from student_train.losses.names import LOSSES, make_loss
 
 
 def two_distributions(seed: int, spread: float, num_buckets: int) -> tuple[Tensor, Tensor]:
@@ -156,6 +155,9 @@ def test_losses_say_what_they_need() -> None:
     assert [name for name, kind in LOSSES.items() if not kind.needs_distribution] == [
         "cross_entropy",
         "chunk_likelihood",
+        "asymmetric_likelihood",
+        "unlikelihood",
+        "dpo",
     ]
     assert [name for name, kind in LOSSES.items() if kind.needs_chunks] == ["chunk_likelihood"]
     assert LossMix((CrossEntropy(), JSD())).reads_draws
@@ -174,6 +176,13 @@ def test_losses_say_what_they_need() -> None:
         ({"name": "jsd", "beta": 1.0}, "jsd.beta=1.0 must be strictly between 0 and 1"),
         ({"name": "chunk_likelihood", "temperature": 0.0}, "temperature=0.0 must be a finite number above 0"),
         ({"name": "skewed_reverse_kl", "alpha": 0.0}, "skewed_reverse_kl.alpha=0.0 must be strictly"),
+        ({"name": "policy_gradient", "clip": 1.0}, "policy_gradient.clip=1.0 must be strictly between 0 and 1"),
+        ({"name": "policy_gradient", "max_ratio": 1.1}, "policy_gradient.max_ratio=1.1 must be above 1 + clip = 1.2"),
+        ({"name": "policy_gradient", "max_advantage": 0.0}, "max_advantage=0.0 must be a finite number above 0"),
+        ({"name": "asymmetric_likelihood", "alpha": 1.5}, "alpha=1.5 must be above 0 and at most 1"),
+        ({"name": "dpo", "beta": 0.0}, "dpo.beta=0.0 must be a finite number above 0"),
+        ({"name": "taid", "interpolation": 1.5}, "taid.interpolation=1.5 must be between 0 and 1"),
+        ({"name": "start_kl", "tail": "drop"}, "start_kl.tail=drop has no meaning here: choose stored or bucket"),
     ],
 )
 def test_losses_refuse(arguments: dict[str, Any], message: str) -> None:

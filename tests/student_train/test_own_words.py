@@ -1,0 +1,294 @@
+"""Training on the student's own chains, on wrong chains, on several teachers and on other prompts.
+
+What stands in another cache meets its token by key, resumed runs repeat the losses bit for bit, and settings that
+change nothing are refused.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError
+from stillroom.schema.records import Signals, stable_hash
+from student_train.data.attached import Attached
+from student_train.data.open import open_data, train_request
+from student_train.data.pack import TargetView, to_torch
+from student_train.data.selection import Selection, load_selection
+from student_train.data.stream import PackStream
+from student_train.data.token_numbers import TokenNumbers, write_behaviour
+from student_train.evaluation import student_metrics
+from student_train.model.student import load_student
+from student_train.plan import plan_run
+from student_train.runtime import start as start_module
+from student_train.runtime.ranks import Ranks
+from student_train.runtime.run_folder import RunFolder
+from student_train.runtime.start import open_start
+from tests.helpers.caches import CacheShape, Chain, SyntheticCache, write_chains
+from tests.helpers.students import VOCAB_SIZE
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
+
+pytestmark = IGNORE_LIBRARY_WARNINGS
+
+
+def said(chain: Chain, shift: float) -> Signals:
+    """A chain's signals with log probabilities of its tokens that name chain and token."""
+    named_T = -(shift + chain.row / 100 + np.arange(len(chain.token_ids)) / 1e4)
+    return dataclasses.replace(chain.signals, sampled_logprob_T=named_T.astype(np.float32))
+
+
+def rewritten(cache: SyntheticCache, root: Path, chains: Sequence[Chain], signals: Sequence[Signals]) -> SyntheticCache:
+    """A cache of the same chains, in another order and in shards of other sizes, with other signals."""
+    shape = CacheShape(vocab_size=VOCAB_SIZE, max_support=32, rows_per_group=3, groups_per_shard=2, judged=False)
+    made = [
+        dataclasses.replace(chain, sample_id=stable_hash("again", chain.sample_id), signals=one)
+        for chain, one in zip(chains, signals, strict=True)
+    ]
+    return write_chains(root, shape, made[::-1])
+
+
+@pytest.fixture
+def own(trainer: Trainer, tmp_path: Path) -> SyntheticCache:
+    """The student's own cache: it wrote two thirds of the chains that the trainer's cache holds."""
+    chains = [chain for chain in trainer.cache.chains if chain.row % 3]
+    return rewritten(trainer.cache, tmp_path / "own", chains, [said(chain, 1.0) for chain in chains])
+
+
+def packs_of(selection: Selection, attached: Attached) -> list[Any]:
+    from student_train.data.epoch_plan import PlanSpec
+
+    with PackStream(selection, PlanSpec(pack_tokens=128), packs_per_step=1, num_epochs=1) as stream:
+        return [attached.to(pack) for pack in stream]
+
+
+def test_the_behaviour_meets_its_token(trainer: Trainer, own: SyntheticCache, tmp_path: Path) -> None:
+    config = trainer.config("run")
+    selection = open_data(
+        tmp_path / "s.parquet", train_request(config.data, 0, config.stages[0]), config.data, config.student
+    )
+    path = tmp_path / "behaviour.npy"
+    write_behaviour(path, selection, [own.root])
+    by_key = {int(chain.sample_id[:16], 16): chain for chain in trainer.cache.chains}
+    num_known = 0
+    for pack in packs_of(selection, Attached(behaviour=TokenNumbers(path, selection))):
+        for row, token, found, taught in zip(
+            pack.row_N, pack.token_N, pack.behaviour_logprobs_N, pack.teacher_logprobs_N, strict=True
+        ):
+            chain = by_key[int(selection.key_R[row])]
+            assert taught == chain.signals.sampled_logprob_T[token]
+            if chain.row % 3:
+                assert found == np.float32(-(1.0 + chain.row / 100 + token / 1e4))
+                num_known += 1
+            else:
+                assert np.isnan(found)
+    assert num_known
+
+
+def test_chains_that_nobody_wrote_are_refused(trainer: Trainer, own: SyntheticCache, tmp_path: Path) -> None:
+    config = trainer.config("run", data={"where": "metadata->>'row' = '3'"})
+    selection = open_data(
+        tmp_path / "s.parquet", train_request(config.data, 0, config.stages[0]), config.data, config.student
+    )
+    with pytest.raises(ConfigError, match=r"holds none of the 1 selected chains"):
+        write_behaviour(tmp_path / "behaviour.npy", selection, [own.root])
+
+
+OWN_WORDS = {
+    "name": "own",
+    "epochs": 1,
+    "losses": {
+        "policy_gradient": 1.0,
+        "reverse_kl": 0.5,
+        "taid": 0.2,
+        "start_kl": 0.1,
+        "asymmetric_likelihood": {"weight": 0.1, "alpha": 0.5},
+        "unlikelihood": 0.1,
+    },
+    "negatives": {"where": "not correct and finish_reason = 'stop'"},
+}
+PREFERENCE = {
+    "name": "preference",
+    "epochs": 1,
+    "losses": {"dpo": 1.0, "cross_entropy": 0.1},
+    "negatives": {"where": "not correct and finish_reason = 'stop'"},
+    "learning_rate": 3e-3,
+}
+
+
+def test_a_run_on_own_chains_and_wrong_ones_resumes_bit_for_bit(
+    trainer: Trainer, own: SyntheticCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"behaviour": [str(own.root)]}
+    config = trainer.config("whole", OWN_WORDS, PREFERENCE, data=data)
+    whole = trainer.run(config)
+    assert "right chains have become less likely since stage own began" in capsys.readouterr().err
+    evals = RunFolder(config.run).read_evals()
+    assert [(one["stage"], one["step"] > 0) for one in evals] == [
+        ("own", False), ("own", True), ("preference", False), ("preference", True)
+    ]  # fmt: skip
+    assert all(one["right_cross_entropy"] > 0 for one in evals)
+    # The first step of a stage starts where the start is: no margin, no distance.
+    assert whole[0]["parts"]["start_kl"] == pytest.approx(0.0, abs=1e-6)
+    first = next(record for record in whole if record["stage"] == "preference")
+    assert first["parts"]["dpo"] == pytest.approx(np.log(2.0), abs=1e-5)
+    resumed = trainer.config("resumed", OWN_WORDS, PREFERENCE, data=data, checkpoint={"every_steps": 1})
+    trainer.run(resumed, stop_after=2)
+    # Computed again from the weights of the stage's start where they were lost.
+    for path in sorted((resumed.run / "start" / "own").iterdir()):
+        path.unlink()
+    assert losses_of(trainer.run(resumed)) == losses_of(whole)
+
+
+def test_pairs_share_a_prompt_and_a_pack(trainer: Trainer) -> None:
+    config = trainer.config("run", {**PREFERENCE, "max_steps": 1})
+    trainer.run(config)
+    selection = load_selection(RunFolder(config.run).selection_path("preference"))
+    assert selection.has_pairs
+    by_key = {int(chain.sample_id[:16], 16): chain for chain in trainer.cache.chains}
+    num_pairs = 0
+    for pack in packs_of(selection, Attached()):
+        assert pack.pair_signs_N is not None
+        assert (pack.is_negative_N == (pack.pair_signs_N < 0)).all()
+        batch = to_torch(pack, "cpu", TargetView(with_pairs=True))
+        assert sum(batch.document_lengths) == pack.num_tokens
+        for number in np.unique(pack.pair_ids_N):
+            inside_N = pack.pair_ids_N == number
+            chain = by_key[int(selection.key_R[pack.row_N[inside_N][0]])]
+            right, wrong = (pack.sampled_ids_N[inside_N & (pack.pair_signs_N == sign)] for sign in (1, -1))
+            assert right.tolist() == chain.token_ids.tolist()
+            (other,) = [one for one in trainer.cache.chains if one.token_ids.tolist() == wrong.tolist()]
+            assert (other.prompt, other.correct) == (chain.prompt, False)
+            assert chain.correct is not False
+            # Distributions stay with their token: rank 0 of the synthetic cache names the chain.
+            assert set(pack.ids_NK[inside_N & (pack.pair_signs_N == -1), 0]) == {other.row}
+            num_pairs += 1
+    assert num_pairs == selection.num_chains > 0
+
+
+def other_teacher(chain: Chain) -> Signals:
+    """Support of two ids of its own, without a tail."""
+    num_tokens = len(chain.token_ids)
+    ids_T2 = np.stack([np.full(num_tokens, 7), np.full(num_tokens, chain.row)], axis=1)
+    return Signals(
+        topk_n_T=np.full(num_tokens, 2, np.int32),
+        topk_ids_N=ids_T2.ravel().astype(np.int32),
+        topk_logprobs_N=np.tile(np.log(np.array([0.75, 0.25], np.float32)), num_tokens),
+        tail_logmass_T=np.full(num_tokens, -np.inf, np.float32),
+        sampled_logprob_T=np.full(num_tokens, -2.0, np.float32),
+        sampled_rank_T=np.ones(num_tokens, np.int32),
+        entropy_T=np.ones(num_tokens, np.float32),
+    )
+
+
+def test_teachers_mix_by_source(trainer: Trainer, tmp_path: Path) -> None:
+    chains = [chain for chain in trainer.cache.chains if chain.row % 4]
+    second = rewritten(trainer.cache, tmp_path / "second", chains, [other_teacher(chain) for chain in chains])
+    teachers = [{"path": str(second.root), "weight": "CASE source WHEN 'sums' THEN 3 ELSE 0 END"}]
+    config = trainer.config("run", {"max_steps": 2}, data={"mixture": {"own": 1, "teachers": teachers}})
+    assert len(trainer.run(config)) == 2
+    selection = load_selection(RunFolder(config.run).selection_path("distill"))
+    assert selection.header.prepared is not None
+    by_key = {int(chain.sample_id[:16], 16): chain for chain in trainer.cache.chains}
+    num_mixed = 0
+    for pack in packs_of(selection, Attached()):
+        for place, (row, token) in enumerate(zip(pack.row_N, pack.token_N, strict=True)):
+            chain = by_key[int(selection.key_R[row])]
+            own = chain.signals.slice(int(token), int(token) + 1)
+            mass = dict(zip(own.topk_ids_N.tolist(), np.exp(own.topk_logprobs_N).tolist(), strict=True))
+            if chain.row % 4 and chain.source == "sums":
+                mass = {token_id: 0.25 * one for token_id, one in mass.items()}
+                for token_id, one in ((7, 0.75 * 0.75), (chain.row, 0.75 * 0.25)):
+                    mass[token_id] = mass.get(token_id, 0.0) + one
+                num_mixed += 1
+            found = {
+                int(token_id): float(np.exp(logprob))
+                for token_id, logprob in zip(pack.ids_NK[place], pack.logprobs_NK[place], strict=True)
+                if logprob > -np.inf
+            }
+            assert found == pytest.approx(mass, rel=1e-5)
+    assert num_mixed
+    assert selection.header.prepared.num_mixed == len(
+        {row for row in selection.key_R.tolist() if by_key[row].row % 4 and by_key[row].source == "sums"}
+    )
+
+
+def test_the_student_reads_another_prompt_than_the_teacher(trainer: Trainer, tmp_path: Path) -> None:
+    config = trainer.config("run", {"max_steps": 1}, data={"prompt": {"remove": ["question "]}})
+    trainer.run(config)
+    selection = load_selection(RunFolder(config.run).selection_path("distill"))
+    by_key = {int(chain.sample_id[:16], 16): chain for chain in trainer.cache.chains}
+    (pack, *_) = packs_of(selection, Attached())
+    lengths = np.bincount(pack.document_ids_L)
+    for document, start in enumerate(np.cumsum(lengths) - lengths):
+        row = pack.row_N[pack.predict_positions_N >= start][0]
+        chain = by_key[int(selection.key_R[row])]
+        # "question 3 of 0" without its first word is three unknown words of the tiny vocabulary.
+        assert pack.input_ids_L[start : start + 3].tolist() == [0, 0, 0]
+        assert pack.input_ids_L[start + 3 : start + lengths[document]].tolist() == chain.token_ids.tolist()
+    assert pack.ids_NK[0, 0] == by_key[int(selection.key_R[pack.row_N[0]])].row
+
+
+def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> None:
+    config = trainer.config("run", {"losses": {"reverse_kl": 1.0, "start_kl": 1.0}})
+    stage = config.stages[0]
+    selection = open_data(tmp_path / "s.parquet", train_request(config.data, 0, stage), config.data, config.student)
+    student = load_student(config.student, config.student.model, stage, config.engine, seed=0, vocab_size=VOCAB_SIZE)
+    student.eval()
+    from student_train.data.open import plan_spec
+    from student_train.losses.fused_head import TokenSlots
+
+    def slots(pack: Any) -> TokenSlots:
+        return TokenSlots(*(one.detach() for one in student(pack, None, True)))
+
+    one = open_start(tmp_path / "one", selection, plan_spec(config, 0), slots, trainer.ranks, with_distribution=True)
+    for rank in (0, 1):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        ranks = Ranks(rank, 2, trainer.ranks.device)
+        start_module._compute(
+            tmp_path / "two", selection, plan_spec(config, 0), slots, ranks, with_distribution=True
+        )  # fmt: skip
+    start_module._join(tmp_path / "two", selection, 2, with_distribution=True)
+    two = start_module.StartLogprobs(tmp_path / "two", selection, with_distribution=True)
+    cross_entropy = student_metrics(student)
+    for pack in packs_of(selection, Attached()):
+        first, second = one.of(pack), two.of(pack)
+        for name in ("sampled_N", "support_NK", "rest_N"):
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+        expected_N = -cross_entropy(to_torch(pack, "cpu")).cross_entropy_N
+        np.testing.assert_allclose(first.sampled_N, expected_N, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "message"),
+    [
+        ({"losses": {"unlikelihood": 1}}, {}, "unlikelihood needs wrong chains: set negatives"),
+        ({"negatives": {"where": "not correct"}}, {}, "negatives have no effect with the losses forward_kl, cross"),
+        ({"losses": {"policy_gradient": 1}}, {}, "policy_gradient needs what the student gave its own chains"),
+        ({**PREFERENCE, "focal_gamma": 1.0}, {}, "dpo weighs pairs as a whole"),
+        (
+            {**PREFERENCE, "negatives": {"where": "num_tokens < 0"}},
+            {},
+            r"preference\): negatives.where 'num_tokens < 0'",
+        ),
+        ({}, {"prompt": {"remove": ["nowhere"]}}, "data.prompt changes none of the selected prompts"),
+        ({"losses": {"start_kl": 1, "forward_kl": 1}, "temperature": 2.0}, {}, "start_kl compares at temperature 1"),
+        ({"losses": {"taid": {"interpolation": {"kind": "elastic", "start": 1, "end": 0}}}}, {}, "cannot be elastic"),
+        ({}, {"kind": "text", "prompt": {"drop_system": True}}, "prompt has no effect with kind: text"),
+    ],
+)
+def test_what_has_no_effect_is_refused(trainer: Trainer, stage: Json, data: Json, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_run(trainer.config("run", stage, data=data), 1)
+
+
+def test_the_plan_says_what_is_wrong_and_what_is_own(trainer: Trainer, own: SyntheticCache) -> None:
+    config = trainer.config("run", OWN_WORDS, PREFERENCE, data={"behaviour": [str(own.root)]})
+    single, paired = plan_run(config, 1)["stages"]
+    assert 0 < single["num_own_chains"] < single["num_chains"]
+    assert 0 < single["num_negative"] < single["num_chains"]
+    assert paired["num_negative"] == paired["num_chains"] == paired["prepared"]["num_pairs"]
+    assert single["losses"]["policy_gradient"] == "what teacher and writer of the chain gave the token"
