@@ -8,7 +8,7 @@ in left-padded batches of the token ids that the teacher read.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,9 @@ from stillroom.models import reasoning_ids, split_reasoning
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import location
 from student_train.data.selection import PinnedCache
-from student_train.data.text import HuggingFaceText
 
+Render = Callable[[Sequence[Mapping[str, str]]], list[int]]
+"""Token ids of a conversation as the student reads it."""
 BATCH_PROMPTS = 16
 DEFAULT_NEW_TOKENS = 1024
 
@@ -84,14 +85,14 @@ class GenerationResult(BaseModel):
 
 
 def heldout_prompts(
-    caches: Sequence[PinnedCache], where: str, num_prompts: int, text: HuggingFaceText | None
+    caches: Sequence[PinnedCache], where: str, num_prompts: int, render: Render | None
 ) -> list[AskedPrompt]:
     """Up to `num_prompts` distinct prompts of the selected chains that name a judge, those with the smallest ids.
 
-    `text` renders them for a student of another vocabulary; None takes the teacher's token ids. Raises ConfigError
-    if there are none, StillroomError if a judge cannot run here.
+    `render` gives a conversation the token ids that the student reads; None takes the teacher's. Raises ConfigError if
+    there are none, StillroomError if a judge cannot run here.
     """
-    found = [prompt for cache in caches for prompt in _prompts_of(cache, where, num_prompts, text)]
+    found = [prompt for cache in caches for prompt in _prompts_of(cache, where, num_prompts, render)]
     chosen = sorted({prompt.prompt_id: prompt for prompt in found}.values(), key=lambda one: one.prompt_id)
     if not chosen:
         raise ConfigError(
@@ -180,9 +181,7 @@ def answer_of(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> str | 
     return str(tokenizer.decode(ids[first:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _prompts_of(
-    cache: PinnedCache, where: str, num_prompts: int, text: HuggingFaceText | None
-) -> Iterator[AskedPrompt]:
+def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render | None) -> Iterator[AskedPrompt]:
     catalog = Catalog(location(cache.root), cache.chains_version, cache.verdicts_version)
     query = (
         "SELECT a.prompt_id, any_value(s.messages) AS messages, any_value(s.prompt_token_ids) AS ids, "
@@ -201,7 +200,7 @@ def _prompts_of(
         markers = runs[row["run_id"]].reasoning
         yield AskedPrompt(
             prompt_id=row["prompt_id"],
-            token_ids=row["ids"] if text is None else text.encode_prompts([text.render(row["messages"])])[0],
+            token_ids=row["ids"] if render is None else render(row["messages"]),
             judge=str(metadata["judge"]),
             reference=row["reference"],
             metadata=metadata,

@@ -111,6 +111,7 @@ def _stage_lines(stage: Result) -> list[str]:
         f"stage      {stage['name']}: trains {stage['trainable']}",
         f"selection  {chains}, {completion} completion tokens, {prompt} prompt tokens{left_out}{cut}",
         *_projection_lines(stage),
+        *_own_words_lines(stage),
         f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} per rank",
         f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
         *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
@@ -136,6 +137,22 @@ def _projection_lines(stage: Result) -> list[str]:
         + (f"; chains trained on text only: {', '.join(text)}" if text else ""),
         *([f"special    {special}"] if special else []),
     ]
+
+
+def _own_words_lines(stage: Result) -> list[str]:
+    made, lines = stage["prepared"], []
+    if stage["num_own_chains"] is not None:
+        lines.append(f"own chains {stage['num_own_chains']} were written by the student")
+    if made is not None and made["num_mixed"]:
+        lines.append(f"teachers   {made['num_mixed']} chains have several")
+    if made is not None and made["num_pairs"]:
+        lines.append(
+            f"pairs      {made['num_pairs']} of a right and a wrong chain; {made['num_unpaired']} chains left out (no "
+            "partner, or together longer than a pack)"
+        )
+    elif stage["num_negative"]:
+        lines.append(f"wrong      {format_plural(stage['num_negative'], 'chain')} to move away from")
+    return lines
 
 
 def _temperature_lines(steps: list[tuple[int, float]]) -> list[str]:

@@ -25,11 +25,12 @@ from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces
 from stillroom.storage.paths import Location, location
-from student_train.answers import GenerateConfig, generate_and_judge, heldout_prompts
+from student_train.answers import GenerateConfig, Render, generate_and_judge, heldout_prompts
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
+from student_train.data.prepared import render_prompts
 from student_train.data.retokenised import vocab_beside
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
@@ -296,10 +297,21 @@ def _answers(
     model.set_attn_implementation(student.attention)
     tokenizer = cache_tokenizer(student, selection, None)
     adopt_tokens(model, tokenizer)
-    text = HuggingFaceText(tokenizer, selection.header.vocab_size) if selection.is_retokenised else None
+    render = _render_of(tokenizer, data, selection)
     pinned = [
         cache.model_copy(update={"root": str(source.path)})
         for cache, source in zip(selection.header.caches, data.caches, strict=True)
     ]
-    prompts = heldout_prompts(pinned, where, config.num_prompts, text)
+    prompts = heldout_prompts(pinned, where, config.num_prompts, render)
     return generate_and_judge(model, tokenizer, prompts, config).model_dump()
+
+
+def _render_of(tokenizer: Any, data: DataConfig, selection: Selection) -> Render | None:
+    """How the student reads a conversation where it is not as the teacher did."""
+    changes = data.prompt
+    if changes is not None:
+        return lambda messages: render_prompts(tokenizer, changes, [messages])[0]
+    if not selection.is_retokenised:
+        return None
+    text = HuggingFaceText(tokenizer, selection.header.vocab_size)
+    return lambda messages: text.encode_prompts([text.render(messages)])[0]

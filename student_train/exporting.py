@@ -117,13 +117,23 @@ def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> s
         parts.append("token_weights " + _settings(plain(stage.token_weights)))
     if stage.focal_gamma is not None:
         parts.append(f"focal_gamma {stage.focal_gamma:g}")
+    if stage.negatives is not None:
+        parts.append(f"wrong chains `{stage.negatives.where}`")
+    if data.mixture is not None:
+        parts.append("teachers mixed with " + ", ".join(str(one.path) for one in data.mixture.teachers))
+    if data.prompt is not None:
+        parts.append("prompts changed: " + ", ".join(key for key, value in plain(data.prompt).items() if value))
     if data.weight is not None:
         parts.append(f"chains weighted by `{data.weight}`")
     return f"Stage {stage.name}: " + "; ".join(parts)
 
 
 def _loss(name: str, loss: LossConfig) -> str:
-    settings = _settings({"tail": loss.tail, "beta": loss.beta, "alpha": loss.alpha})
+    names = ("tail", "beta", "alpha", "temperature", "clip", "max_ratio", "max_advantage")
+    given = {key: value for key, value in plain(loss).items() if key in names}
+    if loss.interpolation is not None:
+        given["interpolation"] = _value(loss.interpolation)
+    settings = _settings(given)
     return f"{name} x {_value(loss.weight)}" + (f" ({settings})" if settings else "")
 
 
