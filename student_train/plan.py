@@ -121,12 +121,12 @@ def prepare(
     *,
     is_first: bool,
     barrier: Callable[[], None],
-    heldout_path: Path | None = None,
+    spare: Path | None = None,
 ) -> RunPlan:
     """Freezes the selections below `folder`, or opens those that are there, and checks everything against them.
 
-    `heldout_path` is where the held-out one is, if not there. The first rank writes, the others read after the barrier.
-    Raises ConfigError, DataError, CorruptError.
+    With `spare`, held-out chains that `folder` keeps for another `eval` stay there: new ones go to `spare`. The first
+    rank writes, the others read after the barrier. Raises ConfigError, DataError, CorruptError.
     """
     for number, stage in enumerate(config.stages):
         with _naming_stage(number, stage):
@@ -139,15 +139,14 @@ def prepare(
     run = RunFolder(folder)
     accumulations = [_accumulation(config, number, num_ranks) for number in range(len(config.stages))]
 
-    shared = _Shared(config, run, is_first, barrier)
+    shared = _Shared(config, run, is_first, barrier, spare)
     stages = [
         _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared)), shared)
         for index, accumulation in enumerate(accumulations)
     ]
     heldout = None
     if config.eval is not None:
-        path = heldout_path or run.heldout_path
-        heldout = shared.opened(path, eval_request(config.data, config.eval), open_heldout)
+        heldout = shared.heldout(run.heldout_path, eval_request(config.data, config.eval))
         # Refuse here rather than at the first evaluation if the length limit leaves no held-out chain.
         EpochPlans(heldout, eval_spec(config.data), 1)
     if heldout is not None and is_first:
@@ -167,6 +166,7 @@ class _Shared:
     run: RunFolder
     is_first: bool
     barrier: Callable[[], None]
+    spare: Path | None
 
     def opened(self, path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
         """A selection."""
@@ -174,6 +174,12 @@ class _Shared:
             selection = open_here(path, request, self.config.data, self.config.student)
         self.barrier()
         return selection if self.is_first else reopen_data(path, request)
+
+    def heldout(self, path: Path, request: SelectionRequest) -> Selection:
+        """A selection of held-out chains, which `eval` may change."""
+        return self.opened(
+            path if self.spare is None else kept_or_temporary(path, request, self.spare), request, open_heldout
+        )
 
     def written(self, path: Path, write: Callable[[Path], None]) -> None:
         """Any file."""
@@ -213,8 +219,7 @@ def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
             raise ConfigError(f"{request.key} {request.where!r} selects none of the chains that data.max_chains leaves")
         attached = replace(attached, is_negative_R=is_negative_R)
     assert config.eval is not None
-    wanted = right_request(data, config.eval, plan.index, stage)
-    right = shared.opened(run.right_path(stage.name), wanted, open_heldout)
+    right = shared.heldout(run.right_path(stage.name), right_request(data, config.eval, plan.index, stage))
     return replace(plan, attached=attached, right=right)
 
 
@@ -338,7 +343,6 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
     if latest_state(run.checkpoints) is not None:
         run.refuse_other_meaning(config)
     with tempfile.TemporaryDirectory(prefix="student-train-plan-") as temp:
-        wanted = None if config.eval is None else eval_request(config.data, config.eval)
         folder = config.run if run.has_frozen(config) else Path(temp)
         plan = prepare(
             config,
@@ -346,7 +350,7 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
             num_ranks,
             is_first=True,
             barrier=lambda: None,
-            heldout_path=kept_or_temporary(RunFolder(folder).heldout_path, wanted, Path(temp)),
+            spare=Path(temp),
         )
         shape = model_shape(config.student)
         stages = [_stage(stage, config, shape, plan.vocabulary.num_ids, num_ranks) for stage in plan.stages]
