@@ -47,10 +47,11 @@ class ChainIndex:
         """Reads the ids of all chains, checksums verified. Raises CorruptError."""
         self.root = catalog.root
         self._paths: list[Location] = []
+        self._headers: list[ShardHeader] = []
         keys, files, groups, rows = [], [], [], []
         for file in catalog.chains.files():
             path = catalog.chains.path_of(file)
-            shard, _ = open_shard(path)
+            shard, header = open_shard(path)
             with shard:
                 for group in range(shard.num_row_groups):
                     table = read_row_group(shard, group, ["chain_id"], str(path))
@@ -59,6 +60,7 @@ class ChainIndex:
                     groups.append(np.full(table.num_rows, group, np.int32))
                     rows.append(np.arange(table.num_rows, dtype=np.int32))
             self._paths.append(path)
+            self._headers.append(header)
         all_keys = np.concatenate([np.zeros(0, np.uint64), *keys])
         # Stable, so that searching from the left finds the first of equal chains.
         order = np.argsort(all_keys, kind="stable")
@@ -66,7 +68,7 @@ class ChainIndex:
         self._file_A, self._group_A, self._row_A = (
             np.concatenate([np.zeros(0, np.int32), *parts])[order] for parts in (files, groups, rows)
         )
-        self._open_groups: OrderedDict[tuple[int, int, tuple[str, ...]], tuple[pa.Table, ShardHeader]] = OrderedDict()
+        self._open_groups: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
 
     def find(self, keys_R: UInt64) -> Int64:
         """int64 [R]: the place of each chain in this index, -1 where the cache does not hold it."""
@@ -85,20 +87,16 @@ class ChainIndex:
         starts = np.flatnonzero(_changes(file_R[order]) | _changes(group_R[order]))
         for part in np.split(order, starts[1:]) if len(order) else []:
             file, group = int(file_R[part[0]]), int(group_R[part[0]])
-            table, header = self._group(file, group, columns)
+            table = self._group(file, group, tuple(columns(self._headers[file])))
             rows = table.take(pa.array(self._row_A[at[part]]))
-            yield Found(asked[part], rows, header, f"{self._paths[file]}: row group {group}")
+            yield Found(asked[part], rows, self._headers[file], f"{self._paths[file]}: row group {group}")
 
-    def _group(
-        self, file: int, group: int, columns: Callable[[ShardHeader], Sequence[str]]
-    ) -> tuple[pa.Table, ShardHeader]:
-        path = self._paths[file]
-        shard, header = open_shard(path)
-        with shard:
-            names = tuple(columns(header))
-            key = file, group, names
-            if key not in self._open_groups:
-                self._open_groups[key] = read_row_group(shard, group, list(names), str(path)), header
+    def _group(self, file: int, group: int, names: tuple[str, ...]) -> pa.Table:
+        key = file, group, names
+        if key not in self._open_groups:
+            shard, _ = open_shard(self._paths[file])
+            with shard:
+                self._open_groups[key] = read_row_group(shard, group, list(names), str(self._paths[file]))
         self._open_groups.move_to_end(key)
         while len(self._open_groups) > KEPT_GROUPS:
             self._open_groups.popitem(last=False)

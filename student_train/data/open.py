@@ -27,6 +27,7 @@ from stillroom.models import (
     require_same_vocab,
     vocab_size_of,
 )
+from stillroom.sql.conditions import in_brackets
 from stillroom.storage.paths import Location
 from student_train.config import DataConfig, EvalConfig, StageConfig, StudentConfig, TrainConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
@@ -65,7 +66,8 @@ def train_request(data: DataConfig, number: int, stage: StageConfig) -> Selectio
     key = "data.where" if stage.where is None else f"{stage_key(number, stage.name)}: where"
     where = stage.where or data.where
     if stage.negatives is not None and where is not None:
-        where, key = f"({where}) OR ({stage.negatives.where})", f"{key} or negatives.where"
+        where = f"{in_brackets(where)} OR {in_brackets(stage.negatives.where)}"
+        key = f"{key} or negatives.where"
     return SelectionRequest(sources_of(data), where, data.weight, data.max_chains, key=key)
 
 
@@ -80,7 +82,7 @@ def right_request(data: DataConfig, config: EvalConfig, number: int, stage: Stag
     """The held-out chains whose likelihood must not fall in a stage with wrong chains."""
     assert stage.negatives is not None
     key = f"{stage_key(number, stage.name)}: eval.where and negatives.right"
-    where = f"({config.where}) AND ({stage.negatives.right})"
+    where = f"{in_brackets(config.where)} AND {in_brackets(stage.negatives.right)}"
     return SelectionRequest(_unweighted(data), where, None, config.max_chains, key=key)
 
 

@@ -185,7 +185,8 @@ class PreparedRows:
             rows = [pair for chain in chains if (pair := self._pair(chain)) is not None]
             counts["pairs"] = len(rows)
             counts["unpaired"] = len(chains) - 2 * len(rows)
-        return _table(rows).cast(self.schema(header)), counts
+        schema = self.schema(header)
+        return _table(rows).select(schema.names).cast(schema), counts
 
     def _chains(self, table: pa.Table, header: ShardHeader, where: str, counts: Counts) -> list[_Chain | None]:
         """Every chain of a table; None where no teacher of weight knows it."""
