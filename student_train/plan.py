@@ -35,6 +35,7 @@ from student_train.data.open import (
     Vocabulary,
     check_losses,
     check_own_words,
+    check_prepared,
     check_temperature,
     check_vocabulary,
     eval_request,
@@ -193,9 +194,12 @@ def _opened_stage(index: int, shared: _Shared) -> Selection:
     config, run = shared.config, shared.run
     stage, data = config.stages[index], config.data
     request = train_request(data, index, stage)
+    if stage.negatives is None:
+        return shared.opened(run.selection_path(stage.name), request)
+    # First, so that what is wrong with its SQL alone is said of it alone.
+    negatives = shared.opened(run.negatives_path(stage.name), negatives_request(data, index, stage), _open_plain)
     if not is_paired(stage):
         return shared.opened(run.selection_path(stage.name), request)
-    negatives = shared.opened(run.negatives_path(stage.name), negatives_request(data, index, stage), _open_plain)
     pairing = Pairing(negatives, data.pack_tokens, data.max_tokens)
     return shared.opened(run.selection_path(stage.name), request, functools.partial(open_data, pairing=pairing))
 
@@ -293,6 +297,7 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
         num_steps = _num_steps(selection, spec, num_epochs, stage, config.data)
         mix = check_mixes(stage, num_steps)
         check_losses(mix, selection)
+        check_prepared(selection, config.data)
         check_temperature(selection, stage)
     return StagePlan(
         index=index,

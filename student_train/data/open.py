@@ -180,6 +180,18 @@ def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> Non
         raise ConfigError("dpo weighs pairs as a whole: remove token_weights and focal_gamma")
 
 
+def check_prepared(selection: Selection, data: DataConfig) -> None:
+    """Raises ConfigError where `mixture` or `prompt` has changed none of a stage's chains."""
+    made = selection.header.prepared
+    if data.mixture is not None and made is not None and not made.num_reached:
+        raise ConfigError(
+            "data.mixture: no teacher of it has scored any of the selected chains (same prompt and completion tokens) "
+            "with a weight above 0: score them with `teacher-cache score` from the same cache"
+        )
+    if data.prompt is not None and made is not None and not made.num_rewritten:
+        raise ConfigError("data.prompt changes none of the selected prompts: remove it")
+
+
 def check_temperature(selection: Selection, stage: StageConfig) -> None:
     """Raises ConfigError where the cache lacks the log-partition of the stage's temperature, or of a schedule's end."""
     asked = stage.temperature

@@ -82,8 +82,7 @@ def open_prepared_selection(
 ) -> Selection:
     """The prepared selection kept at `path`, or a new one: frozen, then prepared into a folder beside it.
 
-    Goes on where an interrupted call stopped. Raises ConfigError where `path` answers another request or settings, and
-    where a setting has no effect on any chain.
+    Goes on where an interrupted call stopped. Raises ConfigError where `path` answers another request or settings.
     """
     identity = stable_hash(
         "prepared",
@@ -105,10 +104,11 @@ def open_prepared_selection(
     maker = PreparedRows(source, data, student, pairing, identity)
     made = retokenise(path, source, maker)
     counts = made.counts
-    maker.check(counts)
     header = {
         "prepared": Prepared(
             identity=identity,
+            num_rewritten=int(counts["rewritten"]),
+            num_reached=int(counts["reached"]),
             num_mixed=int(counts["mixed"]),
             num_pairs=int(counts["pairs"]),
             num_unpaired=int(counts["unpaired"]),
@@ -150,16 +150,6 @@ class PreparedRows:
         self.draws, self.max_support = limits if self._mixture is None else self._mixture.limits
         self._partner_of = {} if pairing is None else _partners(source, pairing.negatives)
         self._decoded: OrderedDict[int, dict[int, _Chain | None]] = OrderedDict()
-
-    def check(self, counts: Counts) -> None:
-        """Raises ConfigError where a setting has changed nothing."""
-        if self._mixture is not None and not counts["reached"]:
-            raise ConfigError(
-                "data.mixture: no teacher of it has scored any of the selected chains (same prompt and completion "
-                "tokens) with a weight above 0: score them with `teacher-cache score` from the same cache"
-            )
-        if self._prompts is not None and not counts["rewritten"]:
-            raise ConfigError("data.prompt changes none of the selected prompts: remove it")
 
     def metadata(self, header: ShardHeader) -> dict[bytes, bytes]:
         """A shard's header, by which the rows are decoded."""

@@ -99,6 +99,10 @@ class Prepared(_Frozen):
 
     identity: str
     """Hash of the settings that they were prepared by."""
+    num_rewritten: int = 0
+    """Chains whose prompt the student reads differently."""
+    num_reached: int = 0
+    """Chains that one of the further teachers has scored with a weight above 0."""
     num_mixed: int = 0
     """Chains that several teachers scored."""
     num_pairs: int = 0

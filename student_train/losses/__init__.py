@@ -24,16 +24,22 @@ from student_train.losses.divergences import (
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
+    Spoken,
     TotalVariation,
 )
+from student_train.losses.own_words import DPO, TAID, AsymmetricLikelihood, PolicyGradient, StartKL, Unlikelihood
 
 if TYPE_CHECKING:
     from student_train.losses.fused_head import LossSums, fused_loss
     from student_train.losses.head_chunks import LogitMap
-    from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
+    from student_train.losses.targets import ChainPairs, SparseTargets, StartBuckets, TailDraws, TextChunks
 
 __all__ = [
+    "DPO",
     "JSD",
+    "TAID",
+    "AsymmetricLikelihood",
+    "ChainPairs",
     "ChunkLikelihood",
     "CrossEntropy",
     "CrossEntropyArgmax",
@@ -41,20 +47,27 @@ __all__ = [
     "LogitMap",
     "LossMix",
     "LossSums",
+    "PolicyGradient",
     "ReverseKL",
     "SkewedForwardKL",
     "SkewedReverseKL",
     "SparseTargets",
+    "Spoken",
+    "StartBuckets",
+    "StartKL",
     "TailDraws",
     "TextChunks",
     "TotalVariation",
+    "Unlikelihood",
     "fused_loss",
 ]
 
 _MODULE_OF = {
+    "ChainPairs": "targets",
     "LogitMap": "head_chunks",
     "LossSums": "fused_head",
     "SparseTargets": "targets",
+    "StartBuckets": "targets",
     "TailDraws": "targets",
     "TextChunks": "targets",
     "fused_loss": "fused_head",
