@@ -35,6 +35,12 @@ from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
 
+@pytest.fixture(autouse=True)
+def _tokenizer_of_synthetic_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name no teacher whose tokenizer could be loaded."""
+    monkeypatch.setattr("student_train.exporting.cache_tokenizer", lambda *_: make_tokenizer())
+
+
 def said(chain: Chain, shift: float) -> Signals:
     """A chain's signals with log probabilities of its tokens that name chain and token."""
     named_T = -(shift + chain.row / 100 + np.arange(len(chain.token_ids)) / 1e4)
@@ -218,9 +224,7 @@ def test_teachers_mix_by_source(trainer: Trainer, tmp_path: Path) -> None:
     )
 
 
-def test_the_student_reads_another_prompt_than_the_teacher(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Synthetic caches name no teacher whose tokenizer could be loaded.
-    monkeypatch.setattr("student_train.exporting.cache_tokenizer", lambda *_: make_tokenizer())
+def test_the_student_reads_another_prompt_than_the_teacher(trainer: Trainer) -> None:
     config = trainer.config("run", {"max_steps": 1}, data={"prompt": {"remove": ["question "]}})
     trainer.run(config)
     selection = load_selection(RunFolder(config.run).selection_path("distill"))
@@ -279,6 +283,11 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
             r"preference\): negatives.where 'num_tokens < 0'",
         ),
         ({}, {"prompt": {"remove": ["nowhere"]}}, "data.prompt changes none of the selected prompts"),
+        (
+            {},
+            {"mixture": {"own": "correct and", "teachers": [{"path": "CACHE"}]}},
+            "data.mixture.own 'correct and': it",
+        ),
         ({"losses": {"start_kl": 1, "forward_kl": 1}, "temperature": 2.0}, {}, "start_kl compares at temperature 1"),
         ({"losses": {"taid": {"interpolation": {"kind": "elastic", "start": 1, "end": 0}}}}, {}, "cannot be elastic"),
         ({}, {"kind": "text", "prompt": {"drop_system": True}}, "prompt has no effect with kind: text"),
@@ -286,6 +295,8 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
 )
 def test_what_has_no_effect_is_refused(trainer: Trainer, stage: Json, data: Json, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        for teacher in data.get("mixture", {}).get("teachers", []):
+            teacher["path"] = str(trainer.cache.root)
         plan_run(trainer.config("run", stage, data=data), 1)
 
 
