@@ -294,9 +294,9 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
     ],
 )
 def test_what_has_no_effect_is_refused(trainer: Trainer, stage: Json, data: Json, message: str) -> None:
+    for teacher in data.get("mixture", {}).get("teachers", []):
+        teacher["path"] = str(trainer.cache.root)
     with pytest.raises(ConfigError, match=message):
-        for teacher in data.get("mixture", {}).get("teachers", []):
-            teacher["path"] = str(trainer.cache.root)
         plan_run(trainer.config("run", stage, data=data), 1)
 
 
