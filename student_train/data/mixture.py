@@ -40,7 +40,7 @@ def mix(teachers: Sequence[Signals], weights: Sequence[float], generator: np.ran
         [share * np.exp(one.topk_logprobs_N, dtype=np.float64) for share, one in zip(shares, teachers, strict=True)]
     )
     key_U, entry_E = np.unique(token_E << 32 | id_E, return_inverse=True)
-    mass_U: Float64 = np.bincount(entry_E, mass_E, len(key_U))
+    mass_U = np.bincount(entry_E, mass_E, len(key_U)).astype(np.float64)
     tail_T = _total(
         [share * np.exp(one.tail_logmass_T, dtype=np.float64) for share, one in zip(shares, teachers, strict=True)]
     )

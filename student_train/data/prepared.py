@@ -199,8 +199,10 @@ class PreparedRows:
             prompts = rendered
             chain_ids = [chain_id_of(a.tolist(), b.tolist()) for a, b in zip(prompts, tokens, strict=True)]
         return [
-            None if part is None else _Chain(*fields, part)
-            for *fields, part in zip(sample_ids, chain_ids, prompts, tokens, parts, strict=True)
+            None if part is None else _Chain(sample_id, chain_id, prompt_ids, token_ids, part)
+            for sample_id, chain_id, prompt_ids, token_ids, part in zip(
+                sample_ids, chain_ids, prompts, tokens, parts, strict=True
+            )
         ]
 
     def _partitions(self, signals: Signals, header: ShardHeader) -> npt.NDArray[np.float32] | None:
@@ -327,7 +329,8 @@ class _Weights:
         if not len(self._keys):
             return [0.0] * len(keys_R)
         places = np.minimum(np.searchsorted(self._keys, keys_R), len(self._keys) - 1)
-        return np.where(self._keys[places] == keys_R, self._values[places], 0.0).tolist()
+        found: list[float] = np.where(self._keys[places] == keys_R, self._values[places], 0.0).tolist()
+        return found
 
 
 def _weights_of(catalog: Catalog, weight: str, key: str) -> pa.Table:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
     keys_R, offsets_R = chain_keys(selection), token_offsets(selection)
     left_R = np.ones(len(keys_R), bool)
     with atomic_path(path) as temp, Progress("match behaviour", len(keys_R), "chains") as progress:
-        values_T = np.lib.format.open_memmap(temp, "w+", np.float32, (int(offsets_R[-1]),))
+        values_T = new_numbers(temp, np.float32, int(offsets_R[-1]))
         values_T[:] = np.nan
         for root in caches:
             index = ChainIndex(Catalog(root))
@@ -83,6 +84,14 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
                 "prompt and completion tokens): name the cache that `teacher-cache score` read them from"
             )
         values_T.flush()
+
+
+def new_numbers(path: Path, kind: type[np.generic], size: int) -> np.memmap[Any, np.dtype[Any]]:
+    """A memory-mapped .npy file of `size` numbers, or one where there are none: mmap refuses an empty file."""
+    made: np.memmap[Any, np.dtype[Any]] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        path, "w+", kind, (max(size, 1),)
+    )
+    return made
 
 
 def _place(values_T: Float32, offsets_R: Int64, row: int, logprobs_T: Float32, where: str) -> None:

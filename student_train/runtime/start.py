@@ -38,7 +38,7 @@ from student_train.data.epoch_plan import PlanSpec
 from student_train.data.pack import Pack, StartNumbers, TargetView, TorchPack, to_torch
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
-from student_train.data.token_numbers import token_offsets
+from student_train.data.token_numbers import new_numbers, token_offsets
 from student_train.losses.fused_head import TokenSlots
 from student_train.runtime.ranks import Ranks
 
@@ -168,14 +168,14 @@ def _join(folder: Path, selection: Selection, num_ranks: int, *, with_distributi
     offsets_R = token_offsets(selection)
     num_tokens = int(offsets_R[-1])
     sizes = [path.stat().st_size // 4 for path in (_part_paths(folder, rank)[2] for rank in range(num_ranks))]
-    sampled_T = _new_array(folder / "sampled.npy", np.float32, num_tokens)
+    sampled_T = new_numbers(folder / "sampled.npy", np.float32, num_tokens)
     sampled_T[:] = np.nan
     if with_distribution:
         rest_T, place_T = (
-            _new_array(folder / "rest.npy", np.float32, num_tokens),
-            _new_array(folder / "place.npy", np.int64, num_tokens),
+            new_numbers(folder / "rest.npy", np.float32, num_tokens),
+            new_numbers(folder / "place.npy", np.int64, num_tokens),
         )
-        slots_X = _new_array(folder / "slots.npy", np.float32, sum(sizes))
+        slots_X = new_numbers(folder / "slots.npy", np.float32, sum(sizes))
     first = 0
     for rank, size in enumerate(sizes):
         keys, numbers, slots = _part_paths(folder, rank)
@@ -195,11 +195,6 @@ def _join(folder: Path, selection: Selection, num_ranks: int, *, with_distributi
 def _part_paths(folder: Path, rank: int) -> tuple[Path, Path, Path]:
     keys, numbers, slots = (folder / f"{name}-{rank}.bin" for name in ("keys", "numbers", "slots"))
     return keys, numbers, slots
-
-
-def _new_array(path: Path, kind: type[np.generic], size: int) -> npt.NDArray[Any]:
-    # mmap refuses an empty file; one spare number is never read.
-    return np.lib.format.open_memmap(path, "w+", kind, (max(size, 1),))
 
 
 def _slots_of(pack: Pack) -> npt.NDArray[np.bool_]:

@@ -260,12 +260,12 @@ def dense_own_words(loss: Loss, logits_NV: Tensor, targets: SparseTargets) -> Te
             return values
         case _:
             assert isinstance(loss, PolicyGradient)
-    values = []
+    found = []
     for log_q, log_p, log_b, is_negative in zip(
         log_q_N, spoken.teacher_N, spoken.behaviour_N, is_negative_N, strict=True
     ):
         if is_negative or log_b.isnan():
-            values.append(log_q * 0)
+            found.append(log_q * 0)
             continue
         advantage = max(-2.0, min(2.0, float(log_p - log_b)))
         ratio = (log_q - log_b).exp()
@@ -273,8 +273,8 @@ def dense_own_words(loss: Loss, logits_NV: Tensor, targets: SparseTargets) -> Te
             ratio = 1.5 + 1.5 * (log_q - log_b - math.log(1.5))
         # Two-sided: beyond a fifth in the advantage's direction nothing is left to learn.
         limited = ratio.clamp(max=1.2) if advantage > 0 else ratio.clamp(min=0.8)
-        values.append(-limited * advantage)
-    return torch.stack(values)
+        found.append(-limited * advantage)
+    return torch.stack(found)
 
 
 def per_id(loss: Loss, log_p: Tensor, log_q: Tensor) -> Tensor:
