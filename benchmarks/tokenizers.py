@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ def projected(cache: Path, tokenizer: Any) -> Json:
     with tempfile.TemporaryDirectory(prefix="stillroom-tokenizers-") as temp:
         text = HuggingFaceText(tokenizer, len(tokenizer))
         request = SelectionRequest([CacheSource(cache)])
+        started_s = time.process_time()
         selection = open_projected_selection(Path(temp) / "selection.parquet", request, text)
+        cpu_s = time.process_time() - started_s
         came, squares, num = 0.0, 0.0, 0
         with PackStream(selection, PlanSpec(pack_tokens=4096), packs_per_step=1, num_epochs=1) as stream:
             for pack in stream:
@@ -161,6 +164,7 @@ def projected(cache: Path, tokenizer: Any) -> Json:
             "mass": selection.header.projection.mass,
             "mass_of_token_that_came": came / num,
             "sum_of_squares": squares / num,
+            "tokens_per_cpu_s": selection.header.projection.num_teacher_tokens / cpu_s,
         }
 
 
@@ -206,7 +210,7 @@ def _show(result: Json) -> None:
         )
         if "mass" in row:
             calibration = f"{row['mass_of_token_that_came']:.3f} / {row['sum_of_squares']:.3f}"
-            line += f"; {row['mass']:.4f}; {calibration}"
+            line += f"; {row['mass']:.4f}; {calibration}; {row['tokens_per_cpu_s']:,.0f} tokens per CPU second"
         print(line)
 
 

@@ -3,8 +3,8 @@
 In: a function from a pack to token metrics, a frozen selection. Out: means over all loss tokens of all ranks. Every
 token counts equally, whatever its chain's weight. Where the cache holds draws from the tail, KL and JSD are unbiased
 estimates of the dense ones; otherwise the tail is one bucket and they are lower bounds, exact where the support holds
-all of the mass. Reverse KL is always a lower bound. Of projected chains only the tokens that have a distribution are
-compared with it.
+all of the mass. Reverse KL is always a lower bound. Of projected chains only the tokens that begin where a teacher
+token does are compared with its distribution.
 
 Bits per byte compare students of different vocabularies: the bits of all loss tokens over the bytes that they spell.
 """
@@ -31,7 +31,7 @@ from student_train.data.epoch_plan import PlanSpec
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
 from student_train.data.prepared import render_prompts
-from student_train.data.retokenised import vocab_beside
+from student_train.data.retokenised import has_leading_space, vocab_beside
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
@@ -169,11 +169,17 @@ def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
     lengths_V[: len(known_V)] = known_V
     is_special_V = np.zeros(len(lengths_V), bool)
     is_special_V[sorted(special)] = True
+    has_space_V = np.zeros(len(lengths_V), bool)
+    if selection.is_retokenised and has_leading_space(selection):
+        has_space_V[[token_id for token_id, piece in pieces.items() if piece.startswith(" ")]] = True
 
     def count(pack: Pack) -> int:
+        ids_N = pack.sampled_ids_N
         is_last_N = pack.token_N == selection.num_tokens_R[pack.row_N] - 1
-        is_end_N = is_last_N & is_special_V[pack.sampled_ids_N]
-        return int(lengths_V[pack.sampled_ids_N][~is_end_N].sum())
+        is_end_N = is_last_N & is_special_V[ids_N]
+        # A text begins with a chain, and again after a special token.
+        is_first_N = (pack.token_N == 0) | np.append(False, is_special_V[ids_N])[:-1]
+        return int(lengths_V[ids_N][~is_end_N].sum()) - int((is_first_N & has_space_V[ids_N]).sum())
 
     return count
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json
-from stillroom.errors import ConfigError
+from stillroom.errors import CacheConflict, ConfigError
 from stillroom.log import note, warn
 from student_train.config import (
     DataConfig,
@@ -347,15 +347,15 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
     run = RunFolder(config.run)
     if latest_state(run.checkpoints) is not None:
         run.refuse_other_meaning(config)
-    with tempfile.TemporaryDirectory(prefix="student-train-plan-") as temp:
-        folder = config.run if run.has_frozen(config) else Path(temp)
+    with tempfile.TemporaryDirectory(prefix="student-train-plan-") as temp, contextlib.ExitStack() as held:
+        folder = config.run if run.has_frozen(config) else _folder_of_plan(config, run, Path(temp), held)
         plan = prepare(
             config,
             folder,
             num_ranks,
             is_first=True,
             barrier=lambda: None,
-            spare=Path(temp),
+            spare=Path(temp) if folder == config.run else None,
         )
         shape = model_shape(config.student)
         stages = [_stage(stage, config, shape, plan.vocabulary.num_ids, num_ranks) for stage in plan.stages]
@@ -370,6 +370,25 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
             "heldout_chains": 0 if heldout is None else heldout.header.num_chains,
             "heldout_tokens": 0 if heldout is None else heldout.header.num_tokens,
         }
+
+
+def _folder_of_plan(config: TrainConfig, run: RunFolder, temp: Path, held: contextlib.ExitStack) -> Path:
+    """Where selections of a run that has frozen none go: to `temp`, but retokenised ones where the run finds them.
+
+    The run's folder is locked until `held` closes. Where another process has it, or it cannot be written, `temp` it is.
+    """
+    if config.data.kind == "distributions":
+        return temp
+    try:
+        held.enter_context(run.lock())
+    except (CacheConflict, OSError):
+        return temp
+    run.plan_folder.mkdir(exist_ok=True)
+    # The caches may have grown since the last plan. Files of retokenised chains say themselves what they were made of.
+    for file in run.plan_folder.iterdir():
+        if file.is_file():
+            file.unlink()
+    return run.plan_folder
 
 
 def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:

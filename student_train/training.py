@@ -16,6 +16,7 @@ import math
 import random
 import resource
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -80,6 +81,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int |
         plan = prepare(config, config.run, ranks.num_ranks, is_first=ranks.is_first, barrier=ranks.barrier)
         if ranks.is_first:
             _announce(plan, state, ranks.num_ranks)
+            shutil.rmtree(run.plan_folder, ignore_errors=True)
             # Steps after the checkpoint are taken again and must not stand in the log twice.
             run.truncate_metrics(state.place if state is not None else (0, 0))
         ranks.barrier()

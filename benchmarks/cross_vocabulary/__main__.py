@@ -34,9 +34,8 @@ from benchmarks.cross_vocabulary.setting import (
     make_student,
     open_setting,
 )
-from benchmarks.quality.students import CHAINS_PER_STEP, quiet
-from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS
-from stillroom.config import Json, validate_config
+from benchmarks.quality.students import LEARNING_RATES, PACK_TOKENS, quiet, run_config
+from stillroom.config import Json
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
 from student_train.data.open import open_data, plan_spec, train_request
@@ -45,8 +44,6 @@ from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
-
-PACK_TOKENS = CHAINS_PER_STEP * (NUM_PROMPT_TOKENS + NUM_COMPLETION_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,25 +137,9 @@ def _trained(setting: Setting, method: Method, seed: int, ranks: Ranks) -> Any:
 
 def _config(setting: Setting, method: Method, student: Path, run: Path, seed: int) -> TrainConfig:
     pack_tokens = PACK_TOKENS if method.same_vocabulary else round(PACK_TOKENS * _relative_length(setting))
-    given = {
-        "run": str(run),
-        "seed": seed,
-        "student": {"model": str(student)},
-        "data": {"caches": [str(setting.cache)], "where": "split = 'train'", "pack_tokens": pack_tokens, **method.data},
-        "stages": [
-            {
-                "losses": method.losses,
-                "batch_tokens": pack_tokens,
-                "learning_rate": 3e-3,
-                "warmup_frac": 0.1,
-                "weight_decay": 0.1,
-            }
-        ],
-        "engine": {"precision": "float32", "zero_stage": 0, "chunk_tokens": pack_tokens},
-        "eval": None,
-        "checkpoint": {"every_steps": 1_000_000, "keep_last": 1},
-    }
-    return validate_config(given, TrainConfig, "benchmark")
+    data = {"caches": [str(setting.cache)], **method.data}
+    stage = {"losses": method.losses, "learning_rate": LEARNING_RATES["scratch"]}
+    return run_config(run, student, data, seed, stage, pack_tokens)
 
 
 def _relative_length(setting: Setting) -> float:

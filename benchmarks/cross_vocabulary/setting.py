@@ -8,30 +8,22 @@ has 1,536 ids instead of 1,024 and keeps digits apart, so ids, merges and pre-to
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.quality.caches import Chains, build_cache
+from benchmarks.quality.caches import Chains, build_cache, kept_chains
 from benchmarks.quality.corpus import read_corpus
-from benchmarks.quality.teacher import (
-    CORPUS_CHARS,
-    EOS_TOKEN,
-    Training,
-    ensure_teacher,
-    model_config,
-    write_chains,
-)
+from benchmarks.quality.students import make_small
+from benchmarks.quality.teacher import CORPUS_CHARS, EOS_TOKEN, Training, ensure_teacher
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.pieces import vocabulary_of
-from student_train.model.folder import atomic_folder, save_model
+from student_train.model.folder import atomic_folder
 
-NUM_TRAIN, NUM_HELDOUT = 1536, 192
 OTHER_VOCAB_SIZE = 1536
 LOG2 = math.log(2.0)
 
@@ -94,15 +86,9 @@ def open_setting(folder: Path, teacher_steps: int) -> Setting:
 def make_student(setting: Setting, seed: int, *, same_vocabulary: bool) -> Path:
     """Two layers of width 96 with random weights, in a folder with its tokenizer."""
     folder = setting.folder / f"student-{'same' if same_vocabulary else 'other'}-{seed}"
-    if folder.exists():
-        return folder
-    torch.manual_seed(seed)
-    config = model_config(num_layers=2, width=96, tied=True)
-    if not same_vocabulary:
-        config.vocab_size = OTHER_VOCAB_SIZE
-    with atomic_folder(folder) as temp:
-        save_model(LlamaForCausalLM(config), setting.tokenizer if same_vocabulary else setting.other, temp)
-    return folder
+    if same_vocabulary:
+        return make_small(folder, setting.tokenizer, seed)
+    return make_small(folder, setting.other, seed, OTHER_VOCAB_SIZE)
 
 
 @torch.no_grad()
@@ -145,16 +131,12 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _chains(path: Path, model: Any, tokenizer: Any) -> Chains:
-    """What the teacher writes, kept, as its prompts come from packages that may change until the next call."""
-    if not path.exists():
-        prompts_RP, completions_RT = write_chains(model, tokenizer, NUM_TRAIN + NUM_HELDOUT, seed=1)
-        np.savez(path, prompts=prompts_RP.numpy(), completions=completions_RT.numpy())
-    with np.load(path) as kept:
-        completions_RT = torch.from_numpy(kept["completions"])
-        is_end_RT = completions_RT == tokenizer.eos_token_id
-        # Tokens before the first end, and the end itself.
-        lengths_R = ((is_end_RT.cumsum(dim=1) == 0).sum(dim=1) + 1).clamp(max=completions_RT.shape[1])
-        return Chains(torch.from_numpy(kept["prompts"]), completions_RT, NUM_HELDOUT, lengths_R)
+    """What the teacher writes, up to its first end."""
+    chains = kept_chains(path, model, tokenizer)
+    is_end_RT = chains.completions_RT == tokenizer.eos_token_id
+    # Tokens before the first end, and the end itself.
+    lengths_R = ((is_end_RT.cumsum(dim=1) == 0).sum(dim=1) + 1).clamp(max=is_end_RT.shape[1])
+    return replace(chains, lengths_R=lengths_R)
 
 
 def _other_tokenizer(folder: Path) -> Any:

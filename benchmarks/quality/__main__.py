@@ -22,17 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.quality.caches import Chains, build_cache
+from benchmarks.quality.caches import Chains, build_cache, kept_chains
 from benchmarks.quality.students import make_student, train_student
-from benchmarks.quality.teacher import VOCAB_SIZE, Training, ensure_teacher, write_chains
+from benchmarks.quality.teacher import VOCAB_SIZE, Training, ensure_teacher
 from stillroom.config import Json
 from student_train.runtime.ranks import joined_ranks
 
-NUM_TRAIN, NUM_HELDOUT = 1536, 192
 TAIL_BUCKET = {"forward_kl": {"tail": "bucket"}}
 RENORMALISED = {"forward_kl": {"tail": "renormalise"}}
 STORED_TAIL = {"forward_kl": 1.0}
@@ -107,7 +105,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     teacher = ensure_teacher(folder / "teacher", Training(num_steps=arguments.teacher_steps))
     tokenizer: Any = AutoTokenizer.from_pretrained(teacher)
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
-    chains = _chains(folder / "chains.npz", model, tokenizer)
+    chains = kept_chains(folder / "chains.npz", model, tokenizer)
     targets = [target for target in TARGETS if target.name in {DENSE, *arguments.targets}]
     sizes = {target.name: _cache(folder, target, teacher, model, chains) for target in targets}
     rows: list[Json] = []
@@ -143,15 +141,6 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
         "summary": _summary(rows, sizes),
         "seconds": round(time.monotonic() - started_s, 1),
     }
-
-
-def _chains(path: Path, model: Any, tokenizer: Any) -> Chains:
-    """What the teacher writes, kept, as its prompts come from packages that may change until the next call."""
-    if not path.exists():
-        prompts_RP, completions_RT = write_chains(model, tokenizer, NUM_TRAIN + NUM_HELDOUT, seed=1)
-        np.savez(path, prompts=prompts_RP.numpy(), completions=completions_RT.numpy())
-    with np.load(path) as kept:
-        return Chains(torch.from_numpy(kept["prompts"]), torch.from_numpy(kept["completions"]), NUM_HELDOUT)
 
 
 @torch.no_grad()

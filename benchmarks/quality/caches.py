@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.teacher import VOCAB_SIZE
+from benchmarks.quality.teacher import VOCAB_SIZE, write_chains
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
@@ -24,6 +24,7 @@ from teacher_cache.engine.row_layout import Layout, capture_of_rows
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.inspect.stats import cache_stats
 
+NUM_TRAIN, NUM_HELDOUT = 1536, 192
 SAMPLING = {"temperature": 1.0}
 STEP_CHAINS = 64
 
@@ -104,6 +105,15 @@ class ReplayEngine:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+def kept_chains(path: Path, model: Any, tokenizer: Any) -> Chains:
+    """What the teacher writes, kept, as its prompts come from packages that may change until the next call."""
+    if not path.exists():
+        prompts_RP, completions_RT = write_chains(model, tokenizer, NUM_TRAIN + NUM_HELDOUT, seed=1)
+        np.savez(path, prompts=prompts_RP.numpy(), completions=completions_RT.numpy())
+    with np.load(path) as kept:
+        return Chains(torch.from_numpy(kept["prompts"]), torch.from_numpy(kept["completions"]), NUM_HELDOUT)
 
 
 def build_cache(folder: Path, teacher_folder: Path, model: Any, chains: Chains, capture: Json) -> float:

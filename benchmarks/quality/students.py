@@ -21,6 +21,7 @@ from student_train.runtime.ranks import Ranks
 from student_train.training import train
 
 CHAINS_PER_STEP = 6
+PACK_TOKENS = CHAINS_PER_STEP * (NUM_PROMPT_TOKENS + NUM_COMPLETION_TOKENS)
 LEARNING_RATES = {"scratch": 3e-3, "cut": 2e-3}
 
 
@@ -42,10 +43,36 @@ def make_student(kind: str, folder: Path, teacher: Path, tokenizer: Any, seed: i
     if kind == "cut":
         init_student(str(teacher), 2, folder)
         return folder
+    return make_small(folder, tokenizer, seed)
+
+
+def make_small(folder: Path, tokenizer: Any, seed: int, vocab_size: int | None = None) -> Path:
+    """Two layers of width 96 with random weights, in a folder with its tokenizer; `vocab_size`: not the teacher's."""
+    if folder.exists():
+        return folder
     torch.manual_seed(seed)
+    config = model_config(num_layers=2, width=96, tied=True)
+    config.vocab_size = vocab_size or config.vocab_size
     with atomic_folder(folder) as temp:
-        save_model(LlamaForCausalLM(model_config(num_layers=2, width=96, tied=True)), tokenizer, temp)
+        save_model(LlamaForCausalLM(config), tokenizer, temp)
     return folder
+
+
+def run_config(
+    run: Path, student: Path, data: Json, seed: int, stage: Json, pack_tokens: int = PACK_TOKENS
+) -> TrainConfig:
+    """A run of one stage on the chains to learn from; `data` and `stage` say what differs between runs."""
+    given = {
+        "run": str(run),
+        "seed": seed,
+        "student": {"model": str(student)},
+        "data": {"where": "split = 'train'", "pack_tokens": pack_tokens, **data},
+        "stages": [{"batch_tokens": pack_tokens, "warmup_frac": 0.1, "weight_decay": 0.1, **stage}],
+        "engine": {"precision": "float32", "zero_stage": 0, "chunk_tokens": pack_tokens},
+        "eval": None,
+        "checkpoint": {"every_steps": 1_000_000, "keep_last": 1},
+    }
+    return validate_config(given, TrainConfig, "benchmark")
 
 
 def train_student(
@@ -60,29 +87,10 @@ def train_student(
     ranks: Ranks,
 ) -> Score:
     """Trains on the chains of `cache` and evaluates on the held-out ones of `reference`, which holds everything."""
-    pack_tokens = CHAINS_PER_STEP * (NUM_PROMPT_TOKENS + NUM_COMPLETION_TOKENS)
+    stage = {"losses": losses, "epochs": epochs, "learning_rate": LEARNING_RATES[kind]}
 
     def config(data: Path) -> TrainConfig:
-        given = {
-            "run": str(run),
-            "seed": seed,
-            "student": {"model": str(student)},
-            "data": {"caches": [str(data)], "where": "split = 'train'", "pack_tokens": pack_tokens},
-            "stages": [
-                {
-                    "losses": losses,
-                    "epochs": epochs,
-                    "batch_tokens": pack_tokens,
-                    "learning_rate": LEARNING_RATES[kind],
-                    "warmup_frac": 0.1,
-                    "weight_decay": 0.1,
-                }
-            ],
-            "engine": {"precision": "float32", "zero_stage": 0, "chunk_tokens": pack_tokens},
-            "eval": None,
-            "checkpoint": {"every_steps": 1_000_000, "keep_last": 1},
-        }
-        return validate_config(given, TrainConfig, "benchmark")
+        return run_config(run, student, {"caches": [str(data)]}, seed, stage)
 
     with quiet(run.with_name(f"{run.name}.log")):
         train(config(cache), ranks, StopRequest())

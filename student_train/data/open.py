@@ -102,7 +102,7 @@ def open_data(
     `kind: projected`. Rows differ from the caches' for `mixture`, `prompt` and with a `pairing`.
     """
     if data.kind == "distributions" and data.mixture is None and data.prompt is None and pairing is None:
-        return open_selection(path, request)
+        return _of_kind(path, open_selection(path, request), data)
     if data.kind == "distributions":
         return open_prepared_selection(path, request, data, student, pairing)
     from student_train.data.text import HuggingFaceText, open_text_selection
@@ -112,10 +112,18 @@ def open_data(
         width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
     text = HuggingFaceText(tokenizer, width)
     if data.kind == "text":
-        return open_text_selection(path, request, text, data.text)
+        return _of_kind(path, open_text_selection(path, request, text, data.text), data)
     from student_train.data.vocabulary.freeze import open_projected_selection
 
-    return open_projected_selection(path, request, text)
+    return _of_kind(path, open_projected_selection(path, request, text), data)
+
+
+def _of_kind(path: Path, selection: Selection, data: DataConfig) -> Selection:
+    """`selection`. Raises ConfigError where it was frozen with another `data.kind`, and then kept."""
+    found = "text" if selection.is_text else "projected" if selection.is_projected else "distributions"
+    if found != data.kind:
+        raise ConfigError(f"{path} was frozen with data.kind {found}, now it is {data.kind}: choose another run folder")
+    return selection
 
 
 def reopen_data(path: Path, request: SelectionRequest) -> Selection:

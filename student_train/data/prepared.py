@@ -151,6 +151,9 @@ class PreparedRows:
         self._partner_of = {} if pairing is None else _partners(source, pairing.negatives)
         self._decoded: OrderedDict[int, dict[int, _Chain | None]] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Nothing: what all chains need is known."""
+
     def metadata(self, header: ShardHeader) -> dict[bytes, bytes]:
         """A shard's header, by which the rows are decoded."""
         changed: dict[str, Any] = {

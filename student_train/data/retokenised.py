@@ -2,10 +2,13 @@
 
 In: a selection of any caches, and what makes rows of them. Out: a folder of Parquet files (same row groups, same
 order) and a selection over them, which plans, streams and resumes like any other. Memory: one row group at a time. A
-file that is there is not made again, so an interrupted call goes on where it stopped.
+file that is there is not made again, so an interrupted call goes on where it stopped; nor is one that another stage of
+the run has made of the same chains, or `plan` before the run began.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,9 @@ from student_train.data.selection import (
 
 TEXT_METADATA_KEY = b"stillroom-text"
 COUNTS_METADATA_KEY = b"stillroom-counts"
+SPACE_METADATA_KEY = b"stillroom-leading-space"
+PLAN_FOLDER = "plan"
+"""Beside the selections of a run: what `student-train plan` has made before it began."""
 IS_COMMON, CHUNK_LOGPROB = "is_common", "chunk_logprob"
 """Columns of projected chains besides the signals: see RowBlock."""
 DOCUMENTS = "documents"
@@ -58,6 +64,9 @@ class Rows(Protocol):
     @property
     def identity(self) -> Sequence[object]:
         """What the rows depend on besides the chains, ready for JSON."""
+
+    def prepare(self) -> None:
+        """Called before the first of `make`; not where all files are there already."""
 
     def metadata(self, header: ShardHeader) -> dict[bytes, bytes]:
         """Of a file whose chains come from a shard."""
@@ -84,20 +93,24 @@ def retokenise(path: Path, source: Selection, maker: Rows) -> Retokenised:
     Raises CorruptError for a shard that cannot be read.
     """
     folder = path.parent / f"{path.stem}-{maker.folder_suffix}"
+    others = [
+        *path.parent.glob(f"*-{maker.folder_suffix}"),
+        *(path.parent / PLAN_FOLDER).glob(f"*-{maker.folder_suffix}"),
+    ]
     parts, done, num_tokens = [], 0, 0
     counts: Counts = {}
+    files = [_file(folder, source, groups, maker) for groups in _groups_by_file(source)]
+    is_made = [_is_made(file, others) for file in files]
+    if not all(is_made):
+        maker.prepare()
     with Progress(maker.verb, source.num_chains, "chains") as progress:
-        for groups in np.split(np.arange(len(source.file_G)), _file_starts(source)[1:]):
-            target = folder / f"{source.cache_G[groups[0]]}-{source.path_of(groups[0]).stem}.parquet"
-            rows = np.flatnonzero((source.group_R >= groups[0]) & (source.group_R <= groups[-1]))
-            # A finished file says what it was made of: it is kept if that still holds, else made again.
-            request_hash = stable_hash(*maker.identity, source.key_R[rows].tolist())
-            if _metadata_of(target).get(TEXT_METADATA_KEY) != request_hash.encode():
-                _write_file(target, request_hash, source, groups, maker)
-            part = _rows_of(target, source, rows)
+        for file, is_there in zip(files, is_made, strict=True):
+            if not is_there:
+                _write_file(file, source, maker)
+            part = _rows_of(file.target, source, file.rows)
             parts.append(part)
-            add_counts(counts, json.loads(_metadata_of(target).get(COUNTS_METADATA_KEY, b"{}")))
-            done, num_tokens = done + len(rows), num_tokens + int(part.column("num_tokens").to_numpy().sum())
+            add_counts(counts, json.loads(_metadata_of(file.target).get(COUNTS_METADATA_KEY, b"{}")))
+            done, num_tokens = done + len(file.rows), num_tokens + int(part.column("num_tokens").to_numpy().sum())
             progress.update(done, num_tokens)
     return Retokenised(pa.concat_tables(parts), counts, folder)
 
@@ -147,25 +160,73 @@ def vocab_beside(folder: Location) -> Location:
     return folder.parent / f"{folder.name}.vocab.parquet"
 
 
+def has_leading_space(selection: Selection) -> bool:
+    """Whether the student's tokenizer began each text with a space of its own."""
+    path = selection.path_of(0)
+    return isinstance(path, Path) and SPACE_METADATA_KEY in _metadata_of(path)
+
+
 def add_counts(counts: Counts, more: Mapping[str, float]) -> None:
     """Adds `more` to `counts`, by name."""
     for name, value in more.items():
         counts[name] = counts.get(name, 0) + value
 
 
-def _write_file(target: Path, request_hash: str, source: Selection, groups: Int64, maker: Rows) -> None:
-    shard, header = open_shard(source.path_of(groups[0]))
+@dataclass(frozen=True)
+class _File:
+    """One file to make: of which row groups and rows of the source, and the hash of all that it depends on."""
+
+    target: Path
+    groups: Int64
+    rows: Int64
+    request_hash: str
+
+
+def _file(folder: Path, source: Selection, groups: Int64, maker: Rows) -> _File:
+    rows = np.flatnonzero((source.group_R >= groups[0]) & (source.group_R <= groups[-1]))
+    target = folder / f"{source.cache_G[groups[0]]}-{source.path_of(groups[0]).stem}.parquet"
+    return _File(target, groups, rows, stable_hash(*maker.identity, source.key_R[rows].tolist()))
+
+
+def _is_made(file: _File, others: Sequence[Path]) -> bool:
+    """Whether the file is there; a link to one of the same content in a folder of `others` counts."""
+    # A finished file says what it was made of: it is kept if that still holds, else made again.
+    if _metadata_of(file.target).get(TEXT_METADATA_KEY) == file.request_hash.encode():
+        return True
+    for other in (folder / file.target.name for folder in others if folder != file.target.parent):
+        try:
+            is_equal = _metadata_of(other).get(TEXT_METADATA_KEY) == file.request_hash.encode()
+        except CorruptError:
+            continue
+        if is_equal:
+            with atomic_path(file.target) as temp:
+                _link(other, temp)
+            return True
+    return False
+
+
+def _link(source: Path, target: Path) -> None:
+    """Finished files are replaced and never changed, so that two names may share one. Not every file system can."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_file(file: _File, source: Selection, maker: Rows) -> None:
+    shard, header = open_shard(source.path_of(file.groups[0]))
     shard.close()
     columns = list(dict.fromkeys([*maker.columns, *(signal_columns(header) if maker.with_signals else [])]))
-    metadata = {TEXT_METADATA_KEY: request_hash.encode(), **maker.metadata(header)}
+    metadata = {TEXT_METADATA_KEY: file.request_hash.encode(), **maker.metadata(header)}
     counts: Counts = {}
     with (
-        atomic_path(target) as temp,
+        atomic_path(file.target) as temp,
         pq.ParquetWriter(
             temp, maker.schema(header).with_metadata(metadata), compression="zstd", write_page_checksum=True
         ) as writer,
     ):
-        for group, table in read_groups(source, groups.tolist(), columns):
+        for group, table in read_groups(source, file.groups.tolist(), columns):
             made, more = maker.make(table, header, source.where(group))
             add_counts(counts, more)
             # An empty row group keeps the numbering of groups that is the source's.
@@ -215,8 +276,8 @@ def _unreadable(target: Path, error: Exception) -> CorruptError:
     return CorruptError(f"{target} cannot be read: {reason}: delete it to rebuild it")
 
 
-def _file_starts(source: Selection) -> Int64:
-    """First group of each file that the selection reads, int64."""
+def _groups_by_file(source: Selection) -> list[Int64]:
+    """The groups of each file that the selection reads."""
     changes_G = np.ones(len(source.file_G), bool)
     changes_G[1:] = (np.diff(source.file_G) != 0) | (np.diff(source.cache_G) != 0)
-    return np.flatnonzero(changes_G)
+    return np.split(np.arange(len(changes_G)), np.flatnonzero(changes_G)[1:])

@@ -85,11 +85,11 @@ class Projection(_Frozen):
     num_respelled: int
     """Chains whose tokens do not spell the text that the cache holds."""
     num_common: int
-    """Student tokens that begin where a teacher token does, and so have a distribution."""
+    """Student tokens that begin where a teacher token does."""
     num_teacher_tokens: int
     """Tokens of the teacher in the aligned chains."""
     mass: float
-    """Mean probability of the stored student ids, where there is a distribution."""
+    """Mean probability of the stored student ids at those tokens."""
     special: list[tuple[str, str | None]]
     """Special tokens of the teacher and what the student writes for them; None is their text."""
 

@@ -26,7 +26,7 @@ from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import stable_hash
 from stillroom.schema.tables import list_of
 from stillroom.storage.paths import Location
-from student_train.data.retokenised import Counts, retokenise, vocab_beside, write_retokenised
+from student_train.data.retokenised import SPACE_METADATA_KEY, Counts, retokenise, vocab_beside, write_retokenised
 from student_train.data.selection import Selection, SelectionRequest, check_request, load_selection, open_selection
 
 TEXT_COLUMNS = [
@@ -77,6 +77,10 @@ class TextTokenizer(Protocol):
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of answers, in which nothing a teacher wrote becomes a special token."""
 
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """What else readers of the ids have to know."""
+
     def write_vocab(self, path: Location) -> None:
         """The vocabulary in the form of a cache's."""
 
@@ -107,6 +111,13 @@ class HuggingFaceText:
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids with special tokens taken for plain text."""
         return self._encode(texts, split_special_tokens=True)
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """Whether a text begins with a space that is not its own, as SentencePiece writes it."""
+        ((first, *_),) = self.encode_completions(["a"])
+        has_space = self.tokenizer.convert_ids_to_tokens(first).startswith(("▁", "Ġ"))
+        return {SPACE_METADATA_KEY: b"1"} if has_space else {}
 
     def write_vocab(self, path: Location) -> None:
         """Every token by id."""
@@ -183,9 +194,12 @@ class TextRows:
         self._tokenizer, self._markers, self._completion = tokenizer, markers_of(source), completion
         self.identity = (tokenizer.fingerprint, completion)
 
+    def prepare(self) -> None:
+        """Nothing: each chain stands alone."""
+
     def metadata(self, header: ShardHeader) -> dict[bytes, bytes]:
-        """None: there are no signals to describe."""
-        return {}
+        """There are no signals to describe."""
+        return self._tokenizer.metadata
 
     def schema(self, header: ShardHeader) -> pa.Schema:
         """Token ids only."""

@@ -11,6 +11,7 @@ RUN/start/<stage>/                what the student gave the stage's tokens when 
 RUN/metrics.jsonl                 one line an optimizer step
 RUN/eval.json                     every evaluation, in order
 RUN/checkpoints/                  see checkpoint.py
+RUN/plan/                         what `student-train plan` retokenised; the run links its files, then removes it
 RUN/stages/<stage>/               the model at the end of every stage but the last, a Hugging Face folder
 """
 
@@ -29,6 +30,7 @@ from stillroom.log import note
 from stillroom.storage.paths import write_text_atomic
 from student_train.config import TrainConfig, meaning_of
 from student_train.data.open import before_and_after
+from student_train.data.retokenised import PLAN_FOLDER
 from student_train.runtime.checkpoint import CheckpointState, latest_state
 
 SHOWN_KEYS = 5
@@ -72,6 +74,11 @@ class RunFolder:
     @property
     def heldout_path(self) -> Path:
         return self.root / "heldout.selection.parquet"
+
+    @property
+    def plan_folder(self) -> Path:
+        """For selections of a run that has not begun."""
+        return self.root / PLAN_FOLDER
 
     def selection_path(self, stage_name: str) -> Path:
         """The selection of a stage."""
@@ -189,13 +196,17 @@ class RunFolder:
 
     def _forget_beginning(self) -> None:
         # The selection's own file goes first: it marks the rest as whole.
-        files = [*self.root.glob("*.selection.parquet"), *self.root.glob("*.selection.source.parquet")]
-        files += self.root.glob("*.behaviour-*.npy")
+        files = [*self.root.glob("*.selection*.parquet"), *self.root.glob("*.behaviour-*.npy")]
         for file in (*files, self.metrics_path, self.eval_path, self.changes_path):
             file.unlink(missing_ok=True)
-        made = [folder for kind in ("text", "prepared") for folder in self.root.glob(f"*.selection-{kind}")]
-        for folder in (*made, *(self.root / name for name in FROM_LEARNING)):
+        for folder in (*self.root.glob("*.selection-prepared"), *(self.root / name for name in FROM_LEARNING)):
             shutil.rmtree(folder, ignore_errors=True)
+        # Retokenised chains take hours, and each file says what it was made of: they serve as those of a plan.
+        for kind in ("text", "projected"):
+            for folder in self.root.glob(f"*.selection-{kind}"):
+                self.plan_folder.mkdir(exist_ok=True)
+                shutil.rmtree(self.plan_folder / folder.name, ignore_errors=True)
+                folder.rename(self.plan_folder / folder.name)
 
     def refuse_other_meaning(self, config: TrainConfig, adjustable_from: int | None = None) -> dict[str, list[Any]]:
         """Raises ConfigError naming keys that decide what is learnt and differ from the run's.

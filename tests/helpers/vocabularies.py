@@ -14,6 +14,8 @@ from tests.helpers.tiny_tokenizer import CORPUS, metaspace, save
 
 THINK_END = "</think>"
 WORDS = CORPUS[0].split(" ")
+NUM_PADDING = 40
+"""Rows of the teacher's logits that no token has."""
 
 
 def byte_bpe(vocab_size: int, special: list[str], *, lowercase: bool = False, digits: bool = False) -> Tokenizer:
@@ -61,13 +63,22 @@ def make_text_cache(
     root: Path, tokenizer: Any, num_chains: int = 40, codec: str = "topk-f32", name: str = "text"
 ) -> SyntheticCache:
     """Chains of text_of() with the reasoning closed in the middle. Every tenth was cut off; support: 4 tokens and a
-    tail, the sampled token nearly always among them.
+    tail, the sampled token nearly always among them. Logits are wider than the vocabulary.
     """
-    shape = CacheShape(codec=codec, vocab_size=len(tokenizer), max_support=4, tokenizer=name)
-    return write_chains(root, shape, [_chain(tokenizer, row, name) for row in range(num_chains)], tokenizer)
+    chains = [make_chain(tokenizer, row, name) for row in range(num_chains)]
+    return write_text_chains(root, tokenizer, chains, codec, name)
 
 
-def _chain(tokenizer: Any, row: int, name: str) -> Chain:
+def write_text_chains(
+    root: Path, tokenizer: Any, chains: list[Chain], codec: str = "topk-f32", name: str = "text"
+) -> SyntheticCache:
+    """Chains of make_chain()."""
+    shape = CacheShape(codec=codec, vocab_size=len(tokenizer) + NUM_PADDING, max_support=4, tokenizer=name)
+    return write_chains(root, shape, chains, tokenizer)
+
+
+def make_chain(tokenizer: Any, row: int, name: str = "text") -> Chain:
+    """Chain number `row`, as make_text_cache() says."""
     rng = np.random.default_rng([2, row])
     first, second = text_of(row), text_of(row + 1000)
     ids = [*tokenizer.encode(first), THINK_END_ID, *tokenizer.encode(second)]
@@ -86,7 +97,7 @@ def _chain(tokenizer: Any, row: int, name: str) -> Chain:
         text=said,
         prompt_ids=np.array(tokenizer.encode(prompt), np.int32),
         token_ids=token_ids,
-        signals=_signals(token_ids, len(tokenizer), rng),
+        signals=_signals(token_ids, len(tokenizer) + NUM_PADDING, rng),
         finish_reason="stop" if has_ended else "length",
         correct=True,
     )

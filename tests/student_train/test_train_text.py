@@ -119,7 +119,15 @@ def test_projected_distributions_train_a_student_of_another_vocabulary(
     config = trainer.config("run", stage, student={"model": str(student)}, data=data, eval={"max_chains": None})
     planned = plan_run(config, 1)["stages"][0]
     assert planned["projection"]["num_aligned"] == planned["num_chains"]
+    assert sorted(one.name for one in RunFolder(config.run).plan_folder.glob("*-projected")) == [
+        "distill.selection-projected",
+        "heldout.selection-projected",
+    ]
     (record,) = trainer.run(config)
+    assert not RunFolder(config.run).plan_folder.exists()
+    other = config.model_copy(update={"data": config.data.model_copy(update={"kind": "text"})})
+    with pytest.raises(ConfigError, match=r"was frozen with data\.kind projected, now it is text: choose another run"):
+        evaluate_config(other, None, "initial")
     selection = load_selection(RunFolder(config.run).selection_path("distill"))
     assert record["num_loss_tokens"] == selection.header.num_tokens == planned["num_tokens"]
     sums, _ = _projected_losses(student, selection)

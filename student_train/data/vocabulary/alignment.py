@@ -18,6 +18,7 @@ import numpy.typing as npt
 from stillroom.schema.records import Float32, Int32, Int64
 from student_train.data.vocabulary.pieces import MARK, VocabularyPair, lengths_of
 
+Bool = npt.NDArray[np.bool_]
 Encode = Callable[[Sequence[str]], list[list[int]]]
 """Texts to the student's ids, in which no text becomes a special token."""
 
@@ -26,11 +27,13 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 class Spelling:
     """A chain as the student writes it: ids_S int32 and the bytes that each stands for, lengths_S int64.
 
-    A SentencePiece tokenizer begins a text with a space of its own, which stands for no byte of the chain.
+    A SentencePiece tokenizer begins a text with a space of its own, which stands for no byte of the chain; has_space_S
+    are the tokens that it is part of.
     """
 
     ids_S: Int32
     lengths_S: Int64
+    has_space_S: Bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +43,22 @@ class Alignment:
     Attributes:
         student_ids_S: int32, the completion in the student's tokens.
         teacher_ends_T, student_ends_S: int64, byte offset after each token.
-        teacher_place_S: int64, the teacher token that begins at the same byte as the student's, or -1. Only student
-            tokens that have one may carry a distribution.
+        teacher_place_S: int64, the teacher token that the student's begins in, or -1. Only student tokens that have one
+            may carry a distribution.
+        skipped_S: int64, the bytes of that teacher token before the student's; 0 without one.
     """
 
     student_ids_S: Int32
     teacher_ends_T: Int64
     student_ends_S: Int64
     teacher_place_S: Int64
+    skipped_S: Int64
 
     @property
-    def is_common_S(self) -> npt.NDArray[np.bool_]:
+    def is_common_S(self) -> Bool:
         """Which student tokens begin where a teacher token does."""
-        return self.teacher_place_S >= 0
+        is_common_S: Bool = (self.teacher_place_S >= 0) & (self.skipped_S == 0)
+        return is_common_S
 
 
 class Speller:
@@ -78,38 +84,45 @@ class Speller:
 
     def _joined(self, parts: Sequence[bytes], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Spelling | None:
         """`parts` are texts and marks in turn, `ids` those of `texts`."""
-        of_id, found_S, lengths_S = self._pair.student_bytes, [], []
+        of_id, found_S, lengths_S, has_space_S = self._pair.student_bytes, [], [], []
         for number, (text, one) in enumerate(zip(texts, ids, strict=True)):
             mine = np.array(one, np.int32)
             lengths = self._lengths_V[mine]
             data, spelled = text.encode(), b"".join([of_id[token_id] for token_id in one])
+            has_space = np.zeros(len(mine), np.bool_)
             if spelled == b" " + data:
                 lengths[0] -= 1
+                has_space[0] = True
             elif spelled != data:
                 return None
             found_S.append(mine)
             lengths_S.append(lengths)
+            has_space_S.append(has_space)
             if 2 * number + 1 < len(parts):
                 mark = parts[2 * number + 1]
                 found_S.append(np.array([self._pair.student_id_of[mark]], np.int32))
                 lengths_S.append(np.array([len(mark)], np.int64))
-        return Spelling(np.concatenate(found_S), np.concatenate(lengths_S))
+                has_space_S.append(np.zeros(1, np.bool_))
+        return Spelling(np.concatenate(found_S), np.concatenate(lengths_S), np.concatenate(has_space_S))
 
 
 def align(teacher_lengths_T: Int64, start: int, spelling: Spelling) -> Alignment:
     """`start` is the byte at which the first teacher token begins: above 0 after text that the teacher did not write,
     below 0 where the student does not write the teacher's first bytes.
 
-    With "ab|c" of the teacher and "a|b|c" of the student, place is 0, -1, 1.
+    With "ab|c" of the teacher and "a|b|c" of the student, places are 0, 0, 1, and 0, 1, 0 bytes are skipped.
     """
     teacher_ends_T = start + np.cumsum(teacher_lengths_T)
     student_ends_S = np.cumsum(spelling.lengths_S)
     starts_T, starts_S = teacher_ends_T - teacher_lengths_T, student_ends_S - spelling.lengths_S
     # The last of the tokens that begin here: those before it stand for no byte.
     place_S = np.searchsorted(starts_T, starts_S, side="right") - 1
-    is_common_S = (place_S >= 0) & (spelling.lengths_S > 0)
-    is_common_S[is_common_S] = starts_T[place_S[is_common_S]] == starts_S[is_common_S]
-    return Alignment(spelling.ids_S, teacher_ends_T, student_ends_S, np.where(is_common_S, place_S, -1))
+    # A token with a space of its own competes with others of that kind, which no candidate of the teacher spells.
+    is_placed_S = (place_S >= 0) & (spelling.lengths_S > 0) & ~spelling.has_space_S
+    is_placed_S[is_placed_S] = starts_S[is_placed_S] < teacher_ends_T[place_S[is_placed_S]]
+    place_S = np.where(is_placed_S, place_S, -1)
+    skipped_S = np.where(is_placed_S, starts_S - starts_T[place_S], 0)
+    return Alignment(spelling.ids_S, teacher_ends_T, student_ends_S, place_S, skipped_S)
 
 
 def chunk_logprobs(alignment: Alignment, sampled_logprob_T: Float32) -> Float32:
@@ -166,7 +179,13 @@ def is_written_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[tupl
     lead, skipped = _lead_of(pair, encode)
 
     def is_pair(wanted: tuple[int, int], ids: Sequence[int]) -> bool:
-        return tuple(ids[-2:]) == wanted and sum(len(pair.student_bytes[one]) for one in ids[:-2]) == skipped
+        place = 0
+        for number, token_id in enumerate(ids):
+            if place == skipped:
+                return tuple(ids[number:]) == wanted
+            place += len(pair.student_bytes[token_id])
+        # The text joined with what was put before it, which says nothing.
+        return True
 
     def is_written(pairs: list[tuple[int, int]]) -> list[bool]:
         spelled = [pair.student_bytes[before] + pair.student_bytes[after] for before, after in pairs]

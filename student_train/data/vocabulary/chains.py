@@ -7,7 +7,7 @@ T teacher tokens, S student tokens of one chain
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,17 @@ class Aligner:
     def __init__(
         self,
         teacher: Vocabulary,
+        num_ids: int,
         ends: set[int],
         student: Vocabulary,
         tokenizer: HuggingFaceText,
         markers: Mapping[str, Markers],
     ) -> None:
-        """`ends` are the teacher's tokens that end its chains, `markers` those of its runs."""
-        self.pair = pair_of(teacher, ends, student, tokenizer.eos_id)
+        """`num_ids`: the teacher's ids are below it, `ends` those that end its chains, `markers` those of its runs."""
+        pair = pair_of(teacher, ends, student, tokenizer.eos_id)
+        # Logits are often wider than the vocabulary, and a candidate may be one of the rows that no token has.
+        padding = [b""] * (num_ids - len(pair.teacher_bytes))
+        self.pair = replace(pair, teacher_bytes=pair.teacher_bytes + padding)
         self._teacher, self._tokenizer, self._markers = teacher, tokenizer, markers
         self._id_of = {text: token_id for token_id, text in teacher.pieces.items()}
         self._special = np.array(sorted(teacher.special), np.int32)

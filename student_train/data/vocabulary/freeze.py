@@ -6,14 +6,14 @@ teacher's log probability of the text from one such place to the next, on its la
 
 Two passes. The first aligns up to MAX_COUNTED teacher tokens of evenly spaced row groups and counts which student token
 comes where the teacher says what. The second aligns every chain and projects its distributions. A student token that
-begins where no teacher token does has no distribution: its target is itself, so that a divergence there is the
-cross-entropy. That goes for all tokens of a chain that cannot be aligned.
+the teacher's tokens do not cover (a <think> of its own, a chain that cannot be aligned) has no distribution: its target
+is itself, so that a divergence there is the cross-entropy.
 
 S student tokens, R chains, N stored candidates
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from student_train.data.text import (
     TEXT_COLUMNS,
     TEXT_SCHEMA,
     HuggingFaceText,
+    Markers,
     has_ended,
     markers_of,
     reopen_retokenised,
@@ -60,7 +61,7 @@ from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, Vocabula
 from student_train.data.vocabulary.projection import MAX_SUPPORT, Targets, project
 from student_train.data.vocabulary.transport import Aligned, Strings, Transport
 
-VERSION = 1
+VERSION = 2
 """Of all code that decides targets: files of another version are made again."""
 MAX_COUNTED = 2_000_000
 BATCH_TOKENS = 16_384
@@ -111,20 +112,29 @@ class ProjectedRows:
     with_signals = True
 
     def __init__(self, source: Selection, tokenizer: HuggingFaceText) -> None:
-        """Counts the transport of each teacher. Raises ConfigError where the vocabularies agree, or the text does not
-        survive the student's tokenizer.
-        """
+        """Raises ConfigError where the vocabularies agree."""
         self._tokenizer = tokenizer
         self.identity = ("projected", VERSION, tokenizer.fingerprint, source.header.hash)
         student = vocabulary_of(tokenizer.tokenizer)
+        paths = {one: _vocab_path(source, one) for one in source.header.tokenizer_fingerprints}
+        if all(_is_same(one, path, tokenizer) for one, path in paths.items()):
+            raise ConfigError(
+                "the student has the cache's vocabulary, and projecting into it would only lose: leave out data.kind: "
+                "projected"
+            )
         self._teachers = {
-            fingerprint: _Teacher(source, groups, _vocab_path(source, fingerprint, tokenizer), student, tokenizer)
-            for fingerprint, groups in _samples(source).items()
+            fingerprint: _Teacher(source, groups, Vocabulary(*cached_pieces(paths[fingerprint])), student, tokenizer)
+            for fingerprint, groups in _groups_by_teacher(source).items()
         }
+
+    def prepare(self) -> None:
+        """Counts the transport of each teacher. Raises ConfigError where the student's tokenizer changes the text."""
+        for teacher in self._teachers.values():
+            teacher.count()
 
     @property
     def special(self) -> list[tuple[str, str | None]]:
-        """Special tokens of the counted chains, and what the student writes for each; None is their text."""
+        """Special tokens of the chains, and what the student writes for each; None is their text."""
         return sorted({one for teacher in self._teachers.values() for one in teacher.special.items()})
 
     def metadata(self, header: ShardHeader) -> dict[bytes, bytes]:
@@ -139,7 +149,8 @@ class ProjectedRows:
             "vocab_size": self._tokenizer.vocab_size,
             "tokenizer_fingerprint": self._tokenizer.fingerprint,
         }
-        return {SHARD_METADATA_KEY: header.model_copy(update=changed).model_dump_json().encode()}
+        described = header.model_copy(update=changed).model_dump_json().encode()
+        return {SHARD_METADATA_KEY: described, **self._tokenizer.metadata}
 
     def schema(self, header: ShardHeader) -> pa.Schema:
         """Tokens, the signals of the shard's codec, and this module's two columns."""
@@ -148,18 +159,20 @@ class ProjectedRows:
     def make(self, table: pa.Table, header: ShardHeader, where: str) -> tuple[pa.Table, Counts]:
         """Rows of the chains that come to a token."""
         teacher = self._teachers[header.tokenizer_fingerprint]
-        chains = teacher.aligner.align(table)
+        chains = teacher.align(table, where)
         is_aligned_R = np.array([chain.alignment is not None for chain in chains])
         signals, offsets = decode(table.filter(pa.array(is_aligned_R)), header, where)
         good = [chain for chain in chains if chain.alignment is not None]
         targets = _concatenated([teacher.project(*batch) for batch in _batches(good, signals)])
+        is_common_S = _joined([chain.alignment.is_common_S for chain in good if chain.alignment is not None]) > 0
+        has_common_S = is_common_S & (targets.n_S > 0)
         counts: Counts = {
             "aligned": len(good),
             CHANGED: sum(chain.problem == CHANGED for chain in chains),
             RESPELLED: sum(chain.problem == RESPELLED for chain in chains),
-            "common": sum(int(chain.alignment.is_common_S.sum()) for chain in good if chain.alignment is not None),
+            "common": int(is_common_S.sum()),
             "teacher_tokens": len(signals.topk_n_T),
-            "mass": float(-np.expm1(targets.tail_logmass_S[targets.n_S > 0].astype(np.float64)).sum()),
+            "mass": float(-np.expm1(targets.tail_logmass_S[has_common_S].astype(np.float64)).sum()),
         }
         made = iter(_split(_filled(targets, _joined([chain.student_ids_S for chain in good])), good))
         said = iter(np.split(signals.sampled_logprob_T, offsets[1:-1]))
@@ -177,35 +190,53 @@ class _Teacher:
     """One teacher's chains: their alignment with the student, and the transport that they say."""
 
     def __init__(
-        self, source: Selection, groups: Int64, vocab: Location, student: Vocabulary, tokenizer: HuggingFaceText
+        self,
+        source: Selection,
+        groups: Int64,
+        vocabulary: Vocabulary,
+        student: Vocabulary,
+        tokenizer: HuggingFaceText,
     ) -> None:
-        """Counts over the row groups `groups`. Raises ConfigError where most of their chains cannot be aligned."""
-        vocabulary = Vocabulary(*cached_pieces(vocab))
+        """`groups` are the row groups of this teacher's chains."""
+        self._source, self._groups, self._tokenizer = source, groups, tokenizer
         markers = markers_of(source)
-        ends: set[int] = set()
-        seen: set[int] = set()
-        for table in _tables(source, groups, ["sample_id", "run_id", "text", "finish_reason", "token_ids"]):
-            seen.update(np.unique(table.column("token_ids").combine_chunks().flatten().to_numpy()).tolist())
-            ends.update(row["last_id"] for row in with_last_id(table) if has_ended(row, markers[row["run_id"]]))
-        self.aligner = Aligner(vocabulary, ends & vocabulary.special, student, tokenizer, markers)
+        seen, ends = _special_in(source, groups, vocabulary, markers)
+        self.aligner = Aligner(vocabulary, source.header.vocab_size, ends, student, tokenizer, markers)
         self.special = _special_of(vocabulary, seen, student, self.aligner.pair)
         pair = self.aligner.pair
+        # At most MAX_COUNTED tokens and a row group: some 100 MB.
+        self._counted: dict[str, list[AlignedChain]] = {}
         self._is_mark_V = np.array([MARK.fullmatch(data) is not None for data in pair.student_bytes])
         encode = tokenizer.encode_completions
         self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, encode))
-        self._transport = Transport(self._strings, tokenizer.vocab_size)
-        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), tokenizer.vocab_size)
+        # A tokenizer may have more tokens than the model has rows, as long as no text needs them.
+        num_ids = max(tokenizer.vocab_size, len(pair.student_bytes))
+        self._transport = Transport(self._strings, num_ids)
+        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), num_ids)
+
+    def align(self, table: pa.Table, where: str) -> list[AlignedChain]:
+        """Chains of `table`, the row group at `where`, once in all for those that were counted."""
+        chains = self._counted.pop(where, None)
+        return self.aligner.align(table) if chains is None else chains
+
+    def count(self) -> None:
+        """Counts over a sample of the row groups. Raises ConfigError where most of its chains cannot be aligned."""
+        source = self._source
+        # Evenly spaced, of MAX_COUNTED completion tokens together.
+        tokens_G = np.bincount(source.group_R, source.num_tokens_R, len(source.file_G))
+        groups = self._groups[:: -(-int(tokens_G[self._groups].sum()) // MAX_COUNTED)]
         problems: list[str] = []
         with Progress("align", len(groups), "row groups") as progress:
             for number, table in enumerate(_tables(source, groups, TEXT_COLUMNS)):
                 chains = self.aligner.align(table)
+                self._counted[source.where(int(groups[number]))] = chains
                 aligned = self._aligned([chain for chain in chains if chain.alignment is not None])
                 self._transport.add(aligned)
                 self._pairs.add(aligned.before_S, aligned.student_ids_S)
                 problems += [chain.problem for chain in chains]
                 progress.update(number + 1, 0)
         if 2 * sum(map(bool, problems)) > len(problems):
-            raise ConfigError(_refusal(tokenizer, [problem for problem in problems if problem]))
+            raise ConfigError(_refusal(self._tokenizer, [problem for problem in problems if problem]))
         self._transport.finish()
 
     def project(self, chains: Sequence[AlignedChain], signals: Signals) -> Targets:
@@ -225,6 +256,7 @@ class _Teacher:
             student_ids_S=(student_ids_S := _joined([chain.student_ids_S for chain in chains])),
             student_bytes_S=np.where(self._is_mark_V[student_ids_S], 0, _joined(lengths_S)),
             places_S=np.where(places_S >= 0, places_S + first_S, -1),
+            skipped_S=_joined([one.alignment.skipped_S for one in chains if one.alignment is not None]),
             before_S=_joined([np.append(-1, chain.student_ids_S)[:-1] for chain in chains]),
         )
 
@@ -233,11 +265,10 @@ Row = tuple[AlignedChain, Signals, Float32 | None]
 """A chain, its targets, and where it is aligned the teacher's log probability of each of its own tokens."""
 
 
-def _samples(source: Selection) -> dict[str, Int64]:
-    """Row groups to count by teacher's tokenizer: evenly spaced, of MAX_COUNTED completion tokens together."""
-    tokens_G = np.bincount(source.group_R, source.num_tokens_R, len(source.file_G))
+def _groups_by_teacher(source: Selection) -> dict[str, Int64]:
+    """Row groups by the teacher's tokenizer."""
     names = source.header.tokenizer_fingerprints
-    name_G = np.zeros(len(tokens_G), np.int64)
+    name_G = np.zeros(len(source.file_G), np.int64)
     if len(names) > 1:
         number_of: dict[Location, int] = {}
         for group in range(len(name_G)):
@@ -247,11 +278,25 @@ def _samples(source: Selection) -> dict[str, Int64]:
                 shard.close()
                 number_of[path] = names.index(header.tokenizer_fingerprint)
             name_G[group] = number_of[path]
-    samples = {}
-    for number, name in enumerate(names):
-        groups = np.flatnonzero(name_G == number)
-        samples[name] = groups[:: -(-int(tokens_G[groups].sum()) // MAX_COUNTED)]
-    return samples
+    return {name: np.flatnonzero(name_G == number) for number, name in enumerate(names)}
+
+
+def _special_in(
+    source: Selection, groups: Int64, vocabulary: Vocabulary, markers: Mapping[str, Markers]
+) -> tuple[set[int], set[int]]:
+    """The special tokens in all chains of the row groups, and those among them that end one."""
+    special = np.array(sorted(vocabulary.special), np.int32)
+    seen: set[int] = set()
+    ends: set[int] = set()
+    with Progress("scan", len(groups), "row groups") as progress:
+        for number, table in enumerate(
+            _tables(source, groups, ["sample_id", "run_id", "text", "finish_reason", "token_ids"])
+        ):
+            ids = table.column("token_ids").combine_chunks().flatten().to_numpy()
+            seen.update(np.unique(ids[np.isin(ids, special)]).tolist())
+            ends.update(row["last_id"] for row in with_last_id(table) if has_ended(row, markers[row["run_id"]]))
+            progress.update(number + 1, 0)
+    return seen, ends & vocabulary.special
 
 
 def _tables(source: Selection, groups: Int64, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -260,19 +305,19 @@ def _tables(source: Selection, groups: Int64, columns: Sequence[str]) -> Iterato
             yield table
 
 
-def _vocab_path(source: Selection, fingerprint: str, tokenizer: HuggingFaceText) -> Location:
-    """The teacher's vocabulary in one of the caches. Raises ConfigError where it is the student's, or in none."""
+def _vocab_path(source: Selection, fingerprint: str) -> Location:
+    """The teacher's vocabulary in one of the caches. Raises ConfigError where none has it."""
     paths = [Catalog(folder.parent).vocab_path(fingerprint) for folder in dict.fromkeys(source.folders)]
     path = next((one for one in paths if one.exists()), None)
     if path is None:
         raise ConfigError(f"{paths[0]} is missing, and says what the teacher's tokens are: copy the whole cache")
-    is_same = fingerprint == fingerprint_tokenizer(tokenizer.tokenizer)
-    if is_same or compare_vocab(path, tokenizer.tokenizer).agree:
-        raise ConfigError(
-            "the student has the cache's vocabulary, and projecting into it would only lose: leave out data.kind: "
-            "projected"
-        )
     return path
+
+
+def _is_same(fingerprint: str, path: Location, tokenizer: HuggingFaceText) -> bool:
+    """Whether a teacher's vocabulary is the student's."""
+    is_same = fingerprint == fingerprint_tokenizer(tokenizer.tokenizer)
+    return is_same or compare_vocab(path, tokenizer.tokenizer).agree
 
 
 def _special_of(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stillroom.schema.records import Int64
-from student_train.data.vocabulary.transport import Bool
+from student_train.data.vocabulary.transport import MIN_MERGED, Bool
 
 IsWritten = Callable[[list[tuple[int, int]]], list[bool]]
 """For each pair of student ids, whether the tokenizer makes just these two of the bytes that both spell."""
@@ -38,13 +38,19 @@ class Pairs:
             inside = np.frombuffer(data, np.uint8)
             self._joins[inside[:-1], inside[1:]] = True
         self._seen: Int64 = np.zeros(0, np.int64)
+        self._new: list[Int64] = []
         self._keys: Int64 = np.zeros(0, np.int64)
         self._is_allowed: Bool = np.zeros(0, np.bool_)
 
     def add(self, before_P: Int64, after_P: Int64) -> None:
         """Allows pairs that stand in chains; `before_P` is -1 where a chain begins."""
-        keys = (before_P * self._vocab_size + after_P)[before_P >= 0]
-        self._seen = np.union1d(self._seen, keys)
+        self._new.append(np.unique((before_P * self._vocab_size + after_P)[before_P >= 0]))
+        if sum(map(len, self._new)) > len(self._seen) + MIN_MERGED:
+            self._merge()
+
+    def _merge(self) -> None:
+        self._seen = np.unique(np.concatenate([self._seen, *self._new]))
+        self._new.clear()
 
     def allowed(self, before_P: Int64, after_P: Int64) -> Bool:
         """bool [P]; where `before_P` is -1 all are."""
@@ -60,6 +66,8 @@ class Pairs:
         if len(new):
             if len(self._keys) > MAX_PAIRS:
                 self._keys, self._is_allowed, new = self._keys[:0], self._is_allowed[:0], keys_U
+            if self._new:
+                self._merge()
             asked = np.setdiff1d(new, self._seen, assume_unique=True)
             pairs = list(zip((asked // self._vocab_size).tolist(), (asked % self._vocab_size).tolist(), strict=True))
             is_allowed = np.ones(len(new), np.bool_)

@@ -35,6 +35,10 @@ class Letters:
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [[ord(letter) for letter in text] for text in texts]
 
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        return {}
+
     def write_vocab(self, path: Location) -> None:
         path.write_bytes(b"")
 

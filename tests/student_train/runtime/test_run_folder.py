@@ -48,5 +48,7 @@ def test_a_run_without_a_checkpoint_restarts_when_it_changes(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"was started with stages\.0\.learning_rate=0\.1, now it is 0\.2"):
         run.open(make_config(run.root, 0.2), has_learnt=True)
     run.open(make_config(run.root, 0.2), has_learnt=False)
-    assert sorted(path.name for path in run.root.iterdir()) == ["config.yaml"]
+    assert sorted(path.name for path in run.root.iterdir()) == ["config.yaml", "plan"]
+    # Retokenised chains say themselves what they were made of.
+    assert (run.root / "plan" / "a.selection-text" / "0.parquet").exists()
     assert run.read_config().stages[0].learning_rate == 0.2

@@ -110,18 +110,21 @@ def test_boundaries_are_those_found_one_by_one(make: Any, start: int) -> None:
             # Two bytes less may be half a character.
             continue
         alignment = align(lengths_of(of_id)[ids_T], start, spelling)
-        begins = {start + sum(len(of_id[one]) for one in ids_T[:place]): place for place in range(len(ids_T))}
-        starts_S = np.cumsum(spelling.lengths_S) - spelling.lengths_S
-        expected = [
-            begins.get(int(one), -1) if length else -1 for one, length in zip(starts_S, spelling.lengths_S, strict=True)
-        ]
-        assert alignment.teacher_place_S.tolist() == expected
+        covers = [(place, byte) for place, one in enumerate(ids_T) for byte in range(len(of_id[one]))]
+        expected, at = [], 0
+        for number, length in enumerate(spelling.lengths_S.tolist()):
+            # The space in front of a text is the student's alone.
+            is_led = make is with_prefix_space and number == 0
+            is_covered = length and not is_led and 0 <= at - start < len(covers)
+            expected.append(covers[at - start] if is_covered else (-1, 0))
+            at += length
+        assert list(zip(alignment.teacher_place_S, alignment.skipped_S, strict=True)) == expected
         logprobs_T = -np.arange(1, len(ids_T) + 1).astype(np.float32)
         assert_chunks(alignment, logprobs_T, chunk_logprobs(alignment, logprobs_T))
 
 
 def assert_chunks(alignment: Alignment, logprobs_T: Any, found_S: Any) -> None:
-    common = [one for one in range(len(found_S)) if alignment.teacher_place_S[one] >= 0]
+    common = np.flatnonzero((alignment.teacher_place_S >= 0) & (alignment.skipped_S == 0)).tolist()
     expected = np.full(len(found_S), np.nan)
     for first, after in zip(common, [*common[1:], None], strict=True):
         places = alignment.teacher_place_S
@@ -132,7 +135,7 @@ def assert_chunks(alignment: Alignment, logprobs_T: Any, found_S: Any) -> None:
 
 def test_a_chunk_that_the_teacher_does_not_finish_has_no_value() -> None:
     ends = np.array([1, 2, 4])
-    alignment = Alignment(np.zeros(2, np.int32), ends, np.array([1, 3]), np.array([0, 1]))
+    alignment = Alignment(np.zeros(2, np.int32), ends, np.array([1, 3]), np.array([0, 1]), np.zeros(2, int))
     found_S = chunk_logprobs(alignment, np.array([-1.0, -2.0, -3.0], np.float32))
     np.testing.assert_array_equal(found_S, [-1.0, np.nan])
 

@@ -1,6 +1,7 @@
 """Projected selections: every token checked by chain against the teacher's, through the files and the stream."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.freeze import open_projected_selection
 from student_train.data.vocabulary.pieces import vocabulary_of
+from student_train.evaluation import _byte_counter
 from tests.helpers.caches import EOS_ID, SyntheticCache
-from tests.helpers.vocabularies import THINK_END, make_text_cache, student_folder, teacher_tokenizer
+from tests.helpers.vocabularies import (
+    THINK_END,
+    make_chain,
+    make_text_cache,
+    student_folder,
+    teacher_tokenizer,
+    write_text_chains,
+)
+from tests.student_train.data.vocabulary.test_alignment import fast, with_prefix_space
 
 PHRASE = "Ärger über"
 
@@ -92,11 +102,16 @@ def test_every_chain_is_aligned_and_projected(
             ids_TK, logprobs_TK = signals.dense(64)
             mass_S = np.exp(logprobs_TK).sum(axis=1) + np.exp(signals.tail_logmass_T)
             np.testing.assert_allclose(mass_S, 1.0, atol=1e-4)
-            # Elsewhere the target is the token that came.
-            assert (signals.topk_n_T[~is_common_S] == 1).all()
-            assert (ids_TK[~is_common_S, 0] == ids_S[~is_common_S]).all()
-            assert (logprobs_TK[~is_common_S, 0] == 0).all()
+            # What the teacher did not write has the token that came as its target.
+            is_written_S = np.array(starts_S) >= len(opening)
+            assert (signals.topk_n_T[~is_written_S] == 1).all()
+            assert (ids_TK[~is_written_S, 0] == ids_S[~is_written_S]).all()
+            assert (logprobs_TK[~is_written_S, 0] == 0).all()
             assert (signals.topk_n_T[is_common_S] > 1).mean() > 0.5
+            # Inside a teacher token all candidates go on with the student's bytes so far, the sampled one at least.
+            is_inside_S = is_written_S & ~is_common_S
+            came_S = (ids_TK == ids_S[:, None]).any(axis=1)
+            assert came_S[is_inside_S].sum() >= 0.9 * is_inside_S.sum()
             num_common += int(is_common_S.sum())
     made = selection.header.projection
     assert made is not None
@@ -129,6 +144,69 @@ def test_an_interrupted_projection_goes_on_and_is_read_again(
     assert open_projected_selection(path, request(cache), students["bytes"]).header == whole.header
     with pytest.raises(ConfigError, match="another tokenizer or chat template: choose another run folder"):
         open_projected_selection(path, request(cache), students["pieces"])
+
+
+def test_what_a_plan_or_a_stage_has_projected_is_not_projected_again(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = open_projected_selection(tmp_path / "plan" / "a.selection.parquet", request(cache), students["bytes"])
+    with monkeypatch.context() as patch:
+        patch.setattr("student_train.data.vocabulary.freeze.ProjectedRows.make", None)
+        for name in ("a", "b"):
+            made = open_projected_selection(tmp_path / f"{name}.selection.parquet", request(cache), students["bytes"])
+            assert made.header.projection == planned.header.projection
+            first = made.path_of(0)
+            assert isinstance(first, Path)
+            assert first.samefile(tmp_path / "plan" / "a.selection-projected" / first.name)
+    # Other chains, or another tokenizer: nothing of it serves.
+    other = replace(request(cache), where="split = 'heldout'")
+    made = open_projected_selection(tmp_path / "c.selection.parquet", other, students["bytes"])
+    alone = open_projected_selection(tmp_path / "alone" / "c.selection.parquet", other, students["bytes"])
+    assert made.header == alone.header
+    made = open_projected_selection(tmp_path / "d.selection.parquet", request(cache), students["pieces"])
+    assert made.header.vocab_size == planned.header.vocab_size
+    assert made.header.hash != planned.header.hash
+
+
+def test_a_rare_end_outside_the_counted_chains_is_the_end(
+    teacher: Any, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = [make_chain(teacher, row) for row in range(24)]
+    (rare,) = teacher.encode("<|im_start|>")
+    chains[20].token_ids[-1] = rare
+    cache = write_text_chains(tmp_path / "cache", teacher, chains)
+    monkeypatch.setattr("student_train.data.vocabulary.freeze.MAX_COUNTED", 100)
+    student = students["pieces"]
+    selection = open_projected_selection(tmp_path / "selection.parquet", request(cache), student)
+    made = selection.header.projection
+    assert made is not None
+    assert ("<|im_start|>", "<|im_end|>") in made.special
+    num_ended = 0
+    for group in range(len(selection.file_G)):
+        rows = np.flatnonzero(selection.group_R == group)
+        block = read_rows(selection, group, rows, with_signals=False)
+        for index in range(len(rows)):
+            ids = block.tokens_of(index).tolist()
+            assert student.eos_id not in ids[:-1]
+            assert "im_start" not in student.tokenizer.decode(ids)
+            num_ended += ids[-1] == student.eos_id
+    assert num_ended == sum(chain.finish_reason == "stop" for chain in chains)
+
+
+def test_a_space_in_front_of_texts_is_no_byte_of_theirs(cache: SyntheticCache, tmp_path: Path) -> None:
+    """Llama's tokenizer writes one: bits per byte do not count it, and no target stands at it."""
+    student = fast(with_prefix_space())
+    selection = open_projected_selection(tmp_path / "run" / "selection.parquet", request(cache), student)
+    count = _byte_counter(selection)
+    assert count is not None
+    num_bytes = 0
+    with PackStream(selection, PlanSpec(512), packs_per_step=1, num_epochs=1) as stream:
+        for pack in stream:
+            assert pack.is_common_N is not None
+            assert not pack.is_common_N[pack.token_N == 0].any()
+            num_bytes += count(pack)
+    said = [f"<think>\n{chain.text}".rstrip("\ufffd").encode() for chain in cache.chains]
+    assert num_bytes == sum(map(len, said))
 
 
 def test_packs_say_which_chunks_are_whole(
@@ -171,6 +249,10 @@ def test_chains_of_two_teachers_are_projected_each_by_its_own_vocabulary(
     assert made is not None
     assert made.num_aligned == len(cache.chains) + len(other.chains)
     alone = open_projected_selection(tmp_path / "alone.parquet", request(other), students["bytes"])
+    # A student of the other's vocabulary learns from both alike.
+    mixed = open_projected_selection(tmp_path / "mixed.parquet", both, HuggingFaceText(tokenizer, 400))
+    assert mixed.header.projection is not None
+    assert mixed.header.projection.num_aligned == made.num_aligned
     rows = np.flatnonzero(selection.cache_G[selection.group_R] == 1)
     for group in range(len(alone.file_G)):
         here = np.flatnonzero(alone.group_R == group)
