@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         flags = ("--enable-scale-out", "--max-logprobs", str(max(asked.k + NUM_BESIDE, 28)))
-        with serve(asked.teacher.absolute(), Path(folder), *flags) as server:
+        with serve(asked.teacher.absolute(), Path(folder), *flags, VLLM_CPU_KVCACHE_SPACE="1") as server:
             costs = [
                 cost
                 for api in (GenerateApi(), CompletionsApi())

@@ -10,7 +10,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers.environment import set_environment
 from tests.helpers.line import Line, run_line
-from tests.helpers.vllm_server import serve
+from tests.helpers.vllm_server import TINY_ENVIRON, TINY_FLAGS, serve
 
 # The same examples each time: what is green stays green. `pytest --hypothesis-profile=explore` looks for new ones.
 settings.register_profile("explore")
@@ -80,14 +80,15 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 @pytest.fixture(scope="session")
 def vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real vLLM server of the line's teacher, with the sampler plugin, started once a session."""
-    folder = tmp_path_factory.mktemp("server")
-    with serve(line.folder / "runs/demo/teacher", folder, "--enable-scale-out", "--max-logprobs", "68") as server:
+    model, flags = line.folder / "runs/demo/teacher", (*TINY_FLAGS, "--max-logprobs", "68")
+    with serve(model, tmp_path_factory.mktemp("server"), *flags, **TINY_ENVIRON) as server:
         yield server.url
 
 
 @pytest.fixture(scope="session")
 def plain_vllm_server(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The same without the plugin."""
-    folder, flags = tmp_path_factory.mktemp("plain_server"), ("--enable-scale-out", "--max-logprobs", "65")
-    with serve(line.folder / "runs/demo/teacher", folder, *flags, plugins="none") as server:
+    model, flags = line.folder / "runs/demo/teacher", (*TINY_FLAGS, "--max-logprobs", "65")
+    environ = {**TINY_ENVIRON, "VLLM_PLUGINS": "none"}
+    with serve(model, tmp_path_factory.mktemp("plain_server"), *flags, **environ) as server:
         yield server.url

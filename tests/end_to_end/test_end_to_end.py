@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,21 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard, read_signals
 from stillroom.schema.records import Signals
 from stillroom.sql.session import open_session
-from tests.helpers.line import FAST_ENGINE, Line
+from tests.helpers.line import Line
+from tests.helpers.programs import run_with_vllm
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::transformers")
 
 
 NUM_GREEDY = 16
-GENERATE_BY_VLLM = f"""
-import json, sys
+GENERATE_BY_VLLM = """
+import os
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
-engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=50_000_000)
-prompts = [{{"prompt_token_ids": ids}} for ids in json.loads(sys.argv[2])]
-outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens={NUM_GREEDY}), use_tqdm=False)
-print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+engine = LLM({folder!r}, dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=50_000_000)
+prompts = [{{"prompt_token_ids": ids}} for ids in {prompts}]
+outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens={num_greedy}), use_tqdm=False)
+print([list(output.outputs[0].token_ids) for output in outputs])
 """
 
 
@@ -186,16 +185,8 @@ def test_the_export_says_in_vllm_what_it_says_in_transformers(line: Line) -> Non
         )
         for question in questions
     ]
-    ended = subprocess.run(
-        [sys.executable, "-c", GENERATE_BY_VLLM, str(folder), json.dumps(prompts)],
-        env={**os.environ, **FAST_ENGINE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    answers = json.loads(ended.stdout.splitlines()[-1])
+    script = GENERATE_BY_VLLM.format(folder=str(folder), prompts=prompts, num_greedy=NUM_GREEDY)
+    answers = json.loads(run_with_vllm(["tests.helpers.vllm_script", script]).splitlines()[-1])
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_GREEDY, do_sample=False)[0, len(prompt) :]
         assert answer == expected.tolist()

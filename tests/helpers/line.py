@@ -5,7 +5,6 @@ teacher, cache, student, run and export. The teacher is tests.helpers.tiny's; ev
 """
 
 import json
-import os
 import signal
 import time
 from dataclasses import dataclass, field
@@ -14,11 +13,9 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.programs import TIMEOUT_S, Program, run_interpreter
+from tests.helpers.programs import TIMEOUT_S, Program, run_with_vllm
 from tests.helpers.tiny import make_tiny_teacher
 
-FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""vLLM compiles nothing: the tiny model is generated sooner than compiled."""
 RUN_VLLM = ("build", "score", "features")
 
 
@@ -32,7 +29,7 @@ class Line:
     def program(self, *command: str) -> str:
         """Runs one of the two programs in the folder and returns its stdout; fails with its stderr."""
         if command[1] in RUN_VLLM:
-            return run_interpreter(list(command), cwd=self.folder, environ={**os.environ, **FAST_ENGINE})
+            return run_with_vllm(list(command), cwd=self.folder)
         return Program(list(command), cwd=self.folder).wait(expect=0)
 
     def interrupt(self, *command: str) -> None:

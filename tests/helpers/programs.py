@@ -1,35 +1,46 @@
-"""The two programs, forked from a process that has imported torch, DeepSpeed and the like: seconds less than an
-interpreter each. All else is as in an interpreter of their own: arguments, environment, folder, streams, signals, exit
-code. vLLM is not among the imports: it reads its settings while it is imported.
+"""The programs, forked from a process that has imported torch, DeepSpeed and the like: seconds less than an interpreter
+each. All else is as in an interpreter of their own: arguments, environment, folder, streams, signals, exit code. The
+ranks of a training are forked from its launcher in the same way. vLLM reads its settings while it is imported, so what
+runs it is forked from another process, which has imported vLLM as well.
 """
 
+import atexit
+import contextlib
+import functools
+import importlib
 import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
 
 from tests.helpers import ROOT
 
 TIMEOUT_S = 300
-IMPORTS = "tests.helpers.program_imports"
+IMPORTS, VLLM_IMPORTS = "tests.helpers.program_imports", "tests.helpers.vllm_imports"
 STREAMS = ("stdout", "stderr")
-PROGRAMS = {"teacher-cache": "teacher_cache.cli", "student-train": "student_train.cli"}
+PROGRAMS = {
+    "teacher-cache": "teacher_cache.cli",
+    "student-train": "student_train.cli",
+}
+FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""vLLM compiles nothing: the tiny model is generated sooner than compiled."""
 
 
 class Program:
-    """A program that was started: `argv` begins with the name of one of the two."""
+    """A program that was started: `argv` begins with a name of `PROGRAMS` or the module whose `main` it is."""
 
     def __init__(self, argv: list[str], *, cwd: Path = ROOT, environ: Mapping[str, str] = os.environ) -> None:
         self.argv = argv
-        self._streams = Path(tempfile.mkdtemp(prefix="program-"))
-        for name in STREAMS:
-            (self._streams / name).touch()
+        self._streams = _make_streams()
+        self._written: tuple[str, str] | None = None
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([IMPORTS])
         self.process: ForkServerProcess = context.Process(target=_run, args=(argv, cwd, dict(environ), self._streams))
@@ -43,8 +54,11 @@ class Program:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
+    def stderr_so_far(self) -> str:
+        return (self._streams / "stderr").read_text(encoding="utf-8")
+
     def kill(self) -> None:
-        """By SIGKILL; its children may end a moment later."""
+        """By SIGKILL, unless it has ended; its children may end a moment later."""
         self.process.kill()
         self.communicate()
 
@@ -55,37 +69,117 @@ class Program:
         return out
 
     def communicate(self) -> tuple[int, str, str]:
-        """Waits for the end: exit code, stdout, stderr."""
+        """Waits for the end: exit code, stdout, stderr. May be called again."""
         self.process.join(TIMEOUT_S)
         code = self.process.exitcode
         if code is None:
             self.process.kill()
-        out, err = ((self._streams / name).read_text(encoding="utf-8") for name in STREAMS)
-        shutil.rmtree(self._streams)
+        self._written = self._written or _read_streams(self._streams)
+        out, err = self._written
         assert code is not None, f"{self.argv} did not end within {TIMEOUT_S} s:\n{err[-4000:]}"
         return code, out, err
 
 
+def run_with_vllm(argv: list[str], *, cwd: Path = ROOT) -> str:
+    """The stdout of a program that may start a vLLM engine, which compiles nothing; fails with its stderr."""
+    streams, parent = _make_streams(), _vllm_parent()
+    parent.send((argv, cwd, {**os.environ, **FAST_ENGINE}, streams))
+    code = parent.recv() if parent.poll(TIMEOUT_S) else None
+    out, err = _read_streams(streams)
+    assert code == 0, f"{argv} ended with {code}:\n{err[-4000:]}"
+    return out
+
+
+@functools.cache
+def _vllm_parent() -> Connection:
+    """Leads to a process that has imported vLLM; it ends when this one does."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_fork_with_vllm, args=(there,)).start()
+    there.close()
+    # multiprocessing waits for its processes at exit, this one for the end of the connection.
+    atexit.register(here.close)
+    return here
+
+
+def _fork_with_vllm(requests: Connection) -> None:
+    os.environ.update(FAST_ENGINE)
+    importlib.import_module(VLLM_IMPORTS)
+    with contextlib.suppress(EOFError):
+        while True:
+            process = multiprocessing.get_context("fork").Process(target=_run, args=requests.recv())
+            process.start()
+            process.join()
+            requests.send(process.exitcode)
+
+
+def _make_streams() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="program-"))
+    for name in STREAMS:
+        (folder / name).touch()
+    return folder
+
+
+def _read_streams(folder: Path) -> tuple[str, str]:
+    out, err = ((folder / name).read_text(encoding="utf-8") for name in STREAMS)
+    shutil.rmtree(folder)
+    return out, err
+
+
 def _run(argv: list[str], cwd: Path, environ: dict[str, str], streams: Path) -> None:
     """In the forked process."""
-    assert IMPORTS in sys.modules, "a module that fails to import is skipped in silence"
     for descriptor, name in enumerate(STREAMS, 1):
         opened = os.open(streams / name, os.O_WRONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
+    assert not {IMPORTS, VLLM_IMPORTS}.isdisjoint(sys.modules), "a module that fails to import is skipped in silence"
+    if IMPORTS in sys.modules:
+        from student_train.runtime import ranks
+
+        vars(ranks)["subprocess"] = SimpleNamespace(Popen=_ForkedRank)
     os.chdir(cwd)
+    # What TMPDIR said in the first process.
+    tempfile.tempdir = None
+    _become(argv, environ)
+
+
+def _become(argv: list[str], environ: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = argv
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    __import__(PROGRAMS[argv[0]], fromlist=["main"]).main()
+    importlib.import_module(PROGRAMS.get(argv[0], argv[0])).main()
 
 
-def run_interpreter(argv: list[str], *, cwd: Path, environ: Mapping[str, str]) -> str:
-    """The stdout of one of the two programs in an interpreter of its own; fails with its stderr."""
-    command = [sys.executable, "-m", PROGRAMS[argv[0]], *argv[1:]]
-    ended = subprocess.run(
-        command, cwd=cwd, env=dict(environ), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-    )
-    assert ended.returncode == 0, f"{argv} ended with {ended.returncode}:\n{ended.stderr[-4000:]}"
-    return ended.stdout
+class _ForkedRank:
+    """What `launch` needs of subprocess.Popen, without the seconds that a rank spends on imports."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **streams: Any) -> None:
+        argv = list(command[command.index("-m") + 1 :])
+        outputs = (streams.get("stdout"), streams.get("stderr"))
+        self._process = multiprocessing.get_context("fork").Process(target=_be_rank, args=(argv, env, outputs))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _be_rank(argv: list[str], environ: Mapping[str, str], outputs: tuple[IO[bytes] | None, ...]) -> None:
+    os.setsid()
+    for descriptor, stream in enumerate(outputs, 1):
+        if stream is not None:
+            os.dup2(stream.fileno(), descriptor)
+    # The launcher's handler forwards; a new interpreter would have the default.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _become(argv, environ)

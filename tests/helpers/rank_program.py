@@ -1,4 +1,4 @@
-"""A rank for test_launch.py: joins the others, then one of them fails in the way that is asked for.
+"""Two ranks for test_ranks.py: they join each other, then the second one fails in the way that is asked for.
 
 python -m tests.helpers.rank_program damage | kill | exception | wait | well
 """
@@ -14,7 +14,21 @@ from stillroom.program import StopRequest
 MESSAGE = "shard 7 is not what was written"
 
 
-def main(manner: str) -> None:
+def main() -> None:
+    if "RANK" not in os.environ:
+        from student_train.runtime.ranks import launch
+
+        sys.exit(launch(2, [sys.executable, "-m", "tests.helpers.rank_program", *sys.argv[1:]]))
+    try:
+        be_rank(sys.argv[1])
+    except StillroomError as failure:
+        print(f"student-train: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def be_rank(manner: str) -> None:
     with StopRequest(at_once=True) as stop:
         from student_train.runtime.ranks import joined_ranks
 
@@ -40,10 +54,4 @@ def fail(manner: str, stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1])
-    except StillroomError as failure:
-        print(f"student-train: {failure}", file=sys.stderr)
-        sys.exit(failure.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -11,7 +11,7 @@ VOCAB_SIZE = 400
 MAX_POSITIONS = 256
 
 
-def make_tiny_teacher(folder: Path, seed: int = 0) -> Path:
+def make_tiny_teacher(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Writes a Hugging Face folder that transformers and vLLM load, in about a second. Returns the folder."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -24,7 +24,7 @@ def make_tiny_teacher(folder: Path, seed: int = 0) -> Path:
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,

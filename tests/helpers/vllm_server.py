@@ -26,6 +26,12 @@ FLAGS = (
 )
 
 
+TINY_FLAGS = ("--enable-scale-out", "--kv-cache-memory-bytes", "50000000")
+# The engine is a process all the same; its worker would be one more.
+TINY_ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""For a tiny model."""
+
+
 @dataclass(frozen=True)
 class Server:
     """`pid` is of the process that speaks HTTP; the engine is another."""
@@ -35,17 +41,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, folder: Path, *flags: str, plugins: str | None = None) -> Iterator[Server]:
-    """Starts a server of `model` with its log in `folder`, and yields it when it answers; ends it after. `plugins` are
-    those that it may load, None all.
-    """
+def serve(model: Path, folder: Path, *flags: str, **environ: str) -> Iterator[Server]:
+    """Starts a server of `model` with its log in `folder`, and yields it when it answers; ends it after."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=_environment(folder, plugins), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=_environment(folder) | environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -55,16 +59,13 @@ def serve(model: Path, folder: Path, *flags: str, plugins: str | None = None) ->
         _end(process)
 
 
-def _environment(folder: Path, plugins: str | None) -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     fast = {
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    # Where no plugin has to be loaded in a spawned engine, a forked one saves importing vLLM once more.
-    allowed = {} if plugins is None else {"VLLM_PLUGINS": plugins, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-    return {**os.environ, **fast, **allowed, **python_path(_distribution_named_vllm(folder))}
+    return {**os.environ, **fast, **python_path(_distribution_named_vllm(folder))}
 
 
 def _distribution_named_vllm(folder: Path) -> Path:

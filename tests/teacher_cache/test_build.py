@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,9 +28,9 @@ from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.recorder import MetricsLog, Recorder
-from tests.helpers import ROOT
 from tests.helpers.caches import on_disk
 from tests.helpers.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
+from tests.helpers.programs import Program
 
 
 def visible_ids(cache: Path, table: str = "chains") -> list[str]:
@@ -202,18 +200,16 @@ def test_a_clock_set_back_delays_no_shard(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(visible_ids(tmp_path / "c")) == 40
 
 
-def worker(cache: Path, share: str, num_prompts: int, step_s: float) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.helpers.fake_builds", str(cache), share, str(num_prompts), str(step_s)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def worker(cache: Path, share: str, num_prompts: int, step_s: float) -> Program:
+    return Program(["tests.helpers.fake_builds", str(cache), share, str(num_prompts), str(step_s)])
 
 
 @pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
+def processes() -> Iterator[list[Program]]:
+    started: list[Program] = []
     yield started
     for process in started:
         process.kill()
-        process.wait()
 
 
 def _wait_for_shards(cache: Path, at_least: int) -> None:
@@ -224,12 +220,12 @@ def _wait_for_shards(cache: Path, at_least: int) -> None:
     raise AssertionError(f"{cache} has no {at_least} shards after a minute")
 
 
-def test_sigterm_makes_visible_what_is_finished(tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+def test_sigterm_makes_visible_what_is_finished(tmp_path: Path, processes: list[Program]) -> None:
     process = worker(tmp_path / "c", "0/1", 4000, 0.05)
     processes.append(process)
     _wait_for_shards(tmp_path / "c", 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    process.wait(expect=130)
     catalog = Catalog(tmp_path / "c")
     there = {relative_name(path, catalog.chains.folder) for path in catalog.chains.folder.glob("*/*.parquet")}
     assert there == {file.path for file in catalog.chains.files()}
@@ -237,33 +233,30 @@ def test_sigterm_makes_visible_what_is_finished(tmp_path: Path, processes: list[
     assert 0 < len(visible_ids(tmp_path / "c")) < 4000
 
 
-def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
-) -> None:
+def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(tmp_path: Path, processes: list[Program]) -> None:
     """Rows that both make are dropped by whoever commits later. Kills at random moments are test_crash's business."""
     cache, num_prompts = tmp_path / "c", 200
     processes.extend(worker(cache, share, num_prompts, 0.02) for share in ("0/2", "0/1"))
-    assert [process.wait(120) for process in processes] == [0, 0]
+    for process in processes:
+        process.wait(expect=0)
     assert sorted(visible_ids(cache)) == sorted(request.sample_id for request in make_requests(num_prompts))
     catalog = Catalog(cache)
     for file in catalog.chains.files():
         check_hash(catalog.chains.path_of(file))
 
 
-def test_the_number_of_workers_may_change_between_runs_and_during_one(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
-) -> None:
+def test_the_number_of_workers_may_change_between_runs_and_during_one(tmp_path: Path, processes: list[Program]) -> None:
     """One of three is killed, one of two starts beside another of three; then four finish, and nobody is left over."""
     cache, num_prompts = tmp_path / "c", 240
     first = worker(cache, "0/3", num_prompts, 0.05)
     processes.append(first)
     _wait_for_shards(cache, 2)
     first.kill()
-    first.wait()
     num_before = len(visible_ids(cache))
     assert 0 < num_before < num_prompts // 3
     processes.extend(worker(cache, share, num_prompts, 0.01) for share in ("1/3", "0/2"))
-    assert [process.wait(120) for process in processes[1:]] == [0, 0]
+    for process in processes[1:]:
+        process.wait(expect=0)
     requests = make_requests(num_prompts)
     config = make_config(cache, shard={"row_group_tokens": 200, "max_mb": 0.01})
     results = [run_build(config, requests[index::4], worker=f"w{index}of4") for index in range(4)]

@@ -44,6 +44,7 @@ from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.fake_builds import make_config, make_requests, run_build
 from tests.helpers.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
+from tests.helpers.programs import Program
 from tests.helpers.slow_link import slow_link
 
 
@@ -229,9 +230,10 @@ def test_a_build_in_the_store_is_the_local_build(store: ObjectPath, tmp_path: Pa
 
 
 def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, store: ObjectPath) -> None:
-    def worker(share: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.helpers.fake_builds", str(store), share, "80", "0.01"]
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | server.environment, stderr=subprocess.DEVNULL)
+    def worker(share: str) -> Program:
+        return Program(
+            ["tests.helpers.fake_builds", str(store), share, "80", "0.01"], environ=os.environ | server.environment
+        )
 
     first = [worker("0/2"), worker("1/2")]
     deadline_s = time.monotonic() + 120
@@ -240,9 +242,8 @@ def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, sto
         time.sleep(0.05)
     for process in first:
         process.kill()
-        process.wait()
-    second = [worker("0/2"), worker("1/2")]
-    assert [process.wait(120) for process in second] == [0, 0]
+    for process in [worker("0/2"), worker("1/2")]:
+        process.wait(expect=0)
     assert visible(store) == sorted(request.sample_id for request in make_requests(80))
     report = verify_cache(store)
     assert report.ok

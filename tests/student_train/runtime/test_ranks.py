@@ -12,13 +12,12 @@ import pytest
 from stillroom.errors import ConfigError
 from student_train.runtime.ranks import CONSOLE_VARIABLE, LOST_CODE, RANK_VARIABLES, find_cause, launch
 from tests.helpers import ROOT
+from tests.helpers.programs import Program
 from tests.helpers.rank_program import MESSAGE
-
-LAUNCH = "import sys; from student_train.runtime.ranks import launch; sys.exit(launch(2, sys.argv[1:]))"
 
 
 def test_damage_that_one_rank_meets_is_shown_with_its_code(tmp_path: Path) -> None:
-    code, said = _ended(_start(tmp_path, "damage"))
+    code, said = _ended(tmp_path, "damage")
     assert code == 3
     assert "rank 1 of 2 ended with exit code 3" in said
     assert f"  student-train: {MESSAGE}" in said
@@ -28,19 +27,19 @@ def test_damage_that_one_rank_meets_is_shown_with_its_code(tmp_path: Path) -> No
 
 
 def test_traceback_of_the_rank_that_raised_is_shown(tmp_path: Path) -> None:
-    code, said = _ended(_start(tmp_path, "exception"))
+    code, said = _ended(tmp_path, "exception")
     assert code == 1
     assert f"ZeroDivisionError: {MESSAGE}" in said
 
 
 def test_killed_rank_is_named(tmp_path: Path) -> None:
-    code, said = _ended(_start(tmp_path, "kill"))
+    code, said = _ended(tmp_path, "kill")
     assert code == 1
     assert "rank 1 of 2 was killed by SIGKILL: unless someone killed it, the machine ran out of memory" in said
 
 
 def test_ranks_that_end_well_leave_nothing_behind(tmp_path: Path) -> None:
-    code, said = _ended(_start(tmp_path, "well"))
+    code, said = _ended(tmp_path, "well")
     assert (code, said.strip()) == (0, "rank 0 is there")
     assert not list(tmp_path.iterdir())
 
@@ -54,21 +53,24 @@ def test_what_a_rank_tells_is_shown_at_once(capfd: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_ranks_wait_for_each_other(tmp_path: Path, number: signal.Signals) -> None:
     process = _start(tmp_path, "wait")
-    assert process.stderr is not None
-    assert process.stderr.readline() == "rank 0 is there\n"
+    while "rank 0 is there\n" not in process.stderr_so_far():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
-    code, said = _ended(process)
+    code, _, said = process.communicate()
     assert code == 130
     assert "rank 1" not in said
 
 
 def test_interrupted_before_the_ranks_have_loaded_anything(tmp_path: Path) -> None:
-    process = _start(tmp_path, "wait")
+    """In interpreters of their own, which take seconds to load."""
+    command = [sys.executable, "-m", "tests.helpers.rank_program", "wait"]
+    process = subprocess.Popen(command, env=_environ(tmp_path), cwd=ROOT)
     while not list(tmp_path.glob("student-train-ranks-*/rank-1.log")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert _ended(process)[0] == 130
+    assert process.wait(300) == 130
 
 
 @pytest.mark.parametrize(
@@ -94,18 +96,15 @@ def test_under_a_launcher_nproc_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         launch(2, ["true"])
 
 
-def _start(tmp_path: Path, manner: str) -> "subprocess.Popen[str]":
+def _environ(tmp_path: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, sys.executable, "-m", "tests.helpers.rank_program", manner],
-        env={**inherited, "TMPDIR": str(tmp_path)},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return {**inherited, "TMPDIR": str(tmp_path)}
 
 
-def _ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+def _start(tmp_path: Path, manner: str) -> Program:
+    return Program(["tests.helpers.rank_program", manner], environ=_environ(tmp_path))
+
+
+def _ended(tmp_path: Path, manner: str) -> tuple[int, str]:
+    code, _, said = _start(tmp_path, manner).communicate()
+    return code, said

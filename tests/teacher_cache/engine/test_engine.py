@@ -220,7 +220,7 @@ def test_a_cpu_compiles_where_it_pays(
 
 
 def test_the_second_start_loads_the_compilation_of_the_first(tmp_path: Path) -> None:
-    make_tiny_teacher(tmp_path / "teacher")
+    make_tiny_teacher(tmp_path / "teacher", layers=1)
     first, second = (run_start(tmp_path) for _ in range(2))
     assert first["loaded"] == 0
     assert "compiling it for this CPU" in first["stderr"]

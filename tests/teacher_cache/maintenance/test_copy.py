@@ -1,9 +1,6 @@
 """Caches into one: every visible row once, bytes checked, what may not be mixed refused, kills harmless."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
-from tests.helpers import ROOT
 from tests.helpers.caches import damage, make_cache
 from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
+from tests.helpers.programs import Program
 
 
 def visible(root: Path) -> list[str]:
@@ -140,19 +137,18 @@ def test_a_commit_that_never_came_is_made_up_for(tmp_path: Path, monkeypatch: py
 
 def test_killed_copies_resume(tmp_path: Path) -> None:
     """SIGKILL at five moments, SIGINT at one; then the same command ends with everything once."""
-    source = make_cache(tmp_path / "a", num_chains=300, rows_per_group=2, groups_per_shard=1).root
-    command = [sys.executable, "-m", "teacher_cache.cli", "copy", str(source), str(tmp_path / "b")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    source = make_cache(tmp_path / "a", num_chains=160, rows_per_group=2, groups_per_shard=1).root
+    command = ["teacher-cache", "copy", str(source), str(tmp_path / "b")]
     for number, how in enumerate([signal.SIGKILL] * 5 + [signal.SIGINT]):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-        wanted = 20 * number + 5
+        process = Program(command)
+        wanted = 8 * number + 3
         while process.poll() is None and len(list((tmp_path / "b" / "chains").glob("*/*.parquet"))) < wanted:
             time.sleep(0.01)
         process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert b"Resume with: teacher-cache copy" in errors
-    ended = CliRunner().invoke(app, command[3:])
+        code, _, errors = process.communicate()
+        assert code == (130 if how == signal.SIGINT else -how)
+    assert "Resume with: teacher-cache copy" in errors
+    ended = CliRunner().invoke(app, command[1:])
     assert ended.exit_code == 0
     assert chains(tmp_path / "b") == chains(source)
     checked = verify_cache(tmp_path / "b")

@@ -22,9 +22,9 @@ from stillroom.sql.session import open_session
 from teacher_cache.building import Build
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
-from tests.helpers import ROOT
 from tests.helpers.caches import damage, make_cache
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
+from tests.helpers.programs import Program
 
 NUM_ROWS = 60
 SHARDS = {"row_group_tokens": 200, "max_mb": 0.01}
@@ -99,16 +99,13 @@ def test_a_read_only_cache_is_read_and_refuses_a_build_in_one_line(tmp_path: Pat
         assert verify_cache(tmp_path / "c").ok
         with open_session(Catalog(tmp_path / "c")) as session:
             assert session.arrow("SELECT count(*) AS n FROM chains").to_pylist() == [{"n": 20}]
-        command = [sys.executable, "-m", "teacher_cache.cli"]
-        for arguments in (["gc", "--dry-run"], ["verify"], ["stats"]):
-            line = [*command, arguments[0], str(tmp_path / "c"), *arguments[1:]]
-            assert subprocess.run(line, capture_output=True, check=False).returncode == 0
-        for arguments in (["gc"], ["judge", "--judge", "exact"]):
-            line = [*command, arguments[0], str(tmp_path / "c"), *arguments[1:]]
-            ended = subprocess.run(line, capture_output=True, text=True, check=False)
-            assert ended.returncode in (1, 2)
-            assert "Read-only file system" in ended.stderr
-            assert "Traceback" not in ended.stderr
+        for command, *options in (["gc", "--dry-run"], ["verify"], ["stats"]):
+            Program(["teacher-cache", command, str(tmp_path / "c"), *options]).wait(expect=0)
+        for command, *options in (["gc"], ["judge", "--judge", "exact"]):
+            code, _, said = Program(["teacher-cache", command, str(tmp_path / "c"), *options]).communicate()
+            assert code in (1, 2)
+            assert "Read-only file system" in said
+            assert "Traceback" not in said
 
 
 def test_without_locks_a_second_process_leaves_the_first_ones_open_file(
@@ -132,19 +129,18 @@ def test_without_locks_a_second_process_leaves_the_first_ones_open_file(
 
 
 def test_a_lock_is_refused_to_a_second_process_while_the_first_lives(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.helpers.fake_builds", str(tmp_path / "c"), "0/1", "4000", "0.05"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
-        try:
-            for _ in range(1200):
-                if list((tmp_path / "c" / "chains").glob("*/*.parquet")):
-                    break
-                time.sleep(0.05)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("teacher_cache.building.OWN_LOCK_WAIT_S", 0.0)
-                with pytest.raises(CacheConflict, match="another process builds as this worker"):
-                    Build(make_config(tmp_path / "c", shard=SHARDS), make_teacher(), "w0of1")
-        finally:
-            first.kill()
+    first = Program(["tests.helpers.fake_builds", str(tmp_path / "c"), "0/1", "4000", "0.05"])
+    try:
+        for _ in range(1200):
+            if list((tmp_path / "c" / "chains").glob("*/*.parquet")):
+                break
+            time.sleep(0.05)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("teacher_cache.building.OWN_LOCK_WAIT_S", 0.0)
+            with pytest.raises(CacheConflict, match="another process builds as this worker"):
+                Build(make_config(tmp_path / "c", shard=SHARDS), make_teacher(), "w0of1")
+    finally:
+        first.kill()
 
 
 @pytest.mark.parametrize("name", ["50%", "a b", "ü", "a#b", "a?b", "a[1]", "a*b", "it's", "=x"])

@@ -1,0 +1,16 @@
+"""What programs with vLLM find imported: as little may be read of its settings, and no thread started."""
+
+import importlib
+import os
+import pkgutil
+
+import teacher_cache
+from teacher_cache.engine.vllm import QUIET_ENVIRONMENT
+
+os.environ.update(QUIET_ENVIRONMENT)
+for name in (
+    *("datasets", "reasoning_gym", "transformers.models.llama.modeling_llama", "vllm.v1.engine.llm_engine"),
+    *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama", "vllm.model_executor.model_loader"),
+    *(module.name for module in pkgutil.walk_packages(teacher_cache.__path__, f"{teacher_cache.__name__}.")),
+):
+    importlib.import_module(name)
