@@ -42,7 +42,7 @@ from student_train.data.selection import (
 )
 from student_train.data.stream import PackStream, StreamStats
 from teacher_cache.maintenance.copy import copy_caches
-from tests.helpers.caches import make_cache
+from tests.helpers.caches import CacheShape, write_cache
 from tests.helpers.object_store import BUCKET, object_store
 from tests.helpers.slow_link import slow_link
 
@@ -74,18 +74,20 @@ def main() -> None:
 
 def measure_reading(folder: Path, num_tokens: int, pack_tokens: int) -> Result:
     """One epoch of one rank over a new cache of about `num_tokens` completion tokens."""
-    cache = make_cache(
+    cache = write_cache(
         folder / "cache",
-        num_chains=num_tokens // MEAN_TOKENS,
-        codec="topk-u8",
-        vocab_size=129_280,
-        max_support=64,
-        min_tokens=MEAN_TOKENS // 3,
-        max_tokens=MEAN_TOKENS * 5 // 3,
-        max_prompt_tokens=200,
-        rows_per_group=GROUP_TOKENS // MEAN_TOKENS,
-        groups_per_shard=6,
-        id_skew=4.0,
+        CacheShape(
+            num_chains=num_tokens // MEAN_TOKENS,
+            codec="topk-u8",
+            vocab_size=129_280,
+            max_support=64,
+            min_tokens=MEAN_TOKENS // 3,
+            max_tokens=MEAN_TOKENS * 5 // 3,
+            max_prompt_tokens=200,
+            rows_per_group=GROUP_TOKENS // MEAN_TOKENS,
+            groups_per_shard=6,
+            id_skew=4.0,
+        ),
     )
     shard_bytes = sum(path.stat().st_size for path in cache.root.glob("chains/*/*.parquet"))
     selection = freeze(folder / "selection.parquet", SelectionRequest([CacheSource(cache.root)]))

@@ -51,7 +51,7 @@ from student_train.runtime.metrics_log import MetricsLog, StepRecord
 from student_train.runtime.ranks import joined_ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
-from tests.helpers.caches import make_cache
+from tests.helpers.caches import CacheShape, write_cache
 from tests.helpers.students import make_tokenizer
 
 SIDES = ("kd", "ce", "online")
@@ -104,19 +104,21 @@ def main() -> None:
 def prepare(root: Path, setting: Setting) -> dict[str, int]:
     """Writes cache, student and teacher; returns the matrix parameters of both models."""
     tokens = setting.steps * setting.packs * setting.pack_tokens
-    make_cache(
+    write_cache(
         root / "cache",
-        num_chains=2 + 2 * tokens // 500,
-        codec="topk-u8",
-        vocab_size=setting.vocab,
-        max_support=SUPPORT,
-        draws=DRAWS,
-        min_tokens=200,
-        max_tokens=800,
-        max_prompt_tokens=100,
-        rows_per_group=32,
-        id_skew=4.0,
-        heldout_frac=0.0,
+        CacheShape(
+            num_chains=2 + 2 * tokens // 500,
+            codec="topk-u8",
+            vocab_size=setting.vocab,
+            max_support=SUPPORT,
+            draws=DRAWS,
+            min_tokens=200,
+            max_tokens=800,
+            max_prompt_tokens=100,
+            rows_per_group=32,
+            id_skew=4.0,
+            heldout_frac=0.0,
+        ),
     )
     scale = setting.teacher_scale
     return {

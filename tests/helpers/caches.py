@@ -6,8 +6,11 @@ V/2 + t, V/2 + t + 1, ... So whatever shuffles, cuts and packs the chains can be
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +109,23 @@ class CacheShape:
 def make_cache(
     root: Path, num_chains: int = 40, codec: str = "topk-f32", seed: int = 0, **shape: object
 ) -> SyntheticCache:
-    """Writes a cache below `root`; further keywords are fields of CacheShape."""
-    return write_cache(root, CacheShape(num_chains=num_chains, codec=codec, seed=seed, **shape))  # type: ignore[arg-type]
+    """`write_cache` with fields of CacheShape as keywords. A new cache is a copy of the process' first of its shape."""
+    asked = CacheShape(num_chains=num_chains, codec=codec, seed=seed, **shape)  # type: ignore[arg-type]
+    if root.exists():
+        return write_cache(root, asked)
+    made = _make_template(asked)
+    shutil.copytree(made.root, root)
+    return dataclasses.replace(made, root=root, chains=[*made.chains])
+
+
+@functools.cache
+def _make_template(shape: CacheShape) -> SyntheticCache:
+    return write_cache(Path(_templates().name) / stable_hash(dataclasses.astuple(shape)), shape)
+
+
+@functools.cache
+def _templates() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="templates-")
 
 
 def write_cache(root: Path, shape: CacheShape) -> SyntheticCache:
