@@ -23,15 +23,17 @@ LINE_FILES = {
     "tests/end_to_end/test_hybrid_line.py",
     "tests/repository/test_readme.py",
     "tests/teacher_cache/engine/http/test_server_vllm.py",
+    "tests/teacher_cache/engine/test_capture.py",
+    "tests/teacher_cache/engine/test_plugin.py",
     "tests/teacher_cache/states/test_vllm_states.py",
     "tests/teacher_cache/test_score_vllm.py",
 }
-"""They share the session fixtures below, which take a minute: all on one worker."""
+"""They share the session fixtures below, which take a minute, or a process that has imported vLLM: all on one worker.
+"""
 LONGEST = (
     LINE,
     "tests/student_train/runtime/test_checkpoint.py",
     "tests/student_train/test_train.py",
-    "tests/teacher_cache/engine/test_plugin.py",
     "tests/teacher_cache/engine/test_engine.py",
     "tests/teacher_cache/test_build.py",
 )

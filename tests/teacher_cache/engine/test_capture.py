@@ -3,10 +3,7 @@
 Importing teacher_cache.engine.vllm_capture imports vLLM: these tests run in one process of their own.
 """
 
-import subprocess
-import sys
-
-from tests.helpers import ROOT
+from tests.helpers.programs import run_with_vllm
 
 PROGRAM = r"""
 import numpy as np
@@ -81,5 +78,4 @@ print("all good")
 
 
 def test_arrays_from_synthetic_outputs() -> None:
-    ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.stdout.endswith("all good\n"), ended.stderr[-3000:]
+    assert run_with_vllm(["tests.helpers.vllm_script", PROGRAM]).endswith("all good\n")

@@ -1,8 +1,5 @@
 """The plugin inside vLLM: speculation, chunks, preemption and scoring give what the reference gives; both runners."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +9,7 @@ from stillroom.schema.records import Float32, Int32
 from teacher_cache.engine.plugin.batch import Asked, Batch, asked_of
 from teacher_cache.engine.plugin.signals import Rows, signal_rows
 from teacher_cache.engine.row_layout import Layout, capture_of_rows, is_marked
-from tests.helpers import ROOT
+from tests.helpers.programs import run_with_vllm
 from tests.helpers.vllm_sampler import LAYOUT, MAX_TOKENS, NUM_CHAINS, Answers, prompt_of, run
 
 
@@ -190,9 +187,7 @@ print("all good")
 
 @pytest.mark.parametrize("program", [SECOND_RUNNER, INSTALLATION], ids=["second runner", "installation"])
 def test_in_a_process_with_vllm(program: str) -> None:
-    root = ROOT
-    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
-    assert ended.stdout.endswith("all good\n"), ended.stderr[-3000:]
+    assert run_with_vllm(["tests.helpers.vllm_script", program]).endswith("all good\n")
 
 
 def test_a_mixed_batch_gives_every_row_its_own() -> None:
