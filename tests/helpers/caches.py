@@ -37,6 +37,7 @@ from stillroom.schema.records import (
 )
 from stillroom.schema.tables import VERDICT_SCHEMA, VOCAB_SCHEMA, chain_schema, list_of
 from stillroom.storage.paths import Location, spool
+from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.rows import scalars_of
 
 EOS_ID = 1
@@ -162,6 +163,13 @@ def on_disk(path: Location) -> Path:
     """The path of a cache that lies in a folder."""
     assert isinstance(path, Path)
     return path
+
+
+def visible_ids(root: Location, table: str = "chains") -> list[str]:
+    """Sample ids of the rows that a cache shows, sorted."""
+    catalog = Catalog(root)
+    shown = {"chains": catalog.chains, "failures": catalog.failures}[table]
+    return sorted(one for file in shown.files() for one in read_sample_ids(shown.path_of(file)))
 
 
 def damage(path: Location, at_frac: float = 0.5) -> None:

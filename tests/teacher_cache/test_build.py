@@ -28,21 +28,15 @@ from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.recorder import MetricsLog, Recorder
-from tests.helpers.caches import on_disk
+from tests.helpers.caches import on_disk, visible_ids
 from tests.helpers.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
 from tests.helpers.programs import Program
-
-
-def visible_ids(cache: Path, table: str = "chains") -> list[str]:
-    catalog = Catalog(cache)
-    tables = {"chains": catalog.chains, "failures": catalog.failures}
-    return [one for file in tables[table].files() for one in read_sample_ids(tables[table].path_of(file))]
 
 
 def test_a_build_writes_every_request_once_and_a_second_one_starts_no_engine(tmp_path: Path) -> None:
     requests = make_requests(60)
     result = run_build(make_config(tmp_path / "c"), requests)
-    assert sorted(visible_ids(tmp_path / "c")) == sorted(request.sample_id for request in requests)
+    assert visible_ids(tmp_path / "c") == sorted(request.sample_id for request in requests)
     assert result.recorded.num_chains == result.recorded.num_committed == 60
     assert result.recorded.num_shards > 1, "the size limit closes shards"
     again = run_build(make_config(tmp_path / "c"), requests, lambda: pytest.fail("nothing is left to generate"))
@@ -239,7 +233,7 @@ def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(tmp_path: Pa
     processes.extend(worker(cache, share, num_prompts, 0.02) for share in ("0/2", "0/1"))
     for process in processes:
         process.wait(expect=0)
-    assert sorted(visible_ids(cache)) == sorted(request.sample_id for request in make_requests(num_prompts))
+    assert visible_ids(cache) == sorted(request.sample_id for request in make_requests(num_prompts))
     catalog = Catalog(cache)
     for file in catalog.chains.files():
         check_hash(catalog.chains.path_of(file))
@@ -261,7 +255,7 @@ def test_the_number_of_workers_may_change_between_runs_and_during_one(tmp_path: 
     config = make_config(cache, shard={"row_group_tokens": 200, "max_mb": 0.01})
     results = [run_build(config, requests[index::4], worker=f"w{index}of4") for index in range(4)]
     assert sum(result.num_total for result in results) == num_prompts
-    assert sorted(visible_ids(cache)) == sorted(request.sample_id for request in requests)
+    assert visible_ids(cache) == sorted(request.sample_id for request in requests)
     assert verify_cache(cache).ok
 
 

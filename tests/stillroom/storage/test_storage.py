@@ -39,9 +39,8 @@ from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import load_prompts
-from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers import ROOT
-from tests.helpers.caches import SyntheticCache, make_cache
+from tests.helpers.caches import SyntheticCache, make_cache, visible_ids
 from tests.helpers.fake_builds import make_config, make_requests, run_build
 from tests.helpers.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 from tests.helpers.programs import Program
@@ -81,11 +80,6 @@ def epoch(root: Location, folder: Path) -> list[Pack]:
     assert load_selection(folder / "selection.parquet").header == selection.header
     with PackStream(selection, PlanSpec(pack_tokens=128), packs_per_step=1, num_epochs=1, buffer_mib=1) as stream:
         return list(stream)
-
-
-def visible(root: Location) -> list[str]:
-    table = Catalog(root).chains
-    return sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file)))
 
 
 def test_names_of_places(tmp_path: Path) -> None:
@@ -220,7 +214,7 @@ def test_a_build_in_the_store_is_the_local_build(store: ObjectPath, tmp_path: Pa
     assert first.recorded.num_shards > 1
     second = run_build(here, requests, worker="w1")
     assert (second.num_done_before, second.recorded.num_committed) == (40, 20)
-    assert visible(store) == visible(tmp_path / "c")
+    assert visible_ids(store) == visible_ids(tmp_path / "c")
     assert verify_cache(store).ok
     columns = "sample_id, text, num_tokens, mean_entropy, seed"
     with open_cache(store) as one, open_cache(tmp_path / "c") as other:
@@ -244,19 +238,19 @@ def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, sto
         process.kill()
     for process in [worker("0/2"), worker("1/2")]:
         process.wait(expect=0)
-    assert visible(store) == sorted(request.sample_id for request in make_requests(80))
+    assert visible_ids(store) == sorted(request.sample_id for request in make_requests(80))
     report = verify_cache(store)
     assert report.ok
     gc_cache(store, dry_run=False, grace_s=0.0)
     assert verify_cache(store).orphans == []
-    assert len(visible(store)) == 80
+    assert len(visible_ids(store)) == 80
 
 
 def test_copies_go_to_the_store_and_back(local: SyntheticCache, store: ObjectPath, tmp_path: Path) -> None:
     assert copy_caches([local.root], store).num_chains == 60
     assert verify_cache(store).ok
     assert copy_caches([store], tmp_path / "back").num_chains == 60
-    assert visible(tmp_path / "back") == visible(local.root)
+    assert visible_ids(tmp_path / "back") == visible_ids(local.root)
     with pytest.raises(ConfigError, match="same folder or contain each other"):
         copy_caches([store], store / "inside")
 

@@ -16,15 +16,9 @@ from teacher_cache.cli import app
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.writer.commit import read_sample_ids
-from tests.helpers.caches import damage, make_cache
+from tests.helpers.caches import damage, make_cache, visible_ids
 from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
 from tests.helpers.programs import Program
-
-
-def visible(root: Path) -> list[str]:
-    table = Catalog(root).chains
-    return sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file)))
 
 
 def codecs(root: Path) -> set[str]:
@@ -59,7 +53,7 @@ def test_overlapping_caches_merge_and_a_build_resumes_in_the_result(tmp_path: Pa
     run_build(make_config(tmp_path / "b"), requests[30:80], refusing)
     report = copy_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert (report.num_chains, report.num_known, report.num_failures) == (79, 20, 1)
-    assert visible(tmp_path / "c") == sorted(one.sample_id for one in requests[:80] if one.sample_id not in bad)
+    assert visible_ids(tmp_path / "c") == sorted(one.sample_id for one in requests[:80] if one.sample_id not in bad)
     assert verify_cache(tmp_path / "c").ok
     result = run_build(make_config(tmp_path / "c"), requests)
     assert (result.num_adopted, result.recorded.num_chains) == (0, 10)
@@ -71,7 +65,7 @@ def test_only_what_the_source_shows_is_copied(tmp_path: Path) -> None:
     name = next(iter(Catalog(source).runs().values())).name
     gc_cache(source, dry_run=False, grace_s=0.0, drop_runs=[name])
     copy_caches([source], tmp_path / "b")
-    assert visible(tmp_path / "b") == visible(source)
+    assert visible_ids(tmp_path / "b") == visible_ids(source)
     assert len(list((tmp_path / "b" / "chains").glob("*/*.parquet"))) == len(Catalog(source).chains.files())
 
 
@@ -83,7 +77,7 @@ def test_a_damaged_source_is_named_and_nothing_of_it_is_visible(tmp_path: Path) 
     for _ in range(2):
         with pytest.raises(CorruptError, match=bad.name):
             copy_caches([source], tmp_path / "b")
-    assert len(visible(tmp_path / "b")) == table.files()[0].num_rows
+    assert len(visible_ids(tmp_path / "b")) == table.files()[0].num_rows
     assert verify_cache(tmp_path / "b").ok
     assert not list((tmp_path / "b").rglob("*.tmp"))
     sorted((source / "chains" / "_delta_log").glob("*.json"))[-1].unlink()

@@ -13,7 +13,7 @@ from teacher_cache.cli import app
 from teacher_cache.maintenance.gc import GcReport, gc_cache, gc_lines
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import lock_path, read_sample_ids, worker_lock
-from tests.helpers.caches import make_cache
+from tests.helpers.caches import make_cache, visible_ids
 from tests.helpers.fake_builds import make_config, make_requests, run_build
 
 
@@ -23,11 +23,6 @@ def gc(root: Path, **options: object) -> GcReport:
 
 def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def visible(root: Path) -> list[str]:
-    table = Catalog(root).chains
-    return [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
 
 
 @pytest.fixture
@@ -58,7 +53,7 @@ def test_written_shards_are_adopted_and_unfinished_ones_swept(crashed: Path) -> 
     assert [item.file for item in report.swept] == [item.file for item in planned.swept]
     assert [item.size_bytes for item in report.swept] == [12, 1]
     assert report.num_adopted > 0
-    assert len(visible(crashed)) == len(set(visible(crashed))) == 10 + report.num_adopted
+    assert len(visible_ids(crashed)) == len(set(visible_ids(crashed))) == 10 + report.num_adopted
     assert not list(crashed.rglob("*.tmp"))
     assert verify_cache(crashed).ok
     again = gc(crashed)
@@ -111,16 +106,16 @@ def test_a_file_of_another_program_is_kept(crashed: Path) -> None:
 def test_a_dropped_run_stays_in_older_versions_until_it_is_deleted(tmp_path: Path) -> None:
     root = make_cache(tmp_path / "c", num_chains=48, num_runs=2).root
     catalog = Catalog(root)
-    pinned, num_before = catalog.chains.version, len(visible(root))
+    pinned, num_before = catalog.chains.version, len(visible_ids(root))
     doomed = [file for file in catalog.chains.files() if file.path.startswith(catalog.chains.files()[0].path[:16])]
     run_id = doomed[0].path.partition("/")[0]
     name = catalog.runs()[run_id].name
     planned = gc(root, drop_runs=[name], delete_removed=True, dry_run=True)
-    assert len(visible(root)) == num_before
+    assert len(visible_ids(root)) == num_before
     report = gc(root, drop_runs=[name])
     assert report.dropped == planned.dropped
     assert report.dropped[0].num_chains == sum(file.num_rows for file in doomed)
-    assert len(visible(root)) == num_before - report.dropped[0].num_chains
+    assert len(visible_ids(root)) == num_before - report.dropped[0].num_chains
     assert {one.file for one in report.removed} == {f"chains/{file.path}" for file in doomed}
     old = Catalog(root, pinned).chains
     assert sum(len(read_sample_ids(old.path_of(file))) for file in old.files()) == num_before
@@ -144,7 +139,7 @@ def test_a_dropped_run_is_built_again(tmp_path: Path) -> None:
     assert gc(tmp_path / "c", drop_runs=["fake"]).dropped[0].num_chains == 30
     result = run_build(config, requests)
     assert (result.num_adopted, result.recorded.num_chains) == (0, 30)
-    assert bad < set(visible(tmp_path / "c"))
+    assert bad < set(visible_ids(tmp_path / "c"))
     assert verify_cache(tmp_path / "c").ok
 
 
@@ -174,7 +169,7 @@ def test_a_dropped_run_does_not_come_back_by_what_a_crash_left_of_it(crashed: Pa
     report = gc(crashed, drop_runs=[run_id], grace_s=grace_s)
     assert [item.file for item in planned.swept] == [item.file for item in report.swept]
     assert "its run is dropped" in "\n".join(gc_lines(report))
-    assert (report.num_adopted, visible(crashed), gc(crashed).num_adopted, visible(crashed)) == (0, [], 0, [])
+    assert (report.num_adopted, visible_ids(crashed), gc(crashed).num_adopted, visible_ids(crashed)) == (0, [], 0, [])
     result = run_build(make_config(crashed), make_requests(30))
     assert (result.num_done_before, result.recorded.num_committed) == (0, 30)
     assert verify_cache(crashed).ok

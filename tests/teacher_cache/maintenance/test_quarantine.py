@@ -18,8 +18,7 @@ from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.quarantine import REPAIR_WORKER, quarantine_damaged
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.writer.commit import read_sample_ids
-from tests.helpers.caches import damage, on_disk
+from tests.helpers.caches import damage, on_disk, visible_ids
 from tests.helpers.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
 from tests.teacher_cache.maintenance.test_verify import register
 
@@ -52,11 +51,6 @@ def damage_group(path: Path, index: int, column_path: str = "topk_codes.list.ele
     return ids
 
 
-def visible(root: Path) -> list[str]:
-    table = Catalog(root).chains
-    return [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
-
-
 def run(root: Path, *options: str) -> tuple[int, dict[str, object]]:
     ended = CliRunner().invoke(app, ["verify", str(root), "--json", *options])
     return ended.exit_code, json.loads(ended.stdout)
@@ -70,7 +64,7 @@ def test_one_bad_row_group_costs_its_rows_alone(root: Path) -> None:
     code, result = run(root, "--quarantine")
     assert (code, result["ok"], result["problems"]) == (0, True, [])
     assert result["quarantined"][0]["file"] == f"chains/{path.relative_to(root / 'chains')}"  # type: ignore[index]
-    assert sorted(visible(root)) == sorted({one.sample_id for one in make_requests(NUM_ROWS)} - set(lost))
+    assert visible_ids(root) == sorted({one.sample_id for one in make_requests(NUM_ROWS)} - set(lost))
     assert verify_cache(root).ok
     assert path.exists()
     assert path in {Catalog(root, pinned).chains.path_of(file) for file in Catalog(root, pinned).chains.files()}
@@ -79,7 +73,7 @@ def test_one_bad_row_group_costs_its_rows_alone(root: Path) -> None:
     assert (note["num_rows"] - note["num_kept"], note["last_version"]) == (len(lost), pinned)
     result2 = run_build(make_config(root), make_requests(NUM_ROWS))
     assert (result2.num_adopted, result2.recorded.num_chains) == (0, len(lost))
-    assert sorted(visible(root)) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
+    assert visible_ids(root) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
     report = gc_cache(root, dry_run=False, grace_s=0.0, delete_removed=True)
     assert not path.exists()
     assert report.unreadable["chains"][0][1] == pinned
@@ -110,7 +104,7 @@ def test_a_shard_whose_footer_cannot_be_trusted_goes_whole(root: Path, how: str)
         path.unlink()
     code, result = run(root, "--quarantine")
     assert (code, result["ok"]) == (0, True)
-    assert len(visible(root)) == NUM_ROWS - num_rows
+    assert len(visible_ids(root)) == NUM_ROWS - num_rows
     assert run_build(make_config(root), make_requests(NUM_ROWS)).recorded.num_chains == num_rows
     assert verify_cache(root).ok
 
@@ -127,9 +121,9 @@ def test_rows_that_are_visible_twice_stay_once(root: Path) -> None:
     path = largest(root)
     content = pq.read_table(path)
     register(Catalog(root).chains, content, "w9")
-    assert len(visible(root)) > NUM_ROWS
+    assert len(visible_ids(root)) > NUM_ROWS
     run(root, "--quarantine")
-    assert sorted(visible(root)) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
+    assert visible_ids(root) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
 
 
 def test_only_damage_is_quarantined(root: Path) -> None:
@@ -182,7 +176,7 @@ def test_a_crash_before_the_commit_leaves_the_table_as_it_was(root: Path, monkey
     assert len(Catalog(root).chains.files()) == len(list((root / "chains").glob("*/w0-*.parquet")))
     assert run(root, "--quarantine")[0] == 0
     run_build(make_config(root), make_requests(NUM_ROWS))
-    assert sorted(visible(root)) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
+    assert visible_ids(root) == sorted(one.sample_id for one in make_requests(NUM_ROWS))
     assert verify_cache(root).ok
 
 
@@ -199,7 +193,7 @@ def test_a_build_that_starts_meanwhile_leaves_the_new_shard_alone(root: Path, mo
     monkeypatch.setattr(Table, "commit", build_first)
     (taken,) = quarantine_damaged(Catalog(root), verify_cache(root))
     assert taken.num_rows - taken.num_kept == len(lost)
-    assert len(visible(root)) == NUM_ROWS - len(lost)
+    assert len(visible_ids(root)) == NUM_ROWS - len(lost)
 
 
 def test_a_commit_whose_answer_was_lost_on_the_way_stands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,4 +211,4 @@ def test_a_commit_whose_answer_was_lost_on_the_way_stands(root: Path, monkeypatc
     (taken,) = quarantine_damaged(Catalog(root), report)
     assert taken.num_rows - taken.num_kept == len(lost)
     assert verify_cache(root).ok
-    assert sorted(visible(root)) == sorted({one.sample_id for one in make_requests(NUM_ROWS)} - set(lost))
+    assert visible_ids(root) == sorted({one.sample_id for one in make_requests(NUM_ROWS)} - set(lost))

@@ -21,18 +21,12 @@ from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomEr
 from stillroom.sql.session import open_session
 from teacher_cache.building import Build
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.writer.commit import read_sample_ids
-from tests.helpers.caches import damage, make_cache
+from tests.helpers.caches import damage, make_cache, visible_ids
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
 from tests.helpers.programs import Program
 
 NUM_ROWS = 60
 SHARDS = {"row_group_tokens": 200, "max_mb": 0.01}
-
-
-def visible(root: Path) -> list[str]:
-    table = Catalog(root).chains
-    return sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file)))
 
 
 def expected(num_rows: int = NUM_ROWS) -> list[str]:
@@ -68,7 +62,7 @@ def test_a_full_disk_costs_nothing_that_was_committed(tmp_path: Path, size_kib: 
         assert "\x1b" not in str(failure.value)
         remount(tmp_path, "size=64m")
         run_build(config, make_requests(NUM_ROWS))
-        assert visible(tmp_path / "c") == expected()
+        assert visible_ids(tmp_path / "c") == expected()
         report = verify_cache(tmp_path / "c")
         assert (report.problems, report.orphans) == ([], [])
 
@@ -86,7 +80,7 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     run_build(config, make_requests(NUM_ROWS))
-    assert visible(tmp_path / "c") == expected()
+    assert visible_ids(tmp_path / "c") == expected()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -148,7 +142,7 @@ def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
     root = tmp_path / name / "c"
     run_build(make_config(root), make_requests(20))
     run_build(make_config(root), make_requests(30))
-    assert visible(root) == expected(30)
+    assert visible_ids(root) == expected(30)
     assert verify_cache(root).ok
     with open_session(Catalog(root)) as session:
         assert session.arrow("SELECT count(*) AS n FROM chains").to_pylist() == [{"n": 30}]
@@ -181,7 +175,7 @@ def test_a_clock_set_back_breaks_no_commit(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(time, "time", lambda: 86400.0)
     run_build(config, make_requests(NUM_ROWS))
     monkeypatch.undo()
-    assert visible(tmp_path / "c") == expected()
+    assert visible_ids(tmp_path / "c") == expected()
     assert verify_cache(tmp_path / "c").ok
 
 

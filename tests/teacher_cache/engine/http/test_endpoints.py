@@ -14,10 +14,10 @@ from teacher_cache.config import BuildConfig, ServerConfig, TeacherConfig
 from teacher_cache.doctor import diagnose
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.plan import plan_build, plan_lines
+from tests.helpers.caches import visible_ids
 from tests.helpers.fake_server import NUM_TOKENS, VOCAB_SIZE, Behaviour, FakeServer
 from tests.helpers.tiny_tokenizer import byte_level, save
 from tests.repository.test_environments import run_cli, run_without
-from tests.teacher_cache.test_build import visible_ids
 
 NOT_NEEDED = {"vllm", "torch", "deepspeed", "peft", "tensorboard", "student_train", "accelerate", "gguf"}
 

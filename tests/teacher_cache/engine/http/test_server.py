@@ -22,6 +22,7 @@ from teacher_cache.engine.http import pool
 from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
 from teacher_cache.engine.http.server import ServerEngine
 from tests.helpers import fake_server
+from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
 from tests.helpers.fake_server import (
     EOS_ID,
@@ -34,7 +35,6 @@ from tests.helpers.fake_server import (
     Plan,
     tokens_of,
 )
-from tests.teacher_cache.test_build import visible_ids
 
 K = 8
 PLAIN = CaptureConfig(max_support=K, draws=0)
@@ -290,7 +290,7 @@ def test_a_build_whose_servers_vanish_keeps_what_is_finished_and_resumes(tmp_pat
     server.start()
     result = run_build(config, requests, lambda: make_engine(server))
     assert (result.num_done_before, result.recorded.num_failures) == (num_kept, 0)
-    assert sorted(visible_ids(cache)) == sorted(request.sample_id for request in requests)
+    assert visible_ids(cache) == sorted(request.sample_id for request in requests)
 
 
 def test_a_server_that_is_still_loading_is_waited_for() -> None:
