@@ -73,11 +73,11 @@ def test_text_that_would_be_run_reaches_no_checker(judge: JudgeProcess, tmp_path
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("task", ["isomorphic_strings", "polynomial_multiplication", "ransom_note"])
-def test_tasks_are_the_same_in_every_process(task: str) -> None:
+def test_tasks_are_the_same_in_every_process() -> None:
+    tasks = ["isomorphic_strings", "polynomial_multiplication", "ransom_note"]
     program = (
         "import json; from stillroom.judging.gym_tasks import make_entries;"
-        f"print(json.dumps([one['question'] for one in make_entries({task!r}, 5, 2, {{}})]))"
+        f"print(json.dumps([one['question'] for task in {tasks} for one in make_entries(task, 5, 2, {{}})]))"
     )
     seen = {
         subprocess.run(
