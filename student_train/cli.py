@@ -17,7 +17,7 @@ import typer
 
 from stillroom.errors import ConfigError
 from stillroom.log import format_bytes, format_count, format_duration, format_plural, note
-from stillroom.program import AsJson, new_program, print_result, run_program
+from stillroom.program import AsJson, end_with_parent, new_program, print_result, run_program
 from student_train.runtime.metrics_log import short_name
 
 if TYPE_CHECKING:
@@ -276,9 +276,9 @@ def run(
         raise typer.Exit(launch(nproc, rank))
     is_rank = "RANK" in os.environ
     if is_rank:
-        from student_train.runtime.ranks import end_with_parent
+        from student_train.runtime.ranks import PARENT_VARIABLE
 
-        end_with_parent()
+        end_with_parent(os.environ.get(PARENT_VARIABLE))
     # From here on, before seconds of imports: Ctrl-C ends at once until there are steps to save.
     with StopRequest(at_once=True) as stop:
         config = _config(config_path, overrides)
@@ -292,6 +292,41 @@ def run(
                 summary, is_first = train(config, ranks, stop, from_step), ranks.is_first
     if is_first:
         print_result(summary, run_lines(summary), as_json)
+
+
+@app.command()
+def rounds(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    both: Annotated[
+        bool, typer.Option("--both", help="Do the teacher's parts too, on this machine, one after the other.")
+    ] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Only show rounds, tokens and time, and check the configuration.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """On-policy rounds: train on the student's own chains, scored by the teacher, whenever it is this side's turn.
+
+    `teacher-cache rounds` on the same file generates and scores, here or on a machine that sees the same folder.
+    """
+    from stillroom.config import load_config
+    from stillroom.rounds.config import RoundsConfig
+    from stillroom.rounds.turns import check_other, state_lines, take_turns
+    from student_train.rounds import plan_lines as rounds_plan_lines
+    from student_train.rounds import plan_rounds
+
+    config = load_config(config_path, overrides or [], RoundsConfig)
+    planned = plan_rounds(config)
+    if only_plan:
+        print_result(planned, rounds_plan_lines(config, planned), as_json)
+        return
+    if both:
+        given = [part for one in overrides or () for part in ("--set", one)]
+        check_other("teacher-cache", ["rounds", str(config_path), *given])
+    state = take_turns(config, {"student-train", *(["teacher-cache"] if both else [])}, num_ranks=nproc)
+    print_result(state.model_dump(mode="json"), state_lines(config, state), as_json)
 
 
 @app.command("eval")
@@ -412,7 +447,7 @@ def main() -> None:
     """Entry point: what the base install lacks is one line as well."""
     try:
         # A rank's launcher says how to go on.
-        run_program(app, "student-train", () if "RANK" in os.environ else ("run",))
+        run_program(app, "student-train", () if "RANK" in os.environ else ("run", "rounds"))
     except ModuleNotFoundError as error:
         if (package := str(error.name).partition(".")[0]) not in STUDENT_PACKAGES:
             raise

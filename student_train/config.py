@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stillroom.config import Json, StrictModel
+from stillroom.config import Json, StrictModel, flat
 from stillroom.errors import ConfigError
 from stillroom.storage.paths import CacheRoot
 
@@ -451,22 +451,12 @@ def accumulation_of(stage: StageConfig, data: DataConfig, num_ranks: int) -> int
 def meaning_of(config: TrainConfig) -> Json:
     """Dotted keys and values of everything that decides what is learnt; with elastic weights that includes `eval`."""
     free = set(RUN_KEYS) - ({"eval"} if any(_is_elastic(stage) for stage in config.stages) else set())
-    return _flat({key: value for key, value in config.model_dump(mode="json").items() if key not in free})
+    return flat({key: value for key, value in config.model_dump(mode="json").items() if key not in free})
 
 
 def _is_elastic(stage: StageConfig) -> bool:
     weights = [loss.weight for loss in stage.losses.values()]
     return any(isinstance(weight, ScheduleConfig) and weight.kind == "elastic" for weight in weights)
-
-
-def _flat(value: Any, prefix: str = "") -> Json:
-    if isinstance(value, dict) and value:
-        items = value.items()
-    elif isinstance(value, list) and value:
-        items = ((str(number), item) for number, item in enumerate(value))  # type: ignore[assignment]
-    else:
-        return {prefix: value}
-    return {key: one for name, item in items for key, one in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _nearest_multiple(stage: StageConfig, data: DataConfig) -> int:

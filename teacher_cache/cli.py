@@ -222,6 +222,34 @@ def _judge_pairs(path: Path, kind: str | None, llm: Path | None, num_processes: 
 
 
 @app.command()
+def rounds(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Only show rounds, tokens and time, and check the configuration.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """On-policy rounds: generate with the student, score with the teacher, whenever it is this side's turn.
+
+    `student-train rounds` on the same file does the training, on a machine that sees the same folder; with --both it
+    does all parts on one.
+    """
+    from stillroom.config import load_config
+    from stillroom.rounds.config import RoundsConfig
+    from stillroom.rounds.turns import state_lines, take_turns
+    from teacher_cache.rounds import plan_lines, plan_rounds
+
+    config = load_config(config_path, overrides or (), RoundsConfig)
+    planned = plan_rounds(config)
+    if only_plan:
+        print_result(planned, plan_lines(config, planned), as_json)
+        return
+    state = take_turns(config, {"teacher-cache"})
+    print_result(state.model_dump(mode="json"), state_lines(config, state), as_json)
+
+
+@app.command()
 def doctor(
     config_path: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Also check this configuration's teacher and servers.")
@@ -473,7 +501,7 @@ def main() -> None:
     """Entry point."""
     # torch reads it when it is loaded, which tokenizers do long before the engine starts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run_program(app, "teacher-cache", ("build", "score", "features", "copy"))
+    run_program(app, "teacher-cache", ("build", "score", "features", "rounds", "copy"))
 
 
 def _plan_features(config: "FeaturesConfig", as_json: bool) -> None:

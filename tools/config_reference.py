@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from stillroom.config import StrictModel
+from stillroom.rounds.config import RoundsConfig
 from student_train.config import TrainConfig
 from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
 from teacher_cache.states.config import FeaturesConfig
@@ -28,6 +29,7 @@ PROGRAMS: tuple[tuple[str, type[StrictModel]], ...] = (
     ("`teacher-cache plan`, `features`", FeaturesConfig),
     ("`teacher-cache judge --llm`", LlmJudgeConfig),
     ("`student-train`", TrainConfig),
+    ("`teacher-cache rounds`, `student-train rounds`", RoundsConfig),
 )
 HEAD = """\
 # Configuration

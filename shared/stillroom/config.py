@@ -256,3 +256,14 @@ def plain(model: BaseModel) -> Json:
     """The model as JSON-ready values, for manifests and hashes."""
     dumped: Json = model.model_dump(mode="json")
     return dumped
+
+
+def flat(value: Any, prefix: str = "") -> Json:
+    """Dotted keys and values of everything inside; items of lists by number."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and value:
+        items = ((str(number), item) for number, item in enumerate(value))  # type: ignore[assignment]
+    else:
+        return {prefix: value}
+    return {key: one for name, item in items for key, one in flat(item, f"{prefix}.{name}".lstrip(".")).items()}

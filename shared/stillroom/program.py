@@ -5,6 +5,7 @@ bytes are damaged, 130 interrupted (and the command that resumes is printed). Th
 stop, the second one stops immediately.
 """
 
+import ctypes
 import json
 import os
 import shlex
@@ -31,6 +32,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ANNOUNCEMENT = b"\nStopping: finishing and saving. Press Ctrl-C again to stop immediately.\n"
 STDERR = 2
+PARENT_VARIABLE = "STILLROOM_PARENT"
+"""In programs that another one of ours has started: its process id."""
+PR_SET_PDEATHSIG = 1
 TOGETHER_S = 1.0
 """Signals this close count once: a scheduler signals all processes of a job, and a launcher among them forwards it."""
 
@@ -64,6 +68,7 @@ def print_result(result: "Json", lines: list[str], as_json: bool) -> None:
 
 def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
     """Runs a command: one line for a user's mistake, the right exit code, how to resume one of the `resumable` ones."""
+    end_with_parent(os.environ.pop(PARENT_VARIABLE, None))
     try:
         app(prog_name=name)
     except StillroomError as error:
@@ -74,6 +79,16 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
         if end.code == INTERRUPTED and sys.argv[1:2] and sys.argv[1] in resumable:
             note(f"Interrupted. Resume with: {shlex.join([name, *sys.argv[1:]])}")
         raise
+
+
+def end_with_parent(parent: str | None) -> None:
+    """From now on the kernel kills this process when `parent`, a process id, is gone. None: nothing happens."""
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    # The parent may have died before this call took effect; the check below catches that.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit(1)
 
 
 class StopRequest:

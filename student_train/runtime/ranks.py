@@ -10,7 +10,6 @@ ranks ended with: a finished run (0) or a failed save (1, 3) looks interrupted.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import os
 import shutil
@@ -42,7 +41,6 @@ LOST_CODE = 86
 """Exit code, seen by `launch` alone, of a rank that ended because another one did."""
 TAIL_LINES = 20
 
-PR_SET_PDEATHSIG = 1
 PARENT_VARIABLE = "STUDENT_TRAIN_PARENT"
 CONSOLE_VARIABLE = "STUDENT_TRAIN_CONSOLE"
 """In ranks whose output goes to a log: the number of a file descriptor that leads to the launcher's stderr."""
@@ -113,17 +111,6 @@ def find_cause(codes: Mapping[int, int]) -> int | None:
         return None
     cause = min(failed, key=lambda rank: _innocence(codes[rank]))
     return 0 if codes.get(0) == codes[cause] in (2, 3) else cause
-
-
-def end_with_parent() -> None:
-    """In a rank that `launch` started: the kernel kills it when the launching process is gone, for whatever reason."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    # The parent may have died before this call took effect; the check below catches that.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
-        sys.exit(1)
 
 
 def _innocence(code: int) -> int:
