@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stillroom.config import load_config
+from stillroom.config import StrictModel, load_config, validate_config
+from stillroom.rounds.config import RoundsConfig, generate_config, score_config, train_config
 from student_train.config import TrainConfig
 from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.states.config import FeaturesConfig
@@ -48,11 +49,19 @@ def test_every_example_that_it_names_is_there_and_valid() -> None:
     "path", [*EXAMPLES.glob("*.yaml"), *(ROOT / "benchmarks/demo").glob("*.yaml")], ids=lambda path: path.name
 )
 def test_examples_are_valid(path: Path) -> None:
-    assert load_config(path, [], model_of(path)).model_dump()
+    config = load_config(path, [], model_of(path))
+    assert config.model_dump()
+    if isinstance(config, RoundsConfig):
+        for number in (1, 2):
+            validate_config(generate_config(config, number), BuildConfig, "generate")
+            validate_config(score_config(config, number), ScoreConfig, "score")
+            validate_config(train_config(config, number), TrainConfig, "train")
 
 
-def model_of(path: Path) -> type[TrainConfig | BuildConfig | ScoreConfig | FeaturesConfig]:
+def model_of(path: Path) -> type[StrictModel]:
     blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "rounds" in blocks:
+        return RoundsConfig
     if "student" in blocks:
         return TrainConfig
     if "run" not in blocks:

@@ -91,7 +91,9 @@ def generate_config(config: RoundsConfig, number: int) -> Json:
     teacher = {**_block(config.generate, "teacher"), "model": student_of(config, number)}
     # A preset sets both itself.
     given = _block(config.generate, "sampling")
-    sampling = given if given.get("preset") else {**ON_POLICY, **given}
+    # Other seeds each round: a student that has hardly changed would write the same chains again.
+    seed = _seed(given) + number - 1
+    sampling = {**({} if given.get("preset") else ON_POLICY), **given, "seed": seed}
     root = str(round_folder(config, number) / "chains")
     return {**config.generate, "cache": root, "run": "chains", "teacher": teacher, "sampling": sampling}
 
@@ -124,6 +126,12 @@ def meaning_of_rounds(config: RoundsConfig) -> Json:
         name: {key: value for key, value in getattr(config, name).items() if key not in FREE[name]} for name in FREE
     }
     return flat({"student": config.student, **kept})
+
+
+def _seed(sampling: Json) -> int:
+    seed = sampling.get("seed", 0)
+    # What is no number is refused by the command's own configuration.
+    return seed if isinstance(seed, int) else 0
 
 
 def _block(values: Mapping[str, Any], key: str) -> Json:

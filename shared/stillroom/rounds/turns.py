@@ -193,14 +193,13 @@ def state_lines(config: RoundsConfig, state: RoundsState) -> list[str]:
     lines = []
     for number in range(1, config.rounds + 1):
         facts = []
-        made, scored = state.of(number, "generate"), state.of(number, "score")
+        made, scored, trained = (state.of(number, part) for part in ("generate", "score", "train"))
         if made is not None and made.results:
             rate = made.results[0].get("pass_rate")
             size = f"{made.results[0]['num_chains']:,} chains, {format_count(made.results[0]['num_tokens'])} tokens"
             facts.append(size + ("" if rate is None else f", {rate:.1%} correct"))
-        if scored is not None and made is not None and scored.results:
+        if scored is not None and trained is None:
             facts.append("scored")
-        trained = state.of(number, "train")
         if trained is not None and trained.results:
             before, after = (trained.results[0].get(f"heldout_{when}") for when in ("before", "after"))
             if before and after and after.get("reverse_kl") is not None:
