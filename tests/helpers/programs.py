@@ -85,6 +85,10 @@ def run_with_vllm(argv: list[str], *, cwd: Path = ROOT) -> str:
     streams, parent = _make_streams(), _vllm_parent()
     parent.send((argv, cwd, {**os.environ, **FAST_ENGINE}, streams))
     code = parent.recv() if parent.poll(TIMEOUT_S) else None
+    if code is None:
+        # Its answer would be taken for that of the next program.
+        parent.close()
+        _vllm_parent.cache_clear()
     out, err = _read_streams(streams)
     assert code == 0, f"{argv} ended with {code}:\n{err[-4000:]}"
     return out
