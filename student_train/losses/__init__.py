@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from student_train.losses.fused_head import LossSums, fused_loss
     from student_train.losses.head_chunks import LogitMap
     from student_train.losses.targets import ChainPairs, SparseTargets, StartBuckets, TailDraws, TextChunks
+    from student_train.losses.whole_teacher import TeacherHead, WholeTeacher
 
 __all__ = [
     "DPO",
@@ -56,9 +57,11 @@ __all__ = [
     "StartBuckets",
     "StartKL",
     "TailDraws",
+    "TeacherHead",
     "TextChunks",
     "TotalVariation",
     "Unlikelihood",
+    "WholeTeacher",
     "fused_loss",
 ]
 
@@ -69,7 +72,9 @@ _MODULE_OF = {
     "SparseTargets": "targets",
     "StartBuckets": "targets",
     "TailDraws": "targets",
+    "TeacherHead": "whole_teacher",
     "TextChunks": "targets",
+    "WholeTeacher": "whole_teacher",
     "fused_loss": "fused_head",
 }
 

@@ -2,7 +2,8 @@
 
 In: logits [C, V] and the targets of the same tokens. Out: values [C, J], token weights [C]; `logits_CV` then holds the
 gradient of their weighted sum. Cost: four passes over [C, V] in its own memory; four more and a second buffer where
-distributions are compared at another temperature than 1 and the mix also holds a cross-entropy.
+distributions are compared at another temperature than 1 and the mix also holds a cross-entropy. Losses with `tail:
+exact` add a product with the teacher's head and one more buffer.
 
 Log q is read at a few slots (the support, drawn ids, the sampled and the rank-0 token) and over all the rest, the tail.
 For any L = f({log q_i} at slots i, log q_r), q_r the mass outside the support S, with g = df/dlog q and G the sum of
@@ -19,6 +20,7 @@ because dlog q_i/du_j = [i = j] - q_j and dlog q_r/du_j = [j not in S] q_j/q_r -
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,7 @@ from student_train.losses.targets import (
     split_tail,
     teacher_buckets,
 )
+from student_train.losses.whole_teacher import ExactValues, exact_values
 
 SAMPLED, RANK_0 = 0, 1
 """Extra slots by number."""
@@ -56,6 +59,8 @@ def chunk_losses(
     Consumes `logits_CV`, float32 or float64: afterwards it holds d(sum_C weights_C sum_J term weight x
     value)/dlogits, or nothing of use without gradient.
     """
+    # Before `_open`, which consumes the logits.
+    exact = _exact(logits_CV, targets, mix, with_gradient=with_gradient)
     soft, hard = _open(logits_CV, targets, mix)
     opened = [chunk for chunk in (soft, None if hard is soft else hard) if chunk is not None]
     leaves = [leaf for chunk in opened for leaf in (chunk.student_CS, chunk.student_tail_C)]
@@ -72,11 +77,19 @@ def chunk_losses(
             is_negative_N=targets.is_negative_N,
             pairs=targets.pairs if isinstance(targets.pairs, Paired) else None,
         )
-        values_CJ = torch.stack([_where_it_applies(term, term.nats(seen), seen) for term in mix.terms], dim=1)
+        from_exact = iter(() if exact is None else exact.nats_CJ.unbind(dim=1))
+        values = [next(from_exact) if term.needs_hidden else term.nats(seen) for term in mix.terms]
+        applied = [_where_it_applies(term, value_C, seen) for term, value_C in zip(mix.terms, values, strict=True)]
+        values_CJ = torch.stack(applied, dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)
         loss_sum = (weights_C * weighted_sum(mix, values_CJ)).sum()
-        # Some mixes leave a leaf unread (cross-entropy has no use for the tail): its gradient is 0, not None.
-        grads = torch.autograd.grad(loss_sum, leaves, materialize_grads=True) if with_gradient else ()
+        grads: Sequence[Tensor] = ()
+        if with_gradient and loss_sum.requires_grad:
+            # Some mixes leave a leaf unread (cross-entropy has no use for the tail): its gradient is 0, not None.
+            grads = torch.autograd.grad(loss_sum, leaves, materialize_grads=True)
+        elif with_gradient:
+            # Exact losses alone have their gradient already; what was opened gives the focal factor.
+            grads = [torch.zeros_like(leaf) for leaf in leaves]
     if with_gradient:
         closed = [
             close_chunk(chunk, grads[2 * i], grads[2 * i + 1], targets.temperature if chunk is soft else 1.0)
@@ -85,6 +98,11 @@ def chunk_losses(
         if len(closed) == 2:
             # closed[1] is in logits_CV already: the hard chunk owns that memory (see _open).
             logits_CV.add_(closed[0])
+        if exact is not None:
+            # Wrong chains have no divergence from the teacher.
+            is_wrong_C = targets.is_negative_N
+            exact_weights_C = weights_C if is_wrong_C is None else weights_C.masked_fill(is_wrong_C, 0.0)
+            exact.add_gradient(logits_CV if closed else logits_CV.zero_(), exact_weights_C)
     return values_CJ.detach(), weights_C
 
 
@@ -200,8 +218,10 @@ def _open(logits_CV: Tensor, targets: SparseTargets, mix: LossMix) -> tuple[Open
     """
     ids_CS, is_apart_CS = _apart(targets)
     extra_ids_CE = torch.cat([targets.sampled_ids_N.unsqueeze(1), targets.ids_NK[:, :1].long()], dim=1)
-    is_soft = [isinstance(term, Divergence) for term in mix.terms]
+    is_soft = [isinstance(term, Divergence) for term in mix.terms if not term.needs_hidden]
     needs_soft, needs_hard = any(is_soft), not all(is_soft) or mix.focal_gamma is not None
+    if not needs_soft and not needs_hard:
+        return None, None
     if needs_soft and (targets.temperature == 1.0 or not needs_hard):
         scaled_CV = logits_CV if targets.temperature == 1.0 else logits_CV.div_(targets.temperature)
         soft = open_chunk(scaled_CV, ids_CS, is_apart_CS, extra_ids_CE)
@@ -209,6 +229,15 @@ def _open(logits_CV: Tensor, targets: SparseTargets, mix: LossMix) -> tuple[Open
     at_tau = open_chunk(logits_CV / targets.temperature, ids_CS, is_apart_CS, extra_ids_CE) if needs_soft else None
     # Cross-entropies compare no buckets: no id needs to be apart from the tail.
     return at_tau, open_chunk(logits_CV, ids_CS[:, :0], is_apart_CS[:, :0], extra_ids_CE)
+
+
+def _exact(logits_CV: Tensor, targets: SparseTargets, mix: LossMix, *, with_gradient: bool) -> ExactValues | None:
+    terms = tuple(term for term in mix.terms if isinstance(term, Divergence) and term.needs_hidden)
+    if not terms:
+        return None
+    assert targets.whole is not None
+    with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+        return exact_values(logits_CV, targets.whole, terms, with_gradient=with_gradient)
 
 
 def _apart(targets: SparseTargets) -> tuple[Tensor, Tensor]:

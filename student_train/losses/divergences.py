@@ -1,8 +1,8 @@
 """The losses, one frozen class each: what a loss needs, its value where the teacher is known, and its tail.
 
 In: log probabilities of teacher and student in B = K + 1 buckets a token: the K stored ids and, last, everything else.
-Out: nats per token. Cost: O(N K); `fused_head.py` does the O(N V) part once for any mix. A new loss is a class here or
-in `own_words.py` and its line in `names.py`.
+Out: nats per token. Cost: O(N K); `fused_head.py` does the O(N V) part once for any mix. A new loss is a class here, in
+`own_words.py` or (below the head) in `below.py`, and its line in `names.py`.
 
 With p on the support S, r = 1 - sum_S p the teacher's tail, q the student and q_r = 1 - sum_S q its tail, `tail` says
 what becomes of r, here for the forward KL:
@@ -16,6 +16,9 @@ what becomes of r, here for the forward KL:
                  can be negative, and is minimal at q = p / sum_S p, like the next
     renormalise  sum_S p' log(p'/q), p' = p / sum_S p
                  claims that the tail has no mass, which makes students over-confident (2503.16870)
+    exact        sum_V p log(p/q)
+                 over the whole vocabulary, from the teacher's last hidden state and its head; only on tokens that have
+                 one (`whole_teacher.py`)
 
 An f-divergence is a sum of c(p, q) over ids, c homogeneous. With a = c(1, 0) and b = c(0, 1)
 
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     # Not at run time: `student-train plan` names losses and is done before torch would have loaded.
     from torch import Tensor
 
-Tail = Literal["stored", "bucket", "drop", "renormalise"]
+Tail = Literal["stored", "bucket", "drop", "renormalise", "exact"]
 
 NO_MASS = -1.0e4
 """Log probability of nothing. Finite on purpose: exp() of it is exactly 0 in float32 and float64, and 0 * (NO_MASS -
@@ -172,8 +175,6 @@ class Loss(ABC):
     weight: float = 1.0
 
     name: ClassVar[str]
-    needs_distribution: ClassVar[bool] = True
-    """Whether the cache must hold the teacher's distribution."""
     needs_chunks: ClassVar[bool] = False
     """Whether targets must hold the teacher's log probabilities of chunks of text."""
     needs_behaviour: ClassVar[bool] = False
@@ -191,17 +192,35 @@ class Loss(ABC):
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
             raise ConfigError(f"{self.name}.weight={self.weight} must be a finite number of at least 0")
 
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the cache must hold the teacher's stored distribution."""
+        return True
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the cache must hold the teacher's last hidden states."""
+        return False
+
+
+@dataclass(frozen=True)
+class HeadLoss(Loss):
+    """A loss on the student's distribution of the next token."""
+
     @abstractmethod
     def nats(self, seen: Seen) -> Tensor:
         """[N] nats, without the weight."""
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Loss):
+class CrossEntropy(HeadLoss):
     """-log q of the token that the teacher sampled."""
 
     name = "cross_entropy"
-    needs_distribution = False
+
+    @property
+    def needs_distribution(self) -> bool:
+        return False
 
     def nats(self, seen: Seen) -> Tensor:
         assert seen.sampled_N is not None
@@ -209,7 +228,7 @@ class CrossEntropy(Loss):
 
 
 @dataclass(frozen=True)
-class CrossEntropyArgmax(Loss):
+class CrossEntropyArgmax(HeadLoss):
     """-log q of the teacher's most likely token."""
 
     name = "cross_entropy_argmax"
@@ -220,7 +239,7 @@ class CrossEntropyArgmax(Loss):
 
 
 @dataclass(frozen=True)
-class ChunkLikelihood(Loss):
+class ChunkLikelihood(HeadLoss):
     """Approximate likelihood matching (arXiv 2503.20083) of chunks, the text between boundaries of both vocabularies.
 
     With p and q what teacher and student give a chunk, the products over their own tokens, the outcomes are "this
@@ -239,13 +258,16 @@ class ChunkLikelihood(Loss):
 
     temperature: float = 100.0
     name = "chunk_likelihood"
-    needs_distribution = False
     needs_chunks = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.temperature) and self.temperature > 0.0):
             raise ConfigError(f"{self.name}.temperature={self.temperature} must be a finite number above 0")
+
+    @property
+    def needs_distribution(self) -> bool:
+        return False
 
     def nats(self, seen: Seen) -> Tensor:
         assert seen.sampled_N is not None
@@ -272,7 +294,7 @@ class ChunkLikelihood(Loss):
 
 
 @dataclass(frozen=True)
-class Divergence(Loss):
+class Divergence(HeadLoss):
     """A loss that compares distributions.
 
     Attributes:
@@ -284,9 +306,18 @@ class Divergence(Loss):
     estimates_tail: ClassVar[bool] = True
     """Whether draws estimate the tail's part; otherwise each distinct drawn id is an entry of its own."""
 
+    @property
+    def needs_distribution(self) -> bool:
+        return not self.needs_hidden
+
+    @property
+    def needs_hidden(self) -> bool:
+        return self.tail == "exact"
+
     def nats(self, seen: Seen) -> Tensor:
         """[N] nats times temperature^2, without the weight."""
         assert seen.compared is not None
+        assert not self.needs_hidden
         # Gradients of soft targets shrink by 1/tau^2 (Hinton et al., arXiv 1503.02531): value and gradient are scaled.
         return self._value(seen.compared) * seen.compared.temperature**2
 
@@ -462,32 +493,58 @@ class TotalVariation(Divergence):
 
 
 @dataclass(frozen=True)
-class LossMix:
-    """A weighted sum of losses that share one pass over the head.
+class FeatureLoss(Loss):
+    """A loss below the head, on the tokens whose features the cache holds; each layer of the teacher has one of the
+    student's beside it.
 
     Attributes:
-        terms: at least one; each name once.
-        focal_gamma: hard tokens count more: each token's weight is multiplied by (1 - q(sampled token))^gamma, taken at
-            temperature 1 without gradient (focal loss, Lin et al. 2017, arXiv 1708.02002). None is off.
-
-    Raises:
-        ConfigError: no terms, a name twice, all weights 0, or a gamma that is not above 0.
+        layers: (teacher layer, student layer) pairs; None pairs every stored layer, evenly spaced (`pairs_of`).
     """
 
-    terms: tuple[Loss, ...]
+    layers: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def needs_distribution(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class LossMix:
+    """A weighted sum of losses: those on the head share one pass over it.
+
+    Attributes:
+        terms: losses on the head; each name once.
+        focal_gamma: hard tokens count more: each token's weight in `terms` is multiplied by (1 - q(sampled
+            token))^gamma, taken at temperature 1 without gradient (focal loss, Lin et al. 2017, arXiv 1708.02002). None
+            is off.
+        features: losses below the head.
+
+    Raises:
+        ConfigError: no losses, a name twice, all weights 0, or a gamma that is not above 0.
+    """
+
+    terms: tuple[HeadLoss, ...]
     focal_gamma: float | None = None
+    features: tuple[FeatureLoss, ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(term.weight > 0.0 for term in self.terms):
+        if not any(term.weight > 0.0 for term in self.all):
             raise ConfigError("losses: no loss has a weight above 0, so nothing would be learned: give one a weight")
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"losses: a name is repeated in {self.names}: list each loss once")
         if self.focal_gamma is not None and not (math.isfinite(self.focal_gamma) and self.focal_gamma > 0.0):
             raise ConfigError(f"focal_gamma={self.focal_gamma} must be above 0; leave it out to weight tokens equally")
+        if self.focal_gamma is not None and not self.terms:
+            raise ConfigError(f"focal_gamma has no effect on {' and '.join(self.names)}: remove it")
+
+    @property
+    def all(self) -> tuple[Loss, ...]:
+        """The losses in the order of their sums: those on the head first."""
+        return *self.terms, *self.features
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(term.name for term in self.terms)
+        return tuple(term.name for term in self.all)
 
     @property
     def reads_chunks(self) -> bool:
@@ -517,6 +574,21 @@ class LossMix:
             isinstance(term, Divergence) and (term.tail == "stored" or term.needs_start == "distribution")
             for term in self.terms
         )
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the teacher's last hidden states are read."""
+        return any(term.needs_hidden for term in self.terms)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every divergence knows the teacher's whole distribution, so that any temperature is exact."""
+        return all(term.needs_hidden for term in self.terms if isinstance(term, Divergence))
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether anything is read of the table of features."""
+        return self.reads_hidden or bool(self.features)
 
 
 DEFAULT_MIX = LossMix((ForwardKL(0.9), CrossEntropy(0.1)))

@@ -100,6 +100,10 @@ def _fused_loss(head: HeadInputs, targets: SparseTargets, mix: LossMix) -> tuple
             raise ConfigError(
                 f"{term.name} needs the teacher's distribution and these targets hold none: use cross_entropy"
             )
+        if term.needs_hidden and targets.whole is None:
+            raise ConfigError(
+                f"{term.name} with tail: exact needs the teacher's hidden states and head and these targets hold none"
+            )
         if term.needs_chunks and targets.chunks is None:
             raise ConfigError(
                 f"{term.name} needs the teacher's log probabilities of chunks of text and these targets hold none"

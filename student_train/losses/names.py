@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from stillroom.config import nearest_name
 from stillroom.errors import ConfigError
+from student_train.losses.below import AttentionKL, HiddenCosine, HiddenMSE, HiddenRelations
 from student_train.losses.divergences import (
     JSD,
     ChunkLikelihood,
@@ -43,10 +44,16 @@ LOSSES: dict[str, type[Loss]] = {
     "asymmetric_likelihood": AsymmetricLikelihood,
     "unlikelihood": Unlikelihood,
     "dpo": DPO,
+    "hidden_mse": HiddenMSE,
+    "hidden_cosine": HiddenCosine,
+    "hidden_relations": HiddenRelations,
+    "attention_kl": AttentionKL,
 }
 
+Setting = str | float | bool | tuple[tuple[int, int], ...] | None
 
-def make_loss(name: str, weight: float = 1.0, **settings: str | float | None) -> Loss:
+
+def make_loss(name: str, weight: float = 1.0, **settings: Setting) -> Loss:
     """The loss of that name; a setting of None takes its default.
 
     Raises ConfigError for an unknown name, a value out of range, or a setting that this loss does not have.
@@ -57,4 +64,4 @@ def make_loss(name: str, weight: float = 1.0, **settings: str | float | None) ->
     for key, value in given.items():
         if key not in {field.name for field in fields(LOSSES[name])}:
             raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, remove it")
-    return LOSSES[name](weight, **given)
+    return LOSSES[name](weight, **given)  # type: ignore[arg-type]  # checked by name above, by type in the config

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stillroom.errors import ConfigError
-from student_train.losses.divergences import MIN_SURPRISAL, Compared, Divergence, Loss, Seen, kl
+from student_train.losses.divergences import MIN_SURPRISAL, Compared, Divergence, HeadLoss, Seen, kl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PolicyGradient(Loss):
+class PolicyGradient(HeadLoss):
     """Reverse KL as a policy gradient on sampled tokens (on-policy distillation; offline: arXiv 2604.13010).
 
         advantage A = log p - log b,  ratio r = q / b,  loss -min(r A, clip(r, 1 - clip, 1 + clip) A)
@@ -78,7 +78,7 @@ class PolicyGradient(Loss):
 
 
 @dataclass(frozen=True)
-class AsymmetricLikelihood(Loss):
+class AsymmetricLikelihood(HeadLoss):
     """-log q of the tokens of right chains, +alpha log q of those of wrong ones (REDI, arXiv 2505.24850).
 
     Has no lower bound: with alpha near 1 the likelihood of right chains falls too. Lower alpha, or choose unlikelihood.
@@ -106,7 +106,7 @@ class AsymmetricLikelihood(Loss):
 
 
 @dataclass(frozen=True)
-class Unlikelihood(Loss):
+class Unlikelihood(HeadLoss):
     """-log(1 - q) of the tokens of wrong chains (arXiv 1908.04319).
 
     At least 0, and tokens that are unlikely already have no gradient left.
@@ -125,7 +125,7 @@ class Unlikelihood(Loss):
 
 
 @dataclass(frozen=True)
-class DPO(Loss):
+class DPO(HeadLoss):
     """-log sigmoid(beta m), m = log(q/q_start) of the right chain minus that of the wrong one (arXiv 2305.18290).
 
     Every token of a pair has the pair's loss, so that the mean over tokens is one over pairs, weighted by length.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stillroom.schema.records import Int64
 from student_train.losses.divergences import NO_MASS, NOTHING_SPOKEN, Paired, Spoken
+from student_train.losses.whole_teacher import WholeTeacher
 
 MIN_TAIL_LOGMASS = -32.0
 """A tail stored as zero counts as e^-32, the smallest probability that the cache's 8-bit codes hold. Forward KL, JSD
@@ -131,6 +132,7 @@ class SparseTargets:
         is_negative_N: bool, tokens of chains to move away from; None is none.
         start: for losses that compare with the student's start; at the ids of support and draws.
         pairs: for losses that compare chains; measured, for a part of targets.
+        whole: whole distributions of some tokens, for losses with `tail: exact`.
     """
 
     ids_NK: Tensor
@@ -146,6 +148,7 @@ class SparseTargets:
     is_negative_N: Tensor | None = None
     start: StartBuckets | None = None
     pairs: ChainPairs | Paired | None = None
+    whole: WholeTeacher | None = None
 
     def __post_init__(self) -> None:
         assert self.ids_NK.dim() == 2
@@ -195,7 +198,9 @@ class SparseTargets:
 
     def narrow(self, start: int, stop: int) -> SparseTargets:
         """Tokens start..stop as views."""
-        part: SparseTargets = _map(self, lambda tensor: tensor[start:stop])
+        part: SparseTargets = _map(replace(self, whole=None), lambda tensor: tensor[start:stop])
+        if self.whole is not None:
+            part = replace(part, whole=self.whole.narrow(start, stop))
         # Cuts count from the first token of the whole, so parts have none.
         return part if part.chunks is None else replace(part, chunks=replace(part.chunks, cuts=None))
 

@@ -152,13 +152,19 @@ def test_chunk_likelihood_is_least_where_both_agree_and_spreads_over_its_tokens(
 
 def test_losses_say_what_they_need() -> None:
     assert {name: kind.name for name, kind in LOSSES.items()} == {name: name for name in LOSSES}
-    assert [name for name, kind in LOSSES.items() if not kind.needs_distribution] == [
+    assert [name for name, kind in LOSSES.items() if not kind().needs_distribution] == [
         "cross_entropy",
         "chunk_likelihood",
         "asymmetric_likelihood",
         "unlikelihood",
         "dpo",
+        "hidden_mse",
+        "hidden_cosine",
+        "hidden_relations",
+        "attention_kl",
     ]
+    exact = ForwardKL(tail="exact")
+    assert (exact.needs_hidden, exact.needs_distribution) == (True, False)
     assert [name for name, kind in LOSSES.items() if kind.needs_chunks] == ["chunk_likelihood"]
     assert LossMix((CrossEntropy(), JSD())).reads_draws
     assert not LossMix((CrossEntropyArgmax(), JSD(tail="bucket"))).reads_draws
