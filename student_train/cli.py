@@ -115,9 +115,18 @@ def _stage_lines(stage: Result) -> list[str]:
         f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} per rank",
         f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
         *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
+        *_feature_lines(stage),
         *_temperature_lines(stage["temperatures"]),
         f"memory     about {memory['total']:.1f} GiB per rank ({parts})",
     ]
+
+
+def _feature_lines(stage: Result) -> list[str]:
+    found = stage["features"]
+    if found is None:
+        return []
+    held = f"{found['num_chains']} of {format_plural(stage['num_chains'], 'chain')}"
+    return [f"features   {', '.join(found['sets'])}: {held} have them"]
 
 
 def _projection_lines(stage: Result) -> list[str]:

@@ -40,10 +40,11 @@ class LossConfig(StrictModel):
     """One loss of a mix; a plain number is its weight."""
 
     weight: float | ScheduleConfig = 1.0
-    tail: Literal["stored", "bucket", "drop", "renormalise"] | None = None
+    tail: Literal["stored", "bucket", "drop", "renormalise", "exact"] | None = None
     """Divergences: how probability outside the stored entries counts. `stored` (None) estimates it from the cache's
     draws and equals `bucket` without draws; `bucket` treats it as one outcome; `drop` ignores it; `renormalise`
-    rescales the stored entries to mass 1."""
+    rescales the stored entries to mass 1. `exact` compares whole distributions, computed from the teacher's last hidden
+    states and head (a feature set), on the tokens that have them, at any temperature."""
     beta: float | None = None
     """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5. dpo: the larger, the smaller the
     preference that is enough; None is 0.1."""
@@ -64,6 +65,13 @@ class LossConfig(StrictModel):
     temperature: float | None = None
     """chunk_likelihood: the probabilities p of chunks of text are compared as p^(1/temperature), above 0; None is 100.
     Independent of the stage's temperature, and of what the cache stores."""
+    layers: dict[int, int] | None = Field(default=None, min_length=1)
+    """Losses below the head: teacher layer to student layer, e.g. {12: 4}. Hidden losses count layers from 1 (states
+    after that many), attention_kl from 0. None takes every stored layer, each beside the student's at the same share of
+    depth; `plan` prints the map."""
+    project: bool | None = None
+    """hidden_mse and hidden_cosine: whether a learned linear map takes the student's states to the teacher's. None is
+    true where their widths differ."""
 
 
 class NegativesConfig(StrictModel):
@@ -112,6 +120,10 @@ class LoraConfig(StrictModel):
     all linear layers but the head and the routers of experts."""
 
 
+BELOW_HEAD = ("hidden_", "attention_")
+"""Beginnings of the names of losses."""
+
+
 def stage_key(number: int, name: str) -> str:
     """How messages name a stage: its key in the configuration, counted from 0, and its name."""
     return f"stages.{number} ({name})"
@@ -122,9 +134,9 @@ class StageConfig(StrictModel):
 
     name: str = Field(default="distill", pattern=r"^[A-Za-z0-9_\-]+$")
     """Used in checkpoint names and metrics; letters, digits, '_' and '-'."""
-    trainable: Literal["all", "lora", "head"] = "all"
-    """All weights, adapters (LoRA), or the head only. Training a head that is tied to the embeddings trains both, and
-    backpropagates through all layers."""
+    trainable: Literal["all", "lora", "head", "body"] = "all"
+    """All weights, adapters (LoRA), the head only, or the body: everything but embeddings and head. Training a head
+    that is tied to the embeddings trains both, and backpropagates through all layers."""
     lora: LoraConfig | None = None
     """Only with `trainable: lora`; None uses the defaults."""
     losses: dict[str, LossConfig] = Field(
@@ -187,7 +199,9 @@ class StageConfig(StrictModel):
         low = tau if isinstance(tau, float) else min(one for one in (tau.start, tau.end) if one is not None)
         if low <= 0:
             raise ValueError(f"temperature {low} must be above 0")
-        if tau != 1.0 and all(name.startswith("cross_entropy") or name in LOSSES_AT_ONE for name in self.losses):
+        if tau != 1.0 and all(
+            name.startswith(("cross_entropy", *BELOW_HEAD)) or name in LOSSES_AT_ONE for name in self.losses
+        ):
             raise ValueError(
                 f"temperature has no effect on {' and '.join(self.losses)}: remove it, or add a loss on distributions"
             )
@@ -196,6 +210,9 @@ class StageConfig(StrictModel):
         for name, loss in self.losses.items():
             if isinstance(loss.interpolation, ScheduleConfig) and loss.interpolation.kind == "elastic":
                 raise ValueError(f"{name}.interpolation cannot be elastic: give it a linear or cosine schedule")
+        below = [name for name in self.losses if name.startswith(BELOW_HEAD)]
+        if self.trainable == "head" and below:
+            raise ValueError(f"{below[0]} has no effect with trainable: head, which freezes the layers below it")
         return self
 
 
@@ -243,6 +260,9 @@ class CacheConfig(StrictModel):
     """Version of the chains to read; None pins the latest when the run starts."""
     verdicts_version: int | None = Field(default=None, ge=0)
     """Version of the verdicts to read; None pins the latest when the run starts."""
+    features: str | None = None
+    """Feature set to read, by its name or id, for losses that need one; None is the cache's only one. Its version is
+    pinned when the run starts."""
 
 
 class TeacherConfig(StrictModel):
@@ -418,6 +438,10 @@ class TrainConfig(StrictModel):
                 raise ValueError(
                     f"{key}: a loss has an elastic weight, which follows the held-out loss: set eval.every_steps"
                 )
+            if self.data.kind == "projected":
+                for name, loss in stage.losses.items():
+                    if name.startswith(BELOW_HEAD) or loss.tail == "exact":
+                        raise ValueError(f"{key}: {name} needs the teacher's own tokens: set data.kind: distributions")
             if self.data.kind == "text" and not set(stage.losses) <= set(TEXT_LOSSES):
                 raise ValueError(
                     f"{key}: its losses are {', '.join(stage.losses)}, but data.kind: text has no distributions: "

@@ -134,6 +134,8 @@ def _loss(name: str, loss: LossConfig) -> str:
     if loss.interpolation is not None:
         given["interpolation"] = _value(loss.interpolation)
     settings = _settings(given)
+    layers = None if loss.layers is None else "layers " + ", ".join(f"{a} to {b}" for a, b in loss.layers.items())
+    settings = ", ".join(one for one in (settings, layers) if one)
     return f"{name} x {_value(loss.weight)}" + (f" ({settings})" if settings else "")
 
 
@@ -340,6 +342,10 @@ def _untie_adapted(model: Any) -> None:
 def _trained_names(model: torch.nn.Module, trainable: str) -> list[str]:
     if trainable == "all":
         return [name for name, _ in model.named_parameters()]
+    if trainable == "body":
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        kept = [parameter for layer in ends for parameter in layer.parameters()]
+        return [name for name, parameter in model.named_parameters() if not any(parameter is one for one in kept)]
     if trainable == "lora":
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from stillroom.cache.catalog import Catalog
+from stillroom.cache.features import FeatureSet
 from stillroom.config import Json
 from stillroom.errors import CacheConflict, ConfigError
 from stillroom.log import note, warn
@@ -31,6 +32,7 @@ from student_train.config import (
 )
 from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
+from student_train.data.features import StageFeatures, pin_features, reopen_features, stage_features, with_layers
 from student_train.data.open import (
     Vocabulary,
     check_losses,
@@ -54,7 +56,8 @@ from student_train.data.prepared import Pairing
 from student_train.data.selection import Selection, SelectionHeader, SelectionRequest, open_selection
 from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, numbers_path, write_behaviour
-from student_train.losses.divergences import Divergence, Loss, LossMix
+from student_train.losses.below import AttentionKL, ProjectedLoss
+from student_train.losses.divergences import Divergence, FeatureLoss, Loss, LossMix
 from student_train.model.prune import require_cut
 from student_train.model.shape import ModelShape, model_shape
 from student_train.runtime.checkpoint import latest_state
@@ -71,6 +74,7 @@ class StagePlan:
 
     index: int
     config: StageConfig
+    """As configured, but losses below the head name every pair of layers."""
     selection: Selection
     spec: PlanSpec
     num_epochs: int | None
@@ -87,6 +91,8 @@ class StagePlan:
     """What is known of its tokens besides the stream; the student's start comes with the weights."""
     right: Selection | None = None
     """Held-out right chains of a stage that moves away from wrong ones."""
+    features: StageFeatures | None = None
+    """What its losses read of the tables of features."""
 
     def stream(self, rank: int, num_ranks: int, tell: Callable[[str], None] = note) -> PackStream:
         """This rank's packs from the beginning of the stage; `tell` is called while it waits for data."""
@@ -98,6 +104,7 @@ class StagePlan:
             world=num_ranks,
             num_epochs=self.num_epochs,
             with_signals=self.with_signals,
+            features=self.features,
             tell=tell,
         )
 
@@ -140,9 +147,15 @@ def prepare(
     run = RunFolder(folder)
     accumulations = [_accumulation(config, number, num_ranks) for number in range(len(config.stages))]
 
+    sets = None
+    if any(check_mixes(stage, 1).reads_features for stage in config.stages):
+        # Pinned by the first rank: sets may grow while others start.
+        sets = pin_features(run.features_path, config.data) if is_first else None
+        barrier()
+        sets = sets or reopen_features(run.features_path, config.data)
     shared = _Shared(config, run, is_first, barrier, spare)
     stages = [
-        _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared)), shared)
+        _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared), sets), shared)
         for index, accumulation in enumerate(accumulations)
     ]
     heldout = None
@@ -289,8 +302,14 @@ def _warn_of_seen(stages: list[StagePlan], heldout: Selection) -> None:
             )
 
 
-def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: Selection) -> StagePlan:
-    stage = config.stages[index]
+def _stage_plan(
+    config: TrainConfig,
+    index: int,
+    accumulation: int,
+    selection: Selection,
+    sets: list[FeatureSet | None] | None,
+) -> StagePlan:
+    stage, features = config.stages[index], None
     spec = plan_spec(config, index)
     num_epochs = stage.epochs if stage.epochs is not None or stage.max_steps is not None else 1
     with _naming_stage(index, stage):
@@ -298,7 +317,12 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
         mix = check_mixes(stage, num_steps)
         check_losses(mix, selection)
         check_prepared(selection, config.data)
-        check_temperature(selection, stage)
+        check_temperature(mix, selection, stage)
+        if sets is not None and mix.reads_features:
+            if mix.features:
+                stage = _with_layers(config, stage, mix, sets)
+                mix = check_mixes(stage, num_steps)
+            features = stage_features(mix, selection, sets)
     return StagePlan(
         index=index,
         config=stage,
@@ -312,7 +336,16 @@ def _stage_plan(config: TrainConfig, index: int, accumulation: int, selection: S
         with_signals=stage.token_weights is not None
         or mix.reads_chunks
         or any(term.needs_distribution for term in mix.terms),
+        features=features,
     )
+
+
+def _with_layers(config: TrainConfig, stage: StageConfig, mix: LossMix, sets: list[FeatureSet | None]) -> StageConfig:
+    if any(isinstance(term, AttentionKL) for term in mix.features) and config.student.attention != "sdpa":
+        raise ConfigError(f"attention_kl needs student.attention: sdpa, not {config.student.attention}")
+    shape = model_shape(config.student)
+    first = next(one for one in sets if one is not None)
+    return with_layers(stage, mix, first, shape.num_layers, shape.hidden_size)
 
 
 def _num_steps(
@@ -420,10 +453,11 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "accumulation": stage.accumulation,
         "steps_per_epoch": -(-packs // stage.packs_per_step),
         "num_steps": stage.num_steps,
-        "losses": {term.name: _targets_of(term, header) for term in stage.mix.terms},
-        "temperatures": temperature_steps(stage.config, header.temperatures, stage.num_steps),
+        "losses": {term.name: _targets_of(term, header, stage.features) for term in stage.mix.all},
+        "temperatures": _temperatures(stage),
+        "features": None if stage.features is None else _features(stage.features),
         "trainable": stage.config.trainable,
-        "memory_gib_per_rank": _memory_gib(stage.config, config, shape, num_ids, num_ranks),
+        "memory_gib_per_rank": _memory_gib(stage, config, shape, num_ids, num_ranks),
     }
 
 
@@ -435,8 +469,27 @@ def _num_negative(stage: StagePlan) -> int:
     return 0 if is_negative_R is None else int(is_negative_R.sum())
 
 
-def _targets_of(loss: Loss, header: SelectionHeader) -> str:
+def _temperatures(stage: StagePlan) -> list[tuple[int, float]]:
+    """(first step, temperature) of each run of equal temperatures; both ends of a schedule that is followed exactly."""
+    if not stage.mix.is_exact:
+        return temperature_steps(stage.config, stage.selection.header.temperatures, stage.num_steps)
+    found = temperature_steps(stage.config, None, stage.num_steps)
+    return found if len(found) <= 2 else [found[0], found[-1]]
+
+
+def _features(features: StageFeatures) -> Json:
+    """The sets that a stage reads, and how many of its chains they hold."""
+    sets = [one.set_id for one in features.sets if one is not None]
+    return {"sets": sets, "num_chains": features.num_chains}
+
+
+def _targets_of(loss: Loss, header: SelectionHeader, features: StageFeatures | None) -> str:
     """What a loss compares the student with on each token, as far as this selection's shards hold it."""
+    if isinstance(loss, FeatureLoss):
+        assert features is not None
+        return _layers_of(loss, features)
+    if loss.needs_hidden:
+        return "the teacher's whole distribution, from its last hidden states"
     if loss.needs_chunks:
         return "the teacher's log probability of each chunk of text"
     if loss.needs_behaviour:
@@ -455,14 +508,30 @@ def _targets_of(loss: Loss, header: SelectionHeader) -> str:
     return f"{entries}, the tail estimated from {header.draws} draws"
 
 
-def _memory_gib(stage: StageConfig, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:
-    """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk."""
-    engine = config.engine
+def _layers_of(loss: FeatureLoss, features: StageFeatures) -> str:
+    """`layers 6 → 2 and 12 → 4, through a learned projection`: of the teacher and of the student."""
+    pairs = ", ".join(f"{teacher} → {student}" for teacher, student in loss.layers or ())
+    if isinstance(loss, AttentionKL):
+        num_heads = sum(len(features.attention[teacher]) for teacher, _ in loss.layers or ())
+        return f"the attention of {num_heads} of the teacher's heads, layers from 0: {pairs}"
+    projected = isinstance(loss, ProjectedLoss) and loss.project
+    return f"the teacher's states after layers: {pairs}{', through learned projections' if projected else ''}"
+
+
+def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:
+    """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk, teacher's head."""
+    stage, engine = planned.config, config.engine
     width = WEIGHT_BYTES[engine.precision]
-    trained = {"all": shape.num_parameters, "head": shape.num_head, "lora": _lora_size(stage, shape.linear_widths)}[
-        stage.trainable
-    ]
+    num_ends = shape.num_head * (1 if shape.has_tied_head else 2)
+    trained = {
+        "all": shape.num_parameters,
+        "head": shape.num_head,
+        "body": shape.num_parameters - num_ends,
+        "lora": _lora_size(stage, shape.linear_widths),
+    }[stage.trainable]
     extra = trained if stage.trainable == "lora" else 0
+    num_projected = _num_projected(planned, shape)
+    trained, extra = trained + num_projected, extra + num_projected
     kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
     # A frozen decoder keeps no activations; a tied head trains the embeddings, so gradients pass all layers.
     layers = 1 if stage.trainable == "head" and not shape.has_tied_head else shape.num_layers
@@ -474,7 +543,19 @@ def _memory_gib(stage: StageConfig, config: TrainConfig, shape: ModelShape, num_
         # float32, and a second buffer for half precision, capped logits or another temperature (head_chunks.py).
         "logits": _chunk_tokens(engine) * num_ids * 4 * 2,
     }
+    if planned.features is not None and planned.features.with_hidden:
+        # Its head, and the gradient of a chunk besides the buffers above.
+        parts["teacher"] = num_ids * (planned.features.first.hidden_size * width + _chunk_tokens(engine) * 4)
     return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}
+
+
+def _num_projected(planned: StagePlan, shape: ModelShape) -> int:
+    """Weights of the learned maps from the student's states to the teacher's."""
+    if planned.features is None:
+        return 0
+    losses = [term for term in planned.mix.features if isinstance(term, ProjectedLoss) and term.project]
+    pairs = {pair for term in losses for pair in term.layers or ()}
+    return len(pairs) * shape.hidden_size * planned.features.first.hidden_size
 
 
 def _notes_on_heads(config: TrainConfig, shape: ModelShape) -> list[str]:

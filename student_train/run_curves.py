@@ -193,13 +193,14 @@ def part_curve(run: Run, part: str, unit: float, name: str, series: int | None =
 def loss_words(name: str) -> str:
     """`skewed_forward_kl` as "skewed forward KL"."""
     words = name.replace("cross_entropy", "cross-entropy").replace("_", " ")
-    words = re.sub(r"\b(kl|jsd)\b", lambda match: match[1].upper(), words)
+    words = re.sub(r"\b(kl|jsd|mse)\b", lambda match: match[1].upper(), words)
     return re.sub(r" argmax$", " (argmax)", words)
 
 
 def loss_unit(name: str) -> str:
     """Of a part of the loss, a token."""
-    return "share" if name.startswith("total_variation") else "nats"
+    units = {"total_variation": "share", "hidden_mse": "share", "hidden_cosine": "share"}
+    return units.get(name, "nats")
 
 
 def _what_is_summed(step: Json) -> tuple[Json, float | None]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from student_train.config import LossConfig, ScheduleConfig, StageConfig
 from student_train.data.pack import TargetView
-from student_train.losses.divergences import LossMix
+from student_train.losses.divergences import FeatureLoss, HeadLoss, LossMix
 from student_train.losses.names import make_loss
 
 TAID_SCHEDULE = ScheduleConfig(kind="linear", start=0.4, end=1.0)
@@ -64,7 +64,7 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
 
     Raises ConfigError for an unknown loss, a setting that a loss does not have, or weights that are all 0.
     """
-    terms = tuple(
+    losses = [
         make_loss(
             name,
             scheduled(loss.weight, step, num_steps, remaining),
@@ -76,10 +76,13 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
             max_ratio=loss.max_ratio,
             max_advantage=loss.max_advantage,
             interpolation=_interpolation(name, loss, step, num_steps),
+            layers=None if loss.layers is None else tuple(sorted(loss.layers.items())),
+            project=loss.project,
         )
         for name, loss in stage.losses.items()
-    )
-    return LossMix(terms, stage.focal_gamma)
+    ]
+    on_head = tuple(loss for loss in losses if isinstance(loss, HeadLoss))
+    return LossMix(on_head, stage.focal_gamma, tuple(loss for loss in losses if isinstance(loss, FeatureLoss)))
 
 
 def _interpolation(name: str, loss: LossConfig, step: int, num_steps: int) -> float | None:
@@ -91,24 +94,27 @@ def target_view(
     stage: StageConfig, stored: Sequence[float], mix: LossMix, step: int, num_steps: int, *, has_draws: bool
 ) -> TargetView:
     """What the losses read of the targets at one step; `stored` are the temperatures that the cache holds."""
-    temperature = temperature_at(stage, stored, step, num_steps)
-    partition = None if temperature == 1.0 else list(stored).index(temperature)
+    temperature = temperature_at(stage, None if mix.is_exact else stored, step, num_steps)
+    partition = None if temperature == 1.0 or mix.is_exact else list(stored).index(temperature)
     return TargetView(has_draws and mix.reads_draws, temperature, partition, mix.reads_chunks, mix.reads_pairs)
 
 
-def temperature_at(stage: StageConfig, stored: Sequence[float], step: int, num_steps: int) -> float:
+def temperature_at(stage: StageConfig, stored: Sequence[float] | None, step: int, num_steps: int) -> float:
     """Temperature of one step: a constant, or the one among `stored` and 1 that is nearest, by ratio, to a schedule's.
 
     Between stored temperatures there is no exact distribution: interpolated log-partitions err by 0.03 nats at best.
+    `stored` is None where the teacher's whole distribution is known: then a schedule is followed as it is.
     """
     if not isinstance(stage.temperature, ScheduleConfig):
         return stage.temperature
+    if stored is None:
+        return scheduled(stage.temperature, step, num_steps)
     # Not log(one / wanted): training flushes subnormal numbers to zero, and the ratio may be one.
     wanted = min(max(scheduled(stage.temperature, step, num_steps), sys.float_info.min), sys.float_info.max)
     return min([1.0, *stored], key=lambda one: abs(math.log(one) - math.log(wanted)))
 
 
-def temperature_steps(stage: StageConfig, stored: Sequence[float], num_steps: int) -> list[tuple[int, float]]:
+def temperature_steps(stage: StageConfig, stored: Sequence[float] | None, num_steps: int) -> list[tuple[int, float]]:
     """(first step, temperature) of each run of equal temperatures."""
     found: list[tuple[int, float]] = []
     for step in range(num_steps):

@@ -34,11 +34,12 @@ from stillroom.schema.records import stable_hash
 from student_train.config import TrainConfig, stage_key
 from student_train.data.attached import Attached
 from student_train.data.open import eval_spec
-from student_train.data.pack import Pack, TargetView, apply_token_weights, to_torch
+from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_weights, feature_weights, to_torch
 from student_train.evaluation import evaluate
 from student_train.exporting import export_stage, initial_folder
 from student_train.losses.divergences import LossMix
-from student_train.model.student import load_student
+from student_train.model.student import DTYPES, LossesBelow, load_student
+from student_train.model.taps import load_teacher
 from student_train.plan import RunPlan, StagePlan, prepare
 from student_train.runtime import checkpoint
 from student_train.runtime.checkpoint import Best, CheckpointState, HeldoutProgress
@@ -116,10 +117,10 @@ def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bo
                 step = run.begin_step()
                 packs = run.next_packs()
                 # Known before the first backward pass, so that every pack is divided by the whole batch's weight.
-                total_weight = run.total_weight(packs)
-                sums_1J = torch.zeros(1 + len(step.mix.terms), dtype=torch.float64, device=ranks.device)
+                total_weight, features = run.weigh(packs)
+                sums_1J = torch.zeros(1 + len(step.mix.all), dtype=torch.float64, device=ranks.device)
                 for number, pack in enumerate(packs):
-                    losses = engine.loss(to_torch(pack, ranks.device, step.view), step.mix)
+                    losses = engine.loss(to_torch(pack, ranks.device, step.view, features), step.mix)
                     sums_1J += torch.cat([losses.loss_sum.detach().view(1), losses.term_sums_J])
                     engine.backward(losses.loss_sum, total_weight, is_last=number == len(packs) - 1)
                 is_applied = engine.step(step.learning_rate)
@@ -163,6 +164,9 @@ class StageRun:
             # This stage starts from the weights that the one before exports.
             export_stage(config, state)
         ranks.barrier()
+        self._teacher = None
+        if stage.features is not None:
+            self._teacher = load_teacher(stage.features, ranks.device, DTYPES[config.engine.precision])
         self.engine = self._load_engine(here)
         # Before the checkpoint is loaded: these are the weights that the stage starts from.
         self._attached = self._with_start()
@@ -253,9 +257,15 @@ class StageRun:
         packs = [self._attached.to(next(self._stream)) for _ in range(self._stage.accumulation)]
         return [apply_token_weights(pack, weights) for pack in packs]
 
-    def total_weight(self, packs: list[Pack]) -> float:
-        """Weight of all loss tokens of the global batch. Raises StillroomError where it is 0."""
-        (total,) = self.ranks.sum([sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)])
+    def weigh(self, packs: list[Pack]) -> tuple[float, FeatureView | None]:
+        """Weight of all loss tokens of the global batch, and how its features enter the losses.
+
+        Raises StillroomError where the weight is 0.
+        """
+        weights = [sum(float(pack.weights_N.sum(dtype=np.float64)) for pack in packs)]
+        if self._teacher is not None:
+            weights += [sum(found) for found in zip(*map(feature_weights, packs), strict=True)]
+        total, *of_features = self.ranks.sum(weights)
         if not math.isfinite(total):
             raise StillroomError(
                 f"{self._key}: the weights of the tokens of step {self._step + 1} add up to {total}: make "
@@ -266,7 +276,10 @@ class StageRun:
                 f"{self._key}: every token of step {self._step + 1} has weight 0: lower token_weights.tail, or raise "
                 "batch_tokens"
             )
-        return total
+        if self._teacher is None:
+            return total, None
+        scales = [total / weight if weight else 0.0 for weight in of_features]
+        return total, FeatureView(self._teacher, scales[0], scales[1])
 
     def finish_step(
         self,
@@ -304,7 +317,7 @@ class StageRun:
             epoch=step.epoch,
             loss=loss / total_weight,
             parts={name: term / total_weight for name, term in zip(step.mix.names, terms, strict=True)},
-            weights={term.name: term.weight for term in step.mix.terms},
+            weights={term.name: term.weight for term in step.mix.all},
             temperature=step.view.temperature,
             learning_rate=step.learning_rate,
             grad_norm=self.engine.grad_norm if is_applied else None,
@@ -478,6 +491,10 @@ class StageRun:
 
     def _load_engine(self, here: CheckpointState | None) -> Engine:
         config, stage = self._config, self._stage
+        below = None
+        if stage.mix.features:
+            assert stage.features is not None
+            below = LossesBelow(stage.mix.features, stage.features.first.hidden_size, config.seed)
         student = load_student(
             config.student,
             initial_folder(config, stage.index),
@@ -485,6 +502,7 @@ class StageRun:
             config.engine,
             seed=config.seed,
             vocab_size=self._plan.vocabulary.num_ids,
+            below=below,
         )
         universal = checkpoint.needs_universal(here, self.ranks.num_ranks)
         return Engine(student, stage.config, config.engine, self.ranks, stage.accumulation, universal=universal)

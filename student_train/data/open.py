@@ -200,8 +200,10 @@ def check_prepared(selection: Selection, data: DataConfig) -> None:
         raise ConfigError("data.prompt changes none of the selected prompts: remove it")
 
 
-def check_temperature(selection: Selection, stage: StageConfig) -> None:
+def check_temperature(mix: "LossMix", selection: Selection, stage: StageConfig) -> None:
     """Raises ConfigError where the cache lacks the log-partition of the stage's temperature, or of a schedule's end."""
+    if mix.is_exact:
+        return
     asked = stage.temperature
     held = selection.header.temperatures
     if asked == 1.0 or (isinstance(asked, float) and asked in held):

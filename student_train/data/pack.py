@@ -22,12 +22,15 @@ import numpy.typing as npt
 
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
 from student_train.config import TokenWeightsConfig
+from student_train.data.features import PackFeatures, PieceFeatures, StageFeatures, pack_features
 from student_train.data.rows import RowBlock
 
 if TYPE_CHECKING:
     import torch
 
+    from student_train.losses.features import FeatureTargets, TeacherTensors
     from student_train.losses.targets import SparseTargets
+    from student_train.losses.whole_teacher import WholeTeacher
 
 MAX_CHUNK_TOKENS = 64
 """Longer chunks are none: logits of a whole chunk are in memory together."""
@@ -84,6 +87,7 @@ class Pack:
         pair_ids_N, pair_signs_N: number of the pair of chains that a token belongs to, 1 in its right chain and -1 in
             the wrong one (0: in none); None where the selection has no pairs.
         behaviour_logprobs_N, is_negative_N, start: attached by key (`attached.py`); nan is unknown.
+        features: of the loss tokens that have any; None where they are not read.
     """
 
     input_ids_L: Int32
@@ -111,6 +115,7 @@ class Pack:
     behaviour_logprobs_N: Float32 | None = None
     is_negative_N: npt.NDArray[np.bool_] | None = None
     start: StartNumbers | None = None
+    features: PackFeatures | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -132,10 +137,11 @@ class TorchPack:
     document_lengths: tuple[int, ...]
     predict_positions_N: torch.Tensor
     targets: SparseTargets
+    features: FeatureTargets | None = None
 
 
-def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
-    """Concatenates pieces, in their order, into one pack."""
+def build_pack(pieces: Sequence[PackedPiece], features: StageFeatures | None = None) -> Pack:
+    """Concatenates pieces, in their order, into one pack; with the `features` of its tokens."""
     documents = [document for number, piece in enumerate(pieces) for document in _documents(number, piece)]
     # Where each begins in the pack, and positions from 0 in each.
     lengths_D = np.array([len(one.ids) for one in documents], np.int64)
@@ -185,10 +191,11 @@ def build_pack(pieces: Sequence[PackedPiece]) -> Pack:
         teacher_logprobs_N=signals.sampled_logprob_T if signals is not None else None,
         pair_ids_N=piece_N if has_pairs else None,
         pair_signs_N=sign_D[document_N] if has_pairs else None,
+        features=None if features is None else _features(pieces, num_losses_D, features),
     )
 
 
-def empty_pack(*, with_signals: bool) -> Pack:
+def empty_pack(*, with_signals: bool, features: StageFeatures | None = None) -> Pack:
     """One token, no loss: what a rank gets while others finish the last step of a stage."""
     none = np.zeros(0, np.float32) if with_signals else None
     # A support of no tokens is one entry wide: width 0 would say that there are no distributions.
@@ -208,6 +215,7 @@ def empty_pack(*, with_signals: bool) -> Pack:
         tail_logmass_N=none,
         entropy_N=none,
         teacher_logprobs_N=none,
+        features=None if features is None else pack_features([], features),
     )
 
 
@@ -225,8 +233,28 @@ class TargetView:
 PLAIN_VIEW = TargetView()
 
 
-def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VIEW) -> TorchPack:
-    """The pack as tensors on `device`. An empty one gets a token of weight 0."""
+@dataclass(frozen=True, slots=True)
+class FeatureView:
+    """How features enter the losses of a step.
+
+    Attributes:
+        scale: the weight of the batch's loss tokens over that of its tokens with features, 0 without any; makes a loss
+            the mean over the latter.
+        attention_scale: the same of tokens whose attention is compared.
+    """
+
+    teacher: TeacherTensors
+    scale: float
+    attention_scale: float
+
+
+def to_torch(
+    pack: Pack,
+    device: torch.device | str,
+    view: TargetView = PLAIN_VIEW,
+    features: FeatureView | None = None,
+) -> TorchPack:
+    """The pack as tensors on `device`, with its features if a view is given. An empty one gets a token of weight 0."""
     import torch
 
     from student_train.losses.targets import SparseTargets, TailDraws, TextChunks
@@ -265,6 +293,10 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
             column_N = np.ascontiguousarray(pack.log_partitions_NS[:, view.partition])
             targets = targets.at_temperature(view.temperature, tensor(column_N))
     targets = _with_own_words(pack, targets, tensor)
+    found = None
+    if features is not None:
+        found, whole = _feature_tensors(pack, features, view.temperature, tensor)
+        targets = replace(targets, whole=whole)
     return TorchPack(
         input_ids_1L=tensor(pack.input_ids_L).long().unsqueeze(0),
         position_ids_1L=tensor(pack.position_ids_L).long().unsqueeze(0),
@@ -272,6 +304,7 @@ def to_torch(pack: Pack, device: torch.device | str, view: TargetView = PLAIN_VI
         document_lengths=tuple(np.bincount(pack.document_ids_L).tolist()),
         predict_positions_N=tensor(pack.predict_positions_N),
         targets=targets,
+        features=found,
     )
 
 
@@ -296,6 +329,53 @@ def _with_own_words(
         pairs = ChainPairs(tensor(pack.pair_ids_N).long(), tensor(pack.pair_signs_N))
     is_negative_N = None if pack.is_negative_N is None else tensor(pack.is_negative_N)
     return replace(targets, spoken=spoken, is_negative_N=is_negative_N, start=buckets, pairs=pairs)
+
+
+def _feature_tensors(
+    pack: Pack, view: FeatureView, temperature: float, tensor: Callable[[Any], torch.Tensor]
+) -> tuple[FeatureTargets, WholeTeacher | None]:
+    """What losses below the head read, and whole distributions if the head is there."""
+    from student_train.losses.features import FeatureTargets, LayerAttention
+    from student_train.losses.whole_teacher import WholeTeacher
+
+    assert pack.features is not None
+    held, teacher = pack.features, view.teacher
+    weights_P = _weights_of_features(pack, held)
+    found = FeatureTargets(
+        positions_P=tensor(pack.predict_positions_N[held.places_P]),
+        weights_P=tensor(weights_P * np.float32(view.scale)),
+        attention_weights_P=tensor(weights_P * held.is_whole_P * np.float32(view.attention_scale)),
+        # An empty pack is one document without any.
+        counts=tuple(held.counts_D.tolist()) or (0,),
+        layers={layer: teacher.expand(tensor(one), layer) for layer, one in held.layers.items()},
+        attention={
+            layer: LayerAttention(
+                teacher.heads[layer], tensor(one.keys_PAm).long(), tensor(one.weights_PAm), tensor(one.rest_PA)
+            )
+            for layer, one in held.attention.items()
+        },
+        num_heads=teacher.num_heads,
+    )
+    if teacher.head is None or held.hidden_PR is None:
+        return found, None
+    hidden_PD = teacher.expand(tensor(held.hidden_PR), "hidden")
+    return found, WholeTeacher(held.places_P.astype(np.int64), hidden_PD, teacher.head, temperature, view.scale)
+
+
+def feature_weights(pack: Pack) -> tuple[float, float]:
+    """Weight of the pack's tokens with features, and of those whose attention is compared."""
+    if pack.features is None:
+        return 0.0, 0.0
+    weights_P = _weights_of_features(pack, pack.features).astype(np.float64)
+    return float(weights_P.sum()), float((weights_P * pack.features.is_whole_P).sum())
+
+
+def _weights_of_features(pack: Pack, held: PackFeatures) -> Float32:
+    """float32 [P]; wrong chains teach no states."""
+    weights_P = pack.weights_N[held.places_P]
+    if pack.is_negative_N is None:
+        return weights_P
+    return weights_P * ~pack.is_negative_N[held.places_P]
 
 
 def _weightless(pack: Pack, view: TargetView) -> Pack:
@@ -392,6 +472,17 @@ def _tokens(piece: PackedPiece) -> Int32:
     # A later piece of a split chain begins within the completion.
     completion = piece.block.tokens_of(piece.index)[max(piece.first - len(prompt), 0) : piece.stop - len(prompt)]
     return np.concatenate([prompt[piece.first :], completion])
+
+
+def _features(pieces: Sequence[PackedPiece], num_losses_D: Int64, wanted: StageFeatures) -> PackFeatures:
+    bases_D = np.cumsum(num_losses_D) - num_losses_D
+    parts = []
+    for piece, base in zip(pieces, bases_D.tolist(), strict=True):
+        assert piece.block.features is not None
+        start = _first_loss_token(piece)
+        row = piece.block.features[piece.index]
+        parts.append(PieceFeatures(row, base, start, start + piece.stop - piece.loss, piece.first))
+    return pack_features(parts, wanted)
 
 
 def _first_loss_token(piece: PackedPiece) -> int:

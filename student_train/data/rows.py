@@ -10,9 +10,10 @@ the row group's first row is due. Only the waiting differs: on storage with roun
     R rows of a row group that were requested, T completion tokens of them, I rows requested in order ("places")
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache.codec import decode, signal_columns
+from stillroom.cache.features import FeatureRow
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
+from student_train.data.features import StageFeatures
 from student_train.data.retokenised import CHUNK_LOGPROB, DOCUMENTS, IS_COMMON
 from student_train.data.selection import Selection, keys_of
 
@@ -41,6 +44,7 @@ class RowBlock:
     whether a token begins where a teacher token does, and chunk_logprob_T float32, the teacher's log probability of the
     text from one such place to the next, on its last token (nan elsewhere). Of pairs of chains: documents_R4 int32,
     tokens of the right chain's prompt and completion, then of the wrong one's, in each row.
+    Where features are read: each row's, None for chains without.
     """
 
     rows_R: Int64
@@ -54,6 +58,7 @@ class RowBlock:
     is_common_T: npt.NDArray[np.bool_] | None = None
     chunk_logprob_T: Float32 | None = None
     documents_R4: Int32 | None = None
+    features: list[FeatureRow | None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +103,9 @@ class RowBlock:
         return self.is_common_T[tokens], self.chunk_logprob_T[tokens]
 
 
-def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: bool) -> RowBlock:
+def read_rows(
+    selection: Selection, group: int, rows_R: Int64, *, with_signals: bool, features: StageFeatures | None = None
+) -> RowBlock:
     """Reads and decodes rows `rows_R` (ascending numbers in the selection) of row group `group` of the selection.
 
     Raises CorruptError naming shard and row group where a page fails its checksum, a value contradicts the format, or a
@@ -149,6 +156,9 @@ def read_rows(selection: Selection, group: int, rows_R: Int64, *, with_signals: 
         is_common_T,
         chunk_logprob_T,
         documents_R4,
+        None
+        if features is None
+        else features.read(int(selection.cache_G[group]), table.column("sample_id").to_pylist()),
     )
 
 
@@ -186,9 +196,15 @@ def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Sign
     )
 
 
-def _num_bytes(record: RowBlock | Signals | Draws) -> int:
-    values = [getattr(record, field.name) for field in fields(record)]
-    return sum(one.nbytes if isinstance(one, np.ndarray) else _num_bytes(one) for one in values if one is not None)
+def _num_bytes(value: Any) -> int:
+    """Of all arrays inside records, lists and dictionaries."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, list):
+        return sum(map(_num_bytes, value))
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    return sum(_num_bytes(getattr(value, one.name)) for one in fields(value)) if is_dataclass(value) else 0
 
 
 def _offsets(n_T: Int32) -> Int64:

@@ -29,6 +29,7 @@ from stillroom.errors import ConfigError
 from stillroom.log import format_duration, note
 from stillroom.schema.records import Int64
 from student_train.data.epoch_plan import EpochPlans, Place, PlanSpec
+from student_train.data.features import StageFeatures
 from student_train.data.pack import Pack, PackedPiece, build_pack, empty_pack
 from student_train.data.rows import FOLDER_AHEAD_GROUPS, STORE_AHEAD_GROUPS, RowBlock, RowBuffer, read_rows
 from student_train.data.selection import Selection
@@ -80,6 +81,7 @@ class PackStream:
         world: int = 1,
         num_epochs: int | None = None,
         with_signals: bool = True,
+        features: StageFeatures | None = None,
         buffer_mib: int = 1024,
         prefetch_packs: int = 8,
         read_ahead_groups: int | None = None,
@@ -90,6 +92,7 @@ class PackStream:
         packs_per_step: packs of a global batch.
         num_epochs: None never ends.
         with_signals: False reads token ids only.
+        features: what is read of the tables of features; None leaves them alone.
         buffer_mib: budget of decoded rows.
         read_ahead_groups: row groups read before they are due; None is 2 from folders, 8 from object stores.
         tell: called every WAIT_NOTE_S while the consumer waits, with a line that says for which file.
@@ -107,6 +110,7 @@ class PackStream:
         self.plans = EpochPlans(selection, spec, num_epochs)
         self._packs_per_step, self._rank, self._world = packs_per_step, rank, world
         self._with_signals = with_signals and not selection.is_text
+        self._features = features
         self._budget_bytes, self._prefetch_packs = buffer_mib << 20, prefetch_packs
         is_distant = not all(isinstance(folder, Path) for folder in selection.folders)
         usual = STORE_AHEAD_GROUPS if is_distant else FOLDER_AHEAD_GROUPS
@@ -247,10 +251,11 @@ class PackStream:
             place = plans.place(place[0], place[1] + self._world)
             num_taken += 1
             if plans.is_end(epoch):
-                yield _Item(empty_pack(with_signals=self._with_signals), place)
+                yield _Item(empty_pack(with_signals=self._with_signals, features=self._features), place)
                 continue
             if reader is None or reader.epoch != epoch:
-                reader = _EpochReader(plans, epoch, cursor, self._world, functools.partial(self._buffer, pool))
+                make_buffer = functools.partial(self._buffer, pool)
+                reader = _EpochReader(plans, epoch, cursor, self._world, make_buffer, self._features)
             reads_before = reader.buffer.num_reads
             pack = reader.read(cursor)
             num_reads = reader.buffer.num_reads - reads_before
@@ -260,7 +265,7 @@ class PackStream:
         selection = self.plans.selection
 
         def load(group: int, rows_R: Int64) -> RowBlock:
-            return read_rows(selection, group, rows_R, with_signals=self._with_signals)
+            return read_rows(selection, group, rows_R, with_signals=self._with_signals, features=self._features)
 
         self._rows = RowBuffer(load, rows_I, selection.group_R, self._budget_bytes, pool, self._read_ahead_groups)
         return self._rows
@@ -270,9 +275,16 @@ class _EpochReader:
     """Reads packs `cursor`, `cursor + world`, ... of one epoch."""
 
     def __init__(
-        self, plans: EpochPlans, epoch: int, cursor: int, world: int, make_buffer: Callable[[Int64], RowBuffer]
+        self,
+        plans: EpochPlans,
+        epoch: int,
+        cursor: int,
+        world: int,
+        make_buffer: Callable[[Int64], RowBuffer],
+        features: StageFeatures | None,
     ) -> None:
         self.epoch = epoch
+        self._features = features
         self._plans, self._plan = plans, plans.plan(epoch)
         pack_I = np.repeat(np.arange(self._plan.num_packs), np.diff(self._plan.offsets))
         # This rank's packs alone: its buffer must not hold row groups for the others.
@@ -292,4 +304,4 @@ class _EpochReader:
         ):
             block, index = self.buffer.next_row()
             packed.append(PackedPiece(row, block, index, first, loss, stop, float(weight_R[row])))
-        return build_pack(packed)
+        return build_pack(packed, self._features)

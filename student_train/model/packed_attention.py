@@ -16,7 +16,7 @@ Configurations do not say which works, so `keep_apart` tries: two short document
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ from stillroom.errors import ConfigError, one_line
 NAME = "sdpa_by_document"
 TRIED = (9, 8)
 """Lengths of the two trial documents: the second must not see the first."""
+
+
+class AttentionSink(Protocol):
+    """Takes the queries and keys of a layer, from 0, as they are multiplied."""
+
+    def add_attention(self, layer: int, query_1ALE: Tensor, key_1BLE: Tensor, scaling: float) -> None: ...
 
 
 class Apart(Enum):
@@ -63,16 +69,22 @@ def keep_apart(causal: Any) -> Apart:
 
 
 def hidden_states(
-    causal: Any, apart: Apart, input_ids_1L: Tensor, position_ids_1L: Tensor, document_lengths: Sequence[int]
+    causal: Any,
+    apart: Apart,
+    input_ids_1L: Tensor,
+    position_ids_1L: Tensor,
+    document_lengths: Sequence[int],
+    sink: AttentionSink | None = None,
 ) -> Tensor:
-    """The decoder's last hidden states [L, H], in the model's dtype."""
+    """The decoder's last hidden states [L, H], in the model's dtype. Only BY_ATTENTION fills the sink."""
     if apart is Apart.ONE_BY_ONE:
         lengths = list(document_lengths)
         documents = zip(input_ids_1L.split(lengths, dim=1), position_ids_1L.split(lengths, dim=1), strict=True)
         return torch.cat([_decode(causal, ids_1L, positions_1L) for ids_1L, positions_1L in documents])
     if apart is Apart.BY_MASK:
         return _decode(causal, input_ids_1L, position_ids_1L)
-    return _decode(causal, input_ids_1L, position_ids_1L, document_lengths=document_lengths)
+    options = {} if sink is None else {"attention_sink": sink}
+    return _decode(causal, input_ids_1L, position_ids_1L, document_lengths=document_lengths, **options)
 
 
 def _decode(causal: Any, input_ids_1L: Tensor, position_ids_1L: Tensor, **options: Any) -> Tensor:
@@ -157,11 +169,15 @@ def _by_document(
     dropout: float = 0.0,
     scaling: float | None = None,
     position_bias: None = None,
+    attention_sink: AttentionSink | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers; returns [1, L, A, E]. Raises AssertionError if a mask or bias is needed."""
     assert attention_mask is None
     assert position_bias is None
+    if attention_sink is not None:
+        assert isinstance(module.layer_idx, int)
+        attention_sink.add_attention(module.layer_idx, query_1ALE, key_1BLE, scaling or query_1ALE.shape[3] ** -0.5)
     num_groups = query_1ALE.shape[1] // key_1BLE.shape[1]
     if num_groups > 1 and query_1ALE.is_cuda and query_1ALE.dtype == torch.float32:
         # The only float32 kernel without an [l, l] tensor needs as many key heads as query heads.

@@ -1,7 +1,8 @@
 """The student as one module, which DeepSpeed wraps: its forward returns losses or metrics of a pack, never logits.
 
 In: a Hugging Face folder. Out: `Student`, a decoder whose head is fused with the losses. All weights are trained, the
-head alone, or LoRA adapters. The head is called inside this module's forward, so ZeRO-3 gathers its weight.
+head alone, all but head and embeddings, or LoRA adapters; with losses below the head also their projections to the
+teacher's width. The head is called inside this module's forward, so ZeRO-3 gathers its weight.
 
     L tokens of a pack, N loss tokens, H hidden, J terms of a mix
 """
@@ -12,6 +13,7 @@ import ctypes
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +24,11 @@ from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.models import hush_hub
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
 from student_train.data.pack import TorchPack
-from student_train.losses.divergences import LossMix
-from student_train.losses.fused_head import fuse_head, head_loss, head_metrics, head_slots
+from student_train.losses.divergences import FeatureLoss, LossMix
+from student_train.losses.features import feature_sums
+from student_train.losses.fused_head import LossSums, fuse_head, head_loss, head_metrics, head_slots
 from student_train.model.packed_attention import Apart, hidden_states, keep_apart
+from student_train.model.taps import LayerTaps, make_projections
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
@@ -34,11 +38,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Student(torch.nn.Module):
     """A causal language model (`model`, with or without peft) that computes losses at chosen positions of a pack."""
 
-    def __init__(self, model: Any, chunk_tokens: int | None = None) -> None:
+    def __init__(self, model: Any, chunk_tokens: int | None = None, below: LossesBelow | None = None) -> None:
         super().__init__()
         self.model = model
+        # Beside the model: exports are made of the model alone.
+        self.projections = torch.nn.ModuleDict() if below is None else below.projections(self.causal)
         self._chunk_tokens = chunk_tokens
         self.apart = keep_apart(self.causal)
+        self._taps = None if below is None else LayerTaps(self.causal, self.apart, below.losses)
         self._decoder_learns = any(parameter.requires_grad for parameter in self.causal.get_decoder().parameters())
 
     @property
@@ -55,23 +62,59 @@ class Student(torch.nn.Module):
         Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
         """
         causal = self.causal
+        recorded = self._taps.open() if self._taps is not None and mix is not None else None
         # A frozen decoder under a trained head keeps no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
+            sink = recorded if recorded is not None and recorded.attention else None
             hidden_LH = hidden_states(
-                causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths
+                causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths, sink
             )
             # Only positions that predict a loss token reach the head: prompts cost no logits.
             hidden_NH = hidden_LH.index_select(0, pack.predict_positions_N)
         head = causal.get_output_embeddings()
-        if mix is not None:
-            return tuple(head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens))
-        if as_slots:
+        if mix is None and as_slots:
             return tuple(head_slots(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
-        return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
+        if mix is None:
+            return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
+        on_head = head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens) if mix.terms else None
+        if recorded is None:
+            assert on_head is not None
+            return tuple(on_head)
+        assert self._taps is not None
+        self._taps.close()
+        assert pack.features is not None
+        loss_sum, term_sums_J = feature_sums(
+            mix.features, recorded, pack.features, pack.document_lengths, self.projections
+        )
+        if on_head is None:
+            return tuple(LossSums(loss_sum, term_sums_J, loss_sum.new_zeros(())))
+        joined_J = torch.cat([on_head.term_sums_J, term_sums_J])
+        return tuple(LossSums(on_head.loss_sum + loss_sum, joined_J, on_head.weight_sum))
+
+
+@dataclass(frozen=True)
+class LossesBelow:
+    """Losses below the head, with their layers named, and what their projections are made from."""
+
+    losses: tuple[FeatureLoss, ...]
+    teacher_width: int
+    seed: int
+
+    def projections(self, causal: Any) -> torch.nn.ModuleDict:
+        """In the model's dtype."""
+        made = make_projections(self.losses, causal.config.get_text_config().hidden_size, self.teacher_width, self.seed)
+        return made.to(causal.get_input_embeddings().weight.dtype)
 
 
 def load_student(
-    student: StudentConfig, folder: str, stage: StageConfig, engine: EngineConfig, *, seed: int, vocab_size: int
+    student: StudentConfig,
+    folder: str,
+    stage: StageConfig,
+    engine: EngineConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+    below: LossesBelow | None = None,
 ) -> Student:
     """The model in `folder`, ready for the stage's training on ids below `vocab_size`.
 
@@ -92,8 +135,11 @@ def load_student(
     elif stage.trainable == "head":
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
+    elif stage.trainable == "body":
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.requires_grad_(False)
     model.train()
-    made = Student(model, engine.chunk_tokens)
+    made = Student(model, engine.chunk_tokens, below)
     if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
         raise ConfigError(
             f"{folder} has recurrent state, so each document of a pack is a separate forward pass, and ranks "

@@ -261,8 +261,8 @@ def saved_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
         else:
             path = folder / tag / "mp_rank_00_model_states.pt"
             state = torch.load(path, map_location="cpu", weights_only=True)["module"]
-    # `Student` holds the Hugging Face model in its attribute `model`.
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    # `Student` holds the Hugging Face model in its attribute `model`, and projections beside it.
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
 
 
 def _import_muon_uncompiled() -> None:

@@ -8,6 +8,7 @@ RUN/<stage>.negatives.selection.parquet, <stage>.right.selection.parquet
                                   wrong chains of a stage, and held-out right ones that must not become less likely
 RUN/<stage>.behaviour-<hash>.npy  what the student gave its own chains when it wrote them
 RUN/start/<stage>/                what the student gave the stage's tokens when the stage began, see start.py
+RUN/features.json                 which feature sets it reads, and at which version
 RUN/metrics.jsonl                 one line an optimizer step
 RUN/eval.json                     every evaluation, in order
 RUN/checkpoints/                  see checkpoint.py
@@ -79,6 +80,10 @@ class RunFolder:
     def plan_folder(self) -> Path:
         """For selections of a run that has not begun."""
         return self.root / PLAN_FOLDER
+
+    @property
+    def features_path(self) -> Path:
+        return self.root / "features.json"
 
     def selection_path(self, stage_name: str) -> Path:
         """The selection of a stage."""
@@ -197,7 +202,7 @@ class RunFolder:
     def _forget_beginning(self) -> None:
         # The selection's own file goes first: it marks the rest as whole.
         files = [*self.root.glob("*.selection*.parquet"), *self.root.glob("*.behaviour-*.npy")]
-        for file in (*files, self.metrics_path, self.eval_path, self.changes_path):
+        for file in (*files, self.features_path, self.metrics_path, self.eval_path, self.changes_path):
             file.unlink(missing_ok=True)
         for folder in (*self.root.glob("*.selection-prepared"), *(self.root / name for name in FROM_LEARNING)):
             shutil.rmtree(folder, ignore_errors=True)

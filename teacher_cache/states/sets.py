@@ -202,14 +202,16 @@ def _choose_heads(config: FeaturesConfig, wanted: Wanted, states: Sequence[State
         return None
     heads: list[tuple[int, int]] = []
     entropies: list[float] = []
+    num_heads = 0
     for layer in wanted.attention:
         entropy_H = _mean_entropy([one.attention[layer] for one in states])
+        num_heads = len(entropy_H)
         # Of equal entropies the lower head, so that two workers would choose alike.
         order_H = np.argsort(-entropy_H if attention.entropy == "high" else entropy_H, kind="stable")
         kept = np.sort(order_H[: max(1, int(np.ceil(attention.keep_frac * len(entropy_H) - 1e-9)))])
         heads += [(layer, int(head)) for head in kept]
         entropies += [float(entropy_H[head]) for head in kept]
-    return StoredAttention(heads=heads, num_keys=attention.keys, entropy=entropies)
+    return StoredAttention(heads=heads, num_heads=num_heads, num_keys=attention.keys, entropy=entropies)
 
 
 def _mean_entropy(parts: Sequence[AttendedKeys]) -> Float32:

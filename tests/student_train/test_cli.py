@@ -155,8 +155,14 @@ def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> No
         ("data.where=split = 'nowhere'", "selects none of the 60 chains"),
         ("data.where=nonsense >", "data.where"),
         ("data.caches=[nowhere]", "nowhere is not a cache"),
-        ("stages.0.losses={jsd: {tail: sampled}}", "jsd.tail: must be 'stored', 'bucket', 'drop' or 'renormalise'"),
-        ("stages.0.losses={kl: 1}", "stages.0 (distill): loss 'kl' is unknown: choose one of chunk_likelihood, "),
+        (
+            "stages.0.losses={jsd: {tail: sampled}}",
+            "jsd.tail: must be 'stored', 'bucket', 'drop', 'renormalise' or 'exact'",
+        ),
+        (
+            "stages.0.losses={kl: 1}",
+            "stages.0 (distill): loss 'kl' is unknown: choose one of attention_kl, chunk_likelihood, ",
+        ),
         (
             "stages.0.losses={jsd: {beta: 1.5}}",
             "stages.0 (distill): jsd.beta=1.5 must be strictly between 0 and 1",

@@ -59,6 +59,7 @@ class StoredAttention(_Record):
     """Which attention weights are stored."""
 
     heads: list[tuple[int, int]] = Field(description="(decoder layer, head), both from 0, in stored order")
+    num_heads: int = Field(description="query heads of a layer of the teacher, stored or not")
     num_keys: int = Field(description="most attended positions stored per query and head")
     entropy: list[float] = Field(description="mean attention entropy of each of `heads` on the calibration chains")
 
