@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.teacher import VOCAB_SIZE, write_chains
+from benchmarks.quality.teacher import write_chains
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
@@ -50,7 +50,11 @@ class ReplayEngine:
         self._waiting: list[Request] = []
         self._num_tokens = 0
         self.info = EngineInfo(
-            vocab_size=VOCAB_SIZE, max_model_len=512, entropy="exact", software={}, settings={"kind": "replay"}
+            vocab_size=model.config.vocab_size,
+            max_model_len=512,
+            entropy="exact",
+            software={},
+            settings={"kind": "replay"},
         )
 
     @property
@@ -131,7 +135,7 @@ def build_cache(folder: Path, teacher_folder: Path, model: Any, chains: Chains, 
         "benchmark",
     )
     teacher = identify_teacher(config.teacher)
-    layout = Layout(min(config.capture.max_support, VOCAB_SIZE), config.capture.draws)
+    layout = Layout(min(config.capture.max_support, model.config.vocab_size), config.capture.draws)
     build = Build(config, teacher, "w0")
     try:
         requests = list(_requests(teacher, chains))
