@@ -135,7 +135,8 @@ def _type_words(annotation: Any) -> str:
     if origin is list:
         return f"list of {_type_words(parts[0])}"
     if origin is dict:
-        return "mapping" if parts[1] is Any else f"mapping of names to {_type_words(parts[1])}"
+        keys = "numbers" if parts[0] is int else "names"
+        return "mapping" if parts[1] is Any else f"mapping of {keys} to {_type_words(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "block"
     words = {type(None): "null", str: "text", int: "whole number", float: "number", bool: "true or false"}
