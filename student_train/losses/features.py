@@ -132,7 +132,7 @@ def feature_sums(
     recorded: Recorded,
     targets: FeatureTargets,
     document_lengths: Sequence[int],
-    projections: Mapping[str, torch.nn.Module],
+    projections: torch.nn.ModuleDict,
 ) -> tuple[Tensor, Tensor]:
     """(loss_sum, term_sums_J) as in LossSums, float32; the first carries gradients.
 
@@ -154,7 +154,7 @@ def _sum(
     recorded: Recorded,
     targets: FeatureTargets,
     document_lengths: Sequence[int],
-    projections: Mapping[str, torch.nn.Module],
+    projections: torch.nn.ModuleDict,
 ) -> Tensor:
     pairs = term.layers or ()
     if isinstance(term, AttentionKL):

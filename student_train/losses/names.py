@@ -64,4 +64,4 @@ def make_loss(name: str, weight: float = 1.0, **settings: Setting) -> Loss:
     for key, value in given.items():
         if key not in {field.name for field in fields(LOSSES[name])}:
             raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, remove it")
-    return LOSSES[name](weight, **given)  # type: ignore[arg-type]  # checked by name above, by type in the config
+    return LOSSES[name](weight, **given)

@@ -17,7 +17,7 @@ from student_train.losses.divergences import (
     CrossEntropyArgmax,
     Divergence,
     ForwardKL,
-    Loss,
+    HeadLoss,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
@@ -121,12 +121,17 @@ DIVERGENCES: tuple[Divergence, ...] = (
     *(SkewedReverseKL(tail=tail, alpha=0.2) for tail in TAILS[:2]),
     *(TotalVariation(tail=tail) for tail in TAILS[:2]),
 )
-EVERY_LOSS: tuple[Loss, ...] = (*DIVERGENCES, CrossEntropy(), CrossEntropyArgmax(), ChunkLikelihood(temperature=2.0))
-ONE_OF_EACH: tuple[Loss, ...] = tuple({loss.name: loss for loss in reversed(EVERY_LOSS)}.values())
+EVERY_LOSS: tuple[HeadLoss, ...] = (
+    *DIVERGENCES,
+    CrossEntropy(),
+    CrossEntropyArgmax(),
+    ChunkLikelihood(temperature=2.0),
+)
+ONE_OF_EACH: tuple[HeadLoss, ...] = tuple({loss.name: loss for loss in reversed(EVERY_LOSS)}.values())
 """With stored tails; a mix takes each name once."""
 
 
-OWN_WORDS: tuple[Loss, ...] = (
+OWN_WORDS: tuple[HeadLoss, ...] = (
     PolicyGradient(max_ratio=1.5, max_advantage=2.0),
     AsymmetricLikelihood(alpha=0.3),
     Unlikelihood(),
@@ -137,12 +142,12 @@ OWN_WORDS: tuple[Loss, ...] = (
 """Losses on the student's own chains and on wrong ones, and with targets that move."""
 
 
-def loss_id(loss: Loss) -> str:
+def loss_id(loss: HeadLoss) -> str:
     """For pytest."""
     return f"{loss.name}-{loss.tail}" if isinstance(loss, Divergence) else loss.name
 
 
-def dense_loss(loss: Loss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseTargets) -> Tensor:
+def dense_loss(loss: HeadLoss, logits_NV: Tensor, dense_NV: Tensor, targets: SparseTargets) -> Tensor:
     """[N] nats, straight from the definition, with everything [N, V] materialised. `dense_NV` is at temperature 1."""
     if isinstance(loss, ChunkLikelihood):
         return dense_chunk_likelihood(loss, logits_NV, targets)
@@ -238,7 +243,7 @@ def dense_taid(loss: TAID, p_B: Tensor, q_B: Tensor) -> Tensor:
     return (target_B * (target_B / q_B).log()).sum()
 
 
-def dense_own_words(loss: Loss, logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+def dense_own_words(loss: HeadLoss, logits_NV: Tensor, targets: SparseTargets) -> Tensor:
     """[N] nats, one token or pair after the other."""
     log_q_N = torch.log_softmax(logits_NV, dim=1).gather(1, targets.sampled_ids_N[:, None])[:, 0]
     spoken, is_negative_N = targets.spoken, targets.is_negative_N
@@ -277,7 +282,7 @@ def dense_own_words(loss: Loss, logits_NV: Tensor, targets: SparseTargets) -> Te
     return torch.stack(found)
 
 
-def per_id(loss: Loss, log_p: Tensor, log_q: Tensor) -> Tensor:
+def per_id(loss: HeadLoss, log_p: Tensor, log_q: Tensor) -> Tensor:
     """What each id adds to a divergence."""
     p, q = log_p.exp(), log_q.exp()
     match loss:
@@ -298,7 +303,7 @@ def per_id(loss: Loss, log_p: Tensor, log_q: Tensor) -> Tensor:
             raise AssertionError(loss)
 
 
-def tail_slopes(loss: Loss) -> tuple[float, float]:
+def tail_slopes(loss: HeadLoss) -> tuple[float, float]:
     """`per_id` a unit of p where q is 0, and a unit of q where p is 0; 0 where that is infinite."""
     match loss:
         case JSD():

@@ -94,6 +94,7 @@ def test_each_feature_meets_its_own_token(
             sample_id, token = ids[int(selection.key_R[pack.row_N[place]])], int(pack.token_N[place])
             row = features.read([sample_id], expand=False)[sample_id]
             at = row.positions_P.tolist().index(token)
+            assert row.hidden_PD is not None
             np.testing.assert_array_equal(held.hidden_PR[number], row.hidden_PD[at])
             for one, states_PR in held.layers.items():
                 np.testing.assert_array_equal(states_PR[number], row.layers[one][at])

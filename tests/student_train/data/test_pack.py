@@ -9,7 +9,7 @@ import torch
 from stillroom.schema.records import Signals
 from student_train.data.pack import PackedPiece, TargetView, build_pack, empty_pack, to_torch
 from student_train.data.rows import RowBlock
-from student_train.losses.divergences import ChunkLikelihood, CrossEntropy, ForwardKL, Loss, LossMix
+from student_train.losses.divergences import ChunkLikelihood, CrossEntropy, ForwardKL, HeadLoss, LossMix
 from student_train.losses.fused_head import fused_loss
 
 
@@ -136,7 +136,7 @@ def test_an_empty_pack_costs_nothing_and_moves_nothing(with_signals: bool) -> No
     pack = to_torch(empty_pack(with_signals=with_signals), "cpu", TargetView(with_chunks=with_signals))
     hidden_NH = torch.randn(1, 8, requires_grad=True)
     weight_VH = torch.randn(1000, 8, requires_grad=True)
-    kinds: tuple[Loss, ...] = (ForwardKL(), ChunkLikelihood()) if with_signals else (CrossEntropy(),)
+    kinds: tuple[HeadLoss, ...] = (ForwardKL(), ChunkLikelihood()) if with_signals else (CrossEntropy(),)
     loss = fused_loss(hidden_NH[pack.predict_positions_N], weight_VH, pack.targets, LossMix(kinds))
     loss.loss_sum.backward()
     assert float(loss.weight_sum) == 0

@@ -46,7 +46,8 @@ def _defined(loss: FeatureLoss, student_lD: Tensor, teacher_lD: Tensor) -> Tenso
         case HiddenMSE():
             return (student_lD - teacher_lD).square().sum(dim=1) / teacher_lD.square().sum(dim=1)
         case HiddenCosine():
-            return 1 - (student_lD * teacher_lD).sum(dim=1) / (student_lD.norm(dim=1) * teacher_lD.norm(dim=1))
+            norms_l = student_lD.square().sum(dim=1).sqrt() * teacher_lD.square().sum(dim=1).sqrt()
+            return 1 - (student_lD * teacher_lD).sum(dim=1) / norms_l
     values = []
     for i in range(len(student_lD)):
         others = [j for j in range(len(student_lD)) if j != i]

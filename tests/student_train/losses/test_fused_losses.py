@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, ForwardKL, Loss, LossMix, ReverseKL
+from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, ForwardKL, HeadLoss, LossMix, ReverseKL
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.head_chunks import PLAIN, LogitMap
 from student_train.losses.targets import SparseTargets
@@ -31,7 +31,7 @@ from tests.helpers.dense_losses import (
 
 
 def assert_same_as_dense(
-    losses: tuple[Loss, ...],
+    losses: tuple[HeadLoss, ...],
     dense_NV: Tensor,
     targets: SparseTargets,
     *,
@@ -60,7 +60,7 @@ def assert_same_as_dense(
 
 @pytest.mark.parametrize("loss", EVERY_LOSS, ids=loss_id)
 @pytest.mark.parametrize("padding", [0, 3])
-def test_each_loss_agrees_with_dense_autograd(loss: Loss, padding: int) -> None:
+def test_each_loss_agrees_with_dense_autograd(loss: HeadLoss, padding: int) -> None:
     dense_NV = teacher_logprobs()
     assert_same_as_dense((loss,), dense_NV, with_draws(sparse(dense_NV, padding=padding), dense_NV))
 
@@ -69,13 +69,13 @@ def test_each_loss_agrees_with_dense_autograd(loss: Loss, padding: int) -> None:
 @pytest.mark.parametrize(
     ("num_support", "num_vocab"), [(1, V), (5, 6), (6, 7), (30, V)], ids=["k1", "k=v-1", "v-just-over-k", "k-large"]
 )
-def test_supports_of_every_width(loss: Loss, num_support: int, num_vocab: int) -> None:
+def test_supports_of_every_width(loss: HeadLoss, num_support: int, num_vocab: int) -> None:
     dense_NV = teacher_logprobs(num_vocab=num_vocab)
     assert_same_as_dense((loss,), dense_NV, with_draws(sparse(dense_NV, num_support), dense_NV))
 
 
 @pytest.mark.parametrize("loss", EVERY_LOSS, ids=loss_id)
-def test_last_id_is_in_the_support_and_sampled(loss: Loss) -> None:
+def test_last_id_is_in_the_support_and_sampled(loss: HeadLoss) -> None:
     dense_NV = teacher_logprobs()
     dense_NV[:, -1] = 3.0
     dense_NV = torch.log_softmax(dense_NV, dim=1)
@@ -87,7 +87,7 @@ def test_last_id_is_in_the_support_and_sampled(loss: Loss) -> None:
 @pytest.mark.parametrize("loss", EVERY_LOSS, ids=loss_id)
 @pytest.mark.parametrize("sharpness", [0.0, 12.0], ids=["tail-near-1", "tail-near-0"])
 @pytest.mark.parametrize("scale", [0.01, 4.0], ids=["flat-student", "sharp-student"])
-def test_extreme_tails(loss: Loss, sharpness: float, scale: float) -> None:
+def test_extreme_tails(loss: HeadLoss, sharpness: float, scale: float) -> None:
     dense_NV = teacher_logprobs(sharpness=sharpness)
     targets = sparse(dense_NV, 1 if sharpness == 0.0 else K)
     assert_same_as_dense((loss,), dense_NV, with_draws(targets, dense_NV), scale=scale)
@@ -101,7 +101,7 @@ def test_all_losses_in_one_pass_with_token_weights() -> None:
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
 @pytest.mark.parametrize("losses", [*((loss,) for loss in EVERY_LOSS), ONE_OF_EACH])
-def test_temperature_with_the_exact_log_partition(losses: tuple[Loss, ...], temperature: float) -> None:
+def test_temperature_with_the_exact_log_partition(losses: tuple[HeadLoss, ...], temperature: float) -> None:
     dense_NV = teacher_logprobs()
     log_partition_N = (dense_NV / temperature).logsumexp(dim=1)
     targets = with_draws(sparse(dense_NV, padding=1), dense_NV).at_temperature(temperature, log_partition_N)
@@ -111,7 +111,7 @@ def test_temperature_with_the_exact_log_partition(losses: tuple[Loss, ...], temp
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("logit_map", [LogitMap(scale=0.3), LogitMap(cap=3.0), LogitMap(scale=1.7, cap=2.0)], ids=str)
 @pytest.mark.parametrize("losses", [*((loss,) for loss in EVERY_LOSS), ONE_OF_EACH])
-def test_scaled_and_capped_logits(losses: tuple[Loss, ...], logit_map: LogitMap, temperature: float) -> None:
+def test_scaled_and_capped_logits(losses: tuple[HeadLoss, ...], logit_map: LogitMap, temperature: float) -> None:
     dense_NV = teacher_logprobs()
     log_partition_N = (dense_NV / temperature).logsumexp(dim=1)
     targets = with_draws(sparse(dense_NV, padding=1), dense_NV).at_temperature(temperature, log_partition_N)

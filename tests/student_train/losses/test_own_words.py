@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stillroom.errors import ConfigError
-from student_train.losses.divergences import CrossEntropy, ForwardKL, Loss, LossMix, ReverseKL, Spoken
+from student_train.losses.divergences import CrossEntropy, ForwardKL, HeadLoss, LossMix, ReverseKL, Spoken
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.own_words import DPO, TAID, PolicyGradient, StartKL, Unlikelihood
 from student_train.losses.targets import SparseTargets
@@ -40,7 +40,7 @@ def targets_of(num_support: int = K, padding: int = 0, num_vocab: int = V, *, ha
 )
 @pytest.mark.parametrize("scale", [0.1, 3.0], ids=["flat-student", "sharp-student"])
 def test_each_loss_agrees_with_dense_autograd(
-    loss: Loss, num_support: int, padding: int, num_vocab: int, scale: float
+    loss: HeadLoss, num_support: int, padding: int, num_vocab: int, scale: float
 ) -> None:
     targets = targets_of(num_support, padding, num_vocab)
     assert_same_as_dense((loss,), teacher_logprobs(num_vocab=num_vocab), targets, scale=scale)
@@ -120,6 +120,6 @@ def test_a_certain_student_still_unlearns_in_float32() -> None:
         (StartKL(), "start_kl needs the log probabilities of the student's start"),
     ],
 )
-def test_losses_refuse_targets_without_what_they_need(loss: Loss, message: str) -> None:
+def test_losses_refuse_targets_without_what_they_need(loss: HeadLoss, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fused_loss(*head_tensors(), sparse(teacher_logprobs()), LossMix((ReverseKL(), loss)))

@@ -73,12 +73,12 @@ def test_a_cache_without_draws_beside_one_with_them_leaves_the_tail_in_a_bucket(
     mix = mix_at(stage, 0, 10)
     alone = selection_of(tmp_path, [cache])
     assert target_view(stage, alone.header.temperatures, mix, 0, 10, has_draws=alone.header.draws > 0).with_draws
-    check_temperature(alone, stage)
+    check_temperature(mix, alone, stage)
     (tmp_path / "both").mkdir()
     both = selection_of(tmp_path / "both", [cache, other])
     assert (both.header.draws, both.header.temperatures) == (0, [2.0])
     with pytest.raises(ConfigError, match=r"temperature 0.5 .* hold 2: .*capture.temperatures: \[0.5\]"):
-        check_temperature(both, stage)
+        check_temperature(mix, both, stage)
     # Partitions of a temperature that both hold are read from the right column of each.
     with PackStream(both, PlanSpec(pack_tokens=64), packs_per_step=1, num_epochs=1) as stream:
         for pack in stream:

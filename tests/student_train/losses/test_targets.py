@@ -15,7 +15,7 @@ from student_train.losses.divergences import (
     CrossEntropyArgmax,
     Divergence,
     ForwardKL,
-    Loss,
+    HeadLoss,
     LossMix,
     ReverseKL,
 )
@@ -151,7 +151,7 @@ def test_missing_targets_are_refused() -> None:
     targets = sparse(dense_NV)
     hidden_NH, weight_VH = head_tensors()
     text = SparseTargets.text_alone(targets.sampled_ids_N)
-    losses: tuple[Loss, ...] = (ForwardKL(), CrossEntropyArgmax())
+    losses: tuple[HeadLoss, ...] = (ForwardKL(), CrossEntropyArgmax())
     for loss in losses:
         with pytest.raises(ConfigError, match="hold none: use cross_entropy"):
             fused_loss(hidden_NH, weight_VH, text, LossMix((loss,)))
