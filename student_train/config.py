@@ -75,7 +75,8 @@ class LossConfig(StrictModel):
 
 
 class NegativesConfig(StrictModel):
-    """Wrong chains, for asymmetric_likelihood, unlikelihood and dpo. No other loss but start_kl applies to them.
+    """Wrong chains, for asymmetric_likelihood, unlikelihood and dpo. No other loss but start_kl applies to them, unless
+    `correct_by_teacher` is set.
 
     `dpo` pairs each with a right chain (one that `where` of the stage selects) of the same prompt and trains on the
     pairs alone. Every evaluation then also measures held-out right chains, and warns once they become less likely.
@@ -84,6 +85,9 @@ class NegativesConfig(StrictModel):
     where: str
     """SQL condition over `chains`, e.g. `not correct and finish_reason = 'stop'`. Chains that it selects are wrong even
     if the stage's `where` selects them too."""
+    correct_by_teacher: bool = False
+    """Apply divergences and policy_gradient to wrong chains too: they teach what the teacher would have said there, not
+    what came. For chains that the student wrote."""
     right: str = "correct"
     """SQL condition that selects, among the held-out chains, those whose likelihood must not fall."""
 

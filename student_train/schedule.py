@@ -82,7 +82,9 @@ def mix_at(stage: StageConfig, step: int, num_steps: int, remaining: float = 1.0
         for name, loss in stage.losses.items()
     ]
     on_head = tuple(loss for loss in losses if isinstance(loss, HeadLoss))
-    return LossMix(on_head, stage.focal_gamma, tuple(loss for loss in losses if isinstance(loss, FeatureLoss)))
+    features = tuple(loss for loss in losses if isinstance(loss, FeatureLoss))
+    corrects = stage.negatives is not None and stage.negatives.correct_by_teacher
+    return LossMix(on_head, stage.focal_gamma, features, corrects)
 
 
 def _interpolation(name: str, loss: LossConfig, step: int, num_steps: int) -> float | None:

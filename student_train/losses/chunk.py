@@ -79,7 +79,9 @@ def chunk_losses(
         )
         from_exact = iter(() if exact is None else exact.nats_CJ.unbind(dim=1))
         values = [next(from_exact) if term.needs_hidden else term.nats(seen) for term in mix.terms]
-        applied = [_where_it_applies(term, value_C, seen) for term, value_C in zip(mix.terms, values, strict=True)]
+        applied = [
+            _where_it_applies(term, value_C, seen, mix) for term, value_C in zip(mix.terms, values, strict=True)
+        ]
         values_CJ = torch.stack(applied, dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)
         loss_sum = (weights_C * weighted_sum(mix, values_CJ)).sum()
@@ -106,8 +108,9 @@ def chunk_losses(
     return values_CJ.detach(), weights_C
 
 
-def _where_it_applies(term: Loss, value_C: Tensor, seen: Seen) -> Tensor:
-    if seen.is_negative_N is None or term.applies_to == "all":
+def _where_it_applies(term: Loss, value_C: Tensor, seen: Seen, mix: LossMix) -> Tensor:
+    is_for_all = term.applies_to == "all" or (mix.corrects_negatives and not term.imitates_token)
+    if seen.is_negative_N is None or is_for_all:
         # Without wrong chains, a loss for them alone is zero.
         return torch.zeros_like(value_C) if term.applies_to == "wrong" else value_C
     return value_C.where(seen.is_negative_N == (term.applies_to == "wrong"), 0.0)

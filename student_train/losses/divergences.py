@@ -187,6 +187,8 @@ class Loss(ABC):
     """Whether it compares right and wrong chains of one prompt."""
     applies_to: ClassVar[Literal["right", "wrong", "all"]] = "right"
     """Tokens that the loss is for: those of chains to learn from, of chains to move away from, or both."""
+    imitates_token: ClassVar[bool] = True
+    """Whether it makes the token that came likelier, rather than what the teacher said in its place."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
@@ -303,6 +305,7 @@ class Divergence(HeadLoss):
 
     tail: Tail = "stored"
 
+    imitates_token = False
     estimates_tail: ClassVar[bool] = True
     """Whether draws estimate the tail's part; otherwise each distinct drawn id is an entry of its own."""
 
@@ -518,6 +521,7 @@ class LossMix:
             token))^gamma, taken at temperature 1 without gradient (focal loss, Lin et al. 2017, arXiv 1708.02002). None
             is off.
         features: losses below the head.
+        corrects_negatives: losses that do not imitate the token that came apply to wrong chains as well.
 
     Raises:
         ConfigError: no losses, a name twice, all weights 0, or a gamma that is not above 0.
@@ -526,6 +530,7 @@ class LossMix:
     terms: tuple[HeadLoss, ...]
     focal_gamma: float | None = None
     features: tuple[FeatureLoss, ...] = ()
+    corrects_negatives: bool = False
 
     def __post_init__(self) -> None:
         if not any(term.weight > 0.0 for term in self.all):

@@ -51,6 +51,7 @@ class PolicyGradient(HeadLoss):
     max_advantage: float = 10.0
     name = "policy_gradient"
     needs_behaviour = True
+    imitates_token = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

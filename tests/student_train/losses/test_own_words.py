@@ -61,6 +61,10 @@ def test_other_losses_leave_wrong_chains_alone() -> None:
     without = fused_loss(hidden_NH, weight_VH, replace(targets, is_negative_N=None, weights_N=kept_N), mix)
     torch.testing.assert_close(among.term_sums_J, without.term_sums_J)
     assert among.weight_sum.item() == N
+    # On request the teacher's distributions correct them, while the token that came is still not imitated.
+    corrected = fused_loss(hidden_NH, weight_VH, targets, replace(mix, corrects_negatives=True))
+    everywhere = fused_loss(hidden_NH, weight_VH, replace(targets, is_negative_N=None), mix)
+    torch.testing.assert_close(corrected.term_sums_J, torch.stack([everywhere.term_sums_J[0], among.term_sums_J[1]]))
 
 
 def test_policy_gradient_at_the_behaviour_is_that_of_the_reverse_kl() -> None:
