@@ -1,0 +1,229 @@
+"""What on-policy rounds and wrong chains add to off-policy distillation, at equal student tokens.
+
+    python -m benchmarks.rounds [--json] [--seeds N] [--arms NAME ...] [--folder FOLDER]
+
+All arms of a seed share one student, distilled from the teacher's chains. Each arm then trains it twice more, as many
+steps: on the teacher's chains again (`offpolicy`), on chains that the student has just written and the teacher has
+scored (`rounds`, by reverse KL; `rounds_pg`, by policy gradient), on the teacher's right chains and away from its wrong
+ones (`negatives`), or on the student's chains with its wrong ones as negatives (`both`).
+
+`rounds_reverse_kl_ratio` is the reverse KL on the student's own states, `rounds` over `offpolicy`. The last line is one
+JSON object; with --json it is the only one.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.quality.students import quiet
+from benchmarks.rounds.caches import build, rescore
+from benchmarks.rounds.setting import IS_RIGHT, ensure_teacher, make_model, problems, score, write_prompts
+from stillroom.config import Json, validate_config
+from stillroom.program import StopRequest
+from student_train.config import TrainConfig
+from student_train.exporting import export
+from student_train.runtime.checkpoint import find_state
+from student_train.runtime.ranks import Ranks, joined_ranks
+from student_train.runtime.run_folder import RunFolder
+from student_train.training import train
+
+BATCH_TOKENS = 2048
+START_STEPS, ROUND_STEPS, NUM_ROUNDS = 250, 60, 2
+START_RATE, ROUND_RATE = 4e-3, 1e-3
+NUM_OFF_POLICY, NUM_OWN, NUM_HELDOUT = 4000, 3600, 1000
+KD = {"forward_kl": 0.9, "cross_entropy": 0.1}
+TRAIN = "split = 'train'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What a round trains: losses on the teacher's chains, or on the student's own; `negatives` if wrong ones count."""
+
+    name: str
+    losses: Json
+    is_own: bool = False
+    negatives: Json | None = None
+    where: str = TRAIN
+
+
+WRONG = f"{TRAIN} and not {IS_RIGHT}"
+ARMS = (
+    Arm("offpolicy", KD),
+    Arm("rounds", {"reverse_kl": 1.0}, is_own=True),
+    Arm("rounds_pg", {"policy_gradient": 1.0}, is_own=True),
+    Arm(
+        "negatives",
+        {**KD, "unlikelihood": 0.1},
+        negatives={"where": WRONG, "right": IS_RIGHT},
+        where=f"{TRAIN} and {IS_RIGHT}",
+    ),
+    Arm(
+        "both",
+        {"reverse_kl": 1.0, "unlikelihood": 0.1},
+        is_own=True,
+        negatives={"where": WRONG, "right": IS_RIGHT, "correct_by_teacher": True},
+    ),
+)
+
+
+def main() -> None:
+    """Trains every arm and prints them."""
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="stillroom-rounds-") as temp:
+        folder = arguments.folder or Path(temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = measure(folder, arguments)
+    if not arguments.json:
+        _show(result)
+    print(json.dumps(result))
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> Json:
+    """Every arm with every seed; what is in `folder` already is not made again."""
+    started_s = time.monotonic()
+    torch.set_num_threads(1)
+    teacher_folder = ensure_teacher(folder / "teacher", arguments.teacher_steps)
+    teacher = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
+    heldout = problems(NUM_HELDOUT, seed=99)
+    with quiet(folder / "teacher.log"):
+        prompts = write_prompts(folder / "off-policy.jsonl", problems(NUM_OFF_POLICY, seed=1))
+        off_policy = build(folder / "off-policy", teacher_folder, prompts, 1, heldout_frac=0.05)
+    rows = []
+    with joined_ranks() as ranks:
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            runs = Runs(folder / f"seed-{seed}", teacher_folder, off_policy, seed, ranks)
+            for arm in (one for one in ARMS if one.name in arguments.arms):
+                begun_s = time.monotonic()
+                student, num_tokens = runs.trained(arm)
+                found = score(LlamaForCausalLM.from_pretrained(student).eval(), teacher, heldout, seed)
+                row = {"arm": arm.name, "seed": seed, "num_tokens": num_tokens, **dataclasses.asdict(found)}
+                rows.append({key: round(one, 4) if isinstance(one, float) else one for key, one in row.items()})
+                print(f"{json.dumps(rows[-1])} {time.monotonic() - begun_s:.0f} s", file=sys.stderr)
+    return {
+        "teacher": dataclasses.asdict(score(teacher, teacher, heldout, 0)),
+        "rows": rows,
+        **_summary(rows),
+        "seconds": round(time.monotonic() - started_s, 1),
+    }
+
+
+class Runs:
+    """The trainings of one seed. Folders that are there are not made again."""
+
+    def __init__(self, folder: Path, teacher: Path, off_policy: Path, seed: int, ranks: Ranks) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._teacher, self._off_policy, self._seed, self._ranks = (
+            folder,
+            teacher,
+            off_policy,
+            seed,
+            ranks,
+        )
+
+    def trained(self, arm: Arm) -> tuple[Path, int]:
+        """The student after all rounds of an arm, and the tokens that it read in them."""
+        student, num_tokens = self._start(), 0
+        for number in range(1, NUM_ROUNDS + 1):
+            data: Json = {"caches": [str(self._off_policy)]}
+            if arm.is_own:
+                own, scored = self._own_chains(arm, number, student)
+                data = {
+                    "caches": [str(scored)],
+                    **({"behaviour": [str(own)]} if "policy_gradient" in arm.losses else {}),
+                }
+            stage = {"losses": arm.losses, "where": arm.where, "negatives": arm.negatives, "learning_rate": ROUND_RATE}
+            name = f"{arm.name}-{number}"
+            student, more = self._train(name, student, data, {**stage, "max_steps": ROUND_STEPS}, number)
+            num_tokens += more
+        return student, num_tokens
+
+    def _start(self) -> Path:
+        """The student that every arm starts from."""
+        untrained = make_model(self._folder / "untrained", layers=2, width=64, seed=self._seed)
+        stage = {"losses": KD, "where": TRAIN, "learning_rate": START_RATE, "max_steps": START_STEPS}
+        return self._train("start", untrained, {"caches": [str(self._off_policy)]}, stage, 0)[0]
+
+    def _own_chains(self, arm: Arm, number: int, student: Path) -> tuple[Path, Path]:
+        """Caches of what the student writes now, and of what the teacher says of it."""
+        # The first round begins with the same student in all arms.
+        name = "first" if number == 1 else arm.name
+        with quiet(self._folder / f"own-{name}-{number}.log"):
+            seed = 1000 * number + self._seed
+            prompts = write_prompts(self._folder / f"prompts-{number}.jsonl", problems(NUM_OWN, seed))
+            own = build(self._folder / f"own-{name}-{number}", student, prompts, seed, heldout_frac=0.05)
+            return own, rescore(self._folder / f"scored-{name}-{number}", self._teacher, own)
+
+    def _train(self, name: str, student: Path, data: Json, stage: Json, number: int) -> tuple[Path, int]:
+        """The exported student after one stage, and the tokens that it read."""
+        run, out = self._folder / f"run-{name}", self._folder / f"student-{name}"
+        told = self._folder / f"tokens-{name}.json"
+        if out.exists():
+            return out, json.loads(told.read_text())
+        given = {
+            "run": str(run),
+            "seed": 10 * self._seed + number,
+            "student": {"model": str(student)},
+            "data": {"pack_tokens": BATCH_TOKENS, **data},
+            "stages": [{"batch_tokens": BATCH_TOKENS, "warmup_frac": 0.1, **stage}],
+            "engine": {"precision": "float32", "zero_stage": 0},
+            "eval": {"max_chains": 64},
+            "checkpoint": {"every_steps": 1_000_000, "keep_last": 1},
+        }
+        shutil.rmtree(run, ignore_errors=True)
+        with quiet(self._folder / f"{name}.log"):
+            config = validate_config(given, TrainConfig, "benchmark")
+            summary = train(config, self._ranks, StopRequest())
+            state = find_state(RunFolder(run).checkpoints, "last")
+            told.write_text(json.dumps(summary["num_tokens"]))
+            export(config, state, out, adapter_only=False, tokenizer=None)
+        shutil.rmtree(run / "checkpoints")
+        return out, summary["num_tokens"]
+
+
+def _summary(rows: Sequence[Json]) -> Json:
+    """Means and spreads over seeds by arm, and the ratios that are asked for."""
+    found: Json = {}
+    for arm in ARMS:
+        own = [row for row in rows if row["arm"] == arm.name]
+        if own:
+            for key in ("accuracy", "greedy_accuracy", "reverse_kl"):
+                values = [row[key] for row in own]
+                found[f"{arm.name}_{key}"] = round(statistics.mean(values), 4)
+                found[f"{arm.name}_{key}_spread"] = round(max(values) - min(values), 4)
+    if {"rounds_reverse_kl", "offpolicy_reverse_kl"} <= set(found):
+        found["rounds_reverse_kl_ratio"] = round(found["rounds_reverse_kl"] / found["offpolicy_reverse_kl"], 4)
+    return found
+
+
+def _show(result: Json) -> None:
+    print(f"teacher: accuracy {result['teacher']['accuracy']:.3f}, greedy {result['teacher']['greedy_accuracy']:.3f}")
+    print(f"{'arm':<12}{'accuracy':>10}{'greedy':>10}{'reverse KL':>12}")
+    for arm in ARMS:
+        if f"{arm.name}_accuracy" in result:
+            values = [result[f"{arm.name}_{key}"] for key in ("accuracy", "greedy_accuracy", "reverse_kl")]
+            print(f"{arm.name:<12}{values[0]:>10.3f}{values[1]:>10.3f}{values[2]:>12.4f}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rounds")
+    parser.add_argument("--json", action="store_true", help="print the JSON object alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], choices=[arm.name for arm in ARMS])
+    parser.add_argument("--teacher-steps", type=int, default=700)
+    parser.add_argument("--folder", type=Path, help="keep teacher, caches and students here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
