@@ -142,9 +142,11 @@ class PreparedRows:
     def __init__(
         self, source: Selection, data: DataConfig, student: StudentConfig, pairing: Pairing | None, identity: str
     ) -> None:
-        self.identity = (identity, source.header.hash)
         self._source, self._pairing = source, pairing
         self._mixture = None if data.mixture is None else _Mixture(source, data.mixture)
+        # An interrupted call keeps its files only if the teachers have scored nothing since.
+        versions = [] if self._mixture is None else self._mixture.versions
+        self.identity = (identity, source.header.hash, versions)
         self._prompts = None if data.prompt is None else _Prompts(source, data.prompt, student)
         limits = (source.header.draws, source.header.max_support)
         self.draws, self.max_support = limits if self._mixture is None else self._mixture.limits
@@ -255,6 +257,7 @@ class _Mixture:
         ]
         self._own = _Weights(own, config.own, "data.mixture.own")
         catalogs = [Catalog(teacher.path) for teacher in config.teachers]
+        self.versions = [catalog.chains.version for catalog in catalogs]
         self._others = [
             (ChainIndex(catalog), _Weights([catalog], teacher.weight, f"data.mixture.teachers.{number}.weight"))
             for number, (catalog, teacher) in enumerate(zip(catalogs, config.teachers, strict=True))
