@@ -27,7 +27,7 @@ VOCAB_SIZE = len(CHARACTERS) + 2
 NUM_DIGITS = 5
 NUM_PROMPT_TOKENS = 2 * NUM_DIGITS
 NUM_COMPLETION_TOKENS = 32
-"""A right chain has 27, its end included."""
+"""A right chain has 26, its end included."""
 IS_RIGHT = "ends_with(text, '#' || reference)"
 OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: a * b % 10}
 
