@@ -282,7 +282,6 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
             {},
             r"preference\): negatives.where 'num_tokens < 0'",
         ),
-        ({}, {"prompt": {"remove": ["nowhere"]}}, "data.prompt changes none of the selected prompts"),
         (
             {},
             {"mixture": {"own": "correct and", "teachers": [{"path": "CACHE"}]}},
