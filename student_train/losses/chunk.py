@@ -79,9 +79,7 @@ def chunk_losses(
         )
         from_exact = iter(() if exact is None else exact.nats_CJ.unbind(dim=1))
         values = [next(from_exact) if term.needs_hidden else term.nats(seen) for term in mix.terms]
-        applied = [
-            _where_it_applies(term, value_C, seen, mix) for term, value_C in zip(mix.terms, values, strict=True)
-        ]
+        applied = [_where_it_applies(term, value_C, seen, mix) for term, value_C in zip(mix.terms, values, strict=True)]
         values_CJ = torch.stack(applied, dim=1)
         weights_C = _token_weights(targets, mix, seen, values_CJ)
         loss_sum = (weights_C * weighted_sum(mix, values_CJ)).sum()
@@ -101,8 +99,8 @@ def chunk_losses(
             # closed[1] is in logits_CV already: the hard chunk owns that memory (see _open).
             logits_CV.add_(closed[0])
         if exact is not None:
-            # Wrong chains have no divergence from the teacher.
-            is_wrong_C = targets.is_negative_N
+            # Wrong chains have no divergence from the teacher, unless it corrects them.
+            is_wrong_C = None if mix.corrects_negatives else targets.is_negative_N
             exact_weights_C = weights_C if is_wrong_C is None else weights_C.masked_fill(is_wrong_C, 0.0)
             exact.add_gradient(logits_CV if closed else logits_CV.zero_(), exact_weights_C)
     return values_CJ.detach(), weights_C
