@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.config import plain
+from stillroom.config import Json, plain
 from student_train.runtime.ranks import RANK_VARIABLES
+from student_train.runtime.run_folder import RunFolder
 from tests.helpers import ROOT
-from tests.helpers.training import Trainer, cache, references, student, trainer
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, cache, losses_of, references, student, trainer
+from tests.helpers.vocabularies import make_text_cache, student_folder, teacher_tokenizer
 
 __all__ = ["cache", "references", "student", "trainer"]
 
@@ -53,15 +55,23 @@ def test_the_judge_process_judges(folder: Path) -> None:
     assert run(folder, "-c", JUDGE) == "True\n"
 
 
-def test_two_ranks_train_and_torchrun_finds_the_run_finished(folder: Path, trainer: Trainer) -> None:
-    config = trainer.config("run", {"max_steps": 1}, eval=None)
+@IGNORE_LIBRARY_WARNINGS
+def test_torchrun_gives_the_losses_of_one_rank_and_our_ranks_find_the_run_finished(
+    folder: Path, trainer: Trainer
+) -> None:
+    """On distributions that are projected first, which the second rank waits for."""
+    teacher_cache = make_text_cache(folder / "cache", teacher_tokenizer(folder / "teacher"), num_chains=48)
+    stage: Json = {"max_steps": 2, "losses": {"forward_kl": 0.8, "chunk_likelihood": 0.1, "cross_entropy": 0.1}}
+    data: Json = {"kind": "projected", "caches": [str(teacher_cache.root)]}
+    blocks: Json = {"eval": None, "student": {"model": str(student_folder(folder, "pieces"))}, "data": data}
+    whole = losses_of(trainer.reference(stage, **blocks))
+    config = trainer.config("run", stage, **blocks)
     path = folder / "config.json"
     path.write_text(json.dumps(plain(config)))
     command = ("-m", "student_train.cli", "run", str(path), "--json")
-    trained = json.loads(run(folder, *command, "--nproc", "2"))
-    assert trained["num_steps"] == 1
-    again = run(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
-    assert json.loads(again) == trained
+    trained = run(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+    assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-4)
+    assert json.loads(run(folder, *command, "--nproc", "2")) == json.loads(trained)
 
 
 def run(folder: Path, *arguments: str) -> str:

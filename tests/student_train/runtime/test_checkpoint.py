@@ -23,7 +23,6 @@ from student_train.runtime.ranks import RANK_VARIABLES
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.programs import TIMEOUT_S, Program
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
-from tests.helpers.vocabularies import make_text_cache, student_folder, teacher_tokenizer
 
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
@@ -109,42 +108,16 @@ def test_two_ranks_give_the_losses_of_one_and_one_resumes_from_two(trainer: Trai
     assert losses_of(trainer.run(config)) == pytest.approx(whole, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--node-rank", "0", "-m"],
-        ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", "--module"],
-    ],
-    ids=["torchrun", "deepspeed"],
-)
-def test_ranks_of_other_launchers_give_the_losses_of_one(trainer: Trainer, launcher: list[str]) -> None:
+def test_ranks_of_deepspeeds_launcher_give_the_losses_of_one(trainer: Trainer) -> None:
     stage: Json = {"max_steps": 2, "losses": {"forward_kl": 0.8, "chunk_likelihood": 0.1, "cross_entropy": 0.1}}
-    blocks: Json = {"eval": None}
-    if launcher[0] == "torch.distributed.run":
-        # One launcher starts on distributions that are projected first, which the second rank waits for.
-        cache = make_text_cache(trainer.folder / "cache", teacher_tokenizer(trainer.folder / "teacher"), num_chains=48)
-        blocks["student"] = {"model": str(student_folder(trainer.folder, "pieces"))}
-        blocks["data"] = {"kind": "projected", "caches": [str(cache.root)]}
-    whole = losses_of(trainer.reference(stage, **blocks))
-    config = trainer.config("run", stage, **blocks)
+    whole = losses_of(trainer.reference(stage, eval=None))
+    config = trainer.config("run", stage, eval=None)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    module, *options = launcher
-    place = ["--master-addr" if "torch" in module else "--master_addr", "127.0.0.1"]
-    place += ["--master-port" if "torch" in module else "--master_port", port]
+        place = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
+    launcher = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", *place, "--module"]
     ended = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            module,
-            *options[:-1],
-            *place,
-            options[-1],
-            "student_train.cli",
-            "run",
-            _written(config),
-        ],
+        [sys.executable, "-m", *launcher, "student_train.cli", "run", _written(config)],
         env={**_environ(), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
