@@ -7,15 +7,11 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
-
-PROGRAMS = {"teacher-cache": "teacher_cache.cli", "student-train": "student_train.cli"}
+from tests.helpers.programs import PROGRAMS, Program
 
 
 def run(program: str, *arguments: str, **environ: str) -> str:
-    script = f"from {PROGRAMS[program]} import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+    return Program([program, *arguments], environ={**os.environ, **environ}).wait(expect=0)
 
 
 @pytest.mark.parametrize(
