@@ -51,6 +51,8 @@ SETS: dict[str, dict[str, Any]] = {
     # Eight of the nine heads.
     "attention_8x8": {"attention": {"layers": [ATTENTION_LAYER], "keep_frac": 0.85, "keys": 8}},
 }
+FIT_FRAC, UNSEEN_FROM_FRAC = 0.7, 0.8
+"""Share of the tokens that bases are fitted on, and where the chains begin on which errors are measured."""
 EVERYTHING = Wanted(True, tuple(LAYERS), (ATTENTION_LAYER,), 8)
 
 
@@ -95,7 +97,7 @@ class Replayed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tokens", type=int, default=12_000, help="completion tokens to generate, about")
+    parser.add_argument("--tokens", type=int, default=10_000, help="completion tokens to generate, about")
     parser.add_argument("--folder", type=Path, help="keep teacher and cache here")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     options = parser.parse_args()
@@ -130,7 +132,8 @@ def measure(folder: Path, num_tokens: int) -> list[Measured]:
     engine.close()
     found = []
     for name, blocks in SETS.items():
-        config = _config(model, cache, name, **blocks)
+        calibration = {"tokens": int(FIT_FRAC * sum(len(chain.token_ids) for chain in chains))}
+        config = _config(model, cache, name, **blocks, calibration=calibration)
         planned = plan_features(config)
         assert set(wanted_of(config, shape).layers) <= set(LAYERS)
         features = FeaturesPass(config, teacher, shape, WHOLE)
@@ -162,8 +165,8 @@ def _measured(
     started_s = time.monotonic()
     rows = opened.read([chain.sample_id for chain in chains])
     seconds = time.monotonic() - started_s
-    # Calibration took the first chains by hash, fewer than half of them.
-    unseen = [chain.sample_id for chain in sorted(chains, key=lambda one: one.sample_id)][len(chains) // 2 + 4 :]
+    # Calibration took the first chains by hash.
+    unseen = sorted(chain.sample_id for chain in chains)[int(UNSEEN_FROM_FRAC * len(chains)) :]
     stored = [*opened.manifest.layers, *([opened.manifest.hidden] if opened.manifest.hidden else [])]
     kl_mean, kl_p99 = _divergence(opened, rows, states, unseen) if opened.stores_hidden else (None, None)
     mass, variation = _attention(opened, rows, states, unseen) if opened.heads else (None, None)
@@ -236,7 +239,6 @@ def _config(model: Path, cache: Path, name: str, **blocks: object) -> FeaturesCo
         "name": name,
         "teacher": {"model": str(model)},
         "engine": {"kind": "transformers"},
-        "calibration": {"tokens": 4096},
         **(blocks or {"last_hidden": {}}),
     }
     return validate_config(content, FeaturesConfig, "feature_bytes")

@@ -474,7 +474,7 @@ def gc(
     grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24.0,
     drop_run: Annotated[
         list[str] | None,
-        typer.Option("--drop-run", metavar="RUN", help="Remove a run from the cache, by name or id. Repeatable."),
+        typer.Option("--drop-run", metavar="RUN", help="Remove a run or feature set, by name or id. Repeatable."),
     ] = None,
     delete_removed: Annotated[
         bool, typer.Option("--delete-removed", help="Delete files that only older versions use.")

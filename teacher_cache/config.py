@@ -660,6 +660,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | No
     key that is wrong.
     """
     data = read_yaml(path)
+    if "run" not in data and {"last_hidden", "layers", "attention"} & data.keys():
+        raise ConfigError(f"{path} names states to store at existing chains: teacher-cache features {path}")
     if command == "build" and "completions" in data:
         raise ConfigError(f"{path} names existing completions, which are scored: teacher-cache score {path}")
     if command == "score" and "prompts" in data:

@@ -1,10 +1,10 @@
 """Feature sets over synthetic caches: a real pass with invented states."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from stillroom.cache.catalog import Catalog
 from stillroom.schema.manifest import Teacher
+from stillroom.storage.paths import Location
 from teacher_cache.prompts.prompts import WHOLE, WorkerShare
 from teacher_cache.states.config import FeaturesConfig
 from teacher_cache.states.engine import ChainTokens, FakeStates, Shape, States, Wanted
@@ -20,18 +20,18 @@ BLOCKS: dict[str, object] = {
 """Everything at once; a test's own blocks replace these."""
 
 
-def features_config(root: Path, **blocks: object) -> FeaturesConfig:
+def features_config(root: Location, **blocks: object) -> FeaturesConfig:
     """A configuration for the teacher of a synthetic cache."""
     content = {"cache": root, "name": "all", "teacher": {"model": "synthetic-teacher"}, **BLOCKS, **blocks}
     return FeaturesConfig.model_validate({"engine": {"kind": "transformers", "batch_tokens": 200}, **content})
 
 
-def teacher_of(root: Path) -> Teacher:
+def teacher_of(root: Location) -> Teacher:
     return next(iter(Catalog(root).runs().values())).teacher
 
 
 def add_features(
-    root: Path, share: WorkerShare = WHOLE, step_s: float = 0.0, shape: Shape = SHAPE, **blocks: object
+    root: Location, share: WorkerShare = WHOLE, step_s: float = 0.0, shape: Shape = SHAPE, **blocks: object
 ) -> FeaturesResult:
     """One process' pass over the cache at `root`, from opening it to giving the lock back."""
     features = FeaturesPass(features_config(root, **blocks), teacher_of(root), shape, share)
@@ -41,7 +41,7 @@ def add_features(
         features.close()
 
 
-def expected(root: Path, wanted: Wanted, **blocks: object) -> dict[str, tuple[ChainTokens, States]]:
+def expected(root: Location, wanted: Wanted, **blocks: object) -> dict[str, tuple[ChainTokens, States]]:
     """What the invented teacher had at every chosen chain, before coding."""
     config, catalog = features_config(root, **blocks), Catalog(root)
     chains: Sequence[ChainTokens] = [

@@ -10,7 +10,7 @@ Shape legend: P stored positions of a chain, D channels, R coefficients, V vocab
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -286,14 +286,18 @@ def set_folder(root: Location, set_id: str) -> Location:
 def read_codecs(root: Location, manifest: SetManifest) -> dict[str, VectorCodec]:
     """Codecs by name: "hidden", "layer7", ... Raises CorruptError if the constants are missing or damaged."""
     path = set_folder(root, manifest.set_id) / f"constants-{manifest.constants}.safetensors"
-    read = tensors.read_tensors(path)
+    return codecs_of(manifest, tensors.read_tensors(path), str(path))
+
+
+def codecs_of(manifest: SetManifest, read: Mapping[str, tensors.Array], where: str) -> dict[str, VectorCodec]:
+    """The codecs that constants make. Raises CorruptError if one is missing."""
     found = {}
     for stored in stored_vectors(manifest):
         parts = [read.get(f"{stored.name}.{part}") for part in ("mean", "vectors", "encode")]
         mean_D, vectors_RD, encode_DR = parts
         has_basis = mean_D is not None and vectors_RD is not None and encode_DR is not None
         if f"{stored.name}.scale" not in read or has_basis != (stored.rank is not None):
-            raise CorruptError(f"{path} lacks the scales or the basis of {stored.name}: restore it from a copy")
+            raise CorruptError(f"{where} lacks the scales or the basis of {stored.name}: restore it from a copy")
         basis = (
             None if mean_D is None or vectors_RD is None or encode_DR is None else Basis(mean_D, vectors_RD, encode_DR)
         )

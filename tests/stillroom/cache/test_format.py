@@ -9,12 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stillroom.cache.features import FeatureRow, codecs_of, decode_row, open_features
 from stillroom.cache.shards import header_of, open_shard, read_signals
+from stillroom.cache.tensors import read_tensors
 from stillroom.errors import CorruptError, DataError
+from stillroom.schema.features import PAYLOADS, SetManifest
 from stillroom.schema.records import Message, prompt_id_of
 from stillroom.schema.tables import CODECS
 from teacher_cache.writer.rows import support_of
-from tests.helpers import ROOT
+from tests.helpers import ROOT, golden_features
 from tests.helpers.golden import captures, golden_header, golden_table
 
 GOLDEN = ROOT / "schemas" / "golden"
@@ -23,13 +26,40 @@ HASHES = {
     "v1-topk-f32": "f78c9e35d351cb509f7b95e00a6a01b054be4486cafb923e5b9b2211d480626f",
     "v2-topk-u8": "0c68799e57c827368d5d9d0360ea386bdd2e1e836d580cafc83dee14c8c3157c",
     "v2-topk-f32": "7e18ff057449316979c4433e3742ccc260daa112f0fd19c1ead427bab61e65f1",
+    "features-v1": "HASH1",
+    "features-v1.safetensors": "HASH2",
 }
 SAMPLE_IDS = ["bfdef3aeb594a39fbff79daae30acd5f", "ee4de6f57127653d59892aa563f9c0b6"]
 
 
 @pytest.mark.parametrize("name", HASHES)
 def test_golden_bytes_are_untouched(name: str) -> None:
-    assert hashlib.sha256((GOLDEN / f"{name}.parquet").read_bytes()).hexdigest() == HASHES[name]
+    path = GOLDEN / (name if "." in name else f"{name}.parquet")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == HASHES[name]
+
+
+def test_the_golden_feature_set_decodes_to_its_numbers() -> None:
+    manifest = SetManifest.model_validate_json((GOLDEN / "features-v1.json").read_bytes())
+    assert manifest == golden_features.MANIFEST
+    file, header = open_features(GOLDEN / "features-v1.parquet")
+    assert header == golden_features.HEADER
+    (row,) = file.read().to_pylist()
+    made = golden_features.golden_values()
+    assert (row["sample_id"], row["num_context"], row["positions"]) == (made.sample_id, 6, [0, 2])
+    payloads = {name: row[name] for name in PAYLOADS}
+    assert payloads == {"hidden": made.hidden, "layers": made.layers, "attention": made.attention}
+    # float16 2/127 = 0.01575, then codes: 1, -2 and 0.5 over that step; as in FORMAT.md's layout.
+    assert row["hidden"].hex() == "0824" + "4081" + "2000" + "0824" + "1040" + "e07f"
+    codecs = codecs_of(manifest, read_tensors(GOLDEN / "features-v1.safetensors"), "golden")
+    keyed = FeatureRow(row["sample_id"], row["chain_id"], np.array(row["positions"], np.int32))
+    decoded = decode_row(manifest, codecs, keyed, payloads, row["num_context"], "golden")
+    assert decoded.hidden_PD is not None
+    np.testing.assert_allclose(decoded.hidden_PD, golden_features.HIDDEN_PD, atol=0.8)
+    np.testing.assert_allclose(decoded.layers[2], golden_features.LAYER_PD, atol=0.3)
+    attention = decoded.attention[1, 3]
+    assert attention.keys_PM.tolist() == [[0, 4], [5, 0]]
+    np.testing.assert_allclose(attention.weights_PM, [[0.64, 0.25], [1.0, 0.0]], atol=4e-3)
+    np.testing.assert_allclose(attention.rest_P, [0.11, 0.0], atol=4e-3)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -20,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stillroom.cache.catalog import Catalog, DataFile, Table
+from stillroom.cache.features import FeatureSet
 from stillroom.cache.reader import open_cache
 from stillroom.cache.shards import open_shard
 from stillroom.config import validate_config
@@ -42,6 +43,7 @@ from teacher_cache.prompts.prompts import load_prompts
 from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache, visible_ids
 from tests.helpers.fake_builds import make_config, make_requests, run_build
+from tests.helpers.feature_sets import add_features
 from tests.helpers.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 from tests.helpers.programs import Program
 from tests.helpers.slow_link import slow_link
@@ -221,6 +223,18 @@ def test_a_build_in_the_store_is_the_local_build(store: ObjectPath, tmp_path: Pa
         query = f"SELECT {columns} FROM chains ORDER BY sample_id"
         assert one.sql(query).arrow().equals(other.sql(query).arrow())
     assert [one for one in spool(store / "chains" / first.run_id).iterdir() if one.suffix != ".lock"] == []
+
+
+def test_features_in_the_store_are_the_local_ones(store: ObjectPath, tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=20).root
+    copy_caches([root], store)
+    assert (add_features(root).num_chains, add_features(store).num_chains) == (20, 20)
+    assert add_features(store).num_done_before == 20
+    assert verify_cache(store).ok
+    here, there = FeatureSet.open(root), FeatureSet.open(str(store))
+    found = there.read(here.sample_ids())
+    for sample_id, row in here.read(here.sample_ids()).items():
+        np.testing.assert_array_equal(found[sample_id].layers[2], row.layers[2])
 
 
 def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, store: ObjectPath) -> None:

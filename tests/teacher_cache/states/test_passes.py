@@ -10,7 +10,9 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
 from stillroom.errors import ConfigError
+from teacher_cache.config import load_run_config
 from teacher_cache.prompts.prompts import WHOLE, WorkerShare
+from teacher_cache.states.config import load_features_config
 from teacher_cache.states.engine import Wanted
 from teacher_cache.states.model import wanted_of
 from teacher_cache.states.passes import FeaturesPass
@@ -18,6 +20,7 @@ from teacher_cache.states.plan import plan_units
 from teacher_cache.states.selection import choose, most_uncertain, num_stored
 from teacher_cache.states.sets import set_id_of
 from teacher_cache.writer.commit import read_sample_ids
+from tests.helpers import ROOT
 from tests.helpers.caches import make_cache
 from tests.helpers.feature_sets import SHAPE, add_features, features_config, teacher_of
 
@@ -81,6 +84,15 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, blocks: dict[s
     root = make_cache(tmp_path / "c", num_chains=10).root
     with pytest.raises(ConfigError, match=problem):
         add_features(root, **blocks)
+
+
+@pytest.mark.parametrize("command", ["build", "score"])
+def test_other_commands_name_this_one(command: str) -> None:
+    path = ROOT / "docs/examples/features.yaml"
+    with pytest.raises(ConfigError, match=f"states to store at existing chains: teacher-cache features {path}"):
+        load_run_config(path, command=command)
+    with pytest.raises(ConfigError, match="another command: teacher-cache build"):
+        load_features_config(ROOT / "docs/examples/r1.yaml")
 
 
 def test_another_teacher_is_refused_by_name(tmp_path: Path) -> None:
