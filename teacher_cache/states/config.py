@@ -65,7 +65,7 @@ class VllmConfig(StrictModel):
     """Quantization to load weights with, by vLLM's name, such as fp8; None is the model's own."""
     enforce_eager: bool = True
     """Skip compilation, which few passes repay: every chain is read at once, not token by token."""
-    batch_tokens: int = Field(default=65536, ge=1)
+    batch_tokens: int = Field(default=16384, ge=1)
     """Tokens handed to the engine at a time. Their states wait on local disk until all of them are computed."""
 
 

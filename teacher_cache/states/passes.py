@@ -118,8 +118,9 @@ class FeaturesPass:
             return self._result(num_total, num_before, _Done(), 0.0, None)
         engine = start_engine(self.wanted)
         try:
+            # Outside the block: until there is something to save, Ctrl-C ends the command at once.
+            opened = find_set(self.catalog, self.set_id) or self._create_set(engine)
             with StopRequest() as stop:
-                opened = find_set(self.catalog, self.set_id) or self._create_set(engine)
                 return self._compute(engine, opened, left, num_total, num_before, stop)
         finally:
             engine.close()
