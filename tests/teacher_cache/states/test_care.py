@@ -1,6 +1,7 @@
 """The second table is verified, collected, copied and quarantined with its chains."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,18 @@ from tests.helpers.caches import CacheShape, damage, make_cache, write_cache
 from tests.helpers.feature_sets import add_features
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 chains in three shards of two runs, all with features."""
-    made = make_cache(tmp_path / "c", num_chains=36, num_runs=2).root
-    add_features(made)
-    return made
+    root = make_cache(tmp_path_factory.mktemp("made") / "c", num_chains=36, num_runs=2).root
+    add_features(root)
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(made, tmp_path / "c"))
 
 
 def files_of(root: Path) -> list[Path]:

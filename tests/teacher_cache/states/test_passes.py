@@ -25,6 +25,12 @@ from tests.helpers.caches import make_cache
 from tests.helpers.feature_sets import SHAPE, add_features, features_config, teacher_of
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten chains that no test gives features."""
+    return make_cache(tmp_path_factory.mktemp("small") / "c", num_chains=10).root
+
+
 def stored_ids(root: Path) -> list[str]:
     table = Catalog(root).features
     assert table is not None
@@ -80,10 +86,9 @@ def test_the_most_uncertain_tokens_are_those_of_the_cache(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, blocks: dict[str, Any], problem: str) -> None:
-    root = make_cache(tmp_path / "c", num_chains=10).root
+def test_what_cannot_be_stored_is_refused_by_name(small: Path, blocks: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        add_features(root, **blocks)
+        add_features(small, **blocks)
 
 
 @pytest.mark.parametrize("command", ["build", "score"])
@@ -95,11 +100,10 @@ def test_other_commands_name_this_one(command: str) -> None:
         load_features_config(ROOT / "docs/examples/r1.yaml")
 
 
-def test_another_teacher_is_refused_by_name(tmp_path: Path) -> None:
-    root = make_cache(tmp_path / "c", num_chains=4).root
-    other = teacher_of(root).model_copy(update={"fingerprint": "0" * 32, "model": "other"})
+def test_another_teacher_is_refused_by_name(small: Path) -> None:
+    other = teacher_of(small).model_copy(update={"fingerprint": "0" * 32, "model": "other"})
     with pytest.raises(ConfigError, match=r"other \(00000000\) wrote no chain of .* teachers are synthetic-teacher"):
-        FeaturesPass(features_config(root), other, SHAPE, WHOLE)
+        FeaturesPass(features_config(small), other, SHAPE, WHOLE)
 
 
 @pytest.mark.parametrize("frac", [None, 0.3])
