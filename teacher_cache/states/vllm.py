@@ -53,12 +53,14 @@ class VllmStates:
                 "num_speculative_tokens": 1,
                 "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": self._numbers}},
             }
-            arguments["kv_transfer_config"] = {
-                "kv_connector": CONNECTOR,
-                "kv_connector_module_path": "teacher_cache.states.vllm_connector",
-                "kv_role": "kv_producer",
-                "kv_connector_extra_config": {"shared_storage_path": self._folder.name},
-            }
+            from vllm.config import KVTransferConfig
+
+            arguments["kv_transfer_config"] = KVTransferConfig(
+                kv_connector=CONNECTOR,
+                kv_connector_module_path="teacher_cache.states.vllm_connector",
+                kv_role="kv_producer",
+                kv_connector_extra_config={"shared_storage_path": self._folder.name},
+            )
             self._engine, facts = started(teacher.model, arguments, embedded, on_cpu)
         self.settings: Mapping[str, Any] = {"kind": "vllm", **facts["settings"]}
         self.software: Mapping[str, str] = facts["software"]
