@@ -46,6 +46,7 @@ class VllmStates:
         embedded = EmbeddedConfig(**config.model_dump(exclude={"kind", "batch_tokens"}))
         with quiet_start() as on_cpu:
             note(f"loading {teacher.model} in vLLM")
+            self._in_process = on_cpu
             arguments = engine_args(model, embedded, CaptureConfig(max_support=1, draws=0), on_cpu)
             arguments |= {**scoring_args(embedded), "enable_prefix_caching": False}
             arguments["speculative_config"] = {
@@ -134,8 +135,9 @@ class VllmStates:
         while not path.exists():
             if time.monotonic() > deadline_s:
                 raise StillroomError(f"vLLM did not write {path} within {FILE_WAIT_S:.0f} s")
-            # In this process a step does it; an engine process steps by itself.
-            self._engine.step()
+            # In this process a step does it. An engine process steps by itself, and asking it would wait for an output.
+            if self._in_process:
+                self._engine.step()
             time.sleep(0.001)
         states = load_hidden_states(str(path))["hidden_states"]
         path.unlink()
