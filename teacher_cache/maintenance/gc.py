@@ -111,11 +111,11 @@ def gc_lines(report: GcReport) -> list[str]:
     """The report for a person."""
     lines = []
     for one in report.dropped:
+        features = f", {format_plural(one.num_features, 'row')} of features" if one.num_features else ""
         lines.append(
             f"dropped  run {one.run_id}: {format_plural(one.num_shards, 'shard')}, "
-            f"{format_plural(one.num_chains, 'chain')}, {format_plural(one.num_features, 'row')} of features, "
-            f"{format_bytes(one.size_bytes)} leave the latest version; "
-            "running its build again would regenerate them"
+            f"{format_plural(one.num_chains, 'chain')}{features}, "
+            f"{format_bytes(one.size_bytes)} leave the latest version; running its build again would regenerate them"
         )
     if report.num_adopted or report.adoptable:
         rows = (
