@@ -26,8 +26,8 @@ HASHES = {
     "v1-topk-f32": "f78c9e35d351cb509f7b95e00a6a01b054be4486cafb923e5b9b2211d480626f",
     "v2-topk-u8": "0c68799e57c827368d5d9d0360ea386bdd2e1e836d580cafc83dee14c8c3157c",
     "v2-topk-f32": "7e18ff057449316979c4433e3742ccc260daa112f0fd19c1ead427bab61e65f1",
-    "features-v1": "HASH1",
-    "features-v1.safetensors": "HASH2",
+    "features-v1": "88f8e4fb26654d2a3ebcf8c072ce22518fbe94d7685be734fa5d77a2db359915",
+    "features-v1.safetensors": "3f5d95c85eb44d84f56d939702e322e688a68b3ae9109b0f015aa7132bae8544",
 }
 SAMPLE_IDS = ["bfdef3aeb594a39fbff79daae30acd5f", "ee4de6f57127653d59892aa563f9c0b6"]
 
