@@ -51,7 +51,7 @@ MANIFEST = SetManifest(
     entropy_frac=None,
     hidden=StoredVectors(name="hidden", layer=None, bits=8, rank=None, lost_frac=0.0, error_frac=0.0),
     layers=[StoredVectors(name="layer2", layer=2, bits=4, rank=2, lost_frac=0.0, error_frac=0.0)],
-    attention=StoredAttention(heads=[(1, 3)], num_keys=2, entropy=[0.5]),
+    attention=StoredAttention(heads=[(1, 3)], num_heads=4, num_keys=2, entropy=[0.5]),
     head=Head(file="head-" + "e" * 32 + ".safetensors", vocab_size=6, hidden_size=4),
     constants=CONSTANTS,
     num_calibration_tokens=2,
