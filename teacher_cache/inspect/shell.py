@@ -49,6 +49,8 @@ ABOUT = {
     "failures": "failed requests",
     "runs": "one row per build: teacher, sampling, software",
     "vocab": "the text of every token",
+    "features": "one row per chain and feature set: tokens with hidden states or attention, bytes",
+    "feature_sets": "what each feature set holds",
     "storage": "bytes of each column of each shard",
     "shards": "one row per chain as stored: token ids, distributions",
 }
