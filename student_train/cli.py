@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -93,6 +94,47 @@ def export_lines(result: Result) -> list[str]:
     kind = "LoRA adapter" if result["adapter_only"] else "model"
     line = f"{result['folder']}: {kind} of checkpoint {result['checkpoint']}, {format_bytes(result['size_bytes'])}"
     return [line, *([f"base model: {result['adapter_of']}"] if result["adapter_only"] else [])]
+
+
+def format_lines(result: Result) -> list[str]:
+    """`export --format`: what was written, and how close it is to the float student."""
+    sizes = f"{format_bytes(result['size_bytes'])} (float {format_bytes(result['float_size_bytes'])})"
+    lines = [f"{result['folder']}: {result['format']} of {result['source']}, {sizes}", _agreement(result)]
+    if not result["is_same_student"]:
+        lines.append(f"warning: below --min-agreement {result['min_agreement']:g}: this is not the same student")
+    return lines
+
+
+def bench_lines(result: Result) -> list[str]:
+    """`bench`: one line a folder and batch, then the choice."""
+    lines = []
+    width = max(len(one["name"]) for one in result["formats"])
+    for one in result["formats"]:
+        found = one["agreement"]
+        agreement = "" if found is None else f"  top-1 {found['top1_agreement']:.1%}"
+        memory = "" if one["peak_memory_bytes"] is None else f", {format_bytes(one['peak_memory_bytes'])} of memory"
+        lines.append(f"{one['name']:{width}}  {format_bytes(one['size_bytes'])}{memory}{agreement}")
+        for batch, speed in one["batches"].items():
+            energy = speed["energy_j_per_token"]
+            lines.append(
+                f"{'':{width}}  batch {batch}: prefill {speed['prefill_tokens_per_s']['median']:.0f} tok/s "
+                f"({speed['prefill_ratio']:.2f}x)  decode {speed['decode_tokens_per_s']['median']:.1f} tok/s "
+                f"({speed['decode_ratio']:.2f}x)  first token {speed['first_token_ms']['median']:.0f} ms"
+                + ("" if energy is None else f"  {energy['median']:.2f} J/token")
+            )
+    if "chosen" in result:
+        limit = f"{result['prompt_tokens']} + {result['new_tokens']} tokens within {result['max_ms']:g} ms"
+        lines.append(f"{result['chosen'] or 'no format'} answers a request of {limit}")
+    return lines
+
+
+def _agreement(result: Result) -> str:
+    found = result["agreement"]
+    return (
+        f"against the float student, in {result['runtime']}: top-1 agreement {found['top1_agreement']:.1%}  KL "
+        f"{found['kl']:.4f}  JSD {found['js']:.4f}  retention {found['retention']:.1%} on "
+        f"{format_plural(found['num_chains'], 'chain')}, {format_count(found['num_tokens'])} tokens"
+    )
 
 
 def _stage_lines(stage: Result) -> list[str]:
@@ -403,10 +445,31 @@ def evaluate(
 
 @app.command()
 def export(
-    config_path: ConfigPath,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    config_path: OptionalConfigPath = None,
     overrides: Overrides = None,
     checkpoint: WhichCheckpoint = "last",
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="hf, onnx-int8, onnx-fp32, gguf-q8_0, gguf-f16, openvino-int8, w8a8, gptq or awq. All but hf are "
+            "compared with the float student on held-out chains.",
+        ),
+    ] = "hf",
+    model: Annotated[Path | None, typer.Option(help="Export this Hugging Face folder instead of a run's.")] = None,
+    cache: Annotated[list[Path] | None, typer.Option(help="With --model: cache to check on. Repeatable.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="With --model: SQL condition of the chains to check on: split = 'heldout'.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Least top-1 agreement with the float student. Default: 0.9."),
+    ] = None,
+    allow_disagreement: Annotated[
+        bool, typer.Option("--allow-disagreement", help="Keep an export below --min-agreement.")
+    ] = False,
+    check_chains: Annotated[int | None, typer.Option(min=1, help="Held-out chains to check on. Default: 64.")] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the LoRA adapter without merging it.")
     ] = False,
@@ -415,15 +478,75 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder, or in another format that is checked against it."""
+    from student_train.export.writing import Check, export_folder, export_run
     from student_train.exporting import export as export_checkpoint
     from student_train.runtime.checkpoint import find_state
     from student_train.runtime.run_folder import RunFolder
 
-    config = _config(config_path, overrides)
-    state = find_state(RunFolder(config.run).checkpoints, checkpoint)
-    result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
-    print_result(result, export_lines(result), as_json)
+    if format_name == "hf":
+        if (model, cache, where, min_agreement, check_chains) != (None,) * 5 or allow_disagreement:
+            raise ConfigError("--model, --cache, --where and the options of the check need a --format other than hf")
+    elif adapter_only:
+        raise ConfigError("--adapter-only writes --format hf only")
+    check = Check(check_chains or Check.max_chains, Check.min_agreement, allow_disagreement)
+    if min_agreement is not None:
+        check = replace(check, min_agreement=min_agreement)
+    if config_path is None:
+        if model is None or not cache:
+            raise ConfigError("name a CONFIG, or --model, --cache and --format")
+        if checkpoint != "last" or overrides or tokenizer is not None:
+            raise ConfigError("--checkpoint, --set and --tokenizer need a CONFIG")
+        result = export_folder(model, cache, where, out, format_name, check)
+    else:
+        if (model, cache, where) != (None, None, None):
+            raise ConfigError("CONFIG already names model and caches: remove it, or --model, --cache and --where")
+        config = _config(config_path, overrides)
+        state = find_state(RunFolder(config.run).checkpoints, checkpoint)
+        if format_name == "hf":
+            result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
+        else:
+            result = export_run(config, state, out, format_name, check, tokenizer)
+    print_result(result, export_lines(result) if format_name == "hf" else format_lines(result), as_json)
+
+
+@app.command("bench")
+def bench_formats(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER", help="Exports of one student; RUNTIME:FOLDER runs one in another runtime."),
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each folder.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each runtime. Default: its own.")] = None,
+    max_ms: Annotated[
+        float | None, typer.Option(min=0, help="Choose the format that answers one such request within this time.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --max-ms: least top-1 agreement. Default: 0.9.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the speed of one student's formats: prefill, decoding, first token, memory, size, energy."""
+    from stillroom.storage.paths import check_out
+    from student_train.export.bench import Load, bench, choose, contestant
+    from student_train.export.bench_page import write_bench_page
+
+    if out is not None:
+        check_out("--out", out)
+    if min_agreement is not None and max_ms is None:
+        raise ConfigError("--min-agreement has no effect without --max-ms")
+    result = bench([contestant(one) for one in folders], Load(prompt_tokens, new_tokens, rounds, threads))
+    if max_ms is not None:
+        least = 0.9 if min_agreement is None else min_agreement
+        result |= {"max_ms": max_ms, "chosen": choose(result, max_ms, least)}
+    if out is not None:
+        write_bench_page(out, result)
+    print_result(result, bench_lines(result), as_json)
+    if max_ms is not None and result["chosen"] is None:
+        raise typer.Exit(1)
 
 
 @app.command()

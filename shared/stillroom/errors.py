@@ -4,6 +4,7 @@
     ├── ConfigError             2  a value of the configuration or command line breaks a rule
     ├── DataError               2  input named by the user is missing, malformed or empty
     ├── CorruptError            3  stored bytes are not what was written
+    ├── Disagreement            3  an exported model is not the student that it was made from
     └── CacheConflict           1  another process holds or changed what this one needs
 
 Messages are one line: what, where, the rule, the remedy. Commands print them without a traceback.
@@ -37,6 +38,12 @@ class DataError(StillroomError):
 
 class CorruptError(StillroomError):
     """Stored bytes contradict each other, their hash or the format."""
+
+    exit_code = 3
+
+
+class Disagreement(StillroomError):
+    """An export answers held-out chains differently from the float student."""
 
     exit_code = 3
 

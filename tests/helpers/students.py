@@ -26,7 +26,13 @@ def make_tokenizer(vocab_size: int = VOCAB_SIZE, first_ordinary: str = "w") -> P
 
 
 def make_student(
-    folder: Path, *, vocab_size: int = VOCAB_SIZE, layers: int = 2, tied: bool = True, tokenizer: Any = None
+    folder: Path,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    layers: int = 2,
+    heads: int = 4,
+    tied: bool = True,
+    tokenizer: Any = None,
 ) -> Path:
     """Writes a Llama of 2 layers and width 32 with random weights, in well under a second. Returns the folder."""
     logging.disable_progress_bar()
@@ -36,8 +42,8 @@ def make_student(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         bos_token_id=None,

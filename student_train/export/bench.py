@@ -1,0 +1,208 @@
+"""`student-train bench`: the speed of one student in several formats, each in its own runtime, in one run.
+
+Rounds go in turns (A B C, A B C, ...), so that other programs' load falls on all alike. Each round generates once with
+one new token and once with all of them: the first time is the prefill and the first token, the difference the decoding.
+Figures are medians over rounds with their quartiles, ratios are those of the same round to the first folder's.
+
+    B requests of a batch, P prompt tokens, G generated tokens
+"""
+
+import contextlib
+import json
+import os
+import random
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError, DataError
+from stillroom.log import Progress, note
+from student_train.export.energy import EnergyMeter
+from student_train.export.formats import RUNTIMES
+from student_train.export.worker import RuntimeWorker
+from student_train.export.writing import RECORD, weight_bytes
+
+BATCHES = (1, 8)
+MEASURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "first_token_ms", "request_ms")
+NUM_IDS = 1000
+"""Prompts are drawn from this many token ids, which every vocabulary has."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is generated. `threads` None leaves their number to each runtime."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    rounds: int = 5
+    threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A folder and what runs it; `record` is what its export found, None for a float folder."""
+
+    name: str
+    folder: Path
+    runtime: str
+    record: Json | None
+
+
+def contestant(text: str) -> Contestant:
+    """Of a folder, or RUNTIME:FOLDER for another runtime than the format's own. Raises ConfigError, DataError."""
+    runtime, _, rest = text.partition(":")
+    folder = Path(text)
+    if not folder.exists() and rest:
+        if runtime not in RUNTIMES:
+            raise ConfigError(f"{text}: {runtime!r} is no runtime: choose one of {', '.join(RUNTIMES)}")
+        folder = Path(rest)
+    else:
+        runtime = ""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: name what `student-train export` wrote")
+    record = None
+    if (folder / RECORD).exists():
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    own = record["runtime"] if record is not None else _runtime_of(folder)
+    name = f"{record['format'] if record is not None else folder.name}"
+    return Contestant(f"{name} in {runtime}" if runtime else name, folder, runtime or own, record)
+
+
+def _runtime_of(folder: Path) -> str:
+    """What runs a folder that no export of ours described."""
+    if (folder / "genai_config.json").exists():
+        return "onnx"
+    if (folder / "openvino_model.xml").exists():
+        return "openvino"
+    if any(folder.glob("*.gguf")):
+        return "llama.cpp"
+    if not (folder / "config.json").exists():
+        raise DataError(f"{folder} holds no model: neither config.json nor GGUF, ONNX or OpenVINO files")
+    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "vllm" if "quantization_config" in config else "transformers"
+
+
+def bench(contestants: Sequence[Contestant], load: Load) -> Json:
+    """Measures all of them; memory holds them all at once. Raises StillroomError where a runtime fails."""
+    names = [one.name for one in contestants]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two folders would both be called {_repeated(names)}: rename one of them")
+    draws = random.Random(load.seed)
+    prompts = [[draws.randrange(1, NUM_IDS) for _ in range(load.prompt_tokens)] for _ in range(max(BATCHES))]
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for one in contestants:
+            note(f"loading {one.name} in {one.runtime}")
+            workers.append(stack.enter_context(RuntimeWorker(one.runtime, one.folder, load.threads, is_quick=False)))
+        rounds = _rounds(workers, names, prompts, load)
+        memory = [worker.peak_memory_bytes() for worker in workers]
+        results = [
+            {
+                "name": one.name,
+                "folder": str(one.folder),
+                "runtime": one.runtime,
+                "size_bytes": weight_bytes(one.folder),
+                "load_s": worker.load_s,
+                "peak_memory_bytes": peak,
+                "agreement": None if one.record is None else one.record["agreement"],
+                "batches": {str(batch): _summary(rounds, number, batch) for batch in BATCHES},
+                "versions": worker.versions,
+            }
+            for number, (one, worker, peak) in enumerate(zip(contestants, workers, memory, strict=True))
+        ]
+    return {
+        "prompt_tokens": load.prompt_tokens,
+        "new_tokens": load.new_tokens,
+        "rounds": load.rounds,
+        "threads": load.threads,
+        "num_cores": len(os.sched_getaffinity(0)),
+        "formats": results,
+    }
+
+
+Sample = dict[str, float | None]
+"""The measures of one turn."""
+
+
+def _rounds(
+    workers: Sequence[RuntimeWorker], names: Sequence[str], prompts: list[list[int]], load: Load
+) -> list[dict[tuple[int, int], Sample]]:
+    """Of each round the sample of every (worker, batch)."""
+    meter = EnergyMeter()
+    rounds: list[dict[tuple[int, int], Sample]] = []
+    for worker in workers:
+        for batch in BATCHES:
+            # Kernels are chosen, caches filled.
+            worker.generate(prompts[:batch], 2)
+    with Progress("bench", load.rounds * len(workers), "turns") as progress:
+        for number in range(load.rounds):
+            found = {}
+            for place, worker in enumerate(workers):
+                for batch in BATCHES:
+                    found[place, batch] = _turn(worker, prompts[:batch], load.new_tokens, meter)
+                progress.update(number * len(workers) + place + 1, 0, {"": names[place]})
+            rounds.append(found)
+    return rounds
+
+
+def _turn(worker: RuntimeWorker, prompts: list[list[int]], num_new: int, meter: EnergyMeter) -> Sample:
+    first_s, _ = worker.generate(prompts, 1)
+    before_j = meter.read_j()
+    whole_s, _ = worker.generate(prompts, num_new)
+    after_j = meter.read_j()
+    num_prompt = sum(map(len, prompts))
+    # Noise can make the short call the longer one; a microsecond keeps the rate finite.
+    decode_s = max(whole_s - first_s, 1e-6)
+    energy_j = None if before_j is None or after_j is None else (after_j - before_j) / (len(prompts) * num_new)
+    return {
+        "prefill_tokens_per_s": num_prompt / first_s,
+        "decode_tokens_per_s": len(prompts) * (num_new - 1) / decode_s,
+        "first_token_ms": 1000 * first_s,
+        "request_ms": 1000 * whole_s,
+        "energy_j_per_token": energy_j,
+    }
+
+
+def _summary(rounds: Sequence[dict[tuple[int, int], Sample]], place: int, batch: int) -> Json:
+    """Median and quartiles of each measure, and the median ratio to the first worker."""
+    own = [found[place, batch] for found in rounds]
+    first = [found[0, batch] for found in rounds]
+    summary: Json = {name: _spread(one[name] for one in own) for name in (*MEASURES, "energy_j_per_token")}
+    for name in ("prefill", "decode"):
+        key = f"{name}_tokens_per_s"
+        ratios = [mine[key] / theirs[key] for mine, theirs in zip(own, first, strict=True)]  # type: ignore[operator]
+        summary[f"{name}_ratio"] = statistics.median(ratios)
+    return summary
+
+
+def _spread(values: Iterable[float | None]) -> Json | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    low, median, high = statistics.quantiles(known, n=4, method="inclusive") if len(known) > 1 else known * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def choose(result: Json, max_ms: float, min_agreement: float) -> str | None:
+    """The format that answers one request within `max_ms` and is closest to the float student; of equals the smallest.
+
+    A float folder, which has no figures of its own, agrees with itself.
+    """
+
+    def agreement(one: Json) -> float:
+        return 1.0 if one["agreement"] is None else float(one["agreement"]["top1_agreement"])
+
+    fitting = [
+        one
+        for one in result["formats"]
+        if one["batches"]["1"]["request_ms"]["median"] <= max_ms and agreement(one) >= min_agreement
+    ]
+    best = max(fitting, key=lambda one: (agreement(one), -one["size_bytes"]), default=None)
+    return None if best is None else str(best["name"])
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)

@@ -1,0 +1,158 @@
+"""Talks to a script of `workers/` in its own process and environment: a JSON request a line, a JSON answer a line."""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from stillroom.config import Json
+from stillroom.errors import StillroomError
+from stillroom.log import format_duration, note, one_line
+from stillroom.schema.records import Float32, Int32
+from student_train.export.environments import python_of
+from student_train.export.formats import RUNTIMES
+
+WORKERS = Path(__file__).parent / "workers"
+END_S = 20.0
+NOTE_EVERY_S = 10.0
+
+
+class Worker:
+    """A running script, as a context manager. Requests raise StillroomError with what the script answered."""
+
+    def __init__(self, script: str, environment: str, threads: int | None = None) -> None:
+        self._script = script
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed on exit
+        # Warnings of foreign tools are theirs; their progress bars would hide ours.
+        environ = {**os.environ, "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        environ.pop("PYTHONPATH", None)
+        if threads is not None:
+            environ["OMP_NUM_THREADS"] = str(threads)
+        self._process = subprocess.Popen(
+            [str(python_of(environment)), str(WORKERS / f"{script}.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environ,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_S if error is None else 0.1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def ask(self, op: str, **fields: Any) -> Any:
+        """The answer to one request."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
+            self._process.stdin.flush()
+            started_s = time.monotonic()
+            while not select.select([self._process.stdout], [], [], NOTE_EVERY_S)[0]:
+                note(f"{self._script} {op}: {format_duration(time.monotonic() - started_s)} so far")
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise StillroomError(f"{self._script}: ended during {op}: {self._last_line()}")
+        answer: Json = json.loads(line)
+        if "error" in answer:
+            raise StillroomError(f"{self._script}: {op} failed: {answer['error']}")
+        return answer["ok"]
+
+    def peak_memory_bytes(self) -> int | None:
+        """Largest resident memory of the process and of those it started; None where there is no /proc."""
+        if not Path("/proc/self/status").exists():
+            return None
+        return sum(_peak_bytes(pid) for pid in _with_children(self._process.pid))
+
+    def _last_line(self) -> str:
+        self._process.wait()
+        self._log.seek(0)
+        lines = [line for line in self._log.read().splitlines() if line.strip()]
+        return one_line(lines[-1])[:400] if lines else f"exit code {self._process.returncode}"
+
+
+class RuntimeWorker(Worker):
+    """A folder loaded in its runtime, ready for token ids."""
+
+    def __init__(self, runtime: str, folder: Path, threads: int | None, *, is_quick: bool) -> None:
+        """`threads` None leaves the number to the runtime; `is_quick` starts soon and runs slower (vLLM)."""
+        self.runtime, self.folder = runtime, folder
+        super().__init__(RUNTIMES[runtime].script, RUNTIMES[runtime].environment, threads)
+        try:
+            loaded = self.ask("load", folder=str(folder.absolute()), threads=threads, is_quick=is_quick)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        self.load_s: float = loaded["seconds"]
+        self.versions: dict[str, str] = loaded["versions"]
+
+    def scores(self, ids: Sequence[int], positions: Sequence[int]) -> "Scores":
+        """Predictions after each position."""
+        with tempfile.TemporaryDirectory(prefix="student-train-scores-") as temp:
+            paths = self.ask("scores", ids=list(ids), positions=list(positions), out=f"{temp}/scores")
+            arrays = {name: np.load(path) for name, path in paths.items()}
+        found = Scores(arrays.get("logits"), arrays.get("ids"), arrays.get("logprobs"))
+        if found.num_rows != len(positions):
+            raise StillroomError(f"{self._script} gave {found.num_rows} rows for {len(positions)} positions")
+        return found
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_new: int) -> tuple[float, list[list[int]]]:
+        """Seconds and tokens: greedy, not ended by an end of sequence."""
+        answer = self.ask("generate", prompts=[list(ids) for ids in prompts], num_new=num_new)
+        return answer["seconds"], answer["tokens"]
+
+
+class Scores:
+    """Predictions for N positions: logits [N, V], or the K most likely ids [N, K] with log probabilities (nats)."""
+
+    def __init__(self, logits_NV: Float32 | None, ids_NK: Int32 | None, logprobs_NK: Float32 | None) -> None:
+        assert (logits_NV is None) == (ids_NK is not None) == (logprobs_NK is not None)
+        self.logits_NV, self.ids_NK, self.logprobs_NK = logits_NV, ids_NK, logprobs_NK
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        rows = self.logits_NV if self.logits_NV is not None else self.ids_NK
+        assert rows is not None
+        return len(rows)
+
+
+def _with_children(pid: int) -> list[int]:
+    found = [pid]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def _peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)

@@ -1,0 +1,209 @@
+"""`student-train export --format`: a checkpoint or a folder in another format, checked before it becomes visible.
+
+The float student comes first, as a Hugging Face folder; a writer converts it, in its own environment; then both answer
+the same held-out chains, each in its own runtime. Below the threshold nothing is left, unless the user insists. The
+folder carries the tokenizer, a model card with the figures, and the same as `export.json`.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError, DataError, Disagreement
+from stillroom.log import format_bytes, note
+from stillroom.storage.paths import write_text_atomic
+from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
+from student_train.data.open import check_vocabulary, eval_request, kept_or_temporary, open_data
+from student_train.data.selection import load_selection
+from student_train.export.agreement import Chain, compare, read_chains
+from student_train.export.environments import python_of
+from student_train.export.formats import RUNTIMES, Format, find_format
+from student_train.export.worker import RuntimeWorker, Worker
+from student_train.exporting import export
+from student_train.model.folder import atomic_folder, refuse_existing
+from student_train.runtime.checkpoint import CheckpointState
+from student_train.runtime.run_folder import RunFolder
+
+RECORD = "export.json"
+CALIBRATION_CHAINS = 128
+TRAIN = "split = 'train'"
+CARRIED = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json")
+"""Files that runtimes and servers read beside the weights."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float student as a folder, the chains that check an export of it, and those that calibrate it."""
+
+    folder: Path
+    name: str
+    heldout: Sequence[Chain]
+    calibration: Sequence[Chain]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How an export is judged: on how many chains, from which top-1 agreement on, and whether failing is accepted."""
+
+    max_chains: int = 64
+    min_agreement: float = 0.9
+    allow_disagreement: bool = False
+
+
+def export_run(
+    config: TrainConfig, state: CheckpointState, out: Path, name: str, check: Check, tokenizer: str | None
+) -> Json:
+    """Exports a checkpoint of a run, checked on its held-out chains and calibrated on those that it learnt from.
+
+    Raises ConfigError, DataError, CorruptError, Disagreement, StillroomError.
+    """
+    name, made = _prepared(out, name)
+    run = RunFolder(config.run)
+    with tempfile.TemporaryDirectory(prefix="student-train-export-") as temp:
+        request = eval_request(config.data, config.eval or EvalConfig())
+        path = kept_or_temporary(run.heldout_path, request, Path(temp))
+        heldout = read_chains(open_data(path, request, config.data, config.student), check.max_chains)
+    calibration: list[Chain] = []
+    if made.is_calibrated:
+        trained = load_selection(run.selection_path(config.stages[state.stage].name))
+        calibration = read_chains(trained, CALIBRATION_CHAINS)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temp:
+        folder = Path(temp) / "float"
+        export(config, state, folder, adapter_only=False, tokenizer=tokenizer)
+        source = Source(folder, f"checkpoint {state.tag} of {config.run.name}", heldout, calibration)
+        return _export(source, out, name, made, check)
+
+
+def export_folder(model: Path, caches: Sequence[Path], where: str | None, out: Path, name: str, check: Check) -> Json:
+    """Exports a Hugging Face folder, checked on held-out chains of the caches (`where`) and calibrated on others.
+
+    Raises ConfigError, DataError, CorruptError, Disagreement, StillroomError.
+    """
+    if not (model / "config.json").exists():
+        raise DataError(f"--model {model} is not a Hugging Face folder: it has no config.json")
+    if "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8")):
+        raise DataError(f"--model {model} is quantised already: pass the float folder that it was made from")
+    name, made = _prepared(out, name)
+    heldout = _cached_chains(model, caches, where or HELDOUT, check.max_chains)
+    calibration = _cached_chains(model, caches, TRAIN, CALIBRATION_CHAINS) if made.is_calibrated else []
+    return _export(Source(model, str(model), heldout, calibration), out, name, made, check)
+
+
+def _prepared(out: Path, name: str) -> tuple[str, Format]:
+    """The format, after everything that can be refused before any work; its environments exist."""
+    name, made = find_format(name)
+    refuse_existing(out)
+    if made.needs_gpu and not torch.cuda.is_available():
+        raise ConfigError(f"--format {name} needs a GPU: its search takes hours on a CPU. Use gptq, or w8a8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for environment in (made.environment, RUNTIMES[made.runtime].environment):
+        python_of(environment)
+    return name, made
+
+
+def _cached_chains(model: Path, caches: Sequence[Path], where: str, max_chains: int) -> list[Chain]:
+    data = DataConfig(caches=[CacheConfig(path=path) for path in caches])
+    request = eval_request(data, EvalConfig(where=where, max_chains=max_chains))
+    with tempfile.TemporaryDirectory(prefix="student-train-export-") as temp:
+        student = StudentConfig(model=str(model))
+        selection = open_data(Path(temp) / "chains.selection.parquet", request, data, student)
+        check_vocabulary(student, selection, caches)
+        return read_chains(selection, max_chains)
+
+
+def _export(source: Source, out: Path, name: str, made: Format, check: Check) -> Json:
+    with atomic_folder(out) as temp:
+        note(f"writing {made.label}")
+        versions = _write(source, temp, made)
+        _carry_tokenizer(source.folder, temp)
+        note(f"running it in {made.runtime} against the float student, on {len(source.heldout)} held-out chains")
+        with (
+            RuntimeWorker("transformers", source.folder, None, is_quick=True) as reference,
+            RuntimeWorker(made.runtime, temp, None, is_quick=True) as candidate,
+        ):
+            agreement = compare(reference, candidate, source.heldout)
+            versions |= candidate.versions
+        is_same = agreement.top1_agreement >= check.min_agreement
+        record = {
+            "format": name,
+            "runtime": made.runtime,
+            "source": source.name,
+            "size_bytes": weight_bytes(temp),
+            "float_size_bytes": weight_bytes(source.folder),
+            "agreement": agreement.model_dump(),
+            "min_agreement": check.min_agreement,
+            "is_same_student": is_same,
+            "versions": versions,
+        }
+        if not is_same and not check.allow_disagreement:
+            raise Disagreement(
+                f"{name} is not the same student: top-1 agreement {agreement.top1_agreement:.1%} on "
+                f"{agreement.num_tokens} held-out tokens is below --min-agreement {check.min_agreement:g} (KL "
+                f"{agreement.kl:.4f}), and nothing was written. Choose another format, or keep it with "
+                "--allow-disagreement"
+            )
+        write_text_atomic(temp / "README.md", _card(source.folder, record, made))
+        write_text_atomic(temp / RECORD, json.dumps(record, indent=2) + "\n")
+    return {"folder": str(out), **record}
+
+
+def _write(source: Source, out: Path, made: Format) -> dict[str, str]:
+    """Versions of the tools that wrote the format into `out`."""
+    with (
+        tempfile.TemporaryDirectory(prefix="student-train-export-") as temp,
+        Worker(made.writer, made.environment) as writer,
+    ):
+        chains = None
+        if made.is_calibrated:
+            chains = Path(temp) / "chains.json"
+            chains.write_text(json.dumps([chain.ids for chain in source.calibration]), encoding="utf-8")
+        versions: dict[str, str] = writer.ask(
+            "write",
+            folder=str(source.folder.absolute()),
+            out=str(out.absolute()),
+            precision=made.precision,
+            chains=None if chains is None else str(chains),
+        )
+    return versions
+
+
+def _carry_tokenizer(folder: Path, out: Path) -> None:
+    for pattern in CARRIED:
+        for path in folder.glob(pattern):
+            # Some writers rewrite the tokenizer for another version of its library.
+            shutil.copyfile(path, out / path.name)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of a folder's files, without the card."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+
+
+def _card(folder: Path, record: Json, made: Format) -> str:
+    """The float student's card, or a short one, with a section about the format."""
+    path = folder / "README.md"
+    head = path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: -\n---\n\n# {folder.name}\n"
+    head = re.sub(r"(?m)^library_name: .*$", f"library_name: {made.library}", head, count=1)
+    found = record["agreement"]
+    rows: Mapping[str, str] = {
+        "top-1 agreement": f"{found['top1_agreement']:.4f}",
+        "KL(float, this) (nats per token)": f"{found['kl']:.5f}",
+        "Jensen-Shannon divergence (nats per token)": f"{found['js']:.5f}",
+        "knowledge retention (1 - JS / log 2)": f"{found['retention']:.4f}",
+        "size, float and this": f"{format_bytes(record['float_size_bytes'])}, {format_bytes(record['size_bytes'])}",
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows.items())])
+    verdict = "" if record["is_same_student"] else " **It is not the same student.**"
+    tools = ", ".join(f"{tool} {version}" for tool, version in record["versions"].items())
+    return (
+        f"{head.rstrip()}\n\n## Format\n\n{made.label}, from {record['source']}. Run in {made.runtime} on "
+        f"{found['num_tokens']} tokens of {found['num_chains']} held-out chains and compared with the float "
+        f"student:{verdict}\n\n{table}\n\nWritten and run by {tools}.\n"
+    )

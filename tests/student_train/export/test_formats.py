@@ -1,0 +1,188 @@
+"""Exports in other formats: written, run, compared, described; refused by name; chosen by latency."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError, DataError, Disagreement, StillroomError
+from student_train.cli import format_lines
+from student_train.export import worker, writing
+from student_train.export.bench import Load, bench, choose, contestant
+from student_train.export.energy import EnergyMeter
+from student_train.export.formats import FORMATS, REFUSED, RUNTIMES, find_format
+from student_train.export.writing import Check, export_folder
+from tests.helpers.caches import SyntheticCache
+
+WRITER = """
+import json, shutil
+from pathlib import Path
+from protocol import serve
+
+def write(folder, out, precision, chains):
+    if precision == "gptq":
+        raise ValueError("no kernel\\nfor it")
+    shutil.copy(Path(folder) / "config.json", out)
+    Path(out, "calibration.json").write_text(Path(chains).read_text())
+    return {"writer": "1.0"}
+
+serve({"write": write})
+"""
+RUNTIME = """
+import sys
+import numpy as np
+from protocol import serve_runtime
+
+class Fake:
+    def __init__(self, folder, threads, is_quick):
+        self._is_float = not (folder / "calibration.json").exists()
+
+    def scores(self, ids, positions):
+        # Any function of what precedes: reading one position too far changes it.
+        rows = [np.random.default_rng([*ids[: place + 1]]).normal(0, 3, 300) for place in positions]
+        logits = np.stack(rows).astype(np.float32)
+        if self._is_float:
+            return {"logits": logits}
+        logits = logits * SCALE
+        order = np.argsort(-logits, axis=1)[:, :100]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return {"ids": order.astype(np.int32), "logprobs": np.take_along_axis(logprobs, order, axis=1)}
+
+    def generate(self, prompts, num_new):
+        return [[0] * num_new for _ in prompts]
+
+serve_runtime(Fake, {"fake": "2.0"})
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scripts in place of llmcompressor, vLLM and transformers, in this environment."""
+    folder = tmp_path / "workers"
+    folder.mkdir()
+    shutil.copy(worker.WORKERS / "protocol.py", folder)
+    (folder / "write_compressed.py").write_text(WRITER)
+    for name in ("run_vllm", "run_transformers"):
+        (folder / f"{name}.py").write_text(RUNTIME.replace("SCALE", "1.02"))
+    monkeypatch.setattr(worker, "WORKERS", folder)
+    for module in (worker, writing):
+        monkeypatch.setattr(module, "python_of", lambda environment: Path(sys.executable))
+    return folder
+
+
+def test_a_format_is_calibrated_checked_and_described(
+    fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = export_folder(student, [cache.root], None, out, "w8a8", Check(max_chains=4))
+    found = result["agreement"]
+    assert (found["num_chains"], found["top1_agreement"]) == (4, 1.0)
+    assert 0 < found["js"] < found["kl"] < 0.01
+    heldout = [chain for chain in cache.chains if chain.split == "heldout"]
+    assert len(json.loads((out / "calibration.json").read_text())) == len(cache.chains) - len(heldout)
+    assert json.loads((out / "export.json").read_text()) == {key: one for key, one in result.items() if key != "folder"}
+    assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+    card = (out / "README.md").read_text()
+    assert "library_name: vllm" in card
+    assert "| top-1 agreement | 1.0000 |" in card
+    assert "writer 1.0, fake 2.0" in card
+    assert "top-1 agreement 100.0%" in format_lines(result)[1]
+    with pytest.raises(ConfigError, match="already exists"):
+        export_folder(student, [cache.root], None, out, "w8a8", Check())
+    (out / "config.json").write_text(json.dumps({"quantization_config": {}}))
+    with pytest.raises(DataError, match="is quantised already"):
+        export_folder(out, [cache.root], None, tmp_path / "again", "w8a8", Check())
+
+
+def test_another_student_is_refused_unless_allowed(
+    fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path
+) -> None:
+    script = (fakes / "run_vllm.py").read_text()
+    # One position off.
+    (fakes / "run_vllm.py").write_text(script.replace("ids[: place + 1]", "ids[: place]"))
+    with pytest.raises(Disagreement, match=r"not the same student: top-1 agreement \d.*--allow-disagreement") as raised:
+        export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
+    assert raised.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+    check = Check(max_chains=4, allow_disagreement=True)
+    result = export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", check)
+    assert not result["is_same_student"]
+    assert "**It is not the same student.**" in (tmp_path / "out" / "README.md").read_text()
+    assert format_lines(result)[2].startswith("warning: below --min-agreement 0.9")
+
+
+def test_failures_of_tools_are_one_line_and_leave_nothing(
+    fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path
+) -> None:
+    with pytest.raises(StillroomError, match=r"write_compressed: write failed: ValueError: no kernel for it$"):
+        export_folder(student, [cache.root], None, tmp_path / "out", "gptq", Check(max_chains=4))
+    (fakes / "run_vllm.py").write_text("raise SystemExit('no module named vllm')")
+    with pytest.raises(StillroomError, match="run_vllm: ended during load: no module named vllm"):
+        export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["workers"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_formats_that_do_not_keep_the_student_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--format {name} is refused: .*Use "):
+        find_format(name)
+
+
+def test_names_of_formats() -> None:
+    assert find_format("onnx")[0] == "onnx-int8"
+    with pytest.raises(ConfigError, match="unknown: choose one of hf, onnx-fp32"):
+        find_format("coreml")
+    for made in FORMATS.values():
+        assert made.runtime in RUNTIMES
+        assert (worker.WORKERS / f"{made.writer}.py").exists()
+        assert (worker.WORKERS / f"{RUNTIMES[made.runtime].script}.py").exists()
+
+
+def test_awq_needs_a_gpu(student: Path, cache: SyntheticCache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="awq needs a GPU"):
+        export_folder(student, [cache.root], None, tmp_path / "out", "awq", Check())
+
+
+def test_latency_chooses_the_closest_format_that_is_fast_enough() -> None:
+    def one(name: str, ms: float, agreement: float | None, size: int) -> Json:
+        found = None if agreement is None else {"top1_agreement": agreement}
+        batches = {"1": {"request_ms": {"median": ms}}}
+        return {"name": name, "agreement": found, "size_bytes": size, "batches": batches}
+
+    result: Json = {
+        "formats": [one("float", 900, None, 9), one("a", 200, 0.95, 5), one("b", 100, 0.95, 4), one("c", 50, 0.5, 1)]
+    }
+    assert choose(result, 1000, 0.9) == "float"
+    assert choose(result, 300, 0.9) == "b"
+    assert choose(result, 60, 0.9) is None
+    assert choose(result, 60, 0.4) == "c"
+
+
+def test_contestants_are_told_apart(student: Path, tmp_path: Path) -> None:
+    assert contestant(f"vllm:{student}").name == "student in vllm"
+    assert contestant(f"vllm:{student}").runtime == "vllm"
+    with pytest.raises(ConfigError, match="'tvm' is no runtime"):
+        contestant(f"tvm:{student}")
+    with pytest.raises(DataError, match="holds no model"):
+        contestant(str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    assert contestant(str(tmp_path)).runtime == "llama.cpp"
+    with pytest.raises(ConfigError, match="would both be called student"):
+        bench([contestant(str(student))] * 2, Load())
+
+
+def test_energy_counters_start_over(tmp_path: Path) -> None:
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    (package / "max_energy_range_uj").write_text("10000000")
+    (package / "energy_uj").write_text("9000000")
+    meter = EnergyMeter(tmp_path)
+    before = meter.read_j()
+    (package / "energy_uj").write_text("1000000")
+    after = meter.read_j()
+    assert before is not None
+    assert after is not None
+    assert after - before == pytest.approx(2.0)
