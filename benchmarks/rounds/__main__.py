@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
 from benchmarks.quality.students import quiet
 from benchmarks.rounds.caches import build, rescore
@@ -32,6 +33,7 @@ from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
 from student_train.exporting import export
+from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
@@ -91,6 +93,8 @@ def main() -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     """Every arm with every seed; what is in `folder` already is not made again."""
     started_s = time.monotonic()
+    logging.disable_progress_bar()
+    use_cpu_where_there_is_no_gpu()
     torch.set_num_threads(1)
     teacher_folder = ensure_teacher(folder / "teacher", arguments.teacher_steps)
     teacher = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
