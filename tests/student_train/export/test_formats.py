@@ -9,13 +9,15 @@ import pytest
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, Disagreement, StillroomError
-from student_train.cli import format_lines
+from student_train.cli import bench_lines, format_lines
 from student_train.export import worker, writing
 from student_train.export.bench import Load, bench, choose, contestant
+from student_train.export.bench_page import write_bench_page
 from student_train.export.energy import EnergyMeter
 from student_train.export.formats import FORMATS, REFUSED, RUNTIMES, find_format
 from student_train.export.writing import Check, export_folder
 from tests.helpers.caches import SyntheticCache
+from tests.helpers.students import make_student
 
 WRITER = """
 import json, shutil
@@ -123,6 +125,22 @@ def test_failures_of_tools_are_one_line_and_leave_nothing(
     with pytest.raises(StillroomError, match="run_vllm: ended during load: no module named vllm"):
         export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
     assert [path.name for path in tmp_path.iterdir()] == ["workers"]
+
+
+def test_onnx_is_the_same_student_and_its_speed_is_compared(cache: SyntheticCache, tmp_path: Path) -> None:
+    # ONNX Runtime's attention wants heads of 16 values or a multiple.
+    student, out = make_student(tmp_path / "student", heads=2), tmp_path / "onnx"
+    result = export_folder(student, [cache.root], None, out, "onnx-fp32", Check(max_chains=4))
+    assert result["agreement"]["top1_agreement"] == 1.0
+    assert result["agreement"]["kl"] < 1e-6
+    made = bench([contestant(one) for one in (str(out), f"onnx:{out}")], Load(16, 4, rounds=2, threads=1))
+    first, second = made["formats"]
+    assert (first["name"], second["name"], second["runtime"]) == ("onnx-fp32", "onnx-fp32 in onnx", "onnx")
+    assert first["batches"]["8"]["decode_ratio"] == 1.0
+    assert second["peak_memory_bytes"] > 10 << 20
+    write_bench_page(tmp_path / "bench.html", made)
+    assert "onnx-fp32" in (tmp_path / "bench.html").read_text()
+    assert len(bench_lines({**made, "max_ms": 1e6, "chosen": "onnx-fp32"})) == 7
 
 
 @pytest.mark.parametrize("name", REFUSED)
