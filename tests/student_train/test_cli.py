@@ -161,7 +161,7 @@ def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> No
         ),
         (
             "stages.0.losses={kl: 1}",
-            "stages.0 (distill): loss 'kl' is unknown: choose one of attention_kl, chunk_likelihood, ",
+            "stages.0 (distill): loss 'kl' is unknown: choose one of asymmetric_likelihood, attention_kl, ",
         ),
         (
             "stages.0.losses={jsd: {beta: 1.5}}",
