@@ -64,6 +64,8 @@ class AskedPrompt:
     reasoning: tuple[str, str] | None
     """Markers that open and close the reasoning; None if the teacher's run has none."""
     teacher_accuracy: float | None
+    messages: Sequence[Mapping[str, str]] = ()
+    source: str = ""
 
 
 class GenerationResult(BaseModel):
@@ -114,9 +116,9 @@ def generate_and_judge(
         for batch in _batches(prompts):
             for prompt, ids in zip(batch, generate(model, tokenizer, batch, config), strict=True):
                 num_tokens += len(ids)
-                num_ended += ids[-1] in _end_ids(model)
+                num_ended += ids[-1] in end_ids(model)
                 answer = answer_of(tokenizer, prompt, ids)
-                is_cut = ids[-1] not in _end_ids(model)
+                is_cut = ids[-1] not in end_ids(model)
                 verdicts.append(judge.judge(prompt.judge, answer, prompt.reference, prompt.metadata, is_cut))
             num_done += len(batch)
             progress.update(num_done, num_tokens)
@@ -141,7 +143,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config:
     """Token ids of one answer to each prompt, including the end of sequence if there is one."""
     from transformers import GenerationConfig
 
-    ends = _end_ids(model)
+    ends = end_ids(model)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids_BL = torch.full((len(prompts), longest), padding, dtype=torch.int64)
@@ -186,6 +188,7 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
     query = (
         "SELECT a.prompt_id, any_value(s.messages) AS messages, any_value(s.prompt_token_ids) AS ids, "
         "any_value(s.reference) AS reference, any_value(s.metadata) AS metadata, any_value(s.run_id) AS run_id, "
+        "any_value(s.source) AS source, "
         "avg(a.correct::INTEGER) AS teacher_accuracy "
         f"FROM (SELECT sample_id, prompt_id, correct FROM chains WHERE (\n{where}\n)) a "
         "JOIN shards s USING (sample_id) "
@@ -206,6 +209,8 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
             metadata=metadata,
             reasoning=(markers["start"], markers["end"]) if markers.get("end") else None,
             teacher_accuracy=row["teacher_accuracy"],
+            messages=row["messages"],
+            source=row["source"] or "",
         )
 
 
@@ -216,7 +221,8 @@ def _batches(prompts: Sequence[AskedPrompt]) -> Iterator[list[AskedPrompt]]:
         yield ordered[first : first + BATCH_PROMPTS]
 
 
-def _end_ids(model: Any) -> list[int]:
+def end_ids(model: Any) -> list[int]:
+    """Ids that end an answer. Raises ConfigError if there are none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         raise ConfigError("--generate: the model has no eos_token_id in its generation config: answers would never end")

@@ -22,7 +22,9 @@ from stillroom.program import AsJson, end_with_parent, new_program, print_result
 from student_train.runtime.metrics_log import short_name
 
 if TYPE_CHECKING:
+    from student_train.compare.comparing import Price
     from student_train.config import TrainConfig
+    from student_train.model.importance import Calibration
 
 
 Result = Mapping[str, Any]
@@ -32,9 +34,19 @@ def init_lines(record: Result) -> list[str]:
     """`init`: what was kept."""
     kept = ", ".join(str(number) for number in record["kept_layers"])
     size = format_count(record["num_parameters"])
-    return [
+    lines = [
         f"{record['folder']}: {size} parameters, layers {kept} of {record['teacher_layers']} of {record['teacher']}"
     ]
+    sizes, before = record.get("sizes"), record.get("sizes_before")
+    if sizes is not None:
+        cut = [f"{axis} {sizes[axis]} of {before[axis]}" for axis in sizes if sizes[axis] != before[axis]]
+        lines.append(f"sizes      {', '.join(cut) or 'as the teacher'}")
+    if record.get("vocabulary") is not None:
+        lines.append(f"vocabulary {record['num_ids']} ids")
+    if record.get("kl_by_removal") is not None:
+        first, *_, last = record["kl_by_removal"]
+        lines.append(f"layers     KL to the cached teacher {first:.4f} with all of them, {last:.4f} with those kept")
+    return lines
 
 
 def plan_lines(plan: Result) -> list[str]:
@@ -77,7 +89,8 @@ def run_lines(summary: Result) -> list[str]:
 def eval_lines(result: Result) -> list[str]:
     """`eval`: the metrics."""
     count = f"{format_plural(result['num_chains'], 'chain')}, {format_count(result['num_tokens'])} tokens"
-    lines = [f"{result['model']} on {count}: {result['where']}", _metrics(result)]
+    rounded = f" rounded to {result['quantise']}" if result.get("quantise") else ""
+    lines = [f"{result['model']}{rounded} on {count}: {result['where']}", _metrics(result)]
     answers = result["generation"]
     if answers is not None:
         accuracy, teacher = (_share(answers[name]) for name in ("accuracy", "teacher_accuracy"))
@@ -135,6 +148,38 @@ def _agreement(result: Result) -> str:
         f"{found['kl']:.4f}  JSD {found['js']:.4f}  retention {found['retention']:.1%} on "
         f"{format_plural(found['num_chains'], 'chain')}, {format_count(found['num_tokens'])} tokens"
     )
+
+
+def compare_lines(result: Result) -> list[str]:
+    """`compare`: each side, then each pair."""
+    from student_train.compare.page import difference_words
+
+    lines = []
+    for side in result["sides"]:
+        latency, first = side["latency_s"], side["first_token_s"]
+        parts = [f"{_share(side['accuracy'] and side['accuracy']['mean'])} correct"]
+        parts += [f"{side['num_failed']} failed"] if side["num_failed"] else []
+        parts += [f"{side['num_undecided']} undecided", f"{side['num_cut']} cut"]
+        parts += [f"latency p50 {latency['p50']:.2f} s, p99 {latency['p99']:.2f} s"] if latency else []
+        parts += [f"first token p50 {first['p50']:.3f} s"] if first else []
+        parts += [f"{side['tokens_per_answer']:.0f} tokens per answer"] if side["tokens_per_answer"] is not None else []
+        parts += [f"cost {side['cost']:.4f}"] if side["cost"] is not None else []
+        lines.append(f"{side['name']:10} {', '.join(parts)}")
+    return [*lines, *(difference_words(pair) for pair in result["pairs"]), str(result["page"])]
+
+
+def _price(given: str) -> "tuple[str, Price]":
+    """Raises ConfigError for anything but NAME=IN/OUT."""
+    from student_train.compare.comparing import Price
+
+    name, _, prices = given.partition("=")
+    try:
+        prompt, completion = map(float, prices.split("/"))
+    except ValueError:
+        raise ConfigError(
+            f"--price {given}: write NAME=IN/OUT, prices of a million tokens, e.g. int8=0.1/0.4"
+        ) from None
+    return name, Price(prompt, completion)
 
 
 def _stage_lines(stage: Result) -> list[str]:
@@ -262,27 +307,44 @@ def init(
     overrides: Overrides = None,
     teacher: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to cut from.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers to keep, evenly spaced.")] = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="Parameters to keep, below 1 as a share: cuts layers and MLP channels.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Create a student by keeping some of a teacher's layers."""
+    """Create a student by cutting a larger model. CONFIG can also cut heads and hidden size, and rank what it cuts."""
+    from stillroom.config import validate_config
+    from student_train.config import InitConfig
     from student_train.model.prune import init_student
 
     if config_path is not None:
-        if (teacher, layers, out) != (None, None, None):
+        if (teacher, layers, parameters, out) != (None, None, None, None):
             raise ConfigError(
-                "CONFIG already sets teacher, layers and folder: remove it, or --teacher, --layers and --out"
+                "CONFIG already sets teacher, sizes and folder: remove it, or --teacher, --layers, --parameters and "
+                "--out"
             )
-        student = _config(config_path, overrides).student
-        if student.init is None:
-            raise ConfigError(f"{config_path}: student.init is not set: it names the teacher and the layers to keep")
-        record = init_student(student.init.teacher, student.init.layers, Path(student.model))
+        config = _config(config_path, overrides)
+        asked = config.student.init
+        if asked is None:
+            raise ConfigError(f"{config_path}: student.init is not set: it names the teacher and what to keep")
+
+        def calibrate() -> "Calibration":
+            from student_train.model.importance import init_calibration
+
+            assert asked is not None
+            return init_calibration(config, asked)
+
+        record = init_student(asked, Path(config.student.model), calibrate, config.data)
     else:
-        if teacher is None or layers is None or out is None:
-            raise ConfigError("name a CONFIG with student.init, or all of --teacher, --layers and --out")
+        if teacher is None or (layers is None) == (parameters is None) or out is None:
+            raise ConfigError(
+                "name a CONFIG with student.init, or all of --teacher, --out and one of --layers and --parameters"
+            )
         if overrides:
             raise ConfigError("--set has no effect without CONFIG")
-        record = init_student(teacher, layers, out)
+        given = {"teacher": teacher, "layers": layers, "parameters": parameters}
+        record = init_student(validate_config(given, InitConfig, "init"), out)
 
     print_result(record, init_lines(record), as_json)
 
@@ -397,6 +459,12 @@ def evaluate(
     pack_tokens: Annotated[
         int | None, typer.Option(min=16, help="With --model: tokens per pack. Default: 4096.")
     ] = None,
+    quantise: Annotated[
+        Literal["w8a8", "w4a16"] | None,
+        typer.Option(
+            help="Round weights (and activations) as a quantised export would. Default: as the stage trained."
+        ),
+    ] = None,
     generate: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Also generate answers to N held-out prompts and judge them.")
     ] = None,
@@ -410,8 +478,10 @@ def evaluate(
 ) -> None:
     """Evaluate a student against its teacher on held-out chains. With --generate, also judge its own answers."""
     from student_train.answers import DEFAULT_NEW_TOKENS, GenerateConfig
+    from student_train.config import QuantiseConfig
     from student_train.evaluation import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
 
+    rounding = None if quantise is None else QuantiseConfig(format=quantise)
     answers = None
     if generate is not None:
         answers = GenerateConfig(generate, max_new_tokens or DEFAULT_NEW_TOKENS, temperature or 0.0)
@@ -425,7 +495,7 @@ def evaluate(
         if (max_chains, pack_tokens) != (None, None):
             raise ConfigError("--max-chains and --pack-tokens need --model: with a CONFIG use --set eval.max_chains=N")
         config = _config(config_path, overrides)
-        result = evaluate_config(config, where, "initial" if initial else checkpoint, answers)
+        result = evaluate_config(config, where, "initial" if initial else checkpoint, answers, rounding)
     else:
         if model is None or not cache:
             raise ConfigError("name a CONFIG, or --model and --cache")
@@ -439,6 +509,7 @@ def evaluate(
             max_chains=max_chains or DEFAULT_CHAINS,
             pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS,
             generate=answers,
+            quantise=rounding,
         )
     print_result(result, eval_lines(result), as_json)
 
@@ -547,6 +618,52 @@ def bench_formats(
     print_result(result, bench_lines(result), as_json)
     if max_ms is not None and result["chosen"] is None:
         raise typer.Exit(1)
+
+
+@app.command("compare")
+def compare_sides(
+    sides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SIDE...", help="Two or more of [NAME=]URL[#MODEL] (OpenAI-compatible servers) and [NAME=]FOLDER."
+        ),
+    ],
+    cache: Annotated[list[Path], typer.Option(help="Cache with the prompts. Repeatable.")],
+    where: Annotated[str, typer.Option(help="SQL condition over chains.")] = "split = 'heldout'",
+    prompts: Annotated[int, typer.Option(min=1, help="Maximum prompts; only those that name a judge.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server at a time.")] = 4,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="Maximum wait for a server's next bytes, in seconds.")
+    ] = 120.0,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=IN/OUT", help="Price of a million prompt and answer tokens. Repeatable."),
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the servers' key.")] = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare served students on the same held-out prompts: accuracy in pairs, latency, tokens, cost."""
+    from stillroom.storage.paths import check_out
+    from student_train.answers import GenerateConfig
+    from student_train.compare.comparing import compare, prompts_of
+    from student_train.compare.page import write_page
+    from student_train.compare.sides import open_side
+
+    check_out("--out", out)
+    if api_key_env is not None and api_key_env not in os.environ:
+        raise ConfigError(f"--api-key-env {api_key_env}: this environment variable is not set")
+    api_key = None if api_key_env is None else os.environ[api_key_env]
+    prices = dict(_price(one) for one in price or [])
+    config = GenerateConfig(prompts, max_new_tokens, temperature)
+    asked = prompts_of(cache, where, prompts)
+    result, answered = compare(
+        [open_side(one, api_key, timeout_s) for one in sides], asked, config, concurrency, prices
+    )
+    write_page(result, answered, asked, out)
+    print_result({**result, "page": str(out)}, compare_lines({**result, "page": str(out)}), as_json)
 
 
 @app.command()

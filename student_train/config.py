@@ -128,6 +128,110 @@ BELOW_HEAD = ("hidden_", "attention_")
 """Beginnings of the names of losses."""
 
 
+class PruneConfig(StrictModel):
+    """How much of a model to keep. What is not set stays. A pruned model must be trained again before it is of use."""
+
+    layers: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = (
+        None
+    )
+    """How many layers to keep; or a list of layer numbers, from 0."""
+    mlp_channels: int | None = Field(default=None, ge=1)
+    """Channels of each MLP to keep (`intermediate_size`)."""
+    kv_groups: int | None = Field(default=None, ge=1)
+    """Key-value heads of each layer to keep, each with the query heads that share it."""
+    hidden_size: int | None = Field(default=None, ge=1)
+    """Channels of the hidden states to keep."""
+    parameters: float | None = Field(default=None, gt=0)
+    """Instead of sizes: parameters to keep, embeddings included; below 1 a share of the model's. The axes of `along`
+    are cut by one common ratio, MLP and hidden channels to multiples of 32 (hidden ones of 8 where heads need it)."""
+    along: list[Literal["layers", "mlp_channels", "kv_groups", "hidden_size"]] | None = Field(
+        default=None, min_length=1
+    )
+    """With `parameters`: what to cut; None is layers and mlp_channels."""
+    rank_layers: Literal["spacing", "importance"] = "spacing"
+    """Which layers stay: evenly spaced ones with the first and the last, or those that are needed most: the layer whose
+    absence raises KL(teacher, model) least on cached chains goes first, and so on."""
+    rank_width: Literal["weights", "activations"] = "weights"
+    """Which channels stay: those with the largest L1 norm of weights, or those that pass on most on cached chains."""
+    calibration_tokens: int = Field(default=8192, ge=1)
+    """Tokens of the stage's chains (of the first stage for `init`) that `importance` and `activations` run."""
+
+    @property
+    def along_axes(self) -> tuple[Literal["layers", "mlp_channels", "kv_groups", "hidden_size"], ...]:
+        """The axes that `parameters` cuts."""
+        if self.parameters is None:
+            return ()
+        return ("layers", "mlp_channels") if self.along is None else tuple(self.along)
+
+    @property
+    def needs_chains(self) -> bool:
+        """Whether ranking runs cached chains."""
+        return self.rank_layers == "importance" or self.rank_width == "activations"
+
+    def number_of(self, axis: Literal["layers", "mlp_channels", "kv_groups", "hidden_size"]) -> int | None:
+        """The size set for an axis."""
+        layers = len(self.layers) if isinstance(self.layers, list) else self.layers
+        return {
+            "layers": layers,
+            "mlp_channels": self.mlp_channels,
+            "kv_groups": self.kv_groups,
+            "hidden_size": self.hidden_size,
+        }[axis]
+
+    @property
+    def axes(self) -> list[str]:
+        """All axes that are cut."""
+        named = [axis for axis in PRUNED_AXES if self.number_of(axis) is not None]
+        return [*named, *(axis for axis in self.along_axes if axis not in named)]
+
+    def _cuts_vocabulary(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _cuts_have_effect(self) -> "PruneConfig":
+        if not self.axes and not self._cuts_vocabulary():
+            raise ValueError(f"cuts nothing: set one of {', '.join(PRUNED_AXES)}, or parameters")
+        if self.along is not None and self.parameters is None:
+            raise ValueError("along has no effect without parameters")
+        twice = [axis for axis in self.along_axes if self.number_of(axis) is not None]
+        if twice:
+            raise ValueError(f"{twice[0]} is set and cut by parameters too: leave one out, or name others in along")
+        if self.rank_layers == "importance" and ("layers" not in self.axes or isinstance(self.layers, list)):
+            raise ValueError("rank_layers: importance has no effect: set layers to a number, or parameters")
+        if self.rank_width == "activations" and self.axes == ["layers"]:
+            raise ValueError("rank_width: activations has no effect where only layers are cut")
+        return self
+
+
+class QuantiseConfig(StrictModel):
+    """Quantisation-aware training: the forward pass rounds weights (and activations) as the quantised export will."""
+
+    format: Literal["w8a8", "w4a16"]
+    """w8a8: 8-bit weights with a scale per output channel, and 8-bit activations with a scale per token. w4a16: 4-bit
+    weights with a scale per group of inputs. Linear layers only; embeddings and head stay."""
+    group_size: int | None = Field(default=None, ge=1)
+    """w4a16 only: weights that share a scale; None is 32."""
+
+    @property
+    def weights_per_scale(self) -> int:
+        """Of w4a16."""
+        return self.group_size or 32
+
+    @model_validator(mode="after")
+    def _group_has_effect(self) -> "QuantiseConfig":
+        if self.group_size is not None and self.format != "w4a16":
+            raise ValueError(f"group_size has no effect with format: {self.format}, which has a scale per channel")
+        return self
+
+
+PRUNED_AXES: tuple[Literal["layers", "mlp_channels", "kv_groups", "hidden_size"], ...] = (
+    "layers",
+    "mlp_channels",
+    "kv_groups",
+    "hidden_size",
+)
+
+
 def stage_key(number: int, name: str) -> str:
     """How messages name a stage: its key in the configuration, counted from 0, and its name."""
     return f"stages.{number} ({name})"
@@ -143,6 +247,11 @@ class StageConfig(StrictModel):
     that is tied to the embeddings trains both, and backpropagates through all layers."""
     lora: LoraConfig | None = None
     """Only with `trainable: lora`; None uses the defaults."""
+    prune: PruneConfig | None = None
+    """Prune the model that the stage before left, before this one trains. The first stage has `student.init`."""
+    quantise: QuantiseConfig | None = None
+    """Train (and evaluate) the student as it will be once quantised. Weights stay in float; rounding the exported ones
+    to the nearest gives the numbers that were trained. Only with `trainable: all` or `body`."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
             "forward_kl": LossConfig(weight=0.9),
@@ -197,6 +306,12 @@ class StageConfig(StrictModel):
     def _has_effect(self) -> "StageConfig":
         if self.lora is not None and self.trainable != "lora":
             raise ValueError(f"lora has no effect with trainable: {self.trainable}")
+        if self.quantise is not None and self.trainable not in ("all", "body"):
+            why = "adapters are merged into the weights, which then round differently"
+            raise ValueError(
+                f"quantise needs trainable: all or body, not {self.trainable}: "
+                f"{why if self.trainable == 'lora' else 'the head is never quantised, and nothing else would learn'}"
+            )
         tau = self.temperature
         if isinstance(tau, ScheduleConfig) and tau.kind == "elastic":
             raise ValueError("temperature cannot be elastic: give it a linear, cosine or exponential schedule")
@@ -229,13 +344,17 @@ RUN_KEYS = ("run", "checkpoint", "eval", "tensorboard")
 """Blocks that may change when a run resumes: they say where and how often, never what is learnt."""
 
 
-class InitConfig(StrictModel):
-    """How `student-train init` creates the student."""
+class InitConfig(PruneConfig):
+    """How `student-train init` creates the student: what to keep of a teacher."""
 
     teacher: str
     """Hugging Face folder or hub id of the model to cut from."""
-    layers: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    """How many layers to keep, evenly spaced from the first to the last; or a list of layer numbers, from 0."""
+    vocabulary: Literal["written", "stored"] | None = None
+    """Also cut embeddings, head and (BPE) tokenizer to the ids that the caches use: those in texts or likeliest
+    somewhere, or all that distributions store. Distributions then count removed ids as tail. None keeps all."""
+
+    def _cuts_vocabulary(self) -> bool:
+        return self.vocabulary is not None
 
 
 class StudentConfig(StrictModel):
@@ -420,6 +539,13 @@ class TrainConfig(StrictModel):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tensorboard: bool = False
     """Also write TensorBoard files (needs the package tensorboard)."""
+
+    @model_validator(mode="after")
+    def _prunes_a_trained_model(self) -> "TrainConfig":
+        if self.stages[0].prune is not None:
+            key = stage_key(0, self.stages[0].name)
+            raise ValueError(f"{key}: prune has no stage before it: cut the student with student.init instead")
+        return self
 
     @model_validator(mode="after")
     def _agrees(self) -> "TrainConfig":

@@ -26,8 +26,17 @@ from stillroom.log import Progress
 from stillroom.models import cached_pieces
 from stillroom.storage.paths import Location, location
 from student_train.answers import GenerateConfig, Render, generate_and_judge, heldout_prompts
-from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
+from student_train.config import (
+    HELDOUT,
+    CacheConfig,
+    DataConfig,
+    EvalConfig,
+    QuantiseConfig,
+    StudentConfig,
+    TrainConfig,
+)
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.kept_ids import ids_of
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
 from student_train.data.prepared import render_prompts
@@ -39,6 +48,7 @@ from student_train.data.vocabulary.pieces import Vocabulary, lengths_of
 from student_train.exporting import adopt_tokens, cache_tokenizer, trained_model
 from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics
+from student_train.model.quantise import quantise_layers
 from student_train.model.student import Student, load_causal, widen_vocab
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks
@@ -165,13 +175,19 @@ def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
         return None
     pieces, special = found[0]
     known_V = lengths_of(Vocabulary(pieces, special).bytes_by_id())
-    lengths_V = np.zeros(max(len(known_V), selection.header.vocab_size), np.int64)
+    width = selection.header.vocab_size
+    if selection.header.kept_ids is not None:
+        width = int(ids_of(selection.header.kept_ids)[-1]) + 1
+    lengths_V = np.zeros(max(len(known_V), width), np.int64)
     lengths_V[: len(known_V)] = known_V
     is_special_V = np.zeros(len(lengths_V), bool)
     is_special_V[sorted(special)] = True
     has_space_V = np.zeros(len(lengths_V), bool)
     if selection.is_retokenised and has_leading_space(selection):
         has_space_V[[token_id for token_id, piece in pieces.items() if piece.startswith(" ")]] = True
+    if selection.header.kept_ids is not None:
+        kept_K = ids_of(selection.header.kept_ids)
+        lengths_V, is_special_V, has_space_V = lengths_V[kept_K], is_special_V[kept_K], has_space_V[kept_K]
 
     def count(pack: Pack) -> int:
         ids_N = pack.sampled_ids_N
@@ -219,10 +235,17 @@ DEFAULT_CHAINS = 512
 DEFAULT_PACK_TOKENS = 4096
 
 
-def evaluate_config(config: TrainConfig, where: str | None, which: str, generate: GenerateConfig | None = None) -> Json:
+def evaluate_config(
+    config: TrainConfig,
+    where: str | None,
+    which: str,
+    generate: GenerateConfig | None = None,
+    quantise: QuantiseConfig | None = None,
+) -> Json:
     """Evaluates checkpoint `which` of a run, or the untrained student (`initial`).
 
-    Without `where`, on the run's held-out selection; with `generate`, also by its answers to prompts.
+    Without `where`, on the run's held-out selection; with `generate`, also by its answers to prompts. `quantise` rounds
+    the forward pass, as a checkpoint of a stage that quantises always is.
 
     Raises ConfigError, DataError, CorruptError.
     """
@@ -237,8 +260,9 @@ def evaluate_config(config: TrainConfig, where: str | None, which: str, generate
     else:
         state = find_state(run.checkpoints, which)
         model, name = trained_model(config, state, merged=True), state.tag
+        quantise = quantise or config.stages[state.stage].quantise
     kept = run.heldout_path if where is None else None
-    result = _evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens, generate)
+    result = _evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens, generate, quantise)
     return {"model": name, **result}
 
 
@@ -251,8 +275,9 @@ def evaluate_model(
     max_chains: int | None = DEFAULT_CHAINS,
     pack_tokens: int = DEFAULT_PACK_TOKENS,
     generate: GenerateConfig | None = None,
+    quantise: QuantiseConfig | None = None,
 ) -> Json:
-    """Evaluates a Hugging Face folder or hub id; `kind` is that of DataConfig.
+    """Evaluates a Hugging Face folder or hub id; `kind` is that of DataConfig, `quantise` rounds the forward pass.
 
     Raises ConfigError, DataError, CorruptError.
     """
@@ -266,7 +291,7 @@ def evaluate_model(
     wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
     loaded = load_causal(model, student, precision)
-    return {"model": model, **_evaluate(loaded, student, data, wanted, None, None, generate)}
+    return {"model": model, **_evaluate(loaded, student, data, wanted, None, None, generate, quantise)}
 
 
 def _evaluate(
@@ -277,6 +302,7 @@ def _evaluate(
     kept: Path | None,
     chunk_tokens: int | None,
     generate: GenerateConfig | None,
+    quantise: QuantiseConfig | None,
 ) -> Json:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
@@ -288,12 +314,19 @@ def _evaluate(
         vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
         widen_vocab(model, vocabulary.num_ids)
         fuse_head(model)
+        if quantise is not None:
+            quantise_layers(model, quantise)
         metrics_of = student_metrics(Student(model, chunk_tokens).to(device))
         result = evaluate(metrics_of, selection, eval_spec(data), Ranks(0, 1, device))
         answers = None
         if generate is not None:
             answers = _answers(model, student, data, selection, wanted.where, generate)
-    return {"where": wanted.where, **result.model_dump(), "generation": answers}
+    return {
+        "where": wanted.where,
+        "quantise": None if quantise is None else quantise.format,
+        **result.model_dump(),
+        "generation": answers,
+    }
 
 
 def _answers(
@@ -317,7 +350,7 @@ def _render_of(tokenizer: Any, data: DataConfig, selection: Selection) -> Render
     changes = data.prompt
     if changes is not None:
         return lambda messages: render_prompts(tokenizer, changes, [messages])[0]
-    if not selection.is_retokenised:
+    if not selection.is_retokenised and selection.header.kept_ids is None:
         return None
     text = HuggingFaceText(tokenizer, selection.header.vocab_size)
     return lambda messages: text.encode_prompts([text.render(messages)])[0]

@@ -29,9 +29,11 @@ from student_train.config import (
     StudentConfig,
     TrainConfig,
 )
+from student_train.data.kept_ids import read_kept_ids
 from student_train.data.open import before_and_after, check_vocabulary
 from student_train.data.selection import Selection, load_selection
 from student_train.model.folder import atomic_folder, save_model
+from student_train.model.prune import cut_words
 from student_train.model.student import add_lora, load_causal, widen_vocab
 from student_train.runtime.checkpoint import CheckpointState
 from student_train.runtime.engine import saved_weights
@@ -86,11 +88,7 @@ def _provenance(
     lines = [
         f"Teacher: {', '.join(teachers) or 'unknown'} (fingerprint {', '.join(header.teacher_fingerprints)})",
         f"Student before training: {config.student.model}"
-        + (
-            f", {len(cut.layers) if isinstance(cut.layers, list) else cut.layers} layers of {cut.teacher}"
-            if cut is not None
-            else ""
-        ),
+        + (f", cut to {cut_words(cut)} of {cut.teacher}" if cut is not None else ""),
         "Caches: " + "; ".join(f"{one.root}, version {one.chains_version} of its chains" for one in header.caches),
         f"Checkpoint: {state.tag}, after {state.num_loss_tokens} loss tokens",
     ]
@@ -106,11 +104,19 @@ def _provenance(
 def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> str:
     header = selection.header
     size = f"{header.num_chains} chains, {header.num_tokens} completion tokens"
+    pruned = [f"prunes to {cut_words(stage.prune)}"] if stage.prune is not None else []
     parts = [
+        *pruned,
         f"trains {stage.trainable} on `{header.where or 'all'}` ({size})",
         "losses " + ", ".join(_loss(name, loss) for name, loss in stage.losses.items()),
         f"peak rate {stage.learning_rate:g}",
     ]
+    if stage.quantise is not None:
+        size = f", groups of {stage.quantise.weights_per_scale}" if stage.quantise.format == "w4a16" else ""
+        parts.append(
+            f"rounds its forward pass to {stage.quantise.format}{size}: weights here are float; rounding them to the "
+            "nearest gives what was evaluated"
+        )
     if stage.temperature != 1.0:
         parts.append(f"temperature {_value(stage.temperature)}")
     if stage.token_weights is not None:
@@ -195,6 +201,10 @@ def export(
             # peft writes it into adapter_config.json, which is then opened from any directory.
             model.peft_config["default"].base_model_name_or_path = adapter_of
         save_model(model, found, temp, with_embeddings=adapter_of is not None and _is_widened(model, adapter_of))
+        # What reads a cache with this folder, and what is pruned from it, needs the ids too.
+        kept = read_kept_ids(config.student.model)
+        if kept is not None and not selection.is_retokenised:
+            kept.write(temp)
         selections = {
             one.name: load_selection(run.selection_path(one.name)) for one in config.stages[: state.stage + 1]
         }
@@ -224,9 +234,12 @@ def export_stage(config: TrainConfig, state: CheckpointState) -> Path:
 
 def initial_folder(config: TrainConfig, stage: int) -> str:
     """The model from which a stage begins."""
+    run = RunFolder(config.run)
     if stage == 0:
         return config.student.model
-    return str(RunFolder(config.run).model_after(config.stages[stage - 1].name))
+    if config.stages[stage].prune is not None:
+        return str(run.pruned_for(config.stages[stage].name))
+    return str(run.model_after(config.stages[stage - 1].name))
 
 
 def _is_widened(model: Any, base: str) -> bool:
@@ -274,13 +287,15 @@ def cache_tokenizer(config: StudentConfig, selection: Selection, named: str | No
     if named is not None and selection.is_retokenised:
         kind = "text alone" if selection.is_text else "projected distributions"
         raise ConfigError(f"--tokenizer has no effect after training on {kind}: the student has its own")
+    if named is not None and selection.header.kept_ids is not None:
+        raise ConfigError("--tokenizer has no effect for a student whose vocabulary is cut: it has its own")
     if named is not None:
         tokenizer = load_tokenizer(named)
         if not _is_cached(tokenizer, selection):
             raise ConfigError(f"--tokenizer {named} is not the cache's: its tokenizer or chat template differs")
         return tokenizer
     student = load_tokenizer(config.model, config.revision, config.trust_remote_code)
-    if selection.is_retokenised or _is_cached(student, selection):
+    if selection.is_retokenised or selection.header.kept_ids is not None or _is_cached(student, selection):
         return student
     teachers = {manifest.teacher.model for manifest in manifests_of(selection)}
     for teacher in sorted(teachers):

@@ -58,7 +58,7 @@ from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, numbers_path, write_behaviour
 from student_train.losses.below import AttentionKL, ProjectedLoss
 from student_train.losses.divergences import Divergence, FeatureLoss, Loss, LossMix
-from student_train.model.prune import require_cut
+from student_train.model.prune import cut_words, require_cut
 from student_train.model.shape import ModelShape, model_shape
 from student_train.runtime.checkpoint import latest_state
 from student_train.runtime.metrics_log import require_tensorboard
@@ -169,6 +169,8 @@ def prepare(
     caches = [cache.path for cache in config.data.caches]
     vocabulary = check_vocabulary(config.student, stages[0].selection, caches)
     _check_lora_targets(config)
+    if is_first:
+        _check_prunes(config)
     return RunPlan(stages, heldout, vocabulary)
 
 
@@ -259,6 +261,32 @@ def _accumulation(config: TrainConfig, number: int, num_ranks: int) -> int:
         return accumulation_of(config.stages[number], config.data, num_ranks)
 
 
+def _check_prunes(config: TrainConfig) -> None:
+    """Refuses cuts of later stages that would only fail when the stages before are trained."""
+    asked = [(number, stage) for number, stage in enumerate(config.stages) if stage.prune is not None]
+    if not asked:
+        return
+    from student_train.model.narrow import Sizes, layout_of, planned_sizes
+    from student_train.model.prune import kept_layers, require_layers
+    from student_train.model.student import meta_causal
+
+    model = meta_causal(config.student)
+    num_layers = int(model.config.to_dict().get("num_hidden_layers", 0))
+    sizes: Sizes | None = None
+    for number, stage in asked:
+        assert stage.prune is not None
+        with _naming_stage(number, stage):
+            require_layers(model)
+            if stage.prune.rank_layers == "importance" and config.data.kind == "text":
+                raise ConfigError("prune.rank_layers: importance needs distributions, and data.kind: text has none")
+            if set(stage.prune.axes) - {"layers"} or stage.prune.parameters is not None:
+                layout, first = layout_of(model)
+                sizes = planned_sizes(layout, replace(sizes or first, layers=num_layers), stage.prune)
+                num_layers = sizes.layers
+            elif stage.prune.layers is not None:
+                num_layers = len(kept_layers(num_layers, stage.prune.layers))
+
+
 def _check_lora_targets(config: TrainConfig) -> None:
     """Refuses names that peft would refuse only when the stages before are trained."""
     named = [(number, stage) for number, stage in enumerate(config.stages) if stage.lora and stage.lora.targets]
@@ -319,7 +347,11 @@ def _stage_plan(
         check_prepared(selection, config.data)
         check_temperature(mix, selection, stage)
         if sets is not None and mix.reads_features:
+            if selection.header.kept_ids is not None:
+                raise ConfigError("losses on features need the teacher's vocabulary, and the student's is cut")
             if mix.features:
+                if any(one.prune is not None for one in config.stages[: index + 1]):
+                    raise ConfigError("losses below the head read layers that `prune` changes: use them before it")
                 stage = _with_layers(config, stage, mix, sets)
                 mix = check_mixes(stage, num_steps)
             features = stage_features(mix, selection, sets)
@@ -397,7 +429,7 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
             "run": str(config.run),
             "num_ranks": num_ranks,
             "num_parameters": shape.num_parameters,
-            "notes": [*plan.vocabulary.notes, *_notes_on_heads(config, shape)],
+            "notes": [*plan.vocabulary.notes, *_notes_on_heads(config, shape), *_notes_on_prunes(config)],
             "stages": stages,
             "num_steps": plan.num_steps,
             "heldout_chains": 0 if heldout is None else heldout.header.num_chains,
@@ -564,6 +596,14 @@ def _notes_on_heads(config: TrainConfig, shape: ModelShape) -> list[str]:
         return []
     tied = f"the head of {config.student.model} is tied to its embeddings: stage {' and '.join(names)} trains both"
     return [f"{tied} and backpropagates through all layers"]
+
+
+def _notes_on_prunes(config: TrainConfig) -> list[str]:
+    return [
+        f"stage {stage.name} first prunes the model to {cut_words(stage.prune)}; its memory is that of the whole model"
+        for stage in config.stages
+        if stage.prune is not None
+    ]
 
 
 def _chunk_tokens(engine: EngineConfig) -> int:

@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +39,8 @@ from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_w
 from student_train.evaluation import evaluate
 from student_train.exporting import export_stage, initial_folder
 from student_train.losses.divergences import LossMix
+from student_train.model.importance import calibration_of
+from student_train.model.prune import prune_folder
 from student_train.model.student import DTYPES, LossesBelow, load_student
 from student_train.model.taps import load_teacher
 from student_train.plan import RunPlan, StagePlan, prepare
@@ -162,7 +165,8 @@ class StageRun:
         here = state if state is not None and state.stage == stage.index else None
         if state is not None and here is None and ranks.is_first:
             # This stage starts from the weights that the one before exports.
-            export_stage(config, state)
+            folder = export_stage(config, state)
+            _prune(folder, config, plan, stage)
         ranks.barrier()
         self._teacher = None
         if stage.features is not None:
@@ -514,6 +518,22 @@ def _rewind(run: RunFolder, config: TrainConfig, step: int) -> None:
     run.open(config, has_learnt=True, rewound_to=state)
     checkpoint.rewind(run.checkpoints, state)
     run.truncate_evals(state.place)
+
+
+def _prune(folder: Path, config: TrainConfig, plan: RunPlan, stage: StagePlan) -> None:
+    """Writes the pruned model that the stage starts from, where it asks for one."""
+    asked = stage.config.prune
+    if asked is None:
+        return
+    out = RunFolder(config.run).pruned_for(stage.config.name)
+    num_ids = plan.vocabulary.num_ids
+    prune_folder(
+        folder,
+        out,
+        asked,
+        config.student,
+        lambda: calibration_of(stage.selection, stage.spec, asked.calibration_tokens, num_ids),
+    )
 
 
 def seed_generators(seed: int, stage: int, step: int, rank: int) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS, model_config
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config import InitConfig, TrainConfig
 from student_train.evaluation import evaluate_config
 from student_train.model.folder import atomic_folder, save_model
 from student_train.model.prune import init_student
@@ -41,7 +41,7 @@ def make_student(kind: str, folder: Path, teacher: Path, tokenizer: Any, seed: i
     if folder.exists():
         return folder
     if kind == "cut":
-        init_student(str(teacher), 2, folder)
+        init_student(InitConfig(teacher=str(teacher), layers=2), folder)
         return folder
     return make_small(folder, tokenizer, seed)
 

@@ -10,7 +10,7 @@ What was measured on other chains is kept, and compared with nothing: evaluation
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from stillroom.sql.conditions import in_brackets
 from stillroom.storage.paths import Location
 from student_train.config import DataConfig, EvalConfig, StageConfig, StudentConfig, TrainConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.kept_ids import ids_of, read_kept_ids
 from student_train.data.prepared import Pairing, open_prepared_selection
 from student_train.data.retokenised import vocab_beside
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection, open_selection
@@ -102,8 +103,13 @@ def open_data(
     `kind: projected`. Rows differ from the caches' for `mixture`, `prompt` and with a `pairing`.
     """
     if data.kind == "distributions" and data.mixture is None and data.prompt is None and pairing is None:
-        return _of_kind(path, open_selection(path, request), data)
+        return _of_kind(path, open_selection(path, replace(request, kept_ids=read_kept_ids(student.model))), data)
     if data.kind == "distributions":
+        if read_kept_ids(student.model) is not None:
+            raise ConfigError(
+                f"{student.model} has a cut vocabulary, and data.mixture, data.prompt and dpo need the whole one: cut "
+                "the student without student.init.vocabulary"
+            )
         return open_prepared_selection(path, request, data, student, pairing)
     from student_train.data.text import HuggingFaceText, open_text_selection
 
@@ -238,6 +244,8 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
         )
     if selection.is_retokenised:
         return Vocabulary(width, [], same_tokenizer=True)
+    if selection.header.kept_ids is not None:
+        return _cut_vocabulary(student, selection)
     num_ids = max(width, selection.header.vocab_size)
     notes = []
     if width < num_ids:
@@ -264,6 +272,18 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
         + (", ..." if len(difference.special) > SHOWN_DIFFERENCES else "")
     )
     return Vocabulary(num_ids, notes, same_tokenizer=False)
+
+
+def _cut_vocabulary(student: StudentConfig, selection: Selection) -> Vocabulary:
+    """Of a student that keeps some of the cache's ids. Raises ConfigError where it was cut for another tokenizer."""
+    kept = read_kept_ids(student.model)
+    if kept is None or kept.packed != selection.header.kept_ids:
+        raise ConfigError(f"{student.model} has another vocabulary than when the run began: choose another run folder")
+    if selection.header.tokenizer_fingerprints != [kept.tokenizer_fingerprint]:
+        raise ConfigError(f"{student.model} was cut for a cache of another tokenizer: train it from that cache")
+    num_ids = len(ids_of(kept.packed))
+    tail = "" if kept.has_all_stored else "; the others' mass in distributions counts as tail"
+    return Vocabulary(num_ids, [f"the student keeps {num_ids} of the cache's ids{tail}"], same_tokenizer=True)
 
 
 def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:

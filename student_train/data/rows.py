@@ -27,6 +27,7 @@ from stillroom.errors import CorruptError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
 from student_train.data.features import StageFeatures
+from student_train.data.kept_ids import map_signals, map_text
 from student_train.data.retokenised import CHUNK_LOGPROB, DOCUMENTS, IS_COMMON
 from student_train.data.selection import Selection, keys_of
 
@@ -130,6 +131,9 @@ def read_rows(
             bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of a different length than was selected"
         )
     signals = decode_signals(table) if decode_signals is not None else None
+    if (kept := selection.header.kept_ids) is not None:
+        prompt_ids, token_ids_T = map_text(kept, prompt_ids, where), map_text(kept, token_ids_T, where)
+        signals = None if signals is None else map_signals(kept, signals)
     entry_offsets_T = draw_offsets_T = None
     if signals is not None:
         entry_offsets_T = _offsets(signals.topk_n_T)

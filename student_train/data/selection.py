@@ -39,6 +39,7 @@ from stillroom.schema.tables import CHAIN_FIELDS
 from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_with
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, atomic_path, location
+from student_train.data.kept_ids import KeptIds, ids_of
 
 SELECTION_FORMAT = 1
 METADATA_KEY = b"stillroom-selection"
@@ -145,6 +146,8 @@ class SelectionHeader(_Frozen):
     """Draws that every shard holds of a token whose support was cut short; 0: not every shard holds any."""
     temperatures: list[float] = []
     """Temperatures whose log-partition every shard holds, ascending."""
+    kept_ids: str | None = None
+    """Ids of the cache that the student's cut vocabulary keeps (kept_ids.py); ids here are then the student's."""
     hash: str = ""
     """Of the rows and of everything above except where the caches lie."""
 
@@ -333,7 +336,7 @@ def _hash(selection: Selection) -> str:
     about: dict[str, Any] = selection.header.model_dump(
         mode="json", exclude={"hash": True, "caches": {"__all__": {"root"}}}
     )
-    for name in ("projection", "prepared"):
+    for name in ("projection", "prepared", "kept_ids"):
         if about[name] is None:
             # Selections that were frozen before there was any keep their hash.
             del about[name]
@@ -420,6 +423,8 @@ class SelectionRequest:
     """Do not refuse shards of several tokenizers: only the text will be read."""
     key: str = "data.where"
     """What `where` is called in the configuration, for messages."""
+    kept_ids: KeptIds | None = None
+    """Of a student whose vocabulary is cut."""
 
 
 def open_selection(path: Path, request: SelectionRequest) -> Selection:
@@ -437,6 +442,7 @@ def check_request(path: Path, header: SelectionHeader, request: SelectionRequest
         "where": (header.where, request.where),
         "weight": (header.weight, request.weight),
         "max_chains": (header.max_chains, request.max_chains),
+        "kept_ids": (header.kept_ids, None if request.kept_ids is None else request.kept_ids.packed),
     }
     for cache, source in zip(header.caches, request.sources, strict=True):
         asked[f"weight of {source.root}"] = (cache.weight, source.weight)
@@ -472,6 +478,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
             f"{request.key} {request.where!r} selects only chains that are empty or have weight 0: widen it"
         )
     rows, headers = _locate(catalogs, [footers for _, footers in answers], rows)
+    kept = request.kept_ids
     if not request.any_tokenizer:
         check_one_tokenizer(headers)
     header = SelectionHeader(
@@ -494,11 +501,13 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
         tokenizer_fingerprints=sorted({one.tokenizer_fingerprint for one in headers.values()}),
         template_fingerprints=sorted({one.template_fingerprint for one in headers.values()}),
         codecs=sorted({one.codec for one in headers.values()}),
-        vocab_size=max(one.vocab_size for one in headers.values()),
+        vocab_size=max(one.vocab_size for one in headers.values()) if kept is None else len(ids_of(kept.packed)),
         max_support=max(one.max_support for one in headers.values()),
         # What not every shard has cannot be used: a pack may mix rows of all of them.
-        draws=min(one.draws for one in headers.values()),
+        # The draws of a tail that lost ids would stand for too little: it becomes one bucket.
+        draws=min(one.draws for one in headers.values()) if kept is None or kept.has_all_stored else 0,
         temperatures=sorted(set.intersection(*(set(one.temperatures) for one in headers.values()))),
+        kept_ids=None if kept is None else kept.packed,
         **totals_of(rows),
     )
     return write_selection(path, rows, header)

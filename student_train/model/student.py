@@ -125,6 +125,10 @@ def load_student(
     widen_vocab(model, vocab_size)
     # Before peft: its wrapper then holds a FusedHead, and LoRA on the head is found around it.
     fuse_head(model)
+    if stage.quantise is not None:
+        from student_train.model.quantise import quantise_layers
+
+        quantise_layers(model, stage.quantise)
     if engine.gradient_checkpointing:
         # The reentrant form needs an input that requires grad, which LoRA and a frozen embedding do not have.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -244,7 +248,7 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
     """
     import peft
 
-    experts = [name for name in lora.targets or [] if any(_ends_in(one, name) for one in _stacked_experts(model))]
+    experts = [name for name in lora.targets or [] if any(_ends_in(one, name) for one in stacked_experts(model))]
     named = [name for name in lora.targets or [] if name not in experts]
     wanted = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -268,25 +272,25 @@ def adaptable_layers(model: Any) -> list[str]:
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, transformers.pytorch_utils.Conv1D)
     return [
         *(name for name, module in model.named_modules() if isinstance(module, kinds)),
-        *_stacked_experts(model),
+        *stacked_experts(model),
     ]
 
 
-def _stacked_experts(model: Any) -> list[str]:
+def stacked_experts(model: Any) -> list[str]:
     """Dotted names of weights [experts, out, in] that are no layers."""
     return [name for name, one in model.named_parameters() if one.dim() == 3 and not name.endswith(".weight")]
 
 
 def _all_linear(model: Any) -> str | list[str]:
     """peft's name for all linear layers but the head, or their names where it would take routers and experts too."""
-    routers, head = set(_routers(model)), model.get_output_embeddings()
+    routers, head = set(routers_of(model)), model.get_output_embeddings()
     if not routers:
         return "all-linear"
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return [name for name, module in linears if name not in routers and module is not head]
 
 
-def _routers(model: Any) -> list[str]:
+def routers_of(model: Any) -> list[str]:
     """Dotted names of the modules that score experts: called router, or gate beside experts."""
     names = [name for name, _ in model.named_modules()]
     beside_experts = {f"{name.removesuffix('.experts')}.gate" for name in names if name.endswith(".experts")}

@@ -14,6 +14,7 @@ RUN/eval.json                     every evaluation, in order
 RUN/checkpoints/                  see checkpoint.py
 RUN/plan/                         what `student-train plan` retokenised; the run links its files, then removes it
 RUN/stages/<stage>/               the model at the end of every stage but the last, a Hugging Face folder
+RUN/stages/<stage>.pruned/        the model that a stage with `prune` starts from
 """
 
 import fcntl
@@ -104,6 +105,10 @@ class RunFolder:
     def model_after(self, stage_name: str) -> Path:
         """The model at the end of a stage, from which the next one starts."""
         return self.root / "stages" / stage_name
+
+    def pruned_for(self, stage_name: str) -> Path:
+        """The pruned model from which a stage with `prune` starts. Names of stages have no dots."""
+        return self.root / "stages" / f"{stage_name}.pruned"
 
     def lock(self) -> IO[str]:
         """Holds the folder until the returned file is closed. Raises CacheConflict if another process holds it."""

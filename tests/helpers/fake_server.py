@@ -178,7 +178,30 @@ class _Handler(BaseHTTPRequestHandler):
             return
         reply = self.setup_of.chat(body["messages"][0]["content"])
         choice = reply if isinstance(reply, dict) else {"message": {"content": reply}, "finish_reason": "stop"}
+        if body.get("stream"):
+            self._stream_chat(choice)
+            return
         self._send(200, {"choices": [choice]})
+
+    def _stream_chat(self, choice: Json) -> None:
+        """Word by word; each word is a token."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        message = choice["message"]
+        words = message["content"].split(" ")
+        pieces = [word if number == 0 else f" {word}" for number, word in enumerate(words)]
+        deltas = [{"delta": {"content": piece}} for piece in pieces]
+        if "reasoning_content" in message:
+            deltas.insert(0, {"delta": {"reasoning_content": message["reasoning_content"]}})
+        last = {"delta": {}, "finish_reason": choice["finish_reason"]}
+        for event in [*({"choices": [delta]} for delta in deltas), {"choices": [last]}]:
+            self.wfile.write(EVENT.format(json.dumps(event)).encode())
+        usage = {"prompt_tokens": 7, "completion_tokens": len(words)}
+        self.wfile.write(EVENT.format(json.dumps({"choices": [], "usage": usage})).encode())
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def _answer(self, body: Json, plan: "Plan", trouble: Trouble | None) -> None:
         if not body.get("stream"):

@@ -31,7 +31,7 @@ HOMES = {
     "deepspeed": {"student_train/runtime/engine.py"},
     "deltalake": {"shared/stillroom/cache/catalog.py"},
     "duckdb": {f"shared/stillroom/sql/{name}.py" for name in ("session", "statements", "user_files")},
-    "httpx2": {"teacher_cache/engine/http/client.py"},
+    "httpx2": {"teacher_cache/engine/http/client.py", "student_train/compare/sides.py"},
 }
 OTHER_ENVIRONMENTS = "student_train/export/workers/"
 """Scripts that run foreign tools, most of them in environments that lack the project."""

@@ -60,7 +60,7 @@ def test_cut_keeps_weights_and_everything_beside_them(
     teacher.generation_config = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=1)
     teacher.save_pretrained(tmp_path / "teacher")
     make_tokenizer().save_pretrained(tmp_path / "teacher")
-    record = init_student(str(tmp_path / "teacher"), 3, tmp_path / "student")
+    record = init_student(InitConfig(teacher=str(tmp_path / "teacher"), layers=3), tmp_path / "student")
     assert record["kept_layers"] == [0, 2, 5]
     student: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.dtype == torch.bfloat16
@@ -80,12 +80,13 @@ def test_cut_keeps_weights_and_everything_beside_them(
 
 def test_the_same_cut_again_is_left_alone_and_another_is_refused(tmp_path: Path) -> None:
     teacher = make_student(tmp_path / "teacher", layers=4)
-    first = init_student(str(teacher), 2, tmp_path / "student")
+    asked = InitConfig(teacher=str(teacher), layers=2)
+    first = init_student(asked, tmp_path / "student")
     before = (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns
-    assert init_student(str(teacher), 2, tmp_path / "student") == first
+    assert init_student(asked, tmp_path / "student") == first
     assert (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="already exists"):
-        init_student(str(teacher), 3, tmp_path / "student")
+        init_student(InitConfig(teacher=str(teacher), layers=3), tmp_path / "student")
     assert json.loads((tmp_path / "student" / "init.json").read_text())["kept_layers"] == [0, 3]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -95,15 +96,15 @@ def test_models_without_such_layers_are_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "gpt2")
     make_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ConfigError, match="GPT2LMHeadModel cannot be cut"):
-        init_student(str(tmp_path / "gpt2"), 1, tmp_path / "student")
+        init_student(InitConfig(teacher=str(tmp_path / "gpt2"), layers=1), tmp_path / "student")
     with pytest.raises(DataError):
-        init_student(str(tmp_path / "nothing"), 1, tmp_path / "student")
+        init_student(InitConfig(teacher=str(tmp_path / "nothing"), layers=1), tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 
 def test_a_configuration_that_asks_for_another_cut_than_the_folder_holds_is_refused(tmp_path: Path) -> None:
     teacher = str(make_student(tmp_path / "teacher", layers=3))
-    init_student(teacher, 2, tmp_path / "student")
+    init_student(InitConfig(teacher=teacher, layers=2), tmp_path / "student")
 
     def student(layers: int | list[int], name: str = "student", of: str = teacher) -> StudentConfig:
         return StudentConfig(model=str(tmp_path / name), init=InitConfig(teacher=of, layers=layers))

@@ -1,0 +1,1 @@
+"""Served students side by side on the same held-out prompts: `student-train compare`."""
