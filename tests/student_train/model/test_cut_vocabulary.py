@@ -21,7 +21,7 @@ from student_train.model.cut_vocabulary import _closed, _cut_tokenizer
 from student_train.model.prune import init_student
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.run_folder import RunFolder
-from tests.helpers.caches import EOS_ID, CacheShape, SyntheticCache, write_chains
+from tests.helpers.caches import EOS_ID, THINK_END_ID, CacheShape, SyntheticCache, write_chains
 from tests.helpers.students import make_student
 from tests.helpers.tiny_tokenizer import CORPUS, metaspace, save
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer
@@ -62,7 +62,9 @@ def test_a_cut_tokenizer_splits_the_text_as_before(tmp_path: Path, kind: str) ->
         tokenizer = AutoTokenizer.from_pretrained(save(metaspace(), tmp_path / "whole"))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = tokenizer.encode(TEXT)
-    kept = _closed(backend, ids)
+    messages = [{"role": "user", "content": TEXT}]
+    rendered_ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    kept = _closed(backend, [*ids, *rendered_ids])
     assert set(ids) <= set(kept)
     assert len(kept) < len(tokenizer)
     cut = _cut_tokenizer(tokenizer, backend, kept)
@@ -70,9 +72,7 @@ def test_a_cut_tokenizer_splits_the_text_as_before(tmp_path: Path, kind: str) ->
     assert len(cut) == len(kept)
     # Text of another kind is longer, and still itself.
     assert cut.decode(cut.encode(CORPUS[0])) == tokenizer.decode(tokenizer.encode(CORPUS[0]))
-    messages = [{"role": "user", "content": TEXT}]
-    rendered = [one.apply_chat_template(messages, return_dict=False) for one in (tokenizer, cut)]
-    assert [kept[number] for number in rendered[1]] == rendered[0]
+    assert [kept[number] for number in cut.apply_chat_template(messages, return_dict=False)] == rendered_ids
     assert cut.convert_tokens_to_ids(cut.eos_token) == kept.index(tokenizer.eos_token_id)
 
 
@@ -88,10 +88,17 @@ def _cache(root: Path, tokenizer: Any) -> SyntheticCache:
     """Chains of few words, whose stored ids lie below 270 but for what they say."""
     chains = []
     for row in range(24):
-        ids = np.array([*tokenizer.encode(f"{TEXT} {row}"), EOS_ID], np.int32)
+        ids = np.array([*tokenizer.encode(TEXT), THINK_END_ID, *tokenizer.encode(str(row)), EOS_ID], np.int32)
         signals = _signals(ids, 270, np.random.default_rng(row))
         # The likeliest token is the one that was said, or a small id.
-        chains.append(replace(make_chain(tokenizer, row, "cut"), text=f"{TEXT} {row}", token_ids=ids, signals=signals))
+        chains.append(
+            replace(
+                make_chain(tokenizer, row, "cut"),
+                text=tokenizer.decode(ids[:-1].tolist()),
+                token_ids=ids,
+                signals=signals,
+            )
+        )
     shape = CacheShape(codec="topk-f32", vocab_size=len(tokenizer), max_support=4, tokenizer="cut")
     return write_chains(root, shape, chains, tokenizer)
 
