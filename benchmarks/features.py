@@ -38,7 +38,7 @@ from benchmarks.quality.teacher import (
 )
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config import InitConfig, TrainConfig
 from student_train.exporting import trained_model
 from student_train.model.prune import init_student
 from student_train.runtime.checkpoint import find_state
@@ -194,7 +194,7 @@ def _student(setting: Setting, place: Path, teacher: Path, tokenizer: Any, seed:
     folder = place / f"student-{setting.name}-{seed}"
     if setting.name != "smollm2":
         return make_student(setting.name, folder, teacher, tokenizer, seed)
-    init_student(str(teacher), SMOLLM2_LAYERS, folder)
+    init_student(InitConfig(teacher=str(teacher), layers=SMOLLM2_LAYERS), folder)
     return folder
 
 

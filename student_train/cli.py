@@ -38,7 +38,7 @@ def init_lines(record: Result) -> list[str]:
         f"{record['folder']}: {size} parameters, layers {kept} of {record['teacher_layers']} of {record['teacher']}"
     ]
     sizes, before = record.get("sizes"), record.get("sizes_before")
-    if sizes is not None:
+    if sizes is not None and before is not None:
         cut = [f"{axis} {sizes[axis]} of {before[axis]}" for axis in sizes if sizes[axis] != before[axis]]
         lines.append(f"sizes      {', '.join(cut) or 'as the teacher'}")
     if record.get("vocabulary") is not None:

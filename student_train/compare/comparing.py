@@ -6,6 +6,7 @@ A failed request is reported, and its prompt leaves the pairs of that side.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def answer_text(prompt: AskedPrompt, reply: Reply) -> str | None:
 
 def _summary(one: Answered, price: Price | None) -> Json:
     replies = [reply for reply in one.replies if reply.error is None]
-    scores = [score for number in range(len(one.replies)) if (score := one.score(number)) is not None]
+    found = [one.score(number) for number in range(len(one.replies))]
+    scores: list[float] = [score for score in found if score is not None]
     firsts = [reply.first_token_s for reply in replies if reply.first_token_s is not None]
     num_tokens = sum(reply.num_tokens or 0 for reply in replies)
     num_prompt_tokens = sum(reply.num_prompt_tokens or 0 for reply in replies)
@@ -141,7 +143,7 @@ def _summary(one: Answered, price: Price | None) -> Json:
     cost = None
     if price is not None and has_counts:
         cost = (num_prompt_tokens * price.prompt + num_tokens * price.completion) / 1e6
-    interval = mean_interval(scores)
+    interval, num_correct = mean_interval(scores), math.fsum(scores)
     return {
         "name": one.side.name,
         "model": one.side.model,
@@ -158,7 +160,7 @@ def _summary(one: Answered, price: Price | None) -> Json:
         "completion_tokens": num_tokens if has_counts else None,
         "tokens_per_answer": num_tokens / len(replies) if has_counts else None,
         "cost": cost,
-        "cost_per_correct": cost / sum(scores) if cost is not None and sum(scores) else None,
+        "cost_per_correct": cost / num_correct if cost is not None and num_correct else None,
     }
 
 

@@ -51,7 +51,7 @@ def sign_test(wins_a: int, wins_b: int) -> float:
     num = wins_a + wins_b
     # Integers to the end: 2^num overflows a float beyond a thousand.
     tail = sum(math.comb(num, number) for number in range(min(wins_a, wins_b) + 1))
-    return min(1.0, 2 * tail / 2**num)
+    return min(1.0, float(2 * tail / 2**num))
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -98,7 +98,8 @@ def _closed(backend: Json, used: Iterable[int]) -> list[int]:
 
 def _merges(model: Json) -> list[tuple[str, str]]:
     # Older files write a merge as one text: "h e".
-    return [tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one) for one in model["merges"]]
+    pairs = (one.split(" ", 1) if isinstance(one, str) else one for one in model["merges"])
+    return [(first, second) for first, second in pairs]
 
 
 def _passed_through(token: str, ranks: dict[tuple[str, str], int]) -> list[str]:

@@ -280,7 +280,7 @@ def scores_by_activations(model: Any, layout: Layout, calibration: Calibration) 
     return WidthScores(mlp, groups, hidden, {name: passed[f"energy {name}"].float() for name in names})
 
 
-def _column_squares(linear: Any) -> Tensor:
+def _column_squares(linear: torch.nn.Linear) -> Tensor:
     return linear.weight.detach().double().square().sum(dim=0)
 
 

@@ -127,7 +127,7 @@ def test_sizes_follow_from_a_share_of_parameters() -> None:
     layout, sizes = layout_of(big)
     total = layout.num_parameters(sizes)
     for along in (None, ["layers"], ["mlp_channels", "hidden_size"], ["layers", "mlp_channels", "hidden_size"]):
-        planned = planned_sizes(layout, sizes, PruneConfig(parameters=0.5, along=along))  # type: ignore[arg-type]
+        planned = planned_sizes(layout, sizes, PruneConfig(parameters=0.5, along=along))
         assert 0.45 * total < layout.num_parameters(planned) <= 0.5 * total
         assert planned.mlp_channels % 32 == planned.hidden_size % 8 == 0
         assert layout.problem(planned) is None
