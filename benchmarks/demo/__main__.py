@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from stillroom.errors import DataError
-from stillroom.log import console, format_duration, note
+from stillroom.log import console, format_bytes, format_duration, note
 from stillroom.storage.paths import write_text_atomic
 
 Result = dict[str, Any]
@@ -28,6 +28,8 @@ Result = dict[str, Any]
 FOLDER = Path("runs/demo")
 CONFIGS = Path("benchmarks/demo")
 INTERRUPTED = 130
+EXPORTS = ("export", "export-int8")
+QUESTION = {"system": "Answer in one sentence.", "user": "What is the capital of Italy?"}
 NUM_ANSWERS, MAX_NEW_TOKENS = 48, 64
 """Held-out prompts that the student answers, and the longest answer."""
 MEASURES = {
@@ -88,11 +90,17 @@ def main() -> None:
     after = clock.step("after", ["student-train", "eval", student_config, *answers])
     _heading(6, "Export it as a Hugging Face folder")
     clock.step("export", ["student-train", "export", student_config, "--out", str(FOLDER / "export")])
+    _heading(7, "Export it with 8-bit weights, check it, and ask it a question")
+    int8 = [str(FOLDER / "export-int8"), "--format", "onnx-int8", "--check-chains", "12"]
+    exported = clock.step("export_int8", ["student-train", "export", student_config, "--out", *int8])
+    load = ["--rounds", "1", "--prompt-tokens", "32", "--new-tokens", "16"]
+    speeds = clock.step("bench", ["student-train", "bench", *(str(FOLDER / one) for one in EXPORTS), *load])
+    answer = _ask(FOLDER / "export-int8")
 
     # Imported late: it loads torch, which nothing before this line needs.
     from benchmarks.demo.page import write_demo_report
 
-    summary = summarise(built, trained, before, after, clock.seconds)
+    summary = {**summarise(built, trained, before, after, clock.seconds), **_int8(exported, speeds, answer)}
     assert verified["ok"]
     write_demo_report(FOLDER / "report.html", FOLDER, summary)
     write_text_atomic(FOLDER / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -147,6 +155,41 @@ def summarise(built: Result, trained: Result, before: Result, after: Result, sec
         "heldout_pass_rate_before": before["generation"]["accuracy"],
         "heldout_pass_rate_after": after["generation"]["accuracy"],
         "seconds": round(seconds, 1),
+    }
+
+
+def _ask(folder: Path) -> str:
+    """The 8-bit student's answer to QUESTION, in its own runtime."""
+    from stillroom.models import load_tokenizer
+    from student_train.export.worker import RuntimeWorker
+
+    tokenizer = load_tokenizer(str(folder))
+    messages = [{"role": role, "content": content} for role, content in QUESTION.items()]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer: list[int] = []
+    with RuntimeWorker("onnx", folder, None, is_quick=True) as runtime:
+        # Token by token: the runtime's own generation, made for measuring, does not stop at the end of sequence.
+        while len(answer) < MAX_NEW_TOKENS // 2:
+            scores = runtime.scores([*prompt, *answer], [len(prompt) + len(answer) - 1])
+            assert scores.logits_NV is not None
+            token = int(scores.logits_NV[0].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            answer.append(token)
+    return str(tokenizer.decode(answer)).strip()
+
+
+def _int8(exported: Result, speeds: Result, answer: str) -> dict[str, Any]:
+    plain, small = (one["batches"]["1"]["decode_tokens_per_s"]["median"] for one in speeds["formats"])
+    return {
+        "int8_top1_agreement": exported["agreement"]["top1_agreement"],
+        "int8_kl": exported["agreement"]["kl"],
+        "int8_size_bytes": exported["size_bytes"],
+        "float_size_bytes": exported["float_size_bytes"],
+        "int8_tokens_per_s": round(small, 1),
+        "float_tokens_per_s": round(plain, 1),
+        "question": QUESTION["user"],
+        "int8_answer": answer,
     }
 
 
@@ -224,6 +267,12 @@ def _show(summary: dict[str, Any]) -> None:
         f"{summary['pass_rate']:.0%} correct; teacher {summary['build_tokens_per_s']:.0f} tok/s, training "
         f"{summary['train_tokens_per_s']:.0f} tok/s; {format_duration(summary['seconds'])} in all"
     )
+    note(
+        f"8-bit ONNX: {format_bytes(summary['int8_size_bytes'])} (float {format_bytes(summary['float_size_bytes'])}), "
+        f"top-1 agreement with the float student {summary['int8_top1_agreement']:.1%}, decoding "
+        f"{summary['int8_tokens_per_s']:.0f} tok/s (float {summary['float_tokens_per_s']:.0f} in transformers)"
+    )
+    note(f"{summary['question']} {summary['int8_answer']}")
     note(CAVEAT)
     print(f"{FOLDER / 'report.html'}    the whole pipeline with plots: open it in a browser")
     print(f"{FOLDER / 'summary.json'}   the figures as JSON")

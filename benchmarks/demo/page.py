@@ -8,6 +8,7 @@ from typing import Any
 
 from stillroom.cache.catalog import Catalog
 from stillroom.html.report import Number, Numbers, Section, Table, Text, format_span, write_report
+from stillroom.log import format_bytes
 from stillroom.sql.session import open_session
 from student_train.report import student_sections
 from teacher_cache.inspect.report import cache_sections
@@ -51,9 +52,20 @@ def _line(summary: dict[str, Any]) -> Section:
             f"{before:.0%} → {after:.0%} correct",
             f"on {summary['num_answers']} held-out prompts; the teacher {teacher:.0%}",
         ),
+        *_int8(summary),
         Number("in all", format_span(summary["seconds"]), "from prompts to student"),
     ]
     return Section("The pipeline", [Text(INTRO.format(**summary)), Numbers(numbers)])
+
+
+def _int8(summary: dict[str, Any]) -> list[Number]:
+    if "int8_top1_agreement" not in summary:
+        return []
+    ratio = summary["int8_tokens_per_s"] / summary["float_tokens_per_s"]
+    detail = (
+        f"top-1 agreement with its float self; {ratio:.1f} times as fast, {format_bytes(summary['int8_size_bytes'])}"
+    )
+    return [Number("5. in 8 bits", f"{summary['int8_top1_agreement']:.1%}", detail)]
 
 
 def _next(catalog: Catalog, folder: Path) -> Section:
