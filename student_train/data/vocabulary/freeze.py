@@ -59,7 +59,7 @@ from student_train.data.vocabulary.chains import CHANGED, RESPELLED, AlignedChai
 from student_train.data.vocabulary.pairs import Pairs
 from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, VocabularyPair, vocabulary_of
 from student_train.data.vocabulary.projection import MAX_SUPPORT, Targets, project
-from student_train.data.vocabulary.transport import Aligned, Strings, Transport
+from student_train.data.vocabulary.transport import Aligned, Strings, Transport, joins_of
 
 VERSION = 2
 """Of all code that decides targets: files of another version are made again."""
@@ -208,11 +208,12 @@ class _Teacher:
         self._counted: dict[str, list[AlignedChain]] = {}
         self._is_mark_V = np.array([MARK.fullmatch(data) is not None for data in pair.student_bytes])
         encode = tokenizer.encode_completions
-        self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, encode))
+        joins = joins_of(pair.student_bytes)
+        self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, encode), joins)
         # A tokenizer may have more tokens than the model has rows, as long as no text needs them.
         num_ids = max(tokenizer.vocab_size, len(pair.student_bytes))
         self._transport = Transport(self._strings, num_ids)
-        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), num_ids)
+        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), num_ids, joins)
 
     def align(self, table: pa.Table, where: str) -> list[AlignedChain]:
         """Chains of `table`, the row group at `where`, once in all for those that were counted."""

@@ -25,18 +25,15 @@ class Pairs:
     says: pre-tokenisers look further than two tokens.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], is_written: IsWritten, vocab_size: int) -> None:
-        """`token_bytes` by student id, ids below `vocab_size`."""
+    def __init__(self, token_bytes: Sequence[bytes], is_written: IsWritten, vocab_size: int, joins: Bool) -> None:
+        """`token_bytes` by student id, ids below `vocab_size`; `joins`: joins_of() them, which spares most tests."""
         self._is_written, self._vocab_size = is_written, vocab_size
         self._first_V = np.zeros(vocab_size, np.int64)
         self._last_V = np.zeros(vocab_size, np.int64)
-        # Nothing can join two tokens at bytes that stand side by side in no token, which spares most tests.
-        self._joins = np.zeros((256, 256), np.bool_)
+        self._joins = joins
         for token_id, data in enumerate(token_bytes):
             if data:
                 self._first_V[token_id], self._last_V[token_id] = data[0], data[-1]
-            inside = np.frombuffer(data, np.uint8)
-            self._joins[inside[:-1], inside[1:]] = True
         self._seen: Int64 = np.zeros(0, np.int64)
         self._new: list[Int64] = []
         self._keys: Int64 = np.zeros(0, np.int64)

@@ -82,7 +82,8 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
         if not len(index_N):
             break
         tokens_N, skipped_N = chains.teacher_ids_T[places_N], chains.skipped_S[index_N]
-        others, ids, mass = _others_at(entries, places_N, weight_N)
+        # A token alone is known; what one adds to a path is mostly new, and the student's tokenizer has to be asked.
+        others, ids, mass = _others_at(entries, places_N, weight_N, MIN_MASS if step else MIN_MASS / 10)
         p_N = entries.sampled_T[places_N]
         if step:
             longer = strings.extend(path_N[others], ids)
@@ -138,13 +139,13 @@ def _entries_of(teacher_ids_T: Int64, signals: Signals) -> _Entries:
     return _Entries(starts_T, ends_T, np.concatenate(all_ids)[order], np.concatenate(all_mass)[order], sampled_T)
 
 
-def _others_at(entries: _Entries, places_N: Int64, weight_N: Float64) -> tuple[Int64, Int64, Float64]:
-    """(index into places_N, teacher id, mass) of what is stored at each place, flat, where it is worth following."""
+def _others_at(entries: _Entries, places_N: Int64, weight_N: Float64, min_mass: float) -> tuple[Int64, Int64, Float64]:
+    """(index into places_N, teacher id, mass) of what is stored at each place with more than `min_mass`, flat."""
     num_N = entries.ends_T[places_N] - entries.starts_T[places_N]
     others = np.repeat(np.arange(len(places_N)), num_N)
     at = np.arange(len(others)) + np.repeat(entries.starts_T[places_N] - np.cumsum(num_N) + num_N, num_N)
     mass = weight_N[others] * entries.mass_N[at]
-    is_kept = mass > MIN_MASS / 10
+    is_kept = mass > min_mass
     return others[is_kept], entries.ids_N[at[is_kept]], mass[is_kept]
 
 

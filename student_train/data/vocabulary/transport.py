@@ -30,14 +30,17 @@ class Strings:
     """
 
     def __init__(
-        self, token_bytes: Sequence[bytes], special_tokens: Mapping[int, int], first_tokens: FirstTokens
+        self, token_bytes: Sequence[bytes], special_tokens: Mapping[int, int], first_tokens: FirstTokens, joins: Bool
     ) -> None:
-        """`token_bytes` by teacher id; `special_tokens`: the student's token for a teacher token that has no bytes."""
+        """`token_bytes` by teacher id; `special_tokens`: the student's token for a teacher token that has no bytes;
+        `joins`: see joins_of().
+        """
         self._token_bytes = token_bytes
         self._heads_V2 = _heads_of(token_bytes)
         self._token_lengths_V = lengths_of(list(token_bytes))
         self._special_tokens = special_tokens
         self._first_tokens = first_tokens
+        self._joins = joins.tolist()
         self._bytes: list[bytes] = []
         self._number_of: dict[bytes | tuple[int, int], int] = {}
         self._by_key: dict[int, int] = {}
@@ -123,7 +126,13 @@ class Strings:
             text = self._bytes[string] + self._token_bytes[token]
             if self._token_bytes[token]:
                 if text not in self._number_of:
-                    asked.append(self._append(text, text, -1, is_settled=False))
+                    first, before = int(self._facts[1, string]), self._bytes[string]
+                    # The student's token has ended where nothing can join the two. Asking its tokenizer is what takes
+                    # the time.
+                    if before and first >= 0 and not self._joins[before[-1]][text[len(before)]]:
+                        self._append(text, text, first, is_settled=True)
+                    else:
+                        asked.append(self._append(text, text, -1, is_settled=False))
                 self._by_key[key] = self._number_of[text]
             else:
                 # What came before the end is whole, so its first token stands.
@@ -255,6 +264,15 @@ class Transport:
 
 HEAD_WORDS = 2
 """Words of eight bytes by which beginnings of tokens are compared."""
+
+
+def joins_of(token_bytes: Sequence[bytes]) -> Bool:
+    """bool [256, 256]: whether some token holds these two bytes side by side. Nothing joins texts where none does."""
+    joins = np.zeros((256, 256), np.bool_)
+    for data in token_bytes:
+        inside = np.frombuffer(data, np.uint8)
+        joins[inside[:-1], inside[1:]] = True
+    return joins
 
 
 def _heads_of(token_bytes: Sequence[bytes]) -> npt.NDArray[np.uint64]:

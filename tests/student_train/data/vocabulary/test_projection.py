@@ -16,7 +16,7 @@ import pytest
 from stillroom.schema.records import Draws, Int64, Signals
 from student_train.data.vocabulary.pairs import Pairs
 from student_train.data.vocabulary.projection import Targets, project
-from student_train.data.vocabulary.transport import Aligned, Strings, Transport
+from student_train.data.vocabulary.transport import Aligned, Strings, Transport, joins_of
 
 Float64 = npt.NDArray[np.float64]
 
@@ -46,13 +46,17 @@ class World:
 
     def strings(self) -> Strings:
         end, student_end = len(TEACHER) - 1, len(self.student) - 1
-        return Strings(TEACHER, {end: student_end}, lambda texts: [first_token(self.student, one) for one in texts])
+
+        def first_tokens(texts: list[bytes]) -> list[tuple[int, int]]:
+            return [first_token(self.student, one) for one in texts]
+
+        return Strings(TEACHER, {end: student_end}, first_tokens, joins_of(self.student))
 
     def pairs(self, *, is_tested: bool = True) -> Pairs:
         def is_written(asked: list[tuple[int, int]]) -> list[bool]:
             return [not is_tested or follows(self.student, before, self.student[after]) for before, after in asked]
 
-        return Pairs(self.student, is_written, len(self.student))
+        return Pairs(self.student, is_written, len(self.student), joins_of(self.student))
 
     def stored(self, num_stored: int = len(TEACHER), num_draws: int = 0, seed: int = 0) -> Signals:
         """What a cache holds: the most probable tokens, and draws from the others."""
@@ -292,7 +296,7 @@ def test_pairs_are_tested_once_and_those_of_chains_never(monkeypatch: pytest.Mon
         return [False] * len(pairs)
 
     a, b, c, space = range(4)
-    pairs = Pairs(STUDENT, is_written, len(STUDENT))
+    pairs = Pairs(STUDENT, is_written, len(STUDENT), joins_of(STUDENT))
     pairs.add(np.array([-1, a]), np.array([a, b]))
     before, after = np.array([a, b, b, c, -1, b]), np.array([b, a, c, a, a, a])
     # "ca" stands in no token: nothing joins c and a, and nobody has to ask.
