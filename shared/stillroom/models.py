@@ -409,7 +409,10 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 def _show_bytes(data: bytes) -> str:
     """UTF-8 text; bytes that do not form a whole character as <0xE2>."""
-    text = data.decode("utf-8", errors="surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        text = data.decode(errors="surrogateescape")
     return "".join(f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text)
 
 
