@@ -53,7 +53,8 @@ def run_cli(hidden: set[str], package: str, *arguments: str) -> subprocess.Compl
 
 
 def modules_of(package: str) -> list[str]:
-    files = sorted((ROOT / package).rglob("*.py"))
+    # Workers are scripts for environments of their own, which nothing imports.
+    files = [file for file in sorted((ROOT / package).rglob("*.py")) if file.parent.name != "workers"]
     return [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
 
 
