@@ -268,6 +268,9 @@ class StageConfig(StrictModel):
     token. None is off."""
     token_weights: TokenWeightsConfig | None = None
     """None weights all tokens of a chain equally."""
+    balance_weight: float | None = Field(default=None, ge=0)
+    """Mixtures of experts: weight of the loss that keeps all experts in use. None is the model's own
+    (`router_aux_loss_coef` in its config.json), 0 turns it off."""
     where: str | None = None
     """SQL condition of this stage; None takes `data.where`."""
     negatives: NegativesConfig | None = None
@@ -312,6 +315,8 @@ class StageConfig(StrictModel):
                 f"quantise needs trainable: all or body, not {self.trainable}: "
                 f"{why if self.trainable == 'lora' else 'the head is never quantised, and nothing else would learn'}"
             )
+        if self.balance_weight and self.trainable == "head":
+            raise ValueError("balance_weight has no effect with trainable: head, which freezes the experts: remove it")
         tau = self.temperature
         if isinstance(tau, ScheduleConfig) and tau.kind == "elastic":
             raise ValueError("temperature cannot be elastic: give it a linear, cosine or exponential schedule")
@@ -470,6 +475,13 @@ class DataConfig(StrictModel):
         return (
             [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
         )
+
+
+# Each chunk reads and writes the whole gradient of the weight once. At V = 49152 and H = 576 on one core, forward and
+# backward over 585 tokens take 1.00 s in chunks of 128, 0.88 s of 256 (48 MiB of logits), 0.86 s of 512. A GPU needs
+# larger products to fill it.
+CPU_CHUNK_TOKENS = 256
+GPU_CHUNK_TOKENS = 1024
 
 
 class EngineConfig(StrictModel):

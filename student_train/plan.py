@@ -7,6 +7,7 @@ losses. All refusals that need no GPU happen here, for all stages at once.
 
 import contextlib
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from stillroom.config import Json
 from stillroom.errors import CacheConflict, ConfigError
 from stillroom.log import note, warn
 from student_train.config import (
+    CPU_CHUNK_TOKENS,
+    GPU_CHUNK_TOKENS,
     DataConfig,
     EngineConfig,
     LoraConfig,
@@ -171,6 +174,7 @@ def prepare(
     _check_lora_targets(config)
     if is_first:
         _check_prunes(config)
+    _check_balance(config)
     return RunPlan(stages, heldout, vocabulary)
 
 
@@ -297,6 +301,14 @@ def _check_lora_targets(config: TrainConfig) -> None:
         assert stage.lora is not None
         with _naming_stage(number, stage):
             _require_lora_targets(layers, stage.lora)
+
+
+def _check_balance(config: TrainConfig) -> None:
+    """Refuses a weight for a loss that the student does not have."""
+    named = [(number, stage) for number, stage in enumerate(config.stages) if stage.balance_weight]
+    if named and model_shape(config.student).balance_weight is None:
+        with _naming_stage(*named[0]):
+            raise ConfigError("balance_weight: the student has no balance loss of experts: remove it")
 
 
 def _require_lora_targets(layers: list[str], lora: LoraConfig) -> None:
@@ -607,7 +619,10 @@ def _notes_on_prunes(config: TrainConfig) -> list[str]:
 
 
 def _chunk_tokens(engine: EngineConfig) -> int:
-    return engine.chunk_tokens if engine.chunk_tokens is not None else 1024
+    if engine.chunk_tokens is not None:
+        return engine.chunk_tokens
+    # As doctor looks for GPUs: torch would know, and take seconds to import.
+    return CPU_CHUNK_TOKENS if shutil.which("nvidia-smi") is None else GPU_CHUNK_TOKENS
 
 
 def _lora_size(stage: StageConfig, linears: dict[str, int]) -> int:

@@ -121,7 +121,8 @@ def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bo
                 packs = run.next_packs()
                 # Known before the first backward pass, so that every pack is divided by the whole batch's weight.
                 total_weight, features = run.weigh(packs)
-                sums_1J = torch.zeros(1 + len(step.mix.all), dtype=torch.float64, device=ranks.device)
+                num_terms = len(step.mix.all) + len(engine.balance_weight)
+                sums_1J = torch.zeros(1 + num_terms, dtype=torch.float64, device=ranks.device)
                 for number, pack in enumerate(packs):
                     losses = engine.loss(to_torch(pack, ranks.device, step.view, features), step.mix)
                     sums_1J += torch.cat([losses.loss_sum.detach().view(1), losses.term_sums_J])
@@ -314,14 +315,15 @@ class StageRun:
         self._num_tokens += int(num_tokens)
         self._num_loss_tokens += int(num_loss_tokens)
         self._train_s += step_s
+        weights = {term.name: term.weight for term in step.mix.all} | self.engine.balance_weight
         record = StepRecord(
             stage=stage.config.name,
             stage_number=stage.index,
             step=self._step,
             epoch=step.epoch,
             loss=loss / total_weight,
-            parts={name: term / total_weight for name, term in zip(step.mix.names, terms, strict=True)},
-            weights={term.name: term.weight for term in step.mix.all},
+            parts={name: term / total_weight for name, term in zip(weights, terms, strict=True)},
+            weights=weights,
             temperature=step.view.temperature,
             learning_rate=step.learning_rate,
             grad_norm=self.engine.grad_norm if is_applied else None,

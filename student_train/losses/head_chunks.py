@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from stillroom.schema.records import Int64
-
-# Each chunk reads and writes the whole gradient of the weight once. At V = 49152 and H = 576 on one core, forward and
-# backward over 585 tokens take 1.00 s in chunks of 128, 0.88 s of 256 (48 MiB of logits), 0.86 s of 512. A GPU needs
-# larger products to fill it.
-CPU_CHUNK_TOKENS = 256
-GPU_CHUNK_TOKENS = 1024
+from student_train.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

@@ -29,20 +29,27 @@ STEEP = 14.0
 
 
 def probe_logits(causal: Any) -> LogitMap:
-    """Raises ConfigError where logits are no scaled or capped product of the head with the decoder's hidden states."""
-    was_training, attention = causal.training, causal.config._attn_implementation
-    causal.eval()
-    # Models are probed in CPU memory, where GPU-only kernels do not run.
-    causal.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    """Raises ConfigError unless logits are the head's product with the decoder's hidden states, scaled or capped."""
     try:
-        try:
-            return _probe(causal)
-        except RuntimeError as missing_kernel:
-            with _without_decoder(causal), contextlib.suppress(AttributeError):
+        with ready_for_trial(causal):
+            try:
                 return _probe(causal)
-            raise missing_kernel
+            except RuntimeError as missing_kernel:
+                with _without_decoder(causal), contextlib.suppress(AttributeError):
+                    return _probe(causal)
+                raise missing_kernel
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise _refused(causal, f"a few tokens cannot be run through it ({one_line(error)[:200]})") from error
+
+
+@contextlib.contextmanager
+def ready_for_trial(causal: Any) -> Iterator[None]:
+    """Lets a model run in CPU memory, where models are tried: without dropout and without GPU-only kernels."""
+    was_training, attention = causal.training, causal.config._attn_implementation
+    causal.eval()
+    causal.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    try:
+        yield
     finally:
         causal.set_attn_implementation(attention)
         causal.train(was_training)
@@ -72,14 +79,15 @@ def _without_decoder(causal: Any) -> Iterator[None]:
         del decoder.forward
 
 
-def _ids(causal: Any) -> Tensor:
+def trial_ids(causal: Any) -> Tensor:
+    """A few token ids [1, L]."""
     weight = causal.get_input_embeddings().weight
     return (torch.arange(NUM_TOKENS, device=weight.device) + 1).remainder(len(weight)).unsqueeze(0)
 
 
 @torch.no_grad()
 def _hidden(causal: Any) -> Tensor:
-    hidden_LH: Tensor = causal.get_decoder()(input_ids=_ids(causal), use_cache=False).last_hidden_state[0]
+    hidden_LH: Tensor = causal.get_decoder()(input_ids=trial_ids(causal), use_cache=False).last_hidden_state[0]
     return hidden_LH
 
 
@@ -97,7 +105,7 @@ def _run(causal: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     hook = head.register_forward_hook(replace)
     try:
-        logits_1LV = causal(input_ids=_ids(causal), use_cache=False).logits
+        logits_1LV = causal(input_ids=trial_ids(causal), use_cache=False).logits
     finally:
         hook.remove()
     if len(inputs) != 1 or logits_1LV.shape != (1, NUM_TOKENS, len(z_V)):

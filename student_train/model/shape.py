@@ -17,6 +17,8 @@ from student_train.config import StudentConfig
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+BALANCE_WEIGHTS = ("router_aux_loss_coef", "moe_loss_weight", "aux_loss_coef")
+"""Keys of config.json with the weight of the experts' balance loss: most models, DBRX, JetMoe."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     has_tied_head: bool
+    balance_weight: float | None = None
+    """Weight of the experts' own balance loss; None without one."""
 
 
 def model_shape(student: StudentConfig) -> ModelShape:
@@ -132,4 +136,15 @@ def _from_meta(student: StudentConfig) -> ModelShape:
         num_layers=int(model.config.num_hidden_layers),
         hidden_size=int(model.config.hidden_size),
         has_tied_head=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        balance_weight=balance_weight_of(model.config.to_dict()),
     )
+
+
+def balance_weight_of(config: Mapping[str, Any]) -> float | None:
+    """The weight of the balance loss in a model's configuration; None without one."""
+    for name, value in config.items():
+        if name in BALANCE_WEIGHTS and isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, Mapping) and (found := balance_weight_of(value)) is not None:
+            return found
+    return None

@@ -24,10 +24,12 @@ from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.models import hush_hub
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
 from student_train.data.pack import TorchPack
+from student_train.losses.balance import RouterBalance, find_balance
 from student_train.losses.divergences import FeatureLoss, LossMix
 from student_train.losses.features import feature_sums
 from student_train.losses.fused_head import LossSums, fuse_head, head_loss, head_metrics, head_slots
 from student_train.model.packed_attention import Apart, hidden_states, keep_apart
+from student_train.model.shape import balance_weight_of
 from student_train.model.taps import LayerTaps, make_projections
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -38,9 +40,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Student(torch.nn.Module):
     """A causal language model (`model`, with or without peft) that computes losses at chosen positions of a pack."""
 
-    def __init__(self, model: Any, chunk_tokens: int | None = None, below: LossesBelow | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        chunk_tokens: int | None = None,
+        below: LossesBelow | None = None,
+        balance: RouterBalance | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.balance = balance
         # Beside the model: exports are made of the model alone.
         self.projections = torch.nn.ModuleDict() if below is None else below.projections(self.causal)
         self._chunk_tokens = chunk_tokens
@@ -59,10 +68,14 @@ class Student(torch.nn.Module):
         """LossSums with a mix, TokenMetrics without, TokenSlots on request, as plain tuples: module hooks rebuild
         outputs by their type.
 
-        Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n.
+        Each token sees its own document only. The hidden state at predict_positions_N[n] predicts target n. The balance
+        loss of experts, if there is one, is the last of the terms.
         """
         causal = self.causal
         recorded = self._taps.open() if self._taps is not None and mix is not None else None
+        balance = self.balance if mix is not None else None
+        if balance is not None:
+            balance.open()
         # A frozen decoder under a trained head keeps no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
             sink = recorded if recorded is not None and recorded.attention else None
@@ -76,20 +89,20 @@ class Student(torch.nn.Module):
             return tuple(head_slots(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
         if mix is None:
             return tuple(head_metrics(head, hidden_NH, pack.targets, chunk_tokens=self._chunk_tokens))
-        on_head = head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens) if mix.terms else None
-        if recorded is None:
-            assert on_head is not None
-            return tuple(on_head)
-        assert self._taps is not None
-        self._taps.close()
-        assert pack.features is not None
-        loss_sum, term_sums_J = feature_sums(
-            mix.features, recorded, pack.features, pack.document_lengths, self.projections
-        )
-        if on_head is None:
-            return tuple(LossSums(loss_sum, term_sums_J, loss_sum.new_zeros(())))
-        joined_J = torch.cat([on_head.term_sums_J, term_sums_J])
-        return tuple(LossSums(on_head.loss_sum + loss_sum, joined_J, on_head.weight_sum))
+        parts = []
+        if mix.terms:
+            parts.append(head_loss(head, hidden_NH, pack.targets, mix, chunk_tokens=self._chunk_tokens))
+        if recorded is not None:
+            assert self._taps is not None
+            self._taps.close()
+            assert pack.features is not None
+            loss_sum, term_sums_J = feature_sums(
+                mix.features, recorded, pack.features, pack.document_lengths, self.projections
+            )
+            parts.append(LossSums(loss_sum, term_sums_J, loss_sum.new_zeros(())))
+        if balance is not None:
+            parts.append(_balance_sums(balance, pack))
+        return tuple(_joined(parts))
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,29 @@ class LossesBelow:
         """In the model's dtype."""
         made = make_projections(self.losses, causal.config.get_text_config().hidden_size, self.teacher_width, self.seed)
         return made.to(causal.get_input_embeddings().weight.dtype)
+
+
+def _find_balance(model: Any, stage: StageConfig) -> RouterBalance | None:
+    # A frozen decoder learns nothing from it.
+    if stage.trainable == "head":
+        return None
+    return find_balance(model, balance_weight_of(model.config.to_dict()), stage.balance_weight)
+
+
+def _joined(parts: list[LossSums]) -> LossSums:
+    """Sums of losses on the head, below it and of experts; the first has the weight."""
+    if len(parts) == 1:
+        return parts[0]
+    loss_sum = torch.stack([one.loss_sum for one in parts]).sum()
+    return LossSums(loss_sum, torch.cat([one.term_sums_J for one in parts]), parts[0].weight_sum)
+
+
+def _balance_sums(balance: RouterBalance, pack: TorchPack) -> LossSums:
+    """The balance loss is a mean over a pack: times the pack's weight, packs of a batch average by their weight."""
+    weights_N = pack.targets.weights_N
+    pack_weight = float(pack.targets.num_tokens) if weights_N is None else weights_N.sum()
+    balance_sum = balance.close() * pack_weight
+    return LossSums(balance.weight * balance_sum, balance_sum.detach().view(1), balance_sum.new_zeros(()))
 
 
 def load_student(
@@ -125,6 +161,8 @@ def load_student(
     widen_vocab(model, vocab_size)
     # Before peft: its wrapper then holds a FusedHead, and LoRA on the head is found around it.
     fuse_head(model)
+    # Before Student, which may switch attention to a function that only packs can use.
+    balance = _find_balance(model, stage)
     if stage.quantise is not None:
         from student_train.model.quantise import quantise_layers
 
@@ -143,7 +181,7 @@ def load_student(
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.requires_grad_(False)
     model.train()
-    made = Student(model, engine.chunk_tokens, below)
+    made = Student(model, engine.chunk_tokens, below, balance)
     if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
         raise ConfigError(
             f"{folder} has recurrent state, so each document of a pack is a separate forward pass, and ranks "
@@ -178,7 +216,7 @@ def _keep_freed_memory() -> None:
 def load_causal(folder: str, student: StudentConfig, precision: str | None) -> Any:
     """Loads a Hugging Face causal language model into CPU memory; precision None keeps the stored one.
 
-    Raises DataError.
+    Raises DataError, and ConfigError for an attention that the model lacks.
     """
     use_cpu_where_there_is_no_gpu()
     import transformers
@@ -198,6 +236,9 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "does not support an attention implementation" in str(error):
+            # transformers' own advice names an argument that nobody can pass here.
+            raise ConfigError(f"{folder} cannot use student.attention: {student.attention}: set it to eager") from error
         raise DataError(
             f"{folder} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -277,7 +318,7 @@ def adaptable_layers(model: Any) -> list[str]:
 
 
 def stacked_experts(model: Any) -> list[str]:
-    """Dotted names of weights [experts, out, in] that are no layers."""
+    """Dotted names of weights [experts, out, in] outside of layers."""
     return [name for name, one in model.named_parameters() if one.dim() == 3 and not name.endswith(".weight")]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from stillroom.errors import ConfigError, CorruptError, StillroomError, first_line
 from student_train.config import EngineConfig, StageConfig
 from student_train.data.pack import TorchPack
+from student_train.losses.balance import BALANCE
 from student_train.losses.divergences import LossMix
 from student_train.losses.fused_head import LossSums, TokenSlots
 from student_train.losses.metrics import TokenMetrics
@@ -146,6 +147,11 @@ class Engine:
         weights = [one.ds_tensor for one in trained] if self._has_parted_weights else trained
         moments = [one for state in self._adam.state.values() for one in state.values()]
         return all(_is_finite(tensor) for tensor in [*weights, *self._adam.state, *moments])
+
+    @property
+    def balance_weight(self) -> dict[str, float]:
+        """Weight of the balance loss by its name, the last of the losses of a pack; empty without one."""
+        return {} if self._student.balance is None else {BALANCE: self._student.balance.weight}
 
     @property
     def grad_norm(self) -> float:

@@ -173,6 +173,10 @@ def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> No
             "stages.0={learning_rate: 1, batch_tokens: 512, trainable: lora, lora: {targets: [q_proj, q_prj]}}",
             "stages.0 (distill): lora.targets: the student has no linear layer 'q_prj': there are embed_tokens, ",
         ),
+        (
+            "stages.0.balance_weight=0.1",
+            "stages.0 (distill): balance_weight: the student has no balance loss of experts",
+        ),
         ("stages.0.losses={forward: 1}", "loss 'forward' is unknown: did you mean 'forward_kl'?"),
         ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
         ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere does not exist yet"),
