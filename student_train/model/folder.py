@@ -14,6 +14,10 @@ from stillroom.errors import ConfigError, one_line
 from stillroom.log import warn
 from stillroom.storage.paths import TEMP_SUFFIX, sync_file, sync_folder
 
+SCALED_ROPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+"""Kinds of scaling that transformers 4 knows. Other ones (Gemma 4: proportional) must not stand under its key, where
+version 5 reads them too and misses its own settings."""
+
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
@@ -54,7 +58,8 @@ def save_model(model: Any, tokenizer: Any | None, folder: Path, *, with_embeddin
     """
     model.config.use_cache = True
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.tie_word_embeddings and _weight(head) is not _weight(embeddings):
+    # Some configurations lack the attribute altogether (Inkling).
+    if model.config.to_dict().get("tie_word_embeddings") and _weight(head) is not _weight(embeddings):
         # Otherwise loaders drop the head of its own that stands in the file.
         model.config.tie_word_embeddings = False
     _save_pretrained(model, folder, with_embeddings)
@@ -117,7 +122,7 @@ def _name_rope_as_before(config: Json) -> None:
             "rope_theta": full.get("rope_theta"),
             "partial_rotary_factor": full.get("partial_rotary_factor"),
             "rope_local_base_freq": sliding.get("rope_theta"),
-            "rope_scaling": settings if settings.get("rope_type", "default") != "default" else None,
+            "rope_scaling": settings if settings.get("rope_type") in SCALED_ROPES else None,
         }
         if part.get("model_type") == "gpt_neox":
             named |= {"rotary_emb_base": full.get("rope_theta"), "rotary_pct": full.get("partial_rotary_factor")}
