@@ -29,6 +29,8 @@ Overrides = Annotated[
 ]
 Worker = Annotated[str, typer.Option(metavar="I/N", help="Run as worker I (from 0) of N.")]
 RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
+MAX_THREADS = 1024
+"""DuckDB starts as many as it is told: 100,000 stop the machine."""
 SQL_COMMENT = re.compile(r"--(?:\s|[^=]*\n)")
 """Begins a query and no option: `-- why` or a first line without `=`."""
 
@@ -301,16 +303,19 @@ def sql(
         typer.Option(
             "--with",
             metavar="NAME=FILE",
-            help="Add a CSV, Parquet, JSON Lines or Arrow file as table NAME, read-only. Repeatable.",
+            help="Add a CSV, Parquet, JSON or Arrow file as table NAME, read-only. Repeatable.",
         ),
     ] = None,
     version: Annotated[
-        int | None, typer.Option(min=0, help="Version of the table chains. Default: the latest.")
+        int | None,
+        typer.Option(min=0, help="Version of CACHE's chains. Default: the latest, as of attached caches always."),
     ] = None,
     verdicts_version: Annotated[
-        int | None, typer.Option(min=0, help="Version of the verdicts. Default: the latest.")
+        int | None, typer.Option(min=0, help="Version of CACHE's verdicts. Default: the latest.")
     ] = None,
-    num_threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: all cores.")] = None,
+    num_threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads. Default: all cores.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory limit, e.g. 4GB. Default: 80% of the machine's.")
     ] = None,

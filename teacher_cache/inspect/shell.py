@@ -24,6 +24,10 @@ from stillroom.sql.session import Session
 from stillroom.sql.views import VIEWS, quote
 from teacher_cache.inspect.sql import FILES_ONLY, FORMATS, run_query
 
+QUOTED = re.compile(
+    r"""'[^']*'|"[^"]*"|(?P<dollars>\$\w*\$).*?(?P=dollars)|(?P<comment>--[^\n]*|/\*.*?\*/)""", re.DOTALL
+)
+"""Strings, names in quotes and comments, whole. A doubled quote is two of them."""
 PROMPT = "sql> "
 CONTINUED = "...> "
 KEYWORDS = """
@@ -47,6 +51,8 @@ ABOUT = {
     "topk": "one row per stored candidate of a token",
     "verdicts": "the latest verdict of each judge on each sample",
     "failures": "failed requests",
+    "features": "one row per chain and feature set: tokens with features, bytes",
+    "feature_sets": "one row per feature set: what it holds",
     "runs": "one row per build: teacher, sampling, software",
     "vocab": "the text of every token",
     "features": "one row per chain and feature set: tokens with hidden states or attention, bytes",
@@ -146,9 +152,11 @@ class SqlShell:
 
 
 def is_complete(text: str) -> bool:
-    """Whether Enter ends the input: nothing, a dot command, or a query whose last character is `;`."""
-    bare = re.sub(r"--[^\n]*", "", text).strip()
-    return not bare or bare.startswith(".") or bare.endswith(";")
+    """Whether Enter ends the input: nothing, a dot command, or statements that end with `;`."""
+    bare = QUOTED.sub(lambda found: " " if found["comment"] else "x", text).strip()
+    # What is left of these signs opens a string or a comment that goes on in the next line.
+    is_open = any(sign in bare for sign in ("'", '"', "/*", "$$"))
+    return not bare or bare.startswith(".") or (bare.endswith(";") and not is_open)
 
 
 def _history() -> History:

@@ -79,7 +79,8 @@ def open_caches(
         name, equals, folder = item.partition("=")
         if not equals or not name or not folder:
             raise ConfigError(f"--attach {item!r} is not of the form NAME=CACHE, for example r1=/data/r1-cache")
-        if name in catalogs:
+        # SQL does not tell r1 from R1.
+        if name.lower() in map(str.lower, catalogs):
             raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
         catalogs[name] = Catalog(location(folder))
     return catalogs
@@ -92,7 +93,7 @@ def own_files(items: Sequence[str]) -> dict[str, Path]:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise ConfigError(f"--with {item!r} is not of the form NAME=FILE, for example mine=labels.csv")
-        if name in files:
+        if name.lower() in map(str.lower, files):
             raise ConfigError(f"--with {item!r}: the name {name!r} is taken, choose another")
         files[name] = Path(path)
     return files
@@ -309,6 +310,8 @@ def _plain(value: Any) -> Any:
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return value.isoformat()
+    if isinstance(value, pa.MonthDayNano):
+        return _interval(value)
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, dict):
@@ -316,6 +319,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     return str(value)
+
+
+def _interval(value: pa.MonthDayNano) -> str:
+    """As DuckDB writes it: `1 month 3 days 2:00:00`, without parts that are zero."""
+    counts = ((value.months, "month"), (value.days, "day"))
+    parts = [f"{count} {unit}{'' if abs(count) == 1 else 's'}" for count, unit in counts if count]
+    if value.nanoseconds or not parts:
+        sign = "-" if value.nanoseconds < 0 else ""
+        parts.append(f"{sign}{datetime.timedelta(microseconds=abs(value.nanoseconds) // 1000)}")
+    return " ".join(parts)
 
 
 def _csv_column(array: pa.Array) -> pa.Array:

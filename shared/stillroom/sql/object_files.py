@@ -36,7 +36,7 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
         return ObjectFile(self._path(path))
 
     def glob(self, path: str, *_: Any, **__: Any) -> list[str]:
-        """The path itself: views name every file, and a `[` in a bucket's keys is no pattern."""
+        """The path itself: views name every file, and a `[` in a bucket's keys is not a pattern."""
         return [path]
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:

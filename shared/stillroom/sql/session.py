@@ -25,7 +25,7 @@ from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema.features import SetManifest
 from stillroom.schema.manifest import RunManifest
 from stillroom.sql.statements import prepare, query_error, require_select
-from stillroom.sql.user_files import create_tables
+from stillroom.sql.user_files import create_tables, require_free
 from stillroom.sql.views import CacheFiles, Layout, quote, view_statements
 from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import Location, atomic_path
@@ -62,7 +62,7 @@ class Session:
         """Creates the views; those of the cache named `main` need no prefix. `files` are the user's own tables by name.
 
         `memory` is a size such as 4GB; what does not fit goes to temporary files. Raises ConfigError for a name that is
-        not a plain SQL identifier, a file that is no table, or another size; CorruptError for missing or damaged
+        not a plain SQL identifier, a file that is not a table, or an invalid size; CorruptError for missing or damaged
         shards.
         """
         import duckdb
@@ -311,6 +311,7 @@ def _create_views(connection: "duckdb.DuckDBPyConnection", schema: str, files: C
     if schema != "main":
         if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES or schema.endswith("_internal"):
             raise ConfigError(f"cache name {schema!r} is not a free SQL name: use letters, digits and underscores")
+        require_free(connection, "cache name", schema)
         connection.execute(f'CREATE SCHEMA "{schema}"')
     internal = "internal" if schema == "main" else f"{schema}_internal"
     connection.execute(f'CREATE SCHEMA "{internal}"')

@@ -27,6 +27,8 @@ PRAGMA = re.compile(
 )
 DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "ZSTD", "Parquet file")
 """Parts of DuckDB's messages about missing or damaged files."""
+ABOUT_TEXT = ("Parser Error", "Binder Error", "Catalog Error")
+"""How messages about the query itself begin, which quote it."""
 CLOSED_FILE = re.compile(r"Permission Error: Cannot access (?:file|directory) (\".*\") - file system operations")
 LINE_NUMBER = re.compile(r"\bLINE (\d+):")
 OWN_OPTIONS = "options of the session are --threads N and --memory SIZE"
@@ -105,9 +107,13 @@ def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
         kind, _, problem = lines[-1].partition(": ")
         return CorruptError(f"{problem} is missing") if kind == "FileNotFoundError" else StillroomError(problem)
     text = " ".join(lines[:2]) if lines else type(error).__name__
+    # DuckDB's advice is on settings that a session locks.
+    text = text.removesuffix(" Possible solutions:").partition(" Try increasing 'sample_size'")[0]
+    if text.startswith("Out of Memory"):
+        return ConfigError(f"query: {text}: raise --memory")
     if closed := CLOSED_FILE.search(text):
         return ConfigError(f"query: {closed[1]} is not a file of the cache: --with NAME=FILE adds a table of your own")
-    if any(sign in text for sign in DAMAGE_SIGNS):
+    if not text.startswith(ABOUT_TEXT) and any(sign in text for sign in DAMAGE_SIGNS):
         return CorruptError(f"{text} (`teacher-cache verify` lists what is wrong)")
     text = LINE_NUMBER.sub(lambda found: f"LINE {int(found[1]) - num_lines_before}:", text)
     return ConfigError(f"query: {text}")
@@ -174,7 +180,7 @@ def _without_pragma(query: str) -> str:
 
 
 def _with_values(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
-    """The query, or for a PIVOT without values one with them: DuckDB would create a type, which is no SELECT.
+    """The query, or for a PIVOT without values one with them: DuckDB would create a type, which is not a SELECT.
 
     `PIVOT chains ON split USING count(*)` becomes `PIVOT chains ON (split) IN ('heldout', 'train') USING count(*)`.
     """

@@ -1,4 +1,4 @@
-"""A user's own files beside the views: CSV, Parquet, JSON Lines and Arrow, each by a name of its own, read-only.
+"""A user's own files beside the views: CSV, Parquet, JSON and Arrow, each by a name of its own, read-only.
 
 A session may read exactly these files: no folder, pattern or address, and nothing that only looks like a table.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from stillroom.errors import ConfigError, DataError, first_line
+from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.sql.views import VIEWS, quote
 
 if TYPE_CHECKING:
@@ -19,15 +19,22 @@ if TYPE_CHECKING:
 TABLE_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 READERS = {
     **dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz"), "read_csv"),
-    **dict.fromkeys((".jsonl", ".jsonl.gz", ".ndjson"), "read_ndjson"),
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz"), "read_json"),
     ".parquet": "read_parquet",
 }
 ARROW = (".arrow", ".feather")
 ENDINGS = (*READERS, *ARROW)
+# By default DuckDB decides from the first 20,480 rows: a JSON field that comes later would be missing without a word.
+# It also takes lines of a CSV file that do not fit the others for a preamble or comments, and drops them.
+OPTIONS = {
+    "read_csv": "sample_size = -1, skip = 0, comment = ''",
+    "read_json": "sample_size = -1, records = true",
+    "read_parquet": "hive_partitioning = false",
+}
 
 
 def create_tables(connection: "duckdb.DuckDBPyConnection", files: Mapping[str, Path]) -> list[str]:
-    """Creates a view for each file; returns the paths that these read. Arrow files are copied to the database.
+    """Creates a table for each file, or a view of Parquet; returns the paths that views read.
 
     Raises ConfigError for a name or file that cannot be a table, DataError for a file that cannot be read.
     """
@@ -36,16 +43,30 @@ def create_tables(connection: "duckdb.DuckDBPyConnection", files: Mapping[str, P
     paths = []
     for name, path in files.items():
         ending = _check(name, path)
+        require_free(connection, "table name", name)
         place = str(path.absolute())
         try:
             if ending in ARROW:
                 _copy_arrow(connection, name, path)
                 continue
-            connection.execute(f'CREATE VIEW "{name}" AS FROM {READERS[ending]}({quote(place)}{_options(ending)})')
+            reader = READERS[ending]
+            # A view of text would be parsed for its types, as a whole, whenever a query names it.
+            kind = "VIEW" if ending == ".parquet" else "TABLE"
+            connection.execute(f'CREATE {kind} "{name}" AS FROM {reader}({quote(place)}, {OPTIONS[reader]})')
         except (duckdb.Error, pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as {ending}: {first_line(error)}") from error
-        paths.append(place)
+            raise DataError(f"{path} cannot be read as {ending}: {_problem(error)}") from error
+        _require_columns(connection, name, path)
+        if kind == "VIEW":
+            paths.append(place)
     return paths
+
+
+def require_free(connection: "duckdb.DuckDBPyConnection", what: str, name: str) -> None:
+    """Raises ConfigError for a name that a query would have to quote: `FROM semi` is a syntax error."""
+    query = """SELECT 1 FROM duckdb_keywords()
+      WHERE keyword_name = lower(?) AND keyword_category IN ('reserved', 'type_function')"""
+    if connection.execute(query, [name]).fetchone():
+        raise ConfigError(f"{what} {name!r} is not a free SQL name: it is a word of SQL itself")
 
 
 def _check(name: str, path: Path) -> str:
@@ -59,11 +80,24 @@ def _check(name: str, path: Path) -> str:
         raise ConfigError(f"{name}={path}: its name must end in one of {', '.join(ENDINGS)}")
     if not path.is_file():
         raise DataError(f"{name}={path} is not a file: name one file, without * or folders")
+    if path.stat().st_size == 0:
+        raise DataError(f"{name}={path} is empty")
     return ending
 
 
-def _options(ending: str) -> str:
-    return ", hive_partitioning = false" if ending == ".parquet" else ""
+def _require_columns(connection: "duckdb.DuckDBPyConnection", name: str, path: Path) -> None:
+    """Raises DataError for text that DuckDB takes for one column, because its lines differ in their delimiters."""
+    columns = [row[0] for row in connection.execute(f'DESCRIBE "{name}"').fetchall()]
+    if len(columns) == 1 and any(sign in columns[0] for sign in ",;\t|"):
+        raise DataError(f"{path}: its lines differ in the number of cells ({columns[0]!r} is the first)")
+
+
+def _problem(error: Exception) -> str:
+    """What DuckDB or pyarrow says, without advice on options that nobody can set here."""
+    text = one_line(error)
+    for advice in (" Possible ", " Try ", " LINE 1: "):
+        text = text.partition(advice)[0]
+    return text[:300]
 
 
 def _copy_arrow(connection: "duckdb.DuckDBPyConnection", name: str, path: Path) -> None:

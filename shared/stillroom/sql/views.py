@@ -74,7 +74,7 @@ CODE_PROB = f"exp(-{LOGPROB_RANGE_NATS} * pow(CAST({{}} AS DOUBLE) / {MAX_CODE},
 TAIL_CODE_PROB = f"CASE WHEN {{0}} = {MAX_CODE} THEN 0 ELSE {CODE_PROB.replace('{}', '{0}')} END"
 
 WINDOW_TOKENS = 16
-"""Long enough that text which is no loop hardly ever repeats a window."""
+"""Long enough that text hardly ever repeats a window unless it loops."""
 REPEATED_FRAC = "coalesce(1 - list_unique(windows) / nullif(len(windows), 0), 0)"
 """Share of a chain's windows that occurred before in it (1 - distinct-n of Li et al. 2016, arXiv 1510.03055)."""
 

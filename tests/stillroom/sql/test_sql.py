@@ -378,6 +378,8 @@ def test_a_mistake_is_one_line(session: Session) -> None:
         ("SELECT *\nFRM chains", "LINE 2: FRM chains"),
         ("SELECT 1; SELECT 2", "query: 2 SELECTs given: run one at a time"),
         ("-- nothing", "query: it is empty"),
+        # Words of messages about damaged files.
+        ("SELECT ZSTD FROM chains", "query: Binder Error"),
     ],
 )
 def test_a_mistake_says_where_and_what(session: Session, query: str, message: str) -> None:
@@ -422,7 +424,7 @@ def test_two_caches_join_on_the_chain(tmp_path: Path) -> None:
         assert rows(session, "SELECT count(*) AS n FROM small.tokens") == [{"n": tokens}]
 
 
-@pytest.mark.parametrize("name", ["a b", 'x"; DROP', "1st", "", "temp", "information_schema"])
+@pytest.mark.parametrize("name", ["a b", 'x"; DROP', "1st", "", "temp", "information_schema", "select"])
 def test_names_of_caches_are_plain(small: SyntheticCache, name: str) -> None:
     with pytest.raises(ConfigError, match="SQL name"):
         Session({"main": small.catalog, name: small.catalog})
@@ -554,6 +556,7 @@ OWN = {
     "labels.csv.gz": gzip.compress(b"sample_id,label\n{id},7\n"),
     "odd [1] it's.tsv": b"sample_id\tlabel\n{id}\t7\n",
     "labels.jsonl": b'{"sample_id": "{id}", "label": 7}\n',
+    "labels.json": b'[\n{"sample_id": "{id}", "label": 7}]\n',
     "labels.parquet": b"",
     "labels.arrow": b"",
 }
@@ -593,7 +596,7 @@ def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[st
             f"FROM '{folder}/beside.csv'",
             f"FROM read_csv('{folder}/*.csv')",
             f"FROM glob('{folder}/*')",
-            "INSERT INTO t5 SELECT 'a', 1",
+            "INSERT INTO t6 SELECT 'a', 1",
             "SET threads = 8",
         ):
             with pytest.raises(ConfigError):
@@ -602,7 +605,7 @@ def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[st
             session.arrow(f"FROM '{folder}/beside.csv'")
     export_views({"main": small.catalog}, tmp_path / "views.duckdb", own)
     with duckdb.connect(str(tmp_path / "views.duckdb"), read_only=True) as connection:
-        assert connection.execute("SELECT (SELECT sum(label) FROM t0) + (SELECT sum(label) FROM t5)").fetchone() == (
+        assert connection.execute("SELECT (SELECT sum(label) FROM t0) + (SELECT sum(label) FROM t6)").fetchone() == (
             14,
         )
     assert snapshot(folder) == before
@@ -616,17 +619,34 @@ def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[st
         ("mine", "/nowhere/*.csv", "is not a file: name one file"),
         ("mine", "https://127.0.0.1:9/x.csv", "is an address: download the file"),
         ("chains", "x.csv", "not a free SQL name"),
+        ("semi", "{folder}/late.jsonl", "table name 'semi' is not a free SQL name: it is a word of SQL"),
         ('x" AS SELECT 1; --', "x.csv", "not a free SQL name"),
         ("mine", "{folder}/bad.parquet", "cannot be read as .parquet"),
         ("mine", "{folder}/bad.arrow", "cannot be read as .arrow"),
+        # DuckDB alone would drop the first lines as a preamble.
+        ("mine", "{folder}/ragged.csv", "ragged.csv: its lines differ in the number of cells"),
+        ("mine", "{folder}/empty.csv", "empty.csv is empty"),
     ],
 )
 def test_what_is_no_table_is_refused(small: SyntheticCache, tmp_path: Path, name: str, path: str, message: str) -> None:
     for ending in ("parquet", "arrow"):
         (tmp_path / f"bad.{ending}").write_bytes(b"no table")
+    (tmp_path / "late.jsonl").write_text("{}\n")
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2\n3\n4,5,6\n")
+    (tmp_path / "empty.csv").touch()
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         Session({"main": small.catalog}, {name: Path(path.format(folder=tmp_path)) if "://" not in path else path})  # type: ignore[dict-item]
     assert "\n" not in str(caught.value)
+
+
+def test_what_comes_late_in_a_file_counts(small: SyntheticCache, tmp_path: Path) -> None:
+    """DuckDB alone looks at 20,480 rows."""
+    numbers = [str(number) for number in range(25_000)]
+    (tmp_path / "late.csv").write_text("\n".join(["a", *numbers, "x"]))
+    (tmp_path / "late.jsonl").write_text("\n".join([*(f'{{"a": {one}}}' for one in numbers), '{"b": "x"}']))
+    with Session({"main": small.catalog}, {"t": tmp_path / "late.csv", "j": tmp_path / "late.jsonl"}) as session:
+        assert rows(session, "SELECT max(a) AS a, count(*) AS n FROM t") == [{"a": "x", "n": 25_001}]
+        assert rows(session, "SELECT count(a) AS a, count(b) AS b FROM j") == [{"a": 25_000, "b": 1}]
 
 
 @pytest.mark.parametrize("memory", ["4XB", "-1", "", "4GB'; SET threads = 1; --"])

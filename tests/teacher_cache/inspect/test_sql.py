@@ -73,6 +73,8 @@ def test_a_table_shows_null_numbers_and_lists(session: Session, capsys: pytest.C
     )
     assert text == "name        x\n────  ───────\na     1.23457\nNULL     NULL\n"
     assert "[1, 2]" in answered(session, capsys, EVERY_TYPE)
+    intervals = "SELECT INTERVAL 1 MONTH + INTERVAL 3 DAY AS a, -INTERVAL 90 MINUTE AS b, INTERVAL 0 DAY AS c"
+    assert answered(session, capsys, intervals, "csv") == '"a","b","c"\n"1 month 3 days","-1:30:00","0:00:00"\n'
 
 
 def test_a_table_says_what_it_leaves_out(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +190,10 @@ def test_a_table_fits_the_terminal(session: Session) -> None:
         ("SELECT 1;", True),
         ("SELECT 1; -- done", True),
         ("SELECT\n-- why;\n", False),
+        ("SELECT '--';", True),
+        ("SELECT 'a;", False),
+        ("SELECT $$a;", False),
+        ("SELECT 1 /* why;", False),
     ],
 )
 def test_enter_ends_a_complete_query(text: str, complete: bool) -> None:
