@@ -14,6 +14,7 @@ from stillroom.config import StrictModel, apply_override, read_yaml, validate_co
 from stillroom.errors import ConfigError
 from stillroom.judging.opinion import PROMPT, prompt_problem
 from stillroom.storage.paths import CacheRoot
+from teacher_cache.prompts.config import CompletionsConfig, PromptsConfig
 
 
 class EmbeddedConfig(StrictModel):
@@ -110,178 +111,6 @@ EngineConfig = Annotated[
 ]
 
 
-class NamedSource(StrictModel):
-    """What every source of prompts and completions has."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
-    """Name of the source, stored in the cache's `source` column."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use at most this many rows, from the start."""
-
-
-class RowFields(NamedSource):
-    """How rows of a file or dataset become prompts: fields that prompts and completions share.
-
-    `a.b` names field b of the struct a.
-    """
-
-    messages_field: str | None = None
-    """Field with a list of messages, or its JSON text: {role, content}, or {from, value} as in ShareGPT. human and gpt
-    mean user and assistant, developer means system."""
-    prompt_field: str | None = None
-    """Field with the text of one user message, or with a list of messages."""
-    system_field: str | None = None
-    """Field with the system message; rows may leave it empty."""
-    ignored_fields: list[str] = Field(default_factory=list)
-    """Columns, or keys of messages, that are left out of prompts on purpose, such as tools or reasoning_content.
-    Otherwise rows with a value there are malformed, because the teacher would not see it."""
-    system: str | None = None
-    """System message for prompts that have none."""
-    instruction: str | None = None
-    """Text appended to the last user message, after a blank line."""
-    reference_field: str | None = None
-    """Field with the reference answer, such as `answer` or `reward_model.ground_truth`."""
-    judge: Literal["math", "exact", "regex", "code", "llm"] | None = None
-    """How answers are checked against the reference; `llm` leaves them to `teacher-cache judge --llm`."""
-    metadata_fields: list[str] = Field(default_factory=list)
-    """Further fields to store in the cache's `metadata` column."""
-
-    @property
-    def fields(self) -> list[str]:
-        """Every field that is read."""
-        return _distinct(self.messages_field, self.prompt_field, *self.optional_fields)
-
-    @property
-    def optional_fields(self) -> list[str]:
-        """Fields that a row may lack; a name that no row has is a mistake."""
-        return _distinct(self.system_field, self.reference_field, *self.metadata_fields)
-
-    @model_validator(mode="after")
-    def _judge_has_reference(self) -> Self:
-        if self.judge is not None and self.reference_field is None:
-            raise ValueError("judge has no effect without reference_field: name the field with the reference answer")
-        return self
-
-
-class PromptSource(NamedSource):
-    """What every source of prompts has."""
-
-    samples: int | None = Field(default=None, ge=1)
-    """Chains per prompt; None takes `sampling.samples`."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Maximum completion tokens per chain; None takes `sampling.max_tokens`."""
-    temperature: float | None = Field(default=None, ge=0)
-    """Sampling temperature; None takes `sampling.temperature`."""
-
-
-class PromptFields(PromptSource, RowFields):
-    """Prompts from rows: exactly one of `messages_field` and `prompt_field`."""
-
-    drop_final_answer: bool = False
-    """Remove assistant messages at the end of `messages`, which turns finished conversations into prompts."""
-
-    @model_validator(mode="after")
-    def _one_field(self) -> Self:
-        if (self.messages_field is None) == (self.prompt_field is None):
-            raise ValueError("set exactly one of messages_field and prompt_field")
-        if self.drop_final_answer and self.messages_field is None:
-            raise ValueError("drop_final_answer has no effect without messages_field")
-        return self
-
-
-class FileRows(StrictModel):
-    """Rows of files."""
-
-    path: CacheRoot
-    """A file, a folder, or a glob such as `data/**/*.jsonl.gz`; local, or s3://, gs:// or az://BUCKET/PREFIX. Files may
-    be compressed with gzip, zstd or bzip2. Names in folders that begin with a dot or underscore are skipped."""
-    split: str | None = None
-    """Use only this split's files of a folder, by the names of files and folders; required if they name several."""
-
-
-class JsonlFile(FileRows):
-    """Rows of JSON Lines files, JSON arrays, or files with one JSON object each."""
-
-    kind: Literal["jsonl"]
-
-
-class CsvFile(FileRows):
-    """Rows of CSV files whose first line names the columns. Empty cells are null."""
-
-    kind: Literal["csv"]
-    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
-    """Character between cells; None: a tab in .tsv files, else a comma."""
-
-
-class ParquetFile(FileRows):
-    """Rows of Parquet files."""
-
-    kind: Literal["parquet"]
-
-
-class HuggingFaceDataset(StrictModel):
-    """Rows of a Hugging Face dataset."""
-
-    kind: Literal["huggingface"]
-    dataset: str
-    """Hub id such as openai/gsm8k, or a local folder."""
-    config: str | None = None
-    """Configuration of the dataset, if it has several."""
-    split: str = "train"
-    """Split of the dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset."""
-
-
-class JsonlSource(PromptFields, JsonlFile):
-    """Prompts from JSON Lines or JSON files."""
-
-
-class CsvSource(PromptFields, CsvFile):
-    """Prompts from CSV files."""
-
-
-class ParquetSource(PromptFields, ParquetFile):
-    """Prompts from Parquet files."""
-
-
-class HuggingFaceSource(PromptFields, HuggingFaceDataset):
-    """Prompts from a Hugging Face dataset, by hub id or local folder."""
-
-
-class ReasoningGymSource(PromptSource):
-    """Seeded reasoning tasks with their own answer checkers."""
-
-    kind: Literal["reasoning_gym"]
-    task: str
-    """Name of a reasoning-gym dataset, such as chain_sum or gsm_symbolic."""
-    size: int = Field(ge=1)
-    """Number of tasks to generate."""
-    seed: int = 0
-    """Seed of the tasks: the same seed generates the same tasks."""
-    system: str | None = None
-    """System message for prompts that have none."""
-    instruction: str | None = None
-    """Text appended to the last user message, after a blank line."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's own configuration."""
-
-
-Source = Annotated[
-    JsonlSource | CsvSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
-    Field(discriminator="kind"),
-]
-
-
-class DecontaminateConfig(StrictModel):
-    """Evaluation sets whose questions must not appear among the prompts."""
-
-    against: list[Source] = Field(min_length=1)
-    """Evaluation sets, read like prompt sources; the text of user messages is compared."""
-    ngram: int = Field(default=13, ge=2)
-    """Consecutive words that a prompt must share with an evaluation text to be skipped; shorter texts must be equal."""
-
-
 class TeacherConfig(StrictModel):
     """The model that generates or scores chains."""
 
@@ -294,26 +123,6 @@ class TeacherConfig(StrictModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the model's chat template, such as `enable_thinking: true`; part of the run's identity. Names that
     the template does not mention are refused."""
-
-
-class PromptsConfig(StrictModel):
-    """Where prompts come from, their order and the held-out split."""
-
-    sources: list[Source] = Field(min_length=1)
-    seed: int = 0
-    """Seed of the prompt order, which is shuffled so that a half-built cache is a fair sample of the whole."""
-    heldout_frac: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of prompts whose chains get split 'heldout' instead of 'train'; chosen by hash of the prompt."""
-    decontaminate: DecontaminateConfig | None = None
-    """Skip prompts that overlap an evaluation set."""
-    max_unusable_frac: float = Field(default=0.5, ge=0, le=1)
-    """Stop before generating if more than this fraction of a source's rows is malformed, or of its first prompts is
-    refused by the chat template; 1 uses whatever is left."""
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> Self:
-        _require_distinct([source.name for source in self.sources])
-        return self
 
 
 EMBEDDED_PARAMETERS = frozenset(
@@ -469,111 +278,6 @@ class BuildConfig(RunConfig):
         return self
 
 
-class CompletionFields(RowFields):
-    """How rows become prompts and completions, in one of three ways.
-
-    Conversations: `messages_field`, whose last message is the assistant's and is the completion. Texts:
-    `completion_field`, with the prompt in `prompt_field` or `messages_field`. Tokens: `prompt_ids_field` and
-    `completion_ids_field`, used as they are; `prompt_field` or `messages_field` may give the prompt's text.
-    """
-
-    completion_field: str | None = None
-    """Field with the text of the completion, including markers such as <think>."""
-    prompt_ids_field: str | None = None
-    """Field with the prompt's token ids, chat template already applied."""
-    completion_ids_field: str | None = None
-    """Field with the completion's token ids."""
-    append_eos: bool = True
-    """End completion texts with the tokenizer's end-of-sequence token, like a chain that stopped; set false for
-    truncated texts. Nothing is appended to token ids."""
-    turns: Literal["last", "all"] = "last"
-    """Which assistant turns of `messages_field` are completions. With `all` each turn becomes a chain whose prompt is
-    the conversation before it, so that every turn is learned once; `reference_field` then belongs to the last turn."""
-
-    @property
-    def are_ids(self) -> bool:
-        """Whether rows hold token ids rather than texts."""
-        return self.completion_ids_field is not None
-
-    @property
-    def fields(self) -> list[str]:
-        """Every field that is read."""
-        own = (self.completion_field, self.prompt_ids_field, self.completion_ids_field)
-        return _distinct(self.messages_field, self.prompt_field, *own, *self.optional_fields)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if (self.prompt_ids_field is None) != (self.completion_ids_field is None):
-            raise ValueError("set both prompt_ids_field and completion_ids_field, or neither")
-        if self.turns == "all" and (self.messages_field is None or self.completion_field is not None or self.are_ids):
-            raise ValueError("turns: all needs messages_field alone: completion fields hold a single turn")
-        if self.messages_field is not None and self.prompt_field is not None:
-            raise ValueError("messages_field and prompt_field both give the prompt: remove one")
-        if self.are_ids:
-            for name in ("completion_field", "append_eos", "system", "system_field", "instruction", "ignored_fields"):
-                if name in self.model_fields_set:
-                    raise ValueError(f"{name} has no effect on token ids: remove it")
-        elif self.messages_field is None and (self.prompt_field is None or self.completion_field is None):
-            raise ValueError(
-                "set messages_field (with the assistant's turn last), or prompt_field and completion_field, or "
-                "prompt_ids_field and completion_ids_field"
-            )
-        return self
-
-
-class JsonlCompletions(CompletionFields, JsonlFile):
-    """Completions from JSON Lines or JSON files."""
-
-
-class CsvCompletions(CompletionFields, CsvFile):
-    """Completions from CSV files."""
-
-
-class ParquetCompletions(CompletionFields, ParquetFile):
-    """Completions from Parquet files."""
-
-
-class HuggingFaceCompletions(CompletionFields, HuggingFaceDataset):
-    """Completions from a Hugging Face dataset, by hub id or local folder."""
-
-
-class CacheCompletions(NamedSource):
-    """Chains of another cache, token by token, with their prompts, splits, references and metadata."""
-
-    kind: Literal["cache"]
-    path: CacheRoot
-    """The other cache: a folder or s3://BUCKET/PREFIX."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use at most this many chains, the first by `sample_id`."""
-    where: str | None = None
-    """SQL condition on the columns of `chains`, such as `correct AND finish_reason = 'stop'`."""
-    retokenise: bool = False
-    """Score the chains' text with this teacher's tokenizer and template, for teachers with different tokenizers. The
-    rows then get other `chain_id`s, and reasoning markers that were special tokens are not part of the text."""
-
-
-CompletionSource = Annotated[
-    JsonlCompletions | CsvCompletions | ParquetCompletions | HuggingFaceCompletions | CacheCompletions,
-    Field(discriminator="kind"),
-]
-
-
-class CompletionsConfig(StrictModel):
-    """Where completions come from; they are scored in the order of their sources."""
-
-    sources: list[CompletionSource] = Field(min_length=1)
-    heldout_frac: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of prompts whose chains get split 'heldout' instead of 'train'; chosen by hash of the prompt. Chains of
-    another cache keep their split."""
-    decontaminate: DecontaminateConfig | None = None
-    """Skip prompts that overlap an evaluation set."""
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> Self:
-        _require_distinct([source.name for source in self.sources])
-        return self
-
-
 class ScoreConfig(RunConfig):
     """Existing completions that the teacher scores."""
 
@@ -647,12 +351,6 @@ class LlmJudgeConfig(StrictModel):
         return self
 
 
-FileSource = JsonlSource | CsvSource | ParquetSource | HuggingFaceSource
-FileCompletions = JsonlCompletions | CsvCompletions | ParquetCompletions | HuggingFaceCompletions
-RowSource = FileSource | FileCompletions
-"""Sources whose rows are read from files and datasets."""
-
-
 def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | None = None) -> BuildConfig | ScoreConfig:
     """Reads a configuration with `a.b=c` overrides: a ScoreConfig if it has a `completions` block.
 
@@ -684,13 +382,3 @@ def _is_server_address(address: str) -> bool:
     except ValueError:
         # A port that is not a number, or an incomplete IPv6 address.
         return False
-
-
-def _distinct(*names: str | None) -> list[str]:
-    return list(dict.fromkeys(name for name in names if name is not None))
-
-
-def _require_distinct(names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two sources are named {twice[0]!r}: names distinguish them in SQL")

@@ -6,8 +6,8 @@ batch being tokenised is in memory.
 Text becomes tokens as in generation: the prompt by the chat template with the assistant's turn opened, the completion
 on its own. The template does not render the completion, because templates drop the reasoning of earlier turns. So:
 
-- A finished completion must end with the end-of-sequence token, which `append_eos` adds unless the text ends with a
-  special token already.
+- A finished completion must end as a turn of the teacher does, by the token that the template writes behind an answer,
+  which `append_eos` adds unless the text ends with a special token already.
 - If the template has already written <think> into the prompt, a completion's own <think> is removed, along with the
   white space that follows it in the prompt. A finished completion without </think> is refused there: the teacher would
   score its answer as reasoning.
@@ -21,7 +21,7 @@ the same tokens.
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -30,15 +30,17 @@ from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, CorruptError
 from stillroom.models import came_to_its_end, compare_vocab, reasoning_ids, special_pieces
 from stillroom.schema.records import Message, Prompt, prompt_id_of, scored_sample_id_of, stable_hash
+from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import Session
-from teacher_cache.config import CacheCompletions, CompletionFields, CompletionSource, FileCompletions, ScoreConfig
+from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
-from teacher_cache.prompts.conversations import Json, messages_of, text_of, value_of
+from teacher_cache.prompts.config import CacheCompletions, CompletionFields, CompletionSource, FileCompletions
+from teacher_cache.prompts.conversations import Json, find, messages_of, text_of, value_of
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.files import Row
 from teacher_cache.prompts.prompts import TOKENIZE_BATCH, WHOLE, WorkerShare, prompt_of, template_failure
-from teacher_cache.prompts.rendering import tokenize
+from teacher_cache.prompts.rendering import end_of_turn, tokenize
 from teacher_cache.prompts.sources import (
     Draft,
     count_rows,
@@ -82,6 +84,7 @@ class Completions:
         added = teacher.tokenizer.added_tokens_decoder.items()
         special = {*teacher.tokenizer.all_special_ids, *(token_id for token_id, one in added if one.special)}
         self._final_ids = special - {self._start_id, self._end_id}
+        self._appended_id = self._id_behind_answers()
         decontaminate = config.completions.decontaminate
         self._evaluation = None if decontaminate is None else EvaluationTexts(decontaminate)
         self._require_template()
@@ -123,7 +126,7 @@ class Completions:
     def _num_rows(self, source: CompletionSource, share: WorkerShare) -> int:
         if isinstance(source, CacheCompletions):
             return self._caches[source.name].count(share)
-        if source.turns == "all":
+        if source.turns == "all" or _holds_lists(source):
             return sum(1 for _ in self._rows(source, share))
         num_rows = count_rows(source)
         num_used = num_rows if source.limit is None else min(num_rows, source.limit)
@@ -185,7 +188,19 @@ class Completions:
             return ids
         # Rendered conversations keep their end marks and the line break after them: "5<|im_end|>\n".
         bare: list[int] = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
-        return bare if bare and bare[-1] in self._final_ids else [*ids, tokenizer.eos_token_id]
+        if bare and bare[-1] in self._final_ids:
+            return bare
+        assert self._appended_id is not None
+        return [*ids, self._appended_id]
+
+    def _id_behind_answers(self) -> int | None:
+        """The special token that ends an assistant's turn; the end of sequence where the template writes none."""
+        tokenizer = self._teacher.tokenizer
+        kwargs = self._config.teacher.chat_template_kwargs
+        rest = end_of_turn(tokenizer, kwargs) if tokenizer.chat_template else None
+        ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if rest else []
+        own: int | None = ids[0] if ids and ids[0] in self._final_ids else tokenizer.eos_token_id
+        return own
 
     def _lacks_end_of_reasoning(self, row: Completion, prompt_ids: list[int]) -> bool:
         is_finished_text = isinstance(row.completion, str) and row.append_eos
@@ -219,7 +234,7 @@ class Completions:
                 "instruction-tuned teacher, or token ids"
             )
         appending = [one for one in texts if not isinstance(one, CompletionFields) or one.append_eos]
-        if appending and tokenizer.eos_token_id is None:
+        if appending and self._appended_id is None:
             raise ConfigError(
                 f"the tokenizer of {model} has no end-of-sequence token: set append_eos: false for source "
                 f"{appending[0].name}"
@@ -237,10 +252,11 @@ class _OtherCache:
         self._catalog = Catalog(source.path)
         with contextlib.ExitStack() as stack:
             self._session = stack.enter_context(Session({"main": self._catalog}))
-            condition = "true" if source.where is None else f"({source.where}\n)"
             # Ordered, so that every worker and every rerun selects the same chains.
             limit = "" if source.limit is None else f" ORDER BY sample_id LIMIT {source.limit}"
-            selected = self._session.arrow(f"SELECT sample_id FROM chains WHERE {condition}{limit}")
+            where = "true" if source.where is None else source.where
+            query = f"SELECT sample_id FROM chains WHERE {in_brackets(where)}{limit}"
+            selected = run_with(self._session, f"source {source.name}: where", where, query)
             self._selected: set[str] = set(selected.column("sample_id").to_pylist())
             self._special = {
                 run_id: special_pieces(self._catalog.vocab_path(run.teacher.tokenizer_fingerprint))
@@ -308,25 +324,56 @@ def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: A
     try:
         prompt_ids = None if source.prompt_ids_field is None else _ids(row.values, source.prompt_ids_field)
         turns = _turns(source, row.values, prompt_ids, tokenizer)
-        metadata, reference = metadata_of(source, row, row.values), reference_of(source, row.values)
-        drafts = [Draft(row.where, tuple(messages), None, metadata) for messages, _ in turns]
-        if source.turns == "all":
-            # The reference answers the last question, so judging an earlier turn by it would call it wrong.
-            unjudged = {name: value for name, value in metadata.items() if name != "judge"}
-            metas = [*([unjudged] * (len(drafts) - 1)), metadata]
-            drafts = [replace(one, metadata={**metas[turn], "turn": turn}) for turn, one in enumerate(drafts)]
-        drafts[-1] = replace(drafts[-1], reference=reference)
+        drafts = _drafts(source, row, row.values, turns)
         for draft, (_, completion) in zip(drafts, turns, strict=True):
             require_encodable(draft, completion if isinstance(completion, str) else "")
     except ValueError as error:
         yield malformed(source.name, row.where, str(error))
         return
     prompts = [prompt_of(one, source.name, source.system, source.instruction, heldout_frac) for one in drafts]
-    for prompt, (_, completion) in zip(prompts, turns, strict=True):
+    unit = "turn" if source.turns == "all" else "item" if _is_list(source, row.values) else None
+    for place, (prompt, (_, completion)) in enumerate(zip(prompts, turns, strict=True)):
         # One split for the whole conversation: later turns quote earlier ones.
         prompt = replace(prompt, split=prompts[0].split)
-        where = f"{row.where} turn {prompt.metadata['turn']}" if source.turns == "all" else row.where
-        yield Completion(where, prompt, completion, prompt_ids, source.append_eos)
+        where = row.where if unit is None else f"{row.where} {unit} {place}"
+        yield Completion(where, prompt, completion, prompt_ids, source.append_eos, place if unit == "item" else 0)
+
+
+def _drafts(
+    source: FileCompletions, row: Row, values: Json, turns: Sequence[tuple[list[Message], str | list[int]]]
+) -> list[Draft]:
+    metadata, reference = metadata_of(source, row, values), reference_of(source, values)
+    metas, references = [metadata] * len(turns), [reference] * len(turns)
+    if source.turns == "all":
+        # The reference answers the last question, so judging an earlier turn by it would call it wrong.
+        unjudged = {name: value for name, value in metadata.items() if name != "judge"}
+        metas = [{**one, "turn": turn} for turn, one in enumerate([*([unjudged] * (len(turns) - 1)), metadata])]
+        references[:-1] = [None] * (len(turns) - 1)
+    elif _is_list(source, values):
+        metas = [_own(metadata, place, len(turns)) for place in range(len(turns))]
+    return [
+        Draft(row.where, tuple(messages), answer, one)
+        for (messages, _), answer, one in zip(turns, references, metas, strict=True)
+    ]
+
+
+def _own(metadata: Json, place: int, num: int) -> Json:
+    """Metadata of one of `num` completions: its item of each list that has one for every completion."""
+    return {
+        name: value[place] if isinstance(value, list) and len(value) == num else value
+        for name, value in metadata.items()
+    }
+
+
+def _is_list(source: CompletionFields, values: Json) -> bool:
+    """Whether a row holds a list of completions."""
+    return source.completion_field is not None and isinstance(find(values, source.completion_field), list)
+
+
+def _holds_lists(source: FileCompletions) -> bool:
+    """Whether the first row that can be read holds a list of completions."""
+    first = next((row.values for row in read_rows(source) if isinstance(row.values, dict)), {})
+    return _is_list(source, first)
 
 
 def _turns(
@@ -346,6 +393,11 @@ def _turns(
             f"field {field!r} ends with the assistant's turn, and {beside!r} holds the completion too: remove that "
             f"turn, or the setting of {beside!r} to score the turn"
         )
+    if _is_list(source, values):
+        texts = {f"{beside}[{place}]": one for place, one in enumerate(find(values, beside))}
+        if not texts:
+            raise ValueError(f"field {beside!r} is an empty list")
+        return [(messages, text_of(texts, name)) for name in texts]
     return [(messages, _ids(values, beside) if source.are_ids else text_of(values, beside))]
 
 

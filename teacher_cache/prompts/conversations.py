@@ -10,7 +10,7 @@ from typing import Any
 
 from stillroom.config import nearest_name
 from stillroom.schema.records import Message
-from teacher_cache.config import CompletionFields, RowFields
+from teacher_cache.prompts.config import CompletionFields, RowFields
 
 Json = dict[str, Any]
 
@@ -28,9 +28,9 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 UNHELD_KEYS = (
     *("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "function_call", "tools"),
-    *("functions", "images", "image", "videos", "audio", "documents"),
+    *("functions", "images", "image", "videos", "audio", "documents", "name"),
 )
-"""Keys of messages that carry text for the model. Messages are stored as role and content."""
+"""Keys of messages that templates may show to the model. Messages are stored as role and content."""
 UNHELD_COLUMNS = ("tools", "functions", "images", "image", "documents")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 BESIDE_TEXT = ("context", "choices", "options", "starter_code")
@@ -71,7 +71,7 @@ def messages_of(source: RowFields, row: Json, *, drop_final_answer: bool = False
 def conversation_of(
     row: Json, field: str, ignored: Collection[str] = (), *, drop_final_answer: bool = False
 ) -> list[Message]:
-    """The field's messages, with roles as chat templates know them. Raises ValueError if it is no conversation.
+    """The field's messages, with roles as chat templates know them. Raises ValueError for anything but a conversation.
 
     `drop_final_answer` leaves out assistant messages at the end, whatever they hold.
     """
@@ -179,7 +179,7 @@ def _message(item: Any, where: str, ignored: Collection[str]) -> Message:
         raise ValueError(f"{where} is not {{role: text, content: text}} or {{from: text, value: text}}")
     content = _joined(contents[0], where) if isinstance(contents[0], list) else contents[0]
     if not isinstance(content, str):
-        raise ValueError(f"{where} is not {{role: text, content: text}}: its content is no text")
+        raise ValueError(f"{where} is not {{role: text, content: text}}: its content is not text")
     # An empty system message means something: templates then leave out their own.
     if not content.strip() and role != "system":
         raise ValueError(f"{where} is empty (role {role})")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stillroom.errors import DataError
 from stillroom.schema.records import Message
-from teacher_cache.config import DecontaminateConfig
+from teacher_cache.prompts.config import DecontaminateConfig
 from teacher_cache.prompts.sources import Draft, read_source
 
 WORD = re.compile(r"\w+")

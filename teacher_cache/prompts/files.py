@@ -41,6 +41,8 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
 }
 """Words in names of files and folders that mean a split, as the Hugging Face hub reads them."""
+ROW_FIELDS = ("data", "rows", "examples", "instances", "records", "items", "train", "test")
+"""Fields that hold the rows in files that are one JSON object (SQuAD: data; the hub's API: rows)."""
 TO_UTF_8 = "convert it first: iconv -f {} -t UTF-8 OLD > NEW"
 ANOTHER_ENCODING = "LATIN1 (or the encoding that it has)"
 
@@ -201,6 +203,8 @@ def _document(head: Sequence[Line], rest: Iterator[Line], where: str) -> tuple[l
         raise DataError(f"{where} holds no JSON: a table whose first line names its columns is kind: csv")
     try:
         line = json.loads(first)
+        if len(head) == 1:
+            _refuse_tables(line, where)
         # One line may be an array of rows, if it is all that there is.
         is_array = len(head) == 1 and isinstance(line, list) and all(isinstance(one, dict) for one in line)
         return (line if is_array else None), rest
@@ -215,7 +219,29 @@ def _document(head: Sequence[Line], rest: Iterator[Line], where: str) -> tuple[l
         if first.startswith(b"{") and len(head) > 1 and head[1][1].startswith(b"{"):
             return None, others
         raise DataError(f"{where} is neither JSON Lines nor one JSON document: {one_line(error)}") from error
+    _refuse_tables(document, where)
     return (document if isinstance(document, list) else [document]), others
+
+
+def _refuse_tables(document: Any, where: str) -> None:
+    """Raises DataError for a JSON object that holds rows in a field, or columns: read as one row it would be wrong."""
+    if not isinstance(document, dict):
+        return
+    inside = next((name for name in ROW_FIELDS if _are_objects(document.get(name))), None)
+    if inside is not None:
+        raise DataError(
+            f"{where} holds its rows in the field {inside!r}: write them out: jq -c '.{inside}[]' OLD > NEW"
+        )
+    # Both forms of pandas: lists, or objects by row number.
+    columns = [list(one.values()) if isinstance(one, dict) else one for one in document.values()]
+    are_columns = len(columns) > 1 and all(isinstance(one, list) and len(one) > 1 for one in columns)
+    if are_columns and len({len(one) for one in columns}) == 1 and any(isinstance(one[0], str) for one in columns):
+        program = "import pandas; pandas.read_json('OLD').to_json('NEW', orient='records', lines=True)"
+        raise DataError(f'{where} holds columns, not rows: convert it: python -c "{program}"')
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _parsed(line: bytes) -> Json | str:

@@ -16,8 +16,9 @@ from typing import Any
 
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of, stable_hash
-from teacher_cache.config import BuildConfig, PromptsConfig, SamplingConfig, Source
+from teacher_cache.config import BuildConfig, SamplingConfig
 from teacher_cache.engine.api import Failure, Request
+from teacher_cache.prompts.config import PromptsConfig, Source
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import Draft, read_source

@@ -16,7 +16,8 @@ from stillroom.errors import DataError, one_line
 from stillroom.judging.gym_tasks import jsonable, make_entries
 from stillroom.schema.records import Message, stable_hash
 from stillroom.storage.paths import Location
-from teacher_cache.config import (
+from teacher_cache.engine.api import Failure
+from teacher_cache.prompts.config import (
     CsvFile,
     FileSource,
     HuggingFaceDataset,
@@ -26,7 +27,6 @@ from teacher_cache.config import (
     RowSource,
     Source,
 )
-from teacher_cache.engine.api import Failure
 from teacher_cache.prompts.conversations import MISSING, Json, find, guarded_columns, messages_of, names_of
 from teacher_cache.prompts.files import (
     Row,

@@ -164,6 +164,40 @@ def test_the_end_of_sequence_token_is_appended_once_or_never(
     assert text(teacher, request.completion_token_ids) == ends
 
 
+def test_a_turn_ends_as_the_template_ends_it(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    teacher.tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    # As in Gemma's template, where the end of sequence is a third token.
+    teacher.tokenizer.chat_template = teacher.tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "2+3?", "a": "5"}])
+    source = {"kind": "jsonl", "path": path, "prompt_field": "q", "completion_field": "a"}
+    (request,) = scored(make_score(tmp_path / "c", source), teacher)
+    assert text(teacher, request.completion_token_ids) == "5<|endoftext|>"
+
+
+def test_generations_are_chains_with_their_own_metadata(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    rows: list[Any] = [
+        {"q": "2+3?", "a": ["5", "6"], "right": [True, False], "answer": "5", "level": [1, 2, 3]},
+        {"q": "3+3?", "a": ["6"], "right": [True], "answer": "6", "level": None},
+        {"q": "4+3?", "a": ["7", None], "right": [True, None], "answer": "7"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    fields = {"prompt_field": "q", "completion_field": "a", "metadata_fields": ["right", "level"]}
+    fields |= {"reference_field": "answer", "judge": "exact"}
+    config = make_score(tmp_path / "c", {"kind": "jsonl", "path": path, **fields})
+    with Completions(config, teacher) as completions:
+        assert completions.count() == 4
+        *found, failure = completions.requests()
+    assert isinstance(failure, Failure)
+    assert failure.message.endswith("field 'a[1]' is null")
+    got = [
+        (text(teacher, one.completion_token_ids), one.sample_index, one.prompt.reference, one.prompt.metadata["right"])
+        for one in found
+        if isinstance(one, Request)
+    ]
+    assert got == [("5<|im_end|>", 0, "5", True), ("6<|im_end|>", 1, "5", False), ("6<|im_end|>", 0, "6", True)]
+    assert found[0].prompt.metadata["level"] == [1, 2, 3]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("opens", [True, False])
 def test_a_marker_that_the_template_wrote_is_not_written_again(
     tmp_path: Path, teacher: IdentifiedTeacher, opens: bool

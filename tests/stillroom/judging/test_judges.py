@@ -18,7 +18,7 @@ from stillroom.judging.judges import judge_answer
 from stillroom.judging.process import JudgeProcess
 from stillroom.judging.sandbox import run_tests
 from stillroom.judging.unit_tests import UnitTest, program_of, unit_tests_of
-from teacher_cache.config import ReasoningGymSource
+from teacher_cache.prompts.config import ReasoningGymSource
 from teacher_cache.prompts.sources import Draft, read_source
 
 RIGHT, WRONG, UNDECIDED = True, False, None

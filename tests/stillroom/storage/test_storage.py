@@ -35,10 +35,10 @@ from student_train.data.rows import read_rows
 from student_train.data.selection import CacheSource, SelectionRequest, freeze, load_selection
 from student_train.data.stream import PackStream
 from teacher_cache.cli import app
-from teacher_cache.config import PromptsConfig
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.prompts import load_prompts
 from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache, visible_ids

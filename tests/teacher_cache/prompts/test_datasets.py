@@ -19,10 +19,11 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
 from stillroom.sql.session import open_session
 from teacher_cache.building import Build
-from teacher_cache.config import BuildConfig, PromptsConfig
+from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher, check_template_kwargs
+from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.prompts import LoadedPrompts, load_prompts, requests
 from teacher_cache.prompts.rendering import tokenize
 from tests.helpers.fake_builds import K, make_teacher
@@ -168,6 +169,13 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4\nsize 12\n"
         ("a.parquet", LFS, r"is a Git LFS pointer"),
         ("a.parquet", b"PAR1 and no more", r"is a damaged Parquet file"),
         ("a.json", b'[\n{"q": "1"},\n{"q": \n', r"is neither JSON Lines nor one JSON document"),
+        (
+            "a.json",
+            b'{"version": 1,\n"data": [{"q": "1"}]}',
+            r"rows in the field 'data': .* jq -c '.data\[\]' OLD > NEW",
+        ),
+        ("a.json", b'{"q": ["1", "2"], "a": ["3", "4"]}', r"holds columns, not rows: convert it: python -c"),
+        ("a.json", b'{"q": {"0": "1", "1": "2"},\n"a": {"0": "3", "1": "4"}}', r"holds columns, not rows"),
         ("a.csv", b'q,a\n1,"2\n', r"a\.csv:\d is not CSV"),
         ("a.csv", b"q,a\n1,2,3\n", r"a\.csv:2: has 3 cells for 2 columns"),
         ("a.jsonl", b"[1]\n[2]\n", r"a\.jsonl:1: holds a list"),

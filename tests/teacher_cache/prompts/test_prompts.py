@@ -13,8 +13,9 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
 from stillroom.models import load_tokenizer
 from stillroom.schema.records import Message, Prompt, sample_id_of
-from teacher_cache.config import BuildConfig, PromptsConfig
+from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Failure, Request
+from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.prompts import (
     LoadedPrompts,
     load_prompts,
@@ -100,6 +101,7 @@ def test_malformed_rows_are_named_and_the_rest_is_loaded(tmp_path: Path) -> None
         ("text", "not a list of messages"),
         ([{"role": "user"}], "message 0 is not {role: text, content: text}"),
         ([{"role": "user", "content": ""}], "message 0 is empty"),
+        ([{"role": "user", "content": "q", "name": "Ann"}], "message 0 has 'name', which a prompt cannot hold"),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "ends with the assistant"),
         ([{"role": "system", "content": "s"}], "ends with the system"),
     ],

@@ -14,7 +14,7 @@ import pytest
 
 from stillroom.config import validate_config
 from stillroom.errors import DataError
-from teacher_cache.config import HuggingFaceDataset, PromptsConfig
+from teacher_cache.prompts.config import HuggingFaceDataset, PromptsConfig
 from teacher_cache.prompts.files import count_json_rows, json_rows, parquet_rows
 from teacher_cache.prompts.sources import Draft, huggingface_rows, read_source
 
