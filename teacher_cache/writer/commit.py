@@ -57,7 +57,13 @@ class VisibleSamples:
     def refresh(self) -> None:
         """Reads the log and the ids of its new files. Raises CorruptError naming a damaged file."""
         self._table.refresh()
-        for file in self._table.files():
+        files = self._table.files()
+        if not self._read.issubset(file.path for file in files):
+            # Another process quarantined or dropped a file, whose chains are to be generated again. That is rare, so
+            # all files are read again rather than the ids of each kept by file.
+            self._read.clear()
+            self._ids.clear()
+        for file in files:
             if file.path not in self._read and file.path.startswith(self._prefix):
                 self.add(file.path, read_sample_ids(self._table.path_of(file)))
 

@@ -9,7 +9,7 @@ from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
 from stillroom.errors import CacheConflict, CorruptError
 from stillroom.storage.paths import Location
 from teacher_cache.building import Build
-from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, worker_lock
+from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, remove_files, worker_lock
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
 
 
@@ -98,6 +98,19 @@ def test_a_commit_that_only_seemed_to_fail_keeps_its_file(tmp_path: Path, monkey
     monkeypatch.setattr(Table, "commit", ambiguous)
     assert run_build(make_config(tmp_path / "c"), make_requests(20)).recorded.num_committed == 20
     assert len(_visible(tmp_path / "c")) == 20
+
+
+def test_chains_that_another_process_removes_are_not_done(tmp_path: Path) -> None:
+    run_build(make_config(tmp_path / "c"), make_requests(5))
+    table = Catalog(tmp_path / "c").chains
+    visible = VisibleSamples(table)
+    visible.refresh()
+    removed = read_sample_ids(table.path_of(table.files()[0]))
+    assert removed[0] in visible
+    remove_files(Catalog(tmp_path / "c").chains, lambda _: True)
+    visible.refresh()
+    assert removed[0] not in visible
+    assert len(visible) == 0
 
 
 def test_a_flipped_byte_is_found_by_the_hash(tmp_path: Path) -> None:
