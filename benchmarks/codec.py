@@ -111,7 +111,7 @@ def load_npz(path: Path) -> Distributions:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no npz file: {error}") from error
+        raise DataError(f"{path} is not an npz file: {error}") from error
     missing = {"ids", "logprobs", "sampled", "lengths", "vocab_size"} - arrays.keys()
     if missing:
         raise DataError(f"{path} lacks {min(missing)}: it needs ids, logprobs, sampled, lengths and vocab_size")

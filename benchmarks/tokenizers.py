@@ -59,7 +59,7 @@ with code:
 def count(limit: int) -> int:
     return sum((n % 3 == 0) != (n % 7 == 0) for n in range(1, limit + 1))
 
-assert count(2024) == 771  # 1_000.50 is no integer
+assert count(2024) == 771  # 1_000.50 is not an integer
 ```
 
 \u6240\u4ee5\u7b54\u6848\u662f 771\u3002 That\u2019s it \u2714\ufe0f \U0001f389

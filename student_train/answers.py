@@ -23,6 +23,7 @@ from stillroom.judging.judges import require_judge
 from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress
 from stillroom.models import reasoning_ids, split_reasoning
+from stillroom.sql.conditions import in_brackets
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import location
 from student_train.data.selection import PinnedCache
@@ -190,7 +191,7 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
         "any_value(s.reference) AS reference, any_value(s.metadata) AS metadata, any_value(s.run_id) AS run_id, "
         "any_value(s.source) AS source, "
         "avg(a.correct::INTEGER) AS teacher_accuracy "
-        f"FROM (SELECT sample_id, prompt_id, correct FROM chains WHERE (\n{where}\n)) a "
+        f"FROM (SELECT sample_id, prompt_id, correct FROM chains WHERE {in_brackets(where)}) a "
         "JOIN shards s USING (sample_id) "
         "WHERE json_extract_string(s.metadata, '$.judge') IS NOT NULL "
         f"GROUP BY a.prompt_id ORDER BY a.prompt_id LIMIT {num_prompts}"

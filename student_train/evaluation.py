@@ -139,7 +139,6 @@ def evaluate(
     return _result(selection, named, int(total_tokens), int(total_compared), int(total_bytes))
 
 
-@torch.no_grad()
 def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
     """Metrics of a student without an engine."""
     student.eval()

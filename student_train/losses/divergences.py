@@ -96,7 +96,7 @@ class Chunked:
     """Which chunk of text each token belongs to.
 
     Attributes:
-        ids_N: equal within a chunk, whose tokens stand together; -1 is no chunk.
+        ids_N: equal within a chunk, whose tokens stand together; -1 is outside of chunks.
         teacher_N: the teacher's log probability of the token's whole chunk.
     """
 

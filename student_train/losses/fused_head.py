@@ -272,7 +272,7 @@ def fuse_head(model: Any) -> FusedHead:
     linear = model.get_output_embeddings()
     if isinstance(linear, FusedHead):
         return linear
-    # Not isinstance: quantised layers are Linear too, but their weight is no matrix of floats.
+    # Not isinstance: quantised layers are Linear too, but their weight does not hold floats.
     if type(linear) is not torch.nn.Linear:
         raise ConfigError(f"the student's head is a {type(linear).__name__}: losses need a plain torch.nn.Linear head")
     head = FusedHead.sharing(linear)

@@ -60,7 +60,7 @@ class TextChunks:
     """What the teacher gives the text between boundaries that its vocabulary and the student's have in common.
 
     Attributes:
-        ids_N: int32 or int64, equal within a chunk, whose tokens stand together; -1 is no chunk.
+        ids_N: int32 or int64, equal within a chunk, whose tokens stand together; -1 is outside of chunks.
         logprobs_N: float32, natural log of the teacher's probability of the token's whole chunk.
         cuts: ascending places, 0 and N among them, that separate no tokens of a chunk; numpy, so that no copy waits for
             a GPU. Parts of targets have none.

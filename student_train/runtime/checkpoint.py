@@ -158,7 +158,7 @@ def save(folder: Path, engine: "Engine", state: CheckpointState, keep_last: int,
         folder.mkdir(parents=True, exist_ok=True)
         _remove(temp)
     ranks.barrier()
-    # All ranks wait above until leftovers are gone, and below until everyone's files are there to be renamed.
+    # All ranks wait above until a killed save's files are removed, and below until every rank has written its own.
     engine.save(folder, temp.name)
     ranks.barrier()
     if ranks.is_first:

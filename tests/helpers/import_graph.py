@@ -51,7 +51,7 @@ def eager_closure(root: Path, module: str) -> dict[str, list[str]]:
     Raises FileNotFoundError where the project has no such module.
     """
     if _file_of(root, module) is None:
-        raise FileNotFoundError(f"{module} is no module under {root}")
+        raise FileNotFoundError(f"{module} is not a module under {root}")
     reached: dict[str, list[str]] = {}
     chains = {module: [module]}
     queue = [module]

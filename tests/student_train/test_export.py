@@ -143,7 +143,7 @@ def test_the_card_tells_of_every_stage(trainer: Trainer, tmp_path: Path) -> None
 def test_tokenizer_that_nobody_has_is_refused(
     trainer: Trainer, tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The teacher's name is no hub id: without this the hub would be asked for half a minute.
+    # The teacher's name is not a hub id: without this the hub would be asked for half a minute.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = _trained(trainer, {}, {})
     with pytest.raises(DataError, match="pass the folder that has it with --tokenizer"):

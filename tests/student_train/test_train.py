@@ -184,7 +184,7 @@ def test_held_out_chains_may_change_between_resumptions(trainer: Trainer, tmp_pa
     other = resume(2, {"max_chains": 3, "where": "split = 'heldout' AND source = 'stories'", "every_steps": 2})
     assert other["heldout_after"]["num_chains"] == 3
     assert other["heldout_after"]["where"] == "split = 'heldout' AND source = 'stories'"
-    # The best on other chains is no rival of what is measured now.
+    # The best on other chains does not compete with what is measured now.
     assert other["best_checkpoint"] == "distill-000006"
 
 

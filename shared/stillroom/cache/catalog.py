@@ -100,7 +100,7 @@ class Table:
                     str(folder), schema, mode="error", configuration=TABLE_CONFIGURATION, storage_options=options
                 )
             except DeltaError as error:
-                # Another worker may have created it since the check: that is no failure.
+                # Another worker may have created it since the check, which is fine.
                 if not DeltaTable.is_deltatable(str(folder), options):
                     raise CacheConflict(f"cannot create the table {folder}: {first_line(error)}") from error
         table = cls(folder)

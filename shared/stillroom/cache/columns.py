@@ -24,7 +24,7 @@ PARTITION_MANTISSA_BITS = 14
 _CODE_LOGPROB = (-LOGPROB_RANGE_NATS * (np.arange(MAX_CODE + 1) / MAX_CODE) ** 2).astype(np.float32)
 # There are only 256 codes: decoding looks probabilities up instead of calling exp for every entry.
 _CODE_PROB = np.exp(_CODE_LOGPROB.astype(np.float64))
-# As a tail, code 255 is no mass at all; as an entry it is exp(-32).
+# As a tail, code 255 is zero mass; as an entry it is exp(-32).
 _TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
 
 

@@ -154,7 +154,7 @@ def _unicode(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    r"""Marks words: contents of \text and the like that are no numbers, runs of two letters or more, other scripts."""
+    r"""Marks words: contents of \text and the like that are not numbers, runs of two letters or more, other scripts."""
     out, place = [], 0
     while match := STYLES.search(text, place):
         end = closing_brace(text, match.end())

@@ -136,7 +136,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def closing_brace(text: str, start: int) -> int | None:
-    r"""Where the brace at `start` closes; escaped braces (`\{`) are no braces."""
+    r"""Where the brace at `start` closes; escaped braces (`\{`) do not count."""
     depth, place = 0, start
     while place < len(text):
         if text[place] == "\\":

@@ -1,7 +1,7 @@
 """A chain's teacher tokens and student tokens, aligned by the bytes of the text that both spell.
 
 In: the bytes of a chain (pieces.py), the student's encoder. Out: the student's ids and where the boundaries of both
-sides fall. Boundaries are byte offsets, so a character that either side splits is no special case. A text that comes
+sides fall. Boundaries are byte offsets, so a character that either side splits needs no special case. A text that comes
 back from the student's tokenizer with other bytes (lower case, another Unicode form, an unknown character) cannot be
 aligned.
 
@@ -69,7 +69,7 @@ class Speller:
         self._lengths_V = lengths_of(pair.student_bytes)
 
     def spell(self, chains: Sequence[bytes]) -> list[Spelling | None]:
-        """Spellings of the chains; None for one whose bytes are no text, or not those that the student's tokens have.
+        """Spellings of the chains; None for one whose bytes are not text, or not those that the student's tokens have.
 
         A chain that was cut inside a character loses the part of it.
         """
@@ -174,7 +174,7 @@ def first_tokens_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[by
 
 def is_written_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[tuple[int, int]]], list[bool]]:
     """A function from pairs of the student's ids to whether its tokenizer makes just these two of the bytes that they
-    spell in the middle of a text; True where those are no whole characters, which nothing can be asked about.
+    spell in the middle of a text; True where those are not whole characters, so that nothing is known about them.
     """
     lead, skipped = _lead_of(pair, encode)
 
@@ -205,7 +205,7 @@ def _lead_of(pair: VocabularyPair, encode: Encode) -> tuple[str, int]:
 
 
 def _whole_text(data: bytes) -> str:
-    """The bytes as text; empty where they are no whole characters."""
+    """The bytes as text; empty where they are not whole characters."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -4,6 +4,7 @@ Unavailable is a problem of the server (gone, overloaded, broken off) that may p
 request, which will not change.
 """
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +29,7 @@ STREAM_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 """What a message of a stream begins with; MIN_START_BYTES tell."""
 MIN_START_BYTES = 6
 MAX_BODY_BYTES = 65536
-"""Read of a body that is no stream."""
+"""Bytes read of a body that is not a stream."""
 
 Json = Mapping[str, Any]
 
@@ -59,6 +60,24 @@ class Unavailable(Exception):
 
 class Refused(Exception):
     """The server refuses this request for good. The message is the server's own, in one line."""
+
+
+def read_api_key(variable: str | None, setting: str) -> str | None:
+    """The API key in an environment variable, None without one; `setting` names it in the configuration.
+
+    Raises ConfigError if the variable is not set, or holds what is not a key.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"{setting} names {variable}, which is not set: export it, or remove the setting")
+    if not key.isascii() or not key.isprintable():
+        # Checked here because the HTTP library's own error would quote the key.
+        raise ConfigError(
+            f"the API key in {variable} holds a character that HTTP headers do not allow: use plain ASCII"
+        )
+    return key
 
 
 class HttpClient:

@@ -74,7 +74,7 @@ class Endpoint:
     async def connect(self) -> Served:
         """What it serves. Raises ConfigError if it does not fit, Unavailable if it cannot be reached."""
         try:
-            # Chains may be silent for minutes in a queue, an endpoint that is no use must show sooner.
+            # Chains may wait silently for minutes in a queue; a dead endpoint must show sooner.
             async with asyncio.timeout(self.handshake_s):
                 served = await check_server(self.http, self.expected)
         except TimeoutError:

@@ -4,7 +4,6 @@ A thread runs the event loop that keeps every endpoint busy (engine.http.pool). 
 """
 
 import asyncio
-import os
 import queue
 import resource
 import threading
@@ -16,7 +15,7 @@ from stillroom.errors import ConfigError
 from stillroom.schema.manifest import Teacher
 from teacher_cache.config import CaptureConfig, ServerConfig
 from teacher_cache.engine.api import EngineInfo, Outcome, Request, refusal
-from teacher_cache.engine.http.client import HttpClient, Unavailable
+from teacher_cache.engine.http.client import HttpClient, Unavailable, read_api_key
 from teacher_cache.engine.http.handshake import Expected, check_server
 from teacher_cache.engine.http.pool import EndpointPool, Job
 from teacher_cache.engine.teacher import IdentifiedTeacher
@@ -39,7 +38,7 @@ class ServerEngine:
         Raises ConfigError if one serves something else or lacks a flag or the plugin, StillroomError if none answers
         within `give_up_minutes`.
         """
-        api_key = _api_key_of(config)
+        api_key = read_api_key(config.api_key_env, "engine.api_key_env")
         expected = _expected_of(config, teacher, tokenizer, capture)
         _allow_connections(config)
         self._config = config
@@ -145,7 +144,7 @@ class EndpointStatus:
 
 def check_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointStatus]:
     """What each endpoint serves, or why a build could not use it. Raises ConfigError if the API key is missing."""
-    key = _api_key_of(config)
+    key = read_api_key(config.api_key_env, "engine.api_key_env")
     expected = _expected_of(config, teacher.record, teacher.tokenizer, capture)
 
     async def check_all() -> list[EndpointStatus]:
@@ -180,23 +179,6 @@ def _allow_connections(config: ServerConfig) -> None:
             f"files, but this system allows {hard}: lower it or raise ulimit -n"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _api_key_of(config: ServerConfig) -> str | None:
-    """The key, None if none is configured. Raises ConfigError if the variable is not set."""
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(
-            f"engine.api_key_env names {config.api_key_env}, which is not set: export it, or remove the setting"
-        )
-    if not key.isascii() or not key.isprintable():
-        # Checked here because the HTTP library's own error would quote the key.
-        raise ConfigError(
-            f"the API key in {config.api_key_env} holds a character that HTTP headers do not allow: use plain ASCII"
-        )
-    return key
 
 
 async def _check(url: str, key: str | None, expected: Expected) -> EndpointStatus:
