@@ -49,7 +49,7 @@ def open_cache(
 ) -> Cache:
     """Opens a cache: a folder, or s3://, gs:// or az://BUCKET/PREFIX; at its latest version, or at pinned ones.
 
-    `files` are CSV, Parquet, JSON Lines or Arrow files of your own, by the name of their table in SQL.
+    `files` are CSV, Parquet, JSON or Arrow files of your own, by the name of their table in SQL.
     Raises DataError if there is none or its store refuses access, StillroomError if the store cannot be reached.
     """
     # Imported here because pyarrow, deltalake and DuckDB take half a second.

@@ -51,8 +51,6 @@ ABOUT = {
     "topk": "one row per stored candidate of a token",
     "verdicts": "the latest verdict of each judge on each sample",
     "failures": "failed requests",
-    "features": "one row per chain and feature set: tokens with features, bytes",
-    "feature_sets": "one row per feature set: what it holds",
     "runs": "one row per build: teacher, sampling, software",
     "vocab": "the text of every token",
     "features": "one row per chain and feature set: tokens with hidden states or attention, bytes",
