@@ -125,11 +125,9 @@ def count_rows(folder: Path) -> dict[str, int]:
             counts["rows"] += row["n"]
             counts["lost"] += SIZE * SAMPLES - row["d"]
             counts["duplicated"] += row["n"] - row["d"]
+            shards = Path(str(catalog.chains.folder))
             named = {file.path for file in catalog.chains.files()}
-            found = {
-                str(path.relative_to(catalog.chains.folder))
-                for path in Path(str(catalog.chains.folder)).rglob("*.parquet")
-            }
+            found = {str(path.relative_to(shards)) for path in shards.rglob("*.parquet")}
             counts["orphans"] += len({one for one in found if not one.startswith("_")} - named)
     return counts
 
