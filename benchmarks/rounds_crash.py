@@ -151,6 +151,8 @@ def main() -> None:
         quiet_s = time.monotonic() - started_s
         killed = run_rounds(folder / "killed", given.kills, random.Random(given.seed))
         counts = count_rows(folder / "killed")
+        # Two chains of a prompt with the same tokens are scored once, kills or not.
+        counts["lost"] -= count_rows(folder / "quiet")["lost"]
         result = {
             "kills": killed,
             **counts,
