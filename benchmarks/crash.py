@@ -1,15 +1,16 @@
 """Kills builders at random until it has killed enough, lets the last ones finish, and counts what is there.
 
-    python -m benchmarks.crash [--features] [--kills N] [--workers W] [--seed S] [--json]
+    python -m benchmarks.crash [--features | --join] [--kills N] [--workers W] [--seed S] [--json]
 
 Real processes build one cache with a fake engine: everything but the model is real. Each round starts W of them at
 once, every third round with one that has all prompts, so that shares overlap, and kills each with SIGKILL at a random
 moment: while it starts, generates, encodes, renames or commits. Beside them `gc` without any grace adopts and sweeps,
 and is killed like the others. Then W workers finish, and one more looks after them.
 `lost` are expected rows that are not visible, `duplicated` visible rows beyond the first of their sample, `orphans`
-files that no log names. With --features the cache is built in peace, and what is killed are passes that store
-invented states of its chains. Exit code 1 unless nothing is lost, nothing is duplicated and `verify` finds no fault.
-The last line is one JSON object; with --json it is the only one.
+files that no log names. With --features the cache is built in peace, and what is killed are passes that store invented
+states of its chains. With --join W workers take parts by lease all the time, each killed one is followed by a new one,
+and `takeover_s` are the seconds from a kill until others have its leases. Exit code 1 unless nothing is lost, nothing
+is duplicated and `verify` finds no fault. The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
@@ -19,11 +20,12 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from stillroom.log import note
 from teacher_cache.engine.api import Request
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.prompts.prompts import WorkerShare
-from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
+from tests.helpers.fake_builds import join_build, make_config, make_engine, make_requests, run_build
 from tests.helpers.feature_sets import add_features
 
 ROWS_A_KILL = 60
@@ -57,6 +59,9 @@ class CrashResult:
     num_shards: int
     verify_ok: bool
     seconds: float
+    takeovers: int | None = None
+    takeover_median_s: float | None = None
+    takeover_max_s: float | None = None
 
     @property
     def is_good(self) -> bool:
@@ -69,13 +74,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--features", action="store_true", help="kill passes of `teacher-cache features` instead")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--features", action="store_true", help="kill passes of `teacher-cache features` instead")
+    kinds.add_argument("--join", action="store_true", help="kill workers that take parts by lease instead")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     options = parser.parse_args()
     if options.kills < 1 or options.workers < 1:
         parser.error("--kills and --workers must be at least 1")
     with tempfile.TemporaryDirectory(prefix="stillroom-crash-") as folder:
-        kill = crash_features if options.features else crash
+        kill = crash_features if options.features else crash_joined if options.join else crash
         result = kill(Path(folder) / "cache", options.kills, options.workers, options.seed, quiet=options.json)
     print(json.dumps(asdict(result)))
     sys.exit(0 if result.is_good else 1)
@@ -125,6 +132,83 @@ def crash_features(cache: Path, num_kills: int, num_workers: int, seed: int, *, 
     for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
         _finish([_fork(_add_features, cache, *share, 0.0) for share in shares])
     return _count(cache, requests, killed, num_workers, time.monotonic() - started_s, table_name="features")
+
+
+def crash_joined(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
+    """Builds `cache` by lease, with a new worker for each that is killed. Forks, as `crash` does."""
+    rng = random.Random(seed)
+    started_s = time.monotonic()
+    requests = make_requests((num_kills + num_workers) * ROWS_A_KILL // 2)
+    watch = _TakeoverWatch(cache / "runs")
+    workers = [_fork(_join, cache, requests) for _ in range(num_workers)]
+    for killed in range(num_kills):
+        watch.look_until(time.monotonic() + rng.uniform(0, EARLY_S if rng.random() < EARLY_FRAC else LATE_S))
+        victim = rng.randrange(num_workers)
+        watch.kill(workers[victim])
+        workers[victim] = _fork(_join, cache, requests)
+        if not quiet and (killed + 1) % 20 == 0:
+            note(f"{killed + 1}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
+    deadline_s = time.monotonic() + FINISH_TIMEOUT_S
+    while any(one.is_alive() for one in workers) and time.monotonic() < deadline_s:
+        watch.look_until(time.monotonic() + 1.0)
+    _finish(workers)
+    # One more, alone, adopts what was published and not committed.
+    _finish([_fork(_join, cache, requests)])
+    counted = _count(cache, requests, watch.num_killed, num_workers, time.monotonic() - started_s)
+    return replace(
+        counted,
+        takeovers=len(watch.taken_s),
+        takeover_median_s=round(statistics.median(watch.taken_s), 1) if watch.taken_s else None,
+        takeover_max_s=round(max(watch.taken_s), 1) if watch.taken_s else None,
+    )
+
+
+class _TakeoverWatch:
+    """Kills workers, and sees from the leases' folder when others have taken over what they held."""
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+        self.num_killed = 0
+        self.taken_s: list[float] = []
+        # When each was killed, by heartbeat.
+        self._open: dict[Path, float] = {}
+
+    def kill(self, worker: BaseProcess) -> None:
+        """Kills one; if it holds a lease, its takeover is waited for."""
+        worker.kill()
+        worker.join()
+        if worker.exitcode != -signal.SIGKILL:
+            return
+        self.num_killed += 1
+        for heartbeat in self._runs.glob("*.leases/*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(heartbeat.read_text())["pid"] == worker.pid and self._holds_a_lease(heartbeat):
+                    self._open[heartbeat] = time.monotonic()
+
+    def look_until(self, until_s: float) -> None:
+        """Watches for this long."""
+        while True:
+            for heartbeat, killed_s in list(self._open.items()):
+                if not heartbeat.exists():
+                    self.taken_s.append(time.monotonic() - killed_s)
+                    del self._open[heartbeat]
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            time.sleep(min(left_s, 0.2))
+
+    def _holds_a_lease(self, heartbeat: Path) -> bool:
+        for lease in heartbeat.parent.glob("*.lease"):
+            with contextlib.suppress(OSError):
+                if lease.read_text() == heartbeat.stem:
+                    return True
+        return False
+
+
+def _join(cache: Path, requests: Sequence[Request]) -> None:
+    _silence()
+    config = make_config(cache, shard={"row_group_tokens": 400, "max_mb": 0.03, "max_minutes": 0.02})
+    join_build(config, requests, lambda: make_engine(STEP_S))
 
 
 def _start(cache: Path, requests: Sequence[Request], index: int, count: int) -> BaseProcess:

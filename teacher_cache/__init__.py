@@ -27,15 +27,16 @@ def build(
     *,
     overrides: Sequence[str] = (),
     worker: str = "0/1",
+    join: bool = False,
     retry_failures: bool = False,
 ) -> "BuildResult":
     """Generates the chains that a cache still lacks, as `teacher-cache build` does; the same call resumes.
 
     `config` is a YAML file or a validated BuildConfig. `overrides` change keys of the file, such as
-    "sampling.samples=4". `worker` is this process's share I/N of the prompts. Returns the counts of this process;
-    `stopped` is not None if a signal ended it early. Raises ConfigError or DataError for a mistake in the
-    configuration or its inputs, CacheConflict if another process runs as this worker, StillroomError if the engine
-    fails.
+    "sampling.samples=4". `worker` is this process's share I/N of the prompts; with `join` it takes parts by lease,
+    beside any number of others that do. Returns the counts of this process; `stopped` is not None if a signal ended it
+    early. Raises ConfigError or DataError for a mistake in the configuration or its inputs, CacheConflict if another
+    process runs as this worker, StillroomError if the engine fails.
     """
     from teacher_cache.building import build_cache
     from teacher_cache.config import BuildConfig, load_run_config
@@ -43,7 +44,7 @@ def build(
 
     loaded = config if isinstance(config, BuildConfig) else load_run_config(Path(config), overrides, "build")
     assert isinstance(loaded, BuildConfig)
-    return build_cache(loaded, parse_worker(worker), retry_failures=retry_failures)
+    return build_cache(loaded, parse_worker(worker, join=join), retry_failures=retry_failures)
 
 
 def score(
@@ -51,6 +52,7 @@ def score(
     *,
     overrides: Sequence[str] = (),
     worker: str = "0/1",
+    join: bool = False,
     retry_failures: bool = False,
 ) -> "BuildResult":
     """Captures the teacher's distributions on existing completions, as `teacher-cache score` does.
@@ -63,7 +65,7 @@ def score(
 
     loaded = config if isinstance(config, ScoreConfig) else load_run_config(Path(config), overrides, "score")
     assert isinstance(loaded, ScoreConfig)
-    return score_cache(loaded, parse_worker(worker), retry_failures=retry_failures)
+    return score_cache(loaded, parse_worker(worker, join=join), retry_failures=retry_failures)
 
 
 def features(

@@ -1,21 +1,21 @@
 """`teacher-cache build` and `score`: requests through an engine into a cache; the same command resumes.
 
 Samples that are visible are skipped, files that were published but not committed are adopted, and the rest is
-generated. One process per worker; workers meet only in the Delta log. On SIGINT or SIGTERM nothing new is started, what
-is finished becomes visible, and the call returns.
+generated. One process per worker; workers meet only in the Delta log, and in leases if they join (joining). On SIGINT
+or SIGTERM nothing new is started, what is finished becomes visible, and the call returns.
 """
 
 import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stillroom.cache.catalog import SHARD_NAME, Catalog
 from stillroom.cache.shards import open_shard
 from stillroom.config import Json, plain
-from stillroom.errors import CacheConflict, DataError, StillroomError, one_line
+from stillroom.errors import CacheConflict, ConfigError, DataError, StillroomError, one_line
 from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural, note, warn
 from stillroom.models import write_vocab
 from stillroom.program import StopRequest
@@ -25,16 +25,30 @@ from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.joining import PART_CHAINS, WAIT, JoinedWork, Wait
 from teacher_cache.judging import require_judges
 from teacher_cache.prompts.completions import Completions
-from teacher_cache.prompts.prompts import LoadedPrompts, WorkerShare, load_prompts, num_requests, requests
+from teacher_cache.prompts.prompts import (
+    WHOLE,
+    LoadedPrompts,
+    Part,
+    RequestMaker,
+    WorkerShare,
+    load_prompts,
+    num_requests,
+    part_name,
+    requests,
+)
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.leases import new_worker_name
 from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder, explained
 from teacher_cache.writer.rows import RowMaker
 
 SHOW_INTERVAL_S = 0.25
 TYPICAL_LENGTH_FRAC = 0.5
 """Typical length of a chain as a fraction of max_tokens; the demo's chains have 0.48. Decides whether to compile."""
+WAIT_S = 0.5
+"""How often a worker without work looks whether there is some."""
 OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
 
@@ -58,36 +72,49 @@ class BuildResult:
         return self.recorded.num_tokens / self.seconds if self.recorded.num_tokens else None
 
 
-def build_cache(config: BuildConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
-    """Generates the missing chains of this worker's share. Raises StillroomError for everything a user can fix."""
+def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failures: bool) -> BuildResult:
+    """Generates the missing chains of this worker's share; None joins all workers that have none, by lease.
+
+    Raises StillroomError for everything a user can fix.
+    """
     loaded = load_prompts(config.prompts)
     _note_loaded(loaded)
     require_judges(loaded.prompts)
     teacher = identify_teacher(config.teacher, config.engine)
     with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
         # Malformed rows belong to no share: the first worker records them.
-        failures = loaded.failures if share.index == 0 else []
-        wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
-        num_total = num_requests(config, loaded.prompts, share) + len(failures)
+        failures = loaded.failures if share is None or share.index == 0 else []
+        num_total = num_requests(config, loaded.prompts, share or WHOLE) + len(failures)
 
         # A function, because an engine is loaded only if something is left to do.
         def start_engine() -> Engine:
             longest = min(config.sampling.max_tokens, config.engine.max_model_len or config.sampling.max_tokens)
             return _start_engine(config, teacher, build.num_left(num_total) * longest * TYPICAL_LENGTH_FRAC)
 
+        if share is None:
+            maker = RequestMaker(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
+            parts = functools.partial(_parts, maker, failures)
+            return build.join(parts, num_total, start_engine, retry_failures=retry_failures)
+        wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
         return build.run(itertools.chain(failures, wanted), num_total, start_engine, retry_failures=retry_failures)
 
 
-def score_cache(config: ScoreConfig, share: WorkerShare, *, retry_failures: bool) -> BuildResult:
-    """Scores the remaining completions of this share. Raises StillroomError for everything a user can fix."""
+def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failures: bool) -> BuildResult:
+    """Scores the remaining completions of this share; None joins. Raises StillroomError for everything a user can
+    fix.
+    """
     teacher = identify_teacher(config.teacher, config.engine)
     with Completions(config, teacher) as completions:
-        num_total = completions.count(share)
+        num_total = completions.count(share or WHOLE)
         note(format_plural(num_total, "completion"))
         require_judges(Prompt(kind, (), "", "", metadata={"judge": kind}) for kind in completions.judges())
         with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
             start_engine = functools.partial(_start_engine, config, teacher)
-            result = build.run(completions.requests(share), num_total, start_engine, retry_failures=retry_failures)
+            if share is None:
+                parts = functools.partial(completions.parts, PART_CHAINS)
+                result = build.join(parts, num_total, start_engine, retry_failures=retry_failures)
+            else:
+                result = build.run(completions.requests(share), num_total, start_engine, retry_failures=retry_failures)
         if completions.contaminated:
             num = format_plural(len(completions.contaminated), "completion")
             note(f"{num} skipped: their prompts overlap the evaluation set")
@@ -105,6 +132,7 @@ class Build:
         """
         self.config, self.teacher, self.worker = config, teacher, worker
         self.run_id = run_id_of(config, teacher.record)
+        self._joined: JoinedWork | None = None
         with contextlib.ExitStack() as locks:
             try:
                 self.catalog = Catalog.create(config.cache)
@@ -120,9 +148,24 @@ class Build:
             # Nothing failed: the worker stays locked until `close`.
             self._locks = locks.pop_all()
 
+    def join(
+        self,
+        parts: Callable[[], Iterable[Part]],
+        num_total: int,
+        start_engine: Callable[[], Engine],
+        *,
+        retry_failures: bool,
+    ) -> BuildResult:
+        """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever."""
+        if retry_failures:
+            raise ConfigError("every worker that joins would retry each failure: retry them with one that does not")
+        with JoinedWork(self.catalog, self.run_id, self.worker) as joined:
+            self._joined = joined
+            return self.run(joined.requests(parts), num_total, start_engine)
+
     def run(
         self,
-        requests: Iterable[Request | Failure],
+        requests: Iterable[Request | Failure | Wait],
         num_total: int,
         start_engine: Callable[[], Engine],
         *,
@@ -134,6 +177,12 @@ class Build:
         `failures.max_consecutive` consecutive failures.
         """
         pending = _Pending(requests, functools.partial(self._is_done, retry_failures=retry_failures))
+        if pending.is_waiting():
+            note("other workers hold all that is left: waiting, in case one of them dies")
+        while pending.is_waiting():
+            # No engine yet: it takes minutes and a GPU, and may not be needed.
+            time.sleep(WAIT_S)
+            pending.pop()
         if pending.is_empty():
             self._restore_description()
             return self._result(num_total, pending, Recorded(), 0.0, None)
@@ -146,7 +195,7 @@ class Build:
 
     def num_left(self, num_total: int) -> int:
         """Roughly how many chains are left: exact where this worker wrote all that is there of the run."""
-        own = f"{self.run_id}/{self.worker}-"
+        own = f"{self.run_id}/" if self._joined is not None else f"{self.run_id}/{self.worker}-"
         return max(
             0, num_total - sum(file.num_rows for file in self.catalog.chains.files() if file.path.startswith(own))
         )
@@ -171,21 +220,22 @@ class Build:
             Recorder(
                 self.catalog, header, config.shard, rows, self._chains, self._failures, config.judging
             ) as recorder,
-            Progress("build", num_total, "chains", done_before=pending.num_skipped) as progress,
+            Progress("build", num_total, "chains", done_before=self._num_done(pending, Recorded())) as progress,
             MetricsLog(config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
         ):
             recorded = recorder.recorded
             loop = _Loop(engine, pending, recorder, config.failures.max_consecutive, stop)
             for _ in loop:
-                done = pending.num_skipped + recorded.num_chains + recorded.num_failures
-                progress.update(done, engine.num_tokens, _notes(recorded))
+                done = self._num_done(pending, recorded)
+                progress.update(min(done, num_total), engine.num_tokens, self._notes(recorded))
                 metrics.write(done, num_total, engine.num_tokens, recorded)
+                self._report(engine.num_tokens, time.monotonic() - started_s, recorded)
             if loop.stopped is not None:
                 note(f"{loop.stopped}: saving finished chains")
             recorder.finish(stop)
             # The recorder's thread has counted the last outcomes only now.
-            done = pending.num_skipped + recorded.num_chains + recorded.num_failures
-            progress.update(done, engine.num_tokens, _notes(recorded))
+            done = self._num_done(pending, recorded)
+            progress.update(min(done, num_total), engine.num_tokens, self._notes(recorded))
         seconds = (recorder.closed_s or time.monotonic()) - started_s
         if recorded.num_unjudged:
             num = format_plural(recorded.num_unjudged, "chain")
@@ -194,6 +244,27 @@ class Build:
             # Only now, when everything that had finished is visible.
             raise StillroomError(loop.stopped)
         return self._result(num_total, pending, recorded, seconds, loop.stopped)
+
+    def _num_done(self, pending: "_Pending", recorded: Recorded) -> int:
+        """Chains and failures so far: of this worker's share, or of all workers that joined."""
+        if self._joined is None:
+            return pending.num_skipped + recorded.num_chains + recorded.num_failures
+        others = sum(one.num_uncommitted for one in self._joined.leases.others)
+        return self._joined.num_visible + others + _num_uncommitted(recorded)
+
+    def _notes(self, recorded: Recorded) -> dict[str, str]:
+        size = {} if recorded.bytes_per_token is None else {"": f"{recorded.bytes_per_token:.0f} B/token"}
+        notes = {**size, "failed": str(recorded.num_failures)}
+        if self._joined is None:
+            return notes
+        others = self._joined.leases.others
+        rate = sum(one.tokens_per_s for one in others)
+        return {**notes, "others": f"{len(others)} at {rate:.0f} tok/s"}
+
+    def _report(self, num_tokens: int, seconds: float, recorded: Recorded) -> None:
+        if self._joined is not None:
+            rate, num_uncommitted = num_tokens / max(seconds, 1e-9), _num_uncommitted(recorded)
+            self._joined.leases.report(num_tokens=num_tokens, tokens_per_s=rate, num_uncommitted=num_uncommitted)
 
     def _result(
         self, num_total: int, pending: "_Pending", recorded: Recorded, seconds: float, stopped: str | None
@@ -310,8 +381,12 @@ def run_id_of(config: BuildConfig | ScoreConfig, teacher: Teacher) -> str:
     return run_id_for(config.run, _kind(config), teacher.fingerprint, _sampling(config), capture, reasoning, template)
 
 
-def worker_name(share: WorkerShare) -> str:
-    """`w0` for a whole build, `w<I>of<N>` for a share, so that builds with different N never share file names."""
+def worker_name(share: WorkerShare | None) -> str:
+    """`w0` for a whole build, `w<I>of<N>` for a share, so that builds with different N never share file names, and a
+    new name for a worker that joins.
+    """
+    if share is None:
+        return new_worker_name()
     return "w0" if share.count == 1 else f"w{share.index}of{share.count}"
 
 
@@ -358,7 +433,7 @@ def result_lines(result: Json, cache: str) -> list[str]:
 class _Pending:
     """Requests that are not done, read one ahead, with failures of loading in between."""
 
-    def __init__(self, requests: Iterable[Request | Failure], is_done: Callable[[str], bool]) -> None:
+    def __init__(self, requests: Iterable[Request | Failure | Wait], is_done: Callable[[str], bool]) -> None:
         self.num_skipped = 0
         self._seen: set[str] = set()
         self._remaining = self._undone(requests, is_done)
@@ -368,15 +443,22 @@ class _Pending:
     def is_empty(self) -> bool:
         return self._next is None
 
-    def pop(self) -> Request | Failure | None:
-        """The next one, None at the end."""
+    def is_waiting(self) -> bool:
+        """Whether the next one depends on other workers."""
+        return self._next is WAIT
+
+    def pop(self) -> Request | Failure | Wait | None:
+        """The next one, None at the end. WAIT: ask again later."""
         popped, self._next = self._next, next(self._remaining, None) if self._next is not None else None
         return popped
 
     def _undone(
-        self, requests: Iterable[Request | Failure], is_done: Callable[[str], bool]
-    ) -> Iterator[Request | Failure]:
+        self, requests: Iterable[Request | Failure | Wait], is_done: Callable[[str], bool]
+    ) -> Iterator[Request | Failure | Wait]:
         for request in requests:
+            if isinstance(request, Wait):
+                yield request
+                continue
             # Commits compare a shard with visible rows only, so a repeat within a shard would go unnoticed.
             if is_done(request.sample_id) or request.sample_id in self._seen:
                 self.num_skipped += 1
@@ -400,6 +482,10 @@ class _Loop:
         """Yields every SHOW_INTERVAL_S, for progress, and once at the end."""
         shown_s = 0.0
         while self.stopped is None and (self._fill() or self._engine.num_unfinished):
+            if self._pending.is_waiting() and not self._engine.num_unfinished:
+                # What is finished here is all that keeps others waiting in turn.
+                self._recorder.flush()
+                time.sleep(WAIT_S)
             for outcome in self._step():
                 self._count(outcome)
                 self._recorder.put(outcome)
@@ -412,6 +498,8 @@ class _Loop:
         """Submits while the engine has room; False once everything is submitted."""
         while self._engine.has_room() and not self._pending.is_empty():
             request = self._pending.pop()
+            if isinstance(request, Wait):
+                return True
             if isinstance(request, Failure):
                 self._recorder.put(request)
             elif request is not None:
@@ -459,9 +547,17 @@ def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
         )
 
 
-def _notes(recorded: Recorded) -> dict[str, str]:
-    size = {} if recorded.bytes_per_token is None else {"": f"{recorded.bytes_per_token:.0f} B/token"}
-    return {**size, "failed": str(recorded.num_failures)}
+def _num_uncommitted(recorded: Recorded) -> int:
+    return recorded.num_chains - recorded.num_committed
+
+
+def _parts(maker: RequestMaker, failures: Sequence[Failure]) -> Iterator[Part]:
+    """All of a build in the order in which one worker would do it."""
+    if failures:
+        yield part_name(0, (one.sample_id for one in failures)), lambda: failures
+    for sample_index, batch in maker.batches(PART_CHAINS):
+        name = part_name(sample_index, (prompt.prompt_id for prompt in batch))
+        yield name, lambda sample_index=sample_index, batch=batch: [*maker.requests(sample_index, batch)]  # type: ignore[misc]
 
 
 def _start_engine(

@@ -28,6 +28,9 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sampling.samples=4. Repeatable."),
 ]
 Worker = Annotated[str, typer.Option(metavar="I/N", help="Run as worker I (from 0) of N.")]
+Join = Annotated[
+    bool, typer.Option("--join", help="Work beside any number of others with --join, which may come, go and die.")
+]
 RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
 MAX_THREADS = 1024
 """DuckDB starts as many as it is told: 100,000 stop the machine."""
@@ -80,6 +83,7 @@ def build(
     config_path: ConfigPath,
     overrides: Overrides = None,
     worker: Worker = "0/1",
+    join: Join = False,
     retry_failures: RetryFailures = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +94,7 @@ def build(
     config = load_run_config(config_path, overrides or (), "build")
     assert isinstance(config, BuildConfig)
     with StopRequest(at_once=True):
-        result = teacher_cache.build(config, worker=worker, retry_failures=retry_failures)
+        result = teacher_cache.build(config, worker=worker, join=join, retry_failures=retry_failures)
     _print_build(config, result, as_json)
 
 
@@ -99,6 +103,7 @@ def score(
     config_path: ConfigPath,
     overrides: Overrides = None,
     worker: Worker = "0/1",
+    join: Join = False,
     retry_failures: RetryFailures = False,
     as_json: AsJson = False,
 ) -> None:
@@ -109,7 +114,7 @@ def score(
     config = load_run_config(config_path, overrides or (), "score")
     assert isinstance(config, ScoreConfig)
     with StopRequest(at_once=True):
-        result = teacher_cache.score(config, worker=worker, retry_failures=retry_failures)
+        result = teacher_cache.score(config, worker=worker, join=join, retry_failures=retry_failures)
     _print_build(config, result, as_json)
 
 

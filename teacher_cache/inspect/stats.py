@@ -16,6 +16,7 @@ from stillroom.log import format_bytes, format_count, format_plural, one_line, p
 from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
 from stillroom.sql.session import Session, open_session
 from stillroom.sql.views import quote
+from teacher_cache.writer.leases import workers_of
 
 SIGNAL_COLUMNS = tuple(
     dict.fromkeys(field.name for fields in (TOKEN_FIELDS, *SIGNAL_FIELDS.values()) for field in fields)
@@ -74,6 +75,15 @@ class FeatureCounts(_Record):
     size_bytes: int
 
 
+class WorkerCounts(_Record):
+    """A worker that is building now. Rates are of its engine since it started."""
+
+    worker: str
+    host: str
+    num_tokens: int
+    tokens_per_s: float
+
+
 class CacheStats(Counts):
     """A whole cache. `bytes_per_token`: bytes of the shard files over the completion tokens in them."""
 
@@ -86,6 +96,7 @@ class CacheStats(Counts):
     num_failed: int = Field(description="samples that failed and have not succeeded since")
     failures: dict[str, int] = Field(description="the same by reason")
     features: dict[str, FeatureCounts] = Field(description="by feature set")
+    workers: list[WorkerCounts] = Field(description="workers of builds with --join that are alive")
     by_source: dict[str, Counts]
     by_split: dict[str, Counts]
     by_run: dict[str, Counts]
@@ -127,6 +138,10 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
         num_failed=sum(row["num"] for row in failures),
         failures={row["reason"]: row["num"] for row in failures},
         features=_features(session, catalog),
+        workers=[
+            WorkerCounts(worker=one.worker, host=one.host, num_tokens=one.num_tokens, tokens_per_s=one.tokens_per_s)
+            for one in workers_of(catalog.root)
+        ],
         by_source=_grouped(session, "source", loops),
         by_split=_grouped(session, "split", loops),
         by_run=_grouped(session, "run_id", loops),
@@ -163,6 +178,10 @@ def stats_text(stats: CacheStats) -> str:
         per_token = counts.size_bytes / max(counts.num_tokens, 1)
         chains = format_plural(counts.num_chains, "chain")
         lines.append(f"features {name}: {chains}, {counts.num_tokens:,} tokens, {size} ({per_token:.1f} B/token)")
+    if stats.workers:
+        rate = sum(one.tokens_per_s for one in stats.workers)
+        named = ", ".join(f"{one.worker} on {one.host} {one.tokens_per_s:.0f}" for one in stats.workers)
+        lines.append(f"{format_plural(len(stats.workers), 'worker')} at {rate:.0f} tok/s: {one_line(named)}")
     lines.append(
         f"versions: chains {stats.chains_version}, verdicts {stats.verdicts_version}, failures {stats.failures_version}"
     )

@@ -19,6 +19,7 @@ the same tokens.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +40,15 @@ from teacher_cache.prompts.config import CacheCompletions, CompletionFields, Com
 from teacher_cache.prompts.conversations import Json, find, messages_of, text_of, value_of
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.files import Row
-from teacher_cache.prompts.prompts import TOKENIZE_BATCH, WHOLE, WorkerShare, prompt_of, template_failure
+from teacher_cache.prompts.prompts import (
+    TOKENIZE_BATCH,
+    WHOLE,
+    Part,
+    WorkerShare,
+    part_name,
+    prompt_of,
+    template_failure,
+)
 from teacher_cache.prompts.rendering import end_of_turn, tokenize
 from teacher_cache.prompts.sources import (
     Draft,
@@ -122,6 +131,22 @@ class Completions:
             rows = (row for row in self._rows(source, share) if not self._is_contaminated(row, source))
             while batch := list(itertools.islice(rows, TOKENIZE_BATCH)):
                 yield from self._tokenized(batch)
+
+    def parts(self, size: int) -> Iterator[Part]:
+        """The same requests in parts of `size` rows each, which are tokenised on demand. Reads the sources again."""
+        for source in self._config.completions.sources:
+            rows = self._rows(source, WHOLE)
+            for number in itertools.count():
+                batch = list(itertools.islice(rows, size))
+                if not batch:
+                    break
+                yield (
+                    part_name(number, [source.name, *map(_id_of, batch)]),
+                    functools.partial(self._part, batch, source),
+                )
+
+    def _part(self, batch: Sequence[Completion | Failure], source: CompletionSource) -> Sequence[Request | Failure]:
+        return [*self._tokenized([row for row in batch if not self._is_contaminated(row, source)])]
 
     def _num_rows(self, source: CompletionSource, share: WorkerShare) -> int:
         if isinstance(source, CacheCompletions):
@@ -310,6 +335,10 @@ class _OtherCache:
                     f"{where}{len(differing)} tokens of {self._source.path} mean something else to "
                     f"{teacher.record.model} ({shown}): set retokenise: true to score the chains' text instead"
                 )
+
+
+def _id_of(row: Completion | Failure) -> str:
+    return row.sample_id if isinstance(row, Failure) else f"{row.prompt.prompt_id} {row.where}"
 
 
 def _are_tokens(source: CompletionSource) -> bool:

@@ -10,7 +10,7 @@ that a half-built cache is a fair sample of the whole.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,9 +73,21 @@ class WorkerShare:
 
 WHOLE = WorkerShare(0, 1)
 
+Part = tuple[str, Callable[[], Sequence[Request | Failure]]]
+"""What a worker leases: a name that depends on nothing but what is in the part, and its requests, made on demand."""
 
-def parse_worker(text: str) -> WorkerShare:
-    """`I/N` with I from 0 to N-1. Raises ConfigError for anything else."""
+
+def part_name(number: int, ids: Iterable[str]) -> str:
+    """The name of a part with these prompts or rows. `number` separates parts with the same."""
+    return f"{number}-{stable_hash('part', *ids)[:16]}"
+
+
+def parse_worker(text: str, *, join: bool = False) -> WorkerShare | None:
+    """`I/N` with I from 0 to N-1; None to join. Raises ConfigError for anything else."""
+    if join:
+        if text != "0/1":
+            raise ConfigError("--join takes what others have not: give either it or --worker")
+        return None
     index, slash, count = text.partition("/")
     if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
         raise ConfigError(f"--worker {text!r} is not I/N with I from 0 to N-1, for example 0/4 for the first of four")
@@ -119,40 +131,60 @@ def requests(
 ) -> Iterator[Request | Failure]:
     """One Request per chain: sample 0 of all prompts of this worker, then sample 1, and so on.
 
-    `tokenizer` is a transformers tokenizer with a chat template (ConfigError if it has none). A prompt that the
-    template refuses or does not render as a whole is a Failure, once per sample; DataError if these are most of a
-    source's.
+    A prompt that the template refuses or does not render as a whole is a Failure, once per sample; DataError if these
+    are most of a source's.
     """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"the tokenizer of {config.teacher.model} has no chat template: use an instruction-tuned teacher, "
-            "or add a chat_template.jinja to its folder"
-        )
-    sampling = {source.name: sampling_of(config.sampling, source) for source in config.prompts.sources}
-    samples = _samples_by_source(config)
-    remaining = [prompt for prompt in prompts if prompt.prompt_id in worker]
-    check = _TemplateCheck(remaining, config.prompts.max_unusable_frac)
-    # Later samples reuse the prompt's tokens: four bytes a token are cheaper than tokenising again.
-    tokens: dict[str, array[int] | str] = {}
-    for sample_index in range(max(samples.values())):
-        remaining = [prompt for prompt in remaining if sample_index < samples[prompt.source]]
-        for start in range(0, len(remaining), TOKENIZE_BATCH):
-            batch = remaining[start : start + TOKENIZE_BATCH]
-            if sample_index == 0:
-                rows = tokenize(tokenizer, batch, config.teacher.chat_template_kwargs)
-                check.require_most(batch, rows)
-                tokens |= {
-                    prompt.prompt_id: ids if isinstance(ids, str) else array("i", ids)
-                    for prompt, ids in zip(batch, rows, strict=True)
-                }
-            for prompt in batch:
-                ids = tokens[prompt.prompt_id]
-                if isinstance(ids, str):
-                    failed_id = stable_hash("template", prompt.prompt_id, sample_index)
-                    yield template_failure(prompt, failed_id, sample_index, ids)
-                else:
-                    settings, seed = sampling[prompt.source], config.sampling.seed
-                    yield _request(prompt, ids.tolist(), sample_index, settings, seed, teacher_fingerprint)
+    own = [prompt for prompt in prompts if prompt.prompt_id in worker]
+    maker = RequestMaker(config, own, tokenizer, teacher_fingerprint)
+    for sample_index, batch in maker.batches(TOKENIZE_BATCH):
+        yield from maker.requests(sample_index, batch)
+
+
+class RequestMaker:
+    """Makes the requests of prompts. Later samples reuse the tokens of the first."""
+
+    def __init__(
+        self, config: BuildConfig, prompts: Sequence[Prompt], tokenizer: Any, teacher_fingerprint: str
+    ) -> None:
+        """`tokenizer` is a transformers tokenizer with a chat template; ConfigError if it has none."""
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"the tokenizer of {config.teacher.model} has no chat template: use an instruction-tuned teacher, "
+                "or add a chat_template.jinja to its folder"
+            )
+        self._config, self._prompts = config, prompts
+        self._tokenizer, self._teacher_fingerprint = tokenizer, teacher_fingerprint
+        self._sampling = {source.name: sampling_of(config.sampling, source) for source in config.prompts.sources}
+        self._check = _TemplateCheck(prompts, config.prompts.max_unusable_frac)
+        # Four bytes a token are cheaper than tokenising again.
+        self._tokens: dict[str, array[int] | str] = {}
+
+    def batches(self, size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
+        """Sample indices with up to `size` prompts that have such a sample: first samples first."""
+        samples = _samples_by_source(self._config)
+        remaining = self._prompts
+        for sample_index in range(max(samples.values())):
+            remaining = [prompt for prompt in remaining if sample_index < samples[prompt.source]]
+            for start in range(0, len(remaining), size):
+                yield sample_index, remaining[start : start + size]
+
+    def requests(self, sample_index: int, batch: Sequence[Prompt]) -> Iterator[Request | Failure]:
+        """This sample of each prompt. Raises DataError if the template refuses most prompts of a source."""
+        new = [prompt for prompt in batch if prompt.prompt_id not in self._tokens]
+        rows = tokenize(self._tokenizer, new, self._config.teacher.chat_template_kwargs) if new else []
+        self._check.require_most(new, rows)
+        self._tokens |= {
+            prompt.prompt_id: ids if isinstance(ids, str) else array("i", ids)
+            for prompt, ids in zip(new, rows, strict=True)
+        }
+        for prompt in batch:
+            ids = self._tokens[prompt.prompt_id]
+            if isinstance(ids, str):
+                failed_id = stable_hash("template", prompt.prompt_id, sample_index)
+                yield template_failure(prompt, failed_id, sample_index, ids)
+            else:
+                settings, seed = self._sampling[prompt.source], self._config.sampling.seed
+                yield _request(prompt, ids.tolist(), sample_index, settings, seed, self._teacher_fingerprint)
 
 
 def template_failure(prompt: Prompt, sample_id: str, sample_index: int, message: str) -> Failure:

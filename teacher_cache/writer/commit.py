@@ -304,8 +304,8 @@ def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
         while (abandoned_s := _try_lock(stream, path)) is None:
             if time.monotonic() >= deadline_s:
                 raise CacheConflict(
-                    f"another process builds as this worker ({path} is locked): wait for it, or give each process its "
-                    "own share with --worker I/N"
+                    f"another process builds as this worker ({path} is locked): wait for it, or start all of them with "
+                    "--join"
                 )
             time.sleep(0.1)
         yield abandoned_s if isinstance(path, Path) else NO_LOCKS_GRACE_S

@@ -82,6 +82,7 @@ class Recorder:
         judging: JudgingConfig,
     ) -> None:
         self.recorded = Recorded()
+        self._is_flushing = threading.Event()
         self.closed_s: float | None = None
         """When the last shard was closed (monotonic clock), None until then."""
         self._catalog, self._header, self._config, self._rows = catalog, header, config, rows
@@ -138,13 +139,18 @@ class Recorder:
         if self._error is not None:
             raise self._error
 
+    def flush(self) -> None:
+        """Makes everything recorded so far visible soon, however small the open shard is."""
+        self._is_flushing.set()
+
     def _run(self) -> None:
         try:
             while not self._queue.is_over():
                 outcome = self._queue.get(WAKE_S)
                 if outcome is not None:
                     self._record(outcome)
-                if self._is_due():
+                if self._is_due() or (outcome is None and self._is_flushing.is_set()):
+                    self._is_flushing.clear()
                     self._close_shard()
             self._close_shard()
             self.closed_s = time.monotonic()

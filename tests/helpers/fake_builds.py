@@ -1,11 +1,12 @@
 """Builds with the fake engine: the real path from requests to visible rows, without a model.
 
-As a program (`python -m tests.helpers.fake_builds CACHE I/N NUM_PROMPTS STEP_S`) it is one worker, to be killed.
+As a program (`python -m tests.helpers.fake_builds CACHE I/N|join NUM_PROMPTS STEP_S`) it is one worker, to be killed.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
@@ -17,13 +18,15 @@ from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Engine, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher
-from teacher_cache.prompts.prompts import seed_of
+from teacher_cache.prompts.prompts import Part, part_name, seed_of
+from teacher_cache.writer.leases import new_worker_name
 from tests.helpers.tiny_tokenizer import byte_level
 
 VOCAB_SIZE = 400
 K = 8
 EOS_ID = 1
 MAX_TOKENS = 60
+PART_CHAINS = 8
 SAMPLING = {"temperature": 0.6, "max_tokens": MAX_TOKENS}
 
 
@@ -90,12 +93,31 @@ def run_build(
         build.close()
 
 
+def parts_of(requests: Sequence[Request]) -> Iterator[Part]:
+    """Parts of PART_CHAINS requests."""
+    for start in range(0, len(requests), PART_CHAINS):
+        part = requests[start : start + PART_CHAINS]
+        yield part_name(0, (one.sample_id for one in part)), functools.partial(list, part)
+
+
+def join_build(config: BuildConfig, requests: Sequence[Request], start_engine: Callable[[], Engine]) -> BuildResult:
+    """One process' build of parts that no other one has."""
+    build = Build(config, make_teacher(), new_worker_name())
+    try:
+        return build.join(lambda: parts_of(requests), len(requests), start_engine, retry_failures=False)
+    finally:
+        build.close()
+
+
 def main() -> None:
     cache, share, num_prompts, step_s = sys.argv[1:]
-    index, count = map(int, share.split("/"))
-    requests = make_requests(int(num_prompts), index, count)
     config = make_config(location(cache), shard={"row_group_tokens": 200, "max_mb": 0.01})
-    result = run_build(config, requests, lambda: make_engine(float(step_s)), f"w{index}of{count}")
+    start_engine = functools.partial(make_engine, float(step_s))
+    if share == "join":
+        result = join_build(config, make_requests(int(num_prompts)), start_engine)
+    else:
+        index, count = map(int, share.split("/"))
+        result = run_build(config, make_requests(int(num_prompts), index, count), start_engine, f"w{index}of{count}")
     # 130 as the command itself would end.
     sys.stdout.flush()
     os._exit(130 if result.stopped else 0)

@@ -147,6 +147,21 @@ class ObjectPath:
         with self.explained(), self._store().open_output_stream(self.key) as stream:
             stream.write(content)
 
+    def create(self, content: bytes) -> bool:
+        """Puts the object unless there is one, and says whether it did; the store decides among several writers."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, BaseError
+
+        bucket, _, name = self.key.partition("/")
+        try:
+            # pyarrow has no conditional put.
+            obstore.put(_conditional_store(self.scheme, bucket, _facts()), name, content, mode="create")
+        except AlreadyExistsError:
+            return False
+        except BaseError as error:
+            raise explained(error, str(self), self.scheme) from error
+        return True
+
     def upload(self, local: Path) -> None:
         """Uploads a local file; a process that dies meanwhile leaves nothing visible.
 
@@ -265,6 +280,21 @@ def _facts() -> tuple[str | None, ...]:
     """What the constructors below take from the environment."""
     names = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
     return (_s3_endpoint(), *(os.environ.get(name) for name in names))
+
+
+@functools.cache
+def _conditional_store(scheme: str, bucket: str, facts: tuple[str | None, ...]) -> Any:
+    """A client with conditional puts, configured by the environment like deltalake's, which is the same library."""
+    from obstore.store import from_url
+
+    client: dict[str, Any] = {
+        "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
+        "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
+        "allow_http": (facts[0] or "").startswith("http://"),
+    }
+    config = {"aws_endpoint": facts[0]} if scheme == "s3" and facts[0] is not None else {}
+    retry = {"max_retries": PATIENT_ATTEMPTS - 1, "retry_timeout": datetime.timedelta(seconds=60)}
+    return from_url(f"{scheme}://{bucket}", config=config, client_options=client, retry_config=retry)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ ObjectPath with the same methods. Files become visible whole: temporary name, fs
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -232,6 +233,34 @@ def write_text_atomic(path: Location, text: str) -> None:
     """Writes UTF-8 text so that readers see the old file or the new one, never a partial one."""
     with atomic_path(path) as temp:
         temp.write_text(text, encoding="utf-8")
+
+
+def create_file(path: Location, content: bytes) -> bool:
+    """Creates a file with this content unless there is one, and says whether it did. Of several that try at once,
+    wherever they run, one succeeds.
+    """
+    if not isinstance(path, Path):
+        return path.create(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    temp.write_bytes(content)
+    try:
+        # A link appears with its content, unlike a file opened exclusively, and fails if the name is taken.
+        path.hardlink_to(temp)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # Some network file systems have no hard links.
+        try:
+            with path.open("xb") as stream:
+                stream.write(content)
+        except FileExistsError:
+            return False
+    finally:
+        temp.unlink(missing_ok=True)
+    return True
 
 
 def sync_file(path: Path) -> None:

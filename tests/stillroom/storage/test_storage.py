@@ -27,7 +27,7 @@ from stillroom.config import validate_config
 from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, StillroomError
 from stillroom.storage import objects
 from stillroom.storage.objects import ObjectPath
-from stillroom.storage.paths import Location, location, spool
+from stillroom.storage.paths import Location, create_file, location, spool
 from student_train.config import CacheConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.pack import Pack
@@ -235,6 +235,13 @@ def test_features_in_the_store_are_the_local_ones(store: ObjectPath, tmp_path: P
     found = there.read(here.sample_ids())
     for sample_id, row in here.read(here.sample_ids()).items():
         np.testing.assert_array_equal(found[sample_id].layers[2], row.layers[2])
+
+
+def test_one_of_many_creates_an_object(store: ObjectPath) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        created = list(pool.map(lambda number: create_file(store / "lease", b"%d" % number), range(64)))
+    assert created.count(True) == 1
+    assert (store / "lease").read_bytes() == b"%d" % created.index(True)
 
 
 def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, store: ObjectPath) -> None:

@@ -1,0 +1,130 @@
+"""The requests of a worker that joined a build: part after part, each under a lease.
+
+In: all parts in order, leases, and what is visible. Out: the requests of parts that this worker leased and nobody has
+done, and WAIT while other workers hold what is left.
+"""
+
+import contextlib
+import enum
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from stillroom.cache.catalog import Catalog
+from stillroom.errors import CacheConflict
+from stillroom.log import format_plural, note
+from teacher_cache.engine.api import Failure, Request
+from teacher_cache.prompts.prompts import Part
+from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.leases import EXPIRY_S, LIST_S, Leases, leases_folder
+
+PART_CHAINS = 64
+"""Chains under one lease: minutes of work, so that no worker is left with much more than the others at the end."""
+
+
+class Wait(enum.Enum):
+    """Nothing to do at present: other workers hold all that is left."""
+
+    WAIT = "wait"
+
+
+WAIT: Final = Wait.WAIT
+
+
+class JoinedWork:
+    """Leases parts of one run, as a context manager. Reads the Delta log by itself: tables are not thread-safe."""
+
+    def __init__(self, catalog: Catalog, run_id: str, worker: str) -> None:
+        self.leases = Leases(leases_folder(catalog.root, run_id), worker, self._adopt)
+        self.num_visible = 0
+        """Chains and failures of the run in the Delta log, as of the last look."""
+        own = Catalog(catalog.root)
+        self._root, self._run_id = catalog.root, run_id
+        self._visible = [VisibleSamples(own.chains), VisibleSamples(own.failures)]
+        self._tables = [own.chains, own.failures]
+        self._ids: dict[str, Sequence[str]] = {}
+        self._looked_s = 0.0
+
+    def __enter__(self) -> Self:
+        self.leases.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leases.__exit__(kind, error, trace)
+        with contextlib.suppress(OSError):
+            # Nobody else ever takes this name.
+            lock_path(self._root, self._run_id, self.leases.worker).unlink(missing_ok=True)
+
+    def requests(self, parts: Callable[[], Iterable[Part]]) -> Iterator[Request | Failure | Wait]:
+        """Requests of the parts that this worker gets. Ends when every part is done or was given out here.
+
+        `parts` is called again for those that other workers hold.
+        """
+        self._look()
+        settled: set[str] = set()
+        while True:
+            left = []
+            for name, make in parts():
+                if name in settled:
+                    continue
+                if self.leases.is_held(name):
+                    left.append(name)
+                    continue
+                made = make()
+                # Before there is a lease: a resumed build passes thousands of parts that are done.
+                if not self._undone(made):
+                    settled.add(name)
+                elif self.leases.claim(name):
+                    settled.add(name)
+                    self._ids[name] = [one.sample_id for one in made]
+                    # Whoever had the part before may have finished it since the last look.
+                    self._look()
+                    yield from self._undone(made)
+                else:
+                    left.append(name)
+            if not left:
+                return
+            yield WAIT
+            while all(map(self.leases.is_held, left)):
+                if time.monotonic() - self._looked_s >= LIST_S:
+                    self._look()
+                yield WAIT
+            self._look()
+
+    def _undone(self, requests: Sequence[Request | Failure]) -> list[Request | Failure]:
+        return [one for one in requests if not self._is_done(one.sample_id)]
+
+    def _is_done(self, sample_id: str) -> bool:
+        return any(sample_id in visible for visible in self._visible)
+
+    def _look(self) -> None:
+        """Reads what is new in the log, and gives back the parts that are done."""
+        for visible in self._visible:
+            visible.refresh()
+        own = f"{self._run_id}/"
+        self.num_visible = sum(
+            file.num_rows for table in self._tables for file in table.files() if file.path.startswith(own)
+        )
+        for name in self.leases.own:
+            if all(map(self._is_done, self._ids[name])):
+                self.leases.release(name)
+                del self._ids[name]
+        self._looked_s = time.monotonic()
+
+    def _adopt(self, worker: str) -> None:
+        """Makes visible what a dead worker published and did not commit."""
+        num_rows = 0
+        lock = lock_path(self._root, self._run_id, worker)
+        try:
+            with worker_lock(lock, 0.0) as abandoned_s:
+                for table, visible in zip(self._tables, self._visible, strict=True):
+                    num_rows += Committer(table, visible, self._run_id, worker).recover(min(abandoned_s, EXPIRY_S))
+                lock.unlink(missing_ok=True)
+        except CacheConflict:
+            # It lives and was only silent: what it still writes is compared with the log, as always.
+            return
+        adopted = f", adopted {format_plural(num_rows, 'row')}" if num_rows else ""
+        note(f"worker {worker} has been silent for {EXPIRY_S:.0f} s: taking over its parts{adopted}")

@@ -1,0 +1,230 @@
+"""Work by lease: a part of a build is held by one worker at a time, and taken over when that worker dies.
+
+A lease is a file that only one worker can create, `<part>.<epoch>.lease`; its content names the holder. Every worker
+writes a heartbeat, `<worker>.json`, each HEARTBEAT_S. A lease whose holder has been silent for EXPIRY_S is free:
+whoever creates the file of the next epoch holds it. Ages are by the storage's clock, which the own heartbeat tells.
+
+Leases save double work and decide nothing. What is done is what the Delta log shows: a worker that was only slow costs
+double work, never a double row.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stillroom.errors import StillroomError, one_line
+from stillroom.log import warn
+from stillroom.storage.paths import Location, create_file, matching, write_text_atomic
+
+HEARTBEAT_S = 15.0
+EXPIRY_S = 60.0
+"""Silence after which a worker counts as dead. A store may be unavailable for some heartbeats."""
+LIST_S = 5.0
+"""How often the folder is listed while a worker waits for others."""
+STALL_S = 1800.0
+"""A worker whose engine has not stepped for so long hangs: its heartbeat ends, so that others take over."""
+_LEASE = re.compile(r"^(?P<part>[0-9a-z-]+)\.(?P<epoch>\d{6})\.lease$")
+
+
+class WorkerState(BaseModel):
+    """A heartbeat. `num_uncommitted` chains and failures are finished and not yet in the Delta log."""
+
+    model_config = ConfigDict(frozen=True)
+
+    worker: str
+    host: str
+    pid: int
+    started_at: float
+    num_uncommitted: int = 0
+    num_tokens: int = 0
+    tokens_per_s: float = 0.0
+
+
+def leases_folder(cache: Location, run_id: str) -> Location:
+    """Where the leases and heartbeats of a run are."""
+    return cache / "runs" / f"{run_id}.leases"
+
+
+def new_worker_name() -> str:
+    """A name that no other worker has: `j` and eight hex digits."""
+    return f"j{secrets.token_hex(4)}"
+
+
+class Leases:
+    """One worker's leases, as a context manager: entering joins, leaving gives everything back.
+
+    Raises OSError or StillroomError if the folder cannot be written. Not thread-safe, except for `report`.
+    """
+
+    def __init__(self, folder: Location, worker: str, on_takeover: Callable[[str], None]) -> None:
+        """`on_takeover` is called with a dead worker's name before its first part changes hands."""
+        self.folder, self.worker = folder, worker
+        self._on_takeover = on_takeover
+        self._own: dict[str, Location] = {}
+        self._listed_s = -LIST_S
+        self._files: dict[str, list[Location]] = {}
+        # By the lease's path. A lease never changes, so each is read once.
+        self._holders: dict[Location, str] = {}
+        self._silent_s: dict[str, float] = {}
+        self._others: list[WorkerState] = []
+        self._state = WorkerState(worker=worker, host=socket.gethostname(), pid=os.getpid(), started_at=time.time())
+        self._reported_s: float | None = None
+        self._storage_offset_s = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        # What cannot be given back expires.
+        with contextlib.suppress(OSError, StillroomError):
+            for part in list(self._own):
+                self.release(part)
+            self._heartbeat_path(self.worker).unlink(missing_ok=True)
+
+    @property
+    def own(self) -> Sequence[str]:
+        """Parts that this worker holds."""
+        return list(self._own)
+
+    @property
+    def others(self) -> Sequence[WorkerState]:
+        """Other workers that are alive, as of the last listing."""
+        return self._others
+
+    def claim(self, part: str) -> bool:
+        """Takes a part that no living worker holds; False if another one has it."""
+        if self.is_held(part):
+            return False
+        files = self._files.get(part, [])
+        epoch = 1 + max((_epoch_of(path) for path in files), default=-1)
+        for dead in sorted({self._holder_of(path) for path in files} - {self.worker}):
+            self._bury(dead)
+        path = self.folder / f"{part}.{epoch:06d}.lease"
+        if not create_file(path, self.worker.encode()):
+            # Another worker was faster: what was listed is out of date.
+            self._listed_s = -LIST_S
+            return False
+        self._own[part] = path
+        return True
+
+    def is_held(self, part: str) -> bool:
+        """Whether a living worker holds the part, as of the last listing (at most LIST_S ago)."""
+        if part in self._own:
+            return True
+        if time.monotonic() - self._listed_s >= LIST_S:
+            self._list()
+        files = self._files.get(part)
+        return bool(files) and self._is_alive(self._holder_of(max(files, key=_epoch_of)))
+
+    def release(self, part: str) -> None:
+        """Gives a part back, with what dead workers left of it."""
+        own = self._own.pop(part)
+        for path in {own, *self._files.pop(part, [])}:
+            path.unlink(missing_ok=True)
+
+    def report(self, **state: Any) -> None:
+        """What the next heartbeat says; also shows that this worker does not hang."""
+        self._state, self._reported_s = self._state.model_copy(update=state), time.monotonic()
+
+    def _list(self) -> None:
+        self._files, heartbeats = {}, []
+        for path in matching(self.folder, "*"):
+            match = _LEASE.match(path.name)
+            if match is not None:
+                self._files.setdefault(match["part"], []).append(path)
+            elif path.name.endswith(".json") and path.stem != self.worker:
+                heartbeats.append(path)
+        known = {path for paths in self._files.values() for path in paths}
+        self._holders = {path: holder for path, holder in self._holders.items() if path in known}
+        now_s = time.time() + self._storage_offset_s
+        self._silent_s = {}
+        self._others = []
+        for path in heartbeats:
+            with contextlib.suppress(FileNotFoundError):
+                self._silent_s[path.stem] = now_s - path.stat().st_mtime
+                if self._is_alive(path.stem) and (state := _read_state(path)) is not None:
+                    self._others.append(state)
+        self._listed_s = time.monotonic()
+
+    def _holder_of(self, path: Location) -> str:
+        if path not in self._holders:
+            try:
+                self._holders[path] = path.read_bytes().decode("utf-8", "replace")
+            except FileNotFoundError:
+                return ""
+        return self._holders[path]
+
+    def _is_alive(self, worker: str) -> bool:
+        # Without a heartbeat a worker has left, or somebody has declared it dead.
+        return worker == self.worker or self._silent_s.get(worker, EXPIRY_S) < EXPIRY_S
+
+    def _bury(self, worker: str) -> None:
+        if worker and worker in self._silent_s:
+            self._on_takeover(worker)
+            self._heartbeat_path(worker).unlink(missing_ok=True)
+            del self._silent_s[worker]
+
+    def _beat_on(self) -> None:
+        has_warned = False
+        while not self._ended.wait(HEARTBEAT_S):
+            if self._reported_s is not None and time.monotonic() - self._reported_s > STALL_S:
+                if not has_warned:
+                    warn(f"no progress for {STALL_S / 60:.0f} minutes: other workers take over the parts of this one")
+                    has_warned = True
+                continue
+            try:
+                self._beat()
+                has_warned = False
+            except (OSError, StillroomError) as error:
+                if not has_warned:
+                    warn(f"the heartbeat cannot be written, so others may repeat this work: {one_line(error)}")
+                    has_warned = True
+
+    def _beat(self) -> None:
+        path = self._heartbeat_path(self.worker)
+        write_text_atomic(path, self._state.model_dump_json() + "\n")
+        self._storage_offset_s = path.stat().st_mtime - time.time()
+
+    def _heartbeat_path(self, worker: str) -> Location:
+        return self.folder / f"{worker}.json"
+
+
+def workers_of(cache: Location) -> list[WorkerState]:
+    """Workers of all runs whose heartbeat is fresh, by this machine's clock. Writes nothing."""
+    found = []
+    for folder in matching(cache / "runs", "*.leases"):
+        for path in matching(folder, "*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime < EXPIRY_S and (state := _read_state(path)) is not None:
+                    found.append(state)
+    return found
+
+
+def _read_state(path: Location) -> WorkerState | None:
+    try:
+        return WorkerState.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return None
+
+
+def _epoch_of(path: Location) -> int:
+    match = _LEASE.match(path.name)
+    assert match is not None
+    return int(match["epoch"])

@@ -1,0 +1,180 @@
+"""Workers that join a build: parts by lease, each done once, and those of the dead taken over."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillroom.cache.catalog import Catalog
+from stillroom.errors import ConfigError
+from stillroom.storage.paths import create_file
+from teacher_cache.building import Build
+from teacher_cache.inspect.stats import cache_stats, stats_text
+from teacher_cache.joining import WAIT, JoinedWork
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.prompts.prompts import parse_worker
+from teacher_cache.writer import leases
+from teacher_cache.writer.leases import Leases, leases_folder
+from tests.helpers.caches import visible_ids
+from tests.helpers.fake_builds import join_build, make_config, make_engine, make_requests, make_teacher, parts_of
+from tests.helpers.programs import Program
+
+EXPIRY_S = 1.5
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead worker is dead after a second."""
+    for name, value in {"HEARTBEAT_S": 0.2, "EXPIRY_S": EXPIRY_S, "LIST_S": 0.1}.items():
+        monkeypatch.setattr(leases, name, value)
+    monkeypatch.setattr("teacher_cache.joining.EXPIRY_S", EXPIRY_S)
+    monkeypatch.setattr("teacher_cache.joining.LIST_S", 0.1)
+    monkeypatch.setattr("teacher_cache.building.WAIT_S", 0.05)
+
+
+@pytest.fixture
+def dead() -> list[str]:
+    """Workers that were declared dead."""
+    return []
+
+
+def test_a_file_is_created_once_with_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "one"
+    with ThreadPoolExecutor(16) as pool:
+        created = list(pool.map(lambda number: create_file(path, b"%d" % number), range(64)))
+    assert created.count(True) == 1
+    assert path.read_bytes() == b"%d" % created.index(True)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_part_has_one_holder_until_it_is_given_back(tmp_path: Path, dead: list[str]) -> None:
+    with Leases(tmp_path, "ja", dead.append) as one, Leases(tmp_path, "jb", dead.append) as other:
+        assert one.claim("0-a")
+        assert not other.claim("0-a")
+        assert other.claim("0-b")
+        time.sleep(leases.LIST_S)
+        assert (other.is_held("0-a"), one.is_held("0-b"), one.is_held("0-c")) == (True, True, False)
+        one.release("0-a")
+        time.sleep(leases.LIST_S)
+        assert other.claim("0-a")
+    assert list(tmp_path.iterdir()) == []
+    assert dead == []
+
+
+def test_the_silent_are_declared_dead_once_and_what_they_held_is_free(tmp_path: Path, dead: list[str]) -> None:
+    silent = Leases(tmp_path, "ja", dead.append)
+    silent._beat()
+    assert silent.claim("0-a")
+    assert silent.claim("0-b")
+    with Leases(tmp_path, "jb", dead.append) as other:
+        assert not other.claim("0-a")
+        time.sleep(EXPIRY_S)
+        assert other.claim("0-a")
+        assert other.claim("0-b")
+        assert dead == ["ja"]
+        # It was only slow: it learns that others have its parts, and gives back nothing of theirs.
+        silent._beat()
+        time.sleep(leases.LIST_S)
+        silent._own.clear()
+        assert not silent.claim("0-a")
+    assert [path.name for path in tmp_path.iterdir()] == ["ja.json"]
+
+
+def test_a_worker_that_hangs_falls_silent(tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "STALL_S", 0.3)
+    with Leases(tmp_path, "ja", dead.append) as hanging, Leases(tmp_path, "jb", dead.append) as other:
+        hanging.report(num_tokens=1)
+        assert hanging.claim("0-a")
+        time.sleep(0.3 + EXPIRY_S + 0.5)
+        assert other.claim("0-a")
+
+
+def test_joined_workers_do_everything_once(tmp_path: Path) -> None:
+    cache, requests = tmp_path / "c", make_requests(160)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(
+            pool.map(lambda _: join_build(make_config(cache), requests, lambda: make_engine(0.02)), range(3))
+        )
+    assert visible_ids(cache) == sorted(request.sample_id for request in requests)
+    done = [result.recorded.num_chains for result in results]
+    # No chain was generated twice, and no worker sat idle.
+    assert sum(done) == 160
+    assert min(done) > 0
+    report = verify_cache(cache)
+    assert (report.ok, report.orphans) == (True, [])
+    run = Catalog(cache).chains.files()[0].path.partition("/")[0]
+    assert list(leases_folder(cache, run).iterdir()) == []
+    assert list((cache / "runs").glob("*.lock")) == []
+
+
+def test_what_a_killed_worker_held_is_taken_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cache, requests = tmp_path / "c", make_requests(60)
+    victim = Program(["tests.helpers.fake_builds", str(cache), "join", "60", "0.5"])
+    deadline_s = time.monotonic() + 60
+    while not list(cache.glob("runs/*.leases/*.lease")):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    victim.kill()
+    result = join_build(make_config(cache), requests, make_engine)
+    assert result.recorded.num_chains == 60
+    assert visible_ids(cache) == sorted(request.sample_id for request in requests)
+    assert "has been silent" in capfd.readouterr().err
+    assert list(cache.glob("runs/*.leases/*")) == []
+
+
+def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path) -> None:
+    """It died between the rename and the commit."""
+    cache, requests = tmp_path / "c", make_requests(16)
+    # No run yet, so that only the takeover can adopt.
+    build = Build(make_config(cache), make_teacher(), "jdead")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stillroom.cache.catalog.Table.commit", _dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            build.join(lambda: parts_of(requests), 16, make_engine, retry_failures=False)
+    build.close()
+    (file,) = (cache / "chains" / build.run_id).glob("jdead-*.parquet")
+    folder = leases_folder(cache, build.run_id)
+    dead = Leases(folder, "jdead", lambda _: None)
+    dead._beat()
+    assert all(dead.claim(name) for name, _ in parts_of(requests))
+    with JoinedWork(Catalog(cache), build.run_id, "jnew") as work:
+        offered = work.requests(lambda: parts_of(requests))
+        asked = []
+        for one in offered:
+            if one is WAIT:
+                time.sleep(0.1)
+            else:
+                asked.append(one)
+    assert asked == []
+    assert len(visible_ids(cache)) == 16
+    assert file.exists()
+
+
+def test_workers_that_are_alive_are_in_stats(tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    join_build(make_config(cache), make_requests(8), make_engine)
+    catalog = Catalog(cache)
+    assert cache_stats(catalog).workers == []
+    run = catalog.chains.files()[0].path.partition("/")[0]
+    with Leases(leases_folder(cache, run), "ja", lambda _: None) as held:
+        held.report(tokens_per_s=12.0, num_tokens=34)
+        held._beat()
+        (worker,) = (stats := cache_stats(catalog)).workers
+    assert (worker.worker, worker.num_tokens) == ("ja", 34)
+    assert "1 worker at 12 tok/s: ja on " in stats_text(stats)
+
+
+def test_join_goes_with_neither_a_share_nor_retries(tmp_path: Path) -> None:
+    assert parse_worker("0/1", join=True) is None
+    with pytest.raises(ConfigError, match="either it or --worker"):
+        parse_worker("0/2", join=True)
+    build = Build(make_config(tmp_path / "c"), make_teacher(), "ja")
+    with pytest.raises(ConfigError, match="retry them with one that does not"):
+        build.join(lambda: (), 0, make_engine, retry_failures=True)
+    build.close()
+
+
+def _dies(*_: Any) -> None:
+    raise RuntimeError("killed")
