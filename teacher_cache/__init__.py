@@ -40,11 +40,11 @@ def build(
     """
     from teacher_cache.building import build_cache
     from teacher_cache.config import BuildConfig, load_run_config
-    from teacher_cache.prompts.prompts import parse_worker
+    from teacher_cache.prompts.prompts import own_share
 
     loaded = config if isinstance(config, BuildConfig) else load_run_config(Path(config), overrides, "build")
     assert isinstance(loaded, BuildConfig)
-    return build_cache(loaded, parse_worker(worker, join=join), retry_failures=retry_failures)
+    return build_cache(loaded, own_share(worker, join=join), retry_failures=retry_failures)
 
 
 def score(
@@ -61,11 +61,11 @@ def score(
     """
     from teacher_cache.building import score_cache
     from teacher_cache.config import ScoreConfig, load_run_config
-    from teacher_cache.prompts.prompts import parse_worker
+    from teacher_cache.prompts.prompts import own_share
 
     loaded = config if isinstance(config, ScoreConfig) else load_run_config(Path(config), overrides, "score")
     assert isinstance(loaded, ScoreConfig)
-    return score_cache(loaded, parse_worker(worker, join=join), retry_failures=retry_failures)
+    return score_cache(loaded, own_share(worker, join=join), retry_failures=retry_failures)
 
 
 def features(

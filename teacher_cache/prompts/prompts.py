@@ -82,16 +82,20 @@ def part_name(number: int, ids: Iterable[str]) -> str:
     return f"{number}-{stable_hash('part', *ids)[:16]}"
 
 
-def parse_worker(text: str, *, join: bool = False) -> WorkerShare | None:
-    """`I/N` with I from 0 to N-1; None to join. Raises ConfigError for anything else."""
-    if join:
-        if text != "0/1":
-            raise ConfigError("--join takes what others have not: give either it or --worker")
-        return None
+def parse_worker(text: str) -> WorkerShare:
+    """`I/N` with I from 0 to N-1. Raises ConfigError for anything else."""
     index, slash, count = text.partition("/")
     if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
         raise ConfigError(f"--worker {text!r} is not I/N with I from 0 to N-1, for example 0/4 for the first of four")
     return WorkerShare(int(index), int(count))
+
+
+def own_share(worker: str, *, join: bool) -> WorkerShare | None:
+    """The share that `worker` names, None to join. Raises ConfigError if both are asked for."""
+    share = parse_worker(worker)
+    if join and share != WHOLE:
+        raise ConfigError("--join takes what others have not: give either it or --worker")
+    return None if join else share
 
 
 def load_prompts(config: PromptsConfig) -> LoadedPrompts:

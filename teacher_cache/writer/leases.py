@@ -130,7 +130,7 @@ class Leases:
             return True
         if time.monotonic() - self._listed_s >= LIST_S:
             self._list()
-        files = self._files.get(part)
+        files = self._files.get(part, [])
         return bool(files) and self._is_alive(self._holder_of(max(files, key=_epoch_of)))
 
     def release(self, part: str) -> None:

@@ -1,4 +1,4 @@
-"""Recipes that people paste: they parse, and they say --worker as the command reads it."""
+"""Recipes that people paste: they parse, and they start what they should."""
 
 import ast
 import os
@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from teacher_cache.config import EmbeddedConfig
-from teacher_cache.prompts.prompts import parse_worker
 from tests.helpers import ROOT
 
 RECIPES = ROOT / "docs" / "recipes" / "cluster.md"
@@ -44,26 +43,18 @@ def stubs(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (130, True), (2, False)])
-def test_the_slurm_array_asks_for_each_share_and_requeues_what_was_interrupted(
+def test_the_slurm_array_joins_and_requeues_what_was_interrupted(
     stubs: dict[str, str], status: int, requeued: bool
 ) -> None:
-    script = blocks("bash")[0]
-    array = re.search(r"--array=(\d+)-(\d+)$", script, re.MULTILINE)
-    assert array is not None
-    shares = []
-    for index in range(int(array[1]), int(array[2]) + 1):
-        Path(stubs["CALLS"]).write_text("")
-        task = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "77", "STATUS": str(status)}
-        ended = subprocess.run(["bash", "-c", script], env={**stubs, **task}, check=False)
-        assert ended.returncode == status
-        build, *rest = Path(stubs["CALLS"]).read_text().splitlines()
-        assert rest == ([f"scontrol requeue 77_{index}"] if requeued else [])
-        shares.append(parse_worker(build.split("--worker ")[1]))
-    assert {share.count for share in shares} == {len(shares)}
-    assert [share.index for share in shares] == list(range(len(shares)))
+    task = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "77", "STATUS": str(status)}
+    ended = subprocess.run(["bash", "-c", blocks("bash")[0]], env={**stubs, **task}, check=False)
+    assert ended.returncode == status
+    build, *rest = Path(stubs["CALLS"]).read_text().splitlines()
+    assert build == "teacher-cache build /shared/configs/teacher.yaml --join"
+    assert rest == (["scontrol requeue 77_3"] if requeued else [])
 
 
-def test_the_kubernetes_job_has_an_index_for_each_share() -> None:
+def test_the_kubernetes_job_joins() -> None:
     (job,) = [document for document in map(yaml.safe_load, blocks("yaml")) if "kind" in document]
     spec: dict[str, Any] = job["spec"]
     assert (job["kind"], spec["completionMode"]) == ("Job", "Indexed")
@@ -71,13 +62,7 @@ def test_the_kubernetes_job_has_an_index_for_each_share() -> None:
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
-    for index in range(spec["completions"]):
-        line = ["sh", "-c", container["args"][0].replace("exec teacher-cache", "echo")]
-        said = subprocess.run(
-            line, env={"JOB_COMPLETION_INDEX": str(index)}, text=True, capture_output=True, check=True
-        )
-        share = parse_worker(said.stdout.split("--worker ")[1].strip())
-        assert (share.index, share.count) == (index, spec["completions"])
+    assert container["args"] == ["exec teacher-cache build /shared/configs/teacher.yaml --join"]
 
 
 def test_ray_recipes_are_python_and_configuration() -> None:

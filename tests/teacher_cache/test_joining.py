@@ -14,7 +14,7 @@ from teacher_cache.building import Build
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.joining import WAIT, JoinedWork
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.prompts.prompts import parse_worker
+from teacher_cache.prompts.prompts import own_share
 from teacher_cache.writer import leases
 from teacher_cache.writer.leases import Leases, leases_folder
 from tests.helpers.caches import visible_ids
@@ -167,9 +167,9 @@ def test_workers_that_are_alive_are_in_stats(tmp_path: Path) -> None:
 
 
 def test_join_goes_with_neither_a_share_nor_retries(tmp_path: Path) -> None:
-    assert parse_worker("0/1", join=True) is None
+    assert own_share("0/1", join=True) is None
     with pytest.raises(ConfigError, match="either it or --worker"):
-        parse_worker("0/2", join=True)
+        own_share("0/2", join=True)
     build = Build(make_config(tmp_path / "c"), make_teacher(), "ja")
     with pytest.raises(ConfigError, match="retry them with one that does not"):
         build.join(lambda: (), 0, make_engine, retry_failures=True)

@@ -287,14 +287,16 @@ def _conditional_store(scheme: str, bucket: str, facts: tuple[str | None, ...]) 
     """A client with conditional puts, configured by the environment like deltalake's, which is the same library."""
     from obstore.store import from_url
 
-    client: dict[str, Any] = {
+    client = {
         "connect_timeout": f"{CONNECT_TIMEOUT_S:.0f}s",
         "timeout": f"{REQUEST_TIMEOUT_S:.0f}s",
         "allow_http": (facts[0] or "").startswith("http://"),
     }
     config = {"aws_endpoint": facts[0]} if scheme == "s3" and facts[0] is not None else {}
     retry = {"max_retries": PATIENT_ATTEMPTS - 1, "retry_timeout": datetime.timedelta(seconds=60)}
-    return from_url(f"{scheme}://{bucket}", config=config, client_options=client, retry_config=retry)
+    # As one mapping, because the types of `from_url` differ by store.
+    options: dict[str, Any] = {"config": config, "client_options": client, "retry_config": retry}
+    return from_url(f"{scheme}://{bucket}", **options)
 
 
 @functools.cache
