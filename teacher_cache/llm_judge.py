@@ -130,9 +130,9 @@ def _of_endpoint(config: LlmJudgeConfig, questions: Iterator[Question]) -> Gener
     """At most `max_in_flight` questions at once, in an event loop that turns only while the caller waits."""
     from teacher_cache.engine.http.client import HttpClient, read_api_key
 
-    loop = asyncio.new_event_loop()
     key = read_api_key(config.api_key_env, "api_key_env")
     http = HttpClient(str(config.endpoint), key, config.timeout_s)
+    loop = asyncio.new_event_loop()
     tasks: set[asyncio.Task[Opinion]] = set()
     refused, num_refused, num_answered = "", 0, 0
     try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, one_line
 from stillroom.log import note
 
 if TYPE_CHECKING:
@@ -67,13 +67,19 @@ def print_result(result: "Json", lines: list[str], as_json: bool) -> None:
 
 
 def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
-    """Runs a command: one line for a user's mistake, the right exit code, how to resume one of the `resumable` ones."""
+    """Runs a command: one line for a mistake or what the system refuses, the right exit code; for an interrupted one
+    of the `resumable` how to resume it.
+    """
     end_with_parent(os.environ.pop(PARENT_VARIABLE, None))
     try:
         app(prog_name=name)
     except StillroomError as error:
         note(f"{name}: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        # A full disk, or a file that may not be written: the system says it best.
+        note(f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror or one_line(error)}")
+        sys.exit(FAILED)
     except SystemExit as end:
         _leave_quietly(end)
         if end.code == INTERRUPTED and sys.argv[1:2] and sys.argv[1] in resumable:

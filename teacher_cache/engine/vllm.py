@@ -137,8 +137,9 @@ class EmbeddedEngine:
         except (RuntimeError, OSError) as error:
             raise StillroomError(f"vLLM did not start with {teacher.model}: {_one_line(error)}") from error
         if marker is not None:
-            # Only now: an interrupted compilation is not saved.
-            marker.touch()
+            # Only now: an interrupted compilation is not saved. Where vLLM is told to save none there is no folder.
+            with contextlib.suppress(OSError):
+                marker.touch()
         fallback = install_arrays()
         if fallback is not None:
             warn(f"reading logprobs from vLLM's slower flat lists: its arrays are not as expected: {fallback}")

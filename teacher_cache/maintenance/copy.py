@@ -10,7 +10,7 @@ With --round, exact distributions (`topk-f32`) are stored as 8-bit codes (`topk-
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from stillroom.program import StopRequest
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, RunManifest
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, chain_schema
+from stillroom.sql.session import Session
 from stillroom.storage.paths import (
     Location,
     atomic_path,
@@ -37,11 +38,12 @@ from stillroom.storage.paths import (
     local_copy,
     parts_of,
     relative_name,
+    sha256_of,
 )
 from teacher_cache.judging import commit_verdict_file, verdict_temp
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import lost_commits
-from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, worker_lock
+from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, rewrite, worker_lock
 from teacher_cache.writer.shard import parquet_options
 
 COPIER = "copied"
@@ -214,10 +216,10 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
 
 def _copy_one(source: Catalog, target: Catalog, report: CopyReport, *, rounded: bool) -> Iterator[None]:
     """Yields after every file, so that the caller can show progress or stop."""
-    _copy_verdicts(source, target, report)
-    yield
     yield from _copy_rows(source.failures, target.failures, report, rounded=False)
     yield from _copy_rows(source.chains, target.chains, report, rounded=rounded)
+    _copy_verdicts(source, target, report)
+    yield
     if source.features is not None and source.features.files():
         yield from _copy_rows(source.features, target.create_features(), report, rounded=False)
         # Of a sample that both had, the destination keeps its own chain, which may have other tokens.
@@ -265,15 +267,42 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
 
 
 def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None:
-    """Copies whole files: a sample may have many verdicts, so files are compared by hash and not row by row."""
+    """Copies whole files: a sample may have many verdicts, so files are compared by hash and not row by row.
+
+    Verdicts on chains that the destination has with other tokens are left out.
+    """
     known = {_hash_of(file) for file in target.verdicts.files()}
-    for file in source.verdicts.files():
-        if _hash_of(file) in known:
-            continue
-        temp = verdict_temp(target.verdicts, COPIER)
+    files = [file for file in source.verdicts.files() if _hash_of(file) not in known]
+    others = _other_chains(source, target) if files and report.num_known else set()
+    for file in files:
+        temp, num_rows = verdict_temp(target.verdicts, COPIER), file.num_rows
         _copy_checked(source.verdicts.path_of(file), temp)
-        commit_verdict_file(target.verdicts, temp, file.num_rows, _run_of(file), COPIER)
-        report.num_verdicts += file.num_rows
+        if others:
+            temp, num_rows = _without(temp, verdict_temp(target.verdicts, COPIER), others)
+        if not num_rows or sha256_of(temp)[:HASH_CHARS] in known:
+            temp.unlink()
+            continue
+        commit_verdict_file(target.verdicts, temp, num_rows, _run_of(file), COPIER)
+        report.num_verdicts += num_rows
+
+
+def _other_chains(source: Catalog, target: Catalog) -> set[str]:
+    """Samples whose chain in `target` has other tokens than the one in `source`: of what both had, it keeps its own."""
+    target.chains.refresh()
+    query = "SELECT sample_id FROM shards a JOIN given.shards b USING (sample_id) WHERE a.chain_id <> b.chain_id"
+    with Session({"main": target, "given": source}) as session:
+        return set(session.arrow(query).column(0).to_pylist())
+
+
+def _without(copied: Path, temp: Path, sample_ids: Collection[str]) -> tuple[Path, int]:
+    """Replaces a file of verdicts with one at `temp` that lacks those on some samples; returns it and its rows."""
+    try:
+        num_rows = rewrite(
+            copied, temp, lambda rows: [one not in sample_ids for one in rows.column("sample_id").to_pylist()]
+        )
+    finally:
+        copied.unlink()
+    return temp, num_rows
 
 
 def _copy_checked(path: Location, temp: Path) -> None:

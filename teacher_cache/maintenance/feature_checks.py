@@ -239,11 +239,11 @@ def drop_chainless(catalog: Catalog, *, dry_run: bool = False, without_run: str 
         if num_kept < file.num_rows:
             dropped[f"features/{file.path}"] = file.num_rows - num_kept
             if not dry_run:
-                keep_features(catalog, table, file, has_chain if num_kept else None)
+                keep_rows(catalog, table, file, has_chain if num_kept else None)
     return dropped
 
 
-def keep_features(
+def keep_rows(
     catalog: Catalog,
     table: Table,
     file: DataFile,

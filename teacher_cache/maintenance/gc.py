@@ -22,6 +22,7 @@ from stillroom.config import nearest_name
 from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError, one_line
 from stillroom.log import format_bytes, format_plural
 from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, files_below, matching, relative_name
+from teacher_cache.maintenance.chainless_verdicts import drop_chainless_verdicts
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
@@ -48,6 +49,7 @@ class Dropped:
     num_chains: int
     size_bytes: int
     num_features: int = 0
+    num_verdicts: int = 0
 
 
 @dataclass(slots=True)
@@ -112,6 +114,7 @@ def gc_lines(report: GcReport) -> list[str]:
     lines = []
     for one in report.dropped:
         features = f", {format_plural(one.num_features, 'row')} of features" if one.num_features else ""
+        features += f", {format_plural(one.num_verdicts, 'verdict')}" if one.num_verdicts else ""
         lines.append(
             f"dropped  run {one.run_id}: {format_plural(one.num_shards, 'shard')}, "
             f"{format_plural(one.num_chains, 'chain')}{features}, "
@@ -168,15 +171,17 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
         chains = [file for file in catalog.chains.files() if is_of_run(file)]
         features = [] if catalog.features is None else [file for file in catalog.features.files() if is_of_run(file)]
         others = [file for t in (catalog.verdicts, catalog.failures) for file in t.files() if is_of_run(file)]
+        num_features = sum(file.num_rows for file in features)
+        num_verdicts = sum(file.num_rows for file in catalog.verdicts.files() if is_of_run(file))
         if not dry_run:
             for table in catalog.tables():
                 remove_files(table, is_of_run)
-        num_features = sum(file.num_rows for file in features)
         if chains:
-            # Features of chains that are gone: a later build may generate other tokens for the same samples.
+            # Of chains that are gone: a later build may generate other tokens for the same samples.
             num_features += sum(drop_chainless(catalog, dry_run=dry_run, without_run=run_id).values())
+            num_verdicts += sum(drop_chainless_verdicts(catalog, dry_run=dry_run, without_run=run_id).values())
     size_bytes = sum(file.size_bytes for file in [*chains, *features, *others])
-    return Dropped(run_id, len(chains), sum(file.num_rows for file in chains), size_bytes, num_features)
+    return Dropped(run_id, len(chains), sum(file.num_rows for file in chains), size_bytes, num_features, num_verdicts)
 
 
 class _Collector:

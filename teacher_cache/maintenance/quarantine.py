@@ -22,7 +22,8 @@ from stillroom.errors import CorruptError, DataError
 from stillroom.log import format_plural
 from stillroom.schema.manifest import RunManifest
 from stillroom.storage.paths import Location, write_text_atomic
-from teacher_cache.maintenance.feature_checks import drop_chainless, keep_features
+from teacher_cache.maintenance.chainless_verdicts import drop_chainless_verdicts
+from teacher_cache.maintenance.feature_checks import drop_chainless, keep_rows
 from teacher_cache.maintenance.shard_checks import Damage
 from teacher_cache.maintenance.verify import VerifyReport, summary_of, verify_cache
 from teacher_cache.writer.commit import (
@@ -61,6 +62,8 @@ def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantin
         # The next build may generate other tokens for these samples.
         for file, num_rows in drop_chainless(catalog).items():
             quarantined.append(Quarantined(file, num_rows, 0, ("rows whose chains were quarantined",)))
+        for file, num_rows in drop_chainless_verdicts(catalog).items():
+            quarantined.append(Quarantined(file, num_rows, 0, ("verdicts on chains that were quarantined",)))
     names = {one.file for one in quarantined}
     report.problems = [problem for problem in report.problems if problem.file not in names]
     report.damages = []
@@ -79,7 +82,7 @@ def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]
         try:
             quarantined = quarantine_damaged(Catalog(root), report)
         except OSError as error:
-            raise DataError(f"{root} cannot be written, nothing was quarantined: {error}") from error
+            raise DataError(f"{root} cannot be written: {error}") from error
     elif report.damages:
         lines.append(
             f"teacher-cache verify {root} --quarantine removes damaged files; the next build regenerates their rows"
@@ -127,7 +130,7 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     num_kept = _keep_sound_rows(catalog, damage) if damage.table == "chains" and damage.good_groups else 0
     if damage.table == "features":
         groups = frozenset(damage.good_groups)
-        num_kept = keep_features(catalog, table, damage.file, _all_rows if groups else None, groups)
+        num_kept = keep_rows(catalog, table, damage.file, _all_rows if groups else None, groups)
     elif not num_kept:
         remove_files(table, lambda file: file.path == damage.file.path)
     write_text_atomic(note, json.dumps({**content, "num_kept": num_kept}, indent=2) + "\n")

@@ -356,7 +356,7 @@ def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: A
         drafts = _drafts(source, row, row.values, turns)
         for draft, (_, completion) in zip(drafts, turns, strict=True):
             require_encodable(draft, completion if isinstance(completion, str) else "")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield malformed(source.name, row.where, str(error))
         return
     prompts = [prompt_of(one, source.name, source.system, source.instruction, heldout_frac) for one in drafts]

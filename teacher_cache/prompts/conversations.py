@@ -151,7 +151,8 @@ def _holds_messages(text: str) -> bool:
         return False
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # A thousand opening brackets are a text, not messages.
         return False
     return isinstance(value, list) and bool(value) and all(_role_of(one) for one in value)
 
@@ -159,7 +160,7 @@ def _holds_messages(text: str) -> bool:
 def _decoded(text: str, field: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = ": write it with json.dumps" if text.lstrip().startswith("[{'") else f": {error}"
         raise ValueError(f"field {field!r} is not a list of messages, and its text is not JSON{hint}") from error
 

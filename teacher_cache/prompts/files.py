@@ -208,6 +208,9 @@ def _document(head: Sequence[Line], rest: Iterator[Line], where: str) -> tuple[l
         # One line may be an array of rows, if it is all that there is.
         is_array = len(head) == 1 and isinstance(line, list) and all(isinstance(one, dict) for one in line)
         return (line if is_array else None), rest
+    except RecursionError:
+        # The line is malformed; reading it says so.
+        return None, rest
     except ValueError as error:
         # A document that spans lines breaks off where its first line ends; a malformed line breaks before.
         if not isinstance(error, json.JSONDecodeError) or error.pos < len(error.doc.rstrip()):
@@ -215,7 +218,7 @@ def _document(head: Sequence[Line], rest: Iterator[Line], where: str) -> tuple[l
     others = list(rest)
     try:
         document = json.loads(b"".join(line for _, line in (*head, *others)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if first.startswith(b"{") and len(head) > 1 and head[1][1].startswith(b"{"):
             return None, others
         raise DataError(f"{where} is neither JSON Lines nor one JSON document: {one_line(error)}") from error

@@ -182,7 +182,7 @@ def _draft(source: FileSource, row: Row) -> Draft | Failure:
         metadata = metadata_of(source, row, row.values)
         draft = Draft(row.where, messages, reference_of(source, row.values), metadata)
         require_encodable(draft)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return malformed(source.name, row.where, str(error))
     return draft
 

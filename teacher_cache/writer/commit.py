@@ -91,6 +91,8 @@ class Committer:
         self._visible = visible
         self._run_id, self._worker = run_id, worker
         self.application = f"stillroom/{run_id}/{worker}"
+        self.superseded: set[str] = set()
+        """Samples of committed files whose rows were left out, because another worker's were visible first."""
 
     @property
     def next_sequence(self) -> int:
@@ -170,6 +172,7 @@ class Committer:
                 return file.num_rows
             fresh_ids = [sample_id for sample_id in sample_ids if sample_id not in self._visible]
             if len(fresh_ids) < len(sample_ids):
+                self.superseded.update(set(sample_ids).difference(fresh_ids))
                 path = self._table.path_of(file)
                 if fresh_ids:
                     file, sample_ids = self._rewrite(path), fresh_ids

@@ -219,7 +219,9 @@ class Recorder:
 
     def _commit_verdicts(self) -> None:
         while judged := self._judges.finished():
-            commit_verdicts(self._catalog.verdicts, judged, self._header.run_id, self._header.worker)
+            # The visible chain of such a sample is another worker's, whose answer may differ from the one judged here.
+            own = [one for one in judged if one.sample_id not in self._chains.superseded]
+            commit_verdicts(self._catalog.verdicts, own, self._header.run_id, self._header.worker)
 
 
 class MetricsLog:

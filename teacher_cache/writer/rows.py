@@ -34,7 +34,7 @@ class ChainRow:
     source: str
     split: str
     messages: Sequence[Mapping[str, str]]
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: Int32
     reference: str | None
     metadata: str
     text: str
@@ -86,7 +86,8 @@ class RowMaker:
             source=prompt.source,
             split=prompt.split,
             messages=[{"role": message.role, "content": message.content} for message in prompt.messages],
-            prompt_token_ids=list(request.prompt_token_ids),
+            # As an array: a list takes nine times the memory, and a row group may hold many long prompts.
+            prompt_token_ids=np.asarray(request.prompt_token_ids, np.int32),
             reference=prompt.reference,
             metadata=json.dumps(dict(prompt.metadata), sort_keys=True, ensure_ascii=False),
             text=self._text(token_ids.tolist()),
@@ -152,6 +153,7 @@ def support_of(capture: Capture, max_support: int, nucleus: float | None) -> Sig
     kept_mass_T = np.take_along_axis(cumulative_TK, n_T[:, None].astype(np.int64) - 1, axis=1)[:, 0]
     # 1 - sum(p) loses its digits when the tail is small; the captured mass that is cut off is a lower bound.
     tail_T = np.maximum(1.0 - kept_mass_T, np.where(kept_TK, 0.0, probs_TK).sum(axis=1))
+    partitions_TS = capture.log_partitions_TS
     entropy_T = capture.entropy_T if capture.entropy_T is not None else _support_entropy(probs_TK, logprobs_TK)
     return Signals(
         topk_n_T=n_T,
@@ -162,7 +164,8 @@ def support_of(capture: Capture, max_support: int, nucleus: float | None) -> Sig
         sampled_rank_T=capture.sampled_rank_T.astype(np.int32),
         entropy_T=entropy_T.astype(np.float32),
         draws=_draws_of(capture, n_T, kept_mass_T, nucleus),
-        log_partitions_TS=capture.log_partitions_TS,
+        # A copy, as all the others: a view would keep every captured candidate in memory until the row group is full.
+        log_partitions_TS=None if partitions_TS is None else partitions_TS.astype(np.float32),
     )
 
 

@@ -12,13 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.cache.codec import encode
+from stillroom.cache.codec import encode, num_elements
 from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
 from stillroom.schema.tables import CHAIN_FIELDS, SCALAR_FIELDS, TOKEN_FIELDS, chain_schema
 from teacher_cache.writer.rows import ChainRow
 
 PAGE_BYTES = 8 << 20
 """Usually one page per column and row group: zstd then sees the whole column (5% smaller than with 1 MB pages)."""
+MAX_GROUP_ELEMENTS = 1 << 28
+"""List elements after which a row group closes before its tokens: prompts may be a thousand times as long as answers,
+and a column's lists and texts have 32-bit offsets."""
 MIN_DICTIONARY_BYTES = 1 << 20
 ZSTD_LEVEL = 9
 """3% fewer bytes than level 3."""
@@ -41,7 +44,7 @@ class ShardFile:
         self._codec = header.codec
         self._row_group_tokens = row_group_tokens
         self._pending: list[ChainRow] = []
-        self._pending_tokens = 0
+        self._pending_tokens = self._pending_elements = 0
         self._closed_bytes: int | None = None
         metadata = {SHARD_METADATA_KEY: header.model_dump_json()}
         self._schema = chain_schema(header.codec).with_metadata(metadata)
@@ -56,9 +59,13 @@ class ShardFile:
         return self._stream.tell() if self._closed_bytes is None else self._closed_bytes
 
     def add(self, row: ChainRow) -> None:
-        """Adds a row; writes a row group once it holds `row_group_tokens` tokens."""
+        """Adds a row; writes a row group once it holds `row_group_tokens` tokens, or MAX_GROUP_ELEMENTS before that."""
+        num_new = max(row.num_prompt_tokens, num_elements(row.signals))
+        if self._pending_elements + num_new > MAX_GROUP_ELEMENTS:
+            self._flush()
         self._pending.append(row)
         self._pending_tokens += row.num_tokens
+        self._pending_elements += num_new
         self.sample_ids.append(row.sample_id)
         self.num_tokens += row.num_tokens
         if self._pending_tokens >= self._row_group_tokens:
@@ -82,7 +89,7 @@ class ShardFile:
     def _flush(self) -> None:
         if self._pending:
             self._writer.write_table(rows_to_table(self._codec, self._pending, self._schema))
-            self._pending, self._pending_tokens = [], 0
+            self._pending, self._pending_tokens, self._pending_elements = [], 0, 0
 
 
 def rows_to_table(codec: str, rows: Sequence[ChainRow], schema: pa.Schema) -> pa.Table:

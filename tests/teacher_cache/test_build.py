@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -306,6 +307,22 @@ def test_every_judged_chain_has_its_verdict_at_the_end(tmp_path: Path) -> None:
     assert sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file))) == sorted(
         visible_ids(tmp_path / "c")
     )
+
+
+def test_no_verdict_on_a_chain_that_another_worker_had_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The visible chain is the other's, and its answer may differ from the one that was judged here."""
+    monkeypatch.setattr(JudgeProcess, "judge", lambda *_: Verdict(True, 1.0))
+    config, requests = make_config(tmp_path / "c"), judged_requests(20)
+
+    def overtaken() -> FakeEngine:
+        run_build(config, requests[:15], worker="w1")
+        return make_engine()
+
+    run_build(config, requests, overtaken)
+    judged = Counter[str]()
+    for file in Catalog(tmp_path / "c").verdicts.files():
+        judged[file.path.rpartition("/")[2][:2]] += file.num_rows
+    assert judged == {"w1": 15, "w0": 5}
 
 
 def test_a_judge_that_hangs_holds_no_chain_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,16 @@ def test_a_closed_pipe_is_not_an_error(cache: Path, arguments: list[str]) -> Non
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_file_that_cannot_be_written_is_one_line(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody can create files there, not even root.
+    for arguments in (["sql", cache, "SELECT 1", "--out", "/proc/x.csv"], ["sql", cache, "--export-views", "/proc/x"]):
+        result = run(capsys, monkeypatch, *arguments)
+        assert (result.code, result.out) == (1, "")
+        assert re.fullmatch(r"teacher-cache: /proc/\.x\S*: No such file or directory\n", result.err), result.err
+
+
 @pytest.mark.parametrize(
     "arguments", [["report", "--out"], ["show", "0", "--html"], ["sql", "SELECT 1", "--out"], ["sql", "--export-views"]]
 )

@@ -65,6 +65,11 @@ def encode(codec: str, rows: Sequence[Signals]) -> dict[str, pa.Array]:
     return {name: list_column(flat, lengths.get(name, tokens_R)) for name, flat in values.items()}
 
 
+def num_elements(row: Signals) -> int:
+    """Elements of the row's longest list."""
+    return max(_num_entries(row), len(_flat_partitions(row)))
+
+
 def signal_columns(header: ShardHeader) -> list[str]:
     """Names of the columns `decode` needs, besides `token_ids`."""
     check_codec(header.codec)

@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stillroom.errors import CorruptError
+from stillroom.errors import CorruptError, StillroomError
 from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.schema.tables import list_of
 
 Array = npt.NDArray[Any]
+MAX_LIST_ELEMENTS = 2**31 - 1
+"""Of all lists of a column in one row group: Arrow's offsets are 32-bit."""
 LOGPROB_RANGE_NATS = 32.0
 """`topk-u8` stores lower log probabilities as minus this."""
 MAX_CODE = 255
@@ -29,8 +31,17 @@ _TAIL_PROB = np.where(np.arange(MAX_CODE + 1) == MAX_CODE, 0.0, _CODE_PROB)
 
 
 def list_column(values: Array, lengths_R: Int64) -> pa.Array:
-    """One list per row: row r takes the next `lengths_R[r]` of the flat values."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int32))
+    """One list per row: row r takes the next `lengths_R[r]` of the flat values.
+
+    Raises StillroomError for more than MAX_LIST_ELEMENTS.
+    """
+    ends_R = np.cumsum(lengths_R, dtype=np.int64)
+    if len(ends_R) and ends_R[-1] > MAX_LIST_ELEMENTS:
+        raise StillroomError(
+            f"a chain has {ends_R[-1]:,} candidates and draws, but a row group holds {MAX_LIST_ELEMENTS:,}: lower "
+            "capture.max_support or draws"
+        )
+    offsets = pa.array(np.concatenate([[0], ends_R]).astype(np.int32))
     array = pa.array(values)
     return pa.ListArray.from_arrays(offsets, array, type=list_of(array.type))
 

@@ -170,6 +170,9 @@ def export_views(catalogs: Mapping[str, Catalog], path: Path, files: Mapping[str
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the database file to write, for example views.duckdb")
     with atomic_path(path) as temp:
+        # DuckDB's error for a folder that cannot be written reads like one about a damaged shard.
+        temp.touch()
+        temp.unlink()
         _create_database(temp, catalogs, files or {})
 
 

@@ -27,6 +27,8 @@ PRAGMA = re.compile(
 )
 DAMAGE_SIGNS = ("IO Error", "No magic bytes", "TProtocolException", "Snappy", "ZSTD", "Parquet file")
 """Parts of DuckDB's messages about missing or damaged files."""
+FULL_DISK = "No space left on device"
+"""Of temporary files: an IO Error too, but no damage."""
 ABOUT_TEXT = ("Parser Error", "Binder Error", "Catalog Error")
 """How messages about the query itself begin, which quote it."""
 CLOSED_FILE = re.compile(r"Permission Error: Cannot access (?:file|directory) (\".*\") - file system operations")
@@ -85,7 +87,10 @@ def require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
     if kinds != ["SELECT"]:
         raise ConfigError(f"query: {_refusal(statements)}")
     row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchone()
-    tree = json.loads(row[0]) if row else {"error": True}
+    try:
+        tree = json.loads(row[0]) if row else {"error": True}
+    except RecursionError as error:
+        raise ConfigError("query: it is nested too deeply: name its parts in WITH clauses") from error
     if tree["error"] or not _only_reads(tree):
         raise ConfigError("query: part of it is not a SELECT: a cache is read-only")
     # Planned inside another SELECT, where DuckDB itself refuses WITH clauses that write.
@@ -111,6 +116,8 @@ def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
     text = text.removesuffix(" Possible solutions:").partition(" Try increasing 'sample_size'")[0]
     if text.startswith("Out of Memory"):
         return ConfigError(f"query: {text}: raise --memory")
+    if FULL_DISK in text:
+        return StillroomError(f"query: {text}: free some space, or set TMPDIR to a folder on a larger disk")
     if closed := CLOSED_FILE.search(text):
         return ConfigError(f"query: {closed[1]} is not a file of the cache: --with NAME=FILE adds a table of your own")
     if not text.startswith(ABOUT_TEXT) and any(sign in text for sign in DAMAGE_SIGNS):
@@ -138,14 +145,18 @@ def _kind_of(statement: "duckdb.Statement") -> str:
 
 
 def _only_reads(tree: Any) -> bool:
-    if isinstance(tree, list):
-        return all(_only_reads(one) for one in tree)
-    if not isinstance(tree, dict):
-        return True
-    kind = tree.get("type")
-    if (isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES) or "info_type" in tree:
-        return False
-    return all(_only_reads(one) for one in tree.values())
+    # A list instead of recursion: generated queries nest deeper than Python's stack.
+    left = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            kind = node.get("type")
+            if (isinstance(kind, str) and kind.endswith("_NODE") and kind not in READING_NODES) or "info_type" in node:
+                return False
+            left += node.values()
+    return True
 
 
 def _split_explain(query: str) -> tuple[str, str]:

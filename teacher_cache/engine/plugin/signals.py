@@ -1,6 +1,6 @@
 """What is worth knowing of whole distributions, as functions of logits: torch alone, whichever of vLLM's runners calls.
 
-In: raw logits, the tokens sampled from them. Out: rows of vllm_engine.wide_rows, [sampled | top | draws | entropy |
+In: raw logits, the tokens sampled from them. Out: rows of engine.row_layout, [sampled | top | draws | entropy |
 log-partitions | mark]. Nothing of the size of the logits is sorted or normalised: the vocabulary is cut into stripes
 whose maxima say where the top can be and whose sums say where a draw falls; one exponential of each logit serves
 normaliser, entropy and draws.

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.cache.catalog import Catalog
-from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.errors import ConfigError, CorruptError, DataError, StillroomError
 from stillroom.schema.tables import CODECS
 from stillroom.sql.session import Session, export_views, open_session
+from stillroom.sql.statements import query_error
 from stillroom.sql.views import VIEWS
 from tests.helpers.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache, on_disk
 
@@ -422,6 +423,18 @@ def test_two_caches_join_on_the_chain(tmp_path: Path) -> None:
         assert all(row["a"] == row["b"] for row in joined)
         tokens = sum(len(chain.token_ids) for chain in second.chains)
         assert rows(session, "SELECT count(*) AS n FROM small.tokens") == [{"n": tokens}]
+
+
+def test_a_full_disk_is_no_damage() -> None:
+    found = query_error(OSError('IO Error: Could not write all bytes to file "t.tmp": No space left on device'))
+    assert isinstance(found, StillroomError)
+    assert (found.exit_code, "set TMPDIR" in str(found)) == (1, True)
+
+
+def test_deep_queries_run_or_are_refused_in_one_line(session: Session) -> None:
+    assert session.arrow("SELECT * FROM (" * 150 + "SELECT 1" + ")" * 150).num_rows == 1
+    with pytest.raises(ConfigError, match=r"^query: it is nested too deeply: name its parts in WITH clauses$"):
+        session.arrow(f"SELECT {'+'.join(['1'] * 900)}")
 
 
 @pytest.mark.parametrize("name", ["a b", 'x"; DROP', "1st", "", "temp", "information_schema", "select"])

@@ -10,14 +10,18 @@ from typer.testing import CliRunner
 from stillroom.cache.catalog import Catalog, Table
 from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.judging.answers import Verdict
+from stillroom.judging.process import JudgeProcess
 from stillroom.schema import FORMAT_VERSION
 from stillroom.sql.session import open_session
 from teacher_cache.cli import app
+from teacher_cache.engine.fake import FakeEngine
+from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import damage, make_cache, visible_ids
-from tests.helpers.fake_builds import make_config, make_engine, make_requests, run_build
+from tests.helpers.fake_builds import VOCAB_SIZE, K, make_config, make_engine, make_requests, run_build
 from tests.helpers.programs import Program
 
 
@@ -58,6 +62,22 @@ def test_overlapping_caches_merge_and_a_build_resumes_in_the_result(tmp_path: Pa
     result = run_build(make_config(tmp_path / "c"), requests)
     assert (result.num_adopted, result.recorded.num_chains) == (0, 10)
     assert copy_caches([tmp_path / "a"], tmp_path / "c").num_known == 50
+
+
+def test_verdicts_on_other_tokens_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sample that both have, the destination keeps its own chain, whose answer may be another one."""
+    monkeypatch.setattr(JudgeProcess, "prepare", lambda *_: None)
+    monkeypatch.setattr(JudgeProcess, "judge", lambda *_: Verdict(True, 1.0))
+    requests = make_requests(20)
+    run_build(make_config(tmp_path / "a"), requests[:12])
+    run_build(make_config(tmp_path / "b"), requests[8:], lambda: FakeEngine(VOCAB_SIZE, K, mean_tokens=20))
+    sources = [tmp_path / "a", tmp_path / "b"]
+    for source in sources:
+        judge_cache(source, kind="exact")
+    report = copy_caches(sources, tmp_path / "c")
+    assert (report.num_chains, report.num_verdicts) == (20, 20)
+    assert copy_caches(sources, tmp_path / "c").num_verdicts == 0
+    assert verify_cache(tmp_path / "c").ok
 
 
 def test_only_what_the_source_shows_is_copied(tmp_path: Path) -> None:

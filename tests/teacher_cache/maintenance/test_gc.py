@@ -104,7 +104,7 @@ def test_a_file_of_another_program_is_kept(crashed: Path) -> None:
 
 
 def test_a_dropped_run_stays_in_older_versions_until_it_is_deleted(tmp_path: Path) -> None:
-    root = make_cache(tmp_path / "c", num_chains=48, num_runs=2).root
+    root = make_cache(tmp_path / "c", num_chains=48, num_runs=2, judged=False).root
     catalog = Catalog(root)
     pinned, num_before = catalog.chains.version, len(visible_ids(root))
     doomed = [file for file in catalog.chains.files() if file.path.startswith(catalog.chains.files()[0].path[:16])]
@@ -130,6 +130,19 @@ def test_a_dropped_run_stays_in_older_versions_until_it_is_deleted(tmp_path: Pat
     assert any(f"versions 1 to {pinned} of chains can no longer be read" in line for line in gc_lines(deleted))
     assert verify_cache(root).ok
     assert gc(root, delete_removed=True).deleted == []
+
+
+def test_verdicts_leave_with_a_dropped_run(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=48, num_runs=2).root
+    name = min(run.name for run in Catalog(root).runs().values())
+    planned, report = gc(root, drop_runs=[name], dry_run=True), gc(root, drop_runs=[name])
+    assert report.dropped == planned.dropped
+    assert report.dropped[0].num_verdicts > 0
+    table = Catalog(root).verdicts
+    judged = {one for file in table.files() for one in read_sample_ids(table.path_of(file))}
+    assert judged
+    assert judged <= set(visible_ids(root))
+    assert verify_cache(root).ok
 
 
 def test_a_dropped_run_is_built_again(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from stillroom.cache.catalog import Catalog, Table
 from stillroom.errors import CacheConflict
+from stillroom.judging.answers import Verdict
+from stillroom.judging.process import JudgeProcess
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY
 from teacher_cache.building import Build
@@ -18,6 +20,7 @@ from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.quarantine import REPAIR_WORKER, quarantine_damaged
 from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import damage, on_disk, visible_ids
 from tests.helpers.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
 from tests.teacher_cache.maintenance.test_verify import register
@@ -161,6 +164,21 @@ def test_verdicts_that_are_gone_are_called_verdicts(root: Path) -> None:
     assert f"{NUM_ROWS} verdicts are gone: teacher-cache judge {root} restores them\n" in ended.stdout
     assert "chains are gone" not in ended.stdout
     assert judge_cache(root, kind="exact").by_judge["exact"].num_chains == NUM_ROWS
+
+
+def test_verdicts_leave_with_their_chains(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next build may give these samples other answers, which nobody has judged."""
+    monkeypatch.setattr(JudgeProcess, "prepare", lambda *_: None)
+    monkeypatch.setattr(JudgeProcess, "judge", lambda *_: Verdict(True, 1.0))
+    judge_cache(root, kind="exact")
+    lost = damage_group(largest(root), 1)
+    assert run(root, "--quarantine")[0] == 0
+    table = Catalog(root).verdicts
+    judged = [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
+    assert sorted(judged) == visible_ids(root)
+    assert verify_cache(root).ok
+    run_build(make_config(root), make_requests(NUM_ROWS))
+    assert judge_cache(root, kind="exact").by_judge["exact"].num_chains == len(lost)
 
 
 def test_a_crash_before_the_commit_leaves_the_table_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,6 +342,16 @@ def test_settings_without_effect_are_refused(change: dict[str, Any], message: st
         build_config({"kind": "jsonl", "name": "a", "path": "a.jsonl", "prompt_field": "q", **change})
 
 
+def test_deep_nesting_is_text_or_a_malformed_row(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question": {deep}\n{json.dumps({"question": deep})}\n')
+    loaded = load(jsonl(path), max_unusable_frac=1)
+    assert [prompt.messages[0].content for prompt in loaded.prompts] == [deep]
+    (failure,) = loaded.failures
+    assert "not JSON" in failure.message
+
+
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_half_a_character_makes_a_row_malformed(tmp_path: Path, field: str) -> None:
     """JSON may hold half of an emoji, which no table can; it must not come up hours later, when a shard is written."""

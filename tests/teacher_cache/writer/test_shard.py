@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.cache.catalog import Catalog
+from stillroom.cache.columns import list_column
 from stillroom.cache.shards import open_shard, read_signals
+from stillroom.errors import StillroomError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Int32
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS
 from teacher_cache.config import CaptureConfig, ReasoningConfig
 from teacher_cache.engine.api import Finished, Request
+from teacher_cache.writer import shard as shard_module
 from teacher_cache.writer.rows import ChainRow, RowMaker, support_of
 from teacher_cache.writer.shard import ShardFile
 from tests.helpers.fake_builds import VOCAB_SIZE, K, make_config, make_engine, make_requests, make_teacher, run_build
@@ -164,6 +167,24 @@ def test_memory_of_the_writer_is_one_row_group(tmp_path: Path) -> None:
         sizes.append(shard.num_bytes)
     shard.close()
     assert len(set(sizes)) > 3
+
+
+def test_lists_of_a_row_group_stay_within_their_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow counts a column's list elements in 32 bits: past them offsets would wrap and rows take others' values."""
+    monkeypatch.setattr(shard_module, "MAX_GROUP_ELEMENTS", 1000)
+    shard = ShardFile(tmp_path / "s.parquet", make_header("topk-u8"), row_group_tokens=100_000)
+    rows = make_rows(make_finished(30))
+    for row in rows:
+        shard.add(row)
+    shard.close()
+    file, _ = open_shard(shard.temp)
+    groups = [file.read_row_group(index, columns=["sample_id", "topk_ids"]) for index in range(file.num_row_groups)]
+    assert [one for group in groups for one in group.column("sample_id").to_pylist()] == [one.sample_id for one in rows]
+    sizes = [len(group.column("topk_ids").combine_chunks().flatten()) for group in groups]
+    assert len(sizes) > 2
+    assert max(sizes) <= 1000
+    with pytest.raises(StillroomError, match="a chain has 4,294,967,300 candidates and draws"):
+        list_column(np.zeros(4, np.int16), np.array([2**32, 4]))
 
 
 def test_a_shard_describes_its_run(tmp_path: Path) -> None:
