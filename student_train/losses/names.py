@@ -63,5 +63,6 @@ def make_loss(name: str, weight: float = 1.0, **settings: Setting) -> Loss:
     given = {key: value for key, value in settings.items() if value is not None}
     for key, value in given.items():
         if key not in {field.name for field in fields(LOSSES[name])}:
-            raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, remove it")
+            way = "divergences share the stage's own temperature" if key == "temperature" else "remove it"
+            raise ConfigError(f"{name}.{key}={value} has no effect: {name} takes no {key}, {way}")
     return LOSSES[name](weight, **given)

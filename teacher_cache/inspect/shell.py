@@ -28,6 +28,8 @@ QUOTED = re.compile(
     r"""'[^']*'|"[^"]*"|(?P<dollars>\$\w*\$).*?(?P=dollars)|(?P<comment>--[^\n]*|/\*.*?\*/)""", re.DOTALL
 )
 """Strings, names in quotes and comments, whole. A doubled quote is two of them."""
+PLAIN_WORDS = ("exit", "help", "quit")
+"""Commands that also work without a dot and without `;`, as in other shells."""
 PROMPT = "sql> "
 CONTINUED = "...> "
 KEYWORDS = """
@@ -88,6 +90,8 @@ class SqlShell:
                 continue
             except EOFError:
                 return
+            if text in PLAIN_WORDS:
+                text = f".{text}"
             if text in (".quit", ".exit"):
                 return
             with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being told
@@ -154,7 +158,7 @@ def is_complete(text: str) -> bool:
     bare = QUOTED.sub(lambda found: " " if found["comment"] else "x", text).strip()
     # What is left of these signs opens a string or a comment that goes on in the next line.
     is_open = any(sign in bare for sign in ("'", '"', "/*", "$$"))
-    return not bare or bare.startswith(".") or (bare.endswith(";") and not is_open)
+    return not bare or bare.startswith(".") or bare in PLAIN_WORDS or (bare.endswith(";") and not is_open)
 
 
 def _history() -> History:

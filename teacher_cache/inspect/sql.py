@@ -154,6 +154,7 @@ def run_query(
                 # No name and time inside, so that equal results are equal files.
                 with gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0) as compressed:
                     compressed.writelines(pieces)
+        note(f"{out}: written")
         _say_rest(shown, in_session)
 
 
@@ -417,9 +418,7 @@ def _format_of(output_format: str | None, out: Path | None) -> str:
     name = out.with_suffix("") if out.suffix == COMPRESSED else out
     chosen = output_format or SUFFIXES.get(name.suffix)
     if chosen is None:
-        raise ConfigError(
-            f"--out {out}: set --format, or use a file name that ends in {', '.join(SUFFIXES)}, {COMPRESSED} behind it"
-        )
+        raise ConfigError(f"--out {out}: set --format, or use a file name that ends in {', '.join(SUFFIXES)}")
     if out.suffix == COMPRESSED and chosen in FILES_ONLY:
         raise ConfigError(f"--out {out}: {chosen} files are not compressed as a whole: remove {COMPRESSED}")
     return chosen

@@ -277,3 +277,5 @@ def test_references_that_no_judge_can_use_are_counted(folder: Path) -> None:
     plan = plan_build(config_of(folder, prompts={"sources": [{**refs, "reference_field": "a", "judge": "math"}]}))
     cannot = "undecided: the judge math cannot decide 2 prompts of refs:"
     assert plan.examples == [f"{cannot} no reference", f"{cannot} the reference is a struct"]
+    plan = plan_build(config_of(folder, prompts={"sources": [{**refs, "reference_field": "a"}]}))
+    assert plan.examples == ["unjudged: 4 prompts of refs with a reference but no judge: set judge, such as math"]

@@ -26,10 +26,11 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.codec import decode, signal_columns
 from stillroom.cache.features import FeatureSet
 from stillroom.cache.shards import open_shard, read_row_group
-from stillroom.errors import DataError, StillroomError
+from stillroom.config import nearest_name
+from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import CUT_REASONS, Float32, Int32, Int64, Signals
-from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS
+from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, table_schema
 from stillroom.sql.conditions import check_condition, in_brackets
 from stillroom.sql.session import Session
 from stillroom.sql.views import WINDOW_TOKENS, quote
@@ -64,7 +65,7 @@ def open_cache(
     return Cache(Catalog(location(root), chains_version, verdicts_version), own)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """One chain with its decoded distributions.
 
@@ -78,6 +79,9 @@ class Sample:
     signals: Signals
     header: ShardHeader
     piece_of: dict[int, str]
+
+    def __repr__(self) -> str:
+        return f"Sample({self.chain['sample_id']}, {len(self.token_ids_T)} tokens, {self.chain['text'][:40]!r})"
 
     @property
     def pieces_T(self) -> list[str]:
@@ -165,6 +169,9 @@ class Cache:
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"Cache({str(self.catalog.root)!r}, chains_version={self.catalog.chains.version})"
+
     def close(self) -> None:
         """Ends the SQL session. Decoded samples stay usable."""
         self.session.close()
@@ -210,8 +217,13 @@ class Cache:
     def row_groups(self, columns: Sequence[str] = ("sample_id",), where: str | None = None) -> Iterator[RowGroup]:
         """Distributions in bulk: each row group with a match, its matching rows decoded at once.
 
-        `columns` are those of the shards (schemas/FORMAT.md), such as sample_id or token_ids.
+        `columns` are those of the shards (schemas/FORMAT.md), such as sample_id or token_ids. Raises ConfigError for
+        others.
         """
+        known = table_schema().names
+        for name in columns:
+            if name not in known:
+                raise ConfigError(f"columns: shards have no column {name!r}{nearest_name(name, known)}")
         check_condition(self.session, "where", where)
         for _, group in self._groups(columns, where):
             yield group
@@ -248,7 +260,7 @@ class Cache:
         return self._pieces[tokenizer_fingerprint]
 
     def _find(self, prefix: str) -> str:
-        if not SAMPLE_PREFIX.match(prefix):
+        if not isinstance(prefix, str) or not SAMPLE_PREFIX.match(prefix):
             raise DataError(f"sample {prefix!r} is not a sample id: `teacher-cache sql` lists them in chains.sample_id")
         rows = self.session.arrow(
             "SELECT DISTINCT sample_id, count(DISTINCT sample_id) OVER () AS num_found FROM shards"

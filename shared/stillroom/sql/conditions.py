@@ -14,7 +14,8 @@ from stillroom.sql.session import Session
 EXCERPT = re.compile(r"\s+LINE (\d+): .*$")
 DUCKDB_KIND = re.compile(r"^[A-Z][A-Za-z ]* Error: ")
 UNKNOWN_COLUMN = re.compile(
-    r'Binder Error: Referenced column "(?P<name>.+)" not found in FROM clause! Candidate bindings: (?P<known>.+)'
+    r'Binder Error: Referenced column "(?P<name>.+)" not found in FROM clause! Candidate bindings: (?P<known>.+?)'
+    r"(?P<hint> \(text goes .+\))?"
 )
 
 
@@ -54,5 +55,6 @@ def _reason(said: str, given: str) -> str:
         return "it ends too early, or its brackets do not match"
     unknown = UNKNOWN_COLUMN.fullmatch(text)
     if unknown:
-        return f"there is no column {unknown['name']}: the nearest are {unknown['known'].replace(chr(34), '')}"
+        nearest = unknown["known"].replace('"', "")
+        return f"there is no column {unknown['name']}: the nearest are {nearest}{unknown['hint'] or ''}"
     return DUCKDB_KIND.sub("", text)

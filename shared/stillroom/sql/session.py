@@ -99,7 +99,7 @@ class Session:
 
         Raises ConfigError or CorruptError, also while being read.
         """
-        cursor = self.connection.cursor()
+        cursor = self._cursor()
         reader = self._run(cursor, lambda: _start(cursor, query, rows_per_batch))
         return pa.RecordBatchReader.from_batches(reader.schema, self._pull(cursor, reader))
 
@@ -107,7 +107,7 @@ class Session:
         """The query as a DuckDB relation, which runs when rows are requested. Raises ConfigError as `batches` does."""
         import duckdb
 
-        cursor = self.connection.cursor()
+        cursor = self._cursor()
         try:
             return cursor.sql(require_select(cursor, query))
         except duckdb.Error as error:
@@ -121,6 +121,14 @@ class Session:
             return [statement.query for statement in self.connection.extract_statements(text)]
         except duckdb.Error as error:
             raise query_error(error) from error
+
+    def _cursor(self) -> "duckdb.DuckDBPyConnection":
+        import duckdb
+
+        try:
+            return self.connection.cursor()
+        except duckdb.ConnectionException as error:
+            raise ConfigError("the cache is closed: open it again") from error
 
     def _pull(self, cursor: "duckdb.DuckDBPyConnection", reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
         # With a default, because a future that raises StopIteration never ends.

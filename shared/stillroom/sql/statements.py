@@ -32,6 +32,7 @@ FULL_DISK = "No space left on device"
 ABOUT_TEXT = ("Parser Error", "Binder Error", "Catalog Error")
 """How messages about the query itself begin, which quote it."""
 CLOSED_FILE = re.compile(r"Permission Error: Cannot access (?:file|directory) (\".*\") - file system operations")
+UNKNOWN_NAME = re.compile(r'Referenced (?:column|table) "([^"]+)" not found')
 LINE_NUMBER = re.compile(r"\bLINE (\d+):")
 OWN_OPTIONS = "options of the session are --threads N and --memory SIZE"
 WAYS = {
@@ -97,11 +98,11 @@ def require_select(connection: "duckdb.DuckDBPyConnection", query: str) -> str:
     try:
         connection.execute(f"EXPLAIN SELECT * FROM (\n{select}\n)")
     except duckdb.Error as error:
-        raise query_error(error, num_lines_before=1) from error
+        raise query_error(error, num_lines_before=1, query=select) from error
     return select
 
 
-def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
+def query_error(error: Exception, num_lines_before: int = 0, query: str = "") -> Exception:
     """DuckDB's error as one line for the user: CorruptError for a damaged file, else ConfigError about the query.
 
     `num_lines_before` is the number of lines before the user's own, which DuckDB counts too.
@@ -113,7 +114,11 @@ def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
         return CorruptError(f"{problem} is missing") if kind == "FileNotFoundError" else StillroomError(problem)
     text = " ".join(lines[:2]) if lines else type(error).__name__
     # DuckDB's advice is on settings that a session locks.
-    text = text.removesuffix(" Possible solutions:").partition(" Try increasing 'sample_size'")[0]
+    text = (
+        text.removesuffix(" Possible solutions:")
+        .removesuffix(" Candidate functions:")
+        .partition(" Try increasing 'sample_size'")[0]
+    )
     if text.startswith("Out of Memory"):
         return ConfigError(f"query: {text}: raise --memory")
     if FULL_DISK in text:
@@ -123,6 +128,11 @@ def query_error(error: Exception, num_lines_before: int = 0) -> Exception:
     if not text.startswith(ABOUT_TEXT) and any(sign in text for sign in DAMAGE_SIGNS):
         return CorruptError(f"{text} (`teacher-cache verify` lists what is wrong)")
     text = LINE_NUMBER.sub(lambda found: f"LINE {int(found[1]) - num_lines_before}:", text)
+    # SQL reads x and "x" as the name of a column: the usual mistake of those who come from Python.
+    if (unknown := UNKNOWN_NAME.search(text)) and re.search(
+        rf'"{re.escape(unknown[1])}"|=\s*{re.escape(unknown[1])}\b', query
+    ):
+        text += f" (text goes in single quotes: '{unknown[1]}')"
     return ConfigError(f"query: {text}")
 
 

@@ -71,7 +71,9 @@ def require_free(connection: "duckdb.DuckDBPyConnection", what: str, name: str) 
 
 def _check(name: str, path: Path) -> str:
     """The ending of the file, which says how it is read."""
-    if not TABLE_NAME.match(name) or name.lower() in VIEWS:
+    if name.lower() in VIEWS:
+        raise ConfigError(f"table name {name!r} is taken by a view of the cache: choose another")
+    if not TABLE_NAME.match(name):
         raise ConfigError(f"table name {name!r} is not a free SQL name: use letters, digits and underscores")
     if "://" in str(path):
         raise ConfigError(f"{name}={path} is an address: download the file, and name the copy")
@@ -79,7 +81,8 @@ def _check(name: str, path: Path) -> str:
     if ending is None:
         raise ConfigError(f"{name}={path}: its name must end in one of {', '.join(ENDINGS)}")
     if not path.is_file():
-        raise DataError(f"{name}={path} is not a file: name one file, without * or folders")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"{name}={path} {what}: name one file, without * or folders")
     if path.stat().st_size == 0:
         raise DataError(f"{name}={path} is empty")
     return ending

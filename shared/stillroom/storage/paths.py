@@ -145,7 +145,7 @@ def check_reachable(root: Location) -> None:
 
 
 def require_cache(root: Location) -> None:
-    """Raises DataError if there is no cache at `root`, naming one up to two folders below it."""
+    """Raises DataError if there is no cache at `root`, naming one up to two folders below or above it."""
     if (root / "chains" / "_delta_log").is_dir():
         return
     problem = f"{root} is not a cache"
@@ -156,6 +156,9 @@ def require_cache(root: Location) -> None:
             found = sorted(path.parent.parent for path in root.glob(f"{pattern}/chains/_delta_log"))
             if found:
                 raise DataError(f"{problem}: did you mean {found[0]}?")
+        for parent in list(root.parents)[:2]:
+            if (parent / "chains" / "_delta_log").is_dir():
+                raise DataError(f"{problem}: did you mean {parent}?")
     raise DataError(f"{problem}: it has no chains/_delta_log (build one with `teacher-cache build`)")
 
 

@@ -57,7 +57,12 @@ def test_a_condition_chooses_samples(made: SyntheticCache, cache: Cache) -> None
     assert 0 < len(wanted) < len(made.chains)
     assert sorted((sample.chain["sample_id"],) for sample in cache.samples(where)) == wanted
     assert list(cache.samples("false")) == []
-    for wrong, said in (("corect", "there is no column corect"), ("", "where is empty"), ("1; SELECT 2", "where")):
+    for wrong, said in (
+        ("corect", "there is no column corect"),
+        ("split = train", r"\(text goes in single quotes: 'train'\)$"),
+        ("", "where is empty"),
+        ("1; SELECT 2", "where"),
+    ):
         with pytest.raises(ConfigError, match=said):
             next(cache.samples(wrong))
 
@@ -73,6 +78,16 @@ def test_row_groups_decode_in_bulk(made: SyntheticCache, cache: Cache) -> None:
         for row, sample_id in enumerate(group.table["sample_id"].to_pylist()):
             found[sample_id] = len(group.signals_of(row).topk_n_T)
     assert found == {sample_id: length for sample_id, length in lengths.items() if length > 3}
+    with pytest.raises(ConfigError, match="no column 'sample': did you mean 'sample_id'"):
+        next(cache.row_groups(["sample"]))
+
+
+def test_a_closed_cache_says_so(made: SyntheticCache) -> None:
+    with open_cache(made.root) as cache:
+        assert repr(cache) == f"Cache({str(made.root)!r}, chains_version={cache.catalog.chains.version})"
+        assert repr(cache.sample(made.chains[0].sample_id)).startswith(f"Sample({made.chains[0].sample_id}, ")
+    with pytest.raises(ConfigError, match="the cache is closed"):
+        cache.sql("SELECT 1")
 
 
 def test_results_come_as_arrow_pandas_polars_and_tuples(cache: Cache) -> None:
@@ -86,6 +101,8 @@ def test_results_come_as_arrow_pandas_polars_and_tuples(cache: Cache) -> None:
         cache.sql("CREATE TABLE x (i INTEGER)")
     with pytest.raises(ConfigError, match="corect"):
         cache.sql("SELECT corect FROM chains")
+    with pytest.raises(ConfigError, match=r"\(text goes in single quotes: 'sums'\)$"):
+        cache.sql('SELECT 1 FROM chains WHERE source = "sums"')
 
 
 @pytest.mark.parametrize(("package", "method"), [("pandas", "df"), ("polars", "pl")])
@@ -117,6 +134,11 @@ def test_samples_are_found_by_how_they_begin(made: SyntheticCache, cache: Cache)
 def test_a_folder_without_a_cache_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a cache"):
         open_cache(tmp_path)
+
+
+def test_a_folder_of_a_cache_names_the_cache(made: SyntheticCache) -> None:
+    with pytest.raises(DataError, match=rf"did you mean {made.root}\?"):
+        open_cache(made.root / "chains")
 
 
 def test_ids_stand_in_where_there_is_no_vocabulary(tmp_path: Path) -> None:

@@ -628,10 +628,10 @@ def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[st
     ("name", "path", "message"),
     [
         ("mine", "/etc/passwd", "its name must end in one of"),
-        ("mine", "/nowhere/x.csv", "is not a file: name one file"),
-        ("mine", "/nowhere/*.csv", "is not a file: name one file"),
+        ("mine", "/nowhere/x.csv", "does not exist: name one file"),
+        ("mine", "/nowhere/*.csv", "does not exist: name one file"),
         ("mine", "https://127.0.0.1:9/x.csv", "is an address: download the file"),
-        ("chains", "x.csv", "not a free SQL name"),
+        ("chains", "x.csv", "'chains' is taken by a view of the cache"),
         ("semi", "{folder}/late.jsonl", "table name 'semi' is not a free SQL name: it is a word of SQL"),
         ('x" AS SELECT 1; --', "x.csv", "not a free SQL name"),
         ("mine", "{folder}/bad.parquet", "cannot be read as .parquet"),

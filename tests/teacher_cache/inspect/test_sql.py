@@ -219,13 +219,15 @@ def test_the_session_answers_until_the_user_leaves(
         "SELECT 1 AS a; SELECT 2 AS b;",
         "SELEC;",
         ".bogus",
-        ".quit",
+        "help",
+        "quit",
         "SELECT 99;",
     ):
         typed.send_text(line + "\r")
     SqlShell(session, 40, ["main"]).run(typed, DummyOutput())
     captured = capsys.readouterr()
     assert "one row per chain" in captured.out
+    assert "Tab completes" in captured.out
     assert "mean_tail_mass" in captured.out
     assert '"x"\n42\n' in captured.out
     assert '"a"\n1\n' in captured.out
