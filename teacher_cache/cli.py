@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stillroom.errors import ConfigError, StillroomError
+from stillroom.errors import ConfigError, StillroomError, one_line
 from stillroom.log import note, warn
 from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, StopRequest, new_program, print_result, run_program
 
@@ -471,7 +471,7 @@ def copy(
     try:
         report = copy_caches(sources, dest, rounded=rounded)
     except OSError as error:
-        raise StillroomError(f"{error}: fix that and run the same command again to resume") from error
+        raise StillroomError(f"{one_line(error)}: fix that and run the same command again to resume") from error
     print_result(asdict(report), copy_lines(report, dest), as_json)
     if report.stopped:
         raise typer.Exit(INTERRUPTED)

@@ -1,11 +1,13 @@
-"""Ctrl-C once finishes, twice stops; what was there before is put back."""
+"""Ctrl-C once finishes, twice stops; what was there before is put back. A full disk is one line."""
 
+import errno
 import os
 import signal
+import sys
 
 import pytest
 
-from stillroom.program import StopRequest
+from stillroom.program import StopRequest, new_program, run_program
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -53,3 +55,18 @@ def test_what_breaks_on_the_way_out_is_the_interruption() -> None:
 
     with pytest.raises(KeyboardInterrupt), StopRequest(at_once=True):
         half_import()
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    app = new_program("program", "")
+
+    @app.command()
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out.csv")
+
+    monkeypatch.setattr(sys, "argv", ["program", "write"])
+    with pytest.raises(SystemExit) as end:
+        run_program(app, "program", ())
+    assert end.value.code == 1
+    said = "program: out.csv: No space left on device\n"
+    assert capsys.readouterr().err == said
