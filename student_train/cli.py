@@ -191,7 +191,9 @@ def _stage_lines(stage: Result) -> list[str]:
     chains = format_plural(stage["num_chains"], "chain")
     completion, prompt = format_count(stage["num_tokens"]), format_count(stage["num_prompt_tokens"])
     what = "text to learn" if stage["is_text"] else "tokens"
-    left_out = f"; {stage['num_left_out']} left out (no {what}, or weight 0)" if stage["num_left_out"] else ""
+    # Of pairs it would count wrong chains and those without a partner, which their own line explains.
+    num_left_out = 0 if (stage["prepared"] or {}).get("num_pairs") else stage["num_left_out"]
+    left_out = f"; {num_left_out} left out (no {what}, or weight 0)" if num_left_out else ""
     packs, steps = format_plural(stage["packs_per_epoch"], "pack"), format_plural(stage["steps_per_epoch"], "step")
     epoch = f"{packs} per epoch{fill}; {steps} per epoch"
     return [
