@@ -587,3 +587,5 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
         note(f"{twins} skipped; the first: {twin}")
     if loaded.contaminated:
         note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")
+    for source, num in loaded.judgeless():
+        note(f"{format_plural(num, 'prompt')} of {source} with a reference but no judge: the answers get no verdict")

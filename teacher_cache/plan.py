@@ -249,7 +249,6 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
 def _without_verdict(loaded: LoadedPrompts) -> list[str]:
     """How many prompts of each source have a judge and nothing that it can judge by, or a reference and no judge."""
     counts: Counter[tuple[str, str, str]] = Counter()
-    judgeless = Counter(one.source for one in loaded.prompts if one.reference and "judge" not in one.metadata)
     for prompt in loaded.prompts:
         kind = prompt.metadata.get("judge")
         if isinstance(kind, str) and kind != "reasoning_gym":
@@ -257,7 +256,7 @@ def _without_verdict(loaded: LoadedPrompts) -> list[str]:
             counts.update([(prompt.source, kind, problem)] if problem is not None else [])
     return [
         f"unjudged: {format_plural(num, 'prompt')} of {source} with a reference but no judge: set judge, such as math"
-        for source, num in sorted(judgeless.items())
+        for source, num in loaded.judgeless()
     ] + [
         f"undecided: the judge {kind} cannot decide {format_plural(num, 'prompt')} of {source}: {problem}"
         for (source, kind, problem), num in sorted(counts.items())

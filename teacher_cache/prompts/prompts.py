@@ -59,6 +59,12 @@ class LoadedPrompts:
     duplicates: list[Duplicate]
     contaminated: list[Contaminated]
 
+    def judgeless(self) -> list[tuple[str, int]]:
+        """Sources and their numbers of prompts with a reference, which is most likely meant for a judge, and none."""
+        return sorted(
+            Counter(one.source for one in self.prompts if one.reference and "judge" not in one.metadata).items()
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerShare:
