@@ -260,7 +260,7 @@ class Cache:
         return self._pieces[tokenizer_fingerprint]
 
     def _find(self, prefix: str) -> str:
-        if not isinstance(prefix, str) or not SAMPLE_PREFIX.match(prefix):
+        if not SAMPLE_PREFIX.match(prefix):
             raise DataError(f"sample {prefix!r} is not a sample id: `teacher-cache sql` lists them in chains.sample_id")
         rows = self.session.arrow(
             "SELECT DISTINCT sample_id, count(DISTINCT sample_id) OVER () AS num_found FROM shards"
