@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -52,8 +52,19 @@ class StrictModel(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     hint = nearest_name(str(key), list(cls.model_fields), "known keys are")
-                    raise ValueError(f"unknown key {key!r}{hint}")
+                    owner = cls._block_with(key)
+                    raise ValueError(f"unknown key {key!r}{hint if owner is None else f': it belongs in {owner}'}")
         return data
+
+    @classmethod
+    def _block_with(cls, key: Any) -> str | None:
+        """The block of this one that has the key, such as `sampling` for `samples`."""
+        for name, field in cls.model_fields.items():
+            # The annotation itself, or what a list or an optional block is of.
+            for block in (field.annotation, *get_args(field.annotation)):
+                if isinstance(block, type) and issubclass(block, StrictModel) and key in block.model_fields:
+                    return name
+        return None
 
     def updated(self, **changes: Any) -> Self:
         """A validated copy with some fields replaced."""
@@ -196,7 +207,8 @@ def _problem(error: Any, data: Mapping[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         tag, name = context["tag"], context["discriminator"].strip("'")
-        return f"{named}{name} {tag!r} is unknown: choose one of {context['expected_tags'].replace(chr(39), '')}"
+        known = context["expected_tags"].replace("'", "").split(", ")
+        return f"{named}{name} {tag!r} is unknown{nearest_name(tag, known, 'choose one of')}"
     given = error.get("input")
     plain = given is None or isinstance(given, (str, int, float, bool))
     is_said = error["type"] == "missing" or repr(given) in message

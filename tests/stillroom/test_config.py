@@ -37,7 +37,9 @@ def test_overrides_reach_nested_keys_and_list_items(path: Path) -> None:
     [
         ("sampling.temprature=1", "unknown key 'temprature': did you mean 'temperature'?"),
         ("prompts.sources.0.sizes=3", "unknown key 'sizes': did you mean 'size'?"),
-        ("prompts.sources.0.kind=foo", r"prompts\.sources\.0: kind 'foo' is unknown: choose one of jsonl, "),
+        ("prompts.sources.0.kind=foo", r"prompts\.sources\.0: kind 'foo' is unknown: choose one of csv, "),
+        ("prompts.sources.0.kind=json", r"kind 'json' is unknown: did you mean 'jsonl'"),
+        ("samples=2", r"unknown key 'samples': it belongs in sampling$"),
         ("prompts.sources.4.size=3", "'4' is not an item of a list of 1"),
         ("sampling.temperature=-1", r"sampling\.temperature: .*greater than or equal to 0 \(got -1\)"),
         ("run=a-b", r"run: must be letters, digits and underscores \(got 'a-b'\)"),
