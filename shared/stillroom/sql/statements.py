@@ -119,8 +119,6 @@ def query_error(error: Exception, num_lines_before: int = 0, query: str = "") ->
         .removesuffix(" Candidate functions:")
         .partition(" Try increasing 'sample_size'")[0]
     )
-    if "No space left on device" in text:
-        return StillroomError(f"{text}: free some space")
     if text.startswith("Out of Memory"):
         return ConfigError(f"query: {text}: raise --memory")
     if FULL_DISK in text:
