@@ -15,6 +15,7 @@ is duplicated and `verify` finds no fault. The last line is one JSON object; wit
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ from stillroom.errors import StillroomError
 from stillroom.log import note
 from teacher_cache.engine.api import Request
 from teacher_cache.maintenance.gc import gc_cache
-from teacher_cache.prompts.prompts import WorkerShare
+from teacher_cache.prompts.prompts import WHOLE, WorkerShare
 from tests.helpers.fake_builds import join_build, make_config, make_engine, make_requests, run_build
 from tests.helpers.feature_sets import add_features
 
@@ -90,48 +91,69 @@ def main() -> None:
 
 def crash(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
     """Builds `cache` against all odds. Forks: the calling process must not have opened a cache before."""
-    rng = random.Random(seed)
     started_s = time.monotonic()
-    killed = rounds = 0
-    while killed < num_kills:
-        rounds += 1
-        requests = make_requests(rounds * num_workers * ROWS_A_KILL)
-        shares = [(index, num_workers) for index in range(num_workers)]
-        if rounds % 3 == 0:
-            shares[-1] = (0, 1)
-        processes = [_start(cache, requests, *share) for share in shares]
-        sweeper = _fork(_sweep, cache)
-        killed += _kill_all(processes, rng, num_kills - killed)
-        _end_sweeper(sweeper)
-        if not quiet and rounds % 10 == 0:
-            note(f"{killed}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
-    for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
-        _finish([_start(cache, requests, *share) for share in shares])
-    return _count(cache, requests, killed, num_workers, time.monotonic() - started_s)
+
+    # Kept for the round: workers should start as close to each other as they can.
+    @functools.lru_cache(maxsize=1)
+    def requests_of(number: int) -> list[Request]:
+        return make_requests(number * num_workers * ROWS_A_KILL)
+
+    def start(number: int, share: WorkerShare) -> BaseProcess:
+        return _fork(_work, cache, requests_of(number), share)
+
+    killed, number = _kill_rounds(cache, num_kills, num_workers, seed, start, quiet=quiet)
+    _let_finish(num_workers, lambda share: start(number, share))
+    return _count(cache, requests_of(number), killed, num_workers, time.monotonic() - started_s)
 
 
 def crash_features(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
     """Stores features of a finished cache against all odds. Forks, as `crash` does."""
-    rng = random.Random(seed)
     started_s = time.monotonic()
     requests = make_requests((num_kills + num_workers) * ROWS_A_KILL)
     # In a process of its own: this one must not have opened the cache before it forks.
-    _finish([_fork(_work, cache, requests, 0, 1, 0.0)])
-    killed = rounds = 0
+    _finish([_fork(_work, cache, requests, WHOLE, 0.0)])
+    killed, _ = _kill_rounds(
+        cache, num_kills, num_workers, seed, lambda _, share: _fork(_add_features, cache, share), quiet=quiet
+    )
+    _let_finish(num_workers, lambda share: _fork(_add_features, cache, share, 0.0))
+    return _count(cache, requests, killed, num_workers, time.monotonic() - started_s, table_name="features")
+
+
+def _kill_rounds(
+    cache: Path,
+    num_kills: int,
+    num_workers: int,
+    seed: int,
+    start: Callable[[int, WorkerShare], BaseProcess],
+    *,
+    quiet: bool,
+) -> tuple[int, int]:
+    """Starts and kills workers round by round, from 1, beside a `gc`; returns how many kills and rounds there were."""
+    rng = random.Random(seed)
+    started_s = time.monotonic()
+    killed = number = 0
     while killed < num_kills:
-        rounds += 1
-        shares = [(index, num_workers) for index in range(num_workers)]
-        if rounds % 3 == 0:
-            shares[-1] = (0, 1)
-        processes = [_fork(_add_features, cache, *share) for share in shares]
+        number += 1
+        shares = _shares(num_workers)
+        if number % 3 == 0:
+            shares[-1] = WHOLE
+        processes = [start(number, share) for share in shares]
         sweeper = _fork(_sweep, cache)
         killed += _kill_all(processes, rng, num_kills - killed)
         _end_sweeper(sweeper)
-        if not quiet and rounds % 10 == 0:
+        if not quiet and number % 10 == 0:
             note(f"{killed}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
-    for shares in ([(index, num_workers) for index in range(num_workers)], [(0, 1)]):
-        _finish([_fork(_add_features, cache, *share, 0.0) for share in shares])
-    return _count(cache, requests, killed, num_workers, time.monotonic() - started_s, table_name="features")
+    return killed, number
+
+
+def _let_finish(num_workers: int, start: Callable[[WorkerShare], BaseProcess]) -> None:
+    """All workers to their end, then one that looks after them."""
+    for shares in (_shares(num_workers), [WHOLE]):
+        _finish([start(share) for share in shares])
+
+
+def _shares(num_workers: int) -> list[WorkerShare]:
+    return [WorkerShare(index, num_workers) for index in range(num_workers)]
 
 
 def crash_joined(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
@@ -211,10 +233,6 @@ def _join(cache: Path, requests: Sequence[Request]) -> None:
     join_build(config, requests, lambda: make_engine(STEP_S))
 
 
-def _start(cache: Path, requests: Sequence[Request], index: int, count: int) -> BaseProcess:
-    return _fork(_work, cache, requests, index, count)
-
-
 def _fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
     # Forked, because a fresh interpreter spends its seconds on imports, where a kill shows nothing.
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
@@ -243,17 +261,18 @@ def _end_sweeper(sweeper: BaseProcess) -> None:
         raise RuntimeError(f"gc beside workers ended by itself, with {sweeper.exitcode}")
 
 
-def _add_features(cache: Path, index: int, count: int, step_s: float = STEP_S) -> None:
+def _add_features(cache: Path, share: WorkerShare, step_s: float = STEP_S) -> None:
     _silence()
     # Files of a few batches, so that kills meet all of: computing, writing, renaming, committing.
     shard = {"max_mb": 0.02, "max_minutes": 0.02}
-    add_features(cache, WorkerShare(index, count), step_s, teacher={"model": "fake"}, shard=shard)
+    add_features(cache, share, step_s, teacher={"model": "fake"}, shard=shard)
 
 
-def _work(cache: Path, requests: Sequence[Request], index: int, count: int, step_s: float = STEP_S) -> None:
+def _work(cache: Path, requests: Sequence[Request], share: WorkerShare, step_s: float = STEP_S) -> None:
     _silence()
     config = make_config(cache, shard={"row_group_tokens": 400, "max_mb": 0.03, "max_minutes": 0.02})
-    run_build(config, requests[index::count], lambda: make_engine(step_s), f"w{index}of{count}")
+    own, worker = requests[share.index :: share.count], f"w{share.index}of{share.count}"
+    run_build(config, own, lambda: make_engine(step_s), worker)
 
 
 def _kill_all(processes: Sequence[BaseProcess], rng: random.Random, at_most: int) -> int:

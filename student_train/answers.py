@@ -28,8 +28,8 @@ from stillroom.sql.session import open_session
 from stillroom.storage.paths import location
 from student_train.data.selection import PinnedCache
 
-Render = Callable[[Sequence[Mapping[str, str]]], list[int]]
-"""Token ids of a conversation as the student reads it."""
+Render = Callable[[Sequence[Mapping[str, str]], str], list[int]]
+"""Token ids of a conversation, and of a run of the cache, as the student reads it."""
 BATCH_PROMPTS = 16
 DEFAULT_NEW_TOKENS = 1024
 
@@ -204,7 +204,7 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
         markers = runs[row["run_id"]].reasoning
         yield AskedPrompt(
             prompt_id=row["prompt_id"],
-            token_ids=row["ids"] if render is None else render(row["messages"]),
+            token_ids=row["ids"] if render is None else render(row["messages"], row["run_id"]),
             judge=str(metadata["judge"]),
             reference=row["reference"],
             metadata=metadata,

@@ -83,8 +83,8 @@ class NegativesConfig(StrictModel):
     """
 
     where: str
-    """SQL condition over `chains`, e.g. `not correct and finish_reason = 'stop'`. Chains that it selects are wrong even
-    if the stage's `where` selects them too."""
+    """SQL condition over `chains`, e.g. `split = 'train' and not correct and finish_reason = 'stop'`: the stage's
+    `where` does not limit it. Chains that it selects are wrong even if `where` selects them too."""
     correct_by_teacher: bool = False
     """Apply divergences and policy_gradient to wrong chains too: they teach what the teacher would have said there, not
     what came. For chains that the student wrote."""
@@ -420,7 +420,7 @@ class PromptConfig(StrictModel):
     remove: list[str] = Field(default_factory=list)
     """Texts to delete from the messages, e.g. an instruction that only the teacher gets."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
+    """Arguments of the chat template, e.g. `{enable_thinking: false}`, besides those that the cache was built with."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "PromptConfig":

@@ -39,7 +39,7 @@ from student_train.data.epoch_plan import PlanSpec
 from student_train.data.kept_ids import ids_of
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
-from student_train.data.prepared import render_prompts
+from student_train.data.prepared import render_prompts, template_arguments
 from student_train.data.retokenised import has_leading_space, vocab_beside
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
@@ -348,8 +348,9 @@ def _render_of(tokenizer: Any, data: DataConfig, selection: Selection) -> Render
     """How the student reads a conversation where it is not as the teacher did."""
     changes = data.prompt
     if changes is not None:
-        return lambda messages: render_prompts(tokenizer, changes, [messages])[0]
+        given = template_arguments(selection)
+        return lambda messages, run_id: render_prompts(tokenizer, changes, [messages], given.get(run_id, {}))[0]
     if not selection.is_retokenised and selection.header.kept_ids is None:
         return None
     text = HuggingFaceText(tokenizer, selection.header.vocab_size)
-    return lambda messages: text.encode_prompts([text.render(messages)])[0]
+    return lambda messages, _: text.encode_prompts([text.render(messages)])[0]

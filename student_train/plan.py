@@ -338,8 +338,14 @@ def _warn_of_seen(stages: list[StagePlan], heldout: Selection) -> None:
         if num_seen:
             warn(
                 f"stage {stage.config.name} trains on {num_seen} of the {len(np.unique(heldout.key_R))} chains that it "
-                "is evaluated on: add split <> 'heldout' to data.where"
+                f"is evaluated on: add split <> 'heldout' to {_where_of(stage.config)}"
             )
+
+
+def _where_of(stage: StageConfig) -> str:
+    """The conditions that select a stage's chains."""
+    own = "data.where" if stage.where is None else "the stage's where"
+    return own if stage.negatives is None else f"{own} and to negatives.where"
 
 
 def _stage_plan(

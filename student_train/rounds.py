@@ -1,12 +1,11 @@
 """`student-train rounds`: the student trains on its own scored chains. Checks and estimates of this side."""
 
-from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.errors import ConfigError, naming
 from stillroom.log import format_count, format_duration
 from stillroom.models import vocab_size_of
-from stillroom.rounds.config import RoundsConfig, round_folder, train_config
-from stillroom.rounds.provenance import refuse_other_teacher
+from stillroom.rounds.config import RoundsConfig, train_config
+from stillroom.rounds.provenance import refuse_other_scores
 from stillroom.rounds.state import STUDENT_TRAIN, RoundsFolder, RoundsState
 from stillroom.rounds.turns import seconds_of, state_lines
 from student_train.config import TrainConfig
@@ -25,9 +24,7 @@ def plan_rounds(config: RoundsConfig) -> Json:
         raise ConfigError("answers needs train.eval, whose held-out prompts are answered: set one, or answers: null")
     with naming("student"):
         vocab_size_of(train.student.model, train.student.revision, train.student.trust_remote_code)
-    if state.of(number, "score") is not None:
-        for manifest in Catalog(round_folder(config, number) / "scored").runs().values():
-            refuse_other_teacher(config, manifest.teacher)
+    refuse_other_scores(config, number)
     seconds, left = seconds_of(state, STUDENT_TRAIN), 0 if part is None else config.rounds - part.round + 1
     return {
         "rounds": config.rounds,
@@ -54,4 +51,4 @@ def plan_lines(config: RoundsConfig, planned: Json) -> list[str]:
 def _tokens_of(state: RoundsState) -> int | None:
     """Loss tokens of the newest round that has trained."""
     trained = [one.results[0] for one in state.done if one.part == "train" and one.results]
-    return trained[-1]["num_loss_tokens"] if trained else None
+    return trained[-1].get("num_loss_tokens") if trained else None

@@ -14,18 +14,15 @@ cross-entropy in the teacher's own vocabulary. The last line is one JSON object;
 
 import argparse
 import dataclasses
-import json
 import shutil
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.arms import measured_rows, print_measured
 from benchmarks.cross_vocabulary.online import ChainLoss, Gold, train_online, uld
 from benchmarks.cross_vocabulary.setting import (
     Setting,
@@ -41,7 +38,7 @@ from student_train.config import TrainConfig
 from student_train.data.open import open_data, plan_spec, train_request
 from student_train.exporting import trained_model
 from student_train.runtime.checkpoint import find_state
-from student_train.runtime.ranks import Ranks, joined_ranks
+from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
 
@@ -79,39 +76,28 @@ QUICK = [SAME_CE, SAME_KD, TEXT, "projected"]
 
 def main() -> None:
     """Runs the methods and prints them."""
-    arguments = _arguments()
-    with tempfile.TemporaryDirectory(prefix="stillroom-cross-vocabulary-") as temp:
-        folder = arguments.folder or Path(temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        result = measure(folder, arguments)
-    if not arguments.json:
-        _show(result)
-    print(json.dumps(result))
+    print_measured("cross-vocabulary", _arguments(), measure, _show)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     """Every method with every seed; teacher, chains and cache are kept in `folder`, where a second call finds them."""
-    started_s = time.monotonic()
     # A teacher that is trained for less time writes the same few words; the students' threads are those of quality.
     torch.set_num_threads(2)
     setting = open_setting(folder, arguments.teacher_steps)
     torch.set_num_threads(1)
+
+    def row_of(method: Method, seed: int, ranks: Ranks) -> tuple[Json, str]:
+        model = _trained(setting, method, seed, ranks)
+        found = bits_per_byte(setting, model, same_vocabulary=method.same_vocabulary)
+        row = {"method": method.name, "seed": seed, "bits_per_byte": round(found, 4)}
+        return row, f"{method.name} seed {seed}: {found:.4f} bits a byte,"
+
     methods = [method for method in METHODS if method.name in arguments.methods]
-    rows: list[Json] = []
-    with joined_ranks() as ranks:
-        for seed in range(arguments.seeds):
-            for method in methods:
-                begun_s = time.monotonic()
-                model = _trained(setting, method, seed, ranks)
-                found = bits_per_byte(setting, model, same_vocabulary=method.same_vocabulary)
-                rows.append({"method": method.name, "seed": seed, "bits_per_byte": round(found, 4)})
-                seconds = time.monotonic() - begun_s
-                print(f"{method.name} seed {seed}: {found:.4f} bits a byte, {seconds:.0f} s", file=sys.stderr)
+    rows = measured_rows(methods, range(arguments.seeds), row_of)
     return {
         "teacher_bits_per_byte": round(bits_per_byte(setting, setting.model, same_vocabulary=True), 4),
         "rows": rows,
         **_summary(rows),
-        "seconds": round(time.monotonic() - started_s, 1),
     }
 
 

@@ -13,18 +13,16 @@ The last line is one JSON object; with --json it is the only one.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.arms import print_measured
 from benchmarks.quality.caches import Chains, build_cache, kept_chains
 from benchmarks.quality.students import make_student, train_student
 from benchmarks.quality.teacher import VOCAB_SIZE, Training, ensure_teacher
@@ -86,22 +84,15 @@ def main() -> None:
     """Runs the grid and prints it."""
     arguments = _arguments()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="stillroom-quality-") as temp:
-        folder = arguments.folder or Path(temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        result = measure(folder, arguments)
-    if not arguments.json:
-        _show(result)
+    result = print_measured("quality", arguments, measure, _show)
     if arguments.plot is not None:
         from benchmarks.quality.plot import write_plot
 
         write_plot([result], arguments.plot)
-    print(json.dumps(result))
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     """Teacher, caches, then every target with every seed; kept below `folder`, where a second call finds them."""
-    started_s = time.monotonic()
     teacher = ensure_teacher(folder / "teacher", Training(num_steps=arguments.teacher_steps))
     tokenizer: Any = AutoTokenizer.from_pretrained(teacher)
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
@@ -139,7 +130,6 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
         "rows": rows,
         "bytes_per_token": sizes,
         "summary": _summary(rows, sizes),
-        "seconds": round(time.monotonic() - started_s, 1),
     }
 
 

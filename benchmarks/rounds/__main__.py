@@ -16,9 +16,6 @@ import dataclasses
 import json
 import shutil
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +23,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.arms import measured_rows, print_measured
 from benchmarks.quality.students import quiet
 from benchmarks.rounds.caches import build, rescore
 from benchmarks.rounds.setting import IS_RIGHT, ensure_teacher, make_model, problems, score, write_prompts
@@ -35,7 +33,7 @@ from student_train.config import TrainConfig
 from student_train.exporting import export
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.checkpoint import find_state
-from student_train.runtime.ranks import Ranks, joined_ranks
+from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
 
@@ -80,19 +78,11 @@ ARMS = (
 
 def main() -> None:
     """Trains every arm and prints them."""
-    arguments = _arguments()
-    with tempfile.TemporaryDirectory(prefix="stillroom-rounds-") as temp:
-        folder = arguments.folder or Path(temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        result = measure(folder, arguments)
-    if not arguments.json:
-        _show(result)
-    print(json.dumps(result))
+    print_measured("rounds", _arguments(), measure, _show)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     """Every arm with every seed; what is in `folder` already is not made again."""
-    started_s = time.monotonic()
     logging.disable_progress_bar()
     use_cpu_where_there_is_no_gpu()
     torch.set_num_threads(1)
@@ -102,23 +92,17 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     with quiet(folder / "teacher.log"):
         prompts = write_prompts(folder / "off-policy.jsonl", problems(NUM_OFF_POLICY, seed=1))
         off_policy = build(folder / "off-policy", teacher_folder, prompts, 1, heldout_frac=0.05)
-    rows = []
-    with joined_ranks() as ranks:
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            runs = Runs(folder / f"seed-{seed}", teacher_folder, off_policy, seed, ranks)
-            for arm in (one for one in ARMS if one.name in arguments.arms):
-                begun_s = time.monotonic()
-                student, num_tokens = runs.trained(arm)
-                found = score(LlamaForCausalLM.from_pretrained(student).eval(), teacher, heldout, seed)
-                row = {"arm": arm.name, "seed": seed, "num_tokens": num_tokens, **dataclasses.asdict(found)}
-                rows.append({key: round(one, 4) if isinstance(one, float) else one for key, one in row.items()})
-                print(f"{json.dumps(rows[-1])} {time.monotonic() - begun_s:.0f} s", file=sys.stderr)
-    return {
-        "teacher": dataclasses.asdict(score(teacher, teacher, heldout, 0)),
-        "rows": rows,
-        **_summary(rows),
-        "seconds": round(time.monotonic() - started_s, 1),
-    }
+
+    def row_of(arm: Arm, seed: int, ranks: Ranks) -> tuple[Json, str]:
+        student, num_tokens = Runs(folder / f"seed-{seed}", teacher_folder, off_policy, seed, ranks).trained(arm)
+        found = score(LlamaForCausalLM.from_pretrained(student).eval(), teacher, heldout, seed)
+        row = {"arm": arm.name, "seed": seed, "num_tokens": num_tokens, **dataclasses.asdict(found)}
+        row = {key: round(one, 4) if isinstance(one, float) else one for key, one in row.items()}
+        return row, json.dumps(row)
+
+    arms = [one for one in ARMS if one.name in arguments.arms]
+    rows = measured_rows(arms, range(arguments.first_seed, arguments.first_seed + arguments.seeds), row_of)
+    return {"teacher": dataclasses.asdict(score(teacher, teacher, heldout, 0)), "rows": rows, **_summary(rows)}
 
 
 class Runs:

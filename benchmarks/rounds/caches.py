@@ -1,23 +1,20 @@
 """Caches of the rounds: a model's own chains, and a teacher's view of them, through the builder and its writer.
 
-B requests of a batch, P prompt tokens, T completion tokens, V vocabulary
+B requests of a batch, P prompt tokens, T completion tokens
 """
 
-import contextlib
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
+from benchmarks.engine import TorchEngine, Written, fill, info_of
 from benchmarks.rounds.setting import NUM_COMPLETION_TOKENS, VOCAB_SIZE, sample
 from stillroom.config import Json, validate_config
-from teacher_cache.building import Build
 from teacher_cache.config import BuildConfig, ScoreConfig
-from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
-from teacher_cache.engine.plugin.signals import signal_rows
-from teacher_cache.engine.row_layout import Layout, capture_of_rows
+from teacher_cache.engine.api import Request
+from teacher_cache.engine.row_layout import Layout
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import load_prompts, num_requests, requests
@@ -26,72 +23,6 @@ BATCH = 512
 # The vocabulary is small enough to keep whole distributions.
 CAPTURE = {"codec": "topk-f32", "max_support": VOCAB_SIZE, "nucleus": None, "draws": 0}
 LAYOUT = Layout(VOCAB_SIZE, 0)
-
-
-class TorchEngine:
-    """Samples at temperature 1 or scores, in batches of prompts of one length. A teacher_cache.engine.api.Engine."""
-
-    def __init__(self, model: Any, seed: int) -> None:
-        self._model, self._generator = model, torch.Generator().manual_seed(seed)
-        self._waiting: list[Request] = []
-        self._num_tokens = 0
-        self.info = EngineInfo(
-            vocab_size=VOCAB_SIZE, max_model_len=64, entropy="exact", software={}, settings={"kind": "torch"}
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens so far."""
-        return self._num_tokens
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests not yet answered."""
-        return len(self._waiting)
-
-    def has_room(self) -> bool:
-        """Whether a batch is not full."""
-        return len(self._waiting) < BATCH
-
-    def submit(self, request: Request) -> None:
-        """Takes a request."""
-        self._waiting.append(request)
-
-    @torch.no_grad()
-    def step(self) -> list[Outcome]:
-        """Answers what waits."""
-        batch, self._waiting = self._waiting, []
-        if not batch:
-            return []
-        prompts_BP = torch.tensor([list(request.prompt_token_ids) for request in batch])
-        given = [request.completion_token_ids for request in batch]
-        if given[0] is None:
-            ids_BT, lengths_B = sample(self._model, prompts_BP, self._generator)
-        else:
-            lengths_B = torch.tensor([len(ids or ()) for ids in given])
-            ids_BT = torch.zeros(len(batch), int(lengths_B.max()), dtype=torch.int64)
-            for row, ids in enumerate(given):
-                ids_BT[row, : len(ids or ())] = torch.tensor(ids)
-        first = prompts_BP.shape[1] - 1
-        logits_BTV = self._model(input_ids=torch.cat([prompts_BP, ids_BT], dim=1)).logits[:, first:-1]
-        self._num_tokens += int(lengths_B.sum())
-        return [
-            self._finished(request, logits_TV[:length], ids_T[:length])
-            for request, logits_TV, ids_T, length in zip(batch, logits_BTV, ids_BT, lengths_B.tolist(), strict=True)
-        ]
-
-    def _finished(self, request: Request, logits_TV: torch.Tensor, ids_T: torch.Tensor) -> Finished:
-        captured = signal_rows(logits_TV, ids_T, LAYOUT, None, None)
-        ranks = captured.ranks.numpy().astype(np.int32)
-        capture = capture_of_rows(
-            captured.ids.numpy(), captured.logprobs.numpy(), ranks, ids_T.tolist(), LAYOUT.top, LAYOUT
-        )
-        if request.completion_token_ids is not None:
-            return Finished(request, capture, "scored")
-        return Finished(request, capture, "stop" if int(ids_T[-1]) == 0 else "length")
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 def build(cache: Path, model: Path, prompts: Path, seed: int, *, heldout_frac: float) -> Path:
@@ -110,8 +41,7 @@ def build(cache: Path, model: Path, prompts: Path, seed: int, *, heldout_frac: f
     teacher = identify_teacher(config.teacher)
     found = load_prompts(config.prompts).prompts
     wanted = requests(config, found, teacher.tokenizer, teacher.record.fingerprint)
-    with contextlib.closing(Build(config, teacher, "w0")) as made:
-        made.run(wanted, num_requests(config, found), lambda: TorchEngine(_loaded(model), seed))
+    fill(config, teacher, wanted, num_requests(config, found), lambda: _engine(model, seed))
     return cache
 
 
@@ -124,9 +54,27 @@ def rescore(cache: Path, teacher_folder: Path, of: Path) -> Path:
         {**_common(cache, teacher_folder), "completions": {"sources": [source]}}, ScoreConfig, "benchmark"
     )
     teacher = identify_teacher(config.teacher)
-    with Completions(config, teacher) as completions, contextlib.closing(Build(config, teacher, "w0")) as made:
-        made.run(completions.requests(), completions.count(), lambda: TorchEngine(_loaded(teacher_folder), 0))
+    with Completions(config, teacher) as completions:
+        fill(config, teacher, completions.requests(), completions.count(), lambda: _engine(teacher_folder, 0))
     return cache
+
+
+def _engine(folder: Path, seed: int) -> TorchEngine:
+    """Samples at temperature 1, or scores, in batches of prompts of one length."""
+    model, generator = LlamaForCausalLM.from_pretrained(folder).eval(), torch.Generator().manual_seed(seed)
+
+    def write(requests: list[Request]) -> Written:
+        prompts_BP = torch.tensor([list(request.prompt_token_ids) for request in requests])
+        if requests[0].completion_token_ids is None:
+            ids_BT, lengths_B = sample(model, prompts_BP, generator)
+            lengths = lengths_B.tolist()
+            ended = [ids_T[length - 1] == 0 for ids_T, length in zip(ids_BT.tolist(), lengths, strict=True)]
+            return Written(prompts_BP, ids_BT, lengths, ["stop" if one else "length" for one in ended])
+        given = [torch.tensor(request.completion_token_ids or ()) for request in requests]
+        ids_BT = pad_sequence(given, batch_first=True)
+        return Written(prompts_BP, ids_BT, [len(ids) for ids in given], ["scored"] * len(given))
+
+    return TorchEngine(model, LAYOUT, write, BATCH, info_of("torch", VOCAB_SIZE, 64))
 
 
 def _common(cache: Path, model: Path) -> Json:
@@ -141,7 +89,3 @@ def _source(prompts: Path) -> Json:
         "prompt_field": "question",
         "reference_field": "answer",
     }
-
-
-def _loaded(folder: Path) -> Any:
-    return LlamaForCausalLM.from_pretrained(folder).eval()

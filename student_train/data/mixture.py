@@ -6,8 +6,9 @@ of all entries.
 The support is the union of the supports. An id that a teacher stores adds w_i p_i(v), exactly. An id of the union that
 a teacher does not store is in that teacher's tail: where it was drawn, each of n draws adds w_i tail_i / n, which is
 unbiased; where there are no draws its mass stays in the tail. Support and tail together have mass 1. Draws outside the
-union remain draws. They stand for unequal masses, so as many are drawn from them again, by systematic resampling, each
-of which then stands for an equal share: the expected mass of every id is unchanged.
+union remain draws, unless a teacher without draws has left more than MAX_UNDRAWN_FRAC of the tail: nobody knows where
+that mass is, so the tail is one bucket. They stand for unequal masses, so as many are drawn from them again, by
+systematic resampling, each of which then stands for an equal share: the expected mass of every id is unchanged.
 
     T tokens, E entries of all teachers (flat), U entries of the union, D draws outside it, M most of a token
 """
@@ -22,6 +23,9 @@ import numpy.typing as npt
 from stillroom.schema.records import Draws, Int32, Int64, Signals, ragged_to_dense
 
 Float64 = npt.NDArray[np.float64]
+MAX_UNDRAWN_FRAC = 1 / 20
+"""Share of a tail that the draws of others may stand for: as much as stored codes round (teachers whose support reaches
+the nucleus have no draws either, and leave a thousandth)."""
 RESAMPLED_TOGETHER = 512
 """Tokens: the comparison below takes tokens x draws x draws."""
 
@@ -54,7 +58,8 @@ def mix(teachers: Sequence[Signals], weights: Sequence[float], generator: np.ran
         moved_T = np.bincount(token_D[is_stored_D], mass_D[is_stored_D], num_tokens)
         # Rounding may have left the draws a little more than the tail.
         tail_T = np.maximum(tail_T - moved_T, 0.0)
-        outside = ~is_stored_D
+        is_placed_T = _undrawn(teachers, shares) <= MAX_UNDRAWN_FRAC * tail_T
+        outside = ~is_stored_D & is_placed_T[token_D]
         draws = _resampled(num_tokens, token_D[outside], id_D[outside], mass_D[outside], logprob_D[outside], generator)
     return _signals(teachers, shares, key_U, mass_U, tail_T, draws)
 
@@ -80,6 +85,16 @@ def _all_draws(teachers: Sequence[Signals], shares: Float64) -> tuple[Int64, Int
     known = np.bincount(number_D[first], prob_D[first], len(keys))
     with np.errstate(divide="ignore"):
         return token_D, id_D, np.concatenate(masses), np.log(known)[number_D]
+
+
+def _undrawn(teachers: Sequence[Signals], shares: Float64) -> Float64:
+    """[T] mass of the tails that no draw stands for."""
+    return _total(
+        [
+            share * np.exp(one.tail_logmass_T, dtype=np.float64) * (True if one.draws is None else one.draws.n_T == 0)
+            for share, one in zip(shares, teachers, strict=True)
+        ]
+    )
 
 
 def _resampled(

@@ -176,7 +176,8 @@ def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> Non
     wanting = [term.name for term in mix.terms if term.needs_negatives]
     if wanting and stage.negatives is None:
         raise ConfigError(
-            f"{wanting[0]} needs wrong chains: set negatives: {{where: not correct and finish_reason = 'stop'}}"
+            f"{wanting[0]} needs wrong chains: set negatives: {{where: split = 'train' and not correct and "
+            "finish_reason = 'stop'}"
         )
     if stage.negatives is not None and not wanting:
         raise ConfigError(
@@ -188,10 +189,24 @@ def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> Non
             "policy_gradient needs what the student gave its own chains: set data.behaviour to the cache that it "
             "generated them into"
         )
+    trained = {_absolute(one.path) for one in data.caches}
+    if (
+        mix.reads_behaviour
+        and data.mixture is None
+        and (same := [one for one in data.behaviour if _absolute(one) in trained])
+    ):
+        raise ConfigError(
+            f"data.behaviour names {same[0]}, which data.caches reads too: teacher and writer would be one, and "
+            "policy_gradient 0: name the cache that `teacher-cache score` read the chains from"
+        )
     if mix.reads_pairs and mix.reads_behaviour:
         raise ConfigError("dpo trains on pairs of chains, policy_gradient on single ones: give each a stage of its own")
     if mix.reads_pairs and (stage.token_weights is not None or mix.focal_gamma is not None):
         raise ConfigError("dpo weighs pairs as a whole: remove token_weights and focal_gamma")
+
+
+def _absolute(root: Location) -> str:
+    return str(root.absolute() if isinstance(root, Path) else root)
 
 
 def check_prepared(selection: Selection, data: DataConfig) -> None:

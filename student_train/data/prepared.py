@@ -13,7 +13,7 @@ R chains of a row group, T tokens of one chain
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.codec import decode, encode, signal_columns
 from stillroom.cache.columns import list_column
 from stillroom.cache.shards import open_shard
+from stillroom.config import Json
 from stillroom.errors import ConfigError, CorruptError, one_line
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
@@ -33,6 +34,7 @@ from stillroom.schema.records import Draws, Int32, Int64, Signals, chain_id_of, 
 from stillroom.schema.tables import TOKEN_FIELDS, list_of, signal_fields
 from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import open_session
+from stillroom.storage.paths import Location, location
 from student_train.data.lookup import ChainIndex, prompt_keys
 from student_train.data.mixture import mix
 from student_train.data.retokenised import DOCUMENTS, Counts, read_groups, retokenise, write_retokenised
@@ -115,8 +117,9 @@ def open_prepared_selection(
         ),
         "codecs": [CODEC],
         "template_fingerprints": source.header.template_fingerprints,
-        "max_support": maker.max_support,
-        "draws": maker.draws,
+        "max_support": maker.limits.max_support,
+        "draws": source.header.draws if data.mixture is None else maker.limits.draws,
+        "vocab_size": maker.limits.vocab_size,
         "temperatures": [] if data.mixture is not None else source.header.temperatures,
     }
     return write_retokenised(path, source, made, header, "a partner" if pairing is not None else "a teacher of weight")
@@ -129,6 +132,15 @@ class _Chain:
     prompt_ids: Int32
     token_ids: Int32
     signals: Signals
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Most draws and most stored ids that a token has, and what every id is below."""
+
+    draws: int
+    max_support: int
+    vocab_size: int
 
 
 class PreparedRows:
@@ -148,8 +160,10 @@ class PreparedRows:
         versions = [] if self._mixture is None else self._mixture.versions
         self.identity = (identity, source.header.hash, versions)
         self._prompts = None if data.prompt is None else _Prompts(source, data.prompt, student)
-        limits = (source.header.draws, source.header.max_support)
-        self.draws, self.max_support = limits if self._mixture is None else self._mixture.limits
+        own = _limits_of(source.path_of(int(group)) for group in np.unique(source.file_G, return_index=True)[1])
+        # Draws that not every shard holds are dropped; a shard may hold more than the fewest.
+        own = replace(own, draws=own.draws if source.header.draws else 0)
+        self.limits = own if self._mixture is None else self._mixture.limits(own)
         self._partner_of = {} if pairing is None else _partners(source, pairing.negatives)
         self._decoded: OrderedDict[int, dict[int, _Chain | None]] = OrderedDict()
 
@@ -161,8 +175,9 @@ class PreparedRows:
         changed: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "codec": CODEC,
-            "max_support": self.max_support,
-            "draws": self.draws,
+            "max_support": self.limits.max_support,
+            "draws": self.limits.draws,
+            "vocab_size": self.limits.vocab_size,
             "temperatures": self._source.header.temperatures if self._mixture is None else [],
         }
         return {SHARD_METADATA_KEY: header.model_copy(update=changed).model_dump_json().encode()}
@@ -199,7 +214,7 @@ class PreparedRows:
         if self._mixture is not None:
             parts = self._mixture.mixed(table, parts, counts)
         if self._prompts is not None:
-            rendered = self._prompts.render(table.column("messages").to_pylist())
+            rendered = self._prompts.render(table.column("messages").to_pylist(), header.run_id)
             counts["rewritten"] += sum(not np.array_equal(a, b) for a, b in zip(prompts, rendered, strict=True))
             prompts = rendered
             chain_ids = [chain_id_of(a.tolist(), b.tolist()) for a, b in zip(prompts, tokens, strict=True)]
@@ -257,15 +272,25 @@ class _Mixture:
         ]
         self._own = _Weights(own, config.own, "data.mixture.own")
         catalogs = [Catalog(teacher.path) for teacher in config.teachers]
-        self.versions = [catalog.chains.version for catalog in catalogs]
+        # Weights in SQL may read verdicts.
+        self.versions = [(catalog.chains.version, catalog.verdicts.version) for catalog in catalogs]
         self._others = [
             (ChainIndex(catalog), _Weights([catalog], teacher.weight, f"data.mixture.teachers.{number}.weight"))
             for number, (catalog, teacher) in enumerate(zip(catalogs, config.teachers, strict=True))
         ]
-        # A token keeps as many draws as its teachers have together, and a support that is the union of theirs.
-        others = [_limits_of(catalog) for catalog in catalogs]
-        draws = source.header.draws + sum(one for one, _ in others)
-        self.limits = draws, source.header.max_support + sum(one for _, one in others)
+        self._limits = [
+            _limits_of(catalog.chains.path_of(file) for file in catalog.chains.files()) for catalog in catalogs
+        ]
+
+    def limits(self, own: _Limits) -> _Limits:
+        """A token keeps as many draws as its teachers have together, and a support that is the union of theirs."""
+        every = [own, *self._limits]
+        return _Limits(
+            sum(one.draws for one in every),
+            sum(one.max_support for one in every),
+            # Models of one tokenizer may pad their logits to different widths.
+            max(one.vocab_size for one in every),
+        )
 
     def mixed(self, table: pa.Table, parts: Sequence[Signals | None], counts: Counts) -> list[Signals | None]:
         """The mixture of each chain of a table whose own signals are `parts`; None without a teacher of weight."""
@@ -323,10 +348,11 @@ class _Weights:
             keys = np.concatenate([keys_of(one.column("chain_id"), key) for one in tables])
             values = np.concatenate([one.column("weight").to_numpy() for one in tables])
             order = np.argsort(keys, kind="stable")
-            self._keys, self._values = keys[order], np.nan_to_num(values[order], nan=0.0)
-        lowest = self._constant if self._constant is not None else float(self._values.min(initial=0.0))
-        if not (np.isfinite(lowest) and lowest >= 0 and np.isfinite(self._values).all()):
-            raise ConfigError(f"{key} {weight!r} is {lowest:g} for a chain: weights are numbers of at least 0")
+            # NULL has no weight; infinity stays, to be refused.
+            self._keys, self._values = keys[order], np.where(np.isnan(values), 0.0, values)[order]
+        given = self._values if self._constant is None else np.array([self._constant])
+        if len(bad := given[~(np.isfinite(given) & (given >= 0))]):
+            raise ConfigError(f"{key} {weight!r} is {bad[0]:g} for a chain: weights are numbers of at least 0")
 
     def of(self, keys_R: UInt64) -> list[float]:
         """One for each chain; 0 where it is not known."""
@@ -345,14 +371,17 @@ def _weights_of(catalog: Catalog, weight: str, key: str) -> pa.Table:
         return run_with(session, key, weight, query)
 
 
-def _limits_of(catalog: Catalog) -> tuple[int, int]:
-    """Most draws and most stored ids that a token of the cache has."""
-    draws = max_support = 0
-    for file in catalog.chains.files():
-        shard, header = open_shard(catalog.chains.path_of(file))
+def _limits_of(paths: Iterable[Location]) -> _Limits:
+    limits = _Limits(0, 0, 0)
+    for path in paths:
+        shard, header = open_shard(path)
         shard.close()
-        draws, max_support = max(draws, header.draws), max(max_support, header.max_support)
-    return draws, max_support
+        limits = _Limits(
+            max(limits.draws, header.draws),
+            max(limits.max_support, header.max_support),
+            max(limits.vocab_size, header.vocab_size),
+        )
+    return limits
 
 
 class _Prompts:
@@ -363,16 +392,31 @@ class _Prompts:
 
         self._config = config
         self._tokenizer = cache_tokenizer(student, source, None)
+        self._arguments = template_arguments(source)
 
-    def render(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Int32]:
+    def render(self, conversations: Sequence[Sequence[Mapping[str, str]]], run_id: str) -> list[Int32]:
         """Token ids, the assistant's turn opened. Raises ConfigError where the template refuses a prompt."""
-        return [np.asarray(ids, np.int32) for ids in render_prompts(self._tokenizer, self._config, conversations)]
+        given = self._arguments.get(run_id, {})
+        return [
+            np.asarray(ids, np.int32) for ids in render_prompts(self._tokenizer, self._config, conversations, given)
+        ]
+
+
+def template_arguments(selection: Selection) -> dict[str, Json]:
+    """The arguments that each run of the selection's caches gave the chat template."""
+    roots = [location(cache.root) for cache in selection.header.caches]
+    return {run_id: run.chat_template_kwargs for root in roots for run_id, run in Catalog(root).runs().items()}
 
 
 def render_prompts(
-    tokenizer: Any, config: PromptConfig, conversations: Sequence[Sequence[Mapping[str, str]]]
+    tokenizer: Any,
+    config: PromptConfig,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    given: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Token ids of conversations without what `config` takes away. Raises ConfigError."""
+    """Token ids of conversations without what `config` takes away; `given` are the teacher's arguments of the template,
+    which stay unless `config` sets them. Raises ConfigError.
+    """
     from jinja2 import TemplateError
 
     chats = [_without(messages, config) for messages in conversations]
@@ -380,7 +424,11 @@ def render_prompts(
         raise ConfigError("data.prompt leaves a prompt without any message: remove less")
     try:
         encoded = tokenizer.apply_chat_template(
-            chats, tokenize=True, add_generation_prompt=True, return_dict=True, **config.chat_template_kwargs
+            chats,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            **{**given, **config.chat_template_kwargs},
         )
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ConfigError(f"data.prompt: the chat template refuses a prompt: {one_line(error)}") from error

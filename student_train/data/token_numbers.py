@@ -9,6 +9,8 @@ R chains, T completion tokens of all chains
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache.catalog import Catalog
-from stillroom.errors import ConfigError, CorruptError
-from stillroom.log import Progress
+from stillroom.errors import ConfigError, CorruptError, StillroomError, one_line
+from stillroom.log import Progress, warn
 from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.storage.paths import Location, atomic_path
 from student_train.data.lookup import ChainIndex, chain_keys
 from student_train.data.selection import Selection
 
 BATCH_CHAINS = 4096
+UNCHANGED = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Sampling by the very probabilities that a cache stores."""
 
 
 class TokenNumbers:
@@ -70,7 +74,9 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
         values_T = new_numbers(temp, np.float32, int(offsets_R[-1]))
         values_T[:] = np.nan
         for root in caches:
-            index = ChainIndex(Catalog(root))
+            catalog = Catalog(root)
+            _warn_of_sampling(catalog)
+            index = ChainIndex(catalog)
             for rows in np.split(np.flatnonzero(left_R), range(BATCH_CHAINS, int(left_R.sum()), BATCH_CHAINS)):
                 for found in index.read(index.find(keys_R[rows]), lambda _: ["sampled_logprob"]):
                     column = found.table.column("sampled_logprob").combine_chunks()
@@ -87,11 +93,39 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
 
 
 def new_numbers(path: Path, kind: type[np.generic], size: int) -> np.memmap[Any, np.dtype[Any]]:
-    """A memory-mapped .npy file of `size` numbers, or one where there are none: mmap refuses an empty file."""
+    """A memory-mapped .npy file of `size` numbers, or one where there are none: mmap refuses an empty file.
+
+    Raises StillroomError where the disk has no room for it.
+    """
     made: np.memmap[Any, np.dtype[Any]] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
         path, "w+", kind, (max(size, 1),)
     )
+    try:
+        with path.open("r+b") as file:
+            # A mapped file gets its blocks when it is written to, and a full disk then kills the process (SIGBUS).
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        # Some file systems cannot reserve blocks.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            size_gb = path.stat().st_size / 1e9
+            raise StillroomError(f"{path.parent} has no room for {size_gb:.2f} GB: {one_line(error)}") from error
     return made
+
+
+def _warn_of_sampling(catalog: Catalog) -> None:
+    """Says which chains were not sampled by the probabilities that are stored of them."""
+    for manifest in catalog.runs().values():
+        changed = {
+            key: value
+            for key, plain in UNCHANGED.items()
+            if manifest.kind == "generate" and (value := manifest.sampling.get(key, plain)) != plain
+        }
+        if changed:
+            how = ", ".join(f"{key}={value:g}" for key, value in changed.items())
+            warn(
+                f"run {manifest.run_id} of {catalog.root} was sampled with {how}: policy_gradient takes its chains for "
+                "samples at temperature 1, and is biased: generate with temperature=1, top_p=1"
+            )
 
 
 def _place(values_T: Float32, offsets_R: Int64, row: int, logprobs_T: Float32, where: str) -> None:

@@ -170,12 +170,14 @@ def _join(folder: Path, selection: Selection, num_ranks: int, *, with_distributi
     sizes = [path.stat().st_size // 4 for path in (_part_paths(folder, rank)[2] for rank in range(num_ranks))]
     sampled_T = new_numbers(folder / "sampled.npy", np.float32, num_tokens)
     sampled_T[:] = np.nan
+    made = [sampled_T]
     if with_distribution:
         rest_T, place_T = (
             new_numbers(folder / "rest.npy", np.float32, num_tokens),
             new_numbers(folder / "place.npy", np.int64, num_tokens),
         )
         slots_X = new_numbers(folder / "slots.npy", np.float32, sum(sizes))
+        made += [rest_T, place_T, slots_X]
     first = 0
     for rank, size in enumerate(sizes):
         keys, numbers, slots = _part_paths(folder, rank)
@@ -190,6 +192,9 @@ def _join(folder: Path, selection: Selection, num_ranks: int, *, with_distributi
         first += size
         for path in (keys, numbers, slots):
             path.unlink()
+    # Before start.json says that they are whole: ranks on other machines read them next, and a power cut may come.
+    for numbers_X in made:
+        numbers_X.flush()
 
 
 def _part_paths(folder: Path, rank: int) -> tuple[Path, Path, Path]:

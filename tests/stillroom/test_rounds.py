@@ -3,6 +3,7 @@
 The programs are stand-ins that note each piece of work; what they would do is tested by their own commands.
 """
 
+import errno
 import json
 import os
 import random
@@ -17,13 +18,17 @@ from typing import Any
 import pytest
 import yaml
 
-from stillroom.errors import ConfigError, CorruptError
+from stillroom.errors import CacheConflict, ConfigError, CorruptError, StillroomError
+from stillroom.rounds import state as state_module
 from stillroom.rounds import turns
 from stillroom.rounds.config import RoundsConfig, generate_config, score_config, student_of, train_config
+from stillroom.rounds.provenance import refuse_other_scores
 from stillroom.rounds.state import PARTS, STUDENT_TRAIN, TEACHER_CACHE, Part, RoundsFolder
-from stillroom.rounds.turns import PartFailed, commands_of, state_lines, take_turns
+from stillroom.rounds.turns import PartFailed, _Waiting, commands_of, state_lines, take_turns
 from tests.helpers import ROOT
+from tests.helpers.caches import make_cache
 
+GENERATE = Part(round=1, part="generate", by=TEACHER_CACHE)
 STAND_IN = """
 import json, sys, time
 from pathlib import Path
@@ -82,12 +87,22 @@ def test_the_configurations_of_a_round_lead_from_one_to_the_next(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("key", "block"),
-    [("cache", {"generate": {"cache": "c"}}), ("student.model", {"train": {"student": {"model": "m"}}})],
+    ("message", "block"),
+    [
+        ("each round sets cache itself", {"generate": {"cache": "c"}}),
+        (r"each round sets student\.model itself", {"train": {"student": {"model": "m"}}}),
+        (r"student must be a mapping of keys to values \(got 'm'\)", {"train": {"student": "m"}}),
+        ("sampling must be a mapping", {"generate": {"sampling": "r1"}}),
+    ],
 )
-def test_keys_that_a_round_sets_are_refused(tmp_path: Path, key: str, block: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"each round sets {key} itself"):
+def test_what_a_round_would_overwrite_is_refused(tmp_path: Path, message: str, block: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **block)
+
+
+def test_a_seed_that_is_no_number_is_left_for_the_build_to_refuse(tmp_path: Path) -> None:
+    config = make_config(tmp_path, generate={"sampling": {"seed": "five"}})
+    assert generate_config(config, 2)["sampling"]["seed"] == "five"
 
 
 def test_a_changed_meaning_is_refused_and_a_changed_machine_is_not(tmp_path: Path) -> None:
@@ -98,12 +113,98 @@ def test_a_changed_meaning_is_refused_and_a_changed_machine_is_not(tmp_path: Pat
         RoundsFolder(config.updated(generate={"prompts": {"sources": []}, "sampling": {"seed": 6}})).open()
 
 
-def test_a_damaged_state_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "state", [b"", b"{", b"\xff\xfe", b"[]", b'{"done": [{"round": "one"}]}', b'{"done": 3}'], ids=repr
+)
+def test_a_damaged_state_is_reported(tmp_path: Path, state: bytes) -> None:
+    config = make_config(tmp_path)
+    folder = RoundsFolder(config)
+    folder.open()
+    folder.begin(GENERATE)
+    (config.folder / "state.json").write_bytes(state)
+    with pytest.raises(CorruptError, match=r"state\.json is not the state of rounds: .*: delete it") as damage:
+        folder.read()
+    assert "\n" not in str(damage.value)
+
+
+def test_numbers_removed_by_hand_are_not_shown(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    folder = RoundsFolder(config)
+    for part, by in PARTS.items():
+        folder.finish(Part(round=1, part=part, by=by), 1.0, [{}])
+    assert state_lines(config, folder.read())[0] == "round 1    0 chains, 0 tokens; answers - correct"
+
+
+def test_a_side_that_runs_already_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "LOCK_WAIT_S", 0.0)
+    config = make_config(tmp_path)
+    # Two processes: a lock is of the file that was opened.
+    with RoundsFolder(config).held([STUDENT_TRAIN]):
+        with pytest.raises(CacheConflict, match=rf"`student-train rounds` runs already \(process {os.getpid()} on"):
+            take_turns(config, [TEACHER_CACHE, STUDENT_TRAIN])
+        # The side that was free is free again.
+        assert not RoundsFolder(config).is_held(TEACHER_CACHE)
+
+
+def test_a_side_ends_once_nothing_is_left_for_it(tmp_path: Path) -> None:
+    config = make_config(tmp_path, rounds=1)
+    folder = RoundsFolder(config)
+    for part in ("generate", "score", "judge"):
+        folder.finish(Part(round=1, part=part, by=TEACHER_CACHE), 1.0, [])
+    assert take_turns(config, [TEACHER_CACHE]).next_part(1) == Part(round=1, part="train", by=STUDENT_TRAIN)
+
+
+def test_a_side_that_waits_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path)
+    folder, other = RoundsFolder(config), RoundsFolder(config)
+    folder.open()
+    hour = iter(range(100))
+    monkeypatch.setattr(turns.time, "monotonic", lambda: 3600.0 * next(hour))
+    waiting = _Waiting(folder)
+
+    def said() -> str:
+        waiting.tell(GENERATE, other.read().running)
+        return capsys.readouterr().err
+
+    assert "`teacher-cache rounds` is not running: start it" in said()
+    with other.held([TEACHER_CACHE]):
+        assert said() == "round 1, generate: waiting for teacher-cache (1:00:00 so far)\n"
+        other.begin(GENERATE)
+        assert "generate: teacher-cache on" in said()
+        assert said().endswith("waiting (1:00:00 so far)\n")
+        other.stop(30.0, "failed with exit code 3")
+        assert "failed with exit code 3: start it again; waiting" in said()
+        other.begin(GENERATE)
+        other.finish(GENERATE, 12.0, [])
+    # What its earlier start took counts.
+    assert folder.read().done[0].seconds == 42.0
+
+
+def test_an_earlier_rounds_other_teacher_is_refused_before_training(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    for number, weights in ((1, "a"), (2, "b")):
+        root = config.folder / f"round-{number}" / "scored"
+        make_cache(root, num_chains=2, vocab_size=50, max_tokens=4)
+        for path in (root / "runs").glob("*.json"):
+            found = json.loads(path.read_text())
+            found["teacher"]["weights_fingerprint"] = weights
+            path.write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match=r"of round 1 is of .* with other weights: score with that teacher"):
+        refuse_other_scores(config, 2)
+    refuse_other_scores(config.updated(allow_other_teacher=True), 2)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     config = make_config(tmp_path)
     RoundsFolder(config).open()
-    (config.folder / "state.json").write_text("{")
-    with pytest.raises(CorruptError, match="delete it"):
-        RoundsFolder(config).read()
+    monkeypatch.setattr(state_module, "write_text_atomic", full)
+    with pytest.raises(StillroomError, match=r"No space left on device: fix that and run the same command again"):
+        take_turns(config, [TEACHER_CACHE])
 
 
 def test_a_failed_part_ends_with_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +215,7 @@ def test_a_failed_part_ends_with_its_exit_code(tmp_path: Path, monkeypatch: pyte
     assert failed.value.exit_code == 3
     state = RoundsFolder(config).read()
     assert state.running is not None
-    assert (state.running.part, state.done) == ("generate", [])
+    assert (state.running.part, state.running.stopped, state.done) == ("generate", "failed with exit code 3", [])
 
 
 def test_two_sides_killed_again_and_again_do_every_piece_once(tmp_path: Path) -> None:

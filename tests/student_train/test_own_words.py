@@ -5,19 +5,25 @@ change nothing are refused.
 """
 
 import dataclasses
+import errno
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from stillroom.config import Json
-from stillroom.errors import ConfigError
+from stillroom.config import Json, plain
+from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Signals, stable_hash
+from student_train.config import PromptConfig
 from student_train.data.attached import Attached
 from student_train.data.open import open_data, train_request
 from student_train.data.pack import TargetView, to_torch
+from student_train.data.prepared import render_prompts, template_arguments
 from student_train.data.selection import Selection, load_selection
 from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, write_behaviour
@@ -25,10 +31,11 @@ from student_train.evaluation import student_metrics
 from student_train.model.student import load_student
 from student_train.plan import plan_run
 from student_train.runtime import start as start_module
-from student_train.runtime.ranks import Ranks
+from student_train.runtime.ranks import RANK_VARIABLES, Ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.runtime.start import open_start
-from tests.helpers.caches import CacheShape, Chain, SyntheticCache, write_chains
+from tests.helpers.caches import CacheShape, Chain, SyntheticCache, make_cache, write_chains
+from tests.helpers.programs import Program
 from tests.helpers.students import VOCAB_SIZE, make_tokenizer
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
 
@@ -47,9 +54,11 @@ def said(chain: Chain, shift: float) -> Signals:
     return dataclasses.replace(chain.signals, sampled_logprob_T=named_T.astype(np.float32))
 
 
-def rewritten(cache: SyntheticCache, root: Path, chains: Sequence[Chain], signals: Sequence[Signals]) -> SyntheticCache:
+def rewritten(
+    root: Path, chains: Sequence[Chain], signals: Sequence[Signals], num_ids: int = VOCAB_SIZE
+) -> SyntheticCache:
     """A cache of the same chains, in another order and in shards of other sizes, with other signals."""
-    shape = CacheShape(vocab_size=VOCAB_SIZE, max_support=32, rows_per_group=3, groups_per_shard=2, judged=False)
+    shape = CacheShape(vocab_size=num_ids, max_support=32, rows_per_group=3, groups_per_shard=2, judged=False)
     made = [
         dataclasses.replace(chain, sample_id=stable_hash("again", chain.sample_id), signals=one)
         for chain, one in zip(chains, signals, strict=True)
@@ -61,7 +70,7 @@ def rewritten(cache: SyntheticCache, root: Path, chains: Sequence[Chain], signal
 def own(trainer: Trainer, tmp_path: Path) -> SyntheticCache:
     """The student's own cache: it wrote two thirds of the chains that the trainer's cache holds."""
     chains = [chain for chain in trainer.cache.chains if chain.row % 3]
-    return rewritten(trainer.cache, tmp_path / "own", chains, [said(chain, 1.0) for chain in chains])
+    return rewritten(tmp_path / "own", chains, [said(chain, 1.0) for chain in chains])
 
 
 def packs_of(selection: Selection, attached: Attached) -> list[Any]:
@@ -92,6 +101,29 @@ def test_the_behaviour_meets_its_token(trainer: Trainer, own: SyntheticCache, tm
             else:
                 assert np.isnan(found)
     assert num_known
+
+
+def test_a_behaviour_that_was_not_sampled_at_temperature_1_is_named(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trainer.config("run")
+    request = train_request(config.data, 0, config.stages[0])
+    selection = open_data(tmp_path / "s.parquet", request, config.data, config.student)
+    path = tmp_path / "behaviour.npy"
+    write_behaviour(path, selection, [trainer.cache.root])
+    assert "was sampled with temperature=0.6, top_p=0.95: policy_gradient takes" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+    # Reserved, so that a full disk is an error here and no signal when it is written to.
+    assert path.stat().st_blocks * 512 >= path.stat().st_size
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(StillroomError, match=r"has no room for 0\.00 GB: \[Errno 28\] No space left"):
+        write_behaviour(tmp_path / "again.npy", selection, [trainer.cache.root])
+    assert not (tmp_path / "again.npy").exists()
 
 
 def test_chains_that_nobody_wrote_are_refused(trainer: Trainer, own: SyntheticCache, tmp_path: Path) -> None:
@@ -151,6 +183,23 @@ def test_a_run_on_own_chains_and_wrong_ones_resumes_bit_for_bit(
     assert losses_of(trainer.run(resumed)) == losses_of(whole)
 
 
+def test_two_ranks_resume_from_one(trainer: Trainer, own: SyntheticCache) -> None:
+    """With the weights spread too (ZeRO 3), through a stage on single chains and one on pairs."""
+    preference = {**PREFERENCE, "losses": {"dpo": 1.0, "cross_entropy": 0.1, "start_kl": 0.1}}
+    blocks: Json = {"data": {"behaviour": [str(own.root)]}, "engine": {"zero_stage": 3}}
+    whole = trainer.run(trainer.config("whole", OWN_WORDS, preference, **blocks))
+    config = trainer.config("run", OWN_WORDS, preference, **blocks)
+    trainer.run(config, stop_after=2)
+    path = trainer.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(plain(config)))
+    environ = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    code, _, said = Program(["student-train", "run", str(path), "--nproc", "2"], environ=environ).communicate()
+    assert code == 0, said
+    assert "resuming after step 2 of 4 of stage own, on 2 ranks (the checkpoint was saved by 1)" in said
+    found = RunFolder(config.run).read_metrics()
+    assert losses_of(found) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
 def test_pairs_share_a_prompt_and_a_pack(trainer: Trainer) -> None:
     config = trainer.config("run", {**PREFERENCE, "max_steps": 1})
     trainer.run(config)
@@ -194,7 +243,7 @@ def other_teacher(chain: Chain) -> Signals:
 
 def test_teachers_mix_by_source(trainer: Trainer, tmp_path: Path) -> None:
     chains = [chain for chain in trainer.cache.chains if chain.row % 4]
-    second = rewritten(trainer.cache, tmp_path / "second", chains, [other_teacher(chain) for chain in chains])
+    second = rewritten(tmp_path / "second", chains, [other_teacher(chain) for chain in chains])
     teachers = [{"path": str(second.root), "weight": "CASE source WHEN 'sums' THEN 3 ELSE 0 END"}]
     config = trainer.config("run", {"max_steps": 2}, data={"mixture": {"own": 1, "teachers": teachers}})
     assert len(trainer.run(config)) == 2
@@ -224,6 +273,25 @@ def test_teachers_mix_by_source(trainer: Trainer, tmp_path: Path) -> None:
     )
 
 
+def test_mixed_rows_hold_what_the_largest_shard_holds(trainer: Trainer, tmp_path: Path) -> None:
+    """Shards with more draws than others, and a teacher whose logits are wider than the own one's."""
+    made = [
+        make_cache(tmp_path / str(draws), 6, vocab_size=VOCAB_SIZE, max_tokens=40, draws=draws, seed=draws)
+        for draws in (2, 5)
+    ]
+    chains = made[0].chains[:3]
+    wide = [dataclasses.replace(one, topk_ids_N=one.topk_ids_N + VOCAB_SIZE) for one in map(other_teacher, chains)]
+    second = rewritten(tmp_path / "second", chains, wide, num_ids=2 * VOCAB_SIZE)
+    data = {"caches": [str(one.root) for one in made], "mixture": {"teachers": [{"path": str(second.root)}]}}
+    config = trainer.config("run", data={**data, "where": None})
+    request = train_request(config.data, 0, config.stages[0])
+    selection = open_data(tmp_path / "s.parquet", request, config.data, config.student)
+    assert (selection.header.vocab_size, selection.header.draws) == (2 * VOCAB_SIZE, 5)
+    packs = packs_of(selection, Attached())
+    assert max(int((pack.draw_weights_NM > 0).sum(axis=1).max()) for pack in packs) > 2
+    assert max(int(pack.ids_NK.max()) for pack in packs) >= VOCAB_SIZE
+
+
 def test_the_student_reads_another_prompt_than_the_teacher(trainer: Trainer) -> None:
     config = trainer.config("run", {"max_steps": 1}, data={"prompt": {"remove": ["question "]}})
     trainer.run(config)
@@ -238,6 +306,22 @@ def test_the_student_reads_another_prompt_than_the_teacher(trainer: Trainer) -> 
         assert pack.input_ids_L[start : start + 3].tolist() == [0, 0, 0]
         assert pack.input_ids_L[start + 3 : start + lengths[document]].tolist() == chain.token_ids.tolist()
     assert pack.ids_NK[0, 0] == by_key[int(selection.key_R[pack.row_N[0]])].row
+
+
+def test_arguments_of_the_teachers_template_stay(trainer: Trainer, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", 4, vocab_size=VOCAB_SIZE, max_tokens=40)
+    for path in (cache.root / "runs").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template_kwargs": {"depth": 2, "x": "w5"}}))
+    config = trainer.config("run", data={"caches": [str(cache.root)], "where": None})
+    selection = open_data(
+        tmp_path / "s.parquet", train_request(config.data, 0, config.stages[0]), config.data, config.student
+    )
+    (given,) = template_arguments(selection).values()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ x }} {{ depth }} {{ messages[0].content }}"
+    asked = PromptConfig(chat_template_kwargs={"x": "w7"})
+    (ids,) = render_prompts(tokenizer, asked, [[{"role": "user", "content": "w9"}]], given)
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("w7 2 w9"))
 
 
 def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> None:
@@ -276,6 +360,7 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
         ({"losses": {"unlikelihood": 1}}, {}, "unlikelihood needs wrong chains: set negatives"),
         ({"negatives": {"where": "not correct"}}, {}, "negatives have no effect with the losses forward_kl, cross"),
         ({"losses": {"policy_gradient": 1}}, {}, "policy_gradient needs what the student gave its own chains"),
+        ({"losses": {"policy_gradient": 1}}, {"behaviour": ["CACHE"]}, "teacher and writer would be one"),
         ({**PREFERENCE, "focal_gamma": 1.0}, {}, "dpo weighs pairs as a whole"),
         (
             {**PREFERENCE, "negatives": {"where": "num_tokens < 0"}},
@@ -287,6 +372,11 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
             {"mixture": {"own": "correct and", "teachers": [{"path": "CACHE"}]}},
             "data.mixture.own 'correct and': it",
         ),
+        (
+            {},
+            {"mixture": {"own": "'inf'", "teachers": [{"path": "CACHE"}]}},
+            r"data\.mixture\.own \"'inf'\" is inf for a chain",
+        ),
         ({"losses": {"start_kl": 1, "forward_kl": 1}, "temperature": 2.0}, {}, "start_kl compares at temperature 1"),
         ({"losses": {"taid": {"interpolation": {"kind": "elastic", "start": 1, "end": 0}}}}, {}, "cannot be elastic"),
         ({}, {"kind": "text", "prompt": {"drop_system": True}}, "prompt has no effect with kind: text"),
@@ -295,6 +385,8 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
 def test_what_has_no_effect_is_refused(trainer: Trainer, stage: Json, data: Json, message: str) -> None:
     for teacher in data.get("mixture", {}).get("teachers", []):
         teacher["path"] = str(trainer.cache.root)
+    if "behaviour" in data:
+        data["behaviour"] = [str(trainer.cache.root)]
     with pytest.raises(ConfigError, match=message):
         plan_run(trainer.config("run", stage, data=data), 1)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from stillroom.config import Json, StrictModel, flat
+from stillroom.config import Json, StrictModel, flat, plain
 
 ON_POLICY = {"temperature": 1.0, "top_p": 1.0}
 """Sampling at which the stored log probabilities are those of the tokens that were drawn."""
@@ -26,6 +26,8 @@ FILLED = {
     "train": ("run", "student.model", "student.init", "data.behaviour"),
 }
 """Keys that each round sets itself."""
+BLOCKS = {"generate": ("teacher", "sampling"), "score": (), "train": ("student", "data")}
+"""Blocks in which a round sets keys besides those that are given."""
 FREE = {
     "generate": ("engine", "shard", "judging", "failures"),
     "score": ("engine", "shard", "judging", "failures"),
@@ -73,6 +75,9 @@ class RoundsConfig(StrictModel):
         for key in FILLED[info.field_name]:
             if _get(value, key) is not None:
                 raise ValueError(f"each round sets {key} itself: remove it")
+        for key in BLOCKS[info.field_name]:
+            if not isinstance(value.get(key), Mapping | None):
+                raise ValueError(f"{key} must be a mapping of keys to values (got {value[key]!r})")
         return value
 
 
@@ -92,8 +97,7 @@ def generate_config(config: RoundsConfig, number: int) -> Json:
     # A preset sets both itself.
     given = _block(config.generate, "sampling")
     # Other seeds each round: a student that has hardly changed would write the same chains again.
-    seed = _seed(given) + number - 1
-    sampling = {**({} if given.get("preset") else ON_POLICY), **given, "seed": seed}
+    sampling = {**({} if given.get("preset") else ON_POLICY), **given, **_seed(given, number)}
     root = str(round_folder(config, number) / "chains")
     return {**config.generate, "cache": root, "run": "chains", "teacher": teacher, "sampling": sampling}
 
@@ -122,16 +126,16 @@ def off_policy_caches(config: RoundsConfig) -> list[Any]:
 
 def meaning_of_rounds(config: RoundsConfig) -> Json:
     """Dotted keys and values of everything that decides what is learnt, and must stay the same over all rounds."""
-    kept = {
-        name: {key: value for key, value in getattr(config, name).items() if key not in FREE[name]} for name in FREE
-    }
+    # As rounds.yaml holds them: a date that was not quoted is text there.
+    values = plain(config)
+    kept = {name: {key: value for key, value in values[name].items() if key not in FREE[name]} for name in FREE}
     return flat({"student": config.student, **kept})
 
 
-def _seed(sampling: Json) -> int:
+def _seed(sampling: Json, number: int) -> Json:
     seed = sampling.get("seed", 0)
-    # What is no number is refused by the command's own configuration.
-    return seed if isinstance(seed, int) else 0
+    # What is no number is left for the command's own configuration to refuse.
+    return {"seed": seed + number - 1} if isinstance(seed, int) else {}
 
 
 def _block(values: Mapping[str, Any], key: str) -> Json:

@@ -18,13 +18,16 @@ from pathlib import Path
 from types import FrameType
 
 from stillroom.config import Json
-from stillroom.errors import StillroomError
-from stillroom.log import format_count, note
+from stillroom.errors import StillroomError, one_line
+from stillroom.log import format_count, format_duration, note
 from stillroom.program import INTERRUPTED, PARENT_VARIABLE, SIGNALS
 from stillroom.rounds.config import RoundsConfig, generate_config, round_folder, score_config, train_config
-from stillroom.rounds.state import PARTS, STUDENT_TRAIN, TEACHER_CACHE, Part, RoundsFolder, RoundsState
+from stillroom.rounds.provenance import refuse_other_scores
+from stillroom.rounds.state import PARTS, STUDENT_TRAIN, TEACHER_CACHE, Part, RoundsFolder, RoundsState, RunningPart
 
 POLL_S = 1.0
+FIRST_REMINDER_S, LAST_REMINDER_S = 60.0, 3600.0
+"""A side that waits says so again after a minute, then after twice as long each time, up to an hour."""
 MODULES = {TEACHER_CACHE: "teacher_cache.cli", STUDENT_TRAIN: "student_train.cli"}
 KEPT = (
     *("num_chains", "num_tokens", "num_failures", "pass_rate", "by_judge"),
@@ -88,27 +91,37 @@ def commands_of(config: RoundsConfig, part: Part, num_ranks: int) -> list[Comman
 
 
 def take_turns(config: RoundsConfig, programs: Collection[str], *, num_ranks: int = 1) -> RoundsState:
-    """Does every part of `programs` when its turn comes, until all rounds are done; returns the last state.
+    """Does every part of `programs` when its turn comes, until none is left for them; returns the last state.
 
-    Raises ConfigError where the folder was started with other settings, PartFailed with the exit code of a command that
-    failed, KeyboardInterrupt after a signal.
+    Raises ConfigError where the folder was started with other settings, CacheConflict where another process does these
+    parts, PartFailed with the exit code of a command that failed, StillroomError where the folder cannot be written,
+    KeyboardInterrupt after a signal.
     """
     folder = RoundsFolder(config)
-    folder.open()
-    waited_for = ""
-    with _signals_to_child() as children:
-        while (part := (state := folder.read()).next_part(config.rounds)) is not None:
-            if part.by not in programs:
-                if (line := _waiting_line(config, part, state)) != waited_for:
-                    note(line)
-                    waited_for = line
-                children.sleep(POLL_S)
-                continue
-            _do(config, part, folder, children, num_ranks)
+    try:
+        folder.open()
+        with folder.held(programs), _signals_to_child() as children:
+            waiting = _Waiting(folder)
+            while (state := folder.read()).is_left_for(programs, config.rounds):
+                part = state.next_part(config.rounds)
+                assert part is not None
+                if part.by in programs:
+                    _do(config, part, folder, children, num_ranks)
+                else:
+                    waiting.tell(part, state.running)
+                    children.sleep(POLL_S)
+    except OSError as error:
+        raise StillroomError(
+            f"{config.folder}: {one_line(error)}: fix that and run the same command again to resume"
+        ) from error
     return state
 
 
 def _do(config: RoundsConfig, part: Part, folder: RoundsFolder, children: "_Children", num_ranks: int) -> None:
+    # Once more: the other side may have been started with something else at the same moment as this one.
+    folder.open()
+    if part.part == "train":
+        refuse_other_scores(config, part.round)
     write = {"generate": generate_config, "score": score_config, "train": train_config}.get(part.part)
     if write is not None:
         folder.write_part(round_folder(config, part.round) / f"{part.part}.yaml", write(config, part.round))
@@ -119,16 +132,43 @@ def _do(config: RoundsConfig, part: Part, folder: RoundsFolder, children: "_Chil
         folder.begin(part)
     for command in commands:
         if command.unless is None or not command.unless.exists():
-            result = children.run(command)
+            try:
+                result = children.run(command)
+            except (PartFailed, KeyboardInterrupt) as end:
+                how = "interrupted" if isinstance(end, KeyboardInterrupt) else f"failed with exit code {end.exit_code}"
+                folder.stop(time.monotonic() - started_s, how)
+                raise
             results.append({key: result[key] for key in KEPT if result.get(key) is not None})
     folder.finish(part, time.monotonic() - started_s, results)
 
 
-def _waiting_line(config: RoundsConfig, part: Part, state: RoundsState) -> str:
-    running = state.running
-    if running is not None and (running.round, running.part) == (part.round, part.part):
-        return f"{part.title}: {part.by} on {running.host} since {running.started_at}; waiting"
-    return f"{part.title}: waiting for {part.by} rounds on {config.folder}"
+class _Waiting:
+    """Says whom this side waits for: when that changes, and now and then. By this machine's clock alone."""
+
+    def __init__(self, folder: RoundsFolder) -> None:
+        self._folder = folder
+        self._known: tuple[Part, RunningPart | None] | None = None
+        self._since_s = self._next_s = 0.0
+
+    def tell(self, part: Part, running: RunningPart | None) -> None:
+        """`running`: what the other side says that it does."""
+        now_s = time.monotonic()
+        if self._known != (part, running):
+            self._known, self._since_s, self._next_s = (part, running), now_s, FIRST_REMINDER_S
+            note(self._line(part, running))
+        elif (waited_s := now_s - self._since_s) >= self._next_s:
+            self._next_s += min(self._next_s, LAST_REMINDER_S)
+            note(f"{self._line(part, running)} ({format_duration(waited_s)} so far)")
+
+    def _line(self, part: Part, running: RunningPart | None) -> str:
+        is_begun = running is not None and (running.round, running.part) == (part.round, part.part)
+        if running is not None and is_begun and running.stopped is not None:
+            return f"{part.title}: {part.by} on {running.host} {running.stopped}: start it again; waiting"
+        if not self._folder.is_held(part.by):
+            return f"{part.title}: `{part.by} rounds` is not running: start it where it can see the folder; waiting"
+        if running is not None and is_begun:
+            return f"{part.title}: {part.by} on {running.host} since {running.started_at}; waiting"
+        return f"{part.title}: waiting for {part.by}"
 
 
 class _Children:
@@ -195,8 +235,9 @@ def state_lines(config: RoundsConfig, state: RoundsState) -> list[str]:
         facts = []
         made, scored, trained = (state.of(number, part) for part in ("generate", "score", "train"))
         if made is not None and made.results:
-            rate = made.results[0].get("pass_rate")
-            size = f"{made.results[0]['num_chains']:,} chains, {format_count(made.results[0]['num_tokens'])} tokens"
+            built = made.results[0]
+            rate = built.get("pass_rate")
+            size = f"{built.get('num_chains', 0):,} chains, {format_count(built.get('num_tokens', 0))} tokens"
             facts.append(size + ("" if rate is None else f", {rate:.1%} correct"))
         if scored is not None and trained is None:
             facts.append("scored")
@@ -206,7 +247,7 @@ def state_lines(config: RoundsConfig, state: RoundsState) -> list[str]:
                 facts.append(f"reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}")
         answered = state.of(number, "answers")
         if answered is not None and answered.results:
-            shares = [one["generation"]["accuracy"] for one in answered.results]
+            shares = [(one.get("generation") or {}).get("accuracy") for one in answered.results]
             facts.append("answers " + " -> ".join("-" if one is None else f"{one:.1%}" for one in shares) + " correct")
         lines.append(f"round {number}    {'; '.join(facts) or 'not started'}")
     due = state.next_part(config.rounds)

@@ -3,6 +3,8 @@
 T tokens, V vocabulary, K support, M draws
 """
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -125,6 +127,28 @@ def test_draws_are_unbiased() -> None:
     error_TF = np.abs(means_STF.mean(axis=0) - MIXTURE @ functions_VF)
     assert (error_TF < 5 * means_STF.std(axis=0) / num_trials**0.5).all()
     np.testing.assert_allclose(np.sum(masses, axis=2), 1.0, atol=1e-5)
+
+
+def test_a_tail_without_draws_is_not_placed_where_others_drew() -> None:
+    """What the first teacher drew outside the union would otherwise stand for the second one's tail too."""
+    num_trials = 200
+    second = stored(Q, 4)
+    found = [mixed([stored(P, 3, 4, seed), second], seed) for seed in range(num_trials)]
+    masses_STV = np.array([measure(one) for one in found])
+    tails_ST = np.exp([one.tail_logmass_T for one in found])
+    for one in found:
+        assert one.draws is not None
+        assert not one.draws.n_T.any()
+    np.testing.assert_allclose(masses_STV.sum(axis=2) + tails_ST, 1.0, atol=1e-5)
+    # Ids of the second teacher's support: its own mass exactly, that of the first by its draws.
+    token_N, id_N = np.repeat(np.arange(T), 4), second.topk_ids_N
+    spread_N = masses_STV.std(axis=0)[token_N, id_N]
+    error_N = np.abs(masses_STV.mean(axis=0) - MIXTURE)[token_N, id_N]
+    assert (error_N < 5 * spread_N / num_trials**0.5 + 1e-3).all()
+    # A teacher that has no draws because it has no tail leaves the others theirs.
+    kept = mixed([stored(P, 3, 4), replace(second, tail_logmass_T=np.full(T, -np.inf, np.float32))])
+    assert kept.draws is not None
+    assert kept.draws.n_T.all()
 
 
 def test_draws_know_the_probability_that_the_teachers_give_them() -> None:

@@ -56,18 +56,6 @@ def test_killed_run_resumes_bit_for_bit(trainer: Trainer, num_ranks: int, stage:
     assert _trained_bytes(config) == _trained_bytes(whole)
 
 
-def test_two_ranks_resume_from_one(trainer: Trainer) -> None:
-    """The other way round, with the weights spread too: ZeRO 3."""
-    engine: Json = {"zero_stage": 3}
-    whole = losses_of(trainer.reference(engine=engine))
-    config = trainer.config("run", engine=engine)
-    trainer.run(config, stop_after=4)
-    code, _, said = _start(config, "--nproc", "2").communicate()
-    assert code == 0, said
-    assert "resuming after step 4 of 7 of stage distill, on 2 ranks (the checkpoint was saved by 1)" in said
-    assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-3)
-
-
 @pytest.mark.parametrize("options", [(), ("--nproc", "2")])
 def test_interrupted_before_the_first_step_ends_at_once(trainer: Trainer, options: tuple[str, ...]) -> None:
     config = trainer.config("run")
