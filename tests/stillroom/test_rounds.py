@@ -160,11 +160,13 @@ def test_a_side_that_waits_says_for_whom(
     config = make_config(tmp_path)
     folder, other = RoundsFolder(config), RoundsFolder(config)
     folder.open()
-    hour = iter(range(100))
-    monkeypatch.setattr(turns.time, "monotonic", lambda: 3600.0 * next(hour))
+    now_s = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
     waiting = _Waiting(folder)
 
     def said() -> str:
+        nonlocal now_s
+        now_s += 3600.0
         waiting.tell(GENERATE, other.read().running)
         return capsys.readouterr().err
 

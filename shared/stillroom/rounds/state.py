@@ -106,7 +106,7 @@ class RoundsFolder:
     def __init__(self, config: RoundsConfig) -> None:
         self._config = config
         self._state, self._rounds = config.folder / "state.json", config.folder / "rounds.yaml"
-        self._known = b"", RoundsState()
+        self._known: tuple[bytes | None, RoundsState] = None, RoundsState()
 
     @contextlib.contextmanager
     def held(self, programs: Collection[str]) -> Iterator[None]:
@@ -169,7 +169,7 @@ class RoundsFolder:
             if text != self._known[0]:
                 self._known = text, RoundsState.model_validate_json(text)
         except FileNotFoundError:
-            self._known = b"", RoundsState()
+            self._known = None, RoundsState()
         except ValidationError as error:
             problem = error.errors()[0]
             where = "".join(f"{one}: " for one in problem["loc"])

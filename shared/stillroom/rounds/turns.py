@@ -242,9 +242,10 @@ def state_lines(config: RoundsConfig, state: RoundsState) -> list[str]:
         if scored is not None and trained is None:
             facts.append("scored")
         if trained is not None and trained.results:
-            before, after = (trained.results[0].get(f"heldout_{when}") for when in ("before", "after"))
-            if before and after and after.get("reverse_kl") is not None:
-                facts.append(f"reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}")
+            heldout = [trained.results[0].get(f"heldout_{when}") or {} for when in ("before", "after")]
+            before, after = (one.get("reverse_kl") for one in heldout)
+            if before is not None and after is not None:
+                facts.append(f"reverse KL {before:.4f} -> {after:.4f}")
         answered = state.of(number, "answers")
         if answered is not None and answered.results:
             shares = [(one.get("generation") or {}).get("accuracy") for one in answered.results]
