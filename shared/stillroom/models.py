@@ -49,7 +49,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
             from transformers import AutoTokenizer
     except ImportError as error:
         raise DataError("tokenizers need the package transformers: pip install transformers") from error
-    _require_folder_or_id(model)
+    require_folder_or_id(model)
     hush_hub()
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -61,7 +61,7 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
     """Width of the model's logits, from its config.json. Raises DataError if that does not say."""
     with _quiet_transformers():
         from transformers import AutoConfig
-    _require_folder_or_id(model)
+    require_folder_or_id(model)
     hush_hub()
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -326,7 +326,8 @@ def _once(record: logging.LogRecord) -> bool:
     return False
 
 
-def _require_folder_or_id(model: str) -> None:
+def require_folder_or_id(model: str) -> None:
+    """Raises DataError for a path without a folder, which the hub would refuse in words of its own."""
     if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
         raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
 

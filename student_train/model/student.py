@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stillroom.errors import ConfigError, DataError, one_line
-from stillroom.models import hush_hub
+from stillroom.models import hush_hub, require_folder_or_id
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import RouterBalance, find_balance
@@ -218,6 +218,7 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
 
     Raises DataError, and ConfigError for an attention that the model lacks.
     """
+    require_folder_or_id(folder)
     use_cpu_where_there_is_no_gpu()
     import transformers
 
