@@ -379,7 +379,9 @@ def files(
 @app.command()
 def show(
     cache: CachePath,
-    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="A sample_id or a unique prefix of one.")],
+    sample: Annotated[
+        str, typer.Argument(metavar="SAMPLE", help="A sample_id (`teacher-cache sql` lists them) or a unique prefix.")
+    ],
     token: Annotated[int | None, typer.Option(help="Show the distribution at this token (from 0).")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
 ) -> None:

@@ -97,13 +97,14 @@ class PackStream:
         read_ahead_groups: row groups read before they are due; None is 2 from folders, 8 from object stores.
         tell: called every WAIT_NOTE_S while the consumer waits, with a line that says for which file.
 
-        Raises ConfigError if the batch does not divide among the ranks or no chain is left to train on.
+        Raises ConfigError for an impossible rank, a batch that does not divide among the ranks, or no chain left.
         """
-        if packs_per_step % world:
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank={rank} is none of world={world} ranks, which count from 0")
+        if packs_per_step < 1 or packs_per_step % world:
             raise ConfigError(
                 f"a global batch of {packs_per_step} packs cannot be divided among {world} ranks: make it a multiple"
             )
-        assert 0 <= rank < world
         assert buffer_mib > 0
         assert prefetch_packs > 0
         assert read_ahead_groups is None or read_ahead_groups >= 0

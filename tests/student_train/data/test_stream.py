@@ -266,6 +266,10 @@ def test_nothing_left_is_refused(frozen: Frozen) -> None:
 def test_a_batch_that_does_not_divide_is_refused(frozen: Frozen) -> None:
     with pytest.raises(ConfigError, match="8 packs cannot be divided among 3 ranks"):
         PackStream(frozen.selection, SPEC, packs_per_step=8, rank=0, world=3)
+    with pytest.raises(ConfigError, match="a global batch of 0 packs"):
+        PackStream(frozen.selection, SPEC, packs_per_step=0)
+    with pytest.raises(ConfigError, match="rank=2 is none of world=2 ranks"):
+        PackStream(frozen.selection, SPEC, packs_per_step=8, rank=2, world=2)
 
 
 def test_a_state_of_other_data_is_refused(frozen: Frozen) -> None:
