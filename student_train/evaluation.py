@@ -261,7 +261,9 @@ def evaluate_config(
         model, name = trained_model(config, state, merged=True), state.tag
         quantise = quantise or config.stages[state.stage].quantise
     kept = run.heldout_path if where is None else None
-    result = _evaluate(model, config.student, config.data, wanted, kept, config.engine.chunk_tokens, generate, quantise)
+    trained = run.selection_path(config.stages[0].name)
+    chunk_tokens = config.engine.chunk_tokens
+    result = _evaluate(model, config.student, config.data, wanted, kept, trained, chunk_tokens, generate, quantise)
     return {"model": name, **result}
 
 
@@ -290,7 +292,7 @@ def evaluate_model(
     wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
     loaded = load_causal(model, student, precision)
-    return {"model": model, **_evaluate(loaded, student, data, wanted, None, None, generate, quantise)}
+    return {"model": model, **_evaluate(loaded, student, data, wanted, None, None, None, generate, quantise)}
 
 
 def _evaluate(
@@ -299,6 +301,7 @@ def _evaluate(
     data: DataConfig,
     wanted: EvalConfig,
     kept: Path | None,
+    trained: Path | None,
     chunk_tokens: int | None,
     generate: GenerateConfig | None,
     quantise: QuantiseConfig | None,
@@ -309,7 +312,7 @@ def _evaluate(
         path = Path(temp) / "heldout.selection.parquet"
         if kept is not None:
             path = kept_or_temporary(kept, request, Path(temp))
-        selection = open_data(path, request, data, student)
+        selection = open_data(path, request, data, student, counted=trained)
         vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
         widen_vocab(model, vocabulary.num_ids)
         fuse_head(model)

@@ -197,8 +197,11 @@ class _Shared:
 
     def heldout(self, path: Path, request: SelectionRequest) -> Selection:
         """A selection of held-out chains, which `eval` may change."""
+        trained = self.run.selection_path(self.config.stages[0].name)
         return self.opened(
-            path if self.spare is None else kept_or_temporary(path, request, self.spare), request, open_heldout
+            path if self.spare is None else kept_or_temporary(path, request, self.spare),
+            request,
+            functools.partial(open_heldout, trained=trained),
         )
 
     def written(self, path: Path, write: Callable[[Path], None]) -> None:

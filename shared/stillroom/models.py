@@ -113,9 +113,12 @@ def fingerprint_template(tokenizer: Any) -> str:
     return stable_hash("template", tokenizer.chat_template)
 
 
-def write_vocab(path: Location, tokenizer: Any) -> None:
-    """Writes every token of the tokenizer in stillroom.schema.tables.VOCAB_SCHEMA, ordered by id."""
-    pieces = pieces_of(tokenizer)
+def write_vocab(path: Location, tokenizer: Any, pieces: Mapping[int, str] | None = None) -> None:
+    """Writes every token of the tokenizer in stillroom.schema.tables.VOCAB_SCHEMA, ordered by id.
+
+    `pieces` are its pieces_of() where these are known.
+    """
+    pieces = pieces or pieces_of(tokenizer)
     special = _special_ids(tokenizer)
     ids = sorted(pieces)
     columns = [
@@ -129,16 +132,17 @@ def write_vocab(path: Location, tokenizer: Any) -> None:
 
 def pieces_of(tokenizer: Any) -> dict[int, str]:
     """Text of each token by id. Bytes that are not valid UTF-8 by themselves are shown as <0xE2>."""
-    backend = _backend(tokenizer)
-    kinds = _decoder_kinds(backend["decoder"]) if backend is not None else set()
+    # All of tokenizer.json takes a second to parse, most of it the merges.
+    decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
+    kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
     byte_of = _byte_level_alphabet()
     pieces: dict[int, str] = dict(added)
     for token, token_id in tokenizer.get_vocab().items():
         if token_id in added:
             continue
-        if "ByteLevel" in kinds and all(char in byte_of for char in token):
-            pieces[token_id] = _show_bytes(bytes(byte_of[char] for char in token))
+        if "ByteLevel" in kinds and byte_of.keys() >= set(token):
+            pieces[token_id] = _show_bytes(bytes([byte_of[char] for char in token]))
         elif kinds & {"Metaspace", "Replace"}:
             # SentencePiece writes a space as U+2581; decode would drop the one before a first token.
             pieces[token_id] = token.replace("▁", " ")
@@ -165,8 +169,11 @@ def special_pieces(vocab: Location) -> dict[int, str]:
 
     Raises CorruptError if the file cannot be read.
     """
-    pieces, special = cached_pieces(vocab)
-    return {token_id: pieces[token_id] for token_id in special}
+    if not vocab.exists():
+        return {}
+    table = _read_vocab(vocab)
+    table = table.filter(table.column("is_special"))
+    return dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
 
 
 def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bool:
@@ -220,8 +227,8 @@ class VocabDifference:
         return not self.ordinary
 
 
-def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
-    """Compares a cache's vocabulary file with a tokenizer, id by id.
+def compare_vocab(cached: Location, tokenizer: Any, pieces: Mapping[int, str] | None = None) -> VocabDifference:
+    """Compares a cache's vocabulary file with a tokenizer, id by id; `pieces` are its pieces_of() where known.
 
     A difference is special if the id is special or missing on both sides: control tokens and markers such as <think>
     may be renamed within a model family. Rows of an embedding past both vocabularies are padding and appear in neither.
@@ -231,7 +238,9 @@ def compare_vocab(cached: Location, tokenizer: Any) -> VocabDifference:
     rows = zip(*(table.column(name).to_pylist() for name in ("token_id", "piece", "is_special")), strict=True)
     mine: dict[int, tuple[str, bool]] = {token_id: (piece, special) for token_id, piece, special in rows}
     special_ids = _special_ids(tokenizer)
-    theirs = {token_id: (piece, token_id in special_ids) for token_id, piece in pieces_of(tokenizer).items()}
+    theirs = {
+        token_id: (piece, token_id in special_ids) for token_id, piece in (pieces or pieces_of(tokenizer)).items()
+    }
     ordinary: list[tuple[int, str | None, str | None]] = []
     special: list[tuple[int, str | None, str | None]] = []
     for token_id in sorted(mine.keys() | theirs.keys()):

@@ -97,10 +97,16 @@ def _unweighted(data: DataConfig) -> list[CacheSource]:
 
 
 def open_data(
-    path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig, pairing: Pairing | None = None
+    path: Path,
+    request: SelectionRequest,
+    data: DataConfig,
+    student: StudentConfig,
+    pairing: Pairing | None = None,
+    counted: Path | None = None,
 ) -> Selection:
     """The frozen selection at `path`, made where there is none yet; its tokens are the student's for `kind: text` and
-    `kind: projected`. Rows differ from the caches' for `mixture`, `prompt` and with a `pairing`.
+    `kind: projected`. Rows differ from the caches' for `mixture`, `prompt` and with a `pairing`. `counted`: see
+    open_projected_selection().
     """
     if data.kind == "distributions" and data.mixture is None and data.prompt is None and pairing is None:
         return _of_kind(path, open_selection(path, replace(request, kept_ids=read_kept_ids(student.model))), data)
@@ -121,7 +127,7 @@ def open_data(
         return _of_kind(path, open_text_selection(path, request, text, data.text), data)
     from student_train.data.vocabulary.freeze import open_projected_selection
 
-    return _of_kind(path, open_projected_selection(path, request, text), data)
+    return _of_kind(path, open_projected_selection(path, request, text, counted), data)
 
 
 def _of_kind(path: Path, selection: Selection, data: DataConfig) -> Selection:
@@ -309,8 +315,10 @@ def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:
     raise ConfigError(f"{paths[0]} is missing, and the student's tokenizer is not the cache's: copy the whole cache")
 
 
-def open_heldout(path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig) -> Selection:
-    """The selection frozen at `path`, or a new one if `eval` now selects other chains.
+def open_heldout(
+    path: Path, request: SelectionRequest, data: DataConfig, student: StudentConfig, trained: Path
+) -> Selection:
+    """The selection frozen at `path`, or a new one if `eval` now selects other chains; `trained` is what trains.
 
     Raises ConfigError, DataError, CorruptError.
     """
@@ -319,7 +327,7 @@ def open_heldout(path: Path, request: SelectionRequest, data: DataConfig, studen
             "eval selects different held-out chains than before: selecting them again and resetting the best checkpoint"
         )
         _forget(path)
-    return open_data(path, request, data, student)
+    return open_data(path, request, data, student, counted=trained)
 
 
 def is_answered(path: Path, request: SelectionRequest) -> bool:

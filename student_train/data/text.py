@@ -5,6 +5,7 @@ and a selection over them, which plans, streams and resumes like any other. No d
 A chain that came to its own end gets the student's end of sequence; one that was cut off does not.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from stillroom.models import (
     came_to_its_end,
     fingerprint_template,
     fingerprint_tokenizer,
+    pieces_of,
     special_pieces,
     write_vocab,
 )
@@ -97,7 +99,13 @@ class HuggingFaceText:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_id = int(tokenizer.eos_token_id)
-        self.fingerprint = stable_hash(fingerprint_tokenizer(tokenizer), fingerprint_template(tokenizer))
+        self.tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
+        self.fingerprint = stable_hash(self.tokenizer_fingerprint, fingerprint_template(tokenizer))
+
+    @functools.cached_property
+    def pieces(self) -> dict[int, str]:
+        """Text of each token by id: pieces_of()."""
+        return pieces_of(self.tokenizer)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The chat template's text, with the generation prompt."""
@@ -121,7 +129,7 @@ class HuggingFaceText:
 
     def write_vocab(self, path: Location) -> None:
         """Every token by id."""
-        write_vocab(path, self.tokenizer)
+        write_vocab(path, self.tokenizer, self.pieces)
 
     def _encode(self, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
         if not texts:

@@ -14,9 +14,9 @@ S student tokens, R chains, N stored candidates
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from stillroom.cache.columns import LOGPROB_RANGE_NATS, list_column
 from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
-from stillroom.models import cached_pieces, compare_vocab, fingerprint_tokenizer
+from stillroom.models import cached_pieces, compare_vocab
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
 from stillroom.schema.records import Float32, Int32, Int64, Signals
@@ -43,7 +43,7 @@ from student_train.data.retokenised import (
     vocab_beside,
     write_retokenised,
 )
-from student_train.data.selection import Projection, Selection, SelectionRequest, open_selection
+from student_train.data.selection import Projection, Selection, SelectionRequest, load_selection, open_selection
 from student_train.data.text import (
     TEXT_COLUMNS,
     TEXT_SCHEMA,
@@ -56,6 +56,7 @@ from student_train.data.text import (
 )
 from student_train.data.vocabulary.alignment import chunk_logprobs, first_tokens_with, is_written_with
 from student_train.data.vocabulary.chains import CHANGED, RESPELLED, AlignedChain, Aligner
+from student_train.data.vocabulary.merges import merges_of
 from student_train.data.vocabulary.pairs import Pairs
 from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, VocabularyPair, vocabulary_of
 from student_train.data.vocabulary.projection import MAX_SUPPORT, Targets, project
@@ -72,16 +73,21 @@ EXTRA_FIELDS = [
 ]
 
 
-def open_projected_selection(path: Path, request: SelectionRequest, tokenizer: HuggingFaceText) -> Selection:
+def open_projected_selection(
+    path: Path, request: SelectionRequest, tokenizer: HuggingFaceText, counted: Path | None = None
+) -> Selection:
     """The projected selection kept at `path`, or a new one: frozen, then projected into a folder beside it.
 
-    Goes on where an interrupted call stopped. Raises ConfigError where `path` answers another request or tokenizer,
-    where the vocabularies agree, and where most of the text cannot be aligned.
+    `counted` is the path of another projected selection, with whose chains a new one counts instead of its own: those
+    of training, for held-out chains. Goes on where an interrupted call stopped. Raises ConfigError where `path` answers
+    another request or tokenizer, where the vocabularies agree, and where most of the text cannot be aligned.
     """
     if path.exists():
         return reopen_retokenised(path, request, tokenizer)
-    source = open_selection(path.with_name(f"{path.stem}.source.parquet"), replace(request, any_tokenizer=True))
-    maker = ProjectedRows(source, tokenizer)
+    source = open_selection(_source_path(path), replace(request, any_tokenizer=True))
+    roots = [one.root for one in request.sources]
+    other = None if counted is None or not _source_path(counted).exists() else _source_path(counted)
+    maker = ProjectedRows(source, tokenizer, None if other is None else load_selection(other, roots))
     made = retokenise(path, source, maker)
     tokenizer.write_vocab(vocab_beside(made.folder))
     counts = made.counts
@@ -111,21 +117,27 @@ class ProjectedRows:
     columns = TEXT_COLUMNS
     with_signals = True
 
-    def __init__(self, source: Selection, tokenizer: HuggingFaceText) -> None:
+    def __init__(self, source: Selection, tokenizer: HuggingFaceText, counted: Selection | None = None) -> None:
         """Raises ConfigError where the vocabularies agree."""
         self._tokenizer = tokenizer
         self.identity = ("projected", VERSION, tokenizer.fingerprint, source.header.hash)
-        student = vocabulary_of(tokenizer.tokenizer)
+        if counted is not None:
+            self.identity = (*self.identity, counted.header.hash)
+        student = vocabulary_of(tokenizer.tokenizer, tokenizer.pieces)
         paths = {one: _vocab_path(source, one) for one in source.header.tokenizer_fingerprints}
         if all(_is_same(one, path, tokenizer) for one, path in paths.items()):
             raise ConfigError(
                 "the student has the cache's vocabulary, and projecting into it would only lose: leave out data.kind: "
                 "projected"
             )
-        self._teachers = {
-            fingerprint: _Teacher(source, groups, Vocabulary(*cached_pieces(paths[fingerprint])), student, tokenizer)
-            for fingerprint, groups in _groups_by_teacher(source).items()
-        }
+        groups_of = {} if counted is None else _groups_by_teacher(counted)
+        self._teachers = {}
+        for fingerprint, groups in _groups_by_teacher(source).items():
+            vocabulary, chains = Vocabulary(*cached_pieces(paths[fingerprint])), _Chains(source, groups)
+            # Of a teacher that writes none of the other chains, its own are all there is.
+            has_other = counted is not None and len(groups_of.get(fingerprint, ())) > 0
+            others = _Chains(counted, groups_of[fingerprint]) if counted is not None and has_other else None
+            self._teachers[fingerprint] = _Teacher(chains, others, vocabulary, student, tokenizer)
 
     def prepare(self) -> None:
         """Counts the transport of each teacher. Raises ConfigError where the student's tokenizer changes the text."""
@@ -186,22 +198,44 @@ class ProjectedRows:
         return _table(kept, header.codec).cast(self.schema(header)), counts
 
 
+@dataclass(frozen=True)
+class _Chains:
+    """Chains of one teacher: row groups of a selection."""
+
+    source: Selection
+    groups: Int64
+
+    def evenly(self, num_tokens: int) -> Self:
+        """Evenly spaced row groups, of so many completion tokens together."""
+        tokens_G = np.bincount(self.source.group_R, self.source.num_tokens_R, len(self.source.file_G))
+        return replace(self, groups=self.groups[:: -(-int(tokens_G[self.groups].sum()) // num_tokens)])
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Their rows, a row group at a time."""
+        for group in self.groups.tolist():
+            for _, table in read_groups(self.source, [group], columns):
+                yield table
+
+
 class _Teacher:
     """One teacher's chains: their alignment with the student, and the transport that they say."""
 
     def __init__(
         self,
-        source: Selection,
-        groups: Int64,
+        chains: _Chains,
+        counted: _Chains | None,
         vocabulary: Vocabulary,
         student: Vocabulary,
         tokenizer: HuggingFaceText,
     ) -> None:
-        """`groups` are the row groups of this teacher's chains."""
-        self._source, self._groups, self._tokenizer = source, groups, tokenizer
-        markers = markers_of(source)
-        seen, ends = _special_in(source, groups, vocabulary, markers)
-        self.aligner = Aligner(vocabulary, source.header.vocab_size, ends, student, tokenizer, markers)
+        """`counted` are the chains to count, where these are others than `chains`."""
+        self._chains, self._other, self._tokenizer = chains, counted, tokenizer
+        markers = markers_of(chains.source)
+        seen, ends = _special_in(chains, vocabulary, markers)
+        if counted is not None:
+            markers = {**markers_of(counted.source), **markers}
+            ends |= _special_in(counted.evenly(MAX_COUNTED), vocabulary, markers)[1]
+        self.aligner = Aligner(vocabulary, chains.source.header.vocab_size, ends, student, tokenizer, markers)
         self.special = _special_of(vocabulary, seen, student, self.aligner.pair)
         pair = self.aligner.pair
         # At most MAX_COUNTED tokens and a row group: some 100 MB.
@@ -209,11 +243,12 @@ class _Teacher:
         self._is_mark_V = np.array([MARK.fullmatch(data) is not None for data in pair.student_bytes])
         encode = tokenizer.encode_completions
         joins = joins_of(pair.student_bytes)
-        self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, encode), joins)
+        merges = merges_of(tokenizer.tokenizer, pair.student_bytes)
+        self._strings = Strings(*_without_marks(pair), first_tokens_with(pair, encode), joins, merges)
         # A tokenizer may have more tokens than the model has rows, as long as no text needs them.
         num_ids = max(tokenizer.vocab_size, len(pair.student_bytes))
         self._transport = Transport(self._strings, num_ids)
-        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), num_ids, joins)
+        self._pairs = Pairs(pair.student_bytes, is_written_with(pair, encode), num_ids, joins, merges)
 
     def align(self, table: pa.Table, where: str) -> list[AlignedChain]:
         """Chains of `table`, the row group at `where`, once in all for those that were counted."""
@@ -222,15 +257,13 @@ class _Teacher:
 
     def count(self) -> None:
         """Counts over a sample of the row groups. Raises ConfigError where most of its chains cannot be aligned."""
-        source = self._source
-        # Evenly spaced, of MAX_COUNTED completion tokens together.
-        tokens_G = np.bincount(source.group_R, source.num_tokens_R, len(source.file_G))
-        groups = self._groups[:: -(-int(tokens_G[self._groups].sum()) // MAX_COUNTED)]
+        counted = (self._other or self._chains).evenly(MAX_COUNTED)
         problems: list[str] = []
-        with Progress("align", len(groups), "row groups") as progress:
-            for number, table in enumerate(_tables(source, groups, TEXT_COLUMNS)):
+        with Progress("align", len(counted.groups), "row groups") as progress:
+            for number, table in enumerate(counted.tables(TEXT_COLUMNS)):
                 chains = self.aligner.align(table)
-                self._counted[source.where(int(groups[number]))] = chains
+                if self._other is None:
+                    self._counted[counted.source.where(int(counted.groups[number]))] = chains
                 aligned = self._aligned([chain for chain in chains if chain.alignment is not None])
                 self._transport.add(aligned)
                 self._pairs.add(aligned.before_S, aligned.student_ids_S)
@@ -282,17 +315,13 @@ def _groups_by_teacher(source: Selection) -> dict[str, Int64]:
     return {name: np.flatnonzero(name_G == number) for number, name in enumerate(names)}
 
 
-def _special_in(
-    source: Selection, groups: Int64, vocabulary: Vocabulary, markers: Mapping[str, Markers]
-) -> tuple[set[int], set[int]]:
+def _special_in(chains: _Chains, vocabulary: Vocabulary, markers: Mapping[str, Markers]) -> tuple[set[int], set[int]]:
     """The special tokens in all chains of the row groups, and those among them that end one."""
     special = np.array(sorted(vocabulary.special), np.int32)
     seen: set[int] = set()
     ends: set[int] = set()
-    with Progress("scan", len(groups), "row groups") as progress:
-        for number, table in enumerate(
-            _tables(source, groups, ["sample_id", "run_id", "text", "finish_reason", "token_ids"])
-        ):
+    with Progress("scan", len(chains.groups), "row groups") as progress:
+        for number, table in enumerate(chains.tables(["sample_id", "run_id", "text", "finish_reason", "token_ids"])):
             ids = table.column("token_ids").combine_chunks().flatten().to_numpy()
             seen.update(np.unique(ids[np.isin(ids, special)]).tolist())
             ends.update(row["last_id"] for row in with_last_id(table) if has_ended(row, markers[row["run_id"]]))
@@ -300,10 +329,9 @@ def _special_in(
     return seen, ends & vocabulary.special
 
 
-def _tables(source: Selection, groups: Int64, columns: Sequence[str]) -> Iterator[pa.Table]:
-    for group in groups.tolist():
-        for _, table in read_groups(source, [group], columns):
-            yield table
+def _source_path(path: Path) -> Path:
+    """Where the selection lies that the one at `path` was made from."""
+    return path.with_name(f"{path.stem}.source.parquet")
 
 
 def _vocab_path(source: Selection, fingerprint: str) -> Location:
@@ -317,8 +345,8 @@ def _vocab_path(source: Selection, fingerprint: str) -> Location:
 
 def _is_same(fingerprint: str, path: Location, tokenizer: HuggingFaceText) -> bool:
     """Whether a teacher's vocabulary is the student's."""
-    is_same = fingerprint == fingerprint_tokenizer(tokenizer.tokenizer)
-    return is_same or compare_vocab(path, tokenizer.tokenizer).agree
+    is_same = fingerprint == tokenizer.tokenizer_fingerprint
+    return is_same or compare_vocab(path, tokenizer.tokenizer, tokenizer.pieces).agree
 
 
 def _special_of(

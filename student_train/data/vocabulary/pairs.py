@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stillroom.schema.records import Int64
-from student_train.data.vocabulary.transport import MIN_MERGED, Bool
+from student_train.data.vocabulary.merges import UNKNOWN, Bool, Merges
+from student_train.data.vocabulary.transport import MIN_MERGED
 
 IsWritten = Callable[[list[tuple[int, int]]], list[bool]]
 """For each pair of student ids, whether the tokenizer makes just these two of the bytes that both spell."""
@@ -25,9 +26,18 @@ class Pairs:
     says: pre-tokenisers look further than two tokens.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], is_written: IsWritten, vocab_size: int, joins: Bool) -> None:
-        """`token_bytes` by student id, ids below `vocab_size`; `joins`: joins_of() them, which spares most tests."""
-        self._is_written, self._vocab_size = is_written, vocab_size
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        is_written: IsWritten,
+        vocab_size: int,
+        joins: Bool,
+        merges: Merges | None = None,
+    ) -> None:
+        """`token_bytes` by student id, ids below `vocab_size`; `joins`: joins_of() them, which spares most tests;
+        `merges` answers for `is_written` where it can.
+        """
+        self._is_written, self._vocab_size, self._merges = is_written, vocab_size, merges
         self._first_V = np.zeros(vocab_size, np.int64)
         self._last_V = np.zeros(vocab_size, np.int64)
         self._joins = joins
@@ -66,10 +76,18 @@ class Pairs:
             if self._new:
                 self._merge()
             asked = np.setdiff1d(new, self._seen, assume_unique=True)
-            pairs = list(zip((asked // self._vocab_size).tolist(), (asked % self._vocab_size).tolist(), strict=True))
             is_allowed = np.ones(len(new), np.bool_)
-            is_allowed[np.searchsorted(new, asked)] = self._is_written(pairs)
+            is_allowed[np.searchsorted(new, asked)] = self._test(*np.divmod(asked, self._vocab_size))
             keys = np.concatenate([self._keys, new])
             order = np.argsort(keys, kind="stable")
             self._keys, self._is_allowed = keys[order], np.concatenate([self._is_allowed, is_allowed])[order]
         return self._is_allowed[np.searchsorted(self._keys, keys_U)]
+
+    def _test(self, before_P: Int64, after_P: Int64) -> Bool:
+        found_P = np.full(len(before_P), UNKNOWN, np.int64)
+        if self._merges is not None:
+            found_P = self._merges.is_written(before_P, after_P)
+        left = np.flatnonzero(found_P == UNKNOWN)
+        if len(left):
+            found_P[left] = self._is_written(list(zip(before_P[left].tolist(), after_P[left].tolist(), strict=True)))
+        return found_P > 0

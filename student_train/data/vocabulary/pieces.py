@@ -88,14 +88,14 @@ def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, eos_id: in
     return VocabularyPair(teacher_bytes, student_bytes, {**student_id_of, END: eos_id})
 
 
-def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """The vocabulary of a transformers tokenizer.
+def vocabulary_of(tokenizer: Any, pieces: Mapping[int, str] | None = None) -> Vocabulary:
+    """The vocabulary of a transformers tokenizer; `pieces` are its pieces_of() where these are known.
 
     Special are the tokens that it never writes for plain text: an added token such as <think> that is not marked so
     stands in the text like any word.
     """
     marked = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return Vocabulary(pieces_of(tokenizer), marked | set(tokenizer.all_special_ids))
+    return Vocabulary(pieces or pieces_of(tokenizer), marked | set(tokenizer.all_special_ids))
 
 
 def mark_of(text: str) -> bytes:

@@ -74,7 +74,8 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
         is_inside_N = places_N < chains.ends_T[chains.places_S[index_N]]
         has_passed_N = strings.lengths[path_N] > chains.student_bytes_S[index_N] if step else ~is_inside_N
         has_ended_N = ~has_passed_N & (~is_inside_N | (step == MAX_STEPS))
-        events.append(_rows(transport, index_N[has_ended_N], path_N[has_ended_N], weight_N[has_ended_N], None))
+        ended_N = path_N[has_ended_N]
+        events.append(_rows(transport, index_N[has_ended_N], weight_N[has_ended_N], ended_N, strings.first[ended_N]))
         events.append((index_N[has_passed_N], chains.student_ids_S[index_N[has_passed_N]], weight_N[has_passed_N]))
         goes_on_N = ~(has_passed_N | has_ended_N)
         index_N, path_N, places_N = index_N[goes_on_N], path_N[goes_on_N], places_N[goes_on_N]
@@ -86,8 +87,7 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
         others, ids, mass = _others_at(entries, places_N, weight_N, MIN_MASS if step else MIN_MASS / 10)
         p_N = entries.sampled_T[places_N]
         if step:
-            longer = strings.extend(path_N[others], ids)
-            events.append(_rows(transport, index_N[others], longer, mass, strings.is_settled[longer] > 0))
+            events.append(_rows(transport, index_N[others], mass, *strings.look_ahead(path_N[others], ids)))
         else:
             alike = np.flatnonzero(skipped_N[others] > 0)
             is_kept = np.ones(len(others), np.bool_)
@@ -95,14 +95,15 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
             others, ids, mass = others[is_kept], ids[is_kept], mass[is_kept]
             total_N = np.where(skipped_N > 0, p_N + np.bincount(others, mass, len(index_N)), 1.0)
             p_N, mass = p_N / np.maximum(total_N, MIN_TOTAL), mass / np.maximum(total_N, MIN_TOTAL)[others]
-            events.append(_rows(transport, index_N[others], strings.begin(ids, skipped_N[others]), mass, None))
+            begun = strings.begin(ids, skipped_N[others])
+            events.append(_rows(transport, index_N[others], mass, begun, strings.first[begun]))
         # The control variate: the path's own outcome less what the transport expects of it, zero in the mean.
         extra_N = (1 - p_N) * (0 if step else PATH_WEIGHT)
         weight_N = weight_N * p_N + extra_N
         before_N = path_N
         path_N = strings.extend(path_N, tokens_N) if step else strings.begin(tokens_N, skipped_N)
         if not step:
-            events.append(_rows(transport, index_N, path_N, -extra_N, None))
+            events.append(_rows(transport, index_N, -extra_N, path_N, strings.first[path_N]))
         # The end of the chain is the student's end, or what came before it is whole.
         is_end_N = strings.lengths[path_N] == strings.lengths[before_N]
         ids = chains.student_ids_S[index_N[is_end_N]]
@@ -150,10 +151,15 @@ def _others_at(entries: _Entries, places_N: Int64, weight_N: Float64, min_mass: 
 
 
 def _rows(
-    transport: Transport, index_N: Int64, strings_N: Int64, mass_N: Float64, is_settled_N: Bool | None
+    transport: Transport,
+    index_N: Int64,
+    mass_N: Float64,
+    strings_N: Int64,
+    first_N: Int64,
+    is_settled_N: Bool | None = None,
 ) -> tuple[Int64, Int64, Float64]:
     settled_N = np.zeros(len(strings_N), np.bool_) if is_settled_N is None else is_settled_N
-    rows, tokens, probs = transport.expand(strings_N, settled_N)
+    rows, tokens, probs = transport.expand(strings_N, settled_N, first_N)
     mass = mass_N[rows] * probs
     # Most of what a candidate may become comes to next to nothing, and would still have to be sorted.
     is_kept = np.abs(mass) > MIN_MASS / 10

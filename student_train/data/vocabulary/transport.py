@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stillroom.schema.records import Int64
+from student_train.data.vocabulary.merges import MAX_BYTES, UNKNOWN, Bool, Merges, Table, Words, append, mixed, pack
 from student_train.data.vocabulary.pieces import lengths_of
 
 Float64 = npt.NDArray[np.float64]
-Bool = npt.NDArray[np.bool_]
 FirstTokens = Callable[[list[bytes]], list[tuple[int, int]]]
 """For each byte string, the first token that the student's tokenizer makes of it and that token's bytes, or (-1, 0)."""
 
@@ -21,6 +21,8 @@ MIN_PROB = 1e-4
 MIN_MERGED = 1 << 16
 MAX_PATH = 8
 """Teacher tokens that are followed from the start of one student token."""
+MAX_AHEAD = 1_000_000
+"""Strings looked up ahead that are remembered: 100 MB at most."""
 
 
 class Strings:
@@ -30,24 +32,33 @@ class Strings:
     """
 
     def __init__(
-        self, token_bytes: Sequence[bytes], special_tokens: Mapping[int, int], first_tokens: FirstTokens, joins: Bool
+        self,
+        token_bytes: Sequence[bytes],
+        special_tokens: Mapping[int, int],
+        first_tokens: FirstTokens,
+        joins: Bool,
+        merges: Merges | None = None,
     ) -> None:
         """`token_bytes` by teacher id; `special_tokens`: the student's token for a teacher token that has no bytes;
-        `joins`: see joins_of().
+        `joins`: see joins_of(); `merges` answers for `first_tokens` where it can.
         """
         self._token_bytes = token_bytes
-        self._heads_V2 = _heads_of(token_bytes)
+        self._words_VW = pack(token_bytes)
         self._token_lengths_V = lengths_of(list(token_bytes))
         self._special_tokens = special_tokens
-        self._first_tokens = first_tokens
-        self._joins = joins.tolist()
+        self._first_tokens, self._merges = first_tokens, merges
+        self._joins = joins
+        self._first_byte_V = (self._words_VW[:, 0] >> np.uint64(56)).astype(np.uint8)
         self._bytes: list[bytes] = []
         self._number_of: dict[bytes | tuple[int, int], int] = {}
-        self._by_key: dict[int, int] = {}
+        self._by_key = Table(1024)
         self._by_rest: dict[int, int] = {}
         self._of_token_V: Int64 = np.full(len(token_bytes), -1, np.int64)
-        self._facts: Int64 = np.zeros((3, 1024), np.int64)
-        self._append(b"", b"", -1, is_settled=False)
+        # Lengths, first tokens, whether they are settled, last bytes.
+        self._facts: Int64 = np.zeros((4, 1024), np.int64)
+        self._words: Words = np.zeros((1024, self._words_VW.shape[1]), np.uint64)
+        self._ahead, self._numbers, self._num_numbered = Table(1024), Table(1024), 0
+        self._append([b""], [b""])
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -70,12 +81,63 @@ class Strings:
     def extend(self, strings_N: Int64, tokens_N: Int64) -> Int64:
         """int64 [N]: the numbers of each string followed by a teacher token."""
         assert tokens_N.max(initial=0) < len(self._token_bytes)
-        keys_U, place_N = np.unique(strings_N * len(self._token_bytes) + tokens_N, return_inverse=True)
-        keys = keys_U.tolist()
-        new = [key for key in keys if key not in self._by_key]
-        if new:
-            self._add(new)
-        return np.array([self._by_key[key] for key in keys], np.int64)[place_N]
+        keys_N = strings_N * len(self._token_bytes) + tokens_N
+        found_N = self._by_key.get(keys_N, -1)
+        if (found_N < 0).any():
+            self._add(np.unique(keys_N[found_N < 0]))
+            found_N = self._by_key.get(keys_N, -1)
+        return found_N
+
+    def look_ahead(self, strings_N: Int64, tokens_N: Int64) -> tuple[Int64, Int64, Bool]:
+        """What extend() would give, for strings that are not kept: number, or -1 for a new string, first token, and
+        whether it is settled. The strings have bytes.
+        """
+        keys_N = strings_N * len(self._token_bytes) + tokens_N
+        facts_N = self._ahead.get(keys_N, -1)
+        if (facts_N < 0).any():
+            if len(self._ahead) > MAX_AHEAD:
+                self._ahead = Table(1024)
+                facts_N[:] = -1
+            new = np.unique(keys_N[facts_N < 0])
+            self._ahead.add(new, self._facts_ahead(new))
+            facts_N = self._ahead.get(keys_N, -1)
+        numbers_N = np.where(facts_N & 1, facts_N >> 2, -1)
+        first_N = np.where(facts_N & 1, self._facts[1, numbers_N], (facts_N >> 2) - 1)
+        return numbers_N, first_N, (facts_N & 2) > 0
+
+    def _facts_ahead(self, keys_N: Int64) -> Int64:
+        """For new keys, number and 1, or first token + 1 and 0, in the lowest bit; then whether it is settled."""
+        strings_N, tokens_N = np.divmod(keys_N, len(self._token_bytes))
+        before_N, more_N = self._facts[0, strings_N], self._token_lengths_V[tokens_N]
+        lengths_N = before_N + more_N
+        first_N = self._facts[1, strings_N]
+        # The student's token has ended where nothing can join the two. Asking its tokenizer is what takes the time.
+        joins_N = (more_N > 0) & (self._joins[self._facts[3, strings_N], self._first_byte_V[tokens_N]] | (first_N < 0))
+        is_settled_N = ~joins_N
+        words_NW = append(self._words[strings_N], before_N, self._words_VW[tokens_N])
+        is_short_N = lengths_N <= MAX_BYTES
+        numbers_N = self._numbers_of(words_NW, lengths_N, is_short_N & (more_N > 0))
+        asked = np.flatnonzero(joins_N & is_short_N & (numbers_N < 0))
+        first_N[joins_N] = UNKNOWN
+        if self._merges is not None and len(asked):
+            first_N[asked], num_bytes = self._merges.first_tokens(words_NW[asked], lengths_N[asked])
+            is_settled_N[asked] = (first_N[asked] >= 0) & (num_bytes < lengths_N[asked])
+        left = np.flatnonzero((first_N == UNKNOWN) & (numbers_N < 0) | ~is_short_N)
+        names = [
+            self._bytes[string] + self._token_bytes[token]
+            for string, token in zip(strings_N[left].tolist(), tokens_N[left].tolist(), strict=True)
+        ]
+        known = [self._number_of.get(name, -1) for name in names]
+        numbers_N[left] = [number if number < self._num_numbered else -1 for number in known]
+        is_left = (first_N[left] == UNKNOWN) & (numbers_N[left] < 0)
+        left, names = left[is_left], [name for name, is_one in zip(names, is_left.tolist(), strict=True) if is_one]
+        if names:
+            found = np.array(self._first_tokens(names), np.int64)
+            first_N[left] = found[:, 0]
+            is_settled_N[left] = (found[:, 0] >= 0) & (found[:, 1] < lengths_N[left])
+        is_numbered_N = numbers_N >= 0
+        is_settled_N[is_numbered_N] = self._facts[2, numbers_N[is_numbered_N]] > 0
+        return np.where(is_numbered_N, numbers_N << 2 | 1, (first_N + 1) << 2) | (is_settled_N << 1)
 
     def begin(self, tokens_N: Int64, skipped_N: Int64) -> Int64:
         """int64 [N]: the numbers of what each teacher token spells after its first `skipped_N` bytes."""
@@ -91,7 +153,8 @@ class Strings:
         keys_U, place_N = np.unique((tokens_N * width + skipped_N)[~is_whole_N], return_inverse=True)
         new = [key for key in keys_U.tolist() if key not in self._by_rest]
         rests = [self._token_bytes[key // width][key % width :] for key in new]
-        self._ask([self._append(rest, rest, -1, is_settled=False) for rest in dict.fromkeys(rests) if rest not in self])
+        unknown = [rest for rest in dict.fromkeys(rests) if rest not in self._number_of]
+        self._ask(self._append(unknown, unknown))
         self._by_rest.update(zip(new, (self._number_of[rest] for rest in rests), strict=True))
         found_N[~is_whole_N] = np.array([self._by_rest[key] for key in keys_U.tolist()], np.int64)[place_N]
         return found_N
@@ -99,8 +162,8 @@ class Strings:
     def begin_alike(self, tokens_N: Int64, others_N: Int64, num_bytes_N: Int64) -> Bool:
         """Whether the teacher tokens `others_N` begin with the same bytes as `tokens_N`, and are longer than those."""
         same_N = self._token_lengths_V[others_N] > num_bytes_N
-        same_N &= num_bytes_N <= 8 * self._heads_V2.shape[1]
-        differs_N2 = self._heads_V2[tokens_N] ^ self._heads_V2[others_N]
+        same_N &= num_bytes_N <= MAX_BYTES
+        differs_N2 = self._words_VW[tokens_N] ^ self._words_VW[others_N]
         for word in range(differs_N2.shape[1]):
             # Bits of the first bytes of this word: 0 to 64, and a shift by 64 would be none.
             num_bits_N = np.clip(8 * (num_bytes_N - 8 * word), 0, 64).astype(np.uint64)
@@ -108,51 +171,94 @@ class Strings:
             same_N &= ~(differs_N & (num_bits_N > 0))
         return same_N
 
-    def __contains__(self, text: bytes) -> bool:
-        return text in self._number_of
+    def settle(self) -> None:
+        """Makes look_ahead() know the numbers of the strings so far."""
+        self._num_numbered = len(self)
+        # What ends with the end of a chain spells what another string does.
+        named = np.array(
+            sorted(number for name, number in self._number_of.items() if isinstance(name, bytes)), np.int64
+        )
+        named = named[self._facts[0, named] <= MAX_BYTES]
+        keys, first = np.unique(mixed(self._words[named], self._facts[0, named]), return_index=True)
+        self._numbers = Table(len(keys))
+        self._numbers.add(keys, named[first])
 
     def forget_from(self, number: int) -> None:
         """Drops the strings from `number` on, so that memory stays bounded; their numbers become invalid."""
         del self._bytes[number:]
         self._number_of = {name: one for name, one in self._number_of.items() if one < number}
-        self._by_key = {key: one for key, one in self._by_key.items() if one < number}
+        self._by_key.keep_below(number)
         self._by_rest = {key: one for key, one in self._by_rest.items() if one < number}
         self._of_token_V[self._of_token_V >= number] = -1
+        self._ahead = Table(1024)
 
-    def _add(self, keys: list[int]) -> None:
-        asked: list[int] = []
-        for key in keys:
-            string, token = divmod(key, len(self._token_bytes))
-            text = self._bytes[string] + self._token_bytes[token]
-            if self._token_bytes[token]:
-                if text not in self._number_of:
-                    first, before = int(self._facts[1, string]), self._bytes[string]
-                    # The student's token has ended where nothing can join the two. Asking its tokenizer is what takes
-                    # the time.
-                    if before and first >= 0 and not self._joins[before[-1]][text[len(before)]]:
-                        self._append(text, text, first, is_settled=True)
-                    else:
-                        asked.append(self._append(text, text, -1, is_settled=False))
-                self._by_key[key] = self._number_of[text]
-            else:
-                # What came before the end is whole, so its first token stands.
-                first = int(self.first[string]) if text else self._special_tokens.get(token, -1)
-                self._by_key[key] = self._append((string, token), text, first, is_settled=bool(text))
-        self._ask(asked)
+    def _numbers_of(self, words_NW: Words, lengths_N: Int64, is_wanted_N: Bool) -> Int64:
+        found_N = np.full(len(lengths_N), -1, np.int64)
+        wanted = np.flatnonzero(is_wanted_N)
+        numbers = self._numbers.get(mixed(words_NW[wanted], lengths_N[wanted]), -1)
+        is_equal = (self._words[numbers] == words_NW[wanted]).all(axis=1) & (
+            self._facts[0, numbers] == lengths_N[wanted]
+        )
+        found_N[wanted] = np.where(is_equal & (numbers >= 0), numbers, -1)
+        return found_N
 
-    def _ask(self, numbers: list[int]) -> None:
-        if numbers:
-            found = np.array(self._first_tokens([self._bytes[number] for number in numbers]), np.int64)
-            self._facts[1, numbers] = found[:, 0]
-            self._facts[2, numbers] = (found[:, 0] >= 0) & (found[:, 1] < self._facts[0, numbers])
+    def _add(self, keys_U: Int64) -> None:
+        strings_U, tokens_U = np.divmod(keys_U, len(self._token_bytes))
+        names: list[bytes | tuple[int, int]] = []
+        texts: list[bytes] = []
+        numbers, places = [], []
+        next_number = len(self)
+        for place, (string, token) in enumerate(zip(strings_U.tolist(), tokens_U.tolist(), strict=True)):
+            data = self._token_bytes[token]
+            text = self._bytes[string] + data
+            name = text if data else (string, token)
+            number = self._number_of.get(name)
+            if number is None:
+                number = self._number_of[name] = next_number
+                next_number += 1
+                names.append(name)
+                texts.append(text)
+                places.append(place)
+            numbers.append(number)
+        self._by_key.add(keys_U, np.array(numbers, np.int64))
+        new_N = self._append(names, texts)
+        strings_N, tokens_N = strings_U[places], tokens_U[places]
+        first_N = self._facts[1, strings_N]
+        has_bytes_N, is_end_N = self._facts[0, strings_N] > 0, self._token_lengths_V[tokens_N] == 0
+        # The student's token has ended where nothing can join the two. Asking its tokenizer is what takes the time.
+        joins_N = self._joins[self._facts[3, strings_N], self._first_byte_V[tokens_N]]
+        is_known_N = has_bytes_N & (is_end_N | ((first_N >= 0) & ~joins_N))
+        self._facts[1, new_N[is_known_N]], self._facts[2, new_N[is_known_N]] = first_N[is_known_N], 1
+        # What came before the end is whole, so its first token stands; with nothing before, the end is all.
+        alone = np.flatnonzero(is_end_N & ~has_bytes_N)
+        self._facts[1, new_N[alone]] = [self._special_tokens.get(token, -1) for token in tokens_N[alone].tolist()]
+        self._ask(new_N[~is_known_N & ~is_end_N])
 
-    def _append(self, name: bytes | tuple[int, int], text: bytes, first: int, *, is_settled: bool) -> int:
-        number = self._number_of[name] = len(self._bytes)
-        self._bytes.append(text)
-        if number == self._facts.shape[1]:
-            self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
-        self._facts[:, number] = len(text), first, is_settled
-        return number
+    def _ask(self, numbers: Int64) -> None:
+        first, num_bytes = np.full(len(numbers), UNKNOWN, np.int64), np.zeros(len(numbers), np.int64)
+        if self._merges is not None:
+            first, num_bytes = self._merges.first_tokens(self._words[numbers], self._facts[0, numbers])
+        left = np.flatnonzero(first == UNKNOWN)
+        if len(left):
+            found = np.array(self._first_tokens([self._bytes[number] for number in numbers[left].tolist()]), np.int64)
+            first[left], num_bytes[left] = found[:, 0], found[:, 1]
+        self._facts[1, numbers] = first
+        self._facts[2, numbers] = (first >= 0) & (num_bytes < self._facts[0, numbers])
+
+    def _append(self, names: Sequence[bytes | tuple[int, int]], texts: Sequence[bytes]) -> Int64:
+        """The numbers of new strings, of which nothing is known yet."""
+        first, end = len(self._bytes), len(self._bytes) + len(texts)
+        self._bytes += texts
+        self._number_of.update(zip(names, range(first, end), strict=True))
+        if end > self._facts.shape[1]:
+            more = max(end - self._facts.shape[1], self._facts.shape[1])
+            self._facts = np.pad(self._facts, ((0, 0), (0, more)))
+            self._words = np.pad(self._words, ((0, more), (0, 0)))
+        self._facts[0, first:end] = lengths_of(list(texts))
+        self._facts[1:3, first:end] = [[-1], [0]]
+        self._facts[3, first:end] = [text[-1] if text else 0 for text in texts]
+        self._words[first:end] = pack(texts)
+        return np.arange(first, end)
 
 
 @dataclass(frozen=True)
@@ -237,46 +343,38 @@ class Transport:
         # After " " thousands of tokens came once: each alone is less than a target keeps, together they take time.
         is_kept_P = probs_P >= MIN_PROB
         strings_P, self._tokens, self._probs = strings_P[is_kept_P], tokens_P[is_kept_P], probs_P[is_kept_P]
+        self._strings.settle()
         self._starts = np.searchsorted(strings_P, np.arange(num_strings))
         self._ends = np.searchsorted(strings_P, np.arange(num_strings), side="right")
 
-    def expand(self, strings_N: Int64, is_settled_N: Bool) -> tuple[Int64, Int64, Float64]:
+    def expand(self, strings_N: Int64, is_settled_N: Bool, first_N: Int64) -> tuple[Int64, Int64, Float64]:
         """(entry, student token, probability) of the rows of `strings_N`, flat; rows without a token have none.
 
-        `is_settled_N`: take the string's first token as certain. So is that of a string that was never counted.
+        `is_settled_N`: take the string's first token as certain, which is `first_N`. So is that of a string that was
+        never counted, -1 among them.
         """
         num_counted = self.num_strings
-        known_N = np.where(strings_N < num_counted, strings_N, 0)
-        length_N = np.where(strings_N < num_counted, self._ends[known_N] - self._starts[known_N], 0)
+        known_N = np.where(strings_N < num_counted, strings_N, -1)
+        length_N = np.where(known_N >= 0, self._ends[known_N] - self._starts[known_N], 0)
         length_N[is_settled_N] = 0
         rows = np.repeat(np.arange(len(strings_N)), length_N)
         offset = np.arange(len(rows)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
         at = self._starts[known_N[rows]] + offset
-        single = np.flatnonzero(length_N == 0)
-        first = self._strings.first[strings_N[single]]
-        single, first = single[first >= 0], first[first >= 0]
+        single = np.flatnonzero((length_N == 0) & (first_N >= 0))
         return (
             np.concatenate([rows, single]),
-            np.concatenate([self._tokens[at], first]),
+            np.concatenate([self._tokens[at], first_N[single]]),
             np.concatenate([self._probs[at], np.ones(len(single))]),
         )
-
-
-HEAD_WORDS = 2
-"""Words of eight bytes by which beginnings of tokens are compared."""
 
 
 def joins_of(token_bytes: Sequence[bytes]) -> Bool:
     """bool [256, 256]: whether some token holds these two bytes side by side. Nothing joins texts where none does."""
     joins = np.zeros((256, 256), np.bool_)
-    for data in token_bytes:
-        inside = np.frombuffer(data, np.uint8)
-        joins[inside[:-1], inside[1:]] = True
+    inside = np.frombuffer(b"".join(token_bytes), np.uint8)
+    ends = np.cumsum(lengths_of(list(token_bytes)))
+    is_joined = np.ones(max(len(inside) - 1, 0), np.bool_)
+    # The last byte of a token and the first of the next one stand side by side here alone.
+    is_joined[ends[(ends > 0) & (ends < len(inside))] - 1] = False
+    joins[inside[:-1][is_joined], inside[1:][is_joined]] = True
     return joins
-
-
-def _heads_of(token_bytes: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    """uint64 [V, HEAD_WORDS]: the first bytes of each token, the first of them highest."""
-    size = 8 * HEAD_WORDS
-    padded = b"".join([data[:size].ljust(size, b"\0") for data in token_bytes])
-    return np.frombuffer(padded, ">u8").reshape(-1, HEAD_WORDS).astype(np.uint64)
