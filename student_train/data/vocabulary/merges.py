@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stillroom.schema.records import Int64
+from stillroom.schema.records import Int32, Int64
 
 Words = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -29,7 +29,7 @@ MAX_BYTES = 8 * NUM_WORDS
 UNKNOWN = -2
 NEVER = np.iinfo(np.int32).max
 """The rank of a pair that is not merged."""
-BATCH = 1 << 14
+BATCH = 1 << 12
 """Strings encoded together: their symbols stay in the processor's cache."""
 SAFE_PARTS = re.compile(
     r"'\(\?i:\[sdmt\]\|ll\|ve\|re\)|'(?:[sdmt]|ll|ve|re)|\\[pP]\{\w+\}|\\[sSrnt]|\{\d+(,\d*)?\}|[aA]-[zZ]|0-9|\(\?i:"
@@ -116,7 +116,8 @@ def append(words_NW: Words, lengths_N: Int64, more_NW: Words) -> Words:
     near_low_N = np.where(bits_N > 0, low_N >> bits_N, low_N) | carried_N
     found_NW = words_NW.copy()
     found_NW[:, 0] |= np.where(is_far_N, np.uint64(0), high_N >> bits_N)
-    found_NW[:, 1] |= np.where(is_far_N, high_N >> bits_N, near_low_N)
+    far_low_N = np.where(num_bits_N < 8 * MAX_BYTES, high_N >> bits_N, np.uint64(0))
+    found_NW[:, 1] |= np.where(is_far_N, far_low_N, near_low_N)
     return found_NW
 
 
@@ -178,13 +179,14 @@ class Merges:
         last = len(made) - 1 - last
         self._pairs = Table(len(keys))
         self._pairs.add(keys, last)
-        self._made = made
+        self._made = made.astype(np.int32)
         self._token_lengths_V = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
         self._words_VW = pack(token_bytes)
         # Not every vocabulary has every byte.
-        self._id_of_byte = np.array([vocab.get(char, 0) for char in alphabet], np.int64)
+        self._id_of_byte = np.array([vocab.get(char, 0) for char in alphabet], np.int32)
         size = 256
-        self._rank_of_bytes = self._rank(np.repeat(self._id_of_byte, size), np.tile(self._id_of_byte, size))
+        ranks = self._rank(np.repeat(self._id_of_byte, size), np.tile(self._id_of_byte, size))
+        self._rank_of_bytes = ranks.astype(np.int32)
         class_B = np.zeros(256, np.uint8)
         for byte in range(0x80):
             char = chr(byte)
@@ -224,7 +226,8 @@ class Merges:
         # Tokens end where pre-tokens do: at another place inside, the two are not written.
         middle, end = 1 << lengths_before, 1 << lengths
         found_P[short] = 0
-        one = np.flatnonzero(ends == end)
+        # What a merge joins does not stay apart.
+        one = np.flatnonzero((ends == end) & (self._rank(before, after) == NEVER))
         ids = self._encode(words[one], lengths[one])
         found_P[short[one]] = (ids[:, 0] == before[one]) & (ids[:, 1] == after[one]) & (ids[:, 2] < 0)
         two = np.flatnonzero(ends == (middle | end))
@@ -239,50 +242,55 @@ class Merges:
         return self._is_whole_V[ids_N] > 0
 
     def _encode(self, words_NW: Words, lengths_N: Int64) -> Int64:
-        """int64 [N, L], -1 after the last token: ids of pre-tokens, each the first bytes of a string."""
-        found_NL = np.full((len(words_NW), MAX_BYTES), -1, np.int64)
-        for first in range(0, len(words_NW), BATCH):
-            part = slice(first, first + BATCH)
-            found_NL[part] = self._merged(words_NW[part], lengths_N[part])
-        return found_NL
+        """int64 [N, 3]: the first three ids of pre-tokens, the first bytes of each string; -1 after the last."""
+        found_N3 = np.full((len(words_NW), 3), -1, np.int64)
+        # By length, so that each batch is as narrow as its strings.
+        order = np.argsort(lengths_N.astype(np.int8), kind="stable")
+        for first in range(0, len(order), BATCH):
+            part = order[first : first + BATCH]
+            width = max(int(lengths_N[part[-1]]), 3)
+            found_N3[part] = self._merged(words_NW[part], lengths_N[part], width)[:, :3]
+        return found_N3
 
-    def _merged(self, words_NW: Words, lengths_N: Int64) -> Int64:
-        bytes_NL = words_NW.astype(">u8").view(np.uint8).reshape(len(words_NW), MAX_BYTES).astype(np.int64)
-        is_there_NL = np.arange(MAX_BYTES) < lengths_N[:, None]
+    def _merged(self, words_NW: Words, lengths_N: Int64, width: int) -> Int32:
+        bytes_NL = words_NW.astype(">u8").view(np.uint8).reshape(len(words_NW), MAX_BYTES)[:, :width].astype(np.int32)
+        is_there_NL = np.arange(width) < lengths_N[:, None]
         ids_NL = np.where(is_there_NL, self._id_of_byte[bytes_NL], -1)
-        # One column more, whose rank is never the lowest.
-        ranks_NL = np.full((len(words_NW), MAX_BYTES + 1), NEVER, np.int64)
-        inner_NL = ranks_NL[:, : MAX_BYTES - 1]
-        inner_NL[is_there_NL[:, 1:]] = self._rank_of_bytes[
-            (256 * bytes_NL[:, :-1] + bytes_NL[:, 1:])[is_there_NL[:, 1:]]
-        ]
+        # The pair of a symbol and the next; the last two columns have none, so that there always is a next.
+        ranks_NL = np.full((len(words_NW), width + 1), NEVER, np.int32)
+        ranks_NL[:, : width - 1] = self._rank_of_bytes[256 * bytes_NL[:, :-1] + bytes_NL[:, 1:]]
+        ranks_NL[:, : width - 1][~is_there_NL[:, 1:]] = NEVER
         found_NL = ids_NL.copy()
-        rows = np.arange(len(words_NW))
-        places_L = np.arange(MAX_BYTES + 1)
+        rows, places_L = np.arange(len(words_NW)), np.arange(width)
         while len(rows):
             # The lowest rank first, from the left.
             at = ranks_NL.argmin(axis=1)
+            rank = ranks_NL[np.arange(len(rows)), at]
+            is_left = rank != NEVER
+            if not is_left.all():
+                found_NL[rows[~is_left]] = ids_NL[~is_left]
+                rows, ids_NL, ranks_NL, at, rank = (
+                    rows[is_left],
+                    ids_NL[is_left],
+                    ranks_NL[is_left],
+                    at[is_left],
+                    rank[is_left],
+                )
             each = np.arange(len(rows))
-            rank = ranks_NL[each, at]
-            is_done = rank == NEVER
-            if is_done.any():
-                found_NL[rows[is_done]] = ids_NL[is_done]
-                rows, ids_NL, ranks_NL, at, rank = (one[~is_done] for one in (rows, ids_NL, ranks_NL, at, rank))
-                each = each[: len(rows)]
-            ids_NL[each, at] = self._made[rank]
             is_after_NL = places_L > at[:, None]
-            ids_NL[:, :-1] = np.where(is_after_NL[:, : MAX_BYTES - 1], ids_NL[:, 1:], ids_NL[:, :-1])
+            np.copyto(ranks_NL[:, :-1], ranks_NL[:, 1:].copy(), where=is_after_NL)
+            np.copyto(ids_NL[:, :-1], ids_NL[:, 1:].copy(), where=is_after_NL[:, :-1])
             ids_NL[:, -1] = -1
-            ranks_NL[:, :-1] = np.where(is_after_NL[:, :-1], ranks_NL[:, 1:], ranks_NL[:, :-1])
-            here, right = ids_NL[each, at], ids_NL[each, np.minimum(at + 1, MAX_BYTES - 1)]
-            ranks_NL[each, at] = self._rank(here, right)
+            ids_NL[each, at] = here = self._made[rank]
+            ranks_NL[each, at] = self._rank(here, ids_NL[each, np.minimum(at + 1, width - 1)])
             inside = np.flatnonzero(at > 0)
             ranks_NL[inside, at[inside] - 1] = self._rank(ids_NL[inside, at[inside] - 1], here[inside])
         return found_NL
 
-    def _rank(self, left_N: Int64, right_N: Int64) -> Int64:
+    def _rank(self, left_N: Int32 | Int64, right_N: Int32 | Int64) -> Int64:
         """Ranks of pairs, NEVER of those that are not merged or have no right side (-1)."""
-        return np.where(right_N < 0, NEVER, self._pairs.get(left_N * self._num_ids + np.maximum(right_N, 0), NEVER))
+        keys_N = left_N.astype(np.int64) * self._num_ids + np.maximum(right_N, 0)
+        return np.where(right_N < 0, NEVER, self._pairs.get(keys_N, NEVER))
 
 
 def merges_of(tokenizer: Any, token_bytes: Sequence[bytes]) -> Merges | None:

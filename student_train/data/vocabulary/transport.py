@@ -57,7 +57,9 @@ class Strings:
         # Lengths, first tokens, whether they are settled, last bytes.
         self._facts: Int64 = np.zeros((4, 1024), np.int64)
         self._words: Words = np.zeros((1024, self._words_VW.shape[1]), np.uint64)
-        self._ahead, self._numbers, self._num_numbered = Table(1024), Table(1024), 0
+        # Of the first strings: short ones by their bytes, and how long ones begin.
+        self._numbers, self._long, self._num_numbered = Table(1024), Table(1024), 0
+        self._ahead = Table(1024)
         self._append([b""], [b""])
 
     def __len__(self) -> int:
@@ -122,7 +124,10 @@ class Strings:
         if self._merges is not None and len(asked):
             first_N[asked], num_bytes = self._merges.first_tokens(words_NW[asked], lengths_N[asked])
             is_settled_N[asked] = (first_N[asked] >= 0) & (num_bytes < lengths_N[asked])
-        left = np.flatnonzero((first_N == UNKNOWN) & (numbers_N < 0) | ~is_short_N)
+        # A long string may be numbered only where another of its length begins like it.
+        is_like_N = np.zeros(len(keys_N), np.bool_)
+        is_like_N[~is_short_N] = self._long.get(mixed(words_NW[~is_short_N], lengths_N[~is_short_N]), -1) >= 0
+        left = np.flatnonzero((first_N == UNKNOWN) & (numbers_N < 0) | is_like_N)
         names = [
             self._bytes[string] + self._token_bytes[token]
             for string, token in zip(strings_N[left].tolist(), tokens_N[left].tolist(), strict=True)
@@ -172,16 +177,19 @@ class Strings:
         return same_N
 
     def settle(self) -> None:
-        """Makes look_ahead() know the numbers of the strings so far."""
+        """Makes look_ahead() know the numbers of the strings so far; call it once."""
         self._num_numbered = len(self)
         # What ends with the end of a chain spells what another string does.
         named = np.array(
             sorted(number for name, number in self._number_of.items() if isinstance(name, bytes)), np.int64
         )
-        named = named[self._facts[0, named] <= MAX_BYTES]
-        keys, first = np.unique(mixed(self._words[named], self._facts[0, named]), return_index=True)
-        self._numbers = Table(len(keys))
-        self._numbers.add(keys, named[first])
+        lengths = self._facts[0, named]
+        keys = mixed(self._words[named], lengths)
+        is_short = lengths <= MAX_BYTES
+        short, first = np.unique(keys[is_short], return_index=True)
+        self._numbers.add(short, named[is_short][first])
+        long = np.unique(keys[~is_short])
+        self._long.add(long, np.zeros(len(long), np.int64))
 
     def forget_from(self, number: int) -> None:
         """Drops the strings from `number` on, so that memory stays bounded; their numbers become invalid."""

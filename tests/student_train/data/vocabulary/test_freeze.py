@@ -18,6 +18,7 @@ from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.freeze import open_projected_selection
 from student_train.data.vocabulary.pieces import vocabulary_of
+from student_train.data.vocabulary.transport import Aligned, Transport
 from student_train.evaluation import _byte_counter
 from tests.helpers.caches import EOS_ID, SyntheticCache
 from tests.helpers.vocabularies import (
@@ -166,6 +167,30 @@ def test_what_a_plan_or_a_stage_has_projected_is_not_projected_again(
     made = open_projected_selection(tmp_path / "d.selection.parquet", request(cache), students["pieces"])
     assert made.header.vocab_size == planned.header.vocab_size
     assert made.header.hash != planned.header.hash
+
+
+def test_held_out_chains_count_with_those_of_training(
+    cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heldout = replace(request(cache), where="split = 'heldout'")
+    trained = tmp_path / "a.selection.parquet"
+    open_projected_selection(trained, replace(request(cache), where="split = 'train'"), students["bytes"])
+    counted: list[int] = []
+    add = Transport.add
+
+    def add_counted(self: Transport, chains: Aligned) -> None:
+        counted.append(len(np.unique(chains.ends_T)))
+        add(self, chains)
+
+    monkeypatch.setattr(Transport, "add", add_counted)
+    made = open_projected_selection(tmp_path / "b.selection.parquet", heldout, students["bytes"], trained)
+    assert sum(counted) == sum(chain.split == "train" for chain in cache.chains)
+    alone = open_projected_selection(tmp_path / "alone" / "b.selection.parquet", heldout, students["bytes"])
+    assert sum(counted) == len(cache.chains)
+    assert made.header.num_chains == alone.header.num_chains == sum(chain.split == "heldout" for chain in cache.chains)
+    for one in (made, alone):
+        assert one.header.projection is not None
+        assert one.header.projection.num_aligned == made.header.num_chains
 
 
 def test_a_rare_end_outside_the_counted_chains_is_the_end(
