@@ -58,7 +58,7 @@ from student_train.data.vocabulary.alignment import chunk_logprobs, first_tokens
 from student_train.data.vocabulary.chains import CHANGED, RESPELLED, AlignedChain, Aligner
 from student_train.data.vocabulary.merges import merges_of
 from student_train.data.vocabulary.pairs import Pairs
-from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, VocabularyPair, vocabulary_of
+from student_train.data.vocabulary.pieces import END, MARK, OPEN, Vocabulary, VocabularyPair, vocabulary_of
 from student_train.data.vocabulary.projection import MAX_SUPPORT, Targets, project
 from student_train.data.vocabulary.transport import Aligned, Strings, Transport, joins_of
 
@@ -240,7 +240,9 @@ class _Teacher:
         pair = self.aligner.pair
         # At most MAX_COUNTED tokens and a row group: some 100 MB.
         self._counted: dict[str, list[AlignedChain]] = {}
-        self._is_mark_V = np.array([MARK.fullmatch(data) is not None for data in pair.student_bytes])
+        self._is_mark_V = np.array(
+            [data[:1] == OPEN and MARK.fullmatch(data) is not None for data in pair.student_bytes]
+        )
         encode = tokenizer.encode_completions
         joins = joins_of(pair.student_bytes)
         merges = merges_of(tokenizer.tokenizer, pair.student_bytes)

@@ -14,7 +14,6 @@ N strings, W words of a string, L bytes of a string
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ NEVER = np.iinfo(np.int32).max
 """The rank of a pair that is not merged."""
 BATCH = 1 << 12
 """Strings encoded together: their symbols stay in the processor's cache."""
+MAX_SHAPES = 1 << 18
 SAFE_PARTS = re.compile(
     r"'\(\?i:\[sdmt\]\|ll\|ve\|re\)|'(?:[sdmt]|ll|ve|re)|\\[pP]\{\w+\}|\\[sSrnt]|\{\d+(,\d*)?\}|[aA]-[zZ]|0-9|\(\?i:"
 )
@@ -128,39 +128,46 @@ def mixed(words_NW: Words, lengths_N: Int64) -> Int64:
     return (mixed_N >> np.uint64(1)).astype(np.int64)
 
 
-@dataclass(frozen=True)
 class _Shapes:
-    """Where pre-tokens end, by shape of a string: bit i of a mask for an end after i bytes."""
+    """Where pre-tokens end, by shape of a string."""
 
-    pre_tokenizer: Any
-    class_B: npt.NDArray[np.uint8]
-    """By byte: the character that stands for its class, 0 where nothing is known about strings with it."""
-    known: dict[int, tuple[bytes, int]]
+    def __init__(self, pre_tokenizer: Any, class_B: npt.NDArray[np.uint8]) -> None:
+        """`class_B`, by byte: the character that stands for its class, 0 where nothing is known of strings with it."""
+        self._pre_tokenizer, self._class_B = pre_tokenizer, class_B
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers = Table(1024)
+        self._shapes: Words = np.zeros((0, NUM_WORDS), np.uint64)
+        self._ends: Int64 = np.zeros(0, np.int64)
 
     def ends(self, words_NW: Words, lengths_N: Int64) -> tuple[Int64, Bool]:
-        """(mask of the pre-tokens' ends, whether it is certain) of packed strings."""
-        bytes_NL = words_NW.astype(">u8").view(np.uint8).reshape(len(words_NW), MAX_BYTES)
-        shape_NL = self.class_B[bytes_NL]
+        """The mask of each packed string's ends of pre-tokens (bit i: one after i bytes), and whether it is certain."""
+        shape_NL = self._class_B[_bytes_of(words_NW)]
         is_certain_N = (np.count_nonzero(shape_NL, axis=1) == lengths_N) & (lengths_N > 0)
         shape_NW = np.ascontiguousarray(shape_NL).view(">u8").astype(np.uint64)
-        keys_U, first_U, place_N = np.unique(
-            np.where(is_certain_N, mixed(shape_NW, lengths_N), -1), return_index=True, return_inverse=True
-        )
-        found_U = np.zeros(len(keys_U), np.int64)
-        for number, (key, first) in enumerate(zip(keys_U.tolist(), first_U.tolist(), strict=True)):
-            if key >= 0:
-                found_U[number] = self._ends_of(key, shape_NL[first, : lengths_N[first]].tobytes())
-        # Two shapes of one hash: none of both is believed.
-        is_certain_N &= (shape_NW == shape_NW[first_U[place_N]]).all(axis=1)
-        found_N = found_U[place_N]
-        return found_N, is_certain_N & (found_N >= 0)
+        keys_N = mixed(shape_NW, lengths_N)
+        number_N = self._numbers.get(keys_N, -1)
+        new = np.flatnonzero(is_certain_N & (number_N < 0))
+        if len(new):
+            if len(self._ends) > MAX_SHAPES:
+                self._forget()
+                new = np.flatnonzero(is_certain_N)
+            keys_U, first_U = np.unique(keys_N[new], return_index=True)
+            self._numbers.add(keys_U, np.arange(len(self._ends), len(self._ends) + len(keys_U)))
+            asked = new[first_U]
+            names = [shape_NL[row, :length].tobytes() for row, length in zip(asked, lengths_N[asked], strict=True)]
+            self._shapes = np.concatenate([self._shapes, shape_NW[asked]])
+            self._ends = np.concatenate([self._ends, np.array([self._ends_of(name.decode()) for name in names])])
+            number_N = self._numbers.get(keys_N, -1)
+        if not len(self._ends):
+            return np.zeros(len(lengths_N), np.int64), is_certain_N
+        # Of two shapes with one hash, the first that came is known.
+        is_certain_N &= (self._shapes[number_N] == shape_NW).all(axis=1)
+        return self._ends[number_N], is_certain_N
 
-    def _ends_of(self, key: int, shape: bytes) -> int:
-        name, ends = self.known.get(key, (b"", 0))
-        if not name:
-            parts = self.pre_tokenizer.pre_tokenize_str(shape.decode())
-            self.known[key] = name, ends = shape, sum({1 << end for _, (_, end) in parts})
-        return ends if name == shape else -1
+    def _ends_of(self, shape: str) -> int:
+        return sum(1 << end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(shape))
 
 
 class Merges:
@@ -197,7 +204,7 @@ class Merges:
         # Patterns name what follows an apostrophe; what a text spells of added tokens is one token, unless special.
         added = [token["content"] for token in backend["added_tokens"] if not token["special"]]
         class_B[[ord("'"), *(one.encode()[0] for one in added)]] = 0
-        self._shapes = _Shapes(pre_tokenizer, class_B, {})
+        self._shapes = _Shapes(pre_tokenizer, class_B)
         self._is_whole_V = np.full(len(token_bytes), UNKNOWN, np.int8)
 
     def first_tokens(self, words_NW: Words, lengths_N: Int64) -> tuple[Int64, Int64]:
@@ -253,7 +260,7 @@ class Merges:
         return found_N3
 
     def _merged(self, words_NW: Words, lengths_N: Int64, width: int) -> Int32:
-        bytes_NL = words_NW.astype(">u8").view(np.uint8).reshape(len(words_NW), MAX_BYTES)[:, :width].astype(np.int32)
+        bytes_NL = _bytes_of(words_NW)[:, :width].astype(np.int32)
         is_there_NL = np.arange(width) < lengths_N[:, None]
         ids_NL = np.where(is_there_NL, self._id_of_byte[bytes_NL], -1)
         # The pair of a symbol and the next; the last two columns have none, so that there always is a next.
@@ -316,6 +323,11 @@ def byte_alphabet() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _bytes_of(words_NW: Words) -> npt.NDArray[np.uint8]:
+    """uint8 [N, MAX_BYTES]: packed strings byte by byte."""
+    return words_NW.astype(">u8").view(np.uint8).reshape(len(words_NW), MAX_BYTES)
 
 
 def _parts(one: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:

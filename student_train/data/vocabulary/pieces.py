@@ -43,9 +43,11 @@ class Vocabulary:
         has_byte_tokens = all(f"<0x{byte:02X}>" in texts for byte in range(0x20))
         found = [b""] * (max(self.pieces, default=-1) + 1)
         for token_id, piece in self.pieces.items():
-            is_plain = token_id in self.special or "<0x" not in piece
-            data = piece.encode() if is_plain else _unescaped(piece, has_byte_tokens)
-            found[token_id] = data.replace(OPEN, NO_TEXT).replace(CLOSE, NO_TEXT)
+            if "<0x" not in piece or token_id in self.special:
+                found[token_id] = piece.encode()
+            else:
+                data = _unescaped(piece, has_byte_tokens)
+                found[token_id] = data.replace(OPEN, NO_TEXT).replace(CLOSE, NO_TEXT)
         return found
 
 
