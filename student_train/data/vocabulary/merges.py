@@ -73,7 +73,7 @@ class Table:
         if 3 * (self._num + len(keys_N)) > len(self._keys):
             is_used = self._keys >= 0
             keys, values = self._keys[is_used], self._values[is_used]
-            self._clear(2 * (self._num + len(keys_N)))
+            self._clear(self._num + len(keys_N))
             self.add(keys, values)
         at_N, left = self._home(keys_N), np.arange(len(keys_N))
         while len(left):
