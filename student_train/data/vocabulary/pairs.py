@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stillroom.schema.records import Int64
-from student_train.data.vocabulary.merges import UNKNOWN, Bool, Merges
+from student_train.data.vocabulary.merges import UNKNOWN, Bool, Merges, Table
 from student_train.data.vocabulary.transport import MIN_MERGED
 
 IsWritten = Callable[[list[tuple[int, int]]], list[bool]]
 """For each pair of student ids, whether the tokenizer makes just these two of the bytes that both spell."""
-MAX_PAIRS = 8_000_000
+MAX_PAIRS = 1_000_000
 
 
 class Pairs:
@@ -46,8 +46,7 @@ class Pairs:
                 self._first_V[token_id], self._last_V[token_id] = data[0], data[-1]
         self._seen: Int64 = np.zeros(0, np.int64)
         self._new: list[Int64] = []
-        self._keys: Int64 = np.zeros(0, np.int64)
-        self._is_allowed: Bool = np.zeros(0, np.bool_)
+        self._answered = Table(1024)
 
     def add(self, before_P: Int64, after_P: Int64) -> None:
         """Allows pairs that stand in chains; `before_P` is -1 where a chain begins."""
@@ -64,24 +63,31 @@ class Pairs:
         allowed_P = np.ones(len(before_P), np.bool_)
         asked = np.flatnonzero(before_P >= 0)
         asked = asked[self._joins[self._last_V[before_P[asked]], self._first_V[after_P[asked]]]]
-        keys_U, place = np.unique(before_P[asked] * self._vocab_size + after_P[asked], return_inverse=True)
-        allowed_P[asked] = self._answers(keys_U)[place]
+        allowed_P[asked] = self._answers(before_P[asked] * self._vocab_size + after_P[asked])
         return allowed_P
 
-    def _answers(self, keys_U: Int64) -> Bool:
-        new = np.setdiff1d(keys_U, self._keys, assume_unique=True)
-        if len(new):
-            if len(self._keys) > MAX_PAIRS:
-                self._keys, self._is_allowed, new = self._keys[:0], self._is_allowed[:0], keys_U
+    def _answers(self, keys_P: Int64) -> Bool:
+        found_P = self._answered.get(keys_P, -1)
+        if (found_P < 0).any():
+            if len(self._answered) > MAX_PAIRS:
+                self._answered = Table(1024)
+                found_P[:] = -1
             if self._new:
                 self._merge()
-            asked = np.setdiff1d(new, self._seen, assume_unique=True)
-            is_allowed = np.ones(len(new), np.bool_)
-            is_allowed[np.searchsorted(new, asked)] = self._test(*np.divmod(asked, self._vocab_size))
-            keys = np.concatenate([self._keys, new])
-            order = np.argsort(keys, kind="stable")
-            self._keys, self._is_allowed = keys[order], np.concatenate([self._is_allowed, is_allowed])[order]
-        return self._is_allowed[np.searchsorted(self._keys, keys_U)]
+            new = np.unique(keys_P[found_P < 0])
+            is_allowed = self._is_seen(new)
+            asked = np.flatnonzero(~is_allowed)
+            is_allowed[asked] = self._test(*np.divmod(new[asked], self._vocab_size))
+            self._answered.add(new, is_allowed.astype(np.int64))
+            found_P = self._answered.get(keys_P, -1)
+        return found_P > 0
+
+    def _is_seen(self, keys: Int64) -> Bool:
+        if not len(self._seen):
+            return np.zeros(len(keys), np.bool_)
+        # Much faster than np.isin, which would sort all that chains hold.
+        is_seen: Bool = self._seen[np.minimum(np.searchsorted(self._seen, keys), len(self._seen) - 1)] == keys
+        return is_seen
 
     def _test(self, before_P: Int64, after_P: Int64) -> Bool:
         found_P = np.full(len(before_P), UNKNOWN, np.int64)
