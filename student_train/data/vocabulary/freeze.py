@@ -4,10 +4,10 @@ In: a selection, the student's tokenizer. Out: files of retokenised.py with the 
 student's ids, and two more: `is_common`, whether a token begins where a teacher token does, and `chunk_logprob`, the
 teacher's log probability of the text from one such place to the next, on its last token (null elsewhere).
 
-Two passes. The first aligns up to MAX_COUNTED teacher tokens of evenly spaced row groups and counts which student token
-comes where the teacher says what. The second aligns every chain and projects its distributions. A student token that
-the teacher's tokens do not cover (a <think> of its own, a chain that cannot be aligned) has no distribution: its target
-is itself, so that a divergence there is the cross-entropy.
+Two passes. The first aligns up to MAX_COUNTED teacher tokens of evenly spaced row groups (for held-out chains: of those
+to train on) and counts which student token comes where the teacher says what. The second aligns every chain and
+projects its distributions. A student token that the teacher's tokens do not cover (a <think> of its own, a chain that
+cannot be aligned) has no distribution: its target is itself, so that a divergence there is the cross-entropy.
 
 S student tokens, R chains, N stored candidates
 """
