@@ -9,10 +9,10 @@ token does are compared with its distribution.
 Bits per byte compare students of different vocabularies: the bits of all loss tokens over the bytes that they spell.
 """
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces
+from stillroom.sql.conditions import in_brackets
 from stillroom.storage.paths import Location, location
 from student_train.answers import GenerateConfig, Render, generate_and_judge, heldout_prompts
 from student_train.config import (
@@ -37,13 +38,14 @@ from student_train.config import (
 )
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.kept_ids import ids_of
-from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data
+from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data, sources_of
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
 from student_train.data.prepared import render_prompts, template_arguments
 from student_train.data.retokenised import has_leading_space, vocab_beside
-from student_train.data.selection import Selection
+from student_train.data.selection import Selection, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
+from student_train.data.vocabulary.freeze import freeze_source
 from student_train.data.vocabulary.pieces import Vocabulary, lengths_of
 from student_train.exporting import adopt_tokens, cache_tokenizer, trained_model
 from student_train.losses.fused_head import fuse_head
@@ -118,7 +120,7 @@ def evaluate(
     )
     num_packs = stream.plans.total_packs()
     view = TargetView(with_draws=selection.header.draws > 0)
-    with stream, Progress("evaluate", num_packs, "packs") if ranks.is_first else nullcontext() as progress:
+    with stream, Progress("evaluate", num_packs, "packs") if ranks.is_first else contextlib.nullcontext() as progress:
         for number, pack in enumerate(stream):
             metrics = metrics_of(to_torch(pack, ranks.device, view))
             if pack.num_loss_tokens:
@@ -312,6 +314,8 @@ def _evaluate(
         path = Path(temp) / "heldout.selection.parquet"
         if kept is not None:
             path = kept_or_temporary(kept, request, Path(temp))
+        if trained is None and data.kind == "projected":
+            trained = _other_chains(Path(temp), data, wanted)
         selection = open_data(path, request, data, student, counted=trained)
         vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
         widen_vocab(model, vocabulary.num_ids)
@@ -329,6 +333,15 @@ def _evaluate(
         **result.model_dump(),
         "generation": answers,
     }
+
+
+def _other_chains(folder: Path, data: DataConfig, wanted: EvalConfig) -> Path | None:
+    """A selection of what is not evaluated, whose chains say how the evaluated ones are projected; None if empty."""
+    path = folder / "others.selection.parquet"
+    with contextlib.suppress(ConfigError):
+        freeze_source(path, SelectionRequest(sources_of(data), f"NOT {in_brackets(wanted.where)}"))
+        return path
+    return None
 
 
 def _answers(

@@ -84,7 +84,7 @@ def open_projected_selection(
     """
     if path.exists():
         return reopen_retokenised(path, request, tokenizer)
-    source = open_selection(_source_path(path), replace(request, any_tokenizer=True))
+    source = freeze_source(path, request)
     roots = [one.root for one in request.sources]
     other = None if counted is None or not _source_path(counted).exists() else _source_path(counted)
     maker = ProjectedRows(source, tokenizer, None if other is None else load_selection(other, roots))
@@ -107,6 +107,11 @@ def open_projected_selection(
         "max_support": MAX_SUPPORT,
     }
     return write_retokenised(path, source, made, header, "text")
+
+
+def freeze_source(path: Path, request: SelectionRequest) -> Selection:
+    """The chains of which open_projected_selection() makes the selection at `path`."""
+    return open_selection(_source_path(path), replace(request, any_tokenizer=True))
 
 
 class ProjectedRows:
