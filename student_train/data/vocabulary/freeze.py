@@ -125,9 +125,8 @@ class ProjectedRows:
     def __init__(self, source: Selection, tokenizer: HuggingFaceText, counted: Selection | None = None) -> None:
         """Raises ConfigError where the vocabularies agree."""
         self._tokenizer = tokenizer
-        self.identity = ("projected", VERSION, tokenizer.fingerprint, source.header.hash)
-        if counted is not None:
-            self.identity = (*self.identity, counted.header.hash)
+        other = [] if counted is None else [counted.header.hash]
+        self.identity = ["projected", VERSION, tokenizer.fingerprint, source.header.hash, *other]
         student = vocabulary_of(tokenizer.tokenizer, tokenizer.pieces)
         paths = {one: _vocab_path(source, one) for one in source.header.tokenizer_fingerprints}
         if all(_is_same(one, path, tokenizer) for one, path in paths.items()):

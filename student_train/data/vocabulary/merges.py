@@ -125,7 +125,8 @@ def mixed(words_NW: Words, lengths_N: Int64) -> Int64:
     """int64, 0 or more: a hash of packed strings."""
     mixed_N = words_NW[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ words_NW[:, 1] * np.uint64(0xC2B2AE3D27D4EB4F)
     mixed_N = (mixed_N ^ (mixed_N >> np.uint64(29)) ^ lengths_N.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-    return (mixed_N >> np.uint64(1)).astype(np.int64)
+    found_N: Int64 = (mixed_N >> np.uint64(1)).astype(np.int64)
+    return found_N
 
 
 class _Shapes:

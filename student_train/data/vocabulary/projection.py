@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from stillroom.schema.records import Float32, Int32, Int64, Signals
+from student_train.data.vocabulary.merges import Bool
 from student_train.data.vocabulary.pairs import Pairs
-from student_train.data.vocabulary.transport import Aligned, Bool, Float64, Strings, Transport
+from student_train.data.vocabulary.transport import Aligned, Float64, Strings, Transport
 
 MIN_MASS = 2e-4
 MAX_SUPPORT = 32

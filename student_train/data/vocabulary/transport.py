@@ -142,7 +142,8 @@ class Strings:
             is_settled_N[left] = (found[:, 0] >= 0) & (found[:, 1] < lengths_N[left])
         is_numbered_N = numbers_N >= 0
         is_settled_N[is_numbered_N] = self._facts[2, numbers_N[is_numbered_N]] > 0
-        return np.where(is_numbered_N, numbers_N << 2 | 1, (first_N + 1) << 2) | (is_settled_N << 1)
+        facts_N: Int64 = np.where(is_numbered_N, numbers_N << 2 | 1, (first_N + 1) << 2) | (is_settled_N << 1)
+        return facts_N
 
     def begin(self, tokens_N: Int64, skipped_N: Int64) -> Int64:
         """int64 [N]: the numbers of what each teacher token spells after its first `skipped_N` bytes."""
