@@ -150,17 +150,24 @@ def prepare(
     run = RunFolder(folder)
     accumulations = [_accumulation(config, number, num_ranks) for number in range(len(config.stages))]
 
-    sets = None
+    sets, is_pinned_here = None, False
     if any(check_mixes(stage, 1).reads_features for stage in config.stages):
         # Pinned by the first rank: sets may grow while others start.
+        is_pinned_here = is_first and not run.features_path.exists()
         sets = pin_features(run.features_path, config.data) if is_first else None
         barrier()
         sets = sets or reopen_features(run.features_path, config.data)
     shared = _Shared(config, run, is_first, barrier, spare)
-    stages = [
-        _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared), sets), shared)
-        for index, accumulation in enumerate(accumulations)
-    ]
+    try:
+        stages = [
+            _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared), sets), shared)
+            for index, accumulation in enumerate(accumulations)
+        ]
+    except ConfigError:
+        # What a stage lacks may be added to the cache, and must then be seen.
+        if is_pinned_here:
+            run.features_path.unlink()
+        raise
     heldout = None
     if config.eval is not None:
         heldout = shared.heldout(run.heldout_path, eval_request(config.data, config.eval))

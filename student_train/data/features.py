@@ -11,14 +11,14 @@ loaded: a cache without features, a set without what a loss reads, layers that d
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from stillroom.cache.features import FeatureRow, FeatureSet
+from stillroom.cache.catalog import Catalog
+from stillroom.cache.features import FeatureParts, FeatureRow, FeatureSet, StoredRow
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Float32, Int32
 from stillroom.storage.paths import write_text_atomic
@@ -48,32 +48,26 @@ class StageFeatures:
     layers: tuple[int, ...]
     attention: dict[int, tuple[int, ...]]
     num_chains: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def first(self) -> FeatureSet:
-        """Any of the sets; they agree in everything but their chains."""
+        """Any of the sets; they agree in what they hold, though not in their chains, scales and bases."""
         return next(one for one in self.sets if one is not None)
 
-    def read(self, cache: int, sample_ids: Sequence[str]) -> list[FeatureRow | None]:
+    @property
+    def has_one_basis(self) -> bool:
+        """Whether coefficients of all sets mean the same; else they are expanded row by row."""
+        return len({one.manifest.constants for one in self.sets if one is not None}) == 1
+
+    def read(self, cache: int, sample_ids: Sequence[str]) -> list[StoredRow | None]:
         """Rows of these chains of a cache; None for chains without features. Raises CorruptError."""
         features = self.sets[cache]
         if features is None:
             return [None] * len(sample_ids)
-        with self._lock:
-            found = features.read(sample_ids, expand=False)
-        return [self._needed(found[one]) if one in found else None for one in sample_ids]
-
-    def _needed(self, row: FeatureRow) -> FeatureRow:
-        """Without what no loss reads, which would fill the stream's buffer."""
-        return FeatureRow(
-            row.sample_id,
-            row.chain_id,
-            row.positions_P,
-            row.hidden_PD if self.with_hidden else None,
-            {layer: row.layers[layer] for layer in self.layers},
-            {(layer, head): row.attention[layer, head] for layer, heads in self.attention.items() for head in heads},
-        )
+        # What no loss reads would fill the stream's buffer.
+        parts = FeatureParts(hidden=self.with_hidden, layers=self.layers, attention=bool(self.attention))
+        found = features.read_stored(sample_ids, parts)
+        return [found.get(one) for one in sample_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +107,7 @@ class PieceFeatures:
     the first is number `base` of the pack. `first` counts tokens of the chain before the piece.
     """
 
-    row: FeatureRow | None
+    row: StoredRow | None
     base: int
     start: int
     stop: int
@@ -122,49 +116,48 @@ class PieceFeatures:
 
 def pack_features(pieces: Sequence[PieceFeatures], wanted: StageFeatures) -> PackFeatures:
     """Features of the pieces' loss tokens."""
-    parts, places, counts, is_whole = [], [], [], []
+    rows: list[FeatureRow] = []
+    places, counts, is_whole = [], [], []
     for piece in pieces:
-        if piece.row is None:
-            counts.append(0)
+        stored = piece.row
+        positions_P = np.zeros(0, np.int32) if stored is None else stored.positions_P
+        first, last = map(int, np.searchsorted(positions_P, [piece.start, piece.stop]))
+        counts.append(last - first)
+        if stored is None or first == last:
             continue
-        first, last = np.searchsorted(piece.row.positions_P, [piece.start, piece.stop])
-        counts.append(int(last - first))
         # Position t is the state that predicts completion token t: it meets that token's loss.
-        places.append(piece.base + piece.row.positions_P[first:last] - piece.start)
+        places.append(piece.base + positions_P[first:last] - piece.start)
         is_whole.append(np.full(last - first, piece.first == 0, np.float32))
-        parts.append((piece, slice(int(first), int(last))))
+        # Decoded here rather than when the row is read: codes take a quarter of the buffer.
+        rows.append(stored.decode(first, last, expand=not wanted.has_one_basis))
 
     def joined(arrays: list[Float32]) -> Float32:
         return np.concatenate(arrays) if arrays else np.zeros((0, 0), np.float32)
 
-    rows = [(piece.row, own) for piece, own in parts if piece.row is not None]
+    is_whole_P = np.concatenate([*is_whole, np.zeros(0, np.float32)])
     return PackFeatures(
         places_P=np.concatenate([*places, np.zeros(0)]).astype(np.int32),
         counts_D=np.array(counts, np.int32),
-        is_whole_P=np.concatenate([*is_whole, np.zeros(0, np.float32)]),
-        hidden_PR=joined([row.hidden_PD[own] for row, own in rows if row.hidden_PD is not None])
-        if wanted.with_hidden
-        else None,
-        layers={layer: joined([row.layers[layer][own] for row, own in rows]) for layer in wanted.layers},
-        attention={layer: _attention(parts, layer, heads) for layer, heads in wanted.attention.items()},
+        is_whole_P=is_whole_P,
+        hidden_PR=joined([row.hidden_PD for row in rows if row.hidden_PD is not None]) if wanted.with_hidden else None,
+        layers={layer: joined([row.layers[layer] for row in rows]) for layer in wanted.layers},
+        attention={layer: _attention(rows, is_whole_P, layer, heads) for layer, heads in wanted.attention.items()},
     )
 
 
-def _attention(parts: Sequence[tuple[PieceFeatures, slice]], layer: int, heads: Sequence[int]) -> PackAttention:
+def _attention(rows: Sequence[FeatureRow], is_whole_P: Float32, layer: int, heads: Sequence[int]) -> PackAttention:
     keys, weights, rest = [], [], []
-    for piece, own in parts:
-        assert piece.row is not None
-        stored = [piece.row.attention[layer, head] for head in heads]
-        keys.append(np.stack([one.keys_PM[own] for one in stored], axis=1).astype(np.int32))
-        weights.append(np.stack([one.weights_PM[own] for one in stored], axis=1))
-        rest.append(np.stack([one.rest_P[own] for one in stored], axis=1))
-        if piece.first:
-            # These have weight 0 (is_whole_P); their keys only have to exist.
-            keys[-1] = np.zeros_like(keys[-1])
-    if not parts:
+    for row in rows:
+        stored = [row.attention[layer, head] for head in heads]
+        keys.append(np.stack([one.keys_PM for one in stored], axis=1).astype(np.int32))
+        weights.append(np.stack([one.weights_PM for one in stored], axis=1))
+        rest.append(np.stack([one.rest_P for one in stored], axis=1))
+    if not rows:
         empty = np.zeros((0, len(heads), 1), np.float32)
         return PackAttention(empty.astype(np.int32), empty, empty[:, :, 0])
-    return PackAttention(np.concatenate(keys), np.concatenate(weights), np.concatenate(rest))
+    # Where a document begins inside its chain, attention has weight 0 (is_whole_P); its keys only have to exist.
+    keys_PAm = np.concatenate(keys) * is_whole_P.astype(np.int32)[:, None, None]
+    return PackAttention(keys_PAm, np.concatenate(weights), np.concatenate(rest))
 
 
 def pin_features(path: Path, data: DataConfig) -> list[FeatureSet | None]:
@@ -176,13 +169,15 @@ def pin_features(path: Path, data: DataConfig) -> list[FeatureSet | None]:
         return reopen_features(path, data)
     sets: list[FeatureSet | None] = []
     for number, cache in enumerate(data.caches):
+        table = Catalog(cache.path).features
+        if cache.features is None and len(data.caches) > 1 and (table is None or not table.files()):
+            # Among several caches some may have no features.
+            sets.append(None)
+            continue
         try:
             sets.append(FeatureSet.open(cache.path, cache.features))
         except DataError as error:
-            # Among several caches some may have no features; one that is named must exist.
-            if cache.features is not None or len(data.caches) == 1:
-                raise ConfigError(f"data.caches.{number}: {error}") from error
-            sets.append(None)
+            raise ConfigError(f"data.caches.{number}: {error}") from error
     if all(one is None for one in sets):
         raise ConfigError(f"no cache of data.caches has features: `{COMMAND}` adds them")
     pins = [None if one is None else {"set_id": one.set_id, "version": one.version} for one in sets]

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache.codec import decode, signal_columns
-from stillroom.cache.features import FeatureRow
+from stillroom.cache.features import StoredRow
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError
 from stillroom.schema.manifest import ShardHeader
@@ -59,7 +59,7 @@ class RowBlock:
     is_common_T: npt.NDArray[np.bool_] | None = None
     chunk_logprob_T: Float32 | None = None
     documents_R4: Int32 | None = None
-    features: list[FeatureRow | None] | None = None
+    features: list[StoredRow | None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -201,9 +201,11 @@ def _common(signals: Signals, header: ShardHeader, selection: Selection) -> Sign
 
 
 def _num_bytes(value: Any) -> int:
-    """Of all arrays inside records, lists and dictionaries."""
+    """Of all arrays and bytes inside records, lists and dictionaries."""
     if isinstance(value, np.ndarray):
         return int(value.nbytes)
+    if isinstance(value, bytes):
+        return len(value)
     if isinstance(value, list):
         return sum(map(_num_bytes, value))
     if isinstance(value, Mapping):

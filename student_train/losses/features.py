@@ -28,6 +28,10 @@ from student_train.losses.whole_teacher import TeacherHead
 
 RELATION_SHARPNESS = 8.0
 """What MiniLM's relations between unit-variance states in heads of width 64 have: 64 cos / sqrt(64)."""
+LEAST_NORM = 1e-3
+"""States of a repeated token may all be the same: what is left of them without their mean is rounding, whose direction
+would get a gradient of any size.
+"""
 BLOCK_NUMBERS = 1 << 22
 """Largest block of similarities or attention, in numbers."""
 
@@ -176,8 +180,9 @@ def hidden_values(term: FeatureLoss, student_PD: Tensor, teacher_PD: Tensor, cou
     """[P] of one pair of layers, without weights; `counts` tokens belong to each document."""
     match term:
         case HiddenMSE():
-            error_P = (student_PD - teacher_PD).square().mean(dim=1)
-            return error_P / teacher_PD.square().mean(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+            error_P, size_P = ((student_PD - teacher_PD).square().mean(dim=1), teacher_PD.square().mean(dim=1))
+            # A state of nothing but zeros has no scale of its own.
+            return error_P / size_P.where(size_P > 0.0, 1.0)
         case HiddenCosine():
             return 1.0 - cosine_similarity(student_PD, teacher_PD, dim=1)
         case HiddenRelations():
@@ -193,7 +198,9 @@ def _relation_nats(student_lH: Tensor, teacher_lD: Tensor) -> Tensor:
         # Nothing to be similar to, but the graph must reach the student on every rank.
         return 0.0 * student_lH.sum(dim=1)
     # States of a model share one large direction: without their mean all cosines are near 1.
-    student_lH, teacher_lD = (normalize(one - one.mean(dim=0, keepdim=True), dim=1) for one in (student_lH, teacher_lD))
+    student_lH, teacher_lD = (
+        normalize(one - one.mean(dim=0, keepdim=True), dim=1, eps=LEAST_NORM) for one in (student_lH, teacher_lD)
+    )
 
     def block(first: int, stop: int, student_lH: Tensor, teacher_lD: Tensor) -> Tensor:
         to_itself_X = torch.arange(first, stop, device=student_lH.device).unsqueeze(1)

@@ -110,7 +110,7 @@ def load_teacher(features: StageFeatures, device: torch.device, dtype: torch.dty
         bias_V = None if found.bias_V is None else tensor(found.bias_V)
         head = TeacherHead(weight_VD, bias_V, LogitMap(scale=found.logit_scale, cap=found.softcap))
     of: list[int | str] = [*features.layers, *(["hidden"] if features.with_hidden else [])]
-    bases = {one: stored.basis(one) for one in of}
+    bases = {one: stored.basis(one) for one in of} if features.has_one_basis else {}
     return TeacherTensors(
         width=stored.hidden_size,
         head=head,

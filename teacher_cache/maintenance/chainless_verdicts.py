@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from stillroom.cache.catalog import Catalog
-from teacher_cache.maintenance.feature_checks import keep_rows
+from teacher_cache.maintenance.replacing import keep_rows
 from teacher_cache.writer.commit import VisibleSamples, read_sample_ids
 
 
@@ -33,5 +33,5 @@ def drop_chainless_verdicts(
         if not all(found):
             dropped[f"verdicts/{file.path}"] = found.count(False)
             if not dry_run:
-                keep_rows(catalog, table, file, has_chain if any(found) else None)
+                keep_rows(catalog.root, table, file, has_chain if any(found) else None)
     return dropped

@@ -7,19 +7,17 @@ rows       decoding, positions within the chain, one row per chain and set; the 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from stillroom.cache.catalog import HASH_CHARS, Catalog, DataFile, Table, check_hash
-from stillroom.cache.feature_codec import VectorCodec
 from stillroom.cache.features import (
     SETS_FOLDER,
     FeatureRow,
-    decode_row,
+    RowDecoder,
     open_features,
     read_codecs,
     read_sets,
@@ -29,19 +27,8 @@ from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError, StillroomError
 from stillroom.schema.features import FEATURE_SCHEMA, PAYLOADS, FeatureHeader, SetManifest
 from stillroom.storage.paths import Location, parts_of
+from teacher_cache.maintenance.replacing import keep_rows
 from teacher_cache.maintenance.shard_checks import Damage, without_path
-from teacher_cache.writer.commit import (
-    Committer,
-    VisibleSamples,
-    lock_path,
-    remove_files,
-    replace_file,
-    rewrite,
-    worker_lock,
-)
-
-REPAIR_WORKER = "mended"
-LOCK_WAIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +90,10 @@ def verify_features(catalog: Catalog, chains: Chains | None) -> Iterator[tuple[s
         # verify_sets says what is wrong; without manifests nothing can be decoded.
         return
     seen: dict[str, set[str]] = {}
+    shards = frozenset(one.file for one in chains.values()) if chains is not None else frozenset()
     for file in table.files():
         set_id = file.path.partition("/")[0]
-        checker = _FileChecker(catalog, table, file, sets.get(set_id), chains, seen.setdefault(set_id, set()))
+        checker = _FileChecker(catalog, table, file, sets.get(set_id), chains, shards, seen.setdefault(set_id, set()))
         checker.check()
         if checker.problems:
             damage = Damage("features", file, tuple(checker.problems), sorted(checker.sound_groups))
@@ -122,12 +110,12 @@ class _FileChecker:
         file: DataFile,
         manifest: SetManifest | None,
         chains: Chains | None,
+        shards: frozenset[str],
         seen: set[str],
     ) -> None:
         self._catalog, self._file, self._manifest = catalog, file, manifest
-        self._chains, self._seen = chains, seen
+        self._chains, self._shards, self._seen = chains, shards, seen
         self._path = table.path_of(file)
-        self._shards = {one.path for one in catalog.chains.files()}
         self.problems: list[str] = []
         self.sound_groups: set[int] = set()
         self.is_damaged = True
@@ -154,7 +142,13 @@ class _FileChecker:
             self.problems.append("belongs to a set without manifest.json: restore it from a copy")
             self.is_damaged = False
             return
-        codecs = read_codecs(self._catalog.root, self._manifest)
+        try:
+            decoder = RowDecoder(self._manifest, read_codecs(self._catalog.root, self._manifest))
+        except StillroomError:
+            # verify_sets names the file. The rows are sound: with a copy of it they decode again.
+            self.problems.append("cannot be decoded without its set's constants: restore them from a copy")
+            self.is_damaged = False
+            return
         parquet, header = open_features(self._path)
         with parquet:
             wrong = _header_problem(header, self._manifest)
@@ -168,15 +162,12 @@ class _FileChecker:
             for group in range(parquet.num_row_groups):
                 try:
                     table = read_row_group(parquet, group, FEATURE_SCHEMA.names, "")
-                    self._check_rows(table, codecs, header, f"row group {group}")
+                    self._check_rows(table, decoder, header, f"row group {group}")
                     self.sound_groups.add(group)
                 except StillroomError as error:
                     self._add(error)
 
-    def _check_rows(
-        self, table: pa.Table, codecs: Mapping[str, VectorCodec], header: FeatureHeader, where: str
-    ) -> None:
-        assert self._manifest is not None
+    def _check_rows(self, table: pa.Table, decoder: RowDecoder, header: FeatureHeader, where: str) -> None:
         rows = table.drop_columns(["positions"]).to_pylist()
         for number, row in enumerate(rows):
             at = f"{where}: row {number}"
@@ -187,12 +178,10 @@ class _FileChecker:
             if sample_id in self._seen:
                 raise CorruptError(f"{at}, column sample_id: {sample_id} is visible more than once in this set")
             self._seen.add(sample_id)
-            keyed = FeatureRow(sample_id, row["chain_id"], positions_P)
-            payloads = {name: row[name] for name in PAYLOADS}
-            found = decode_row(self._manifest, dict(codecs), keyed, payloads, row["num_context"], at)
+            found = decoder.row(row, positions_P, {name: row[name] for name in PAYLOADS}, at).decode()
             if not _is_finite(found):
                 raise CorruptError(f"{at} holds states that are not numbers")
-            problem = self._chain_problem(keyed, row["num_context"], header)
+            problem = self._chain_problem(found, row["num_context"], header)
             if problem is not None:
                 raise CorruptError(f"{at}, column sample_id: {problem}")
 
@@ -239,36 +228,8 @@ def drop_chainless(catalog: Catalog, *, dry_run: bool = False, without_run: str 
         if num_kept < file.num_rows:
             dropped[f"features/{file.path}"] = file.num_rows - num_kept
             if not dry_run:
-                keep_rows(catalog, table, file, has_chain if num_kept else None)
+                keep_rows(catalog.root, table, file, has_chain if num_kept else None)
     return dropped
-
-
-def keep_rows(
-    catalog: Catalog,
-    table: Table,
-    file: DataFile,
-    keep: Callable[[pa.Table], list[bool]] | None,
-    groups: frozenset[int] | None = None,
-) -> int:
-    """Replaces a file with one that holds the rows of `groups` that `keep` selects; None removes it. Returns their
-    number.
-    """
-    set_id = file.path.partition("/")[0]
-    num_rows = 0
-    if keep is not None:
-        committer = Committer(table, VisibleSamples(table, set_id), set_id, REPAIR_WORKER)
-        # Without the lock, a pass that starts now would take the new file for an orphan and delete it.
-        with worker_lock(lock_path(catalog.root, set_id, REPAIR_WORKER), LOCK_WAIT_S):
-            temp = committer.temp_path()
-            try:
-                num_rows = rewrite(table.path_of(file), temp, keep, groups)
-                if num_rows and not replace_file(table, committer, file, temp, num_rows):
-                    num_rows = 0
-            finally:
-                Path(temp).unlink(missing_ok=True)
-    if not num_rows:
-        remove_files(table, lambda one: one.path == file.path)
-    return num_rows
 
 
 def _named_problem(path: Location) -> str | None:

@@ -25,6 +25,7 @@ from stillroom.storage.paths import TEMP_SUFFIX, Location, file_clock_s, files_b
 from teacher_cache.maintenance.chainless_verdicts import drop_chainless_verdicts
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
+from teacher_cache.states.sets import CREATOR
 from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
 
 TEMP_NAME = re.compile(rf"^\.(?P<worker>[A-Za-z0-9_.]+)-\d+\.[0-9a-f]+{re.escape(TEMP_SUFFIX)}$")
@@ -101,6 +102,9 @@ def gc_cache(
         collector = _Collector(report, now_s, grace_s, delete_removed)
         for table in tables:
             collector.clean_table(table)
+        if report.num_adopted:
+            # Features whose chains were dropped before they were registered.
+            drop_chainless(catalog)
         collector.sweep_companions(root)
         if delete_removed:
             collector.delete_unused_sets(catalog)
@@ -229,6 +233,9 @@ class _Collector:
             for path in reversed(matching(set_folder(catalog.root, set_id), "*")):
                 self._delete(catalog.root, path, "its feature set has no file")
             del sets[set_id]
+        # A worker writes the head before the manifest that names it.
+        if any(map(is_locked, matching(catalog.root / "runs", f"*.{CREATOR}.lock"))):
+            return
         named = {one.head.file for one in sets.values() if one.head is not None}
         for path in matching(catalog.root / SETS_FOLDER, "head-*.safetensors"):
             if path.name not in named:

@@ -23,22 +23,11 @@ from stillroom.log import format_plural
 from stillroom.schema.manifest import RunManifest
 from stillroom.storage.paths import Location, write_text_atomic
 from teacher_cache.maintenance.chainless_verdicts import drop_chainless_verdicts
-from teacher_cache.maintenance.feature_checks import drop_chainless, keep_rows
+from teacher_cache.maintenance.feature_checks import drop_chainless
+from teacher_cache.maintenance.replacing import keep_rows, replace_rows
 from teacher_cache.maintenance.shard_checks import Damage
 from teacher_cache.maintenance.verify import VerifyReport, summary_of, verify_cache
-from teacher_cache.writer.commit import (
-    Committer,
-    VisibleSamples,
-    lock_path,
-    remove_files,
-    replace_file,
-    rewrite,
-    worker_lock,
-)
-
-REPAIR_WORKER = "mended"
-"""Takes the worker's place in the names of shards that hold the sound rows of a damaged one."""
-LOCK_WAIT_S = 20.0
+from teacher_cache.writer.commit import remove_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +119,7 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     num_kept = _keep_sound_rows(catalog, damage) if damage.table == "chains" and damage.good_groups else 0
     if damage.table == "features":
         groups = frozenset(damage.good_groups)
-        num_kept = keep_rows(catalog, table, damage.file, _all_rows if groups else None, groups)
+        num_kept = keep_rows(catalog.root, table, damage.file, _all_rows if groups else None, groups)
     elif not num_kept:
         remove_files(table, lambda file: file.path == damage.file.path)
     write_text_atomic(note, json.dumps({**content, "num_kept": num_kept}, indent=2) + "\n")
@@ -152,17 +141,7 @@ def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
             left[sample_id] -= not keep[-1]
         return keep
 
-    committer = Committer(table, VisibleSamples(table), run_id, REPAIR_WORKER)
-    temp = committer.temp_path()
-    # Without the lock, a build that starts now would take the new file for an orphan without new rows and delete it.
-    with worker_lock(lock_path(catalog.root, run_id, REPAIR_WORKER), LOCK_WAIT_S):
-        try:
-            num_rows = rewrite(table.path_of(damage.file), temp, is_sound, frozenset(damage.good_groups))
-            if not num_rows or not replace_file(table, committer, damage.file, temp, num_rows):
-                return 0
-        finally:
-            temp.unlink(missing_ok=True)
-    return num_rows
+    return replace_rows(catalog.root, table, damage.file, is_sound, damage.good_groups)
 
 
 def _header_is_right(table: Table, damage: Damage, manifest: RunManifest | None) -> bool:

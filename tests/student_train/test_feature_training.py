@@ -19,19 +19,20 @@ from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, DataError
 from student_train.cli import plan_lines
 from student_train.data.epoch_plan import LongChains, PlanSpec
-from student_train.data.features import StageFeatures, evenly_spaced
+from student_train.data.features import StageFeatures, evenly_spaced, stage_features
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
 from student_train.data.stream import PackStream
 from student_train.exporting import trained_model
 from student_train.losses import LossMix
 from student_train.losses.below import AttentionKL, HiddenCosine, HiddenMSE, HiddenRelations
 from student_train.losses.features import hidden_values
-from student_train.model.taps import make_projections
-from student_train.plan import plan_run
+from student_train.model.taps import load_teacher, make_projections
+from student_train.plan import RunPlan, plan_run, prepare
 from student_train.report import write_student_report
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import RANK_VARIABLES
 from student_train.runtime.run_folder import RunFolder
+from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.states.engine import Shape
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.feature_sets import add_features
@@ -257,6 +258,59 @@ def test_resumed_run_is_the_same_and_exports_without_projections(own: Trainer, s
         same = {name for name in start if torch.equal(found[name], start[name])}
         assert {"model.embed_tokens.weight", "lm_head.weight"} <= same
         assert "model.layers.0.mlp.up_proj.weight" not in same
+
+
+def test_sets_fitted_apart_are_each_expanded_in_their_own_basis(tmp_path: Path) -> None:
+    """The same set in two caches has two bases, and coefficients of one mean nothing in the other."""
+    roots = [make_cache(tmp_path / f"c{num}", num_chains=num, vocab_size=VOCAB_SIZE).root for num in (10, 20)]
+    for number, root in enumerate(roots):
+        add_features(root, shape=SHAPE, attention=None, calibration={"tokens": 100 + 50 * number})
+    sets = [FeatureSet.open(root) for root in roots]
+    assert sets[0].set_id == sets[1].set_id
+    selection = freeze(tmp_path / "s.parquet", SelectionRequest([CacheSource(root) for root in roots]))
+    wanted = stage_features(LossMix((), features=(HiddenMSE(layers=((2, 1),)),)), selection, sets)
+    teacher = load_teacher(wanted, torch.device("cpu"), torch.float32)
+    rows = [features.read(features.sample_ids()) for features in sets]
+    by_key = {int(one[:16], 16): one for found in rows for one in found}
+    seen = set()
+    for pack in _packs(selection, PlanSpec(64, seed=0, lanes=2, window_groups=2), wanted):
+        held = pack.features
+        states_PD = teacher.expand(torch.from_numpy(held.layers[2]), 2).numpy()
+        for number, place in enumerate(held.places_P.tolist()):
+            row = int(pack.row_N[place])
+            cache, sample_id = int(selection.cache_G[selection.group_R[row]]), by_key[int(selection.key_R[row])]
+            true_D = rows[cache][sample_id].layers[2][int(pack.token_N[place])]
+            np.testing.assert_allclose(states_PD[number], true_D, rtol=1e-4, atol=1e-4)
+            seen.add(cache)
+    assert seen == {0, 1}
+
+
+def test_features_added_after_a_refusal_are_found(own: Trainer) -> None:
+    root = own.folder / "cache"
+    make_cache(root, num_chains=20, vocab_size=VOCAB_SIZE, max_tokens=40)
+    add_features(root, shape=SHAPE, chains={"where": "split <> 'train'"}, calibration={"tokens": 64})
+    config = own.config("run", {"losses": BELOW}, data={"caches": [str(root)]}, eval=None)
+
+    def prepared() -> RunPlan:
+        return prepare(config, config.run, 1, is_first=True, barrier=lambda: None)
+
+    with pytest.raises(ConfigError, match=r"none of the .* selected chains has features"):
+        prepared()
+    add_features(root, shape=SHAPE, calibration={"tokens": 64})
+    assert prepared().stages[0].features is not None
+
+
+def test_a_cache_with_several_sets_must_name_one_beside_others(own: Trainer) -> None:
+    root = own.folder / "several"
+    make_cache(root, num_chains=20, vocab_size=VOCAB_SIZE, max_tokens=40)
+    for name in ("one", "two"):
+        add_features(root, shape=SHAPE, name=name, calibration={"tokens": 64})
+    data = {"caches": [str(own.cache.root), str(root)]}
+    with pytest.raises(ConfigError, match=r"data.caches.1: .* has several feature sets: name one of one_.*, two_"):
+        plan_run(own.config("run", {"losses": BELOW}, data=data, eval=None), 1)
+    # A set that was dropped is none of them, although its manifest is there for older versions.
+    gc_cache(root, dry_run=False, grace_s=0.0, drop_runs=["one"])
+    assert FeatureSet.open(root).manifest.name == "two"
 
 
 def test_runs_without_such_losses_do_not_read_features(own: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ Needs numpy and pyarrow only. Rows are found by sample_id: chains may move to ot
 Shape legend: P stored positions of a chain, D channels, R coefficients, V vocabulary, M keys per query.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from stillroom.cache.feature_codec import (
     Attention,
     Basis,
     VectorCodec,
+    attention_token_bytes,
     decode_attention,
 )
 from stillroom.cache.shards import read_row_group
@@ -32,6 +35,7 @@ from stillroom.schema.features import (
     FEATURE_SCHEMA,
     FEATURES_METADATA_KEY,
     FEATURES_VERSION,
+    PAYLOADS,
     FeatureHeader,
     SetManifest,
     StoredVectors,
@@ -65,6 +69,131 @@ class FeatureRow:
     attention: dict[tuple[int, int], Attention] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureParts:
+    """What is read of rows: the last hidden state, middle layers by number, attention."""
+
+    hidden: bool
+    layers: tuple[int, ...]
+    attention: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """One chain's features in their codes, a quarter of the bytes of what they decode to; None is not read."""
+
+    sample_id: str
+    chain_id: str
+    num_context: int
+    positions_P: Int32
+    hidden: bytes | None
+    layers: dict[int, bytes]
+    attention: bytes | None
+    where: str
+    decoder: "RowDecoder"
+
+    def decode(self, first: int = 0, stop: int | None = None, *, expand: bool = True) -> FeatureRow:
+        """Features of the stored positions first..stop-1. Without `expand` states stay coefficients of the bases.
+
+        Raises CorruptError naming file and row if what is stored contradicts the set.
+        """
+        return self.decoder.decode(self, first, len(self.positions_P) if stop is None else stop, expand=expand)
+
+
+class RowDecoder:
+    """Decodes rows of one set, in any thread."""
+
+    def __init__(self, manifest: SetManifest, codecs: Mapping[str, VectorCodec]) -> None:
+        self.manifest, self.codecs = manifest, codecs
+
+    def row(
+        self,
+        keys: Mapping[str, Any],
+        positions_P: Int32,
+        payloads: Mapping[str, bytes | None],
+        where: str,
+        layers: Sequence[int] | None = None,
+    ) -> StoredRow:
+        """The row with these `keys` (sample_id, chain_id, num_context) and those columns that were read; of the layers
+        all or some. Raises CorruptError if the columns contradict the set.
+        """
+        num_positions, num_context = len(positions_P), int(keys["num_context"])
+        for name, token_bytes in self._token_bytes(num_context).items():
+            data = payloads.get(name)
+            if name in payloads and (data is not None) != bool(token_bytes):
+                held = "is null" if data is None else "holds data"
+                raise CorruptError(f"{where}: column {name} {held}, unlike its set")
+            if data is not None and len(data) != num_positions * token_bytes:
+                raise CorruptError(
+                    f"{where}: column {name}: {len(data)} bytes, {num_positions * token_bytes} expected for "
+                    f"{num_positions} positions"
+                )
+        found, start, data = {}, 0, payloads.get("layers")
+        for one in self.manifest.layers if data is not None else []:
+            assert data is not None
+            assert one.layer is not None
+            stop = start + num_positions * self.codecs[one.name].token_bytes
+            if layers is None or one.layer in layers:
+                found[one.layer] = data[start:stop]
+            start = stop
+        return StoredRow(
+            sample_id=keys["sample_id"],
+            chain_id=keys["chain_id"],
+            num_context=num_context,
+            positions_P=positions_P,
+            hidden=payloads.get("hidden"),
+            layers=found,
+            attention=payloads.get("attention"),
+            where=where,
+            decoder=self,
+        )
+
+    def decode(self, row: StoredRow, first: int, stop: int, *, expand: bool) -> FeatureRow:
+        """See StoredRow.decode."""
+
+        def states(name: str, data: bytes) -> Float32:
+            codec = self.codecs[name]
+            own = data[first * codec.token_bytes : stop * codec.token_bytes]
+            coefficients_PR = codec.coefficients(own, stop - first, f"{row.where}: {name}")
+            return codec.expand(coefficients_PR) if expand else coefficients_PR
+
+        attention: dict[tuple[int, int], Attention] = {}
+        stored = self.manifest.attention
+        if row.attention is not None and stored is not None:
+            parts = decode_attention(
+                row.attention,
+                len(row.positions_P),
+                len(stored.heads),
+                stored.num_keys,
+                row.num_context,
+                f"{row.where}: column attention",
+            )
+            own = slice(first, stop)
+            attention = {
+                head: Attention(one.keys_PM[own], one.weights_PM[own], one.rest_P[own])
+                for head, one in zip(stored.heads, parts, strict=True)
+            }
+        return FeatureRow(
+            row.sample_id,
+            row.chain_id,
+            row.positions_P[first:stop],
+            None if row.hidden is None else states("hidden", row.hidden),
+            {layer: states(f"layer{layer}", data) for layer, data in row.layers.items()},
+            attention,
+        )
+
+    def _token_bytes(self, num_context: int) -> dict[str, int]:
+        """Bytes of one stored position in each column, 0 where the set stores nothing."""
+        manifest, attention = self.manifest, self.manifest.attention
+        return {
+            "hidden": 0 if manifest.hidden is None else self.codecs["hidden"].token_bytes,
+            "layers": sum(self.codecs[one.name].token_bytes for one in manifest.layers),
+            "attention": 0
+            if attention is None
+            else attention_token_bytes(len(attention.heads), attention.num_keys, num_context),
+        }
+
+
 @dataclass(frozen=True)
 class Head:
     """The teacher's output layer: weight_VD float32, bias_V float32 or None."""
@@ -91,7 +220,7 @@ class _Place:
 
 
 class FeatureSet:
-    """One feature set of a cache at one version of its table. Not thread-safe: open one per thread."""
+    """One feature set of a cache at one version of its table; may be read from several threads."""
 
     def __init__(self, catalog: Catalog, manifest: SetManifest, table: Table) -> None:
         self.manifest = manifest
@@ -100,9 +229,10 @@ class FeatureSet:
         self._root = catalog.root
         self._table = table
         self._files = [file for file in table.files() if file.path.startswith(f"{self.set_id}/")]
-        self._codecs = read_codecs(catalog.root, manifest)
+        self._decoder = RowDecoder(manifest, read_codecs(catalog.root, manifest))
         self._places: dict[str, _Place] | None = None
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -118,6 +248,9 @@ class FeatureSet:
         if table is None or not sets:
             raise DataError(f"{catalog.root} has no features: `teacher-cache features CONFIG` adds them")
         found = [one for one in sets.values() if set_id in (None, one.set_id, one.name)]
+        # A dropped set leaves its manifest until its files are deleted.
+        held = {file.path.partition("/")[0] for file in table.files()}
+        found = [one for one in found if one.set_id in held] or found
         if len(found) != 1:
             problem = f"no feature set {set_id!r}" if not found else "several feature sets"
             raise DataError(f"{catalog.root} has {problem}: name one of {', '.join(sorted(sets))}")
@@ -150,7 +283,7 @@ class FeatureSet:
 
     def basis(self, of: int | str) -> Basis | None:
         """The low-rank basis of a layer's number or of "hidden"; None if all channels are stored."""
-        return self._codecs["hidden" if of == "hidden" else f"layer{of}"].basis
+        return self._decoder.codecs["hidden" if of == "hidden" else f"layer{of}"].basis
 
     def head(self) -> Head:
         """The teacher's head, read from disk each time. Raises DataError if the set stores no last hidden state."""
@@ -177,38 +310,56 @@ class FeatureSet:
 
         Raises CorruptError naming file and row if what is stored contradicts the set.
         """
+        everything = FeatureParts(hidden=True, layers=self.layers, attention=True)
+        return {one: row.decode(expand=expand) for one, row in self.read_stored(sample_ids, everything).items()}
+
+    def read_stored(self, sample_ids: Iterable[str], parts: FeatureParts) -> dict[str, StoredRow]:
+        """`parts` of those of these chains that have features, to be decoded later. Other columns are not read.
+
+        Raises CorruptError naming file and row if what is stored contradicts the set.
+        """
         wanted: dict[tuple[int, int], list[tuple[str, int]]] = {}
         for sample_id in dict.fromkeys(sample_ids):
             place = self._index().get(sample_id)
             if place is not None:
                 wanted.setdefault((place.file, place.group), []).append((sample_id, place.row))
+        are_read = {"hidden": parts.hidden, "layers": bool(parts.layers), "attention": parts.attention}
+        columns = tuple(name for name in COLUMNS if are_read.get(name, True))
         found = {}
         for key, rows in sorted(wanted.items()):
-            group, where = self._group(*key), f"{self._files[key[0]].path}: row group {key[1]}"
+            group, where = self._group(*key, columns), f"{self._files[key[0]].path}: row group {key[1]}"
             for sample_id, row in rows:
-                found[sample_id] = self._decoded(group.slice(row, 1), f"{where}: row {row}", expand)
+                found[sample_id] = self._row(group.slice(row, 1), f"{where}: row {row}", parts.layers)
         return found
 
     def _index(self) -> dict[str, _Place]:
-        if self._places is None:
-            self._places = {}
-            for number, file in enumerate(self._files):
-                with self._opened(file) as parquet:
-                    for group in range(parquet.num_row_groups):
-                        ids = read_row_group(parquet, group, ["sample_id"], file.path).column(0).to_pylist()
-                        self._places.update({one: _Place(number, group, row) for row, one in enumerate(ids)})
-        return self._places
+        with self._lock:
+            if self._places is None:
+                places: dict[str, _Place] = {}
+                for number, file in enumerate(self._files):
+                    with self._opened(file) as parquet:
+                        for group in range(parquet.num_row_groups):
+                            ids = read_row_group(parquet, group, ["sample_id"], file.path).column(0).to_pylist()
+                            places.update({one: _Place(number, group, row) for row, one in enumerate(ids)})
+                # Only when it is whole: a file that cannot be read must not leave half an index behind.
+                self._places = places
+            return self._places
 
-    def _group(self, number: int, group: int) -> pa.Table:
-        key = (number, group)
-        if key not in self._groups:
-            file = self._files[number]
-            with self._opened(file) as parquet:
-                self._groups[key] = read_row_group(parquet, group, COLUMNS, file.path)
+    def _group(self, number: int, group: int, columns: tuple[str, ...]) -> pa.Table:
+        key = (number, group, columns)
+        with self._lock:
+            if key in self._groups:
+                self._groups.move_to_end(key)
+                return self._groups[key]
+        # Without the lock, or the reads of a distant store would wait for each other.
+        file = self._files[number]
+        with self._opened(file) as parquet:
+            table = read_row_group(parquet, group, columns, file.path)
+        with self._lock:
+            self._groups[key] = table
             while len(self._groups) > NUM_KEPT_GROUPS:
                 self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
+        return table
 
     def _opened(self, file: DataFile) -> pq.ParquetFile:
         parquet, header = open_features(self._table.path_of(file))
@@ -217,18 +368,12 @@ class FeatureSet:
             raise CorruptError(f"features/{file.path} was written with other scales than those of set {self.set_id}")
         return parquet
 
-    def _decoded(self, row: pa.Table, where: str, expand: bool) -> FeatureRow:
-        (values,) = row.select(["sample_id", "chain_id", "num_context"]).to_pylist()
-        positions_P = row.column("positions")[0].values.to_numpy().astype(np.int32, copy=False)
-        return decode_row(
-            self.manifest,
-            self._codecs,
-            FeatureRow(values["sample_id"], values["chain_id"], positions_P),
-            {name: _bytes_of(row, name) for name in ("hidden", "layers", "attention")},
-            values["num_context"],
-            where,
-            expand=expand,
-        )
+    def _row(self, row: pa.Table, where: str, layers: Sequence[int]) -> StoredRow:
+        (keys,) = row.select(["sample_id", "chain_id", "num_context"]).to_pylist()
+        # A copy: a view would keep the whole row group in memory.
+        positions_P = row.column("positions")[0].values.to_numpy().astype(np.int32)
+        payloads = {name: _bytes_of(row, name) for name in PAYLOADS if name in row.column_names}
+        return self._decoder.row(keys, positions_P, payloads, where, layers)
 
 
 def read_sets(root: Location) -> dict[str, SetManifest]:
@@ -331,52 +476,6 @@ def vector_token_bytes(hidden_size: int, rank: int | None, bits: int) -> int:
     """Bytes of one state."""
     num_coefficients = hidden_size if rank is None else rank
     return VectorCodec(bits, np.ones(num_coefficients, np.float32)).token_bytes
-
-
-def decode_row(
-    manifest: SetManifest,
-    codecs: dict[str, VectorCodec],
-    row: FeatureRow,
-    payloads: dict[str, bytes | None],
-    num_context: int,
-    where: str,
-    *,
-    expand: bool = True,
-) -> FeatureRow:
-    """`row`, which has ids and positions, with its signals. Raises CorruptError if payload and set disagree."""
-    num_positions = len(row.positions_P)
-    for name, is_stored in zip(payloads, _stored(manifest), strict=True):
-        if (payloads[name] is not None) != is_stored:
-            raise CorruptError(f"{where}: column {name} {'is null' if is_stored else 'holds data'}, unlike its set")
-
-    def states(codec: VectorCodec, data: bytes, column: str) -> Float32:
-        coefficients_PR = codec.coefficients(data, num_positions, f"{where}: column {column}")
-        return codec.expand(coefficients_PR) if expand else coefficients_PR
-
-    hidden, layers, attention = payloads["hidden"], payloads["layers"], payloads["attention"]
-    found: dict[int, Float32] = {}
-    start = 0
-    for one in manifest.layers:
-        assert layers is not None
-        assert one.layer is not None
-        size = num_positions * codecs[one.name].token_bytes
-        found[one.layer] = states(codecs[one.name], layers[start : start + size], "layers")
-        start += size
-    if layers is not None and start != len(layers):
-        raise CorruptError(f"{where}: column layers has {len(layers)} bytes, {start} expected")
-    heads: dict[tuple[int, int], Attention] = {}
-    if attention is not None and manifest.attention is not None:
-        chosen, num_keys = manifest.attention.heads, manifest.attention.num_keys
-        parts = decode_attention(
-            attention, num_positions, len(chosen), num_keys, num_context, f"{where}: column attention"
-        )
-        heads = dict(zip(chosen, parts, strict=True))
-    hidden_PD = None if hidden is None else states(codecs["hidden"], hidden, "hidden")
-    return FeatureRow(row.sample_id, row.chain_id, row.positions_P, hidden_PD, found, heads)
-
-
-def _stored(manifest: SetManifest) -> Sequence[bool]:
-    return (manifest.hidden is not None, bool(manifest.layers), manifest.attention is not None)
 
 
 def _bytes_of(row: pa.Table, name: str) -> bytes | None:

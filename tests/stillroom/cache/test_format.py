@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillroom.cache.features import FeatureRow, codecs_of, decode_row, open_features
+from stillroom.cache.features import RowDecoder, codecs_of, open_features
 from stillroom.cache.shards import header_of, open_shard, read_signals
 from stillroom.cache.tensors import read_tensors
 from stillroom.errors import CorruptError, DataError
@@ -51,8 +51,7 @@ def test_the_golden_feature_set_decodes_to_its_numbers() -> None:
     # float16 2/127 = 0.01575, then codes: 1, -2 and 0.5 over that step; as in FORMAT.md's layout.
     assert row["hidden"].hex() == "0824" + "4081" + "2000" + "0824" + "1040" + "e07f"
     codecs = codecs_of(manifest, read_tensors(GOLDEN / "features-v1.safetensors"), "golden")
-    keyed = FeatureRow(row["sample_id"], row["chain_id"], np.array(row["positions"], np.int32))
-    decoded = decode_row(manifest, codecs, keyed, payloads, row["num_context"], "golden")
+    decoded = RowDecoder(manifest, codecs).row(row, np.array(row["positions"], np.int32), payloads, "golden").decode()
     assert decoded.hidden_PD is not None
     np.testing.assert_allclose(decoded.hidden_PD, golden_features.HIDDEN_PD, atol=0.8)
     np.testing.assert_allclose(decoded.layers[2], golden_features.LAYER_PD, atol=0.3)

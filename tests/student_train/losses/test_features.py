@@ -60,6 +60,16 @@ def _defined(loss: FeatureLoss, student_lD: Tensor, teacher_lD: Tensor) -> Tenso
     return torch.stack(values) if values else student_lD.new_zeros(0)
 
 
+def test_states_without_direction_keep_gradients_small() -> None:
+    student_PD = torch.ones(3, 4, requires_grad=True)
+    teachers = {"zeros": torch.zeros(3, 4), "any": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}
+    for name, loss in (("zeros", HiddenMSE()), ("zeros", HiddenCosine()), ("any", HiddenRelations())):
+        value_P = hidden_values(loss, student_PD, teachers[name], [3])
+        (grad_PD,) = torch.autograd.grad(value_P.sum(), student_PD)
+        assert value_P.max() < 10, loss.name
+        assert grad_PD.abs().max() < 1e5, loss.name
+
+
 def test_attention_against_definition() -> None:
     """Two teacher heads of three, a student of four heads in two groups; the third query lists every key it sees."""
     generator = torch.Generator().manual_seed(0)

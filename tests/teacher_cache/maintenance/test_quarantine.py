@@ -18,7 +18,8 @@ from teacher_cache.building import Build
 from teacher_cache.cli import app
 from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
-from teacher_cache.maintenance.quarantine import REPAIR_WORKER, quarantine_damaged
+from teacher_cache.maintenance.quarantine import quarantine_damaged
+from teacher_cache.maintenance.replacing import REPAIR_WORKER
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import damage, on_disk, visible_ids

@@ -13,6 +13,7 @@ from stillroom.errors import ConfigError, CorruptError
 from stillroom.sql.session import open_session
 from teacher_cache.cli import app
 from teacher_cache.inspect.stats import cache_stats, stats_text
+from teacher_cache.maintenance import verify
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.quarantine import verify_command
@@ -102,13 +103,19 @@ def test_features_of_quarantined_chains_go_too(root: Path) -> None:
 @pytest.mark.parametrize("name", ["constants", "head", "manifest"])
 def test_damaged_constants_are_named(root: Path, name: str) -> None:
     (path,) = (root / "feature_sets").rglob(f"{name}*")
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
     found = verify_cache(root).problems
     assert any(name in problem.file or name in problem.problem for problem in found)
+    # Rows are kept: a copy of the small file restores them all.
+    result, _ = verify_command(root, quarantine=True)
+    assert not result["ok"]
+    path.write_bytes(whole)
+    assert len(stored(root)) == 36
 
 
 def test_rows_without_a_chain_or_with_other_tokens_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from teacher_cache.maintenance import feature_checks, verify
+    from teacher_cache.maintenance import feature_checks
 
     real = feature_checks.visible_chains
 
@@ -129,6 +136,14 @@ def test_rows_without_a_chain_or_with_other_tokens_are_found(root: Path, monkeyp
     assert any(one in problems for one in ("is not a visible chain", "has other tokens", "not in the shard"))
 
 
+def test_features_of_chains_that_come_during_verify_are_sound(root: Path) -> None:
+    # As of before the last shard came.
+    catalog, report = Catalog(root, Catalog(root).chains.version - 1), verify.VerifyReport()
+    assert sum(file.num_rows for file in catalog.chains.files()) < 36
+    verify._verify_features(catalog, report)
+    assert report.problems == []
+
+
 def test_copies_hold_features_once(root: Path, tmp_path: Path) -> None:
     dest = tmp_path / "d"
     report = copy_caches([root], dest)
@@ -140,7 +155,7 @@ def test_copies_hold_features_once(root: Path, tmp_path: Path) -> None:
     assert other.hidden_PD is not None
     assert (one.hidden_PD == other.hidden_PD).all()
     assert verify_cache(dest).ok
-    # The pass goes on in the copy.
+    # The copy continues the pass.
     assert add_features(dest).num_done_before == 36
 
 
