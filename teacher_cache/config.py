@@ -16,34 +16,41 @@ from stillroom.judging.opinion import PROMPT, prompt_problem
 from stillroom.storage.paths import CacheRoot
 from teacher_cache.prompts.config import CompletionsConfig, PromptsConfig
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-class EmbeddedConfig(StrictModel):
-    """vLLM in this process. Numbers left at None take vLLM's own defaults."""
 
-    kind: Literal["embedded"] = "embedded"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+class VllmModelConfig(StrictModel):
+    """What every use of vLLM in this process has. Numbers left at None take vLLM's own defaults."""
+
+    dtype: Dtype = "auto"
     """Type of weights and activations; `auto` is the model's own."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Maximum tokens of prompt and completion together."""
     max_num_seqs: int | None = Field(default=None, ge=1)
-    """Maximum chains generated at once."""
+    """Maximum chains computed at once."""
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens computed in one engine step."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Fraction of each GPU's memory for weights and KV cache."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Number of GPUs that each layer is split across."""
+    quantization: str | None = None
+    """Quantization to load weights with, by vLLM's name, such as fp8; None is the model's own."""
+
+
+class EmbeddedConfig(VllmModelConfig):
+    """vLLM in this process. Numbers left at None take vLLM's own defaults."""
+
+    kind: Literal["embedded"] = "embedded"
     kv_cache_gb: float | None = Field(default=None, gt=0)
     """KV cache in GiB (2^30 bytes). None: on a GPU what gpu_memory_utilization leaves, on a CPU what max_num_seqs
     chains of max_model_len tokens need, at most a quarter of free memory."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """Number of GPUs that each layer is split across."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Number of pipeline stages that the layers are divided into."""
     enable_expert_parallel: bool = False
     """Place whole experts of a mixture-of-experts model on different GPUs instead of splitting each expert."""
     distributed_executor_backend: Literal["mp", "ray"] | None = None
     """How multi-GPU workers are started; `ray` spans machines."""
-    quantization: str | None = None
-    """Quantization to load weights with, by vLLM's name, such as fp8; None is the model's own."""
     kv_cache_dtype: str | None = None
     """Type of the KV cache, such as fp8."""
     enforce_eager: bool | None = None
@@ -96,23 +103,23 @@ class ServerConfig(StrictModel):
         return addresses
 
 
-def _engine_kind(value: Any) -> str:
-    """The kind of engine; embedded by default."""
-    return str(value.get("kind", "embedded")) if isinstance(value, Mapping) else str(value.kind)
+def engine_kind(default: str, message: str) -> Discriminator:
+    """Chooses a kind of engine by its key `kind`; `message` names the kinds there are."""
+
+    def kind_of(value: Any) -> str:
+        return str(value.get("kind", default)) if isinstance(value, Mapping) else str(value.kind)
+
+    return Discriminator(kind_of, custom_error_type="engine_kind", custom_error_message=message)
 
 
 EngineConfig = Annotated[
     Annotated[EmbeddedConfig, Tag("embedded")] | Annotated[ServerConfig, Tag("server")],
-    Discriminator(
-        _engine_kind,
-        custom_error_type="engine_kind",
-        custom_error_message="kind must be 'embedded' (vLLM in this process) or 'server' (vLLM over HTTP)",
-    ),
+    engine_kind("embedded", "kind must be 'embedded' (vLLM in this process) or 'server' (vLLM over HTTP)"),
 ]
 
 
-class TeacherConfig(StrictModel):
-    """The model that generates or scores chains."""
+class ModelConfig(StrictModel):
+    """Where a model comes from."""
 
     model: str
     """Hugging Face model folder or hub id."""
@@ -120,6 +127,11 @@ class TeacherConfig(StrictModel):
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Only for models that you trust as much as your own code."""
+
+
+class TeacherConfig(ModelConfig):
+    """The model that generates or scores chains."""
+
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the model's chat template, such as `enable_thinking: true`; part of the run's identity. Names that
     the template does not mention are refused."""

@@ -3,27 +3,20 @@
 Field docstrings are the text of docs/configuration.md (`python -m tools.config_reference`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from stillroom.config import StrictModel, apply_override, read_yaml, validate_config
 from stillroom.errors import ConfigError
 from stillroom.storage.paths import CacheRoot
-from teacher_cache.config import TeacherConfig
+from teacher_cache.config import Dtype, ModelConfig, TeacherConfig, VllmModelConfig, engine_kind
 
 
-class FeatureTeacher(StrictModel):
+class FeatureTeacher(ModelConfig):
     """The teacher of the cache's chains, whose fingerprint must be theirs."""
-
-    model: str
-    """Hugging Face model folder or hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the model. Only for models that you trust as much as your own code."""
 
     @property
     def as_teacher(self) -> TeacherConfig:
@@ -35,7 +28,7 @@ class TransformersConfig(StrictModel):
     """The model in transformers in this process, for teachers that fit one device. Attention needs it."""
 
     kind: Literal["transformers"]
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of weights and activations; `auto` is the model's own."""
     device: str | None = None
     """torch device such as cuda:1; None takes the first GPU, or the CPU without one."""
@@ -43,44 +36,21 @@ class TransformersConfig(StrictModel):
     """Tokens per forward pass, padding included; a longer chain is computed alone."""
 
 
-class VllmConfig(StrictModel):
+class VllmConfig(VllmModelConfig):
     """vLLM in this process, for teachers of any size. Numbers left at None take vLLM's own defaults."""
 
     kind: Literal["vllm"] = "vllm"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; `auto` is the model's own."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Maximum tokens of a chain with its prompt."""
-    max_num_seqs: int | None = Field(default=None, ge=1)
-    """Maximum chains computed at once."""
-    max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    """Maximum tokens computed in one engine step."""
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of each GPU's memory for weights, KV cache and states."""
     kv_cache_gb: float | None = Field(default=None, gt=0)
     """KV cache in GiB (2^30 bytes), which also holds the states of running chains."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """Number of GPUs that each layer is split across."""
-    quantization: str | None = None
-    """Quantization to load weights with, by vLLM's name, such as fp8; None is the model's own."""
     enforce_eager: bool = True
     """Skip compilation, which few passes repay: every chain is read at once, not token by token."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens handed to the engine at a time. Their states wait on local disk until all of them are computed."""
 
 
-def _engine_kind(value: Any) -> str:
-    """The kind of engine; vLLM by default."""
-    return str(value.get("kind", "vllm")) if isinstance(value, Mapping) else str(value.kind)
-
-
 FeatureEngineConfig = Annotated[
     Annotated[VllmConfig, Tag("vllm")] | Annotated[TransformersConfig, Tag("transformers")],
-    Discriminator(
-        _engine_kind,
-        custom_error_type="engine_kind",
-        custom_error_message="kind must be 'vllm' or 'transformers', both in this process",
-    ),
+    engine_kind("vllm", "kind must be 'vllm' or 'transformers', both in this process"),
 ]
 
 
@@ -110,29 +80,31 @@ class HiddenConfig(StrictModel):
     """Coefficients per token, in the basis that keeps the distributions best; None stores every channel."""
 
 
+def _number_or_frac(value: Any) -> Any:
+    # Not a number is refused too: it is not between 0 and 1.
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"{value:g} is neither a layer's number nor a fraction of depth between 0 and 1")
+    return value
+
+
+LayerPlace = Annotated[int | float, BeforeValidator(_number_or_frac)]
+
+
 class LayersConfig(StrictModel):
     """States of middle layers."""
 
-    at: list[int | float] = Field(min_length=1)
+    at: list[LayerPlace] = Field(min_length=1)
     """Layers by number (7 is the stream after 7 decoder layers) or as a fraction of depth (0.25)."""
     bits: Literal[4, 8] = 8
     """Bits per coefficient."""
     rank: int | None = Field(default=64, ge=1)
     """Coefficients per token in each layer's principal components; None stores every channel."""
 
-    @field_validator("at", mode="before")
-    @classmethod
-    def _numbers_or_fractions(cls, value: Any) -> Any:
-        for one in value if isinstance(value, list) else []:
-            if isinstance(one, float) and not 0 < one < 1:
-                raise ValueError(f"{one:g} is neither a layer's number nor a fraction of depth between 0 and 1")
-        return value
-
 
 class AttentionConfig(StrictModel):
     """The most attended positions of some heads. Never whole matrices."""
 
-    layers: list[int | float] = Field(min_length=1)
+    layers: list[LayerPlace] = Field(min_length=1)
     """Decoder layers by number (from 0) or as a fraction of depth (0.5 of 30 is layer 15)."""
     keep_frac: float = Field(default=0.6, gt=0, le=1)
     """Fraction of each layer's heads to store, chosen by their mean entropy on the calibration chains."""
@@ -146,7 +118,7 @@ class CalibrationConfig(StrictModel):
     """The chains from which scales, bases and heads are fitted, once per set: the first by hash."""
 
     tokens: int = Field(default=16384, ge=1)
-    """Completion tokens to fit on; a basis needs many times its rank."""
+    """Stored tokens to fit on; a basis needs many times its rank."""
 
 
 class FeatureShardConfig(StrictModel):

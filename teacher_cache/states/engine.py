@@ -123,7 +123,7 @@ class StatesEngine(Protocol):
 
 
 def batches(chains: Iterable[ChainTokens], batch_tokens: int) -> Iterator[list[ChainTokens]]:
-    """Chains in order, so many at a time that their tokens, padded to the longest, fit; a longer chain comes alone."""
+    """Chains in order, as many at a time as fit when padded to the longest; one that is too long comes alone."""
     batch: list[ChainTokens] = []
     longest = 0
     for chain in chains:

@@ -14,6 +14,10 @@ RIDGE = 1e-4
 """Added to the metric, relative to its mean diagonal, so that channels without influence can be inverted."""
 METRIC_TOKENS = 1024
 """Tokens whose distributions make the metric of the last hidden state."""
+LEAST_SIZE = 0.05
+"""Least scale of a coefficient, relative to the median one. A channel that is 0 in all calibration states and not in a
+later one would otherwise take all the codes of that token. Small ones still err less than the median one.
+"""
 
 
 def fit_codec(
@@ -37,42 +41,49 @@ def fit_codec(
     lost_ND = centred_ND - centred_ND @ encode_DR @ vectors_RD
     basis = Basis(mean_D.astype(np.float32), vectors_RD.astype(np.float32), encode_DR.astype(np.float32))
     scale_R = _typical((centred_ND @ encode_DR).astype(np.float32))
-    return VectorCodec(bits, scale_R, basis), float(np.square(lost_ND).sum() / np.square(centred_ND).sum())
+    return VectorCodec(bits, scale_R, basis), _relative(lost_ND, centred_ND)
 
 
 def error_frac(codec: VectorCodec, states_ND: Float32) -> float:
     """Squared error of decoded states relative to their variance."""
     decoded_ND = codec.decode(codec.encode(states_ND), len(states_ND))
-    variance = np.square(states_ND - states_ND.mean(axis=0)).sum(dtype=np.float64)
-    return float(np.square(decoded_ND - states_ND).sum(dtype=np.float64) / variance)
+    return _relative(decoded_ND - states_ND, states_ND - states_ND.mean(axis=0))
 
 
-def head_metric(states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None) -> Float64:
+def head_metric(
+    states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None, bias_V: Float32 | None = None
+) -> Float64:
     """Mean Fisher information of a state: x' F x / 2 is the KL divergence that an error of x causes, to second order.
 
-    F = scale^2 mean_n W' (diag(p_n) - p_n p_n') W.
+    F = scale^2 mean_n W' S_n (diag(p_n) - p_n p_n') S_n W, where S_n is the slope of the cap at each logit.
     """
     states_ND = states_ND[:: max(1, len(states_ND) // METRIC_TOKENS)]
-    mean_V, means_ND = np.zeros(len(weight_VD)), []
+    sum_V, means_ND = np.zeros(len(weight_VD)), []
     # In pieces: the logits of a thousand tokens over a large vocabulary are half a gigabyte.
     for first in range(0, len(states_ND), 64):
-        logits_NV = logits_of(states_ND[first : first + 64], weight_VD, logit_scale, softcap)
+        logits_NV = logits_of(states_ND[first : first + 64], weight_VD, logit_scale, softcap, bias_V)
         probs_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True))
         probs_NV /= probs_NV.sum(axis=1, keepdims=True)
-        mean_V += probs_NV.sum(axis=0)
-        means_ND.append(probs_NV @ weight_VD)
+        slope_NV = 1.0 if softcap is None else 1.0 - np.square(logits_NV / np.float32(softcap))
+        sum_V += (probs_NV * np.square(slope_NV)).sum(axis=0)
+        means_ND.append((probs_NV * slope_NV) @ weight_VD)
     expected_ND = np.concatenate(means_ND).astype(np.float64)
     # Ids that nobody predicts carry no information, and V x D products are what this costs.
-    used_V = mean_V > 1e-9 * mean_V.sum()
+    used_V = sum_V > 1e-9 * sum_V.sum()
     used_UD = weight_VD[used_V].astype(np.float64)
-    second_DD = (used_UD * (mean_V[used_V] / len(states_ND))[:, None]).T @ used_UD
+    second_DD = (used_UD * (sum_V[used_V] / len(states_ND))[:, None]).T @ used_UD
     metric_DD: Float64 = logit_scale**2 * (second_DD - expected_ND.T @ expected_ND / len(states_ND))
     return metric_DD
 
 
-def logits_of(states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None) -> Float32:
+def logits_of(
+    states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None, bias_V: Float32 | None = None
+) -> Float32:
     """Logits [N, V] of states after the final norm."""
-    logits_NV: Float32 = np.float32(logit_scale) * (states_ND @ weight_VD.T)
+    logits_NV: Float32 = states_ND @ weight_VD.T
+    if bias_V is not None:
+        logits_NV += bias_V
+    logits_NV *= np.float32(logit_scale)
     if softcap is not None:
         logits_NV = np.float32(softcap) * np.tanh(logits_NV / np.float32(softcap))
     return logits_NV
@@ -86,12 +97,25 @@ def _typical(coefficients_NR: Float32) -> Float32:
     """
     rms_R = np.sqrt(np.square(coefficients_NR, dtype=np.float64).mean(axis=0))
     size_R = np.sqrt(rms_R * np.abs(coefficients_NR).max(axis=0))
-    typical_R: Float32 = np.maximum(size_R, max(1e-6 * float(size_R.max()), 1e-12)).astype(np.float32)
+    least = max(LEAST_SIZE * float(np.median(size_R)), 1e-6 * float(size_R.max()), 1e-12)
+    typical_R: Float32 = np.maximum(size_R, least).astype(np.float32)
     return typical_R
+
+
+def _relative(error_ND: npt.NDArray[np.floating], centred_ND: npt.NDArray[np.floating]) -> float:
+    """Squared error relative to variance. States that are all alike have none: 0 if they are kept, else 1."""
+    error, variance = (float(np.square(one).sum(dtype=np.float64)) for one in (error_ND, centred_ND))
+    return error / variance if variance else float(error > 0)
 
 
 def _root(metric_DD: Float64) -> Float64:
     """L with L L' = metric, made positive definite."""
     size = len(metric_DD)
-    ridge = RIDGE * np.trace(metric_DD) / size
-    return np.linalg.cholesky((metric_DD + metric_DD.T) / 2 + ridge * np.eye(size))
+    # A teacher that is certain everywhere has no metric.
+    ridge = RIDGE * max(np.trace(metric_DD) / size, 0.0) or 1.0
+    while True:
+        try:
+            return np.linalg.cholesky((metric_DD + metric_DD.T) / 2 + ridge * np.eye(size))
+        except np.linalg.LinAlgError:
+            # Where nearly all tokens are certain, the difference of two float32 moments has negative directions.
+            ridge *= 10

@@ -74,20 +74,16 @@ def head_of(head: "nn.Module", config: Mapping[str, Any], norm: "nn.Module | Non
     return HeadWeights(tensors, scale, None if softcap is None else float(softcap), facts)
 
 
-def final_norm(decoder: "nn.Module") -> "nn.Module":
-    """The norm between the last decoder layer and the head: the decoder's own child of that name."""
+def final_norm(decoder: "nn.Module") -> "nn.Module | None":
+    """The norm between the last decoder layer and the head: the decoder's own child of that name, if there is one."""
     names = [name for name, _ in decoder.named_children() if "norm" in name or name.startswith("ln_f")]
-    if not names:
-        raise ConfigError(
-            f"{type(decoder).__name__} has no final norm that is known here: use engine.kind: transformers"
-        )
-    return decoder.get_submodule(names[-1])
+    return decoder.get_submodule(names[-1]) if names else None
 
 
 def load_outer(teacher: Teacher, trust_remote_code: bool) -> "tuple[nn.Module, nn.Module, dict[str, Any]]":
     """Head and final norm alone, in float32 for the norm, without loading the model; and the text config.
 
-    Raises DataError if the weights are not safetensors.
+    Raises DataError if the weights are not safetensors, ConfigError for a model without a final norm.
     """
     import torch
     from safetensors import safe_open
@@ -97,6 +93,8 @@ def load_outer(teacher: Teacher, trust_remote_code: bool) -> "tuple[nn.Module, n
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head, norm = model.get_output_embeddings(), final_norm(model.base_model)
+    if norm is None:
+        raise ConfigError(f"{type(model).__name__} has no final norm that is known here: use engine.kind: transformers")
     prefixes = {name: module for name, module in model.named_modules() if module in (head, norm)}
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     weights: dict[str, dict[str, torch.Tensor]] = {name: {} for name in prefixes}

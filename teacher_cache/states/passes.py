@@ -3,12 +3,13 @@ resumes.
 
 The unit is a row group of a chains shard. Rows whose sample has features of this set are skipped, files that were
 published but not committed are adopted, and the rest is computed. One process per worker; workers meet only in the
-Delta log. On SIGINT or SIGTERM the batch at hand is finished, what is computed becomes visible, and the call returns.
+Delta log. On SIGINT or SIGTERM the current batch is finished, what is computed becomes visible, and the call returns.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from stillroom.cache.catalog import SHARD_NAME, Catalog
@@ -23,18 +24,21 @@ from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.building import OWN_LOCK_WAIT_S, worker_name
 from teacher_cache.config import EmbeddedConfig
 from teacher_cache.engine.teacher import identify_teacher
+from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.prompts.prompts import WorkerShare
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
-from teacher_cache.states.engine import ChainTokens, Shape, StatesEngine, Wanted, batches
+from teacher_cache.states.engine import ChainTokens, Shape, States, StatesEngine, Wanted, batches
 from teacher_cache.states.model import shape_of, wanted_of
 from teacher_cache.states.plan import FeaturesPlan, plan_units
-from teacher_cache.states.selection import Place, Unit, choose, read_unit
-from teacher_cache.states.sets import OpenSet, create_set, find_set, set_id_of
+from teacher_cache.states.selection import Place, Unit, choose, num_stored, read_unit
+from teacher_cache.states.sets import OpenSet, create_set, find_set, finite_states, set_id_of
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
 from teacher_cache.writer.feature_file import FeatureFile, FeatureValues
 from teacher_cache.writer.recorder import explained
 
 StartEngine = Callable[[Wanted], StatesEngine]
+ENCODING_THREADS = 4
+"""With a basis a thread encodes a few thousand tokens per second, fewer than a GPU computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,13 @@ class FeaturesPass:
         finally:
             engine.close()
 
+    def drop_if_gone(self, chains_file: str) -> None:
+        """Removes features of chains that were dropped or quarantined while their states were computed."""
+        self.catalog.chains.refresh()
+        if all(file.path != chains_file for file in self.catalog.chains.files()):
+            num = sum(drop_chainless(self.catalog).values())
+            note(f"{chains_file} is no longer visible: features of {format_plural(num, 'chain')} removed")
+
     def _is_done(self, place: Place) -> bool:
         return place.sample_id in self._visible
 
@@ -133,14 +144,13 @@ class FeaturesPass:
         chains = sorted((place.sample_id, unit, place) for unit in self.units for place in unit.places)
         chosen: dict[tuple[str, int], list[Place]] = {}
         units: dict[tuple[str, int], Unit] = {}
-        num_tokens = 0
+        num_tokens, frac = 0, self.config.tokens.entropy_frac
         for _, unit, place in chains:
             if num_tokens >= self.config.calibration.tokens:
                 break
             units[unit.file, unit.group] = unit
             chosen.setdefault((unit.file, unit.group), []).append(place)
-            num_tokens += place.num_tokens
-        frac = self.config.tokens.entropy_frac
+            num_tokens += num_stored(place.num_tokens, frac)
         calibration = [
             one for key, places in chosen.items() for one in read_unit(self.catalog, units[key], places, frac)
         ]
@@ -162,25 +172,33 @@ class FeaturesPass:
         done = _Done()
         stopped: str | None = None
         frac = opened.manifest.entropy_frac
+
+        def save(unit: Unit, batch: Sequence[ChainTokens], rows: Sequence[FeatureValues]) -> None:
+            for row in rows:
+                out.add(unit, row)
+            done.add(batch, out.size_bytes)
+            progress.update(num_before + done.num_chains, done.num_tokens, done.notes)
+
         with (
             Progress("features", num_total, "chains", done_before=num_before) as progress,
             _Output(self, opened) as out,
+            _Encoding(opened, save) as encoding,
         ):
-            for unit, todo in left:
-                for batch in batches(read_unit(self.catalog, unit, todo, frac), self.config.engine.batch_tokens):
-                    for chain, states in zip(batch, engine.run(batch), strict=True):
-                        out.add(unit, opened.encoded(chain, states))
-                    done.add(batch, out.size_bytes)
-                    progress.update(num_before + done.num_chains, done.num_tokens, done.notes)
-                    if stop.is_set:
-                        stopped = "interrupted"
-                        break
-                out.end_unit()
-                if stopped is not None:
+            for unit, batch in self._batches(left, frac):
+                encoding.add(unit, batch, finite_states(engine, batch))
+                if stop.is_set:
+                    stopped = "interrupted"
                     note("interrupted: saving finished chains")
                     break
         done.size_bytes = out.size_bytes
         return self._result(num_total, num_before, done, time.monotonic() - started_s, stopped)
+
+    def _batches(
+        self, left: Sequence[tuple[Unit, Sequence[Place]]], frac: float | None
+    ) -> Iterator[tuple[Unit, list[ChainTokens]]]:
+        for unit, todo in left:
+            for batch in batches(read_unit(self.catalog, unit, todo, frac), self.config.engine.batch_tokens):
+                yield unit, batch
 
     def _recover(self, own_abandoned_s: float) -> int:
         """Adopts files of this set that workers published but did not commit, except those of running workers."""
@@ -202,6 +220,8 @@ class FeaturesPass:
                         continue
                 num_rows += Committer(self.table, self._visible, self.set_id, worker).recover(abandoned_s)
         if num_rows:
+            # Their chains may have been dropped since.
+            drop_chainless(self.catalog)
             note(f"adopted {format_plural(num_rows, 'row')} that an interrupted pass had written but not registered")
         return num_rows
 
@@ -232,6 +252,35 @@ class _Done:
         return {"": f"{self.size_bytes / max(self.num_tokens, 1):.0f} B/token"}
 
 
+class _Encoding:
+    """Encodes a batch in threads while the engine computes the next, then saves it."""
+
+    def __init__(self, opened: OpenSet, save: Callable[[Unit, Sequence[ChainTokens], Sequence[FeatureValues]], None]):
+        self._opened, self._save = opened, save
+        self._pool = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="encode")
+        self._pending: tuple[Unit, Sequence[ChainTokens], list[Future[FeatureValues]]] | None = None
+
+    def __enter__(self) -> "_Encoding":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._pool:
+            # After an error too: what is computed is kept. Not if Ctrl-C was pressed twice, to stop at once.
+            if kind is None or not issubclass(kind, KeyboardInterrupt):
+                self._flush()
+
+    def add(self, unit: Unit, batch: Sequence[ChainTokens], states: Sequence[States]) -> None:
+        self._flush()
+        rows = [self._pool.submit(self._opened.encoded, *one) for one in zip(batch, states, strict=True)]
+        self._pending = unit, batch, rows
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            unit, batch, rows = pending
+            self._save(unit, batch, [row.result() for row in rows])
+
+
 class _Output:
     """Rows into files: one file at a time, closed by size, by age, and where the next chains shard begins."""
 
@@ -255,9 +304,12 @@ class _Output:
         self._commit()
 
     def add(self, unit: Unit, row: FeatureValues) -> None:
-        if self._unit is not None and self._unit.file != unit.file:
+        before, self._unit = self._unit, unit
+        if before is not None and before.file != unit.file:
             self._commit()
-        self._unit = unit
+        elif before is not None and before.group != unit.group and self._file is not None:
+            # Row groups end with those of the chains.
+            self._file.end_group()
         if self._file is None:
             self._file = FeatureFile(self._features._committer.temp_path(), self._header(unit))
             self._opened_s = time.monotonic()
@@ -268,11 +320,6 @@ class _Output:
         if is_old or self._file.num_bytes >= 1e6 * shard.max_mb:
             self._commit()
 
-    def end_unit(self) -> None:
-        """Ends the row group with that of its chains."""
-        if self._file is not None:
-            self._file.end_group()
-
     def _commit(self) -> None:
         file, self._file = self._file, None
         if file is None:
@@ -280,6 +327,7 @@ class _Output:
         try:
             file.close()
             self._features._committer.commit(file.temp, file.sample_ids)
+            self._features.drop_if_gone(file.chains_file)
         except OSError as error:
             file.discard()
             raise explained(error) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.feature_codec import attention_token_bytes
-from stillroom.cache.features import SETS_FOLDER, vector_token_bytes
+from stillroom.cache.features import SETS_FOLDER, read_sets, set_folder, vector_token_bytes
 from stillroom.config import Json
 from stillroom.log import format_bytes, format_count, format_plural
 from stillroom.storage.paths import matching
@@ -111,6 +111,7 @@ def plan_units(
     num_chains = sum(len(unit.places) for unit in units)
     overhead = GROUP_BYTES * len(units)
     constants = _constant_bytes(catalog, config, wanted, shape, set_id)
+    left += overhead * (num_chains - num_done) / num_chains + constants
     return FeaturesPlan(
         set_id=set_id,
         cache=str(config.cache),
@@ -126,8 +127,8 @@ def plan_units(
         attention_bytes_per_token=round(attention_tokens / num_tokens),
         bytes_per_token=(payload + overhead) / num_tokens,
         constant_bytes=constants,
-        total_bytes=payload + overhead + constants,
-        left_bytes=left + overhead * (num_chains - num_done) / num_chains + constants,
+        total_bytes=_written_bytes(catalog, set_id) + left,
+        left_bytes=left,
         max_bytes=config.max_bytes,
         disk_free_bytes=shutil.disk_usage(config.cache).free if isinstance(config.cache, Path) else None,
     )
@@ -164,6 +165,18 @@ def plan_warning(plan: FeaturesPlan) -> str | None:
 def plan_json(plan: FeaturesPlan) -> Json:
     """The plan for programs."""
     return {**asdict(plan), "fits": plan.fits}
+
+
+def _written_bytes(catalog: Catalog, set_id: str) -> float:
+    """Size of the set so far: also of chains that this configuration does not select."""
+    files = [] if catalog.features is None else catalog.features.files()
+    size = sum(file.size_bytes for file in files if file.path.startswith(f"{set_id}/"))
+    manifest = read_sets(catalog.root).get(set_id)
+    if manifest is None:
+        return size
+    constants = [set_folder(catalog.root, set_id) / f"constants-{manifest.constants}.safetensors"]
+    constants += [] if manifest.head is None else [catalog.root / SETS_FOLDER / manifest.head.file]
+    return size + sum(path.stat().st_size for path in constants if path.exists())
 
 
 def _constant_bytes(catalog: Catalog, config: FeaturesConfig, wanted: Wanted, shape: Shape, set_id: str) -> float:

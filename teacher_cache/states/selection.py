@@ -121,7 +121,7 @@ def most_uncertain(entropy_T: Float32, entropy_frac: float | None) -> Int32:
 
 def num_stored(num_tokens: int, entropy_frac: float | None) -> int:
     """How many tokens of a chain get features: at least one."""
-    # Less a hair: 0.2 of 10 tokens is 2.0000000000000004 of them.
+    # Without the 1e-9, 0.2 of 10 tokens, 2.0000000000000004, would be 3.
     return num_tokens if entropy_frac is None else max(1, math.ceil(entropy_frac * num_tokens - 1e-9))
 
 

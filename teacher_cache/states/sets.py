@@ -35,7 +35,7 @@ from teacher_cache.states.engine import (
 )
 from teacher_cache.states.fitting import error_frac, fit_codec, head_metric, logits_of
 from teacher_cache.states.model import head_array
-from teacher_cache.writer.commit import lock_path, worker_lock
+from teacher_cache.writer.commit import is_locked, lock_path, worker_lock
 from teacher_cache.writer.feature_file import FeatureValues
 
 HASH_CHARS = 32
@@ -96,6 +96,23 @@ def rank_of(block: HiddenConfig | LayersConfig, hidden_size: int) -> int | None:
     return block.rank
 
 
+def finite_states(engine: StatesEngine, chains: Sequence[ChainTokens]) -> list[States]:
+    """The engine's states of these chains. Raises StillroomError naming a chain whose states are not finite."""
+    found = engine.run(chains)
+    for chain, one in zip(chains, found, strict=True):
+        parts: dict[str, Float32 | None] = {"last_hidden": one.hidden_PD}
+        parts |= {f"layer {number}": states_PD for number, states_PD in one.layers.items()}
+        parts |= {f"attention of layer {number}": keys.weights_PHM for number, keys in one.attention.items()}
+        wrong = [name for name, part in parts.items() if part is not None and not np.isfinite(part).all()]
+        if wrong:
+            dtype = engine.settings.get("dtype", "its own")
+            raise StillroomError(
+                f"chain {chain.sample_id}: {wrong[0]} is not finite with weights of type {dtype}: set engine.dtype to "
+                "bfloat16 or float32, or exclude the chain with chains.where. Finished chains are saved"
+            )
+    return found
+
+
 def find_set(catalog: Catalog, set_id: str) -> OpenSet | None:
     """The set if it exists. Raises CorruptError for a damaged one."""
     manifest = read_sets(catalog.root).get(set_id)
@@ -117,11 +134,16 @@ def create_set(
     chains are too few for a rank.
     """
     set_id = set_id_of(config, teacher, wanted)
-    with worker_lock(lock_path(catalog.root, set_id, CREATOR), FIT_WAIT_S):
+    lock = lock_path(catalog.root, set_id, CREATOR)
+    if is_locked(lock):
+        note(f"waiting for the worker that fits the set {set_id}")
+    with worker_lock(lock, FIT_WAIT_S):
         found = find_set(catalog, set_id)
         if found is not None:
             return found
-        states = [one for batch in batches(calibration, config.engine.batch_tokens) for one in engine.run(batch)]
+        states = [
+            one for batch in batches(calibration, config.engine.batch_tokens) for one in finite_states(engine, batch)
+        ]
         num_tokens = sum(len(chain.positions_P) for chain in calibration)
         note(f"fitting the set {set_id} on {format_count(num_tokens)} tokens of {len(calibration)} chains")
         head = engine.head() if wanted.hidden else None
@@ -166,7 +188,7 @@ def _fit_vectors(
         metric = None
         if rank_of(config.last_hidden, hidden_ND.shape[1]) is not None:
             # The metric of the head: what the distributions do not show may be lost.
-            metric = head_metric(hidden_ND, head_array(head), head.logit_scale, head.softcap)
+            metric = head_metric(hidden_ND, *_head_arguments(head))
         bits, rank = config.last_hidden.bits, rank_of(config.last_hidden, hidden_ND.shape[1])
         stored.append(_fit("hidden", None, hidden_ND, bits, rank, metric, codecs))
     if config.layers is not None:
@@ -222,18 +244,17 @@ def _mean_entropy(parts: Sequence[AttendedKeys]) -> Float32:
 
 def _check_states(head: HeadWeights, chains: Sequence[ChainTokens], states: Sequence[States]) -> float:
     """Median difference of head x state from the cache. Raises StillroomError if the two do not belong together."""
-    weight_VD, differences, num_checked = head_array(head), [], 0
+    arguments, differences, left = _head_arguments(head), [], CHECKED_POSITIONS
     for chain, one in zip(chains, states, strict=True):
-        if num_checked >= CHECKED_POSITIONS or one.hidden_PD is None:
+        if not left or one.hidden_PD is None:
             break
-        logits_PV = logits_of(one.hidden_PD, weight_VD, head.logit_scale, head.softcap)
-        if "bias" in head.tensors:
-            logits_PV = logits_PV + np.float32(head.logit_scale) * head_array(head, "bias")
+        # Not all of a long chain: its logits would be tens of gigabytes.
+        logits_PV = logits_of(one.hidden_PD[:left], *arguments)
         top_P1 = logits_PV.max(axis=1, keepdims=True)
         log_sum_P = top_P1[:, 0] + np.log(np.exp(logits_PV - top_P1).sum(axis=1))
-        picked_P = logits_PV[np.arange(len(logits_PV)), chain.token_ids[chain.positions_P]]
-        differences.append(np.abs(picked_P - log_sum_P - chain.sampled_logprob_P))
-        num_checked += len(logits_PV)
+        picked_P = logits_PV[np.arange(len(logits_PV)), chain.token_ids[chain.positions_P[:left]]]
+        differences.append(np.abs(picked_P - log_sum_P - chain.sampled_logprob_P[:left]))
+        left -= len(logits_PV)
     error = float(np.median(np.concatenate(differences)))
     # Also not a number, which compares as false.
     if not error <= MAX_LOGPROB_ERROR:
@@ -243,6 +264,12 @@ def _check_states(head: HeadWeights, chains: Sequence[ChainTokens], states: Sequ
             "way that is not known here. Nothing was written"
         )
     return error
+
+
+def _head_arguments(head: HeadWeights) -> tuple[Float32, float, float | None, Float32 | None]:
+    """What `logits_of` and `head_metric` take of a head."""
+    bias_V = head_array(head, "bias") if "bias" in head.tensors else None
+    return head_array(head), head.logit_scale, head.softcap, bias_V
 
 
 def _write_head(catalog: Catalog, head: HeadWeights, shape: Shape) -> Head:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+
+
 class TransformersStates:
     """Implements teacher_cache.states.engine.StatesEngine."""
 
@@ -26,12 +29,11 @@ class TransformersStates:
 
     def __init__(self, teacher: Teacher, trust_remote_code: bool, config: TransformersConfig, wanted: Wanted) -> None:
         """Loads the model. Raises ConfigError if its layers cannot be found, DataError if it cannot be loaded."""
-        import torch
         from transformers import AutoModelForCausalLM
 
-        note(f"loading {teacher.model} in transformers")
         self._wanted = wanted
-        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = _device(config.device)
+        note(f"loading {teacher.model} in transformers")
         # Only the eager path forms the attention weights.
         attention = "eager" if wanted.attention else "sdpa"
         try:
@@ -46,8 +48,10 @@ class TransformersStates:
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise DataError(f"transformers cannot load {teacher.model}: {one_line(error)}") from error
         self._decoder = model.base_model
-        self._config: dict[str, Any] = model.config.get_text_config().to_dict()
-        self._layers = _decoder_layers(self._decoder, int(self._config["num_hidden_layers"]))
+        config_of_text = model.config.get_text_config()
+        self._config: dict[str, Any] = config_of_text.to_dict()
+        # Not from the dictionary: GPT-2 calls it n_layer there.
+        self._layers = _decoder_layers(self._decoder, config_of_text.num_hidden_layers)
         self.settings: Mapping[str, Any] = {
             "kind": "transformers",
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -59,7 +63,10 @@ class TransformersStates:
     def head(self) -> HeadWeights:
         """The output layer as loaded."""
         model: Any = self._model
-        return head_of(model.get_output_embeddings(), self._config, final_norm(self._decoder))
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ConfigError(f"last_hidden: {type(model).__name__} has no output layer")
+        return head_of(head, self._config, final_norm(self._decoder))
 
     def run(self, chains: Sequence[ChainTokens]) -> list[States]:
         """One forward pass, padded on the right: causal attention never looks there."""
@@ -109,7 +116,7 @@ class TransformersStates:
                 hook = self._layers[number - 1].register_forward_hook(_stream_hook(seen, number))
                 stack.callback(hook.remove)
             for number in self._wanted.attention:
-                module = self._layers[number].get_submodule("self_attn")
+                module = _attention_of(self._layers[number], number)
                 hook = module.register_forward_hook(_attention_hook(seen, number, self._wanted.num_keys))
                 stack.callback(hook.remove)
             yield
@@ -169,6 +176,27 @@ def _attended(weights_HLK: "torch.Tensor", chain: ChainTokens, num_keys: int) ->
         np.pad(best.values.cpu().numpy(), pad),
         relative_PH.mean(dim=0).cpu().numpy(),
     )
+
+
+def _device(name: str | None) -> "torch.device":
+    """The device of this name, or the first GPU. Raises ConfigError for one that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # A name alone proves nothing: `cuda:1` is valid on a machine without GPU.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"engine.device: {name} cannot be used here: {one_line(error)[:200]}") from error
+    return device
+
+
+def _attention_of(layer: "nn.Module", number: int) -> "nn.Module":
+    """The attention of a decoder layer: `self_attn`, `attn`, `attention` or `self_attention`."""
+    for name, module in layer.named_children():
+        if name in ATTENTION_NAMES:
+            return module
+    raise ConfigError(f"attention.layers: decoder layer {number} ({type(layer).__name__}) has no attention")
 
 
 def _decoder_layers(decoder: "nn.Module", num_layers: int) -> Any:

@@ -42,7 +42,7 @@ class FeatureFile:
 
     def __init__(self, temp: Path, header: FeatureHeader) -> None:
         """Creates `temp`; the file is readable only after `close`."""
-        self.temp = temp
+        self.temp, self.chains_file = temp, header.chains_file
         self.sample_ids: list[str] = []
         self.num_bytes = self.num_positions = 0
         self._pending: list[FeatureValues] = []

@@ -17,6 +17,7 @@ from stillroom.errors import CorruptError
 from stillroom.schema.records import Float32, Int32
 
 SCALE_BYTES = 2
+MAX_STEP = float(np.finfo(np.float16).max)
 WEIGHT_STEPS = 255
 SHORT_CONTEXT = 1 << 16
 """Key positions of chains up to this length take two bytes, of longer ones four."""
@@ -45,12 +46,12 @@ class VectorCodec:
         return SCALE_BYTES + -(-len(self.scale_R) * self.bits // 8)
 
     def encode(self, states_PD: Float32) -> bytes:
-        """P states, each a float16 scale and R codes."""
+        """P states, each a float16 scale and R codes. States must be finite; what no scale reaches is cut off."""
         basis = self.basis
         coefficients_PR = states_PD if basis is None else (states_PD - basis.mean_D) @ basis.encode_DR
         relative_PR = coefficients_PR / self.scale_R
         steps = (1 << (self.bits - 1)) - 1
-        step_P = (np.abs(relative_PR).max(axis=1) / steps).astype(np.float16)
+        step_P = np.minimum(np.abs(relative_PR).max(axis=1) / steps, MAX_STEP).astype(np.float16)
         # A token whose coefficients are all 0 has no scale: any positive one will do.
         divisor_P1 = np.where(step_P > 0, step_P, np.float16(1)).astype(np.float32)[:, None]
         codes_PR = np.clip(np.rint(relative_PR / divisor_P1), -steps, steps).astype(np.int8)

@@ -1,16 +1,20 @@
 """Codes of states and attention, and the reader of feature sets."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stillroom.cache.feature_codec import VectorCodec, attention_token_bytes, decode_attention, encode_attention
-from stillroom.cache.features import FeatureSet
+from stillroom.cache.features import FeatureParts, FeatureSet
+from stillroom.cache.shards import read_row_group
 from stillroom.errors import CorruptError, DataError
 from stillroom.schema.records import Float32
 from teacher_cache.states.engine import Wanted
-from teacher_cache.states.fitting import fit_codec
+from teacher_cache.states.fitting import error_frac, fit_codec, head_metric, logits_of
 from tests.helpers.caches import make_cache
 from tests.helpers.feature_sets import add_features, expected
 
@@ -53,6 +57,48 @@ def test_a_metric_keeps_the_directions_that_it_weighs() -> None:
         codec, _ = fit_codec(x, 8, 4, one)
         errors.append(np.square((codec.decode(codec.encode(x), len(x)) - x) @ directions_KD.T).mean())
     assert errors[1] < 0.1 * errors[0]
+
+
+def test_a_channel_that_wakes_after_calibration_costs_the_others_little() -> None:
+    x = states()
+    seen = x.copy()
+    seen[:, 3] = 0
+    codec, _ = fit_codec(seen, 8, None)
+    decoded = codec.decode(codec.encode(x), len(x))
+    assert (np.square(decoded - x).mean(axis=0) < 1e-2 * np.square(x).mean(axis=0)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_states_that_are_all_alike_have_finite_losses(value: float, rank: int | None) -> None:
+    x = np.full((50, 24), value, np.float32)
+    codec, lost_frac = fit_codec(x, 8, rank)
+    assert (lost_frac, error_frac(codec, x)) in [(0, 0), (0, 1)]
+    np.testing.assert_allclose(codec.decode(codec.encode(x), 50), x, rtol=0.01)
+
+
+def test_states_far_beyond_calibration_saturate() -> None:
+    codec = VectorCodec(8, np.ones(4, np.float32))
+    x = np.array([[1e9, 1, -1e9, 0], [1, 2, 3, 4]], np.float32)
+    limit = 127 * np.finfo(np.float16).max.astype(np.float32)
+    decoded = codec.decode(codec.encode(x), 2)
+    np.testing.assert_allclose(decoded, [[limit, 0, -limit, 0], x[1]], atol=0.02)
+
+
+def test_the_metric_is_the_second_derivative_of_the_divergence() -> None:
+    """With bias, scale and cap; and no metric at all, where the teacher is certain, still makes a basis."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((1, 6)).astype(np.float32), rng.standard_normal((9, 6)).astype(np.float32)
+    head = (weight, 1.5, 2.0, rng.standard_normal(9).astype(np.float32))
+    metric = head_metric(x, *head)
+    step = 1e-2 * rng.standard_normal(6).astype(np.float32)
+    log_p, log_q = (
+        z - np.log(np.exp(z).sum()) for z in (logits_of(one, *head)[0].astype(float) for one in (x, x + step))
+    )
+    assert step @ metric @ step / 2 == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(), rel=0.05)
+    certain = head_metric(np.ones((40, 6), np.float32), 1e4 * weight, 1.0, None)
+    codec, _ = fit_codec(states(width=6), 8, 3, certain)
+    assert np.isfinite(codec.decode(codec.encode(states(width=6)), 400)).all()
 
 
 def test_codes_of_another_length_are_refused() -> None:
@@ -102,6 +148,43 @@ def test_the_reader_finds_every_chain_by_key(tmp_path: Path) -> None:
     sample_id = cache.chains[7].sample_id
     coefficients = opened.read([sample_id], expand=False)[sample_id].layers[2]
     np.testing.assert_allclose(coefficients @ basis.vectors_RD + basis.mean_D, rows[sample_id].layers[2], atol=1e-4)
+
+
+def test_threads_read_the_columns_that_they_want(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=30)
+    add_features(cache.root)
+    ids = [chain.sample_id for chain in cache.chains]
+    whole = FeatureSet.open(cache.root).read(ids, expand=False)
+    opened, asked = FeatureSet.open(cache.root), set[str]()
+
+    def noted(file: Any, index: int, columns: Sequence[str], where: str) -> Any:
+        asked.update(columns)
+        return read_row_group(file, index, columns, where)
+
+    monkeypatch.setattr("stillroom.cache.features.read_row_group", noted)
+    parts = FeatureParts(hidden=False, layers=(2,), attention=True)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: opened.read_stored([one], parts)[one], ids * 3))
+    assert "hidden" not in asked
+    for row in found:
+        true, part = whole[row.sample_id], row.decode(1, 3, expand=False)
+        assert part.layers.keys() == {2}
+        assert part.hidden_PD is None
+        np.testing.assert_array_equal(part.layers[2], true.layers[2][1:3])
+        np.testing.assert_array_equal(part.positions_P, true.positions_P[1:3])
+        for head, one in part.attention.items():
+            np.testing.assert_array_equal(one.weights_PM, true.attention[head].weights_PM[1:3])
+
+
+def test_a_set_that_cannot_be_read_in_full_is_never_half_read(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=30)
+    add_features(cache.root)
+    opened = FeatureSet.open(cache.root)
+    path = sorted((cache.root / "features").rglob("w*.parquet"))[-1]
+    path.rename(path.with_suffix(".gone"))
+    for _ in range(2):
+        with pytest.raises(CorruptError, match="is registered but missing"):
+            len(opened)
 
 
 def test_a_missing_set_is_named(tmp_path: Path) -> None:

@@ -1,26 +1,29 @@
 """States and attention of the transformers engine are those of a dense model at the same token, by key."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
-from stillroom.errors import StillroomError
+from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Float32, Int32
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.states import sets
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
-from teacher_cache.states.engine import ChainTokens, States, Wanted
+from teacher_cache.states.engine import ChainTokens, HeadWeights, States, Wanted
+from teacher_cache.states.fitting import logits_of
 from teacher_cache.states.model import head_array, load_outer
 from teacher_cache.states.passes import features_of_cache
 from teacher_cache.states.selection import choose, read_unit
 from teacher_cache.states.transformers import TransformersStates
 from tests.helpers.dense_scores import make_scored_cache
+from tests.helpers.feature_sets import teacher_of
 
 WANTED = Wanted(hidden=True, layers=(1,), attention=(0, 1), num_keys=4)
 
@@ -98,6 +101,46 @@ def test_the_stored_set_gives_the_distributions_of_the_cache(scored: tuple[Path,
         # Rounding to 8 bits moves the logits of this random model by a few hundredths.
         np.testing.assert_allclose(found_T[chain.positions_P], chain.sampled_logprob_P, atol=0.2)
         np.testing.assert_allclose(head.logits(row.hidden_PD).shape, (len(chain.token_ids), 400))
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "no-such-device"])
+def test_a_device_that_is_not_there_is_named(scored: tuple[Path, LlamaForCausalLM], name: str) -> None:
+    config = TransformersConfig(kind="transformers", device=name)
+    teacher = identify_teacher(config_of(scored[0], last_hidden={}).teacher.as_teacher).record
+    with pytest.raises(ConfigError, match=f"engine.device: {name} cannot be used here"):
+        TransformersStates(teacher, False, config, WANTED)
+
+
+def test_attention_is_found_by_other_names(scored: tuple[Path, LlamaForCausalLM]) -> None:
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=400, n_positions=256)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(scored[0] / "gpt2")
+    chains = chains_of(scored[0])[:2]
+    teacher = teacher_of(scored[0] / "cache").model_copy(update={"model": str(scored[0] / "gpt2"), "revision": None})
+    engine = TransformersStates(teacher, False, TransformersConfig(kind="transformers"), WANTED)
+    for states in engine.run(chains):
+        assert states.attention[1].weights_PHM[..., 0].min() > 0
+    engine.close()
+
+
+def test_a_long_chain_is_checked_at_its_first_positions(
+    scored: tuple[Path, LlamaForCausalLM], monkeypatch: Any
+) -> None:
+    """Its logits need not fit in memory."""
+    monkeypatch.setattr(sets, "CHECKED_POSITIONS", 3)
+    sizes: list[int] = []
+
+    def noted(states_PD: Float32, *head: Any) -> Float32:
+        sizes.append(len(states_PD))
+        return logits_of(states_PD, *head)
+
+    monkeypatch.setattr("teacher_cache.states.sets.logits_of", noted)
+    chains = chains_of(scored[0])
+    rng, head = np.random.default_rng(0), HeadWeights({"weight": np.zeros((400, 8), np.float32)}, 1.0, None, {})
+    states = [States(rng.standard_normal((len(one.positions_P), 8)).astype(np.float32)) for one in chains]
+    with pytest.raises(StillroomError, match="differ from the cache"):
+        sets._check_states(head, chains, states)
+    assert sum(sizes) == 3
 
 
 def test_states_of_other_tokens_are_refused(scored: tuple[Path, LlamaForCausalLM]) -> None:

@@ -1,6 +1,8 @@
 """Passes with invented states: exactly once, resumed, in shares, of chosen chains and tokens."""
 
+import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pytest
 
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
-from stillroom.errors import ConfigError
+from stillroom.errors import ConfigError, StillroomError
 from teacher_cache.config import load_run_config
+from teacher_cache.maintenance.gc import gc_cache
+from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import WHOLE, WorkerShare
 from teacher_cache.states.config import load_features_config
-from teacher_cache.states.engine import Wanted
+from teacher_cache.states.engine import ChainTokens, FakeStates, States, Wanted
 from teacher_cache.states.model import wanted_of
 from teacher_cache.states.passes import FeaturesPass
 from teacher_cache.states.plan import plan_units
@@ -79,6 +83,8 @@ def test_the_most_uncertain_tokens_are_those_of_the_cache(tmp_path: Path) -> Non
         ({"attention": {"layers": [1, 0.25]}}, r"attention.layers: two entries mean the same layer \(1, 1\)"),
         ({"last_hidden": {"rank": 16}}, "last_hidden.rank=16 saves nothing, the teacher's width is 16"),
         ({"chains": {"where": "num_tokens > 9999"}}, "no chain of synthetic-teacher in .* meets the condition"),
+        ({"attention": {"layers": [0, 1.5]}}, "1.5 is neither a layer's number nor a fraction of depth"),
+        ({"attention": {"layers": [float("nan")]}}, "nan is neither a layer's number nor a fraction of depth"),
         ({"max_bytes": 50_000}, r"max_bytes=50000: the set would take \d+ bytes \(.* tokens of .* B and .* of const"),
         (
             {"calibration": {"tokens": 1}, "layers": {"at": [1], "rank": 15}, "chains": {"where": "num_tokens < 12"}},
@@ -87,7 +93,7 @@ def test_the_most_uncertain_tokens_are_those_of_the_cache(tmp_path: Path) -> Non
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name(small: Path, blocks: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises((ConfigError, ValueError), match=problem):
         add_features(small, **blocks)
 
 
@@ -104,6 +110,74 @@ def test_another_teacher_is_refused_by_name(small: Path) -> None:
     other = teacher_of(small).model_copy(update={"fingerprint": "0" * 32, "model": "other"})
     with pytest.raises(ConfigError, match=r"other \(00000000\) wrote no chain of .* teachers are synthetic-teacher"):
         FeaturesPass(features_config(small), other, SHAPE, WHOLE)
+
+
+def test_calibration_on_one_token_leaves_a_set_that_can_be_read(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=10).root
+    add_features(root, calibration={"tokens": 1}, tokens={"entropy_frac": 0.01}, layers={"at": [1], "rank": 1})
+    assert len(FeatureSet.open(root)) == 10
+
+
+def test_calibration_counts_stored_tokens(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=20).root
+    add_features(root, calibration={"tokens": 40}, tokens={"entropy_frac": 0.1})
+    assert 40 <= FeatureSet.open(root).manifest.num_calibration_tokens < 50
+
+
+class BrokenStates(FakeStates):
+    """Gives one chain a state that a narrow type cannot hold."""
+
+    broken = ""
+
+    def run(self, chains: Sequence[ChainTokens]) -> list[States]:
+        found = super().run(chains)
+        for chain, one in zip(chains, found, strict=True):
+            if chain.sample_id == self.broken:
+                one.layers[1][0, 0] = np.inf
+        return found
+
+
+def test_states_that_are_not_finite_end_the_pass_and_name_the_chain(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_chains=20)
+    BrokenStates.broken = max(chain.sample_id for chain in cache.chains)
+    config, teacher = features_config(cache.root, calibration={"tokens": 64}), teacher_of(cache.root)
+    features = FeaturesPass(config, teacher, SHAPE, WHOLE)
+    message = f"chain {BrokenStates.broken}: layer 1 is not finite .* exclude the chain"
+    with contextlib.closing(features), pytest.raises(StillroomError, match=message):
+        features.run(lambda wanted: BrokenStates(SHAPE, wanted))
+    others = {"where": f"sample_id <> '{BrokenStates.broken}'"}
+    assert 0 < add_features(cache.root, chains=others, calibration={"tokens": 64}).num_chains <= 19
+    assert len(stored_ids(cache.root)) == 19
+    assert verify_cache(cache.root).ok
+
+
+def test_chains_dropped_during_a_pass_get_no_features(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=36, num_runs=2).root
+    dropped = sorted(Catalog(root).runs())[0]
+
+    class Dropping(FakeStates):
+        def run(self, chains: Sequence[ChainTokens]) -> list[States]:
+            gc_cache(root, dry_run=False, grace_s=0.0, drop_runs=[dropped])
+            return super().run(chains)
+
+    features = FeaturesPass(features_config(root), teacher_of(root), SHAPE, WHOLE)
+    with contextlib.closing(features):
+        assert features.run(lambda wanted: Dropping(SHAPE, wanted)).num_chains == 36
+    assert 0 < len(stored_ids(root)) < 36
+    assert verify_cache(root).ok
+
+
+def test_the_plan_counts_what_another_selection_has_stored(tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "c", num_chains=40).root
+    add_features(root, chains={"where": "split = 'train'"})
+    with pytest.raises(ConfigError, match="the set would take"):
+        add_features(root, chains={"where": "split <> 'train'"}, max_bytes=set_bytes(root))
+    add_features(root, chains={"where": "split <> 'train'"}, max_bytes=2 * set_bytes(root))
+
+
+def set_bytes(root: Path) -> int:
+    files = [*(root / "features").rglob("*.parquet"), *(root / "feature_sets").rglob("*.safetensors")]
+    return sum(path.stat().st_size for path in files)
 
 
 @pytest.mark.parametrize("frac", [None, 0.3])
