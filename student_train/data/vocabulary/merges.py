@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer as arrays: what it makes of many short strings at once.
 
 In: strings of at most MAX_BYTES bytes, as packed words. Out: ids, or UNKNOWN where only the tokenizer itself can tell.
-A hundred thousand calls of the tokenizer for strings that occur once are most of what a projection would cost; here one
-takes a tenth of that.
+Calls of the tokenizer for strings that occur once are most of what a projection would cost; here a string takes a sixth
+of that or less.
 
 Only strings whose pre-tokens are certain are answered: printable ASCII in which nothing is spelled out that a pattern
 of the pre-tokeniser could name. Such patterns look at classes of characters alone, so that "abc, 12" splits where
