@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from stillroom.cache.catalog import Catalog
-from stillroom.errors import CacheConflict
+from stillroom.errors import CacheConflict, StillroomError
 from stillroom.log import format_plural, note
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.prompts.prompts import Part
@@ -54,7 +54,7 @@ class JoinedWork:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.leases.__exit__(kind, error, trace)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StillroomError):
             # Nobody else ever takes this name.
             lock_path(self._root, self._run_id, self.leases.worker).unlink(missing_ok=True)
 

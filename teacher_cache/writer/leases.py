@@ -135,8 +135,10 @@ class Leases:
 
     def release(self, part: str) -> None:
         """Gives a part back, with what dead workers left of it."""
-        own = self._own.pop(part)
-        for path in {own, *self._files.pop(part, [])}:
+        own, listed = self._own.pop(part), self._files.get(part, [])
+        # A later epoch is the lease of a worker that took this one for dead, and works on the part.
+        self._files[part] = [path for path in listed if _epoch_of(path) > _epoch_of(own)]
+        for path in {own, *listed}.difference(self._files[part]):
             path.unlink(missing_ok=True)
 
     def report(self, **state: Any) -> None:
