@@ -443,7 +443,8 @@ class DataConfig(StrictModel):
     """None gives the student the teacher's prompts."""
     kind: Literal["distributions", "projected", "text"] = "distributions"
     """`projected` is for a student of another vocabulary: chains are retokenised and distributions are projected into
-    it once, when the run starts. `text` retokenises the chains and trains on the text only (losses: cross_entropy)."""
+    it once, when the run starts. `text` retokenises the chains and trains on the text only (losses: cross_entropy).
+    Both end a finished chain with the token that the student's chat template writes behind an answer."""
     text: Literal["chain", "reference"] = "chain"
     """With `kind: text`: train on the teacher's chain, or on the prompt's reference answer (prompts without one are
     left out)."""

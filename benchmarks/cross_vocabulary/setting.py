@@ -114,7 +114,7 @@ def encoded(setting: Setting, *, same_vocabulary: bool) -> tuple[list[list[int]]
         return setting.chains.prompts_RP.tolist(), setting.completions
     text = HuggingFaceText(setting.other, OTHER_VOCAB_SIZE)
     ids = text.encode_completions(setting.texts)
-    ends = [[text.eos_id] if ended else [] for ended in setting.has_ended]
+    ends = [[text.end_id] if ended else [] for ended in setting.has_ended]
     return text.encode_prompts(setting.prompts), [one + end for one, end in zip(ids, ends, strict=True)]
 
 

@@ -35,6 +35,8 @@ VOLATILE_KEYS = ("version", "truncation", "padding", "post_processor")
 """Keys of tokenizer.json that may differ in a saved copy. The post-processor wraps plain text only, never templates."""
 MARKER = re.compile(r"^(<[^<>\s]+>|\[[^\[\]\s]+\])$")
 """Added tokens such as <think> count as special even if their tokenizer does not mark them so."""
+MARK = "4c2f81"
+"""An answer that no template writes by itself."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 NUM_BLOCKS = 8
 BLOCK_BYTES = 1 << 20
@@ -184,6 +186,17 @@ def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bo
     if finish_reason != "scored":
         return finish_reason == "stop"
     return last_piece is not None and not text.endswith(last_piece)
+
+
+def end_id_of(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> int | None:
+    """The special token that the chat template writes behind an answer: Gemma's <end_of_turn>, whose end of sequence is
+    another token. The tokenizer's end of sequence where the template writes none, or cannot render one question.
+    """
+    special = {*tokenizer.all_special_ids, *(one for one, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    behind = _behind_answer(tokenizer, template_kwargs) if tokenizer.chat_template else ""
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if behind else []
+    found: int | None = ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
+    return found
 
 
 def reasoning_ids(tokenizer: Any, start: str, end: str) -> tuple[int | None, int | None]:
@@ -392,6 +405,19 @@ def _read_vocab(cached: Location) -> pa.Table:
             return pq.read_table(path, schema=VOCAB_SCHEMA)
     except (pa.ArrowException, OSError) as error:
         raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
+
+
+def _behind_answer(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
+    """`<end_of_turn>\\n`; empty if the template refuses one question, or does not keep the answer."""
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs)
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return ""
+    _, mark, rest = str(text).rpartition(MARK)
+    return rest if mark else ""
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

@@ -56,9 +56,9 @@ def freeze_selection(
 ) -> Selection:
     """Chooses the chains to train on and pins them in the file `path`, so that the choice survives a growing cache.
 
-    `where` is a SQL condition over `chains` (None selects all), `weight` a SQL expression for how often an epoch reads
-    a chain (None is 1), `max_chains` keeps a fair sample. An existing file is loaded. Raises ConfigError if that one
-    was frozen with other arguments, if the SQL is wrong or if nothing is selected.
+    `where` is a SQL condition over `chains` (None selects all), `weight` a SQL expression for the weight of a chain's
+    tokens in the losses (None is 1), `max_chains` keeps a fair sample. An existing file is loaded. Raises ConfigError
+    if that one was frozen with other arguments, if the SQL is wrong or if nothing is selected.
     """
     from stillroom.storage.objects import ObjectPath
     from stillroom.storage.paths import location

@@ -2,7 +2,8 @@
 
 In: a selection of any caches, a tokenizer. Out: a folder of Parquet files with token ids (same row groups, same order)
 and a selection over them, which plans, streams and resumes like any other. No distributions, so cross-entropy only.
-A chain that came to its own end gets the student's end of sequence; one that was cut off does not.
+A chain that came to its own end gets the token by which the student's chat template ends an answer; one that was cut
+off does not.
 """
 
 import functools
@@ -18,6 +19,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError
 from stillroom.models import (
     came_to_its_end,
+    end_id_of,
     fingerprint_template,
     fingerprint_tokenizer,
     pieces_of,
@@ -67,8 +69,12 @@ class TextTokenizer(Protocol):
         """Every id is below it."""
 
     @property
-    def eos_id(self) -> int:
+    def end_id(self) -> int:
         """The id that ends an answer."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What the ids of rows depend on, ready for JSON."""
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt as the chat template writes it, up to where the answer begins."""
@@ -98,9 +104,14 @@ class HuggingFaceText:
             raise ConfigError("the student's tokenizer has no eos_token: name one in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self.eos_id = int(tokenizer.eos_token_id)
+        end_id = end_id_of(tokenizer, {})
+        assert end_id is not None
+        self.end_id = end_id
         self.tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
         self.fingerprint = stable_hash(self.tokenizer_fingerprint, fingerprint_template(tokenizer))
+        # Rows of most tokenizers keep the identity that they had when all ended with the end of sequence.
+        own_end = () if self.end_id == tokenizer.eos_token_id else (self.end_id,)
+        self.identity: tuple[object, ...] = (self.fingerprint, *own_end)
 
     @functools.cached_property
     def pieces(self) -> dict[int, str]:
@@ -200,7 +211,7 @@ class TextRows:
 
     def __init__(self, source: Selection, tokenizer: TextTokenizer, completion: Completion) -> None:
         self._tokenizer, self._markers, self._completion = tokenizer, markers_of(source), completion
-        self.identity = (tokenizer.fingerprint, completion)
+        self.identity = (*tokenizer.identity, completion)
 
     def prepare(self) -> None:
         """Nothing: each chain stands alone."""
@@ -226,7 +237,7 @@ class TextRows:
                 completion_text(row, one, self._markers[row["run_id"]]) for row, one in zip(rows, prompts, strict=True)
             ]
         prompt_ids, token_ids = self._tokenizer.encode_prompts(prompts), self._tokenizer.encode_completions(texts)
-        ends = [[self._tokenizer.eos_id] if has_ended(row, self._markers[row["run_id"]]) else [] for row in rows]
+        ends = [[self._tokenizer.end_id] if has_ended(row, self._markers[row["run_id"]]) else [] for row in rows]
         whole = [ids + end for ids, end in zip(token_ids, ends, strict=True)]
         # Without a prompt token nothing predicts the first token.
         kept = [number for number in range(len(rows)) if whole[number] and prompt_ids[number]]

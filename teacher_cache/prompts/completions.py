@@ -29,7 +29,7 @@ from typing import Any, Self
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, CorruptError
-from stillroom.models import came_to_its_end, compare_vocab, reasoning_ids, special_pieces
+from stillroom.models import came_to_its_end, compare_vocab, end_id_of, reasoning_ids, special_pieces
 from stillroom.schema.records import Message, Prompt, prompt_id_of, scored_sample_id_of, stable_hash
 from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import Session
@@ -49,7 +49,7 @@ from teacher_cache.prompts.prompts import (
     prompt_of,
     template_failure,
 )
-from teacher_cache.prompts.rendering import end_of_turn, tokenize
+from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import (
     Draft,
     count_rows,
@@ -93,7 +93,7 @@ class Completions:
         added = teacher.tokenizer.added_tokens_decoder.items()
         special = {*teacher.tokenizer.all_special_ids, *(token_id for token_id, one in added if one.special)}
         self._final_ids = special - {self._start_id, self._end_id}
-        self._appended_id = self._id_behind_answers()
+        self._appended_id = end_id_of(teacher.tokenizer, config.teacher.chat_template_kwargs)
         decontaminate = config.completions.decontaminate
         self._evaluation = None if decontaminate is None else EvaluationTexts(decontaminate)
         self._require_template()
@@ -217,15 +217,6 @@ class Completions:
             return bare
         assert self._appended_id is not None
         return [*ids, self._appended_id]
-
-    def _id_behind_answers(self) -> int | None:
-        """The special token that ends an assistant's turn; the end of sequence where the template writes none."""
-        tokenizer = self._teacher.tokenizer
-        kwargs = self._config.teacher.chat_template_kwargs
-        rest = end_of_turn(tokenizer, kwargs) if tokenizer.chat_template else None
-        ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if rest else []
-        own: int | None = ids[0] if ids and ids[0] in self._final_ids else tokenizer.eos_token_id
-        return own
 
     def _lacks_end_of_reasoning(self, row: Completion, prompt_ids: list[int]) -> bool:
         is_finished_text = isinstance(row.completion, str) and row.append_eos

@@ -22,8 +22,6 @@ REASONING_END = "</think>"
 SHORT_CHARS = 40
 """Texts up to this length may stand in a prompt by accident, so their occurrences are counted."""
 SHOWN_CHARS = 60
-MARK = "4c2f81"
-"""An answer that no template writes by itself."""
 
 Chat = list[dict[str, str]]
 
@@ -42,20 +40,6 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], template_kwargs: Mapping
         problem = one if isinstance(one, str) else _left_out(prompt.messages, one[0], template)
         found.append(problem if problem is not None else one[1])
     return found
-
-
-def end_of_turn(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str | None:
-    """What the template writes behind an answer: `<end_of_turn>\\n` (Gemma, whose end of sequence is another token).
-
-    None if it cannot render a conversation of one question, or does not keep the answer.
-    """
-    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": MARK}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs)
-    except TEMPLATE_ERRORS:
-        return None
-    _, mark, rest = str(text).rpartition(MARK)
-    return rest if mark else None
 
 
 def _rendered(tokenizer: Any, chats: Sequence[Chat], template_kwargs: Mapping[str, Any]) -> list[tuple[str, list[int]]]:

@@ -47,7 +47,7 @@ class Aligner:
         markers: Mapping[str, Markers],
     ) -> None:
         """`num_ids`: the teacher's ids are below it, `ends` those that end its chains, `markers` those of its runs."""
-        pair = pair_of(teacher, ends, student, tokenizer.eos_id)
+        pair = pair_of(teacher, ends, student, tokenizer.end_id)
         # Logits are often wider than the vocabulary, and a candidate may be one of the rows that no token has.
         padding = [b""] * (num_ids - len(pair.teacher_bytes))
         self.pair = replace(pair, teacher_bytes=pair.teacher_bytes + padding)
@@ -80,7 +80,7 @@ class Aligner:
     def _as_text(self, row: Mapping[str, Any], prompt: str) -> Int32:
         markers = self._markers[row["run_id"]]
         (ids,) = self._tokenizer.encode_completions([completion_text(row, prompt, markers)])
-        return np.array([*ids, *([self._tokenizer.eos_id] if has_ended(row, markers) else [])], np.int32)
+        return np.array([*ids, *([self._tokenizer.end_id] if has_ended(row, markers) else [])], np.int32)
 
     def _said(self, row: Mapping[str, Any], prompt: str, ids_T: Int32) -> tuple[bytes | None, int]:
         """The bytes that the student learns to say, and where among them the teacher's first token begins.

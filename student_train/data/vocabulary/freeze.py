@@ -126,7 +126,7 @@ class ProjectedRows:
         """Raises ConfigError where the vocabularies agree."""
         self._tokenizer = tokenizer
         other = [] if counted is None else [counted.header.hash]
-        self.identity = ["projected", VERSION, tokenizer.fingerprint, source.header.hash, *other]
+        self.identity = ["projected", VERSION, *tokenizer.identity, source.header.hash, *other]
         student = vocabulary_of(tokenizer.tokenizer, tokenizer.pieces)
         paths = {one: _vocab_path(source, one) for one in source.header.tokenizer_fingerprints}
         if all(_is_same(one, path, tokenizer) for one, path in paths.items()):
@@ -362,7 +362,7 @@ def _special_of(
     found: dict[str, str | None] = {}
     for token_id in seen & teacher.special:
         text, data = teacher.pieces[token_id], pair.teacher_bytes[token_id]
-        found[text] = student.pieces[pair.eos_id] if data == END else text if text in own else None
+        found[text] = student.pieces[pair.end_id] if data == END else text if text in own else None
     return found
 
 

@@ -57,7 +57,7 @@ class VocabularyPair:
 
     Attributes:
         teacher_bytes, student_bytes: by id; b"" for ids without a token.
-        student_id_of: the student's special ids by their marks, the end of sequence included.
+        student_id_of: the student's special ids by their marks, the one that ends an answer included.
     """
 
     teacher_bytes: list[bytes]
@@ -65,18 +65,18 @@ class VocabularyPair:
     student_id_of: Mapping[bytes, int]
 
     @property
-    def eos_id(self) -> int:
-        """The student's end of sequence."""
+    def end_id(self) -> int:
+        """The student's id that ends an answer."""
         return self.student_id_of[END]
 
 
-def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, eos_id: int) -> VocabularyPair:
-    """`ends` are the teacher's tokens that end a chain, `eos_id` is the student's."""
+def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, end_id: int) -> VocabularyPair:
+    """`ends` are the teacher's tokens that end a chain, `end_id` is the student's."""
     own = {student.pieces[one]: one for one in sorted(student.special, reverse=True)}
     teacher_bytes, student_bytes = teacher.bytes_by_id(), student.bytes_by_id()
     for token_id in teacher.special:
         text = teacher.pieces[token_id]
-        is_end = token_id in ends or own.get(text) == eos_id
+        is_end = token_id in ends or own.get(text) == end_id
         teacher_bytes[token_id] = END if is_end else mark_of(text) if text in own else text.encode()
     marks = set(teacher_bytes)
     student_id_of = {}
@@ -86,8 +86,8 @@ def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, eos_id: in
         student_bytes[token_id] = mark_of(text) if is_shared else OPEN + mark_of(text)
         if is_shared:
             student_id_of[mark_of(text)] = token_id
-    student_bytes[eos_id] = END
-    return VocabularyPair(teacher_bytes, student_bytes, {**student_id_of, END: eos_id})
+    student_bytes[end_id] = END
+    return VocabularyPair(teacher_bytes, student_bytes, {**student_id_of, END: end_id})
 
 
 def vocabulary_of(tokenizer: Any, pieces: Mapping[int, str] | None = None) -> Vocabulary:

@@ -25,7 +25,8 @@ class Letters:
     """One id a character; 0 ends an answer. Answers that hold `nothing` come to no ids."""
 
     def __init__(self, nothing: str = "\0", fingerprint: str = "letters") -> None:
-        self.vocab_size, self.eos_id, self.fingerprint = 200, 0, fingerprint
+        self.vocab_size, self.end_id, self.fingerprint = 200, 0, fingerprint
+        self.identity: tuple[object, ...] = (fingerprint,)
         self._nothing = nothing
         self.num_encoded = 0
 
@@ -241,8 +242,22 @@ def test_a_transformers_tokenizer() -> None:
     # A teacher that writes the student's end of sequence does not end the student's; <think> is an ordinary token.
     assert text.encode_completions(["<think> a <end> b"]) == [[8, 3, 6, 5, 7, 4]]
     assert text.encode_prompts([]) == text.encode_completions([]) == []
-    assert text.eos_id == 1
+    assert text.end_id == 1
     assert len(text.fingerprint) == 32
+
+
+def test_an_answer_ends_as_the_template_ends_it() -> None:
+    tokenizer = tiny_tokenizer()
+    plain = HuggingFaceText(tokenizer, vocab_size=16)
+    assert plain.identity == (plain.fingerprint,)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<user>\n{% endfor %}"
+    other = HuggingFaceText(tokenizer, vocab_size=16)
+    assert (other.end_id, tokenizer.eos_token_id) == (2, 1)
+    assert other.identity == (other.fingerprint, 2)
+    # What the template writes behind an answer is no special token, or it refuses the question.
+    for template in ("{% for m in messages %}{{ m.content }} a{% endfor %}", "{{ raise_exception('no') }}"):
+        tokenizer.chat_template = template
+        assert HuggingFaceText(tokenizer, vocab_size=16).end_id == 1
 
 
 def test_a_tokenizer_without_template_or_end_is_refused() -> None:

@@ -50,7 +50,7 @@ def fast(tokenizer: Tokenizer) -> HuggingFaceText:
 def speller_of(text: HuggingFaceText) -> tuple[Speller, VocabularyPair]:
     student = vocabulary_of(text.tokenizer)
     # A teacher of single bytes: which it is plays no part in spelling.
-    pair = pair_of(Vocabulary({0: "<|end|>", 1: "</think>"}, {0, 1}), {0}, student, text.eos_id)
+    pair = pair_of(Vocabulary({0: "<|end|>", 1: "</think>"}, {0, 1}), {0}, student, text.end_id)
     return Speller(pair, text.encode_completions), pair
 
 
@@ -61,7 +61,7 @@ def test_tokens_spell_their_text(make: Any) -> None:
     for data, spelling in zip(TEXTS, speller.spell([one.encode() + END for one in TEXTS]), strict=True):
         assert spelling is not None
         *ids, end = spelling.ids_S.tolist()
-        assert end == text.eos_id
+        assert end == text.end_id
         assert [ids] == text.encode_completions([data])
         spelled = b"".join(pair.student_bytes[one] for one in ids)
         assert spelled == (b" " if make is with_prefix_space else b"") + data.encode()
@@ -86,7 +86,7 @@ def test_half_a_character_at_the_end_is_lost_and_in_the_middle_refused() -> None
 def test_special_tokens_are_marks_where_both_sides_have_them() -> None:
     student = Vocabulary({0: "a", 1: "</think>", 2: "<|im_end|>", 3: "<|tool|>"}, {1, 2, 3})
     teacher = Vocabulary({0: "</think>", 1: "<eos>", 2: "<|user|>", 3: "<0xFF>", 4: "a"}, {0, 1, 2})
-    pair = pair_of(teacher, {1}, student, eos_id=2)
+    pair = pair_of(teacher, {1}, student, end_id=2)
     assert pair.teacher_bytes == [b"\xff</think>\xfe", END, b"<|user|>", b"\xfd", b"a"]
     assert pair.student_bytes == [b"a", b"\xff</think>\xfe", END, b"\xff\xff<|tool|>\xfe"]
     assert pair.student_id_of == {END: 2, b"\xff</think>\xfe": 1}

@@ -77,12 +77,12 @@ def test_every_chain_is_aligned_and_projected(
             chain = chains[int(selection.key_R[row])]
             ids_S = block.tokens_of(index)
             pieces_T = bytes_of(chain.token_ids, theirs, EOS_ID)
-            pieces_S = bytes_of(ids_S, ours, student.eos_id)
+            pieces_S = bytes_of(ids_S, ours, student.end_id)
             # Reasoning is opened once: the teacher's prompt did not, so the completion does.
             opening = b"<think>\n"
             said = opening + b"".join(pieces_T)
             assert b"".join(pieces_S) == said.decode(errors="ignore").encode()
-            assert (ids_S[-1] == student.eos_id) == (chain.finish_reason == "stop")
+            assert (ids_S[-1] == student.end_id) == (chain.finish_reason == "stop")
             begins = {len(opening) + sum(map(len, pieces_T[:place])): place for place in range(len(pieces_T))}
             starts_S = [sum(map(len, pieces_S[:place])) for place in range(len(pieces_S))]
             found = block.chunks_of(index, 0, len(ids_S))
@@ -208,9 +208,9 @@ def test_a_rare_end_outside_the_counted_chains_is_the_end(
         block = read_rows(selection, group, rows, with_signals=False)
         for index in range(len(rows)):
             ids = block.tokens_of(index).tolist()
-            assert student.eos_id not in ids[:-1]
+            assert student.end_id not in ids[:-1]
             assert "im_start" not in student.tokenizer.decode(ids)
-            num_ended += ids[-1] == student.eos_id
+            num_ended += ids[-1] == student.end_id
     assert num_ended == sum(chain.finish_reason == "stop" for chain in chains)
 
 
