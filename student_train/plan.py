@@ -38,6 +38,7 @@ from student_train.data.epoch_plan import EpochPlans, PlanSpec
 from student_train.data.features import StageFeatures, pin_features, reopen_features, stage_features, with_layers
 from student_train.data.open import (
     Vocabulary,
+    at_versions_of,
     check_losses,
     check_own_words,
     check_prepared,
@@ -227,10 +228,14 @@ def _opened_stage(index: int, shared: _Shared) -> Selection:
         return shared.opened(run.selection_path(stage.name), request)
     # First, so that what is wrong with its SQL alone is said of it alone.
     negatives = shared.opened(run.negatives_path(stage.name), negatives_request(data, index, stage), _open_plain)
+    path = run.selection_path(stage.name)
+    if not path.exists():
+        # Caches may grow meanwhile: a wrong chain that only the second selection saw would be imitated.
+        request = at_versions_of(request, negatives)
     if not is_paired(stage):
-        return shared.opened(run.selection_path(stage.name), request)
+        return shared.opened(path, request)
     pairing = Pairing(negatives, data.pack_tokens, data.max_tokens)
-    return shared.opened(run.selection_path(stage.name), request, functools.partial(open_data, pairing=pairing))
+    return shared.opened(path, request, functools.partial(open_data, pairing=pairing))
 
 
 def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
@@ -637,7 +642,7 @@ def _notes_on_prunes(config: TrainConfig) -> list[str]:
 def _chunk_tokens(engine: EngineConfig) -> int:
     if engine.chunk_tokens is not None:
         return engine.chunk_tokens
-    # As doctor looks for GPUs: torch would know, and take seconds to import.
+    # torch would know, and take seconds to import.
     return CPU_CHUNK_TOKENS if shutil.which("nvidia-smi") is None else GPU_CHUNK_TOKENS
 
 

@@ -92,6 +92,15 @@ def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
     return SelectionRequest(_unweighted(data), config.where, None, config.max_chains, key="eval.where")
 
 
+def at_versions_of(request: SelectionRequest, other: Selection) -> SelectionRequest:
+    """The request for the versions of its caches that another selection of them has seen."""
+    pinned = [
+        replace(source, chains_version=cache.chains_version, verdicts_version=cache.verdicts_version)
+        for source, cache in zip(request.sources, other.header.caches, strict=True)
+    ]
+    return replace(request, sources=pinned)
+
+
 def _unweighted(data: DataConfig) -> list[CacheSource]:
     return [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
 

@@ -19,6 +19,7 @@ import yaml
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Signals, stable_hash
+from student_train import plan as plan_module
 from student_train.config import PromptConfig
 from student_train.data.attached import Attached
 from student_train.data.open import open_data, train_request
@@ -29,12 +30,12 @@ from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, write_behaviour
 from student_train.evaluation import student_metrics
 from student_train.model.student import load_student
-from student_train.plan import plan_run
+from student_train.plan import plan_run, prepare
 from student_train.runtime import start as start_module
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.runtime.start import open_start
-from tests.helpers.caches import CacheShape, Chain, SyntheticCache, make_cache, write_chains
+from tests.helpers.caches import CacheShape, Chain, SyntheticCache, make_cache, write_cache, write_chains
 from tests.helpers.programs import Program
 from tests.helpers.students import VOCAB_SIZE, make_tokenizer
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
@@ -198,6 +199,31 @@ def test_two_ranks_resume_from_one(trainer: Trainer, own: SyntheticCache) -> Non
     assert "resuming after step 2 of 4 of stage own, on 2 ranks (the checkpoint was saved by 1)" in said
     found = RunFolder(config.run).read_metrics()
     assert losses_of(found) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
+def test_wrong_chains_that_come_while_a_run_begins_are_not_imitated(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = CacheShape(num_chains=20, vocab_size=VOCAB_SIZE, max_tokens=40)
+    cache = write_cache(tmp_path / "growing", shape)
+    stage = {"losses": {"cross_entropy": 1, "unlikelihood": 0.1}, "negatives": {"where": "not correct"}}
+    config = trainer.config("run", stage, data={"caches": [str(cache.root)]})
+    freeze_negatives = plan_module._open_plain
+
+    def freeze_and_grow(*given: Any) -> Selection:
+        selection = freeze_negatives(*given)
+        if not RunFolder(config.run).selection_path("distill").exists():
+            write_cache(cache.root, dataclasses.replace(shape, seed=1))
+        return selection
+
+    monkeypatch.setattr(plan_module, "_open_plain", freeze_and_grow)
+    (planned,) = prepare(config, config.run, 1, is_first=True, barrier=lambda: None).stages
+    wrong = {int(chain.sample_id[:16], 16) for chain in cache.chains if chain.correct is False}
+    known = {int(chain.sample_id[:16], 16) for chain in cache.chains}
+    is_negative_R = planned.attached.is_negative_R
+    assert is_negative_R is not None
+    assert set(planned.selection.key_R.tolist()) <= known
+    assert set(planned.selection.key_R[is_negative_R].tolist()) == wrong
 
 
 def test_pairs_share_a_prompt_and_a_pack(trainer: Trainer) -> None:
