@@ -53,7 +53,7 @@ from student_train.losses.metrics import TokenMetrics
 from student_train.model.quantise import quantise_layers
 from student_train.model.student import Student, load_causal, widen_vocab
 from student_train.runtime.checkpoint import find_state
-from student_train.runtime.ranks import Ranks
+from student_train.runtime.ranks import Ranks, memory_advice
 from student_train.runtime.run_folder import RunFolder
 
 
@@ -124,7 +124,7 @@ def evaluate(
         for number, pack in enumerate(stream):
             metrics = metrics_of(to_torch(pack, ranks.device, view))
             if pack.num_loss_tokens:
-                is_compared_N = None if pack.is_common_N is None else torch.from_numpy(pack.is_common_N)
+                is_compared_N = _compared(pack)
                 sums += _sums(metrics, is_compared_N)
                 num_tokens += pack.num_loss_tokens
                 num_compared += pack.num_loss_tokens if is_compared_N is None else int(is_compared_N.sum())
@@ -154,6 +154,15 @@ def student_metrics(student: Student) -> Callable[[TorchPack], TokenMetrics]:
 
 COMPARED = ("forward_kl_N", "reverse_kl_N", "jsd_N", "agreement_N")
 """Metrics that compare with a distribution."""
+
+
+def _compared(pack: Pack) -> torch.Tensor | None:
+    """bool [N]: which loss tokens have a distribution to compare with; None for text alone."""
+    if pack.tail_logmass_N is None:
+        return None
+    # A cut vocabulary may have lost all stored ids of a token, where metrics are nan.
+    has_support_N = (pack.logprobs_NK > -np.inf).any(axis=1)
+    return torch.from_numpy(has_support_N if pack.is_common_N is None else has_support_N & pack.is_common_N)
 
 
 def _sums(metrics: TokenMetrics, is_compared_N: torch.Tensor | None) -> torch.Tensor:
@@ -234,6 +243,7 @@ def _result(
 
 DEFAULT_CHAINS = 512
 DEFAULT_PACK_TOKENS = 4096
+MEMORY_ADVICE = "Lower data.pack_tokens or engine.chunk_tokens; with --model, --pack-tokens"
 
 
 def evaluate_config(
@@ -309,7 +319,7 @@ def _evaluate(
     quantise: QuantiseConfig | None,
 ) -> Json:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
+    with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp, memory_advice(MEMORY_ADVICE):
         request = eval_request(data, wanted)
         path = Path(temp) / "heldout.selection.parquet"
         if kept is not None:

@@ -47,6 +47,9 @@ CONSOLE_VARIABLE = "STUDENT_TRAIN_CONSOLE"
 
 JOIN_TIMEOUT = datetime.timedelta(hours=24)
 """The first rank may freeze or retokenise a large cache while the others wait."""
+TRAINING_ADVICE = (
+    "Lower data.pack_tokens or engine.chunk_tokens, set engine.gradient_checkpointing, or raise engine.zero_stage"
+)
 RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -255,7 +258,7 @@ def joined_ranks() -> Iterator[Ranks]:
     """
     environ_before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory_advice(TRAINING_ADVICE):
             # Deprecations and advice between these libraries: nothing that a user could act upon.
             warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers|peft)\.")
             # numpy.finfo warns while denormals are flushed.
@@ -266,11 +269,6 @@ def joined_ranks() -> Iterator[Ranks]:
             ranks = _join()
             with _core_sharing() if ranks.device.type == "cpu" else contextlib.nullcontext():
                 yield ranks
-    except torch.OutOfMemoryError as error:
-        raise StillroomError(
-            f"{first_line(error)} Lower data.pack_tokens or engine.chunk_tokens, set engine.gradient_checkpointing, "
-            "or raise engine.zero_stage"
-        ) from error
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise RanksLost(f"lost contact with another rank, which has ended: {first_line(error)}") from error
@@ -283,6 +281,15 @@ def joined_ranks() -> Iterator[Ranks]:
         for name, value in environ_before.items():
             if value is None:
                 os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Raises StillroomError with `advice` instead of torch's error when a GPU runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StillroomError(f"{first_line(error)} {advice}") from error
 
 
 def _core_sharing() -> CoreSharing:

@@ -1,11 +1,15 @@
 """Per-token metrics against dense float64 formulas. N tokens, H hidden, V vocabulary, K support"""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from student_train.data.pack import empty_pack
+from student_train.evaluation import _compared
 from student_train.losses.head_chunks import HeadInputs
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
 from student_train.losses.targets import SparseTargets
@@ -78,6 +82,20 @@ def test_tokens_without_a_distribution_are_nan_where_one_is_needed() -> None:
     for name in ("forward_kl_N", "reverse_kl_N", "jsd_N", "agreement_N"):
         assert bool(alone._asdict()[name].isnan().all())
         assert mixed._asdict()[name].isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_an_evaluation_leaves_tokens_without_a_distribution_out() -> None:
+    """Of a cut vocabulary, all of whose stored ids were removed; of a projection, inside of a teacher's token."""
+    pack = replace(
+        empty_pack(with_signals=True), logprobs_NK=np.array([[-1, -np.inf], [-np.inf] * 2, [-1, -2]], np.float32)
+    )
+    found_N = _compared(pack)
+    assert found_N is not None
+    assert found_N.tolist() == [True, False, True]
+    found_N = _compared(replace(pack, is_common_N=np.array([False, True, True])))
+    assert found_N is not None
+    assert found_N.tolist() == [False, False, True]
+    assert _compared(empty_pack(with_signals=False)) is None
 
 
 def merged(probs_NV: Tensor, ids_NK: Tensor) -> Tensor:
