@@ -86,8 +86,11 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int |
         if ranks.is_first:
             _announce(plan, state, ranks.num_ranks)
             shutil.rmtree(run.plan_folder, ignore_errors=True)
-            # Steps after the checkpoint are taken again and must not stand in the log twice.
-            run.truncate_metrics(state.place if state is not None else (0, 0))
+            # Steps after the checkpoint are taken again: they must not stand in the log twice, nor count if this call
+            # is stopped before it reaches them.
+            reached = state.place if state is not None else (0, 0)
+            run.truncate_metrics(reached)
+            run.truncate_evals(reached)
         ranks.barrier()
         for stage in plan.stages:
             if state is not None and (
@@ -522,7 +525,6 @@ def _rewind(run: RunFolder, config: TrainConfig, step: int) -> None:
     state = checkpoint.find_step(run.checkpoints, step)
     run.open(config, has_learnt=True, rewound_to=state)
     checkpoint.rewind(run.checkpoints, state)
-    run.truncate_evals(state.place)
 
 
 def _prune(folder: Path, config: TrainConfig, plan: RunPlan, stage: StagePlan) -> None:

@@ -157,6 +157,8 @@ def save(folder: Path, engine: "Engine", state: CheckpointState, keep_last: int,
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         _remove(temp)
+        # Made of an earlier checkpoint of this step, before a rewind: `load` would take it for this one's.
+        _remove(folder / f"{state.tag}{UNIVERSAL}")
     ranks.barrier()
     # All ranks wait above until a killed save's files are removed, and below until every rank has written its own.
     engine.save(folder, temp.name)

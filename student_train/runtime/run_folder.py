@@ -155,9 +155,11 @@ class RunFolder:
         return self._read_list(self.changes_path)
 
     def truncate_evals(self, reached: Position) -> None:
-        """Drops evaluations after `reached`, which a rewound run repeats."""
-        kept = [one for one in self.read_evals() if (one["stage_number"], one["step"]) <= reached]
-        write_text_atomic(self.eval_path, json.dumps(kept, indent=2) + "\n")
+        """Drops evaluations after `reached`, which a resumed run repeats."""
+        evals = self.read_evals()
+        kept = [one for one in evals if (one["stage_number"], one["step"]) <= reached]
+        if len(kept) < len(evals):
+            write_text_atomic(self.eval_path, json.dumps(kept, indent=2) + "\n")
 
     def truncate_metrics(self, reached: Position) -> None:
         """Drops steps after `reached`, which a resumed run repeats."""

@@ -229,7 +229,9 @@ def test_what_a_kill_left_behind_is_swept_and_done_again(trainer: Trainer) -> No
         file.write('{"stage_number": 0, "step": 5, "loss": 123.0}\n{"stage_number": 0, "st')
     (run.checkpoints / "distill-000006.tmp").mkdir()
     (run.checkpoints / "distill-000006.tmp" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
+    run.add_eval({"stage_number": 0, "step": 6, "forward_kl": 123.0})
     assert losses_of(trainer.run(config)) == expected
+    assert [one["step"] for one in run.read_evals()] == [0, 7]
     assert not list(run.checkpoints.glob("*.tmp"))
 
 

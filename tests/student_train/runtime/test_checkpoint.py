@@ -10,19 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
+import torch
 import yaml
 
 from stillroom.config import Json, plain
 from stillroom.errors import CacheConflict, CorruptError, DataError
 from student_train.config import TrainConfig
-from student_train.runtime.checkpoint import find_state, latest_state
+from student_train.runtime import checkpoint
+from student_train.runtime.checkpoint import CheckpointState, find_state, latest_state
 from student_train.runtime.engine import saved_weights
-from student_train.runtime.ranks import RANK_VARIABLES
+from student_train.runtime.ranks import RANK_VARIABLES, Ranks
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.programs import TIMEOUT_S, Program
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
+
+if TYPE_CHECKING:
+    from student_train.runtime.engine import Engine
 
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
@@ -132,6 +138,31 @@ def test_checkpoints_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "latest.json").write_text("{")
     with pytest.raises(CorruptError, match="is not a checkpoint's state"):
         find_state(tmp_path, "last")
+
+
+def test_a_step_saved_again_forgets_its_universal_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rewind: a resumption on other ranks would load the weights from before it."""
+
+    class Writer:
+        def save(self, folder: Path, tag: str) -> None:
+            (folder / tag).mkdir()
+
+    # As after a kill between marker and sweep.
+    monkeypatch.setattr(checkpoint, "_sweep", lambda *_: None)
+    (tmp_path / "a-000002.universal").mkdir()
+    state = CheckpointState(
+        stage=0,
+        stage_name="a",
+        step=2,
+        num_steps=4,
+        num_ranks=1,
+        zero_stage=2,
+        stream={},
+        num_loss_tokens=1,
+        train_s=1.0,
+    )
+    checkpoint.save(tmp_path, cast("Engine", Writer()), state, 2, Ranks(0, 1, torch.device("cpu")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-000002", "latest.json"]
 
 
 def _trained_bytes(config: TrainConfig) -> list[bytes]:
