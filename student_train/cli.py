@@ -496,6 +496,8 @@ def evaluate(
             raise ConfigError("--kind needs --model: with a CONFIG use --set data.kind=KIND")
         if (max_chains, pack_tokens) != (None, None):
             raise ConfigError("--max-chains and --pack-tokens need --model: with a CONFIG use --set eval.max_chains=N")
+        if initial and checkpoint != "last":
+            raise ConfigError("--checkpoint has no effect with --initial: remove one")
         config = _config(config_path, overrides)
         result = evaluate_config(config, where, "initial" if initial else checkpoint, answers, rounding)
     else:

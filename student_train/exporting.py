@@ -17,7 +17,7 @@ import yaml
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, CorruptError, DataError
-from stillroom.models import fingerprint_template, fingerprint_tokenizer, load_tokenizer
+from stillroom.models import end_id_of, fingerprint_template, fingerprint_tokenizer, load_tokenizer
 from stillroom.schema.manifest import RunManifest
 from stillroom.storage.paths import location, write_text_atomic
 from student_train.config import (
@@ -198,9 +198,11 @@ def export(
             adopt_tokens(model, found)
         adapter_of = _base_of(config, state.stage) if adapter_only else None
         if adapter_of is not None:
-            # peft writes it into adapter_config.json, which is then opened from any directory.
+            # peft writes them into adapter_config.json, which is then opened from any directory.
             model.peft_config["default"].base_model_name_or_path = adapter_of
-        save_model(model, found, temp, with_embeddings=adapter_of is not None and _is_widened(model, adapter_of))
+            model.peft_config["default"].revision = _revision_of(config.student, adapter_of)
+        is_widened = adapter_of is not None and _is_widened(model, adapter_of, config.student)
+        save_model(model, found, temp, with_embeddings=is_widened)
         # What reads a cache with this folder, and what is pruned from it, needs the ids too.
         kept = read_kept_ids(config.student.model)
         if kept is not None and not selection.is_retokenised:
@@ -242,10 +244,18 @@ def initial_folder(config: TrainConfig, stage: int) -> str:
     return str(run.model_after(config.stages[stage - 1].name))
 
 
-def _is_widened(model: Any, base: str) -> bool:
+def _is_widened(model: Any, base: str, student: StudentConfig) -> bool:
     from transformers import AutoConfig
 
-    return bool(model.config.vocab_size != AutoConfig.from_pretrained(base).get_text_config().vocab_size)
+    config = AutoConfig.from_pretrained(
+        base, revision=_revision_of(student, base), trust_remote_code=student.trust_remote_code
+    )
+    return bool(model.config.vocab_size != config.get_text_config().vocab_size)
+
+
+def _revision_of(student: StudentConfig, base: str) -> str | None:
+    """Folders have none."""
+    return student.revision if base == student.model else None
 
 
 def _base_of(config: TrainConfig, stage: int) -> str:
@@ -312,11 +322,19 @@ def cache_tokenizer(config: StudentConfig, selection: Selection, named: str | No
 
 
 def adopt_tokens(model: Any, tokenizer: Any) -> None:
-    """Lets generation begin and end with the adopted tokenizer's special tokens where they are not the model's own."""
-    eos = tokenizer.eos_token_id
-    ends = model.generation_config.eos_token_id
-    if eos is not None and eos not in (ends if isinstance(ends, list) else [ends]):
-        model.config.eos_token_id = model.generation_config.eos_token_id = eos
+    """Lets generation begin and end with the adopted tokenizer's special tokens where they are not the model's own.
+
+    Answers also end with what the chat template writes behind them, which may be another token than eos.
+    """
+    eos, known = tokenizer.eos_token_id, model.generation_config.eos_token_id
+    ends = list(known) if isinstance(known, list) else [known]
+    if eos is not None and eos not in ends:
+        model.config.eos_token_id, ends = eos, [eos]
+    learnt = end_id_of(tokenizer, {})
+    ends += [learnt] if learnt is not None and learnt not in ends else []
+    ends = [one for one in ends if one is not None]
+    if ends:
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = model.generation_config.bos_token_id = tokenizer.bos_token_id
     if tokenizer.pad_token_id is not None:

@@ -2,20 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stillroom.config import Json
-from stillroom.errors import ConfigError, DataError
+from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.models import fingerprint_template, fingerprint_tokenizer
 from student_train.cli import export_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import Selection, load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
-from student_train.exporting import cache_tokenizer, export, trained_model
+from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
 from student_train.runtime.checkpoint import CheckpointState, find_state
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache
@@ -86,6 +87,10 @@ def test_adapter_alone_gives_the_merged_logits(
     assert export_lines(result)[1] == f"base model: {student}"
     with pytest.raises(ConfigError, match="is a LoRA adapter without its model: export it merged"):
         evaluate_model(str(tmp_path / "adapter"), [cache.root], None)
+    with monkeypatch.context() as patch:
+        patch.setattr("student_train.evaluation.evaluate", _out_of_memory)
+        with pytest.raises(StillroomError, match=r"CUDA out of memory\. Lower data"):
+            evaluate_config(config, None, "last")
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), str(tmp_path / "adapter"))
     ids = torch.arange(3, 30)[None]
     merged = trained_model(config, _last(config), merged=True)
@@ -107,6 +112,26 @@ def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(
     trained = trained_model(config, _last(config), merged=False)
     assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=1e-5)
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("own", "template", "wanted"),
+    [
+        (1, "", 1),
+        (7, "", 1),
+        ([7, 1], "", [7, 1]),
+        # A teacher whose answers end with another token than its end of sequence.
+        (1, "w2", [1, 2]),
+        ([2, 1], "w2", [2, 1]),
+        (7, "w2", [1, 2]),
+    ],
+)
+def test_generation_ends_where_answers_do(own: int | list[int], template: str, wanted: int | list[int]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} " + template + "{% endfor %}"
+    model = SimpleNamespace(config=GenerationConfig(), generation_config=GenerationConfig(eos_token_id=own))
+    adopt_tokens(model, tokenizer)
+    assert model.generation_config.eos_token_id == wanted
 
 
 @pytest.mark.usefixtures("own_tokenizer")
@@ -173,3 +198,7 @@ def _trained(trainer: Trainer, engine: Json, stage: Json) -> TrainConfig:
 
 def _last(config: TrainConfig) -> CheckpointState:
     return find_state(RunFolder(config.run).checkpoints, "last")
+
+
+def _out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
