@@ -1,11 +1,13 @@
 """`teacher-cache rounds`: the student's chains and the teacher's scores of them. Checks and estimates of this side."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
+from stillroom.errors import ConfigError
 from stillroom.log import format_count, format_duration, format_plural
-from stillroom.rounds.config import RoundsConfig, generate_config, score_config
+from stillroom.rounds.config import RoundsConfig, generate_config, off_policy_caches, score_config
 from stillroom.rounds.provenance import refuse_other_teacher
 from stillroom.rounds.state import TEACHER_CACHE, RoundsFolder
 from stillroom.rounds.turns import seconds_of, state_lines
@@ -18,8 +20,8 @@ from teacher_cache.plan import plan_build
 def plan_rounds(config: RoundsConfig) -> Json:
     """What this side does in a round, and how long what is left takes; makes the checks of both commands.
 
-    Raises ConfigError or DataError as `build` and `score` would, and where the teacher is not that of the caches in
-    train.data.caches.
+    Raises ConfigError or DataError as `build` and `score` would, where the teacher is not that of the caches in
+    train.data.caches or of earlier rounds, and where training would find no held-out chains.
     """
     state = RoundsFolder(config).read()
     part = state.next_part(config.rounds)
@@ -31,6 +33,7 @@ def plan_rounds(config: RoundsConfig) -> Json:
     refuse_other_teacher(config, teacher)
     student = identify_teacher(build.teacher, build.engine).record
     planned = plan_build(build)
+    require_heldout(config, planned.num_heldout)
     seconds = seconds_of(state, TEACHER_CACHE)
     left = config.rounds if part is None else config.rounds - part.round + 1
     return {
@@ -64,6 +67,18 @@ def plan_lines(config: RoundsConfig, planned: Json) -> list[str]:
             "warning    student and teacher have different tokenizers: the student's tokens mean other text there"
         )
     return [*lines, *state_lines(config, RoundsFolder(config).read())]
+
+
+def require_heldout(config: RoundsConfig, num_heldout: int) -> None:
+    """Raises ConfigError where training would be refused, after hours of generation, for want of held-out chains."""
+    asked = config.train.get("eval", {})
+    # Other caches may have some, and other conditions select others.
+    is_sure = not off_policy_caches(config) and isinstance(asked, Mapping) and "where" not in asked
+    if is_sure and not num_heldout:
+        raise ConfigError(
+            "generate.prompts holds out no prompt, and the student is evaluated on held-out ones: set "
+            "generate.prompts.heldout_frac, or train.eval: null and answers: null"
+        )
 
 
 def _tokens(num_done: int, num_chains: int, tokens_left: float, cache: Location) -> float:

@@ -25,6 +25,7 @@ from stillroom.rounds.config import RoundsConfig, generate_config, score_config,
 from stillroom.rounds.provenance import refuse_other_scores
 from stillroom.rounds.state import PARTS, STUDENT_TRAIN, TEACHER_CACHE, Part, RoundsFolder
 from stillroom.rounds.turns import PartFailed, _Waiting, commands_of, state_lines, take_turns
+from teacher_cache.rounds import require_heldout
 from tests.helpers import ROOT
 from tests.helpers.caches import make_cache
 
@@ -196,6 +197,15 @@ def test_an_earlier_rounds_other_teacher_is_refused_before_training(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"of round 1 is of .* with other weights: score with that teacher"):
         refuse_other_scores(config, 2)
     refuse_other_scores(config.updated(allow_other_teacher=True), 2)
+
+
+def test_rounds_without_held_out_prompts_are_refused_before_they_generate(tmp_path: Path) -> None:
+    config = make_config(tmp_path, train={"stages": []})
+    require_heldout(config, 3)
+    for train in ({"eval": None}, {"eval": {"where": "true"}}, {"data": {"caches": ["off"]}}):
+        require_heldout(config.updated(train=train), 0)
+    with pytest.raises(ConfigError, match=r"set generate\.prompts\.heldout_frac, or train\.eval: null"):
+        require_heldout(config, 0)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
