@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct in every format: size, agreement with its float32 self, and speed. Also runs every environment
 for real.
 
-    python -m benchmarks.formats [--json] [--only FORMAT ...] [--rounds N] [--threads N] [--chains N]
+    python -m benchmarks.formats [--json] [--only FORMAT ...] [--rounds N] [--threads N] [--chains N] [--eager]
 
 The chains are those of the demo: `runs/demo/cache` where `make demo` has run, otherwise built here. Exports are kept in
 runs/formats and made once. Speed is measured in two groups, each beside transformers float32, to which all ratios are:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chains", type=int, default=48, help="held-out chains of the check")
+    parser.add_argument("--eager", action="store_true", help="vLLM without compiling, which takes minutes on a CPU")
     arguments = parser.parse_args()
     use_cpu_where_there_is_no_gpu()
     teacher, cache = _teacher(), _cache()
@@ -47,9 +48,10 @@ def main() -> None:
             made[name] = _exported(teacher, cache, name, arguments.chains)
         except ConfigError as error:
             note(f"{name}: left out: {error}")
-    load = Load(rounds=arguments.rounds, threads=arguments.threads)
     table: dict[str, Json] = {"transformers": _float(teacher)}
     for runtimes in ({"onnx", "llama.cpp", "openvino"}, {"vllm"}):
+        is_eager = arguments.eager and runtimes == {"vllm"}
+        load = Load(rounds=arguments.rounds, threads=arguments.threads, is_eager=is_eager)
         _measure(table, teacher, {name: one for name, one in made.items() if one["runtime"] in runtimes}, load)
     if not arguments.json:
         for name, one in table.items():

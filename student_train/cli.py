@@ -595,6 +595,9 @@ def bench_formats(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each folder.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each runtime. Default: its own.")] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="vLLM without compiling, which takes minutes on a CPU.")
+    ] = False,
     max_ms: Annotated[
         float | None, typer.Option(min=0, help="Choose the format that answers one such request within this time.")
     ] = None,
@@ -613,7 +616,7 @@ def bench_formats(
         check_out("--out", out)
     if min_agreement is not None and max_ms is None:
         raise ConfigError("--min-agreement has no effect without --max-ms")
-    result = bench([contestant(one) for one in folders], Load(prompt_tokens, new_tokens, rounds, threads))
+    result = bench([contestant(one) for one in folders], Load(prompt_tokens, new_tokens, rounds, threads, eager))
     if max_ms is not None:
         least = 0.9 if min_agreement is None else min_agreement
         result |= {"max_ms": max_ms, "chosen": choose(result, max_ms, least)}

@@ -26,6 +26,8 @@ from student_train.export.worker import RuntimeWorker, Scores
 
 MAX_CHAIN_TOKENS = 1024
 """Longer chains are cut: logits of a whole one would take gigabytes."""
+BLOCK_POSITIONS = 64
+"""Compared at a time: a chain of 1,024 tokens of 150,000 ids is 1.2 GB in float64, and several such are needed."""
 LOG_2 = float(np.log(2.0))
 
 
@@ -35,6 +37,10 @@ class Chain:
 
     ids: list[int]
     positions: list[int]
+
+    def shortened(self, max_tokens: int) -> "Chain":
+        """Its first tokens, with the positions that predict another of them."""
+        return Chain(self.ids[:max_tokens], [one for one in self.positions if one < max_tokens - 1])
 
 
 class Agreement(BaseModel):
@@ -83,7 +89,9 @@ def compare(reference: RuntimeWorker, candidate: RuntimeWorker, chains: Sequence
         for number, chain in enumerate(chains):
             expected = reference.scores(chain.ids, chain.positions)
             found = candidate.scores(chain.ids, chain.positions)
-            sums += torch.stack(divergences(expected, found)).sum(dim=1)
+            for first in range(0, len(chain.positions), BLOCK_POSITIONS):
+                block = [one.rows(first, first + BLOCK_POSITIONS) for one in (expected, found)]
+                sums += torch.stack(divergences(*block)).sum(dim=1)
             num_tokens += len(chain.positions)
             progress.update(number + 1, num_tokens)
     agreement, kl, js = (sums / num_tokens).tolist()

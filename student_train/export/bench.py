@@ -38,6 +38,8 @@ class Load:
     new_tokens: int = 32
     rounds: int = 5
     threads: int | None = None
+    is_eager: bool = False
+    """vLLM without compiling: it starts in seconds instead of minutes."""
     seed: int = 0
 
 
@@ -49,6 +51,8 @@ class Contestant:
     folder: Path
     runtime: str
     record: Json | None
+    is_float: bool = False
+    """Whether it is what exports are compared with. Without a record, another folder's agreement is unknown."""
 
 
 def contestant(text: str) -> Contestant:
@@ -68,7 +72,8 @@ def contestant(text: str) -> Contestant:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     own = record["runtime"] if record is not None else _runtime_of(folder)
     name = f"{record['format'] if record is not None else folder.name}"
-    return Contestant(f"{name} in {runtime}" if runtime else name, folder, runtime or own, record)
+    is_float = record is None and own == "transformers"
+    return Contestant(f"{name} in {runtime}" if runtime else name, folder, runtime or own, record, is_float)
 
 
 def _runtime_of(folder: Path) -> str:
@@ -90,13 +95,16 @@ def bench(contestants: Sequence[Contestant], load: Load) -> Json:
     names = [one.name for one in contestants]
     if len(set(names)) < len(names):
         raise ConfigError(f"two folders would both be called {_repeated(names)}: rename one of them")
+    if load.is_eager and "vllm" not in [one.runtime for one in contestants]:
+        raise ConfigError("--eager has no effect: vLLM runs none of these folders")
     draws = random.Random(load.seed)
     prompts = [[draws.randrange(1, NUM_IDS) for _ in range(load.prompt_tokens)] for _ in range(max(BATCHES))]
     with contextlib.ExitStack() as stack:
         workers = []
         for one in contestants:
             note(f"loading {one.name} in {one.runtime}")
-            workers.append(stack.enter_context(RuntimeWorker(one.runtime, one.folder, load.threads, is_quick=False)))
+            made = RuntimeWorker(one.runtime, one.folder, load.threads, is_quick=load.is_eager)
+            workers.append(stack.enter_context(made))
         rounds = _rounds(workers, names, prompts, load)
         memory = [worker.peak_memory_bytes() for worker in workers]
         results = [
@@ -107,6 +115,7 @@ def bench(contestants: Sequence[Contestant], load: Load) -> Json:
                 "size_bytes": weight_bytes(one.folder),
                 "load_s": worker.load_s,
                 "peak_memory_bytes": peak,
+                "is_float": one.is_float,
                 "agreement": None if one.record is None else one.record["agreement"],
                 "batches": {str(batch): _summary(rounds, number, batch) for batch in BATCHES},
                 "versions": worker.versions,
@@ -119,6 +128,7 @@ def bench(contestants: Sequence[Contestant], load: Load) -> Json:
         "rounds": load.rounds,
         "threads": load.threads,
         "num_cores": len(os.sched_getaffinity(0)),
+        "is_eager": load.is_eager,
         "formats": results,
     }
 
@@ -189,19 +199,23 @@ def _spread(values: Iterable[float | None]) -> Json | None:
 def choose(result: Json, max_ms: float, min_agreement: float) -> str | None:
     """The format that answers one request within `max_ms` and is closest to the float student; of equals the smallest.
 
-    A float folder, which has no figures of its own, agrees with itself.
+    Folders of unknown agreement are never chosen.
     """
-
-    def agreement(one: Json) -> float:
-        return 1.0 if one["agreement"] is None else float(one["agreement"]["top1_agreement"])
-
     fitting = [
-        one
+        (found, -one["size_bytes"], str(one["name"]))
         for one in result["formats"]
-        if one["batches"]["1"]["request_ms"]["median"] <= max_ms and agreement(one) >= min_agreement
+        if (found := top1_agreement(one)) is not None
+        and found >= min_agreement
+        and one["batches"]["1"]["request_ms"]["median"] <= max_ms
     ]
-    best = max(fitting, key=lambda one: (agreement(one), -one["size_bytes"]), default=None)
-    return None if best is None else str(best["name"])
+    return max(fitting)[2] if fitting else None
+
+
+def top1_agreement(one: Json) -> float | None:
+    """With the float student, of one format of a result: 1 for the float student itself, None where unknown."""
+    if one["agreement"] is not None:
+        return float(one["agreement"]["top1_agreement"])
+    return 1.0 if one["is_float"] else None
 
 
 def _repeated(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from stillroom.config import Json
 from stillroom.html.charts import Drawing, Line, line_chart
 from stillroom.html.report import Figure, Section, Table, write_report
 from stillroom.log import format_bytes
+from student_train.export.bench import top1_agreement
 
 COLUMNS = ("", "prefill tok/s", "decode tok/s", "first token ms", "request ms", "J/token", "prefill ×", "decode ×")
 
@@ -39,21 +40,17 @@ def write_bench_page(path: Path, result: Json) -> None:
         "Formats side by side",
         [Section("Speed and agreement", charts), Section("Figures", [*tables, sizes])],
         f"{result['prompt_tokens']} prompt tokens, {result['new_tokens']} new ones, {result['rounds']} rounds in "
-        f"turns; threads: {threads}",
+        f"turns; threads: {threads}" + ("; vLLM without compiling" if result["is_eager"] else ""),
     )
 
 
 def _chart(formats: list[Json], batch: str) -> Drawing:
     lines = [
-        Line(one["name"], [one["batches"][batch]["decode_tokens_per_s"]["median"]], [100 * _agreement(one)])
+        Line(one["name"], [one["batches"][batch]["decode_tokens_per_s"]["median"]], [100 * found])
         for one in formats
+        if (found := top1_agreement(one)) is not None
     ]
     return line_chart(lines, "decode (tokens per second)", "top-1 agreement (%)")
-
-
-def _agreement(one: Json) -> float:
-    """Float folders have no figures: they are what the others are compared with."""
-    return 1.0 if one["agreement"] is None else float(one["agreement"]["top1_agreement"])
 
 
 def _row(one: Json, batch: Json) -> list[str]:

@@ -75,6 +75,8 @@ def _make(environment: str, folder: Path) -> None:
         _run([uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, str(temp)], environ)
         python = str(temp / "bin" / "python")
         _run([uv, "pip", "install", "--quiet", "--python", python, *target, "--requirements", requirements], environ)
+        # One whose interpreter is gone (an upgraded Python) links to nothing: python_of found no program in it.
+        shutil.rmtree(folder, ignore_errors=True)
         temp.rename(folder)
     finally:
         overrides.unlink()

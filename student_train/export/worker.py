@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,15 +39,22 @@ class Worker:
         environ.pop("PYTHONPATH", None)
         if threads is not None:
             environ["OMP_NUM_THREADS"] = str(threads)
-        self._process = subprocess.Popen(
-            [str(python_of(environment)), str(WORKERS / f"{script}.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environ,
-            text=True,
-            encoding="utf-8",
-        )
+        answers, their_end = os.pipe()
+        self._answers = os.fdopen(answers, encoding="utf-8")
+        try:
+            self._process = subprocess.Popen(
+                [str(python_of(environment)), str(WORKERS / f"{script}.py"), str(their_end)],
+                stdin=subprocess.PIPE,
+                # Answers have a pipe of their own: some libraries print when they are imported.
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(their_end,),
+                env=environ,
+                text=True,
+                encoding="utf-8",
+            )
+        finally:
+            os.close(their_end)
 
     def __enter__(self) -> Self:
         return self
@@ -55,7 +63,6 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -63,23 +70,23 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
         self._log.close()
 
     def ask(self, op: str, **fields: Any) -> Any:
         """The answer to one request."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
             self._process.stdin.flush()
             started_s = time.monotonic()
-            while not select.select([self._process.stdout], [], [], NOTE_EVERY_S)[0]:
+            while not select.select([self._answers], [], [], NOTE_EVERY_S)[0]:
                 note(f"{self._script} {op}: {format_duration(time.monotonic() - started_s)} so far")
-            line = self._process.stdout.readline()
+            line = self._answers.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
+        # A line without its end was cut off when the process ended.
+        if not line.endswith("\n"):
             raise StillroomError(f"{self._script}: ended during {op}: {self._last_line()}")
         answer: Json = json.loads(line)
         if "error" in answer:
@@ -93,10 +100,14 @@ class Worker:
         return sum(_peak_bytes(pid) for pid in _with_children(self._process.pid))
 
     def _last_line(self) -> str:
-        self._process.wait()
+        code = self._process.wait()
+        if code < 0:
+            # Its last line then says nothing about why.
+            name = signal.Signals(-code).name
+            return f"killed by {name}" + (": it may need more memory than there is" if name == "SIGKILL" else "")
         self._log.seek(0)
         lines = [line for line in self._log.read().splitlines() if line.strip()]
-        return one_line(lines[-1])[:400] if lines else f"exit code {self._process.returncode}"
+        return one_line(lines[-1])[:400] if lines else f"exit code {code}"
 
 
 class RuntimeWorker(Worker):
@@ -144,15 +155,27 @@ class Scores:
         assert rows is not None
         return len(rows)
 
+    def rows(self, first: int, stop: int) -> "Scores":
+        """Those of positions first..stop-1."""
+        arrays = (self.logits_NV, self.ids_NK, self.logprobs_NK)
+        logits_NV, ids_NK, logprobs_NK = (None if one is None else one[first:stop] for one in arrays)
+        return Scores(logits_NV, ids_NK, logprobs_NK)
+
 
 def _with_children(pid: int) -> list[int]:
     found = [pid]
     for one in found:
         for task in Path(f"/proc/{one}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
+            # Threads end while they are listed.
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text().split())
     return found
 
 
 def _peak_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        # Ended since it was listed.
+        return 0
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)

@@ -22,7 +22,7 @@ from stillroom.storage.paths import write_text_atomic
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.open import check_vocabulary, eval_request, kept_or_temporary, open_data
 from student_train.data.selection import load_selection
-from student_train.export.agreement import Chain, compare, read_chains
+from student_train.export.agreement import MAX_CHAIN_TOKENS, Chain, compare, read_chains
 from student_train.export.environments import python_of
 from student_train.export.formats import RUNTIMES, Format, find_format
 from student_train.export.worker import RuntimeWorker, Worker
@@ -92,7 +92,9 @@ def export_folder(model: Path, caches: Sequence[Path], where: str | None, out: P
         raise DataError(f"--model {model} is quantised already: pass the float folder that it was made from")
     name, made = _prepared(out, name)
     heldout = _cached_chains(model, caches, where or HELDOUT, check.max_chains)
-    calibration = _cached_chains(model, caches, TRAIN, CALIBRATION_CHAINS) if made.is_calibrated else []
+    # Chains that calibrated an export would flatter it in its check.
+    others = TRAIN if where is None else f"{TRAIN} and not ({where})"
+    calibration = _cached_chains(model, caches, others, CALIBRATION_CHAINS) if made.is_calibrated else []
     return _export(Source(model, str(model), heldout, calibration), out, name, made, check)
 
 
@@ -119,16 +121,17 @@ def _cached_chains(model: Path, caches: Sequence[Path], where: str, max_chains: 
 
 
 def _export(source: Source, out: Path, name: str, made: Format, check: Check) -> Json:
+    heldout = _fitting(source.heldout, source.folder)
     with atomic_folder(out) as temp:
         note(f"writing {made.label}")
         versions = _write(source, temp, made)
         _carry_tokenizer(source.folder, temp)
-        note(f"running it in {made.runtime} against the float student, on {len(source.heldout)} held-out chains")
+        note(f"running it in {made.runtime} against the float student, on {len(heldout)} held-out chains")
         with (
             RuntimeWorker("transformers", source.folder, None, is_quick=True) as reference,
             RuntimeWorker(made.runtime, temp, None, is_quick=True) as candidate,
         ):
-            agreement = compare(reference, candidate, source.heldout)
+            agreement = compare(reference, candidate, heldout)
             versions |= candidate.versions
         is_same = agreement.top1_agreement >= check.min_agreement
         record = {
@@ -152,6 +155,17 @@ def _export(source: Source, out: Path, name: str, made: Format, check: Check) ->
         write_text_atomic(temp / "README.md", _card(source.folder, record, made))
         write_text_atomic(temp / RECORD, json.dumps(record, indent=2) + "\n")
     return {"folder": str(out), **record}
+
+
+def _fitting(chains: Sequence[Chain], folder: Path) -> list[Chain]:
+    """Chains cut to what the model has positions for, less one: vLLM always generates a token."""
+    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    num_positions = config.get("max_position_embeddings") or config.get("n_positions") or MAX_CHAIN_TOKENS + 1
+    fitting = [chain.shortened(num_positions - 1) for chain in chains]
+    if not any(chain.positions for chain in fitting):
+        raise DataError(f"every prompt of the held-out chains is longer than the model's {num_positions} positions")
+    return [chain for chain in fitting if chain.positions]
 
 
 def _write(source: Source, out: Path, made: Format) -> dict[str, str]:

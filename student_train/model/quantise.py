@@ -6,8 +6,8 @@ weights learn to lie where rounding does little harm. Cost: one rounded copy of 
 
 Weights are rounded exactly as compressed-tensors rounds them to the nearest: symmetric, scale = max |w| / 127.5 for
 each output channel (7.5 for 4 bits, for each group of inputs), in the weight's own dtype. Activations of w8a8 are
-rounded per token with scale = max |x| / 127, as vLLM's kernels do. Own code rather than torchao's, whose fake
-quantisation rounds weights by another rule, so that the export would not be what was trained.
+rounded per token with scale = max |x| / 127 in float32, as vLLM's kernels do. Own code rather than torchao's, whose
+fake quantisation rounds weights by another rule, so that the export would not be what was trained.
 
     O outputs, I inputs of a layer
 """
@@ -97,8 +97,12 @@ class _StraightThrough(torch.autograd.Function):
 def _rounded(values: Tensor, bits: int, is_activation: bool) -> Tensor:
     """Rounded along the last dimension, each row with its own scale."""
     largest = 2 ** (bits - 1)
-    # compressed-tensors takes half the range of -128..127, kernels for activations 127.
-    half_range = largest - 1 if is_activation else (2 * largest - 1) / 2
+    if is_activation:
+        # A scale in bfloat16 would move every tenth value by a step.
+        scale = values.float().abs().amax(dim=-1, keepdim=True) / (largest - 1)
+        return ((values.float() / scale.clamp_min(1e-30)).round() * scale).to(values.dtype)
+    # compressed-tensors takes half the range of -128..127.
+    half_range = (2 * largest - 1) / 2
     scale = values.abs().amax(dim=-1, keepdim=True) / half_range
     scale = torch.where(scale == 0, torch.full_like(scale, torch.finfo(scale.dtype).eps), scale)
     return (values / scale).clamp(-largest, largest - 1).round() * scale

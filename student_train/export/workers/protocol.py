@@ -1,4 +1,4 @@
-"""How a worker answers: one JSON request a line on stdin, one JSON answer a line on stdout.
+"""How a worker answers: one JSON request a line on stdin, one JSON answer a line on the pipe that its argument names.
 
 The scripts of this folder run in environments that lack the project, so they import nothing of it. `serve` calls the
 handler that a request names and answers `{"ok": ...}`, or `{"error": "one line"}` and continues. Arrays travel as
@@ -35,9 +35,7 @@ class Runtime(Protocol):
 
 def serve(handlers: dict[str, Handler]) -> None:
     """Answers until stdin ends."""
-    # What libraries print goes to stderr: stdout carries answers only.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    answers = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         try:

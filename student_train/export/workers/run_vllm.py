@@ -69,12 +69,15 @@ class Vllm:
 
 
 def _precision(config: dict[str, Any]) -> str:
-    """As stored on a CPU, where vLLM would run float32 in bfloat16 by itself; its 4-bit kernels know bfloat16 only."""
+    """As stored on a CPU, where vLLM would run float32 in bfloat16 by itself. Two of its kernels know no float32: those
+    of 4 bits, and on processors with AMX those of 8 bits.
+    """
     if torch.cuda.is_available():
         return "auto"
     groups = (config.get("quantization_config") or {}).get("config_groups", {})
     is_4_bit = any(one["weights"]["num_bits"] == 4 for one in groups.values())
-    return "bfloat16" if is_4_bit else config.get("dtype") or config.get("torch_dtype") or "auto"
+    is_without_float32 = is_4_bit or (groups and torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if is_without_float32 else config.get("dtype") or config.get("torch_dtype") or "auto"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stillroom.errors import StillroomError
-from student_train.export.agreement import divergences
+from student_train.export.agreement import Chain, divergences
 from student_train.export.worker import Scores
 
 
@@ -35,6 +35,18 @@ def test_most_likely_tokens_alone_give_lower_bounds(num_top: int) -> None:
     for bound, exact in zip(bounded[1:], dense[1:], strict=True):
         assert (bound <= exact + 1e-6).all()
         assert num_top < 50 or torch.allclose(bound, exact, atol=1e-5)
+
+
+def test_rows_are_compared_in_blocks() -> None:
+    scores = Scores(_logits(0), None, None), Scores(_logits(1), None, None)
+    whole = torch.stack(divergences(*scores))
+    blocks = [torch.stack(divergences(*(one.rows(first, first + 4) for one in scores))) for first in (0, 4)]
+    assert torch.equal(torch.cat(blocks, dim=1), whole)
+
+
+def test_a_chain_is_cut_to_the_positions_of_a_model() -> None:
+    # Position 2 predicts token 3, which is gone.
+    assert Chain([5, 6, 7, 8], [0, 1, 2]).shortened(3) == Chain([5, 6, 7], [0, 1])
 
 
 def test_a_padded_vocabulary_is_cut_and_a_smaller_one_refused() -> None:

@@ -47,6 +47,13 @@ def test_an_environment_is_made_once(uv_log: Path) -> None:
     ]
 
 
+def test_one_whose_interpreter_is_gone_is_made_again(uv_log: Path) -> None:
+    python = python_of("gguf")
+    python.unlink()
+    python.symlink_to("gone")
+    assert python_of("gguf").exists()
+
+
 def test_without_network_nothing_is_left(uv_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_FAILS", "1")
     with pytest.raises(StillroomError, match=r"no route to host.*needs the package index once"):

@@ -22,6 +22,7 @@ from tests.helpers.students import make_student
 WRITER = """
 import json, shutil
 from pathlib import Path
+print("2026-11-29 a library imported")
 from protocol import serve
 
 def write(folder, out, precision, chains):
@@ -84,7 +85,8 @@ def test_a_format_is_calibrated_checked_and_described(
     assert (found["num_chains"], found["top1_agreement"]) == (4, 1.0)
     assert 0 < found["js"] < found["kl"] < 0.01
     heldout = [chain for chain in cache.chains if chain.split == "heldout"]
-    assert len(json.loads((out / "calibration.json").read_text())) == len(cache.chains) - len(heldout)
+    calibration = json.loads((out / "calibration.json").read_text())
+    assert len(calibration) == len(cache.chains) - len(heldout)
     assert json.loads((out / "export.json").read_text()) == {key: one for key, one in result.items() if key != "folder"}
     assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
     card = (out / "README.md").read_text()
@@ -123,6 +125,11 @@ def test_failures_of_tools_are_one_line_and_leave_nothing(
         export_folder(student, [cache.root], None, tmp_path / "out", "gptq", Check(max_chains=4))
     (fakes / "run_vllm.py").write_text("raise SystemExit('no module named vllm')")
     with pytest.raises(StillroomError, match="run_vllm: ended during load: no module named vllm"):
+        export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
+    (fakes / "run_vllm.py").write_text(
+        "import os; print('loading', file=__import__('sys').stderr); os.kill(os.getpid(), 9)"
+    )
+    with pytest.raises(StillroomError, match="ended during load: killed by SIGKILL: it may need more memory"):
         export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
     assert [path.name for path in tmp_path.iterdir()] == ["workers"]
 
@@ -168,10 +175,18 @@ def test_latency_chooses_the_closest_format_that_is_fast_enough() -> None:
     def one(name: str, ms: float, agreement: float | None, size: int) -> Json:
         found = None if agreement is None else {"top1_agreement": agreement}
         batches = {"1": {"request_ms": {"median": ms}}}
-        return {"name": name, "agreement": found, "size_bytes": size, "batches": batches}
+        is_float = name == "float"
+        return {"name": name, "agreement": found, "is_float": is_float, "size_bytes": size, "batches": batches}
 
     result: Json = {
-        "formats": [one("float", 900, None, 9), one("a", 200, 0.95, 5), one("b", 100, 0.95, 4), one("c", 50, 0.5, 1)]
+        "formats": [
+            one("float", 900, None, 9),
+            one("a", 200, 0.95, 5),
+            one("b", 100, 0.95, 4),
+            one("c", 50, 0.5, 1),
+            # Made elsewhere and never compared.
+            one("unknown", 10, None, 1),
+        ]
     }
     assert choose(result, 1000, 0.9) == "float"
     assert choose(result, 300, 0.9) == "b"
@@ -182,12 +197,14 @@ def test_latency_chooses_the_closest_format_that_is_fast_enough() -> None:
 def test_contestants_are_told_apart(student: Path, tmp_path: Path) -> None:
     assert contestant(f"vllm:{student}").name == "student in vllm"
     assert contestant(f"vllm:{student}").runtime == "vllm"
+    assert contestant(f"vllm:{student}").is_float
     with pytest.raises(ConfigError, match="'tvm' is no runtime"):
         contestant(f"tvm:{student}")
     with pytest.raises(DataError, match="holds no model"):
         contestant(str(tmp_path))
     (tmp_path / "model.gguf").touch()
     assert contestant(str(tmp_path)).runtime == "llama.cpp"
+    assert not contestant(str(tmp_path)).is_float
     with pytest.raises(ConfigError, match="would both be called student"):
         bench([contestant(str(student))] * 2, Load())
 

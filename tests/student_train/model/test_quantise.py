@@ -59,6 +59,19 @@ def test_activations_are_rounded_by_token_and_gradients_pass() -> None:
     assert torch.allclose(input_BI.grad, rounded_OI.sum(dim=0).expand(3, 8), atol=1e-6)  # type: ignore[arg-type]
 
 
+def test_activations_in_bfloat16_are_rounded_with_scales_in_float32() -> None:
+    linear = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.eye_(linear.weight)
+    input_BI = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    input_BI[5] = 0
+    scale_B1 = (input_BI.float().abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-9)
+    rounded_BI = (input_BI.float() / scale_B1).round() * scale_B1
+    # The ones of the matrix are rounded, too; 127 steps in bfloat16 lie up to half a step aside.
+    one = 127 * (torch.ones(1).bfloat16() / 127.5)
+    steps_BI = (QuantisedLinear.sharing(linear, W8A8)(input_BI) / one.float() - rounded_BI).abs() / scale_B1
+    assert steps_BI.max() < 0.75
+
+
 def test_what_cannot_be_quantised_so_is_refused(student: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(student)
     with pytest.raises(ConfigError, match=r"group_size=48 does not divide the 32 inputs of layers\.0\.self_attn"):
