@@ -12,6 +12,7 @@ import json
 import os
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,7 @@ def _runtime_of(folder: Path) -> str:
 
 def bench(contestants: Sequence[Contestant], load: Load) -> Json:
     """Measures all of them; memory holds them all at once. Raises StillroomError where a runtime fails."""
-    names = [one.name for one in contestants]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two folders would both be called {_repeated(names)}: rename one of them")
+    names = _told_apart(contestants)
     if load.is_eager and "vllm" not in [one.runtime for one in contestants]:
         raise ConfigError("--eager has no effect: vLLM runs none of these folders")
     draws = random.Random(load.seed)
@@ -109,7 +108,7 @@ def bench(contestants: Sequence[Contestant], load: Load) -> Json:
         memory = [worker.peak_memory_bytes() for worker in workers]
         results = [
             {
-                "name": one.name,
+                "name": names[number],
                 "folder": str(one.folder),
                 "runtime": one.runtime,
                 "size_bytes": weight_bytes(one.folder),
@@ -218,5 +217,11 @@ def top1_agreement(one: Json) -> float | None:
     return 1.0 if one["is_float"] else None
 
 
-def _repeated(names: Sequence[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
+def _told_apart(contestants: Sequence[Contestant]) -> list[str]:
+    """Their names, with the folder where several have the same. Raises ConfigError for one that is named twice."""
+    counts = Counter(one.name for one in contestants)
+    names = [one.name if counts[one.name] == 1 else f"{one.name} ({one.folder})" for one in contestants]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"{repeated[0]} is named twice: name each folder once for each runtime")
+    return names

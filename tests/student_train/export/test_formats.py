@@ -96,6 +96,9 @@ def test_a_format_is_calibrated_checked_and_described(
     assert "top-1 agreement 100.0%" in format_lines(result)[1]
     with pytest.raises(ConfigError, match="already exists"):
         export_folder(student, [cache.root], None, out, "w8a8", Check())
+    # Chains of the check do not calibrate, and here all of them are in the check.
+    with pytest.raises(StillroomError, match="split = 'train' and not"):
+        export_folder(student, [cache.root], "split = 'train'", tmp_path / "again", "w8a8", Check())
     (out / "config.json").write_text(json.dumps({"quantization_config": {}}))
     with pytest.raises(DataError, match="is quantised already"):
         export_folder(out, [cache.root], None, tmp_path / "again", "w8a8", Check())
@@ -205,8 +208,10 @@ def test_contestants_are_told_apart(student: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     assert contestant(str(tmp_path)).runtime == "llama.cpp"
     assert not contestant(str(tmp_path)).is_float
-    with pytest.raises(ConfigError, match="would both be called student"):
+    with pytest.raises(ConfigError, match=r"student \(.*\) is named twice"):
         bench([contestant(str(student))] * 2, Load())
+    with pytest.raises(ConfigError, match="--eager has no effect"):
+        bench([contestant(str(student))], Load(is_eager=True))
 
 
 def test_energy_counters_start_over(tmp_path: Path) -> None:
