@@ -100,7 +100,8 @@ def _rounded(values: Tensor, bits: int, is_activation: bool) -> Tensor:
     if is_activation:
         # A scale in bfloat16 would move every tenth value by a step.
         scale = values.float().abs().amax(dim=-1, keepdim=True) / (largest - 1)
-        return ((values.float() / scale.clamp_min(1e-30)).round() * scale).to(values.dtype)
+        # Not divided: in bfloat16, where many values lie between two steps, this decides some as the kernels do.
+        return ((values.float() * scale.clamp_min(1e-30).reciprocal()).round() * scale).to(values.dtype)
     # compressed-tensors takes half the range of -128..127.
     half_range = (2 * largest - 1) / 2
     scale = values.abs().amax(dim=-1, keepdim=True) / half_range

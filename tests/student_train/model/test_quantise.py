@@ -65,7 +65,7 @@ def test_activations_in_bfloat16_are_rounded_with_scales_in_float32() -> None:
     input_BI = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     input_BI[5] = 0
     scale_B1 = (input_BI.float().abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-9)
-    rounded_BI = (input_BI.float() / scale_B1).round() * scale_B1
+    rounded_BI = (input_BI.float() * (1 / scale_B1)).round() * scale_B1
     # The ones of the matrix are rounded, too; 127 steps in bfloat16 lie up to half a step aside.
     one = 127 * (torch.ones(1).bfloat16() / 127.5)
     steps_BI = (QuantisedLinear.sharing(linear, W8A8)(input_BI) / one.float() - rounded_BI).abs() / scale_B1
