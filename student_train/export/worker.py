@@ -157,9 +157,11 @@ class Scores:
 
     def rows(self, first: int, stop: int) -> "Scores":
         """Those of positions first..stop-1."""
-        arrays = (self.logits_NV, self.ids_NK, self.logprobs_NK)
-        logits_NV, ids_NK, logprobs_NK = (None if one is None else one[first:stop] for one in arrays)
-        return Scores(logits_NV, ids_NK, logprobs_NK)
+        if self.logits_NV is not None:
+            return Scores(self.logits_NV[first:stop], None, None)
+        assert self.ids_NK is not None
+        assert self.logprobs_NK is not None
+        return Scores(None, self.ids_NK[first:stop], self.logprobs_NK[first:stop])
 
 
 def _with_children(pid: int) -> list[int]:

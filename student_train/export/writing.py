@@ -154,6 +154,9 @@ def _export(source: Source, out: Path, name: str, made: Format, check: Check) ->
             )
         write_text_atomic(temp / "README.md", _card(source.folder, record, made))
         write_text_atomic(temp / RECORD, json.dumps(record, indent=2) + "\n")
+        # safetensors writes files that only their owner can read, and a server may be another user.
+        for path in (one for one in temp.rglob("*") if one.is_file()):
+            path.chmod((temp / RECORD).stat().st_mode)
     return {"folder": str(out), **record}
 
 

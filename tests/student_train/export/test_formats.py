@@ -30,6 +30,7 @@ def write(folder, out, precision, chains):
         raise ValueError("no kernel\\nfor it")
     shutil.copy(Path(folder) / "config.json", out)
     Path(out, "calibration.json").write_text(Path(chains).read_text())
+    Path(out, "calibration.json").chmod(0o600)
     return {"writer": "1.0"}
 
 serve({"write": write})
@@ -87,6 +88,7 @@ def test_a_format_is_calibrated_checked_and_described(
     heldout = [chain for chain in cache.chains if chain.split == "heldout"]
     calibration = json.loads((out / "calibration.json").read_text())
     assert len(calibration) == len(cache.chains) - len(heldout)
+    assert (out / "calibration.json").stat().st_mode == (out / "export.json").stat().st_mode
     assert json.loads((out / "export.json").read_text()) == {key: one for key, one in result.items() if key != "folder"}
     assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
     card = (out / "README.md").read_text()
