@@ -101,7 +101,7 @@ def _rounded(values: Tensor, bits: int, is_activation: bool) -> Tensor:
         # A scale in bfloat16 would move every tenth value by a step.
         scale = values.float().abs().amax(dim=-1, keepdim=True) / (largest - 1)
         # Not divided: in bfloat16, where many values lie between two steps, this decides some as the kernels do.
-        rounded = (values.float() * scale.clamp_min(1e-30).reciprocal()).round() * scale
+        rounded: Tensor = (values.float() * scale.clamp_min(1e-30).reciprocal()).round() * scale
         return rounded.to(values.dtype)
     # compressed-tensors takes half the range of -128..127.
     half_range = (2 * largest - 1) / 2
