@@ -67,7 +67,7 @@ def main() -> None:
         print(json.dumps(_run_part(options.part, options)))
         return
     if not options.teacher.is_dir():
-        parser.error(f"{options.teacher} does not exist: run `make demo` once, or name a Hugging Face folder")
+        parser.error(f"{options.teacher} does not exist: run `make demo` once, or use a Hugging Face folder")
     say: Callable[[str], None] = (lambda line: None) if options.json else print
     result = _measure_teacher(options.teacher, options, say)
     with tempfile.TemporaryDirectory(prefix="stillroom-tiny-") as folder:

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=56, help="of each chain")
     options = parser.parse_args()
     if not options.teacher.is_dir():
-        parser.error(f"{options.teacher} does not exist: run `make demo` once, or name a Hugging Face folder")
+        parser.error(f"{options.teacher} does not exist: run `make demo` once, or use a Hugging Face folder")
     try:
         with tempfile.TemporaryDirectory(prefix="stillroom-codec-data-") as folder:
             num_tokens = write(Path(folder), options.teacher, options.max_tokens, options.out)

@@ -46,19 +46,20 @@ class LossConfig(StrictModel):
     rescales the stored entries to mass 1. `exact` compares whole distributions, computed from the teacher's last hidden
     states and head (a feature set), on the tokens that have them, at any temperature."""
     beta: float | None = None
-    """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5. dpo: the larger, the smaller the
-    preference that is enough; None is 0.1."""
+    """jsd: the teacher's share of the mixture, between 0 and 1; None is 0.5. dpo: larger values keep the
+    student closer to its start; None is 0.1."""
     alpha: float | None = None
     """Skewed KLs: share of the KL's first argument in the mixture, between 0 and 1; None is 0.1. asymmetric_likelihood:
-    what a token of a wrong chain counts relative to a right one; None is 0.8."""
+    weight of a wrong chain's tokens relative to a right one's; None is 0.8."""
     clip: float | None = None
-    """policy_gradient: a token that has moved by this share in the direction that the teacher asks for, relative to
-    the student that wrote the chain, is left alone; between 0 and 1, None is 0.2."""
+    """policy_gradient: as in PPO, a token gets no gradient once its probability relative to the student that generated
+    the chain has moved by this fraction in the direction of its advantage; between 0 and 1, None is 0.2."""
     max_ratio: float | None = None
-    """policy_gradient: largest slope of the ratio of probabilities, student over the one that wrote the chain; None is
-    3."""
+    """policy_gradient: limit of a token's probability relative to the student that generated the chain, above which its
+    gradient stops growing; None is 3."""
     max_advantage: float | None = None
-    """policy_gradient: limit of a token's advantage, log p(teacher) - log p(writer), in nats; None is 10."""
+    """policy_gradient: limit of a token's advantage, log p(teacher) - log p(student that generated it), in nats;
+    None is 10."""
     interpolation: float | ScheduleConfig | None = None
     """taid: where the target lies between the student (0) and the teacher (1); None moves from 0.4 to 1 over the
     stage."""
@@ -86,8 +87,8 @@ class NegativesConfig(StrictModel):
     """SQL condition over `chains`, e.g. `split = 'train' and not correct and finish_reason = 'stop'`: the stage's
     `where` does not limit it. Chains that it selects are wrong even if `where` selects them too."""
     correct_by_teacher: bool = False
-    """Apply divergences and policy_gradient to wrong chains too: they teach what the teacher would have said there, not
-    what came. For chains that the student wrote."""
+    """Also apply divergences and policy_gradient to wrong chains: they teach what the teacher would have said there,
+    not the tokens themselves. Meant for chains that the student generated."""
     right: str = "correct"
     """SQL condition that selects, among the held-out chains, those whose likelihood must not fall."""
 
@@ -149,10 +150,11 @@ class PruneConfig(StrictModel):
     )
     """With `parameters`: what to cut; None is layers and mlp_channels."""
     rank_layers: Literal["spacing", "importance"] = "spacing"
-    """Which layers stay: evenly spaced ones with the first and the last, or those that are needed most: the layer whose
-    absence raises KL(teacher, model) least on cached chains goes first, and so on."""
+    """Which layers to keep: evenly spaced ones with the first and the last, or the most important ones, found by
+    repeatedly removing the layer whose absence raises KL(teacher, model) least on cached chains."""
     rank_width: Literal["weights", "activations"] = "weights"
-    """Which channels stay: those with the largest L1 norm of weights, or those that pass on most on cached chains."""
+    """Which channels to keep: those with the largest L1 norm of weights, or with the largest outputs on cached
+    chains."""
     calibration_tokens: int = Field(default=8192, ge=1)
     """Tokens of the stage's chains (of the first stage for `init`) that `importance` and `activations` run."""
 
@@ -195,7 +197,9 @@ class PruneConfig(StrictModel):
             raise ValueError("along has no effect without parameters")
         twice = [axis for axis in self.along_axes if self.number_of(axis) is not None]
         if twice:
-            raise ValueError(f"{twice[0]} is set and cut by parameters too: leave one out, or name others in along")
+            raise ValueError(
+                f"{twice[0]} is set, and parameters cuts it too: remove one of them, or list other axes in along"
+            )
         if self.rank_layers == "importance" and ("layers" not in self.axes or isinstance(self.layers, list)):
             raise ValueError("rank_layers: importance has no effect: set layers to a number, or parameters")
         if self.rank_width == "activations" and self.axes == ["layers"]:
@@ -248,10 +252,10 @@ class StageConfig(StrictModel):
     lora: LoraConfig | None = None
     """Only with `trainable: lora`; None uses the defaults."""
     prune: PruneConfig | None = None
-    """Prune the model that the stage before left, before this one trains. The first stage has `student.init`."""
+    """Prune the previous stage's model before this stage trains. For the first stage use `student.init`."""
     quantise: QuantiseConfig | None = None
     """Train (and evaluate) the student as it will be once quantised. Weights stay in float; rounding the exported ones
-    to the nearest gives the numbers that were trained. Only with `trainable: all` or `body`."""
+    to nearest gives the values that were trained. Only with `trainable: all` or `body`."""
     losses: dict[str, LossConfig] = Field(
         default_factory=lambda: {
             "forward_kl": LossConfig(weight=0.9),
@@ -274,7 +278,7 @@ class StageConfig(StrictModel):
     where: str | None = None
     """SQL condition of this stage; None takes `data.where`."""
     negatives: NegativesConfig | None = None
-    """Chains to move away from; None is none."""
+    """Wrong chains, which some losses make less likely; None uses none."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the selection; 1 if neither this nor max_steps is set."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -409,11 +413,12 @@ class MixtureConfig(StrictModel):
     own: float | str = 1.0
     """Weight of the chain's own cache, like `weight`."""
     teachers: list[TeacherConfig] = Field(min_length=1)
-    """The others. Where one has not scored a chain, the rest share its weight."""
+    """The other teachers. If one has not scored a chain, the rest share its weight."""
 
 
 class PromptConfig(StrictModel):
-    """What the student's prompts lack of the teacher's (context distillation). Rendered with the cache's template."""
+    """What the student's prompts leave out of the teacher's (context distillation). Rendered with the cache's chat
+    template."""
 
     drop_system: bool = False
     """Leave system messages out."""
@@ -438,7 +443,7 @@ class DataConfig(StrictModel):
     """For policy_gradient: caches in which the student itself generated chains that `caches` score, matched by
     chain_id. Chains that none of them holds have no policy gradient."""
     mixture: MixtureConfig | None = None
-    """Further teachers of the same chains; None is the chain's own alone."""
+    """Other teachers of the same chains; None uses only the chain's own."""
     prompt: PromptConfig | None = None
     """None gives the student the teacher's prompts."""
     kind: Literal["distributions", "projected", "text"] = "distributions"

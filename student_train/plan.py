@@ -558,7 +558,7 @@ def _targets_of(loss: Loss, header: SelectionHeader, features: StageFeatures | N
     if loss.needs_chunks:
         return "the teacher's log probability of each chunk of text"
     if loss.needs_behaviour:
-        return "what teacher and writer of the chain gave the token"
+        return "the token's log probability under the teacher and under the student that generated it"
     if loss.needs_pairs:
         return "which chain of a pair is right"
     if not isinstance(loss, Divergence):

@@ -67,7 +67,7 @@ class Run:
     def config(self) -> TrainConfig:
         """The configuration that it began with. Raises ConfigError, and DataError where there is none."""
         if not self.folder.config_path.exists():
-            raise DataError(f"{self.folder.root} holds no config.yaml: name a run folder of `student-train run`")
+            raise DataError(f"{self.folder.root} holds no config.yaml: use a run folder of `student-train run`")
         return self.folder.read_config()
 
     def column(self, name: str) -> Array:
@@ -150,13 +150,13 @@ def token_axis(runs: Sequence[Run]) -> TokenAxis:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Raises ConfigError where none is named, DataError for a folder that holds no run."""
     if not folders:
-        raise ConfigError("no run is named: name at least one run folder")
+        raise ConfigError("no run given: pass at least one run folder")
     runs = []
     for folder in folders:
         run = RunFolder(folder)
         steps, evals = run.read_metrics(), run.read_evals()
         if not steps and not evals:
-            raise DataError(f"{folder} holds no metrics.jsonl with a step in it: name a run folder")
+            raise DataError(f"{folder} has no metrics.jsonl with at least one step: use a run folder")
         name = folder.resolve().name
         if sum(other.resolve().name == name for other in folders) > 1:
             name = f"{folder.resolve().parent.name}/{name}"

@@ -56,7 +56,7 @@ from student_train.schedule import learning_rate, mix_at, target_view
 MAX_SKIPPED_IN_A_ROW = 100
 """float16 needs about twenty to find its loss scale."""
 RIGHT_TOLERANCE_NATS = 1e-4
-"""A rise that the order of a sum could make is none."""
+"""Smaller rises may come from the order of a sum."""
 RSS_UNIT_BYTES = 1024  # ru_maxrss counts KiB on Linux
 
 

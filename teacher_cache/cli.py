@@ -33,7 +33,7 @@ Join = Annotated[
 ]
 RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
 MAX_THREADS = 1024
-"""DuckDB starts as many as it is told: 100,000 stop the machine."""
+"""DuckDB starts as many as requested: 100,000 stall the machine."""
 SQL_COMMENT = re.compile(r"--(?:\s|[^=]*\n)")
 """Begins a query and no option: `-- why` or a first line without `=`."""
 
@@ -186,7 +186,7 @@ def judge(
         _judge_pairs(pairs, kind, llm, processes, as_json)
         return
     if cache is None:
-        raise ConfigError("name a CACHE, or a file with --pairs FILE")
+        raise ConfigError("pass a CACHE, or a file with --pairs FILE")
     with StopRequest(at_once=True):
         report = teacher_cache.judge(cache, kind=kind, where=where, again=again, processes=processes, llm=llm)
     for warning in report.warnings():
@@ -270,7 +270,7 @@ def doctor(
     from teacher_cache.doctor import diagnose
 
     if config_path is None and overrides:
-        raise ConfigError("--set has no effect without a CONFIG: name one, or remove --set")
+        raise ConfigError("--set has no effect without a CONFIG: pass one, or remove --set")
     result = diagnose(None if config_path is None else load_run_config(config_path, overrides or ()))
     print_result(result, report_lines(result), as_json)
     if not result["ok"]:

@@ -143,7 +143,7 @@ def _of_endpoint(config: LlmJudgeConfig, questions: Iterator[Question]) -> Gener
                 tasks.add(loop.create_task(_ask(http, config, one)))
             if not tasks and is_suspect:
                 raise ConfigError(
-                    f"{config.endpoint} refuses every question ({refused}): check `parameters`, and the model's "
+                    f"{config.endpoint} rejects every request ({refused}): check `parameters`, and the model's "
                     "maximum length"
                 )
             if not tasks:
@@ -200,8 +200,12 @@ async def _ask(http: Any, config: LlmJudgeConfig, one: Question) -> Opinion:
 
 def _raise_if_final(config: LlmJudgeConfig, status: int | None, problem: str) -> None:
     if status in KEY_STATUS:
-        where = "name its variable with api_key_env" if config.api_key_env is None else f"check {config.api_key_env}"
-        raise ConfigError(f"{config.endpoint} refuses the API key: {where}")
+        where = (
+            "set api_key_env to the variable that holds it"
+            if config.api_key_env is None
+            else f"check {config.api_key_env}"
+        )
+        raise ConfigError(f"{config.endpoint} rejects the API key: {where}")
     if status in NO_ENDPOINT_STATUS:
         raise ConfigError(
             f"{config.endpoint}/chat/completions {problem}: set endpoint to the API's base address, such as "

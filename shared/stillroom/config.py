@@ -105,9 +105,9 @@ def read_yaml(path: Path) -> Json:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist: name a YAML configuration file") from error
+        raise ConfigError(f"{path} does not exist: use a YAML configuration file") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{path} is a folder: name a YAML configuration file") from error
+        raise ConfigError(f"{path} is a folder: use a YAML configuration file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from error
     try:

@@ -293,7 +293,7 @@ def fingerprint_folder(folder: Path) -> str:
     kept = _settings(folder)
     weights = _weight_files(folder)
     if not weights:
-        raise DataError(f"{folder} holds no weights: name a Hugging Face model folder")
+        raise DataError(f"{folder} holds no weights: use a Hugging Face model folder")
     return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
 
 
@@ -312,7 +312,7 @@ def resolve_revision(model: str, revision: str | None) -> str:
     if revision is not None and COMMIT.match(revision):
         return revision
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+        raise DataError(f"{model} is not a folder: use a Hugging Face model folder or a hub id")
     try:
         import huggingface_hub
     except ImportError as error:
@@ -351,7 +351,7 @@ def _once(record: logging.LogRecord) -> bool:
 def require_folder_or_id(model: str) -> None:
     """Raises DataError for a path without a folder, which the hub would refuse in words of its own."""
     if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise DataError(f"{model} is not a folder: name a Hugging Face model folder or a hub id")
+        raise DataError(f"{model} is not a folder: use a Hugging Face model folder or a hub id")
 
 
 def _unusable(model: str, what: str, error: Exception) -> str:
@@ -461,7 +461,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """config.json without keys that do not describe the model."""
     config = folder / "config.json"
     if not config.exists():
-        raise DataError(f"{folder} holds no config.json: name a Hugging Face model folder")
+        raise DataError(f"{folder} holds no config.json: use a Hugging Face model folder")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:

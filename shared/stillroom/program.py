@@ -5,7 +5,6 @@ bytes are damaged, 130 interrupted (and the command that resumes is printed). Th
 stop, the second one stops immediately.
 """
 
-import ctypes
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from stillroom.children import follow_parent
 from stillroom.errors import StillroomError, one_line
 from stillroom.log import note
 
@@ -34,7 +34,6 @@ ANNOUNCEMENT = b"\nStopping: finishing and saving. Press Ctrl-C again to stop im
 STDERR = 2
 PARENT_VARIABLE = "STILLROOM_PARENT"
 """In programs that another one of ours has started: its process id."""
-PR_SET_PDEATHSIG = 1
 TOGETHER_S = 1.0
 """Signals this close count once: a scheduler signals all processes of a job, and a launcher among them forwards it."""
 
@@ -70,7 +69,8 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
     """Runs a command: one line for a mistake or what the system refuses, the right exit code; for an interrupted one
     of the `resumable` how to resume it.
     """
-    end_with_parent(os.environ.pop(PARENT_VARIABLE, None))
+    if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
+        follow_parent(int(parent))
     try:
         app(prog_name=name)
     except StillroomError as error:
@@ -85,16 +85,6 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
         if end.code == INTERRUPTED and sys.argv[1:2] and sys.argv[1] in resumable:
             note(f"Interrupted. Resume with: {shlex.join([name, *sys.argv[1:]])}")
         raise
-
-
-def end_with_parent(parent: str | None) -> None:
-    """From now on the kernel kills this process when `parent`, a process id, is gone. None: nothing happens."""
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    # The parent may have died before this call took effect; the check below catches that.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
-        sys.exit(1)
 
 
 class StopRequest:

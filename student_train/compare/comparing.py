@@ -75,10 +75,10 @@ def compare(
     """
     names = [side.name for side in sides]
     if len(sides) < 2 or len(set(names)) < len(names):
-        raise ConfigError(f"sides are {', '.join(names)}: name at least two, each by its own name (NAME=URL)")
+        raise ConfigError(f"got the sides {', '.join(names)}: at least two with different names are needed (NAME=URL)")
     unknown = [name for name in prices if name not in names]
     if unknown:
-        raise ConfigError(f"--price {unknown[0]}: there is no such side: name {', '.join(names)}")
+        raise ConfigError(f"--price {unknown[0]}: no side has this name: choose one of {', '.join(names)}")
     answered = [_answered(side, prompts, config, concurrency) for side in sides]
     pairs = [_pair(one, other, prompts) for one, other in itertools.combinations(answered, 2)]
     result = {

@@ -58,7 +58,7 @@ def _detail(side: Json) -> str:
 def _difference(pair: Json) -> Piece:
     found = pair["accuracy_difference"]
     if found is None or found["low"] <= 0 <= found["high"]:
-        verdict = "The interval holds 0: these prompts do not tell the two apart."
+        verdict = "The interval includes 0: no significant difference on these prompts."
     else:
         verdict = f"{pair['b'] if found['mean'] > 0 else pair['a']} is better on these prompts."
     return Text(f"Correct answers, {difference_words(pair)}. {verdict}")
@@ -71,7 +71,7 @@ def _accuracies(result: Json) -> Piece:
     return Figure(
         "Share of correct answers",
         bars([side["name"] for side in known], [100 * value for value in values], texts, "correct (%)", limit=100),
-        "With 95% bootstrap intervals. The paired difference above is narrower than their distance.",
+        "With 95% bootstrap intervals. Paired differences (above) are more precise than comparing these intervals.",
     )
 
 
@@ -122,7 +122,7 @@ def _costs(result: Json) -> Piece:
         )
     columns = ["side", "p50 (s)", "p90", "p99", "first token p50 (s)", "p99", "tokens", "cut", "cost", "per correct"]
     note = f"{result['concurrency']} requests at a time to servers, one to folders. Cost from the prices given."
-    return Table("Of each side", columns, rows, note, right=frozenset(range(1, 10)))
+    return Table("Each side", columns, rows, note, right=frozenset(range(1, 10)))
 
 
 def _answers(answered: Sequence[Answered], prompts: Sequence[AskedPrompt]) -> list[Piece]:

@@ -60,7 +60,7 @@ def open_side(given: str, api_key: str | None, timeout_s: float) -> Side:
         return Endpoint(name, target, api_key, timeout_s)
     if not Path(target).is_dir():
         raise ConfigError(
-            f"{target} is neither a folder nor an address: name a Hugging Face folder or http://HOST:PORT/v1"
+            f"{target} is neither a folder nor an address: use a Hugging Face folder or http://HOST:PORT/v1"
         )
     return Folder(name or Path(target).resolve().name, target)
 
@@ -100,13 +100,13 @@ class Endpoint:
         except (self._http.RequestError, ValueError, KeyError, TypeError) as error:
             raise StillroomError(
                 f"{self.address}/models does not answer as an OpenAI-compatible server ({first_line(error)}): check "
-                "the address, or name the model: URL#MODEL"
+                "the address, or give the model: URL#MODEL"
             ) from error
         if found is None:
             raise StillroomError(f"{self.address}/models answers {response.status_code}: {_message(response.text)}")
         if len(found) != 1:
             raise ConfigError(
-                f"{self.address} serves {', '.join(found) or 'no model'}: name one as {self.address}#MODEL"
+                f"{self.address} serves {', '.join(found) or 'no model'}: choose one: {self.address}#MODEL"
             )
         return found[0]
 

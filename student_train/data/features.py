@@ -205,8 +205,8 @@ def stage_features(mix: LossMix, selection: Selection, sets: Sequence[FeatureSet
     manifests = {_meaning(one) for one in known}
     if len(manifests) > 1:
         raise ConfigError(
-            f"feature sets {', '.join(one.set_id for one in known)} differ in teacher, layers or heads: name sets that "
-            "agree with data.caches.features"
+            f"feature sets {', '.join(one.set_id for one in known)} differ in teacher, layers or heads: choose sets "
+            "that agree with data.caches.features"
         )
     if mix.reads_hidden and not known[0].stores_hidden:
         raise ConfigError(f"tail: exact needs last hidden states, which {_stored(known[0])}")

@@ -1,6 +1,6 @@
 """Token ids of a cache that a student with a cut vocabulary keeps, and the cache's rows in the student's ids.
 
-`student-train init` numbers the kept ids anew, in their order, and writes KEPT_IDS into the student's folder. A run
+`student-train init` renumbers the kept ids in their order and writes KEPT_IDS into the student's folder. A run
 records them in its selections; from then on rows are mapped as they are read. Text that holds a removed id is refused.
 Entries of distributions at removed ids join the tail, which is then one bucket: the divergence is that between teacher
 and student with all of the teacher's other tokens as one outcome. If every stored id was kept, nothing changes at all.

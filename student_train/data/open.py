@@ -201,8 +201,8 @@ def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> Non
         )
     if mix.reads_behaviour and not data.behaviour:
         raise ConfigError(
-            "policy_gradient needs what the student gave its own chains: set data.behaviour to the cache that it "
-            "generated them into"
+            "policy_gradient needs the student's log probabilities of its own chains: set data.behaviour to the cache "
+            "into which it generated them"
         )
     trained = {_absolute(one.path) for one in data.caches}
     if (
@@ -229,8 +229,8 @@ def check_prepared(selection: Selection, data: DataConfig) -> None:
     made = selection.header.prepared
     if data.mixture is not None and made is not None and not made.num_reached:
         raise ConfigError(
-            "data.mixture: no teacher of it has scored any of the selected chains (same prompt and completion tokens) "
-            "with a weight above 0: score them with `teacher-cache score` from the same cache"
+            "data.mixture: none of its teachers has scored any of the selected chains (same prompt and completion "
+            "tokens) with a weight above 0: score them with `teacher-cache score` from the same cache"
         )
     if data.prompt is not None and made is not None and not made.num_rewritten:
         raise ConfigError("data.prompt changes none of the selected prompts: remove it")
@@ -308,7 +308,9 @@ def _cut_vocabulary(student: StudentConfig, selection: Selection) -> Vocabulary:
     """Of a student that keeps some of the cache's ids. Raises ConfigError where it was cut for another tokenizer."""
     kept = read_kept_ids(student.model)
     if kept is None or kept.packed != selection.header.kept_ids:
-        raise ConfigError(f"{student.model} has another vocabulary than when the run began: choose another run folder")
+        raise ConfigError(
+            f"{student.model} has a different vocabulary than when the run started: choose another run folder"
+        )
     if selection.header.tokenizer_fingerprints != [kept.tokenizer_fingerprint]:
         raise ConfigError(f"{student.model} was cut for a cache of another tokenizer: train it from that cache")
     num_ids = len(ids_of(kept.packed))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from student_train.losses.whole_teacher import WholeTeacher
 
 MAX_CHUNK_TOKENS = 64
-"""Longer chunks are none: logits of a whole chunk are in memory together."""
+"""Longer chunks are not used: the logits of a whole chunk are in memory together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -320,13 +320,17 @@ class _Mixture:
         for part in index.read(places_R, lambda header: ["token_ids", *signal_columns(header)]):
             if part.header.tokenizer_fingerprint != self._tokenizer:
                 raise ConfigError(
-                    f"data.mixture: {index.root} has another tokenizer than the selected chains: its ids mean others"
+                    f"data.mixture: {index.root} has another tokenizer than the selected chains, so the same ids mean "
+                    "other tokens"
                 )
             signals, offsets = decode(part.table, part.header, part.where)
             bounds = zip(part.rows.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
             for row, start, stop in bounds:
                 if stop - start != num_tokens[row]:
-                    raise CorruptError(f"{part.where} holds a chain of {stop - start} tokens, elsewhere it has others")
+                    raise CorruptError(
+                        f"{part.where} holds a chain with {stop - start} tokens, which has {num_tokens[row]} in "
+                        "another cache"
+                    )
                 read.append((row, replace(signals.slice(start, stop), log_partitions_TS=None)))
         return read
 
@@ -352,7 +356,7 @@ class _Weights:
             self._keys, self._values = keys[order], np.where(np.isnan(values), 0.0, values)[order]
         given = self._values if self._constant is None else np.array([self._constant])
         if len(bad := given[~(np.isfinite(given) & (given >= 0))]):
-            raise ConfigError(f"{key} {weight!r} is {bad[0]:g} for a chain: weights are numbers of at least 0")
+            raise ConfigError(f"{key} {weight!r} is {bad[0]:g} for a chain: weights must be finite and at least 0")
 
     def of(self, keys_R: UInt64) -> list[float]:
         """One for each chain; 0 where it is not known."""
@@ -421,7 +425,7 @@ def render_prompts(
 
     chats = [_without(messages, config) for messages in conversations]
     if not all(chats):
-        raise ConfigError("data.prompt leaves a prompt without any message: remove less")
+        raise ConfigError("data.prompt removes every message of a prompt: remove fewer")
     try:
         encoded = tokenizer.apply_chat_template(
             chats,
@@ -431,7 +435,7 @@ def render_prompts(
             **{**given, **config.chat_template_kwargs},
         )
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise ConfigError(f"data.prompt: the chat template refuses a prompt: {one_line(error)}") from error
+        raise ConfigError(f"data.prompt: the chat template rejects a prompt: {one_line(error)}") from error
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 

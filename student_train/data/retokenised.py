@@ -2,8 +2,8 @@
 
 In: a selection of any caches, and what makes rows of them. Out: a folder of Parquet files (same row groups, same
 order) and a selection over them, which plans, streams and resumes like any other. Memory: one row group at a time. A
-file that is there is not made again, so an interrupted call goes on where it stopped; nor is one that another stage of
-the run has made of the same chains, or `plan` before the run began.
+file that exists is reused, so an interrupted call continues where it stopped; so is one that another stage of the run,
+or `plan` before it, has made of the same chains.
 """
 
 import json

@@ -242,7 +242,7 @@ def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selec
                     f"{path} has format {header.format_version}, above {SELECTION_FORMAT}: upgrade this program"
                 )
             if roots is not None and len(roots) != len(header.caches):
-                raise ConfigError(f"{path} selects from {len(header.caches)} caches, {len(roots)} were named")
+                raise ConfigError(f"{path} selects from {len(header.caches)} caches, {len(roots)} were given")
 
             def column(name: str) -> pa.ChunkedArray:
                 # One at a time, as the strings are most of the bytes.

@@ -101,7 +101,7 @@ class HuggingFaceText:
         if tokenizer.chat_template is None:
             raise ConfigError("the student's tokenizer has no chat template: give it one (chat_template.jinja)")
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the student's tokenizer has no eos_token: name one in its tokenizer_config.json")
+            raise ConfigError("the student's tokenizer has no eos_token: set one in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         end_id = end_id_of(tokenizer, {})

@@ -87,7 +87,7 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
         if left_R.all():
             raise ConfigError(
                 f"data.behaviour: {', '.join(map(str, caches))} holds none of the {len(keys_R)} selected chains (same "
-                "prompt and completion tokens): name the cache that `teacher-cache score` read them from"
+                "prompt and completion tokens): use the cache that `teacher-cache score` read them from"
             )
         values_T.flush()
 

@@ -62,12 +62,12 @@ def contestant(text: str) -> Contestant:
     folder = Path(text)
     if not folder.exists() and rest:
         if runtime not in RUNTIMES:
-            raise ConfigError(f"{text}: {runtime!r} is no runtime: choose one of {', '.join(RUNTIMES)}")
+            raise ConfigError(f"{text}: {runtime!r} is not a runtime: choose one of {', '.join(RUNTIMES)}")
         folder = Path(rest)
     else:
         runtime = ""
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: name what `student-train export` wrote")
+        raise DataError(f"{folder} is not a folder: use one that `student-train export` wrote")
     record = None
     if (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))

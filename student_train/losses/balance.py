@@ -111,7 +111,7 @@ def _experts_per_token(causal: Any) -> int | None:
     for top_k in range(1, given[0].shape[-1] + 1):
         if abs(float(balance_loss(given, top_k) - own)) <= _tolerance(given[0].dtype) * float(own):
             return top_k
-    raise ValueError(f"{float(own):.4f} for a few tokens follows no formula that is known here")
+    raise ValueError(f"{float(own):.4f} on a few tokens matches no formula known here")
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -85,7 +85,7 @@ class AsymmetricLikelihood(HeadLoss):
     Has no lower bound: with alpha near 1 the likelihood of right chains falls too. Lower alpha, or choose unlikelihood.
 
     Attributes:
-        alpha: what a wrong token counts relative to a right one, in (0, 1].
+        alpha: weight of a wrong token relative to a right one, in (0, 1].
     """
 
     alpha: float = 0.8

@@ -1,6 +1,6 @@
 """Cuts the embeddings, head and tokenizer of a student to the ids that its caches use.
 
-In: a model and a BPE tokenizer, caches. Out: both with fewer ids, numbered anew in their order, and the record that
+In: a model and a BPE tokenizer, caches. Out: both with fewer ids, renumbered in their order, and the record that
 maps a cache's ids (data/kept_ids.py). Kept are special and added tokens, single characters or bytes, so that any text
 can be written, and for every kept token those that its merges pass through. So the cut tokenizer splits the text of
 the caches as the whole one did: every merge made there ends in a token that was kept, and merges keep their order.

@@ -92,7 +92,7 @@ def _save_pretrained(model: Any, folder: Path, with_embeddings: bool) -> None:
     try:
         generation.validate(strict=True)
     except ValueError as error:
-        warn(f"generation_config.json is kept as it is, but transformers finds fault with it: {one_line(error)[:200]}")
+        warn(f"generation_config.json is copied unchanged, although transformers rejects it: {one_line(error)[:200]}")
         model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder)

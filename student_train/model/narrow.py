@@ -183,7 +183,7 @@ def _fitted(layout: Layout, sizes: Sizes, asked: PruneConfig) -> Sizes:
     least = layout.num_parameters(_scaled(layout, sizes, asked, 0))
     raise ConfigError(
         f"parameters={asked.parameters:g} cannot be reached along {', '.join(asked.along_axes)}: {least} parameters "
-        "remain at the least; name more axes in `along`, or cut the vocabulary"
+        "remain at least; add axes to `along`, or cut the vocabulary"
     )
 
 

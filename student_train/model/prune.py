@@ -73,9 +73,9 @@ def init_student(
     pruned = prune(model, asked, calibrate)
     if asked.vocabulary is not None:
         if kept is not None:
-            raise ConfigError(f"student.init.vocabulary: that of {asked.teacher} is cut already")
+            raise ConfigError(f"student.init.vocabulary: the vocabulary of {asked.teacher} has already been cut")
         if data is None:
-            raise ConfigError("student.init.vocabulary reads the caches: name a CONFIG with data")
+            raise ConfigError("student.init.vocabulary reads the caches: pass a CONFIG with data")
         from student_train.model.cut_vocabulary import cut_vocabulary
 
         tokenizer, kept = cut_vocabulary(model, tokenizer, data, asked.vocabulary)
@@ -121,7 +121,7 @@ def prune(model: Any, asked: PruneConfig, calibrate: Calibrate | None) -> Json:
 
     if asked.needs_chains and calibrate is None:
         ranked = "rank_layers: importance" if asked.rank_layers == "importance" else "rank_width: activations"
-        raise ConfigError(f"{ranked} runs cached chains: name a CONFIG with data")
+        raise ConfigError(f"{ranked} runs cached chains: pass a CONFIG with data")
     num_teacher = int(model.config.to_dict().get("num_hidden_layers", 0))
     calibration = calibrate() if calibrate is not None and asked.needs_chains else None
     is_wide = bool(set(asked.axes) - {"layers"}) or asked.parameters is not None

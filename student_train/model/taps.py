@@ -34,7 +34,7 @@ class LayerTaps:
         self._recorded: Recorded | None = None
         if self._attention and apart is not Apart.BY_ATTENTION:
             raise ConfigError(
-                f"attention_kl cannot see the attention of {type(causal).__name__}, whose documents are kept apart "
+                f"attention_kl cannot read the attention of {type(causal).__name__}, whose documents are separated "
                 f"{apart.value}: it needs student.attention: sdpa and full attention in every layer"
             )
         if not self._states:

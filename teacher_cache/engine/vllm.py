@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stillroom.children import tie_children
 from stillroom.cores import CoreSharing
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import format_count, format_duration, note, warn
 from stillroom.schema.records import stable_hash
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import FINISH_REASONS, EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
-from teacher_cache.engine.children import die_with_parent
 from teacher_cache.engine.row_layout import Layout, is_marked
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ QUIET_ENVIRONMENT = {
 
 NOT_INSTALLED = "the embedded engine needs vllm"
 HOW_TO_INSTALL = "pip install 'stillroom[teacher]', or 'stillroom[teacher-cpu]' where there is no GPU"
-PLUGIN_MISSING = "vLLM's workers did not load it: install stillroom where they run, and let VLLM_PLUGINS allow it"
+PLUGIN_MISSING = (
+    "vLLM's workers did not load it: install stillroom where they run, and add it to VLLM_PLUGINS if that is set"
+)
 
 
 class EmbeddedEngine:
@@ -77,7 +79,7 @@ class EmbeddedEngine:
         """
         for name, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        die_with_parent()
+        tie_children()
         with stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
             # Deprecation warnings about vLLM's own code: our user cannot fix them.
             warnings.simplefilter("ignore")
@@ -133,7 +135,7 @@ class EmbeddedEngine:
                 vllm_config, marker = _vllm_config(arguments), None
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         except ValueError as error:
-            raise ConfigError(f"vLLM refuses {teacher.model}: {_one_line(error)}") from error
+            raise ConfigError(f"vLLM rejects {teacher.model}: {_one_line(error)}") from error
         except (RuntimeError, OSError) as error:
             raise StillroomError(f"vLLM did not start with {teacher.model}: {_one_line(error)}") from error
         if marker is not None:
@@ -320,7 +322,7 @@ def quiet_start() -> Iterator[bool]:
     """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    die_with_parent()
+    tie_children()
     with stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if _is_cpu_build():
@@ -355,7 +357,7 @@ def started(model: str, arguments: dict[str, Any], config: EmbeddedConfig, on_cp
         vllm_config = _fitted_config(arguments, config, True) if on_cpu else _vllm_config(arguments)
         engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
     except ValueError as error:
-        raise ConfigError(f"vLLM refuses {model}: {_one_line(error)}") from error
+        raise ConfigError(f"vLLM rejects {model}: {_one_line(error)}") from error
     except (RuntimeError, OSError) as error:
         raise StillroomError(f"vLLM did not start with {model}: {_one_line(error)}") from error
     settings = {

@@ -124,7 +124,7 @@ class SqlShell:
         elif name == ".schema":
             _, _, view = argument.rpartition(".")
             if view not in VIEWS:
-                raise ConfigError(f".schema {argument}: name one of {', '.join(VIEWS)}")
+                raise ConfigError(f".schema {argument}: choose one of {', '.join(VIEWS)}")
             query = f"SELECT column_name AS column, column_type AS type FROM (DESCRIBE {argument})"
             run_query(self._session, query, max_rows=200)
         elif name == ".mode":
@@ -156,7 +156,7 @@ class SqlShell:
 def is_complete(text: str) -> bool:
     """Whether Enter ends the input: nothing, a dot command, or statements that end with `;`."""
     bare = QUOTED.sub(lambda found: " " if found["comment"] else "x", text).strip()
-    # What is left of these signs opens a string or a comment that goes on in the next line.
+    # What is left of these signs opens a string or a comment that continues on the next line.
     is_open = any(sign in bare for sign in ("'", '"', "/*", "$$"))
     return not bare or bare.startswith(".") or bare in PLAIN_WORDS or (bare.endswith(";") and not is_open)
 

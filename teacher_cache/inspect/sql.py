@@ -174,7 +174,7 @@ def write_views(catalogs: dict[str, Catalog], path: Path, files: Mapping[str, Pa
     """`--export-views`: the views as a database for the plain duckdb program, absolute paths in it."""
     check_out("--export-views", path, [one.root for one in catalogs.values()])
     if path.exists() and not _is_duckdb(path):
-        raise ConfigError(f"--export-views {path} exists and is not a DuckDB database: delete it, or name another file")
+        raise ConfigError(f"--export-views {path} exists and is not a DuckDB database: delete it, or use another file")
     export_views(catalogs, path, files)
     note(f"{path}: views over the current shards; open it with `duckdb -readonly {path}`")
 

@@ -76,10 +76,10 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
     catalogs = [_open_source(source) for source in sources]
     check_reachable(dest)
     if dest.exists() and not dest.is_dir():
-        raise DataError(f"{dest} is a file: name a cache or a new folder")
+        raise DataError(f"{dest} is a file: use a cache or a new folder")
     others = {path.name for path in dest.iterdir()} - CACHE_FOLDERS if dest.exists() else set()
     if others and not (dest / "chains" / "_delta_log").is_dir():
-        raise DataError(f"{dest} holds other files ({min(others)}): name a cache or a new folder")
+        raise DataError(f"{dest} holds other files ({min(others)}): use a cache or a new folder")
     target = Catalog.create(dest)
     _require_same_meaning([*catalogs, target])
     report, total = CopyReport(), sum(file.num_rows for source in catalogs for file in source.chains.files())
@@ -161,8 +161,8 @@ def _require_same_meaning(catalogs: Sequence[Catalog]) -> None:
             root, name = constants.setdefault(set_id, (catalog.root, manifest.constants))
             if name != manifest.constants:
                 raise ConfigError(
-                    f"feature set {set_id} of {catalog.root} and of {root} was fitted twice, with other scales: drop "
-                    "one of them (gc --drop-run) and run its pass again after the copy"
+                    f"feature set {set_id} of {catalog.root} and of {root} was fitted separately, with different "
+                    "scales: drop one of them (gc --drop-run) and run its pass again after the copy"
                 )
 
 

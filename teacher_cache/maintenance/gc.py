@@ -122,7 +122,8 @@ def gc_lines(report: GcReport) -> list[str]:
         lines.append(
             f"dropped  run {one.run_id}: {format_plural(one.num_shards, 'shard')}, "
             f"{format_plural(one.num_chains, 'chain')}{features}, "
-            f"{format_bytes(one.size_bytes)} leave the latest version; running its build again would regenerate them"
+            f"{format_bytes(one.size_bytes)} removed from the latest version; running its build again would regenerate "
+            "them"
         )
     if report.num_adopted or report.adoptable:
         rows = (
@@ -229,7 +230,7 @@ class _Collector:
             # Of a set that is being fitted there is no manifest yet, and of one at work there may be no file.
             if any(map(is_locked, matching(catalog.root / "runs", f"{set_id}.*.lock"))):
                 continue
-            # The manifest first: without it the rest is no set.
+            # The manifest first: without it the rest does not count as a set.
             for path in reversed(matching(set_folder(catalog.root, set_id), "*")):
                 self._delete(catalog.root, path, "its feature set has no file")
             del sets[set_id]

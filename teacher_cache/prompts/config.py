@@ -60,7 +60,9 @@ class RowFields(NamedSource):
     @model_validator(mode="after")
     def _judge_has_reference(self) -> Self:
         if self.judge is not None and self.reference_field is None:
-            raise ValueError("judge has no effect without reference_field: name the field with the reference answer")
+            raise ValueError(
+                "judge has no effect without reference_field: set it to the field with the reference answer"
+            )
         return self
 
 

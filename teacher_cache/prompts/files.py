@@ -130,7 +130,7 @@ def find_files(path: Location, suffixes: Sequence[str], split: str | None, name:
         is_glob = WILDCARD.search(str(path)) is not None and not path.exists()
         if is_glob or not path.is_dir():
             if split is not None:
-                raise DataError(f"{where}split chooses files of a folder, and {path} is none: remove it")
+                raise DataError(f"{where}split selects files of a folder, and {path} is not a folder: remove split")
             if is_glob:
                 found = _matching(path)
                 if not found:
@@ -200,7 +200,7 @@ def _document(head: Sequence[Line], rest: Iterator[Line], where: str) -> tuple[l
         return [], rest
     first = head[0][1]
     if not first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"[", b"{")):
-        raise DataError(f"{where} holds no JSON: a table whose first line names its columns is kind: csv")
+        raise DataError(f"{where} is not JSON: set kind: csv for a table whose first line names the columns")
     try:
         line = json.loads(first)
         if len(head) == 1:
@@ -333,7 +333,7 @@ def _other_kind(head: bytes, kind: str) -> str | None:
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "is a zip archive: unpack it and name the file inside"
     if head.startswith(b"ARROW1"):
-        return "is an Arrow file: name the folder of the dataset with kind: huggingface"
+        return "is an Arrow file: use the folder of the dataset with kind: huggingface"
     if kind != "jsonl" and text.startswith((b"{", b"[{")):
         return "is JSON: set kind: jsonl"
     return None
@@ -373,7 +373,7 @@ def _matching(pattern: Location) -> list[Location]:
     parts = pattern.key.split("/")
     fixed = next(place for place, part in enumerate(parts) if WILDCARD.search(part))
     if fixed == 0:
-        raise DataError(f"{pattern} has a wildcard in the bucket's name: name the bucket")
+        raise DataError(f"{pattern} has a wildcard in the bucket's name: write the bucket out")
     expression = re.compile(_glob_expression(pattern.key))
     root = ObjectPath(pattern.scheme, "/".join(parts[:fixed]))
     return [one for one in files_below(root) if isinstance(one, ObjectPath) and expression.fullmatch(one.key)]
@@ -395,8 +395,8 @@ def _of_split(files: Sequence[Location], base: Location, split: str | None, name
     if split is None:
         if len(named) > 1:
             raise DataError(
-                f"source {name}: {base} holds the splits {' and '.join(named)}: set split: {named[-1]}, or name files "
-                "with a glob"
+                f"source {name}: {base} holds the splits {' and '.join(named)}: set split: {named[-1]}, or select "
+                "files with a glob"
             )
         return list(files)
     wanted = SPLITS.get(split.lower(), split.lower())

@@ -54,7 +54,7 @@ def _render_one(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any]) 
     try:
         return _rendered(tokenizer, [chat], template_kwargs)[0]
     except TEMPLATE_ERRORS as error:
-        return f"the chat template refuses the prompt: {one_line(error)}"
+        return f"the chat template rejects the prompt: {one_line(error)}"
 
 
 def _left_out(messages: Sequence[Message], rendered: str, template: str) -> str | None:

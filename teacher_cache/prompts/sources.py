@@ -171,7 +171,7 @@ def _reasoning_gym(source: ReasoningGymSource) -> Iterator[Draft | Failure]:
         hint = nearest_name(source.task, list(error.args))
         raise DataError(f"source {source.name}: reasoning-gym has no task {source.task!r}{hint}") from error
     except ValueError as error:
-        raise DataError(f"source {source.name}: task {source.task} refuses its options: {one_line(error)}") from error
+        raise DataError(f"source {source.name}: task {source.task} rejects its options: {one_line(error)}") from error
 
 
 def _draft(source: FileSource, row: Row) -> Draft | Failure:

@@ -279,7 +279,7 @@ class MetricsLog:
         except (OSError, StillroomError) as error:
             # A build does not fail for want of metrics.
             self._broken = True
-            warn(f"{self._path} is no longer written: {one_line(error)}")
+            warn(f"metrics are no longer logged: {self._path}: {one_line(error)}")
 
 
 def last_metrics(path: Location) -> dict[str, Any] | None:

@@ -339,7 +339,7 @@ def test_runs_at_every_stage_have_a_report(tmp_path: Path) -> None:
     evaluated = fake_run(tmp_path / "evaluated")
     (evaluated / "metrics.jsonl").unlink()
     write_student_report([evaluated], tmp_path / "evaluated.html")
-    with pytest.raises(DataError, match="name a run folder"):
+    with pytest.raises(DataError, match="use a run folder"):
         student_sections(tmp_path)
     (begun / "config.yaml").unlink()
     with pytest.raises(DataError, match=r"begun holds no config\.yaml"):

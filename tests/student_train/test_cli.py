@@ -141,7 +141,7 @@ def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> N
 
 def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> None:
     code, _, err = call("plan", str(tmp_path))
-    assert (code, err) == (2, f"student-train: {tmp_path} is a folder: name a YAML configuration file\n")
+    assert (code, err) == (2, f"student-train: {tmp_path} is a folder: use a YAML configuration file\n")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 
 from stillroom.errors import ConfigError, StillroomError
 from student_train.answers import AskedPrompt, GenerateConfig
-from student_train.cli import compare_lines
 from student_train.compare.comparing import Price, answer_text, compare
 from student_train.compare.page import write_page
 from student_train.compare.sides import Reply, Side, open_side
 from student_train.compare.statistics import mean_interval, sign_test
+from student_train.result_lines import compare_lines
 from tests.helpers.fake_server import Behaviour, FakeServer
 
 CONFIG = GenerateConfig(num_prompts=12, max_new_tokens=8, temperature=0.0)
@@ -100,9 +100,9 @@ def test_what_cannot_be_compared_is_refused(servers: tuple[FakeServer, FakeServe
     with pytest.raises(ConfigError, match="holds a password: use --api-key-env"):
         open_side("http://me:secret@host/v1", None, 5)
     side: Side = open_side(f"a={poor.url}", None, 5)
-    with pytest.raises(ConfigError, match="sides are a, a: name at least two"):
+    with pytest.raises(ConfigError, match="got the sides a, a: at least two with different names"):
         compare([side, side], PROMPTS, CONFIG, 1, {})
-    with pytest.raises(ConfigError, match="--price c: there is no such side: name a, b"):
+    with pytest.raises(ConfigError, match="--price c: no side has this name: choose one of a, b"):
         compare([side, open_side(f"b={poor.url}", None, 5)], PROMPTS, CONFIG, 1, {"c": Price(1, 1)})
     poor.stop()
     gone = open_side(f"a={poor.url}#poor", None, 5)

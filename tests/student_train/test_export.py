@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.models import fingerprint_template, fingerprint_tokenizer
-from student_train.cli import export_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import Selection, load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
+from student_train.result_lines import export_lines
 from student_train.runtime.checkpoint import CheckpointState, find_state
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache

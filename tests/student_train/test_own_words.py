@@ -385,7 +385,7 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
     [
         ({"losses": {"unlikelihood": 1}}, {}, "unlikelihood needs wrong chains: set negatives"),
         ({"negatives": {"where": "not correct"}}, {}, "negatives have no effect with the losses forward_kl, cross"),
-        ({"losses": {"policy_gradient": 1}}, {}, "policy_gradient needs what the student gave its own chains"),
+        ({"losses": {"policy_gradient": 1}}, {}, "policy_gradient needs the student's log probabilities of its own"),
         ({"losses": {"policy_gradient": 1}}, {"behaviour": ["CACHE"]}, "teacher and writer would be one"),
         ({**PREFERENCE, "focal_gamma": 1.0}, {}, "dpo weighs pairs as a whole"),
         (
@@ -423,4 +423,7 @@ def test_the_plan_says_what_is_wrong_and_what_is_own(trainer: Trainer, own: Synt
     assert 0 < single["num_own_chains"] < single["num_chains"]
     assert 0 < single["num_negative"] < single["num_chains"]
     assert paired["num_negative"] == paired["num_chains"] == paired["prepared"]["num_pairs"]
-    assert single["losses"]["policy_gradient"] == "what teacher and writer of the chain gave the token"
+    assert (
+        single["losses"]["policy_gradient"]
+        == "the token's log probability under the teacher and under the student that generated it"
+    )

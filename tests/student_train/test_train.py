@@ -16,11 +16,11 @@ from stillroom.config import Json
 from stillroom.errors import CacheConflict, ConfigError, DataError, StillroomError
 from stillroom.log import format_count
 from stillroom.program import StopRequest
-from student_train.cli import run_lines
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.model.student import Student, load_student
+from student_train.result_lines import run_lines
 from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.run_folder import RunFolder, summarise
 from student_train.training import train

@@ -168,7 +168,7 @@ def test_no_folder_is_made_for_a_file_and_nothing_is_written_into_a_cache(
     command, *others, flag = arguments
     for out, said in (
         (cache.parent / "no" / "x.csv", f"there is no folder {cache.parent}/no: create it"),
-        (cache.parent, "is a folder: name a file"),
+        (cache.parent, "is a folder: use the path of a file"),
         (cache / "x.csv", "which is read-only here"),
     ):
         result = run(capsys, monkeypatch, command, cache, *others, flag, out)
@@ -217,7 +217,7 @@ def test_mistakes_in_the_configuration_are_named(
     result = run(capsys, monkeypatch, command, path)
     assert result.code == 2
     assert "teacher-cache: teacher.model: " in result.err
-    assert "holds no config.json: name a Hugging Face model folder" in result.err
+    assert "holds no config.json: use a Hugging Face model folder" in result.err
     assert not (tmp_path / "cache").exists()
     if command == "build":
         assert "is not I/N" in run(capsys, monkeypatch, "build", path, "--worker", "4/4").err

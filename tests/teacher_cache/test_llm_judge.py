@@ -133,8 +133,8 @@ def test_refusals_that_overtake_replies_stop_nothing(cache: SyntheticCache, serv
 @pytest.mark.parametrize(
     ("status", "kind", "message"),
     [
-        ("400", ConfigError, r"/v1 refuses every question \(refused: status 400.*check `parameters`"),
-        ("401", ConfigError, "refuses the API key: name its variable with api_key_env"),
+        ("400", ConfigError, r"/v1 rejects every request \(refused: status 400.*check `parameters`"),
+        ("401", ConfigError, "rejects the API key: set api_key_env to the variable"),
         ("404", ConfigError, r"/v1/chat/completions answers 404.*set endpoint to the API's base address"),
         ("503", StillroomError, r"answers 503.*, 3 times in a row: verdicts so far are kept"),
     ],

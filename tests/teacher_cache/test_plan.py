@@ -211,7 +211,7 @@ def test_rows_left_out_are_counted_beyond_the_first_few(folder: Path) -> None:
 
 def test_a_file_is_refused_as_cache(folder: Path) -> None:
     config = config_of(folder, cache=str(folder / "sums.jsonl"))
-    refused = r"sums\.jsonl is a file: name a folder"
+    refused = r"sums\.jsonl is a file: use a folder"
     with pytest.raises(DataError, match=refused):
         plan_build(config)
     with pytest.raises(DataError, match=refused):
@@ -244,7 +244,7 @@ def test_refused_prompts_are_named(folder: Path) -> None:
     chat = {"kind": "jsonl", "name": "chat", "path": str(folder / "chat.jsonl"), "messages_field": "m"}
     plan = plan_build(config_of(folder, prompts={"sources": [chat]}))
     assert plan.num_unusable == 1
-    assert "refused: source chat, line 2: the chat template refuses the prompt: no tools here" in plan.examples
+    assert "refused: source chat, line 2: the chat template rejects the prompt: no tools here" in plan.examples
 
 
 def test_template_arguments_make_another_run(folder: Path) -> None:

@@ -82,7 +82,7 @@ class Table:
             if version is not None:
                 self._delta.load_as_version(version)
         except TableNotFoundError as error:
-            raise DataError(f"{folder} is not a Delta table: name the folder of a cache") from error
+            raise DataError(f"{folder} is not a Delta table: use the folder of a cache") from error
         except (DeltaError, OSError, ValueError) as error:
             raise _log_error(folder, error) from error
 

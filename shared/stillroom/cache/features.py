@@ -253,7 +253,7 @@ class FeatureSet:
         found = [one for one in found if one.set_id in held] or found
         if len(found) != 1:
             problem = f"no feature set {set_id!r}" if not found else "several feature sets"
-            raise DataError(f"{catalog.root} has {problem}: name one of {', '.join(sorted(sets))}")
+            raise DataError(f"{catalog.root} has {problem}: choose one of {', '.join(sorted(sets))}")
         return cls(catalog, found[0], table)
 
     @property

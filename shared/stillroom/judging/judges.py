@@ -39,7 +39,7 @@ PACKAGES = {"reasoning_gym": ("reasoning_gym", "reasoning-gym"), "math": ("math_
 def check_kind(kind: str) -> None:
     """Raises ConfigError for an unknown kind of judge."""
     if kind == "llm":
-        raise ConfigError("judge llm needs a language model: name its configuration with --llm FILE")
+        raise ConfigError("judge llm needs a language model: pass its configuration with --llm FILE")
     if kind not in KINDS:
         raise ConfigError(f"judge {kind!r} is unknown{nearest_name(kind, KINDS)}")
 

@@ -11,12 +11,10 @@ between threads, one check at a time. The process ends with its parent, however 
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +23,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import IO, Any, Self
 
+from stillroom.children import follow_parent
 from stillroom.errors import StillroomError
 from stillroom.judging.answers import Verdict, undecided
 from stillroom.judging.gym_tasks import child_environment
@@ -37,8 +36,6 @@ START_TIMEOUT_S = 120.0
 """Of loading what a kind needs."""
 MEMORY_BYTES = 16 << 30
 """Address space of the process; sympy is known to ask for more than there is."""
-
-PR_SET_PDEATHSIG = 1
 
 
 class JudgeProcess:
@@ -111,7 +108,7 @@ class JudgeProcess:
         if reply is None and self._killed:
             return
         if reply is None:
-            raise StillroomError(f"judge {kind} does not start within {START_TIMEOUT_S:.0f} s")
+            raise StillroomError(f"judge {kind} did not start within {START_TIMEOUT_S:.0f} s")
         if reply["error"] is not None:
             raise StillroomError(reply["error"])
         self._prepared.add(kind)
@@ -192,15 +189,8 @@ def _judge(request: Mapping[str, Any]) -> dict[str, Any]:
     return asdict(verdict)
 
 
-def _end_with_parent(parent_pid: int) -> None:
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:
-            sys.exit(0)
-
-
 def _main() -> None:
-    _end_with_parent(int(sys.argv[1]))
+    follow_parent(int(sys.argv[1]))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))

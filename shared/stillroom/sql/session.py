@@ -176,7 +176,7 @@ def export_views(catalogs: Mapping[str, Catalog], path: Path, files: Mapping[str
     export. Such a file is not locked.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder: name the database file to write, for example views.duckdb")
+        raise DataError(f"{path} is a folder: use the path of the database file to write, for example views.duckdb")
     with atomic_path(path) as temp:
         # DuckDB's error for a folder that cannot be written reads like one about a damaged shard.
         temp.touch()
@@ -321,7 +321,9 @@ def _register_stores(connection: "duckdb.DuckDBPyConnection", catalogs: Mapping[
 def _create_views(connection: "duckdb.DuckDBPyConnection", schema: str, files: CacheFiles, catalog: Catalog) -> None:
     if schema != "main":
         if not SCHEMA_NAME.match(schema) or schema.lower() in RESERVED_NAMES or schema.endswith("_internal"):
-            raise ConfigError(f"cache name {schema!r} is not a free SQL name: use letters, digits and underscores")
+            raise ConfigError(
+                f"cache name {schema!r} is taken or not a valid SQL name: use letters, digits and underscores"
+            )
         require_free(connection, "cache name", schema)
         connection.execute(f'CREATE SCHEMA "{schema}"')
     internal = "internal" if schema == "main" else f"{schema}_internal"

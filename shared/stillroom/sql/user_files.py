@@ -66,7 +66,7 @@ def require_free(connection: "duckdb.DuckDBPyConnection", what: str, name: str) 
     query = """SELECT 1 FROM duckdb_keywords()
       WHERE keyword_name = lower(?) AND keyword_category IN ('reserved', 'type_function')"""
     if connection.execute(query, [name]).fetchone():
-        raise ConfigError(f"{what} {name!r} is not a free SQL name: it is a word of SQL itself")
+        raise ConfigError(f"{what} {name!r} is a reserved word of SQL: choose another")
 
 
 def _check(name: str, path: Path) -> str:
@@ -74,15 +74,15 @@ def _check(name: str, path: Path) -> str:
     if name.lower() in VIEWS:
         raise ConfigError(f"table name {name!r} is taken by a view of the cache: choose another")
     if not TABLE_NAME.match(name):
-        raise ConfigError(f"table name {name!r} is not a free SQL name: use letters, digits and underscores")
+        raise ConfigError(f"table name {name!r} is not a valid SQL name: use letters, digits and underscores")
     if "://" in str(path):
-        raise ConfigError(f"{name}={path} is an address: download the file, and name the copy")
+        raise ConfigError(f"{name}={path} is a URL: download the file and use the copy")
     ending = next((one for one in sorted(ENDINGS, key=len, reverse=True) if path.name.lower().endswith(one)), None)
     if ending is None:
         raise ConfigError(f"{name}={path}: its name must end in one of {', '.join(ENDINGS)}")
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{name}={path} {what}: name one file, without * or folders")
+        raise DataError(f"{name}={path} {what}: use one file, without * or folders")
     if path.stat().st_size == 0:
         raise DataError(f"{name}={path} is empty")
     return ending
@@ -92,7 +92,7 @@ def _require_columns(connection: "duckdb.DuckDBPyConnection", name: str, path: P
     """Raises DataError for text that DuckDB takes for one column, because its lines differ in their delimiters."""
     columns = [row[0] for row in connection.execute(f'DESCRIBE "{name}"').fetchall()]
     if len(columns) == 1 and any(sign in columns[0] for sign in ",;\t|"):
-        raise DataError(f"{path}: its lines differ in the number of cells ({columns[0]!r} is the first)")
+        raise DataError(f"{path}: its lines have different numbers of cells (first line: {columns[0]!r})")
 
 
 def _problem(error: Exception) -> str:

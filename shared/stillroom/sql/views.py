@@ -91,73 +91,24 @@ list_select reads a list from within a lambda in place. list_slice would copy it
 """
 
 
-def quote(text: str) -> str:
-    """A SQL string literal."""
-    return "'" + text.replace("'", "''") + "'"
+FILE_OF = r"regexp_extract({}, '([^/\\]+[/\\][^/\\]+)$', 1)"
+"""A shard as RUN/FILE, out of its path or URL."""
+WITH_PIECES = """LEFT JOIN runs r USING (run_id)
+           LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id"""
 
-
-def view_statements(files: CacheFiles, internal: str) -> list[str]:
-    """CREATE VIEW statements in order; the schema `internal` takes views that are not for users."""
-    topk_prob = f"coalesce({CODE_PROB.format('topk_code')} / mass, exp(topk_logprob))"
-    top1_prob = f"coalesce({CODE_PROB.format('top1_code')} / mass, exp(top1_logprob))"
-    tail_mass = f"coalesce({TAIL_CODE_PROB.format('tail_code')} / mass, exp(tail_logmass))"
-    return [
-        f"CREATE VIEW shards AS {_shards(files.chains)}",
-        f"CREATE VIEW failures AS {_select(FAILURE_SCHEMA, files.failures)}",
-        rf"""CREATE VIEW vocab AS SELECT token_id, piece, is_special,
-             regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
-           FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
-        # Payloads have known sizes, so that nobody need read them to add up bytes.
-        rf"""CREATE VIEW features AS SELECT f.sample_id, f.chain_id, s.name AS feature_set, f.set_id,
-             len(f.positions)::INTEGER AS num_stored, f.num_context, len(f.positions) * (s.vector_bytes_per_token
-               + s.num_heads * (s.num_keys * CASE WHEN f.num_context > {SHORT_CONTEXT} THEN 5 ELSE 3 END + 1)) AS bytes,
-             f.positions
-           FROM (SELECT *, regexp_extract(filename, '([^/\\]+)[/\\][^/\\]+$', 1) AS set_id
-             FROM ({_select(_KEYED, files.features, ("filename",))})) f JOIN feature_sets s USING (set_id)""",
-        # arg_max_null, because arg_max skips NULL: an undecided latest verdict would show an older decision.
-        f"""CREATE VIEW verdicts AS SELECT sample_id, judge, max(judged_at) AS judged_at,
-             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
-             arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared
-           FROM ({_verdicts(files.verdicts)}) GROUP BY sample_id, judge""",
-        f"""CREATE VIEW {internal}.latest_verdicts AS SELECT sample_id, arg_max_null(judge, judged_at) AS judge,
-             arg_max_null(correct, judged_at) AS correct, arg_max_null(score, judged_at) AS score,
-             arg_max_null(rule, judged_at) AS rule, arg_max_null(compared, judged_at) AS compared
-           FROM verdicts GROUP BY sample_id""",
-        f"""CREATE VIEW chains AS SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source,
-        s.split,
-             list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
-             s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, v.rule, v.compared,
-             s.finish_reason, s.finish_reason IN ('length', 'repetition') AS truncated,
-             s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
-             s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
-             {REPEATED_FRAC} AS repeated_frac, s.seed, s.worker, s.created_at, s.metadata
-           FROM ({_windows()}) s LEFT JOIN {internal}.latest_verdicts v USING (sample_id)""",
-        f"CREATE VIEW {internal}.parquet_columns AS {_parquet_columns(files.chains)}",
-        rf"""CREATE VIEW storage AS SELECT regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file,
-             split_part(path_in_schema, ', ', 1) AS column_name, sum(num_values)::BIGINT AS num_values,
-             sum(total_compressed_size)::BIGINT AS bytes, sum(total_uncompressed_size)::BIGINT AS uncompressed_bytes
-           FROM {internal}.parquet_columns GROUP BY ALL""",
-        f"""CREATE VIEW {internal}.row_groups AS SELECT file_name, row_group_id,
-             sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
-           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows
-             FROM {internal}.parquet_columns)""",
-        rf"""CREATE VIEW {internal}.chain_places AS SELECT c.*,
-             regexp_extract(p.filename, '([^/\\]+[/\\][^/\\]+)$', 1) AS file, p.file_row_number AS row_in_file
-           FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)""",
-        rf"""CREATE VIEW {internal}.chain_rows AS SELECT c.* EXCLUDE (row_in_file),
-             g.row_group_id::INTEGER AS row_group,
-             (c.row_in_file - g.first_row)::INTEGER AS row_in_group
-           FROM {internal}.chain_places c ASOF JOIN (SELECT *,
-             regexp_extract(file_name, '([^/\\]+[/\\][^/\\]+)$', 1) AS file FROM {internal}.row_groups) g
-           ON c.file = g.file AND c.row_in_file >= g.first_row""",
-        """CREATE VIEW prompts AS SELECT prompt_id, any_value(source) AS source, any_value(split) AS split,
+PROMPTS = """SELECT prompt_id, any_value(source) AS source, any_value(split) AS split,
              any_value(prompt) AS prompt, any_value(reference) AS reference, count(*) AS num_samples,
              count(correct) AS num_judged, count(*) FILTER (correct) AS num_correct,
              avg(correct::INTEGER) AS pass_rate, avg(num_tokens) AS mean_num_tokens,
              count(*) FILTER (truncated) AS num_truncated
-           FROM chains GROUP BY prompt_id""",
-        f"""CREATE VIEW tokens AS SELECT t.sample_id, t.source, t.position, t.token_id, v.piece, t.logprob, t.rank,
-             t.entropy, {top1_prob} AS top1_prob, {tail_mass} AS tail_mass, t.support, coalesce(t.draws, 0) AS draws,
+           FROM chains GROUP BY prompt_id"""
+
+TOPK_PROB = f"coalesce({CODE_PROB.format('topk_code')} / mass, exp(topk_logprob))"
+TOP1_PROB = f"coalesce({CODE_PROB.format('top1_code')} / mass, exp(top1_logprob))"
+TAIL_MASS = f"coalesce({TAIL_CODE_PROB.format('tail_code')} / mass, exp(tail_logmass))"
+
+TOKENS = f"""SELECT t.sample_id, t.source, t.position, t.token_id, v.piece, t.logprob, t.rank,
+             t.entropy, {TOP1_PROB} AS top1_prob, {TAIL_MASS} AS tail_mass, t.support, coalesce(t.draws, 0) AS draws,
              CASE WHEN t.reasoning_end IS NULL OR t.position < t.reasoning_end THEN 'reasoning' ELSE 'answer' END AS
              part
            FROM (SELECT sample_id, source, run_id, reasoning_end, unnest(range(len(token_ids))) AS position,
@@ -168,10 +119,10 @@ def view_statements(files: CacheFiles, internal: str) -> list[str]:
                unnest(list_select(topk_codes, first_entry)) AS top1_code,
                unnest(list_select(topk_logprobs, first_entry)) AS top1_logprob
              FROM ({DISTRIBUTIONS})) t
-           LEFT JOIN runs r USING (run_id)
-           LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
-        f"""CREATE VIEW topk AS SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {topk_prob} AS prob,
-             CASE WHEN t.rank IS NULL THEN {tail_mass} / draws ELSE {topk_prob} END AS weight, t.rank IS NULL AS drawn
+           {WITH_PIECES}"""
+
+TOPK = f"""SELECT t.sample_id, t.position, t.rank, t.token_id, v.piece, {TOPK_PROB} AS prob,
+             CASE WHEN t.rank IS NULL THEN {TAIL_MASS} / draws ELSE {TOPK_PROB} END AS weight, t.rank IS NULL AS drawn
            FROM (SELECT * EXCLUDE (mass, tail_codes, tail_logmass, draw_n), mass[position + 1] AS mass,
                tail_codes[position + 1] AS tail_code, tail_logmass[position + 1] AS tail_logmass,
                draw_n[position + 1] AS draws
@@ -180,9 +131,92 @@ def view_statements(files: CacheFiles, internal: str) -> list[str]:
                  unnest(flatten(list_transform(entry_n, lambda n, i: list_resize(range(1, topk_n[i] + 1), n)))) AS rank,
                  unnest(topk_ids) AS token_id, unnest(topk_codes) AS topk_code, unnest(topk_logprobs) AS topk_logprob
                FROM ({DISTRIBUTIONS}))) t
-           LEFT JOIN runs r USING (run_id)
-           LEFT JOIN vocab v ON v.tokenizer = r.tokenizer AND v.token_id = t.token_id""",
-    ]
+           {WITH_PIECES}"""
+
+
+def quote(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def view_statements(files: CacheFiles, internal: str) -> list[str]:
+    """CREATE VIEW statements in order; the schema `internal` takes views that are not for users."""
+    views = {
+        **_stored_views(files),
+        **_verdict_views(files, internal),
+        "chains": _chains(internal),
+        **_storage_views(files, internal),
+        "prompts": PROMPTS,
+        "tokens": TOKENS,
+        "topk": TOPK,
+    }
+    return [f"CREATE VIEW {name} AS {query}" for name, query in views.items()]
+
+
+def _stored_views(files: CacheFiles) -> dict[str, str]:
+    """What files hold, with the tokenizer or feature set that their names say."""
+    return {
+        "shards": _shards(files.chains),
+        "failures": _select(FAILURE_SCHEMA, files.failures),
+        "vocab": rf"""SELECT token_id, piece, is_special,
+             regexp_extract(filename, '([^/\\]+)\.parquet$', 1) AS tokenizer
+           FROM ({_select(VOCAB_SCHEMA, files.vocab, ("filename",))})""",
+        # Payloads have known sizes, so that nobody need read them to add up bytes.
+        "features": rf"""SELECT f.sample_id, f.chain_id, s.name AS feature_set, f.set_id,
+             len(f.positions)::INTEGER AS num_stored, f.num_context, len(f.positions) * (s.vector_bytes_per_token
+               + s.num_heads * (s.num_keys * CASE WHEN f.num_context > {SHORT_CONTEXT} THEN 5 ELSE 3 END + 1)) AS bytes,
+             f.positions
+           FROM (SELECT *, regexp_extract(filename, '([^/\\]+)[/\\][^/\\]+$', 1) AS set_id
+             FROM ({_select(_KEYED, files.features, ("filename",))})) f JOIN feature_sets s USING (set_id)""",
+    }
+
+
+def _verdict_views(files: CacheFiles, internal: str) -> dict[str, str]:
+    """The latest verdict of each judge, and the latest of all."""
+    # arg_max_null, because arg_max skips NULL: an undecided latest verdict would show an older decision.
+    latest = ", ".join(
+        f"arg_max_null({name}, judged_at) AS {name}" for name in ("correct", "score", "rule", "compared")
+    )
+    return {
+        "verdicts": f"""SELECT sample_id, judge, max(judged_at) AS judged_at, {latest}
+           FROM ({_verdicts(files.verdicts)}) GROUP BY sample_id, judge""",
+        f"{internal}.latest_verdicts": f"""SELECT sample_id, arg_max_null(judge, judged_at) AS judge, {latest}
+           FROM verdicts GROUP BY sample_id""",
+    }
+
+
+def _chains(internal: str) -> str:
+    return f"""SELECT s.sample_id, s.chain_id, s.prompt_id, s.sample_index, s.run_id, s.source, s.split,
+             list_filter(s.messages, lambda m: m.role = 'user')[-1].content AS prompt, s.reference,
+             s.text, s.reasoning, s.answer, v.correct, v.score, v.judge, v.rule, v.compared,
+             s.finish_reason, s.finish_reason IN ('length', 'repetition') AS truncated,
+             s.num_prompt_tokens, s.num_tokens, s.num_reasoning_tokens,
+             s.reasoning_end, s.mean_logprob, s.mean_entropy, s.mean_top1_prob, s.mean_tail_mass, s.mean_support,
+             {REPEATED_FRAC} AS repeated_frac, s.seed, s.worker, s.created_at, s.metadata
+           FROM ({_windows()}) s LEFT JOIN {internal}.latest_verdicts v USING (sample_id)"""
+
+
+def _storage_views(files: CacheFiles, internal: str) -> dict[str, str]:
+    """Bytes of each column, and the file and row of each chain."""
+    return {
+        f"{internal}.parquet_columns": _parquet_columns(files.chains),
+        "storage": f"""SELECT {FILE_OF.format("file_name")} AS file,
+             split_part(path_in_schema, ', ', 1) AS column_name, sum(num_values)::BIGINT AS num_values,
+             sum(total_compressed_size)::BIGINT AS bytes, sum(total_uncompressed_size)::BIGINT AS uncompressed_bytes
+           FROM {internal}.parquet_columns GROUP BY ALL""",
+        f"{internal}.row_groups": f"""SELECT {FILE_OF.format("file_name")} AS file, row_group_id,
+             sum(num_rows) OVER (PARTITION BY file_name ORDER BY row_group_id) - num_rows AS first_row
+           FROM (SELECT DISTINCT file_name, row_group_id, row_group_num_rows AS num_rows
+             FROM {internal}.parquet_columns)""",
+        f"{internal}.chain_places": f"""SELECT c.*, {FILE_OF.format("p.filename")} AS file,
+             p.file_row_number AS row_in_file
+           FROM chains c JOIN (SELECT sample_id, filename, file_row_number FROM shards) p USING (sample_id)""",
+        # ASOF: the last row group that begins at or before the row.
+        f"{internal}.chain_rows": f"""SELECT c.* EXCLUDE (row_in_file), g.row_group_id::INTEGER AS row_group,
+             (c.row_in_file - g.first_row)::INTEGER AS row_in_group
+           FROM {internal}.chain_places c ASOF JOIN {internal}.row_groups g
+           ON c.file = g.file AND c.row_in_file >= g.first_row""",
+    }
 
 
 def _windows() -> str:

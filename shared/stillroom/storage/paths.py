@@ -39,7 +39,7 @@ def location(text: str | Path | ObjectPath) -> Location:
     match = _URL.match(text)
     if match is None:
         if _OTHER_URL.match(text):
-            raise ConfigError(f"{text} is not supported: name a folder, or s3://, gs:// or az://BUCKET/PREFIX")
+            raise ConfigError(f"{text} is not supported: use a folder, or s3://, gs:// or az://BUCKET/PREFIX")
         return Path(text)
     bucket, _, prefix = match[2].partition("/")
     parts = [part for part in prefix.split("/") if part]
@@ -131,7 +131,7 @@ def check_reachable(root: Location) -> None:
     """
     if isinstance(root, Path):
         if root.is_file():
-            raise DataError(f"{root} is a file: name a folder, which need not exist yet")
+            raise DataError(f"{root} is a file: use a folder, which need not exist yet")
         return
     bucket = root.key.partition("/")[0]
     probe = objects.file_system(root.scheme, objects.PROBE_ATTEMPTS)
@@ -226,10 +226,10 @@ def check_out(flag: str, out: Path, caches: Sequence[Location] = ()) -> None:
         if isinstance(root, Path) and out.resolve().is_relative_to(root.resolve()):
             raise ConfigError(f"{flag} {out} is inside the cache {root}, which is read-only here: write elsewhere")
     if out.is_dir():
-        raise DataError(f"{flag} {out} is a folder: name a file")
+        raise DataError(f"{flag} {out} is a folder: use the path of a file")
     # Not created: a missing folder is more often a typo than intended.
     if not out.absolute().parent.is_dir():
-        raise DataError(f"{flag} {out}: there is no folder {out.parent}: create it, or name a file in an existing one")
+        raise DataError(f"{flag} {out}: there is no folder {out.parent}: create it, or use an existing one")
 
 
 def write_text_atomic(path: Location, text: str) -> None:

@@ -53,7 +53,7 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
     """Projects `signals` [T] of aligned chains to targets [S] at the student tokens that have a place among them.
 
     The sum over the teacher's stored candidates a of p(a) times the transport of a's bytes. The sampled candidate's own
-    term looks ahead instead: the next stored distribution tells how the text goes on, so that the candidates there
+    term looks ahead instead: the next stored distribution shows how the text continues, so that the candidates there
     either settle the student's token or lengthen the string that the transport is asked for, and so on along the path
     until it has passed the token that came. Tokens that cannot follow the one before are left out, the rest scaled up.
     Mass is conserved: what finds no token is tail.

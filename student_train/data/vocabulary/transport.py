@@ -307,7 +307,7 @@ class Transport:
 
     def add(self, chains: Aligned) -> None:
         """Counts the student tokens of `chains`; at any common boundary, one for each teacher token along the path."""
-        # Inside a teacher token the same string goes on in other ways: counted too, it would blur the rows.
+        # Inside a teacher token the same string continues in other ways: counted too, it would blur the rows.
         index_N = np.flatnonzero((chains.places_S >= 0) & (chains.skipped_S == 0))
         strings_N = np.zeros(len(index_N), np.int64)
         for step in range(MAX_PATH):

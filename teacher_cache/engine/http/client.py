@@ -44,7 +44,7 @@ class Unavailable(Exception):
         self.was_sent, self.status, self.retry_after_s = was_sent, status, retry_after_s
 
     def after(self, num_tokens: int, seconds: float) -> "Unavailable":
-        """The same of a chain that broke off after `num_tokens` tokens and so many seconds."""
+        """The same for a chain that broke off after `num_tokens` tokens and `seconds`."""
         return Unavailable(
             f"{self}, after {num_tokens} tokens and {seconds:.1f} s",
             was_sent=self.was_sent,

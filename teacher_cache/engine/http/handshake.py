@@ -117,7 +117,7 @@ async def check_server(http: HttpClient, expected: Expected) -> Served:
             raise key_refused(http.url, expected) from error
         raise
     except Refused as error:
-        raise ConfigError(f"{http.url} refuses a request that builds need: {error}") from error
+        raise ConfigError(f"{http.url} rejects a request that builds need: {error}") from error
     except UnmarkedRows as error:
         raise ConfigError(
             f"{http.url} has workers with stillroom's sampler plugin and others without: install it on all of them"
@@ -132,10 +132,10 @@ async def check_server(http: HttpClient, expected: Expected) -> Served:
 def key_refused(url: str, expected: Expected) -> KeyRefused:
     """The error for status 401 or 403."""
     if expected.api_key_env is None:
-        remedy = "name the environment variable that holds it with engine.api_key_env"
+        remedy = "set engine.api_key_env to the environment variable that holds it"
     else:
         remedy = f"set the right one in the environment variable {expected.api_key_env}"
-    return KeyRefused(f"{url} refuses the API key: {remedy}")
+    return KeyRefused(f"{url} rejects the API key: {remedy}")
 
 
 async def score_tokens(
@@ -264,7 +264,7 @@ async def _model(http: HttpClient, expected: Expected) -> tuple[str, int]:
         raise
     served = {entry["id"]: entry for entry in answer["data"]}
     if expected.model is None and len(served) != 1:
-        raise ConfigError(f"{http.url} serves {', '.join(served) or 'nothing'}: name one with engine.model")
+        raise ConfigError(f"{http.url} serves {', '.join(served) or 'nothing'}: choose one with engine.model")
     name = expected.model or next(iter(served))
     if name not in served:
         raise ConfigError(f"{http.url} serves {', '.join(served)} but not engine.model={name}")

@@ -444,7 +444,7 @@ class EndpointPool:
             having, lacking = (", ".join(url for url in kinds if kinds[url] == kind) for kind in ("exact", "support"))
             raise ConfigError(
                 f"{having} has stillroom's sampler plugin and {lacking} does not, so entropies would differ in kind: "
-                "pip install stillroom on all of them, or name only one kind in engine.endpoints"
+                "pip install stillroom on all of them, or list only one kind in engine.endpoints"
             )
         return next(iter(kinds.values()))
 

@@ -192,5 +192,5 @@ def test_a_missing_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no features: `teacher-cache features CONFIG` adds them"):
         FeatureSet.open(cache.root)
     add_features(cache.root)
-    with pytest.raises(DataError, match="has no feature set 'other': name one of all_"):
+    with pytest.raises(DataError, match="has no feature set 'other': choose one of all_"):
         FeatureSet.open(cache.root, "other")

@@ -439,7 +439,7 @@ def test_deep_queries_run_or_are_refused_in_one_line(session: Session) -> None:
 
 @pytest.mark.parametrize("name", ["a b", 'x"; DROP', "1st", "", "temp", "information_schema", "select"])
 def test_names_of_caches_are_plain(small: SyntheticCache, name: str) -> None:
-    with pytest.raises(ConfigError, match="SQL name"):
+    with pytest.raises(ConfigError, match=r"SQL name|reserved word of SQL"):
         Session({"main": small.catalog, name: small.catalog})
 
 
@@ -628,16 +628,16 @@ def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[st
     ("name", "path", "message"),
     [
         ("mine", "/etc/passwd", "its name must end in one of"),
-        ("mine", "/nowhere/x.csv", "does not exist: name one file"),
-        ("mine", "/nowhere/*.csv", "does not exist: name one file"),
-        ("mine", "https://127.0.0.1:9/x.csv", "is an address: download the file"),
+        ("mine", "/nowhere/x.csv", "does not exist: use one file"),
+        ("mine", "/nowhere/*.csv", "does not exist: use one file"),
+        ("mine", "https://127.0.0.1:9/x.csv", "is a URL: download the file"),
         ("chains", "x.csv", "'chains' is taken by a view of the cache"),
-        ("semi", "{folder}/late.jsonl", "table name 'semi' is not a free SQL name: it is a word of SQL"),
-        ('x" AS SELECT 1; --', "x.csv", "not a free SQL name"),
+        ("semi", "{folder}/late.jsonl", "table name 'semi' is a reserved word of SQL"),
+        ('x" AS SELECT 1; --', "x.csv", "is not a valid SQL name"),
         ("mine", "{folder}/bad.parquet", "cannot be read as .parquet"),
         ("mine", "{folder}/bad.arrow", "cannot be read as .arrow"),
         # DuckDB alone would drop the first lines as a preamble.
-        ("mine", "{folder}/ragged.csv", "ragged.csv: its lines differ in the number of cells"),
+        ("mine", "{folder}/ragged.csv", "ragged.csv: its lines have different numbers of cells"),
         ("mine", "{folder}/empty.csv", "empty.csv is empty"),
     ],
 )

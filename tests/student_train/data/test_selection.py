@@ -183,7 +183,7 @@ def test_a_frozen_selection_answers_only_its_own_request(cache: SyntheticCache, 
     ):
         with pytest.raises(ConfigError, match=f"frozen with {name}.*choose another run folder"):
             open_selection(path, request)
-    with pytest.raises(ConfigError, match="selects from 1 caches, 2 were named"):
+    with pytest.raises(ConfigError, match="selects from 1 caches, 2 were given"):
         open_selection(path, SelectionRequest([CacheSource(cache.root), CacheSource(tmp_path)], "correct"))
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, Disagreement, StillroomError
-from student_train.cli import bench_lines, format_lines
 from student_train.export import worker, writing
 from student_train.export.bench import Load, bench, choose, contestant
 from student_train.export.bench_page import write_bench_page
 from student_train.export.energy import EnergyMeter
 from student_train.export.formats import FORMATS, REFUSED, RUNTIMES, find_format
 from student_train.export.writing import Check, export_folder
+from student_train.result_lines import bench_lines, format_lines
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student
 
@@ -203,7 +203,7 @@ def test_contestants_are_told_apart(student: Path, tmp_path: Path) -> None:
     assert contestant(f"vllm:{student}").name == "student in vllm"
     assert contestant(f"vllm:{student}").runtime == "vllm"
     assert contestant(f"vllm:{student}").is_float
-    with pytest.raises(ConfigError, match="'tvm' is no runtime"):
+    with pytest.raises(ConfigError, match="'tvm' is not a runtime"):
         contestant(f"tvm:{student}")
     with pytest.raises(DataError, match="holds no model"):
         contestant(str(tmp_path))

@@ -122,7 +122,7 @@ def test_a_student_of_a_cut_vocabulary_learns_from_the_cache(
     )
     asked = config.student.init
     assert asked is not None
-    with pytest.raises(ConfigError, match="vocabulary reads the caches: name a CONFIG"):
+    with pytest.raises(ConfigError, match="vocabulary reads the caches: pass a CONFIG"):
         init_student(asked, tmp_path / "cut")
     record = init_student(asked, tmp_path / "cut", None, config.data)
     kept = read_kept_ids(str(tmp_path / "cut"))
@@ -147,7 +147,7 @@ def test_a_student_of_a_cut_vocabulary_learns_from_the_cache(
     # A student cut again keeps the ids, and the vocabulary is not cut twice.
     init_student(InitConfig(teacher=str(tmp_path / "out"), layers=1), tmp_path / "smaller")
     assert read_kept_ids(str(tmp_path / "smaller")) == kept
-    with pytest.raises(ConfigError, match="is cut already"):
+    with pytest.raises(ConfigError, match="has already been cut"):
         init_student(
             InitConfig(teacher=str(tmp_path / "out"), vocabulary="stored"), tmp_path / "twice", None, config.data
         )

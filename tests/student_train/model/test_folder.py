@@ -81,7 +81,7 @@ def test_generation_settings_that_transformers_refuses_to_save_are_kept(
     save_model(model, None, tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert (saved["eos_token_id"], saved["temperature"]) == (1, 0.6)
-    assert "generation_config.json is kept as it is, but transformers finds fault with it" in capsys.readouterr().err
+    assert "generation_config.json is copied unchanged, although transformers rejects it" in capsys.readouterr().err
     assert model.generation_config.temperature == 0.6
 
 

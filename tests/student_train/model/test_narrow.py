@@ -144,7 +144,7 @@ def test_sizes_follow_from_a_share_of_parameters() -> None:
     [
         ("phi3", {"pad_token_id": 0}, {"mlp_channels": 8}, "model_type phi3.* cannot be cut by width: supported are"),
         ("qwen2", {}, {"kv_groups": 2}, "vLLM reads the size of a qwen2 head as hidden_size / heads"),
-        ("llama", {}, {"layers": 2, "rank_layers": "importance"}, "runs cached chains: name a CONFIG"),
+        ("llama", {}, {"layers": 2, "rank_layers": "importance"}, "runs cached chains: pass a CONFIG"),
     ],
 )
 def test_what_would_not_open_again_is_refused(family: str, more: Any, asked: Any, message: str) -> None:
@@ -157,7 +157,7 @@ def test_what_would_not_open_again_is_refused(family: str, more: Any, asked: Any
     [
         ({}, "cuts nothing: set one of layers"),
         ({"layers": 2, "along": ["layers"]}, "along has no effect without parameters"),
-        ({"layers": 2, "parameters": 0.5}, "layers is set and cut by parameters too"),
+        ({"layers": 2, "parameters": 0.5}, "layers is set, and parameters cuts it too"),
         ({"layers": [0], "rank_layers": "importance"}, "importance has no effect"),
         ({"layers": 2, "rank_width": "activations"}, "where only layers are cut"),
     ],

@@ -345,7 +345,7 @@ def test_views_replace_an_earlier_export_and_nothing_else(cache: SyntheticCache,
         notes = tmp_path / "notes.csv"
         notes.write_bytes(content)
         with pytest.raises(
-            ConfigError, match=r"notes\.csv exists and is not a DuckDB database: delete it, or name another"
+            ConfigError, match=r"notes\.csv exists and is not a DuckDB database: delete it, or use another"
         ):
             write_views(catalogs, notes)
         assert notes.read_bytes() == content

@@ -163,7 +163,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4\nsize 12\n"
         ("a.jsonl", LFS, r"is a Git LFS pointer.*git lfs pull"),
         ("a.jsonl", b"PK\x03\x04rest", r"is a zip archive"),
         ("a.jsonl", b"PAR1rest", r"is a Parquet file: set kind: parquet"),
-        ("a.jsonl", QUOTED_CSV, r"holds no JSON.*kind: csv"),
+        ("a.jsonl", QUOTED_CSV, r"is not JSON: set kind: csv"),
         ("a.csv", lines(ROWS), r"is JSON: set kind: jsonl"),
         ("a.parquet", lines(ROWS), r"a\.parquet is JSON: set kind: jsonl"),
         ("a.parquet", LFS, r"is a Git LFS pointer"),
@@ -226,7 +226,7 @@ def test_folders_hide_dot_files_and_keep_splits_apart(tmp_path: Path) -> None:
         questions("")
     with pytest.raises(DataError, match=r"has no file of split 'tset': did you mean 'test'"):
         questions("", split="tset")
-    with pytest.raises(DataError, match="split chooses files of a folder"):
+    with pytest.raises(DataError, match="split selects files of a folder"):
         questions("/main/*.jsonl", split="train")
     with pytest.raises(DataError, match="no file matches"):
         questions("/nothing*")
@@ -277,7 +277,7 @@ MERGING = "[INST]{{ messages[0].content }} {% for m in messages[1:] %}{{ m.conte
     [
         (CHAT_TEMPLATE, [USER, ANSWER, USER], None),
         (CHAT_TEMPLATE, [{"role": "moderator", "content": "be nice"}, USER], "has the role 'moderator'"),
-        (CHAT_TEMPLATE, [USER, {"role": "observation", "content": "5"}], "refuses the prompt: no tools here"),
+        (CHAT_TEMPLATE, [USER, {"role": "observation", "content": "5"}], "rejects the prompt: no tools here"),
         (
             NO_SYSTEM,
             [{"role": "system", "content": "Be\nbrief."}, USER],

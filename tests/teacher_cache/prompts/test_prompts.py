@@ -187,7 +187,7 @@ def test_reasoning_gym_keeps_what_its_checker_needs() -> None:
     assert loaded.prompts[0].reference is not None
     with pytest.raises(DataError, match="no task 'chain_sums': did you mean 'chain_sum'"):
         load({**source, "task": "chain_sums"})
-    with pytest.raises(DataError, match="refuses its options"):
+    with pytest.raises(DataError, match="rejects its options"):
         load({**source, "options": {"min_termz": 2}})
 
 

@@ -163,7 +163,7 @@ def test_sets_fitted_twice_cannot_be_merged(root: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_cache(other, CacheShape(num_chains=36, num_runs=2))
     add_features(other, calibration={"tokens": 100})
-    with pytest.raises(ConfigError, match="was fitted twice, with other scales: drop one of them"):
+    with pytest.raises(ConfigError, match="was fitted separately, with different scales: drop one of them"):
         copy_caches([root, other], tmp_path / "d")
 
 

@@ -109,7 +109,7 @@ def test_a_plugin_whose_numbers_are_not_finite_is_one_failure(server: FakeServer
 def test_endpoints_of_two_kinds_are_refused(server: FakeServer) -> None:
     with FakeServer(Behaviour(max_logprobs=30)) as other:
         with pytest.raises(
-            ConfigError, match=f"{server.url} has .*plugin and {other.url} does not.*or name only one kind"
+            ConfigError, match=f"{server.url} has .*plugin and {other.url} does not.*or list only one kind"
         ):
             make_engine(server, other, capture=PLAIN)
         with pytest.raises(ConfigError, match=f"{other.url} answers without stillroom's sampler plugin"):
@@ -193,7 +193,7 @@ def test_a_key_that_is_taken_back_stops_the_build(server: FakeServer, status: st
     while len(finished) < 5:
         finished += engine.step()
     server.behaviour.trouble = lambda body: status
-    with pytest.raises(ConfigError, match=r"refuses the API key: name the environment variable") as caught:
+    with pytest.raises(ConfigError, match=r"rejects the API key: set engine.api_key_env") as caught:
         outlast(engine)
     assert "\n" not in str(caught.value)
     engine.close()

@@ -149,7 +149,7 @@ def test_a_server_without_the_plugin_is_refused_what_needs_it(
         build_cache(config, WHOLE, retry_failures=False)
     assert "\n" not in str(caught.value)
     engine = config.engine.updated(endpoints=[vllm_server, plain_vllm_server])
-    with pytest.raises(ConfigError, match="or name only one kind"):
+    with pytest.raises(ConfigError, match="or list only one kind"):
         build_cache(config.updated(engine=engine, capture=CaptureConfig(draws=0)), WHOLE, retry_failures=False)
     assert not chains_of(tmp_path / "c")
 

@@ -1,6 +1,5 @@
 """A killed program takes its processes with it, whichever way they were started."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
-
 PROGRAM = """
 import multiprocessing, os, sys, time
-from teacher_cache.engine.children import die_with_parent
+from stillroom.children import tie_children
 
 def grandchild():
     print(os.getpid(), flush=True)
@@ -25,8 +22,8 @@ def child(method):
     time.sleep(600)
 
 if __name__ == "__main__":
-    die_with_parent()
-    die_with_parent()
+    tie_children()
+    tie_children()
     multiprocessing.get_context(sys.argv[1]).Process(target=child, args=[sys.argv[1]]).start()
     time.sleep(600)
 """
@@ -36,8 +33,7 @@ if __name__ == "__main__":
 def test_children_and_their_children_die_with_a_killed_parent(tmp_path: Path, method: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, program, method], stdout=subprocess.PIPE, env=environment) as parent:
+    with subprocess.Popen([sys.executable, program, method], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pids = [int(parent.stdout.readline()), int(parent.stdout.readline())]
         assert all(_is_running(pid) for pid in pids)
