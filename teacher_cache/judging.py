@@ -160,6 +160,7 @@ def judge_cache(
         pending = stack.enter_context(UncommittedVerdicts(catalog.verdicts, latest, worker))
         query = _pending_query("sample_id, answer, reference, metadata, truncated", kind, where, again)
         for sample, had_verdict in _judged(session, query, judges):
+            # The latest verdict counts, so one that decides nothing must not come after one that does.
             is_kept = had_verdict and sample.verdict.correct is None
             report.by_judge.setdefault(sample.judge, JudgeSummary()).add(sample.verdict, is_kept)
             if not is_kept:
@@ -211,6 +212,7 @@ def ask_about_cache(
         for opinion in stack.enter_context(closing(opinions(config, asked))):
             is_kept = opinion.key in decided and opinion.verdict.correct is None
             summary.add(opinion.verdict, is_kept)
+            # A refused question has no verdict, so that the next run asks it again.
             if not is_kept and not opinion.was_refused:
                 uncommitted.add(JudgedSample(opinion.key, name, opinion.verdict))
             progress.update(summary.num_chains, 0)
@@ -346,6 +348,7 @@ class JudgeQueue:
     def close(self) -> None:
         """Ends the processes, even in the middle of a check."""
         self._hurried = True
+        # Threads wait for their processes: killed in between, they need not finish their checks.
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._judges.kill()
         self._threads.shutdown(wait=True)

@@ -199,6 +199,7 @@ class _Shown:
             if isinstance(request, Request):
                 kept = self._kept.setdefault(request.prompt.source, {})
                 if len(kept) < self._num:
+                    # Further samples of a prompt show the same text.
                     kept.setdefault(request.prompt.prompt_id, request)
             yield request
 
@@ -340,6 +341,7 @@ def _tokens_of(request: Request | Failure, source: SourcePlan, max_model_len: in
         return request.max_tokens if 0 < request.max_tokens <= room else None
     if room < 1:
         return None
+    # Measured lengths of the source, but never more than fits.
     longest = min(request.max_tokens, room)
     return longest if source.mean_num_tokens is None else min(longest, source.mean_num_tokens)
 

@@ -278,6 +278,7 @@ def _items(pieces: Pieces, group_R: Int32, copies_R: Int32 | None) -> tuple[Int3
         copies_P = copies_R[pieces.row_P]
         item_I = np.repeat(np.arange(len(group_P)), copies_P)
         copy_I = np.arange(len(item_I)) - np.repeat(np.cumsum(copies_P) - copies_P, copies_P)
+        # Copy c of group g is number c x (groups) + g: copies of one group are read at different times.
         visit_I = group_P[item_I] + copy_I * (int(group_R.max(initial=0)) + 1)
     unique, visit_I = np.unique(visit_I, return_inverse=True)
     return item_I.astype(np.int32), visit_I.astype(np.int32), len(unique)
@@ -302,6 +303,7 @@ def _deal(shuffled_V: Int64, tokens_V: Int64, spec: PlanSpec) -> tuple[Int32, In
 def _times(position_I: Int64, length_I: Int64, window_groups: int, random_I: UInt64) -> UInt64:
     """When an item is due: uniform over the window around its own group, in units of 2^-32 of a group."""
     radius = window_groups // 2
+    # Integers, as floats could sort two items differently on another machine.
     low_I = np.maximum(position_I - radius, 0).astype(np.uint64)
     high_I = np.minimum(position_I - radius + window_groups, length_I)
     span_I = high_I.astype(np.uint64) - low_I
@@ -367,6 +369,7 @@ class EpochPlans:
             weights = [cache.weight for cache in selection.header.caches]
             copies_R = repeat_counts(selection.cache_G[selection.group_R], weights, self.spec.seed, epoch)
             plan = plan_epoch(self.pieces, selection.group_R, copies_R, self.spec, epoch)
+            # The number of packs stays when a plan goes: `total_packs` asks for every epoch.
             if len(self._plans) == MAX_KEPT_PLANS:
                 del self._plans[min(self._plans)]
             self._plans[epoch] = plan

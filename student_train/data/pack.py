@@ -387,6 +387,7 @@ def _weightless(pack: Pack, view: TargetView) -> Pack:
         sampled_ids_N=np.zeros(1, np.int32),
         weights_N=np.zeros(1, np.float32),
         draw_ids_NM=np.zeros((1, 1), np.int32),
+        # -inf and weight 0: padding.
         draw_logprobs_NM=zero_11 - np.inf,
         draw_weights_NM=zero_11,
         log_partitions_NS=np.zeros((1, (view.partition or 0) + 1), np.float32),
@@ -426,6 +427,7 @@ def apply_token_weights(pack: Pack, config: TokenWeightsConfig | None) -> Pack:
     if config.entropy is not None:
         weights_N *= (1.0 + pack.entropy_N.astype(np.float64)) ** config.entropy
     if config.tail is not None:
+        # Rounded codes may put the tail a little above mass 1.
         held_N = -np.expm1(np.minimum(pack.tail_logmass_N.astype(np.float64), 0.0))
         weights_N *= held_N**config.tail
     return replace(pack, weights_N=weights_N.astype(np.float32))
@@ -544,9 +546,11 @@ def _chunks(
         parts.append(piece.block.chunks_of(piece.index, first, first + piece.stop - piece.loss))
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
+        # Without projection teacher and student have the same tokens: each is a chunk.
         return np.arange(len(signals.topk_n_T), dtype=np.int32), signals.sampled_logprob_T, None
     is_common_N = np.concatenate([common_N for common_N, _ in found])
     logprob_N = np.concatenate([logprobs_N for _, logprobs_N in found])
+    # A piece that begins inside a chunk begins one of its own: that part has no probability and is left out below.
     begins_N = is_common_N.copy()
     begins_N[np.cumsum([0, *(len(common_N) for common_N, _ in found[:-1])])] = True
     number_N = np.cumsum(begins_N) - 1

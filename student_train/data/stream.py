@@ -249,6 +249,7 @@ class PackStream:
         # All ranks stop at the same pack: when the data has ended and the current step is complete.
         while not plans.is_end(place[0]) or num_taken * self._world % self._packs_per_step:
             epoch, cursor = plans.place(place[0], place[1] + self._rank)
+            # After a pack of every rank, so that a state is the same on all of them.
             place = plans.place(place[0], place[1] + self._world)
             num_taken += 1
             if plans.is_end(epoch):

@@ -220,8 +220,10 @@ def attention_nats(
     query_1ALE, key_1BLE, scaling = queries_keys
     stored = targets.attention[layer]
     num_heads, num_groups = query_1ALE.shape[1], query_1ALE.shape[1] // key_1BLE.shape[1]
+    # Teacher head 6 of 8 is compared with head 3 of 4.
     mine = [head * num_heads // targets.num_heads for head in stored.heads]
     query_ALE, key_ALE = query_1ALE[0, mine], key_1BLE[0, [head // num_groups for head in mine]]
+    # An empty part in front: without any document with features the graph must reach the student all the same.
     values = [0.0 * query_ALE[:, :0].float().sum(dim=(0, 2))]
     starts = accumulate(document_lengths, initial=0)
     rows = accumulate(targets.counts, initial=0)

@@ -110,6 +110,7 @@ class ChainPairs:
         sign_N = self.sign_N.to(sampled_N.dtype)
         zeros_N = torch.zeros_like(sampled_N)
         moved_N = (sign_N * (sampled_N - start_N.to(sampled_N.dtype))).where(sign_N != 0.0, 0.0)
+        # Sum over both chains of a pair, given back to each of its tokens.
         margin_N = zeros_N.index_add(0, self.ids_N, moved_N)[self.ids_N]
         return Paired(sign_N, margin_N, zeros_N.index_add(0, self.ids_N, sign_N.abs())[self.ids_N])
 

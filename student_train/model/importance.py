@@ -105,6 +105,7 @@ def least_needed_layers(model: Any, calibration: Calibration, num_kept: int) -> 
     layers = list(model.get_decoder().layers)
     left_out: list[int] = []
     num_tokens = sum(pack.targets.sampled_ids_N.shape[0] for pack in calibration.packs)
+    # With n layers left each round tries n removals.
     num_passes = len(calibration.packs) * sum(range(num_kept + 1, len(layers) + 1))
     with _running(model, calibration) as metrics_of, Progress("rank layers", num_passes, "passes") as progress:
         course = [sum(float(metrics_of(pack).forward_kl_N.sum()) for pack in calibration.packs) / num_tokens]
@@ -122,6 +123,7 @@ def least_needed_layers(model: Any, calibration: Calibration, num_kept: int) -> 
                             kl[number] += float(metrics_of(pack).forward_kl_N.sum()) / num_tokens
                         num_done += 1
                         progress.update(num_done, num_done * num_tokens, {"KL": f"{course[-1]:.3f}"})
+            # NaN compares false with everything: min would return whichever came first.
             best = min(present, key=lambda number: kl[number] if kl[number] == kl[number] else float("inf"))
             if kl[best] != kl[best]:
                 raise DataError(
@@ -272,6 +274,7 @@ def scores_by_activations(model: Any, layout: Layout, calibration: Calibration) 
     passed = sums.by_name
     mlp, groups = [], []
     for number, layer in enumerate(decoder.layers):
+        # Squared activations times the column's squared norm: the size of what the channel adds to the output.
         mlp.append((passed[f"mlp {number}"] * _column_squares(layer.mlp.down_proj)).float())
         heads = passed[f"heads {number}"] * _column_squares(layer.self_attn.o_proj)
         groups.append(heads.unflatten(0, (-1, layout.head_dim * layout.queries_per_group)).sum(dim=1).float())

@@ -133,6 +133,7 @@ def layout_of(model: Any) -> tuple[Layout, Sizes]:
     if not tied:
         others.append((int(model.get_output_embeddings().weight.shape[0]), "hidden"))
     layout = Layout(config.model_type, head_dim, heads // sizes.kv_groups, layers[0], others)
+    # The formula by which ratios are searched must count what the model has.
     assert layout.num_parameters(sizes) == sum(one.numel() for one in model.parameters())
     return layout, sizes
 
@@ -176,6 +177,7 @@ def _fitted(layout: Layout, sizes: Sizes, asked: PruneConfig) -> Sizes:
     """All axes of `asked.along` cut by one ratio, the largest at which the model has at most `asked.parameters`."""
     assert asked.parameters is not None
     target = asked.parameters * layout.num_parameters(sizes) if asked.parameters < 1 else asked.parameters
+    # Not by bisection: sizes are rounded, and not every size can be opened, so the count does not fall evenly.
     for thousandths in range(1000, -1, -1):
         fitted = _scaled(layout, sizes, asked, thousandths / 1000)
         if layout.num_parameters(fitted) <= target and layout.problem(fitted) is None:
@@ -283,6 +285,7 @@ def _narrow_hidden(model: Any, hidden: Tensor, norm_scales: Mapping[str, float])
             # The head shares the embeddings, factor and all.
             scale /= factor
         weight = _at(norm.weight, 0, hidden).float()
+        # Gemma stores a norm's weight minus 1.
         scaled = (1 + weight) * scale - 1 if is_gemma else weight * scale
         norm.weight = torch.nn.Parameter(scaled.to(norm.weight.dtype))
 

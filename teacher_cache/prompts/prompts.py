@@ -309,6 +309,7 @@ def _request(
     teacher_fingerprint: str,
 ) -> Request:
     seed = seed_of(base_seed, prompt.prompt_id, sample_index)
+    # Off is off: adding a setting at its neutral value must not change the ids of chains that exist.
     effective = {name: value for name, value in sampling.items() if (name, value) not in NEUTRAL_SAMPLING.items()}
     return Request(
         prompt=prompt,
