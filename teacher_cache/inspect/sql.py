@@ -197,18 +197,21 @@ def table_text(reader: pa.RecordBatchReader, max_rows: int, width: int | None, s
     `shown`.
     """
     rows: list[list[Any]] = []
+    # The query streams: once the table is full, no further row is converted.
     for batch in reader:
         rows.extend(_rows(batch.slice(0, max_rows - len(rows))))
         shown.num_rows += batch.num_rows
         if shown.num_rows > max_rows:
             break
     shown.num_shown = len(rows)
+    # A plan is a drawing of many lines, which cells would cut.
     if reader.schema.names == EXPLAINED:
         yield from (f"{plan}\n" for _, plan in rows)
         return
     _count_rest(reader, shown)
     names = [one_line(name) for name in reader.schema.names]
     cells = [[_cell(value) for value in row] for row in rows]
+    # In columns of the terminal: a Chinese character takes two.
     widths = [max(map(width_of, column)) for column in zip(names, *cells, strict=True)]
     numeric = [_is_number(field.type) for field in reader.schema]
     fitted = _fit(widths, numeric, width)
@@ -307,6 +310,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    # sum() of integers is HUGEINT in DuckDB, which arrives as a decimal, and JSON has none.
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
@@ -415,6 +419,7 @@ def _format_of(output_format: str | None, out: Path | None) -> str:
         raise ConfigError(f"--format {output_format} is unknown: choose one of {', '.join(FORMATS)}")
     if out is None:
         return output_format or "table"
+    # result.csv.gz: the format is that of the inner suffix.
     name = out.with_suffix("") if out.suffix == COMPRESSED else out
     chosen = output_format or SUFFIXES.get(name.suffix)
     if chosen is None:

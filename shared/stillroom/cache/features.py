@@ -326,6 +326,7 @@ class FeatureSet:
         are_read = {"hidden": parts.hidden, "layers": bool(parts.layers), "attention": parts.attention}
         columns = tuple(name for name in COLUMNS if are_read.get(name, True))
         found = {}
+        # Row group by row group, in the order on disk, however the chains were asked for.
         for key, rows in sorted(wanted.items()):
             group, where = self._group(*key, columns), f"{self._files[key[0]].path}: row group {key[1]}"
             for sample_id, row in rows:

@@ -123,6 +123,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""Start, end and content of each closed \boxed{...} or \fbox{...}, outermost ones, braces balanced."""
     found: list[tuple[int, int, str]] = []
     for match in BOX.finditer(text):
+        # A box inside a box belongs to the outer one.
         if found and match.start() < found[-1][1]:
             continue
         start = match.end()
@@ -169,6 +170,7 @@ def last_sentences(text: str) -> list[str]:
 def _tag(text: str, truncated: bool) -> str | None:
     closed = TAG.findall(text)
     opened = OPEN_TAG.search(text)
+    # <answer> without an end runs to the end of the text, unless that was cut off.
     if opened and opened[1].strip() and not truncated:
         return opened[1]
     return closed[-1] if closed else None
@@ -185,6 +187,7 @@ def _strong(text: str, truncated: bool) -> tuple[Candidate, ...]:
     box_end = found[-1][1] if found else -1
     for line in reversed(list(FINAL_LINE.finditer(text))):
         content = next((group for group in line.groups() if group is not None), "")
+        # Both are strong marks: the later one counts.
         if line.start() < box_end or (truncated and "\n" not in text[line.end() :].rstrip(" ")):
             break
         if plain(content):
@@ -195,6 +198,7 @@ def _strong(text: str, truncated: bool) -> tuple[Candidate, ...]:
     if not found:
         return ()
     first = len(found) - 1
+    # Boxes with nothing but "and" or commas between them are parts of one answer.
     while first and BETWEEN_BOXES.fullmatch(text, found[first - 1][1], found[first][0]):
         first -= 1
     group = found[first:]
@@ -279,6 +283,7 @@ def _clauses(sentence: str) -> list[Candidate]:
     behind_verbs = [number[0] for rest in verbs if (number := NUMBER.match(rest))]
     for part in (kept, consequence, match[1] if match else "", " ".join(behind_verbs)):
         numbers = {one[0].strip() for one in NUMBER.finditer(part) if any(map(str.isdigit, one[0]))}
+        # Two different numbers would be a guess.
         if len(numbers) == 1:
             found.append(Candidate(numbers.pop(), "number"))
             break

@@ -103,6 +103,7 @@ def program_of(answer: str, tests: Sequence[UnitTest] = (), truncated: bool = Fa
     Blocks behind it that only show its use are left out where the tests call a function by name.
     """
     blocks = _blocks(answer)
+    # Blocks that say Python, or else those that say nothing and parse, or else any that says nothing.
     python = (
         [one for one in blocks if one.language in PYTHON]
         or [one for one in blocks if not one.language and _is_python(one.body)]
@@ -113,6 +114,7 @@ def program_of(answer: str, tests: Sequence[UnitTest] = (), truncated: bool = Fa
             return Program("", f"no Python program, but {blocks[-1].language or 'text'}")
         bare = _bare_program(answer)
         return Program(bare, "cut off in the program" if truncated else None)
+    # Truncated after the closing fence the program is whole, and only prose behind it is missing.
     if truncated and not python[-1].is_closed:
         return Program(python[-1].body, "cut off in the program")
     return Program(_joined([one.body for one in python], _needed_names(tests)))
@@ -252,6 +254,7 @@ def _python_tests(source: str, entry: str | None) -> list[UnitTest]:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
+    # Functions that the tests call themselves run anyway: called by us too, they would run twice or lack arguments.
     called = {
         node.func.id
         for statement in body
@@ -305,6 +308,7 @@ def _blocks(text: str) -> list[_Block]:
         if lines is None:
             if match:
                 mark, language, lines = match["mark"], _language(match["info"]), []
+        # CommonMark: a fence closes with the same character, at least as many of them, and nothing behind.
         elif match and match["mark"][0] == mark[0] and len(match["mark"]) >= len(mark) and not match["info"].strip():
             found.append(_Block(language, _dedented(lines), True))
             lines = None
