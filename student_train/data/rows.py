@@ -115,6 +115,7 @@ def read_rows(
     where = selection.where(group)
     with_signals = with_signals and not selection.is_text
     table, decode_signals = _read_table(selection, group, with_signals)
+    # Before `take`, whose own error names neither shard nor row group.
     _require(int(selection.row_in_group_R[rows_R].max()) < table.num_rows, where, "has fewer rows than were selected")
     if len(rows_R) < table.num_rows:
         table = table.take(pa.array(selection.row_in_group_R[rows_R]))
@@ -299,6 +300,7 @@ class RowBuffer:
         block = self._blocks[group]
         self._unused.discard(group)
         self._next += 1
+        # After its last row, so that memory falls before the next read starts.
         if not len(self._due_places(group)):
             self._drop(group)
         self._read_ahead()

@@ -444,6 +444,7 @@ def check_request(path: Path, header: SelectionHeader, request: SelectionRequest
         "max_chains": (header.max_chains, request.max_chains),
         "kept_ids": (header.kept_ids, None if request.kept_ids is None else request.kept_ids.packed),
     }
+    # Versions that the request leaves open were pinned when it was frozen.
     for cache, source in zip(header.caches, request.sources, strict=True):
         asked[f"weight of {source.root}"] = (cache.weight, source.weight)
         if source.chains_version is not None:
@@ -602,6 +603,7 @@ def _locate(
     for start, stop in zip(starts, [*starts[1:], len(row_R)], strict=True):
         cache, file = int(cache_R[start]), files[file_R[start]]
         footer, mine = footers[cache][file], slice(start, stop)
+        # The last row group that begins at or before the row.
         group_R[mine] = np.searchsorted(footer.first_rows_G, row_R[mine], side="right") - 1
         place_R[mine] = row_R[mine] - footer.first_rows_G[group_R[mine]]
         headers[str(catalogs[cache].chains.folder / file)] = footer.header

@@ -145,6 +145,7 @@ def _as_special(text: str) -> Value | None:
 
 def _as_matrix(text: str) -> Value | None:
     match = MATRIX.fullmatch(text)
+    # A vmatrix is a determinant, which is a number.
     if not match or match[1] == "vmatrix":
         return None
     rows = [row for row in re.split(r"\\\\", match[2]) if row.strip()]
@@ -153,6 +154,7 @@ def _as_matrix(text: str) -> Value | None:
 
 def _as_several(text: str) -> Value | None:
     """Lists at top level, unions, and values with plus or minus."""
+    # 1,234,567 with or without a unit is one number.
     if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?\s*(?:%|⟦.*⟧.*)?", text):
         return None
     parts = [part for part in split_top(text, r"\s*[,;]\s*(?!\d{3}(?!\d)(?<=\d,\d{3}))|\\land") if part]
@@ -196,6 +198,7 @@ def _as_bracketed(text: str) -> Value | None:
         return None
     items = _items(text[1:-1])
     brackets = text[0] + text[-1]
+    # (3) is 3.
     if len(items) == 1:
         return items[0] if brackets in ("()", "[]") else None
     if brackets == "()":
@@ -232,6 +235,7 @@ def _as_relation(text: str) -> Value | None:
     operators = [match.strip() for match in _operators(text)]
     if len(parts) < 2 or len(parts) != len(operators) + 1 or not parts[-1]:
         return None
+    # "x in [0, 1]": the set is the answer.
     if operators == ["\\in"]:
         return _typed(parts[1])
     if not parts[0]:
@@ -282,6 +286,7 @@ def _as_quantity(text: str) -> Value | None:
     match = re.match(r"(.*?)\s*(⟦.*)$", body, re.DOTALL)
     if match and match[1] and re.search(r"\d|\\pi|\\sqrt", match[1]):
         tail = match[2]
+        # "5 where x > 2": words with a relation are a condition, not a unit.
         if re.search(r"[=<>]", tail):
             return None
         value = _as_mixed(match[1]) or _as_expression(match[1].rstrip("-/ "))
@@ -290,6 +295,7 @@ def _as_quantity(text: str) -> Value | None:
                 value.value, re.sub(r"[^\w/^ ]", "", words_of(tail)).strip().lower(), False, value.decimal
             )
         return None
+    # "5 m" is five metres; "5m" is five times m.
     letter = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s+([mghsLl])(?:\s*\^\s*\{?[23]\}?)?", body)
     if letter:
         body, unit = letter[1], letter[2]
