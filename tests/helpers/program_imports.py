@@ -9,7 +9,10 @@ from student_train.model.student import use_cpu_where_there_is_no_gpu
 
 # DeepSpeed looks for an accelerator when it is imported.
 use_cpu_where_there_is_no_gpu()
-for name in ("datasets", "deepspeed", "peft", "reasoning_gym", "transformers.models.llama.modeling_llama"):
+for name in (
+    *("datasets", "deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "peft", "reasoning_gym"),
+    "transformers.models.llama.modeling_llama",
+):
     importlib.import_module(name)
 for package in (student_train, teacher_cache):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

@@ -1,7 +1,7 @@
 """The programs, forked from a process that has imported torch, DeepSpeed and the like: seconds less than an interpreter
 each. All else is as in an interpreter of their own: arguments, environment, folder, streams, signals, exit code. The
-ranks of a training are forked from its launcher in the same way. vLLM reads its settings while it is imported, so what
-runs it is forked from another process, which has imported vLLM as well.
+ranks of a training are forked in the same way from their launcher, ours or DeepSpeed's. vLLM reads its settings while
+it is imported, so what runs it is forked from another process, which has imported vLLM as well.
 """
 
 import atexit
@@ -25,6 +25,8 @@ from tests.helpers import ROOT
 
 TIMEOUT_S = 300
 IMPORTS, VLLM_IMPORTS = "tests.helpers.program_imports", "tests.helpers.vllm_imports"
+LAUNCHERS = ("student_train.runtime.ranks", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+"""They start `python -m MODULE` by subprocess.Popen."""
 STREAMS = ("stdout", "stderr")
 PROGRAMS = {
     "teacher-cache": "teacher_cache.cli",
@@ -138,9 +140,8 @@ def _run(argv: list[str], cwd: Path, environ: dict[str, str], streams: Path) -> 
         os.close(opened)
     assert not {IMPORTS, VLLM_IMPORTS}.isdisjoint(sys.modules), "a module that fails to import is skipped in silence"
     if IMPORTS in sys.modules:
-        from student_train.runtime import ranks
-
-        vars(ranks)["subprocess"] = SimpleNamespace(Popen=_ForkedRank)
+        for launcher in LAUNCHERS:
+            vars(sys.modules[launcher])["subprocess"] = SimpleNamespace(Popen=_ForkedPython)
     os.chdir(cwd)
     # What TMPDIR said in the first process.
     tempfile.tempdir = None
@@ -155,22 +156,27 @@ def _become(argv: list[str], environ: Mapping[str, str]) -> None:
     importlib.import_module(PROGRAMS.get(argv[0], argv[0])).main()
 
 
-class _ForkedRank:
-    """What `launch` needs of subprocess.Popen, without the seconds that a rank spends on imports."""
+class _ForkedPython:
+    """What the launchers need of subprocess.Popen, without the seconds that an interpreter spends on imports."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **streams: Any) -> None:
         argv = list(command[command.index("-m") + 1 :])
         outputs = (streams.get("stdout"), streams.get("stderr"))
-        self._process = multiprocessing.get_context("fork").Process(target=_be_rank, args=(argv, env, outputs))
+        self._process = multiprocessing.get_context("fork").Process(target=_be_python, args=(argv, env, outputs))
         self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            assert self._process.pid is not None
-            os.kill(self._process.pid, number)
+            assert self.pid is not None
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -179,7 +185,7 @@ class _ForkedRank:
         self._process.join()
 
 
-def _be_rank(argv: list[str], environ: Mapping[str, str], outputs: tuple[IO[bytes] | None, ...]) -> None:
+def _be_python(argv: list[str], environ: Mapping[str, str], outputs: tuple[IO[bytes] | None, ...]) -> None:
     os.setsid()
     for descriptor, stream in enumerate(outputs, 1):
         if stream is not None:

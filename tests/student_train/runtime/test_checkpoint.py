@@ -6,8 +6,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -32,10 +30,10 @@ if TYPE_CHECKING:
 
 pytestmark = IGNORE_LIBRARY_WARNINGS
 
-LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 10}
+LORA: Json = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.2}, "epochs": 6}
 
 
-@pytest.mark.parametrize(("num_ranks", "stage", "kills"), [(1, LORA, (5, 15)), (2, {"epochs": 8}, (8,))])
+@pytest.mark.parametrize(("num_ranks", "stage", "kills"), [(1, LORA, (4, 10)), (2, {"epochs": 5}, (5,))])
 def test_killed_run_resumes_bit_for_bit(trainer: Trainer, num_ranks: int, stage: Json, kills: tuple[int, ...]) -> None:
     """SIGKILL at random times, with a checkpoint every step, so that many hit one being written; then to the end."""
     options = ("--nproc", str(num_ranks))
@@ -79,7 +77,7 @@ def test_interrupted_before_the_first_step_ends_at_once(trainer: Trainer, option
 
 def test_two_ranks_give_the_losses_of_one_and_one_resumes_from_two(trainer: Trainer) -> None:
     """Two ranks at ZeRO 2 are interrupted politely, then one rank takes over through a universal checkpoint."""
-    stage: Json = {"epochs": 8, "clip_norm": 0.05}
+    stage: Json = {"epochs": 6, "clip_norm": 0.05}
     whole = losses_of(trainer.reference(stage))
     config = trainer.config("run", stage)
     process = _start(config, "--nproc", "2")
@@ -110,15 +108,8 @@ def test_ranks_of_deepspeeds_launcher_give_the_losses_of_one(trainer: Trainer) -
         probe.bind(("127.0.0.1", 0))
         place = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
     launcher = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", *place, "--module"]
-    ended = subprocess.run(
-        [sys.executable, "-m", *launcher, "student_train.cli", "run", _written(config)],
-        env={**_environ(), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT_S,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    command = [*launcher, "student_train.cli", "run", _written(config)]
+    Program(command, environ={**_environ(), "DS_ACCELERATOR": "cpu"}).wait(expect=0)
     assert losses_of(RunFolder(config.run).read_metrics()) == pytest.approx(whole, rel=1e-4)
 
 
