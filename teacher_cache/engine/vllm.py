@@ -127,17 +127,13 @@ class EmbeddedEngine:
         arguments = engine_args(teacher, config, capture, on_cpu)
         if scores:
             arguments |= scoring_args(config)
-        try:
+        with _start_errors(teacher.model):
             if on_cpu:
                 vllm_config, marker = _cpu_config(arguments, config, scores, tokens_left)
             else:
                 note(f"loading {teacher.model}")
                 vllm_config, marker = _vllm_config(arguments), None
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
-        except ValueError as error:
-            raise ConfigError(f"vLLM rejects {teacher.model}: {_one_line(error)}") from error
-        except (RuntimeError, OSError) as error:
-            raise StillroomError(f"vLLM did not start with {teacher.model}: {_one_line(error)}") from error
         if marker is not None:
             # Only now: an interrupted compilation is not saved. Where vLLM is told to save none there is no folder.
             with contextlib.suppress(OSError):
@@ -345,7 +341,7 @@ def started(model: str, arguments: dict[str, Any], config: EmbeddedConfig, on_cp
     import vllm
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    try:
+    with _start_errors(model):
         if on_cpu:
             import torch._dynamo.config
 
@@ -356,10 +352,6 @@ def started(model: str, arguments: dict[str, Any], config: EmbeddedConfig, on_cp
             arguments.setdefault("kv_cache_memory_bytes", min(MAX_STATES_BYTES, free_bytes))
         vllm_config = _fitted_config(arguments, config, True) if on_cpu else _vllm_config(arguments)
         engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
-    except ValueError as error:
-        raise ConfigError(f"vLLM rejects {model}: {_one_line(error)}") from error
-    except (RuntimeError, OSError) as error:
-        raise StillroomError(f"vLLM did not start with {model}: {_one_line(error)}") from error
     settings = {
         "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
         "max_model_len": vllm_config.model_config.max_model_len,
@@ -368,6 +360,17 @@ def started(model: str, arguments: dict[str, Any], config: EmbeddedConfig, on_cp
     }
     software = {"vllm": vllm.__version__, **_versions("torch", "transformers")}
     return engine, {"settings": settings, "software": software}
+
+
+@contextlib.contextmanager
+def _start_errors(model: str) -> Iterator[None]:
+    """vLLM's errors while it starts as one line each."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"vLLM rejects {model}: {_one_line(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise StillroomError(f"vLLM did not start with {model}: {_one_line(error)}") from error
 
 
 def _core_sharing() -> CoreSharing:

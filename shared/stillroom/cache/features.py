@@ -29,7 +29,7 @@ from stillroom.cache.feature_codec import (
     attention_token_bytes,
     decode_attention,
 )
-from stillroom.cache.shards import read_row_group
+from stillroom.cache.shards import open_registered, read_row_group
 from stillroom.errors import CorruptError, DataError
 from stillroom.schema.features import (
     FEATURE_SCHEMA,
@@ -42,7 +42,7 @@ from stillroom.schema.features import (
 )
 from stillroom.schema.records import Float32, Int32
 from stillroom.storage.objects import ObjectPath
-from stillroom.storage.paths import Location, location, matching, open_parquet
+from stillroom.storage.paths import Location, location, matching
 
 SETS_FOLDER = "feature_sets"
 NUM_KEPT_GROUPS = 4
@@ -403,12 +403,7 @@ def open_features(path: Location) -> tuple[pq.ParquetFile, FeatureHeader]:
     """Opens a file of the table `features` with page checksums verified. Raises CorruptError, or DataError for a newer
     format.
     """
-    try:
-        file = open_parquet(path)
-    except FileNotFoundError as error:
-        raise CorruptError(f"{path} is registered but missing: `teacher-cache verify` lists what is wrong") from error
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    file = open_registered(path)
     raw = (file.schema_arrow.metadata or {}).get(FEATURES_METADATA_KEY)
     try:
         header = FeatureHeader.model_validate_json(raw or b"")

@@ -17,13 +17,18 @@ from stillroom.storage.paths import Location, open_parquet
 
 def open_shard(path: Location) -> tuple[pq.ParquetFile, ShardHeader]:
     """Opens a shard with page checksums verified. Raises CorruptError, or DataError for a newer format."""
+    file = open_registered(path)
+    return file, header_of(file.schema_arrow.metadata, str(path))
+
+
+def open_registered(path: Location) -> pq.ParquetFile:
+    """Opens a Parquet file that a table lists, with page checksums verified. Raises CorruptError."""
     try:
-        file = open_parquet(path)
+        return open_parquet(path)
     except FileNotFoundError as error:
         raise CorruptError(f"{path} is registered but missing: `teacher-cache verify` lists what is wrong") from error
     except (pa.ArrowException, OSError) as error:
         raise CorruptError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    return file, header_of(file.schema_arrow.metadata, str(path))
 
 
 def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
