@@ -24,6 +24,7 @@ LINE_FILES = {
     "tests/repository/test_readme.py",
     "tests/teacher_cache/engine/http/test_server_vllm.py",
     "tests/teacher_cache/engine/test_capture.py",
+    "tests/teacher_cache/engine/test_engine.py",
     "tests/teacher_cache/engine/test_plugin.py",
     "tests/teacher_cache/states/test_vllm_states.py",
     "tests/teacher_cache/test_score_vllm.py",
@@ -34,7 +35,6 @@ LONGEST = (
     LINE,
     "tests/student_train/runtime/test_checkpoint.py",
     "tests/student_train/test_train.py",
-    "tests/teacher_cache/engine/test_engine.py",
     "tests/teacher_cache/test_build.py",
 )
 """They start first, so that no worker is left alone with one of them at the end."""

@@ -14,9 +14,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -39,13 +40,20 @@ FAST_ENGINE = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"
 class Program:
     """A program that was started: `argv` begins with a name of `PROGRAMS` or the module whose `main` it is."""
 
-    def __init__(self, argv: list[str], *, cwd: Path = ROOT, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, argv: list[str], *, cwd: Path = ROOT, environ: Mapping[str, str] = os.environ, with_vllm: bool = False
+    ) -> None:
         self.argv = argv
         self._streams = _make_streams()
         self._written: tuple[str, str] | None = None
+        arguments = (argv, cwd, dict(environ), self._streams)
+        self.process: ForkServerProcess | _ProcessWithVllm
+        if with_vllm:
+            self.process = _ProcessWithVllm(*arguments)
+            return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([IMPORTS])
-        self.process: ForkServerProcess = context.Process(target=_run, args=(argv, cwd, dict(environ), self._streams))
+        self.process = context.Process(target=_run, args=arguments)
         self.process.start()
 
     def poll(self) -> int | None:
@@ -82,41 +90,92 @@ class Program:
         return code, out, err
 
 
-def run_with_vllm(argv: list[str], *, cwd: Path = ROOT) -> str:
+def run_with_vllm(argv: list[str], *, cwd: Path = ROOT, environ: Mapping[str, str] | None = None) -> str:
     """The stdout of a program that may start a vLLM engine, which compiles nothing; fails with its stderr."""
-    streams, parent = _make_streams(), _vllm_parent()
-    parent.send((argv, cwd, {**os.environ, **FAST_ENGINE}, streams))
-    code = parent.recv() if parent.poll(TIMEOUT_S) else None
-    if code is None:
-        # Its answer would be taken for that of the next program.
-        parent.close()
-        _vllm_parent.cache_clear()
-    out, err = _read_streams(streams)
-    assert code == 0, f"{argv} ended with {code}:\n{err[-4000:]}"
-    return out
+    return program_with_vllm(argv, cwd=cwd, environ=environ).wait(expect=0)
+
+
+def program_with_vllm(argv: list[str], *, cwd: Path = ROOT, environ: Mapping[str, str] | None = None) -> Program:
+    """The same while it runs, as the leader of a process group."""
+    return Program(argv, cwd=cwd, environ={**os.environ, **FAST_ENGINE, **(environ or {})}, with_vllm=True)
+
+
+class _VllmParent:
+    """A process that has imported vLLM and forks; it ends when this one does."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        context.Process(target=_fork_with_vllm, args=(there,)).start()
+        there.close()
+        self._exit_codes: dict[int, int | None] = {}
+        # multiprocessing waits for its processes at exit, this one for the end of the connection.
+        atexit.register(self._connection.close)
+
+    def fork(self, arguments: tuple[Any, ...]) -> int:
+        """Starts `_run` and returns its process id."""
+        self._connection.send(arguments)
+        while True:
+            pid, code = self._receive()
+            if code is None:
+                return pid
+
+    def exit_code(self, pid: int, timeout_s: float) -> int | None:
+        deadline_s = time.monotonic() + timeout_s
+        while self._exit_codes[pid] is None and self._connection.poll(max(0.0, deadline_s - time.monotonic())):
+            self._receive()
+        return self._exit_codes[pid]
+
+    def _receive(self) -> tuple[int, int | None]:
+        pid, code = self._connection.recv()
+        self._exit_codes[pid] = code
+        return pid, code
+
+
+class _ProcessWithVllm:
+    """What `Program` needs of a multiprocessing.Process."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.pid: int | None = _vllm_parent().fork(arguments)
+
+    @property
+    def exitcode(self) -> int | None:
+        assert self.pid is not None
+        return _vllm_parent().exit_code(self.pid, 0.0)
+
+    def join(self, timeout: float) -> None:
+        assert self.pid is not None
+        _vllm_parent().exit_code(self.pid, timeout)
+
+    def kill(self) -> None:
+        assert self.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 @functools.cache
-def _vllm_parent() -> Connection:
-    """Leads to a process that has imported vLLM; it ends when this one does."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    context.Process(target=_fork_with_vllm, args=(there,)).start()
-    there.close()
-    # multiprocessing waits for its processes at exit, this one for the end of the connection.
-    atexit.register(here.close)
-    return here
+def _vllm_parent() -> _VllmParent:
+    return _VllmParent()
 
 
 def _fork_with_vllm(requests: Connection) -> None:
+    """Answers each request with (process id, None), and each end of a process with (process id, exit code)."""
     os.environ.update(FAST_ENGINE)
     importlib.import_module(VLLM_IMPORTS)
+    running: dict[int, ForkProcess] = {}
     with contextlib.suppress(EOFError):
         while True:
-            process = multiprocessing.get_context("fork").Process(target=_run, args=requests.recv())
-            process.start()
-            process.join()
-            requests.send(process.exitcode)
+            for ready in wait([requests, *running]):
+                if ready is requests:
+                    process = multiprocessing.get_context("fork").Process(target=_run, args=requests.recv())
+                    process.start()
+                    running[process.sentinel] = process
+                    requests.send((process.pid, None))
+                else:
+                    assert isinstance(ready, int)
+                    process = running.pop(ready)
+                    process.join()
+                    requests.send((process.pid, process.exitcode))
 
 
 def _make_streams() -> Path:
@@ -142,6 +201,10 @@ def _run(argv: list[str], cwd: Path, environ: dict[str, str], streams: Path) -> 
     if IMPORTS in sys.modules:
         for launcher in LAUNCHERS:
             vars(sys.modules[launcher])["subprocess"] = SimpleNamespace(Popen=_ForkedPython)
+    else:
+        os.setsid()
+        # As a new interpreter would.
+        sys.path.extend(environ["PYTHONPATH"].split(os.pathsep))
     os.chdir(cwd)
     # What TMPDIR said in the first process.
     tempfile.tempdir = None

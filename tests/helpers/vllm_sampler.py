@@ -5,9 +5,7 @@ chunks, draft tokens are guessed from the prompt and verified, and the key-value
 that chains are thrown out and start again. As a program it writes what came back.
 """
 
-import os
 import pickle
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,8 @@ import numpy as np
 
 from stillroom.schema.records import Capture, Float32, Int32
 from teacher_cache.engine.row_layout import Layout
-from tests.helpers import ROOT
 from tests.helpers.environment import python_path
+from tests.helpers.programs import run_with_vllm
 from tests.helpers.tiny import make_tiny_teacher
 
 LAYOUT = Layout(8, 5, (2.0,))
@@ -28,12 +26,11 @@ NUM_CHAINS = 8
 
 @dataclass(frozen=True)
 class Answers:
-    """`captures` by name of the request; `scored` the rows of prompt tokens; `stderr` what vLLM said."""
+    """`captures` by name of the request; `scored` the rows of prompt tokens."""
 
     teacher: Path
     captures: dict[str, Capture]
     scored: tuple[Int32, Float32]
-    stderr: str
 
 
 def run(folder: Path) -> Answers:
@@ -45,19 +42,11 @@ def run(folder: Path) -> Answers:
     (site / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nstillroom = teacher_cache.engine.plugin.register:register\n"
     )
-    environment = {
-        **os.environ,
-        **python_path(site.parent),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_PLUGINS": "stillroom",
-    }
-    command = [sys.executable, "-m", "tests.helpers.vllm_sampler", str(folder)]
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    engine = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    plugin = {"VLLM_PLUGINS": "stillroom", **python_path(site.parent)}
+    run_with_vllm(["tests.helpers.vllm_sampler", str(folder)], environ={**engine, **plugin})
     captures, scored = pickle.loads((folder / "answers.pickle").read_bytes())
-    return Answers(folder / "teacher", captures, scored, ended.stderr)
+    return Answers(folder / "teacher", captures, scored)
 
 
 def prompt_of(number: int) -> list[int]:

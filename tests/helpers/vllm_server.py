@@ -2,11 +2,8 @@
 
 import contextlib
 import importlib.metadata
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.helpers.environment import python_path
+from tests.helpers.programs import Program, program_with_vllm
 
-BIN = Path(sys.executable).parent
 START_LIMIT_S = 300
 END_LIMIT_S = 20
 
@@ -42,30 +39,25 @@ class Server:
 
 @contextlib.contextmanager
 def serve(model: Path, folder: Path, *flags: str, **environ: str) -> Iterator[Server]:
-    """Starts a server of `model` with its log in `folder`, and yields it when it answers; ends it after."""
+    """Starts a server of `model`, and yields it when it answers; ends it after. `folder` is for its files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=_environment(folder) | environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    # The engine is forked from the server, which has imported all that it needs.
+    fast = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    command = ["vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    path = python_path(_distribution_named_vllm(folder))
+    program = program_with_vllm([*command, *FLAGS, *flags], environ={**fast, **path, **environ})
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_for(url, process, folder / "serve.log")
-        yield Server(url, process.pid)
+        _wait_for(url, program)
+        assert program.process.pid is not None
+        yield Server(url, program.process.pid)
     finally:
-        _end(process)
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    fast = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    return {**os.environ, **fast, **python_path(_distribution_named_vllm(folder))}
+        with contextlib.suppress(ProcessLookupError):
+            program.send_signal(signal.SIGTERM)
+        program.process.join(END_LIMIT_S)
+        program.kill()
 
 
 def _distribution_named_vllm(folder: Path) -> Path:
@@ -81,22 +73,11 @@ def _distribution_named_vllm(folder: Path) -> Path:
     return place
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for(url: str, program: Program) -> None:
     deadline_s = time.monotonic() + START_LIMIT_S
     while True:
-        assert process.poll() is None, f"vllm serve ended with {process.returncode}:\n{log.read_text()[-4000:]}"
-        assert time.monotonic() < deadline_s, f"vllm serve does not answer:\n{log.read_text()[-4000:]}"
+        assert program.poll() is None, program.communicate()
+        assert time.monotonic() < deadline_s, f"vllm serve does not answer:\n{program.stderr_so_far()[-4000:]}"
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(0.2)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The server and its engine, which is a process of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(END_LIMIT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
