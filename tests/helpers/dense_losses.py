@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from stillroom.schema.records import Signals
 from student_train.losses.chunk import read_slots
 from student_train.losses.divergences import (
     JSD,
@@ -201,6 +202,19 @@ def dense_loss(loss: HeadLoss, logits_NV: Tensor, dense_NV: Tensor, targets: Spa
         p_B, q_B = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
         values.append(per_id(loss, p_B.log(), q_B.log())[(p_B > 0) & (q_B > 0)].sum())
     return tau**2 * torch.stack(values)
+
+
+def stored_kl(signals: Signals, logprobs_TV: Tensor) -> Tensor:
+    """[T] KL(teacher, student) in nats over a cache's entries, the tail one outcome; `logprobs_TV` the student's."""
+    ids_TK, teacher_TK = (torch.from_numpy(one) for one in signals.dense(int(signals.topk_n_T.max())))
+    is_stored_TK, num_vocab = teacher_TK > -torch.inf, logprobs_TV.shape[1]
+    teacher_TK, ids_TK = teacher_TK.to(logprobs_TV.dtype), ids_TK.long()
+    per_entry_TK = teacher_TK.exp() * (teacher_TK - logprobs_TV.gather(1, ids_TK))
+    is_listed_TV = torch.zeros(len(ids_TK), num_vocab + 1, dtype=torch.bool)
+    is_listed_TV = is_listed_TV.scatter(1, ids_TK.where(is_stored_TK, num_vocab), True)[:, :num_vocab]
+    student_tail_T = logprobs_TV.masked_fill(is_listed_TV, -torch.inf).logsumexp(dim=1)
+    tail_T = torch.from_numpy(signals.tail_logmass_T).to(logprobs_TV.dtype).clamp(min=-32.0)
+    return per_entry_TK.where(is_stored_TK, 0.0).sum(dim=1) + tail_T.exp() * (tail_T - student_tail_T)
 
 
 def dense_chunk_likelihood(loss: ChunkLikelihood, logits_NV: Tensor, targets: SparseTargets) -> Tensor:

@@ -35,6 +35,7 @@ from student_train.runtime.run_folder import RunFolder
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.states.engine import Shape
 from tests.helpers.caches import SyntheticCache, make_cache
+from tests.helpers.dense_losses import stored_kl
 from tests.helpers.feature_sets import add_features
 from tests.helpers.programs import Program
 from tests.helpers.students import VOCAB_SIZE
@@ -166,7 +167,7 @@ def _dense(own: Trainer) -> tuple[dict[str, float], Any]:
         ids = torch.tensor([*chain.prompt_ids, *chain.token_ids])
         out = model(ids[None], output_attentions=True)
         logprobs_TV = out.logits[0, len(chain.prompt_ids) - 1 : -1].log_softmax(dim=-1)
-        kl_sum, num_loss = kl_sum + _stored_kl(chain.signals, logprobs_TV), num_loss + len(chain.token_ids)
+        kl_sum, num_loss = kl_sum + stored_kl(chain.signals, logprobs_TV).sum(), num_loss + len(chain.token_ids)
         row = features.read([chain.sample_id]).get(chain.sample_id)
         if row is None:
             continue
@@ -201,35 +202,22 @@ def _dense(own: Trainer) -> tuple[dict[str, float], Any]:
     return {name: float(part.detach()) for name, part in parts.items()}, grad_norm
 
 
-def _stored_kl(signals: Any, logprobs_TV: torch.Tensor) -> torch.Tensor:
-    total, start = torch.zeros(()), 0
-    for token, count in enumerate(signals.topk_n_T.tolist()):
-        support = torch.from_numpy(signals.topk_ids_N[start : start + count]).long()
-        p = torch.from_numpy(signals.topk_logprobs_N[start : start + count])
-        tail = torch.tensor(float(signals.tail_logmass_T[token]))
-        outside = torch.ones(logprobs_TV.shape[1], dtype=torch.bool)
-        outside[support] = False
-        q_tail = logprobs_TV[token][outside].logsumexp(0)
-        total = total + (p.exp() * (p - logprobs_TV[token, support])).sum() + tail.exp() * (tail - q_tail)
-        start += count
-    return total
-
-
 def _dense_attention(row: Any, probs_ALL: torch.Tensor, query_P: torch.Tensor, heads: Any) -> torch.Tensor:
     """Heads of teacher and student are as many, so each has its own."""
     total = torch.zeros(())
     for layer, head in heads:
         stored = row.attention[layer, head]
-        for number, query in enumerate(query_P.tolist()):
-            q = probs_ALL[head, query, : query + 1]
-            left = torch.ones(len(q), dtype=torch.bool)
-            for key, weight in zip(stored.keys_PM[number].tolist(), stored.weights_PM[number].tolist(), strict=True):
-                if weight > 0:
-                    total = total + weight * (np.log(weight) - q[key].log()) / len(heads)
-                    left[key] = False
-            rest = float(stored.rest_P[number])
-            if rest > 0 and bool(left.any()):
-                total = total + rest * (np.log(rest) - q[left].sum().log()) / len(heads)
+        keys_PM, weights_PM, rest_P = (torch.tensor(one) for one in (stored.keys_PM, stored.weights_PM, stored.rest_P))
+        q_PL = probs_ALL[head, query_P]
+        is_stored_PM, keys_PM = weights_PM > 0, keys_PM.long()
+        listed = weights_PM * (weights_PM.log() - q_PL.gather(1, keys_PM).log())
+        is_listed_PL = torch.zeros(len(q_PL), q_PL.shape[1] + 1, dtype=torch.bool)
+        is_listed_PL = is_listed_PL.scatter(1, keys_PM.where(is_stored_PM, q_PL.shape[1]), True)[:, :-1]
+        # Later keys have probability 0, so that only those up to the query are left.
+        left_P = q_PL.masked_fill(is_listed_PL, 0.0).sum(dim=1)
+        has_rest_P = (rest_P > 0) & (left_P > 0)
+        rest = rest_P * (rest_P.log() - left_P.where(has_rest_P, 1.0).log())
+        total = total + (listed.where(is_stored_PM, 0.0).sum() + rest.where(has_rest_P, 0.0).sum()) / len(heads)
     return total
 
 

@@ -25,6 +25,7 @@ from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.run_folder import RunFolder, summarise
 from student_train.training import train
 from tests.helpers.caches import Chain, SyntheticCache
+from tests.helpers.dense_losses import stored_kl
 from tests.helpers.students import make_student
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, StopAfter, Trainer, losses_of
 
@@ -490,17 +491,7 @@ def _dense_reference(cache: SyntheticCache, student: Path, entropy: float, tail:
         p_T, q_T = torch.from_numpy(np.exp(chain.signals.sampled_logprob_T / 3.0)).double(), (student_T / 3.0).exp()
         binary_T = p_T * (p_T / q_T).log() + (1 - p_T) * ((1 - p_T) / (1 - q_T)).log()
         chunk_sum = chunk_sum + (weights_T * 3.0 * binary_T).sum()
-        start = 0
-        for token, count in enumerate(chain.signals.topk_n_T.tolist()):
-            support = torch.tensor(chain.signals.topk_ids_N[start : start + count], dtype=torch.int64)
-            teacher = torch.tensor(chain.signals.topk_logprobs_N[start : start + count]).double()
-            teacher_tail = torch.tensor(float(chain.signals.tail_logmass_T[token]), dtype=torch.float64)
-            outside = torch.ones(logprobs_TV.shape[1], dtype=torch.bool)
-            outside[support] = False
-            student_tail = logprobs_TV[token][outside].logsumexp(0)
-            kl = (teacher.exp() * (teacher - logprobs_TV[token, support])).sum()
-            kl_sum = kl_sum + weights_T[token] * (kl + teacher_tail.exp() * (teacher_tail - student_tail))
-            start += count
+        kl_sum = kl_sum + (weights_T * stored_kl(chain.signals, logprobs_TV)).sum()
         weight_sum += float(weights_T.sum())
     loss = (0.9 * kl_sum + 0.1 * ce_sum + chunk_weight * chunk_sum) / weight_sum
     loss.backward()

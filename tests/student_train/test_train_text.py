@@ -21,6 +21,7 @@ from student_train.plan import plan_run
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import EOS_ID, Chain, SyntheticCache
+from tests.helpers.dense_losses import stored_kl
 from tests.helpers.students import make_student
 from tests.helpers.tiny_tokenizer import byte_level, save
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
@@ -167,14 +168,7 @@ def _projected_losses(student: Path, selection: Selection) -> tuple[list[float],
             signals, chunks = block.signals_of(index, 0, len(ids)), block.chunks_of(index, 0, len(ids))
             assert signals is not None
             assert chunks is not None
-            ids_SK, teacher_SK = (torch.from_numpy(one) for one in signals.dense(64))
-            student_SK = logprobs_SV.gather(1, ids_SK.long())
-            is_real_SK = teacher_SK > -torch.inf
-            p_SK = teacher_SK.double().exp()
-            kl_S = torch.where(is_real_SK, p_SK * (teacher_SK.double() - student_SK), 0.0).sum(dim=1)
-            tail_S = torch.tensor(signals.tail_logmass_T).double().clamp(min=-32)
-            rest_S = torch.where(is_real_SK, student_SK.exp(), 0.0).sum(dim=1)
-            kl_S += tail_S.exp() * (tail_S - (1 - rest_S).log())
+            kl_S = stored_kl(signals, logprobs_SV)
             common_S = torch.tensor(chunks[0])
             sums[0] += float(kl_S.sum())
             sums[1] += float(kl_S[common_S].sum())
