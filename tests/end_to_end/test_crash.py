@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import ROOT
 
 
-@pytest.mark.parametrize(("flags", "kills"), [([], 10), (["--features"], 4)], ids=["build", "features"])
+@pytest.mark.parametrize(("flags", "kills"), [([], 6), (["--features"], 4)], ids=["build", "features"])
 def test_killed_workers_leave_every_row_exactly_once(flags: list[str], kills: int) -> None:
     options = ["--kills", str(kills), "--workers", "2", "--seed", "1", "--json"]
     command = [sys.executable, "-m", "benchmarks.crash", *flags, *options]
