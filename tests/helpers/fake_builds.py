@@ -3,13 +3,16 @@
 As a program (`python -m tests.helpers.fake_builds CACHE I/N|join NUM_PROMPTS STEP_S`) it is one worker, to be killed.
 """
 
+import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
+from stillroom.cache.catalog import Table
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from stillroom.storage.paths import Location, location
@@ -107,6 +110,19 @@ def join_build(config: BuildConfig, requests: Sequence[Request], start_engine: C
         return build.join(lambda: parts_of(requests), len(requests), start_engine, retry_failures=False)
     finally:
         build.close()
+
+
+@contextlib.contextmanager
+def killed_before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What runs inside ends between the rename of its first file and the commit, and must reach it."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def main() -> None:

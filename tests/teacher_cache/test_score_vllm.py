@@ -18,8 +18,8 @@ from tests.teacher_cache.engine.http.test_server_vllm import (
     SETTINGS,
     SIGNALS,
     WAYS,
-    assert_same_sampler_signals,
     assert_same_signals,
+    assert_served_alike,
     chains_of,
     completions_alone,
 )
@@ -77,12 +77,7 @@ def test_servers_with_the_plugin_score_with_what_the_sampler_sees(
     if path == CompletionsApi.path:
         monkeypatch.setattr(handshake, "_api", completions_alone)
     score_cache(served_config(line, vllm_server, tmp_path / "c", SIGNALS), WHOLE, retry_failures=False)
-    embedded, served = chains_of(scored), chains_of(tmp_path / "c")
-    assert embedded.keys() == served.keys()
-    for sample_id, (row, signals) in embedded.items():
-        assert served[sample_id][0] == row
-        assert_same_signals(served[sample_id][1], signals, 8)
-        assert_same_sampler_signals(served[sample_id][1], signals)
+    assert_served_alike(chains_of(scored), tmp_path / "c")
 
 
 def served_config(line: Line, url: str, cache: Path, capture: dict[str, Any]) -> ScoreConfig:

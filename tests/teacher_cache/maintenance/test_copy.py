@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stillroom.cache.catalog import Catalog, Table
+from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.judging.answers import Verdict
@@ -21,7 +21,15 @@ from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import damage, make_cache, visible_ids
-from tests.helpers.fake_builds import VOCAB_SIZE, K, make_config, make_engine, make_requests, run_build
+from tests.helpers.fake_builds import (
+    VOCAB_SIZE,
+    K,
+    killed_before_commit,
+    make_config,
+    make_engine,
+    make_requests,
+    run_build,
+)
 from tests.helpers.programs import Program
 
 
@@ -135,16 +143,10 @@ def test_what_may_not_be_mixed_is_refused(tmp_path: Path) -> None:
         copy_caches([one], tmp_path / "full")
 
 
-def test_a_commit_that_never_came_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copying_resumes_after_a_crash_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_cache(tmp_path / "a", num_chains=30).root
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Table, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            copy_caches([source], tmp_path / "b")
+    with killed_before_commit(monkeypatch):
+        copy_caches([source], tmp_path / "b")
     assert copy_caches([source], tmp_path / "b").num_verdicts > 0
     assert chains(tmp_path / "b") == chains(source)
 

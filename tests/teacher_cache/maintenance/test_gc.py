@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stillroom.cache.catalog import Catalog, Table
+from stillroom.cache.catalog import Catalog
 from stillroom.errors import CacheConflict, ConfigError, CorruptError
 from teacher_cache.cli import app
 from teacher_cache.maintenance.gc import GcReport, gc_cache, gc_lines
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import lock_path, read_sample_ids, worker_lock
 from tests.helpers.caches import make_cache, visible_ids
-from tests.helpers.fake_builds import make_config, make_requests, run_build
+from tests.helpers.fake_builds import killed_before_commit, make_config, make_requests, run_build
 
 
 def gc(root: Path, **options: object) -> GcReport:
@@ -30,14 +30,8 @@ def crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A build of 30 rows that died between the rename of its second part and the commit, and an unfinished file."""
     root = tmp_path / "c"
     run_build(make_config(root), make_requests(10))
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Table, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_build(make_config(root), make_requests(30))
+    with killed_before_commit(monkeypatch):
+        run_build(make_config(root), make_requests(30))
     (run_id,) = Catalog(root).runs()
     (root / "chains" / run_id / ".w0-000009.12ab34cd.tmp").write_bytes(b"half a shard")
     (root / "runs" / f".{run_id}.json.12ab34cd.tmp").write_bytes(b"{")

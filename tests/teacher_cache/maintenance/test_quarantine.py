@@ -23,7 +23,14 @@ from teacher_cache.maintenance.replacing import REPAIR_WORKER
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import damage, on_disk, visible_ids
-from tests.helpers.fake_builds import make_config, make_engine, make_requests, make_teacher, run_build
+from tests.helpers.fake_builds import (
+    killed_before_commit,
+    make_config,
+    make_engine,
+    make_requests,
+    make_teacher,
+    run_build,
+)
 from tests.teacher_cache.maintenance.test_verify import register
 
 NUM_ROWS = 60
@@ -184,14 +191,8 @@ def test_verdicts_leave_with_their_chains(root: Path, monkeypatch: pytest.Monkey
 
 def test_a_crash_before_the_commit_leaves_the_table_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage_group(largest(root), 1)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Table, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quarantine_damaged(Catalog(root), verify_cache(root))
+    with killed_before_commit(monkeypatch):
+        quarantine_damaged(Catalog(root), verify_cache(root))
     assert len(Catalog(root).chains.files()) == len(list((root / "chains").glob("*/w0-*.parquet")))
     assert run(root, "--quarantine")[0] == 0
     run_build(make_config(root), make_requests(NUM_ROWS))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stillroom.cache.catalog import Catalog, Table
+from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
 from stillroom.errors import ConfigError, CorruptError
 from stillroom.sql.session import open_session
@@ -19,6 +19,7 @@ from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.quarantine import verify_command
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import CacheShape, damage, make_cache, write_cache
+from tests.helpers.fake_builds import killed_before_commit
 from tests.helpers.feature_sets import add_features
 
 
@@ -171,14 +172,8 @@ def test_gc_adopts_what_a_kill_left_and_drops_sets_and_runs(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = make_cache(tmp_path / "fresh", num_chains=12).root
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Table, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            add_features(fresh)
+    with killed_before_commit(monkeypatch):
+        add_features(fresh)
     assert gc_cache(fresh, dry_run=False, grace_s=0.0).num_adopted == 12
     assert stored(fresh) == visible(fresh)
 

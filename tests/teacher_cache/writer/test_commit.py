@@ -10,19 +10,13 @@ from stillroom.errors import CacheConflict, CorruptError
 from stillroom.storage.paths import Location
 from teacher_cache.building import Build
 from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, remove_files, worker_lock
-from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
+from tests.helpers.fake_builds import killed_before_commit, make_config, make_requests, make_teacher, run_build
 
 
 def _without_commits(root: Path, num_prompts: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A build that dies between the rename of its first shard and the commit; returns what lies there."""
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Table, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_build(make_config(root), make_requests(num_prompts))
+    with killed_before_commit(monkeypatch):
+        run_build(make_config(root), make_requests(num_prompts))
     return sorted((root / "chains").glob("*/*.parquet"))
 
 

@@ -48,6 +48,16 @@ def assert_same_signals(one: Signals, other: Signals, k: int) -> None:
     np.testing.assert_allclose(one.tail_logmass_T, other.tail_logmass_T, atol=5e-3)
 
 
+def assert_served_alike(embedded: dict[str, tuple[dict[str, Any], Signals]], cache: Path) -> None:
+    """By key: the same chains with the same signals."""
+    served = chains_of(cache)
+    assert embedded.keys() == served.keys()
+    for sample_id, (row, signals) in embedded.items():
+        assert served[sample_id][0] == row
+        assert_same_signals(served[sample_id][1], signals, 8)
+        assert_same_sampler_signals(served[sample_id][1], signals)
+
+
 def assert_same_sampler_signals(one: Signals, other: Signals) -> None:
     """What only the sampler sees: exact entropies, log-partitions, and the same seeded draws."""
     np.testing.assert_allclose(one.entropy_T, other.entropy_T, atol=2e-3)
@@ -119,12 +129,7 @@ def test_a_server_with_the_plugin_gives_what_the_sampler_sees(
     path: str,
 ) -> None:
     assert fill(line, vllm_server, tmp_path / "c", monkeypatch, path, SIGNALS) == "exact"
-    served = chains_of(tmp_path / "c")
-    assert embedded.keys() == served.keys()
-    for sample_id, (row, signals) in embedded.items():
-        assert served[sample_id][0] == row
-        assert_same_signals(served[sample_id][1], signals, 8)
-        assert_same_sampler_signals(served[sample_id][1], signals)
+    assert_served_alike(embedded, tmp_path / "c")
 
 
 def test_entropies_are_exact_without_draws_too(
