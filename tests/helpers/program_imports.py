@@ -1,5 +1,6 @@
 """What the programs of tests.helpers.programs find imported. Nothing here starts a thread or reads their settings."""
 
+import gc
 import importlib
 import pkgutil
 
@@ -18,3 +19,5 @@ for package in (student_train, teacher_cache):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if "vllm" not in module.name and "plugin" not in module.name:
             importlib.import_module(module.name)
+# Forked processes would go through all these objects, and copy their pages, whenever they collect garbage.
+gc.freeze()

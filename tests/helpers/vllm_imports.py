@@ -1,5 +1,6 @@
 """What programs with vLLM find imported: as little may be read of its settings, and no thread started."""
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -15,3 +16,5 @@ for name in (
     *(module.name for module in pkgutil.walk_packages(teacher_cache.__path__, f"{teacher_cache.__name__}.")),
 ):
     importlib.import_module(name)
+# As in program_imports.
+gc.freeze()

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import signal
 import socket
 import time
@@ -54,10 +55,19 @@ def serve(model: Path, folder: Path, *flags: str, **environ: str) -> Iterator[Se
         assert program.process.pid is not None
         yield Server(url, program.process.pid)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            program.send_signal(signal.SIGTERM)
-        program.process.join(END_LIMIT_S)
-        program.kill()
+        _end(program)
+
+
+def _end(program: Program) -> None:
+    """The server and its engine, which is a process of its own and may take longer."""
+    assert program.process.pid is not None
+    deadline_s = time.monotonic() + END_LIMIT_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program.process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline_s:
+            os.killpg(program.process.pid, 0)
+            time.sleep(0.1)
+    program.kill()
 
 
 def _distribution_named_vllm(folder: Path) -> Path:

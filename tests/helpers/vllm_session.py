@@ -55,17 +55,12 @@ def run_session(folder: Path) -> Session:
 
 def run_start(folder: Path) -> dict[str, Any]:
     """Starts a compiled engine, with saved compilations in `folder`, and generates one chain."""
-    # Kernels of C++ without optimisation: what they compute is the same, and they are compiled in half the time.
-    compiled = {"TORCHDYNAMO_DISABLE": "0", "VLLM_CACHE_ROOT": str(folder / "vllm"), "CXX": str(_compiler(folder))}
-    stdout, stderr = _run(folder, "start", **compiled)
+    # Kernels without optimisation compute the same and are compiled sooner.
+    compiler = folder / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    stdout, stderr = _run(folder, "start", TORCHDYNAMO_DISABLE="0", VLLM_CACHE_ROOT=str(folder / "vllm"))
     return {"stderr": stderr, **json.loads(stdout)}
-
-
-def _compiler(folder: Path) -> Path:
-    path = folder / "g++"
-    path.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
-    path.chmod(0o755)
-    return path
 
 
 def _run(folder: Path, way: str, **environ: str) -> tuple[str, str]:
@@ -116,11 +111,13 @@ def main() -> None:
 
 
 def _start(folder: Path) -> None:
+    from torch._inductor import config as inductor
     from vllm.compilation.counter import compilation_counter
 
     from teacher_cache.config import EmbeddedConfig, TeacherConfig
     from teacher_cache.engine.vllm import EmbeddedEngine
 
+    inductor.cpp.cxx = (None, str(folder / "g++"))
     config = EmbeddedConfig(dtype="float32", max_num_seqs=4, max_model_len=MAX_MODEL_LEN)
     engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
     chain = finished(_generate(engine, make_requests()[:1]))["good0"]
