@@ -297,10 +297,13 @@ def _create_database(path: Path, catalogs: Mapping[str, Catalog], files: Mapping
     try:
         with duckdb.connect(str(path), config={"storage_compatibility_version": STORAGE_VERSION}) as connection:
             _register_stores(connection, catalogs)
+            # In one transaction: each commit of its own would wait for the disk, and there are thirty.
+            connection.begin()
             for name, catalog in catalogs.items():
                 visible = visible_files(catalog)
                 _create_views(connection, name, visible, catalog)
                 paths.extend(visible.paths())
+            connection.commit()
             paths.extend(create_tables(connection, files))
     except duckdb.Error as error:
         raise query_error(error) from error
