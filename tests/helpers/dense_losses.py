@@ -213,7 +213,7 @@ def stored_kl(signals: Signals, logprobs_TV: Tensor) -> Tensor:
     is_listed_TV = torch.zeros(len(ids_TK), num_vocab + 1, dtype=torch.bool)
     is_listed_TV = is_listed_TV.scatter(1, ids_TK.where(is_stored_TK, num_vocab), True)[:, :num_vocab]
     student_tail_T = logprobs_TV.masked_fill(is_listed_TV, -torch.inf).logsumexp(dim=1)
-    tail_T = torch.from_numpy(signals.tail_logmass_T).to(logprobs_TV.dtype).clamp(min=-32.0)
+    tail_T = torch.tensor(signals.tail_logmass_T, dtype=logprobs_TV.dtype).clamp(min=-32.0)
     return per_entry_TK.where(is_stored_TK, 0.0).sum(dim=1) + tail_T.exp() * (tail_T - student_tail_T)
 
 
