@@ -1,8 +1,12 @@
-"""Chained sums modulo 10 with a checker: the teacher, its chains, and students that read the same 18 characters.
+"""Chained sums modulo 10 with a checker: the teacher, its chains, and students that read the same 19 characters.
 
 A prompt `7+5-8+3*2=` has five digits and is worked from the left; the chain `7+5=2;2-8=4;4+3=7;7*2=4#4` shows every
 step, so that a mistake is carried on. The right answer follows from the prompt: `ends_with(text, '#' || reference)` is
-the checker, in SQL as here. The teacher is trained on the spot and errs now and then; students are smaller.
+the checker, in SQL as here.
+
+The teacher, trained on the spot, hardly errs, and sees a mistake: after a wrong result it writes `!` and the right one
+(`7+5=3!2;`). It was shown mistakes to correct, but not taught to make them, so its own chains hold hardly any: what to
+do after a mistake is to be learnt on the student's states alone. Students are smaller.
 
     B sequences of a batch, P prompt tokens, T completion tokens, V vocabulary
 """
@@ -21,13 +25,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from student_train.model.folder import atomic_folder, save_model
 
-CHARACTERS = "0123456789+-*=;#"
+CHARACTERS = "0123456789+-*=;#!"
 END, UNKNOWN = "<end>", "<unknown>"
+IGNORED = -100
 VOCAB_SIZE = len(CHARACTERS) + 2
 NUM_DIGITS = 5
 NUM_PROMPT_TOKENS = 2 * NUM_DIGITS
-NUM_COMPLETION_TOKENS = 32
-"""A right chain has 26, its end included."""
+NUM_COMPLETION_TOKENS = 34
+"""A chain without corrections has 26, its end included; each takes two."""
+MISTAKE_FRAC = 0.3
+"""Of the steps that the teacher is shown."""
 IS_RIGHT = "ends_with(text, '#' || reference)"
 OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: a * b % 10}
 
@@ -96,20 +103,36 @@ def make_model(folder: Path, *, layers: int, width: int, seed: int) -> Path:
     return folder
 
 
+def with_mistakes(problem: Problem, generator: random.Random) -> tuple[str, list[bool]]:
+    """A chain with corrected mistakes, and for each character whether it is one: those are not to be learnt."""
+    parts, mistakes = [], []
+    *steps, last = problem.chain.split(";")
+    step, _, answer = last.partition("#")
+    for one in [*steps, step]:
+        if generator.random() < MISTAKE_FRAC:
+            wrong = (int(one[-1]) + generator.randrange(1, 10)) % 10
+            parts.append(f"{one[:-1]}{wrong}!{one[-1]};")
+            mistakes += [*[False] * (len(one) - 1), True, False, False, False]
+        else:
+            parts.append(f"{one};")
+            mistakes += [False] * (len(one) + 1)
+    return "".join(parts)[:-1] + f"#{answer}", [*mistakes, False]
+
+
 def ensure_teacher(folder: Path, num_steps: int) -> Path:
-    """A teacher of three layers of width 128, trained on right chains where it is not there yet."""
+    """A teacher of three layers of width 128, trained where it is not there yet."""
     if folder.exists():
         return folder
     start = make_model(folder.with_name(f"{folder.name}-start"), layers=3, width=128, seed=0)
     model = LlamaForCausalLM.from_pretrained(start)
     tokenizer = make_tokenizer()
-    ids_BL = torch.tensor([[*tokenizer.encode(one.prompt + one.chain), 0] for one in problems(64 * num_steps, seed=0)])
+    ids_BL, targets_BL = _training_ids(problems(64 * num_steps, seed=0), tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    for step, batch_BL in enumerate(ids_BL.split(64)):
+    for step, (batch_BL, target_BL) in enumerate(zip(ids_BL.split(64), targets_BL.split(64), strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / num_steps)) / 2
-        logits_BLV = model(input_ids=batch_BL).logits[:, NUM_PROMPT_TOKENS - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), batch_BL[:, NUM_PROMPT_TOKENS:].flatten())
+        logits_BLV = model(input_ids=batch_BL).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), target_BL[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,6 +140,21 @@ def ensure_teacher(folder: Path, num_steps: int) -> Path:
     with atomic_folder(folder) as temp:
         save_model(model, tokenizer, temp)
     return folder
+
+
+def _training_ids(found: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] of prompts and chains, padded with the end, and targets [B, L]: IGNORED at what is not learnt."""
+    generator = random.Random(1)
+    made = [(problem.prompt, *with_mistakes(problem, generator)) for problem in found]
+    length = max(len(prompt) + len(chain) for prompt, chain, _ in made) + 1
+    ids_BL = torch.zeros(len(made), length, dtype=torch.int64)
+    targets_BL = torch.full_like(ids_BL, IGNORED)
+    for row, (prompt, chain, mistakes) in enumerate(made):
+        ids = [*tokenizer.encode(prompt + chain), 0]
+        ids_BL[row, : len(ids)] = torch.tensor(ids)
+        learnt = [IGNORED if wrong else one for one, wrong in zip(ids[len(prompt) :], [*mistakes, False], strict=True)]
+        targets_BL[row, len(prompt) : len(ids)] = torch.tensor(learnt)
+    return ids_BL, targets_BL
 
 
 @torch.no_grad()
