@@ -4,8 +4,9 @@
 
 All arms of a seed share one student, distilled from the teacher's chains. Each arm then trains it twice more, as many
 steps: on the teacher's chains again (`offpolicy`), on chains that the student has just written and the teacher has
-scored (`rounds`, by reverse KL; `rounds_pg`, by policy gradient), on the teacher's right chains and away from its wrong
-ones (`negatives`), or on the student's chains with its wrong ones as negatives (`both`).
+scored (`rounds`, by reverse KL; `rounds_pg`, by policy gradient), on the teacher's chains and away from the student's
+wrong ones (`negatives`; the teacher has hardly any), or on the student's chains with its wrong ones as negatives too
+(`both`).
 
 `rounds_reverse_kl_ratio` is the reverse KL on the student's own states, `rounds` over `offpolicy`. The last line is one
 JSON object; with --json it is the only one.
@@ -47,30 +48,35 @@ TRAIN = "split = 'train'"
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What a round trains: losses on the teacher's chains, or on the student's own; `negatives` if wrong ones count."""
+    """What a round trains: losses on the teacher's chains, on the student's own, or both; `negatives` if wrong ones
+    count.
+    """
 
     name: str
     losses: Json
-    is_own: bool = False
+    reads: tuple[str, ...] = ("teacher",)
     negatives: Json | None = None
     where: str = TRAIN
+    learning_rate: float = ROUND_RATE
 
 
-WRONG = f"{TRAIN} and not {IS_RIGHT}"
+WRONG = f"{TRAIN} and source = 'own' and not {IS_RIGHT}"
 ARMS = (
     Arm("offpolicy", KD),
-    Arm("rounds", {"reverse_kl": 1.0}, is_own=True),
-    Arm("rounds_pg", {"policy_gradient": 1.0}, is_own=True),
+    Arm("rounds", {"reverse_kl": 1.0}, reads=("own",)),
+    # One sampled token instead of a distribution: at the rate of the others its noise destroys the student.
+    Arm("rounds_pg", {"policy_gradient": 1.0}, reads=("own",), learning_rate=ROUND_RATE / 10),
     Arm(
         "negatives",
         {**KD, "unlikelihood": 0.1},
+        reads=("teacher", "own"),
         negatives={"where": WRONG, "right": IS_RIGHT},
-        where=f"{TRAIN} and {IS_RIGHT}",
+        where=f"{TRAIN} and source = 'sums'",
     ),
     Arm(
         "both",
         {"reverse_kl": 1.0, "unlikelihood": 0.1},
-        is_own=True,
+        reads=("own",),
         negatives={"where": WRONG, "right": IS_RIGHT, "correct_by_teacher": True},
     ),
 )
@@ -122,14 +128,18 @@ class Runs:
         """The student after all rounds of an arm, and the tokens that it read in them."""
         student, num_tokens = self._start(), 0
         for number in range(1, NUM_ROUNDS + 1):
-            data: Json = {"caches": [str(self._off_policy)]}
-            if arm.is_own:
+            data: Json = {"caches": [str(self._off_policy)] if "teacher" in arm.reads else []}
+            if "own" in arm.reads:
                 own, scored = self._own_chains(arm, number, student)
-                data = {
-                    "caches": [str(scored)],
-                    **({"behaviour": [str(own)]} if "policy_gradient" in arm.losses else {}),
-                }
-            stage = {"losses": arm.losses, "where": arm.where, "negatives": arm.negatives, "learning_rate": ROUND_RATE}
+                data["caches"].append(str(scored))
+                if "policy_gradient" in arm.losses:
+                    data["behaviour"] = [str(own)]
+            stage = {
+                "losses": arm.losses,
+                "where": arm.where,
+                "negatives": arm.negatives,
+                "learning_rate": arm.learning_rate,
+            }
             name = f"{arm.name}-{number}"
             student, more = self._train(name, student, data, {**stage, "max_steps": ROUND_STEPS}, number)
             num_tokens += more

@@ -138,7 +138,8 @@ class HttpClient:
 async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
     waiting, is_stream = b"", False
     async for data in response.aiter_bytes():
-        waiting += data
+        # Some gateways end lines with CR LF; JSON never has a bare CR.
+        waiting += data.replace(b"\r", b"")
         if not is_stream and len(waiting.lstrip()) < MIN_START_BYTES:
             continue
         is_stream = is_stream or waiting.lstrip().startswith(STREAM_FIELDS)
@@ -149,7 +150,7 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
         # The last part is an event that has not arrived whole.
         *events, waiting = waiting.split(b"\n\n")
         for event in events:
-            text = event.strip().removeprefix(b"data: ")
+            text = event.strip().removeprefix(b"data:").lstrip()
             if text == b"[DONE]":
                 return
             # Lines that begin with a colon are comments, which gateways send to keep a connection alive.

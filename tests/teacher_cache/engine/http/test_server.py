@@ -545,8 +545,11 @@ def test_another_program_behind_the_address_is_reported_in_one_line(
         make_engine(server)
 
 
-def test_comments_in_a_stream_are_passed_over(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_streams_may_have_comments_and_either_end_of_line(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     written = fake_server.EVENT
-    monkeypatch.setattr(fake_server, "EVENT", ": still here\n\n" + written)
+    monkeypatch.setattr(fake_server, "EVENT", (": still here\n\n" + written).replace("\n", end))
     (request,) = make_requests(1)
     assert isinstance(answers(make_engine(server), [request])[request.sample_id], Finished)
