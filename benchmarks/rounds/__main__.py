@@ -3,10 +3,10 @@
     python -m benchmarks.rounds [--json] [--seeds N] [--arms NAME ...] [--folder FOLDER]
 
 All arms of a seed share one student, distilled from the teacher's chains. Each arm then trains it twice more, as many
-steps: on the teacher's chains again (`offpolicy`), on chains that the student has just written and the teacher has
-scored (`rounds`, by reverse KL; `rounds_pg`, by policy gradient), on the teacher's chains and away from the student's
-wrong ones (`negatives`; the teacher has hardly any), or on the student's chains with its wrong ones as negatives too
-(`both`).
+steps: on the teacher's chains again (`offpolicy`), on chains that the student has just written for the same prompts and
+the teacher has scored (`rounds`, by forward and reverse KL; `rounds_reverse`, by reverse KL alone; `rounds_pg`, by
+policy gradient), on the teacher's chains and away from the student's wrong ones (`negatives`; the teacher has hardly
+any), or on the student's chains with its wrong ones as negatives too (`both`).
 
 `rounds_reverse_kl_ratio` is the reverse KL on the student's own states, `rounds` over `offpolicy`. The last line is one
 JSON object; with --json it is the only one.
@@ -40,9 +40,10 @@ from student_train.training import train
 
 BATCH_TOKENS = 2048
 START_STEPS, ROUND_STEPS, NUM_ROUNDS = 250, 60, 2
-START_RATE, ROUND_RATE = 4e-3, 1e-3
-NUM_OFF_POLICY, NUM_OWN, NUM_HELDOUT = 4000, 3600, 1000
+START_RATE, ROUND_RATE = 4e-3, 5e-4
+NUM_PROMPTS, NUM_OWN_SAMPLES, NUM_HELDOUT = 1000, 4, 1000
 KD = {"forward_kl": 0.9, "cross_entropy": 0.1}
+OWN = {"forward_kl": 0.5, "reverse_kl": 0.5}
 TRAIN = "split = 'train'"
 
 
@@ -63,7 +64,9 @@ class Arm:
 WRONG = f"{TRAIN} and source = 'own' and not {IS_RIGHT}"
 ARMS = (
     Arm("offpolicy", KD),
-    Arm("rounds", {"reverse_kl": 1.0}, reads=("own",)),
+    # What the teacher says and the student never would has no gradient under reverse KL: corrections need the forward.
+    Arm("rounds", OWN, reads=("own",)),
+    Arm("rounds_reverse", {"reverse_kl": 1.0}, reads=("own",)),
     # One sampled token instead of a distribution: at the rate of the others its noise destroys the student.
     Arm("rounds_pg", {"policy_gradient": 1.0}, reads=("own",), learning_rate=ROUND_RATE / 10),
     Arm(
@@ -75,7 +78,7 @@ ARMS = (
     ),
     Arm(
         "both",
-        {"reverse_kl": 1.0, "unlikelihood": 0.1},
+        {**OWN, "unlikelihood": 0.1},
         reads=("own",),
         negatives={"where": WRONG, "right": IS_RIGHT, "correct_by_teacher": True},
     ),
@@ -96,8 +99,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     teacher = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
     heldout = problems(NUM_HELDOUT, seed=99)
     with quiet(folder / "teacher.log"):
-        prompts = write_prompts(folder / "off-policy.jsonl", problems(NUM_OFF_POLICY, seed=1))
-        off_policy = build(folder / "off-policy", teacher_folder, prompts, 1, heldout_frac=0.05)
+        prompts = write_prompts(folder / "prompts.jsonl", problems(NUM_PROMPTS, seed=1))
+        off_policy = build(folder / "off-policy", teacher_folder, prompts, 1)
 
     def row_of(arm: Arm, seed: int, ranks: Ranks) -> tuple[Json, str]:
         student, num_tokens = Runs(folder / f"seed-{seed}", teacher_folder, off_policy, seed, ranks).trained(arm)
@@ -157,8 +160,8 @@ class Runs:
         name = "first" if number == 1 else arm.name
         with quiet(self._folder / f"own-{name}-{number}.log"):
             seed = 1000 * number + self._seed
-            prompts = write_prompts(self._folder / f"prompts-{number}.jsonl", problems(NUM_OWN, seed))
-            own = build(self._folder / f"own-{name}-{number}", student, prompts, seed, heldout_frac=0.05)
+            prompts = self._folder.parent / "prompts.jsonl"
+            own = build(self._folder / f"own-{name}-{number}", student, prompts, seed, samples=NUM_OWN_SAMPLES)
             return own, rescore(self._folder / f"scored-{name}-{number}", self._teacher, own)
 
     def _train(self, name: str, student: Path, data: Json, stage: Json, number: int) -> tuple[Path, int]:

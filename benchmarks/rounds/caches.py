@@ -20,20 +20,27 @@ from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import load_prompts, num_requests, requests
 
 BATCH = 512
+HELDOUT_FRAC = 0.05
 # The vocabulary is small enough to keep whole distributions.
 CAPTURE = {"codec": "topk-f32", "max_support": VOCAB_SIZE, "nucleus": None, "draws": 0}
 LAYOUT = Layout(VOCAB_SIZE, 0)
 
 
-def build(cache: Path, model: Path, prompts: Path, seed: int, *, heldout_frac: float) -> Path:
-    """A cache of one chain for each prompt, sampled from the model at temperature 1; made where it is not there yet."""
+def build(cache: Path, model: Path, prompts: Path, seed: int, *, samples: int = 1) -> Path:
+    """A cache of chains for each prompt, sampled from the model at temperature 1; made where it is not there yet."""
     if cache.exists():
         return cache
     config = validate_config(
         {
             **_common(cache, model),
-            "prompts": {"sources": [_source(prompts)], "heldout_frac": heldout_frac},
-            "sampling": {"temperature": 1.0, "top_p": 1.0, "max_tokens": NUM_COMPLETION_TOKENS},
+            "prompts": {"sources": [_source(prompts)], "heldout_frac": HELDOUT_FRAC},
+            "sampling": {
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "max_tokens": NUM_COMPLETION_TOKENS,
+                "samples": samples,
+                "seed": seed,
+            },
         },
         BuildConfig,
         "benchmark",

@@ -294,7 +294,7 @@ def test_a_cache_with_several_sets_must_name_one_beside_others(own: Trainer) -> 
     for name in ("one", "two"):
         add_features(root, shape=SHAPE, name=name, calibration={"tokens": 64})
     data = {"caches": [str(own.cache.root), str(root)]}
-    with pytest.raises(ConfigError, match=r"data.caches.1: .* has several feature sets: name one of one_.*, two_"):
+    with pytest.raises(ConfigError, match=r"data.caches.1: .* has several feature sets: choose one of one_.*, two_"):
         plan_run(own.config("run", {"losses": BELOW}, data=data, eval=None), 1)
     # A set that was dropped is none of them, although its manifest is there for older versions.
     gc_cache(root, dry_run=False, grace_s=0.0, drop_runs=["one"])
@@ -346,7 +346,7 @@ def test_plan_prints_layers_and_report_shows_each_stages_losses(own: Trainer) ->
 @pytest.mark.parametrize(
     ("stage", "blocks", "message"),
     [
-        ({"losses": {"hidden_mse": 1.0}}, {"features": "none"}, "no feature set 'none': name one of all_"),
+        ({"losses": {"hidden_mse": 1.0}}, {"features": "none"}, "no feature set 'none': choose one of all_"),
         ({"losses": {"hidden_mse": {"layers": {3: 1}}}}, {}, "the set holds layers 1, 2 of the teacher, not 3"),
         ({"losses": {"hidden_mse": {"layers": {1: 3}}}}, {}, "the student has layers 1 to 2, not 3"),
         ({"losses": {"hidden_cosine": {"project": False}}}, {}, "states have width 32, the teacher's 16: leave it out"),

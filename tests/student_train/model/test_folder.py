@@ -93,7 +93,7 @@ def test_weights_cut_short_are_one_line(tmp_path: Path) -> None:
         model_shape(StudentConfig(model=str(folder)))
     with pytest.raises(DataError, match="is not a model that transformers can load"):
         load_causal(str(folder), StudentConfig(model=str(folder)), None)
-    with pytest.raises(DataError, match=r"/none is not a folder: name a Hugging Face model folder or a hub id$"):
+    with pytest.raises(DataError, match=r"/none is not a folder: use a Hugging Face model folder or a hub id$"):
         load_causal(f"{folder}/none", StudentConfig(model=str(folder)), None)
 
 
