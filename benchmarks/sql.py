@@ -76,7 +76,7 @@ def _write_cache(root: Path, num_tokens: int) -> None:
     """Builds with the fake engine, as `teacher-cache build` does with a real one; then a verdict for every chain."""
     config = make_config(
         root,
-        capture={"max_support": SUPPORT},
+        capture={"max_support": SUPPORT, "draws": 0},
         shard={"max_mb": 64.0, "row_group_tokens": 65_536},
     )
     tokenizer, teacher = _tokenizer(), make_teacher()
