@@ -114,8 +114,10 @@ class Leases:
             return False
         files = self._files.get(part, [])
         epoch = 1 + max((_epoch_of(path) for path in files), default=-1)
-        for dead in sorted({self._holder_of(path) for path in files} - {self.worker}):
-            self._bury(dead)
+        for holder in sorted({self._holder_of(path) for path in files}):
+            # One of an earlier epoch may have been slow only, and lives.
+            if not self._is_alive(holder):
+                self._bury(holder)
         path = self.folder / f"{part}.{epoch:06d}.lease"
         if not create_file(path, self.worker.encode()):
             # Another worker was faster: what was listed is out of date.

@@ -84,6 +84,20 @@ def test_the_silent_are_declared_dead_once_and_what_they_held_is_free(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["ja.json"]
 
 
+def test_who_was_only_slow_is_not_declared_dead_again(tmp_path: Path, dead: list[str]) -> None:
+    slow, second = Leases(tmp_path, "ja", dead.append), Leases(tmp_path, "jb", dead.append)
+    slow._beat()
+    assert slow.claim("0-a")
+    time.sleep(EXPIRY_S)
+    second._beat()
+    assert second.claim("0-a")
+    time.sleep(EXPIRY_S)
+    slow._beat()
+    with Leases(tmp_path, "jc", dead.append) as third:
+        assert third.claim("0-a")
+    assert dead == ["ja", "jb"]
+
+
 def test_a_worker_that_hangs_falls_silent(tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "STALL_S", 0.3)
     with Leases(tmp_path, "ja", dead.append) as hanging, Leases(tmp_path, "jb", dead.append) as other:
