@@ -61,10 +61,8 @@ def open_cache(
 def topk(chains: pa.Table | pa.RecordBatch) -> pa.Table:
     """Candidates with probabilities of chains that another program read, as in the SQL view `topk`.
 
-    `chains` has the columns `sample_id`, `topk_n`, `draw_n`, `topk_ids`, and `topk_codes` and `tail_codes` or
-    `topk_logprobs` and `tail_logmass`. Needs numpy and pyarrow only. Raises DataError if a column is missing,
-    CorruptError if they contradict each other.
+    The same as `stillroom.arrow.topk`, which documents columns and errors. Needs numpy and pyarrow only.
     """
-    from stillroom.cache.candidates import topk
+    from stillroom.arrow import topk
 
     return topk(chains)
