@@ -396,6 +396,14 @@ def compare_sides(
         list[str] | None,
         typer.Option(metavar="NAME=IN/OUT", help="Price of a million prompt and answer tokens. Repeatable."),
     ] = None,
+    price_per_hour: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PRICE", help="Price of an hour of the machine that answers. Repeatable."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Side that the others are compared with: a name, best or all. Default: the first."),
+    ] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the servers' key.")] = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html"),
     as_json: AsJson = False,
@@ -411,11 +419,11 @@ def compare_sides(
     if api_key_env is not None and api_key_env not in os.environ:
         raise ConfigError(f"--api-key-env {api_key_env}: this environment variable is not set")
     api_key = None if api_key_env is None else os.environ[api_key_env]
-    prices = dict(_price(one) for one in price or [])
+    prices = _prices(price or [], price_per_hour or [])
     config = GenerateConfig(prompts, max_new_tokens, temperature)
     asked = prompts_of(cache, where, prompts)
     result, answered = compare(
-        [open_side(one, api_key, timeout_s) for one in sides], asked, config, concurrency, prices
+        [open_side(one, api_key, timeout_s) for one in sides], asked, config, concurrency, prices, against
     )
     write_page(result, answered, asked, out)
     print_result({**result, "page": str(out)}, compare_lines({**result, "page": str(out)}), as_json)
@@ -425,14 +433,17 @@ def compare_sides(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of a device's hour, to show what training cost.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an HTML report of one run, or compare several."""
     from stillroom.storage.paths import check_out
     from student_train.report import write_student_report
 
     check_out("--out", out)
-    write_student_report(runs, out)
-    print(out)
+    print_result(write_student_report(runs, out, price_per_hour), [str(out)], as_json)
 
 
 @app.command()
@@ -459,18 +470,26 @@ def main() -> None:
         sys.exit(ConfigError.exit_code)
 
 
-def _price(given: str) -> "tuple[str, Price]":
-    """Raises ConfigError for anything but NAME=IN/OUT."""
+def _prices(of_tokens: list[str], of_hours: list[str]) -> "dict[str, Price]":
+    """Raises ConfigError for anything but NAME=IN/OUT and NAME=PRICE."""
     from student_train.compare.comparing import Price
 
-    name, _, prices = given.partition("=")
-    try:
-        prompt, completion = map(float, prices.split("/"))
-    except ValueError:
-        raise ConfigError(
-            f"--price {given}: write NAME=IN/OUT, prices of a million tokens, e.g. int8=0.1/0.4"
-        ) from None
-    return name, Price(prompt, completion)
+    prices: dict[str, Price] = {}
+    for option, given in [*(("--price", one) for one in of_tokens), *(("--price-per-hour", one) for one in of_hours)]:
+        name, _, numbers = given.partition("=")
+        try:
+            found = dict(zip(_PRICE_PARTS[option], map(float, numbers.split("/")), strict=True))
+        except ValueError:
+            raise ConfigError(f"{option} {given}: {_PRICE_HELP[option]}") from None
+        prices[name] = replace(prices.get(name, Price()), **found)
+    return prices
+
+
+_PRICE_PARTS = {"--price": ("prompt", "completion"), "--price-per-hour": ("hour",)}
+_PRICE_HELP = {
+    "--price": "write NAME=IN/OUT, prices of a million tokens, e.g. int8=0.1/0.4",
+    "--price-per-hour": "write NAME=PRICE, e.g. int8=2.5",
+}
 
 
 def _config(path: Path, overrides: list[str] | None) -> "TrainConfig":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import Json
+from stillroom.errors import ConfigError
 from stillroom.html.charts import Line, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
 from stillroom.log import format_count, format_plural
@@ -31,31 +32,48 @@ from student_train.run_curves import (
     read_runs,
     token_axis,
 )
+from student_train.runtime.cost import cost_of, read_sessions
 
 NO_STAGE = "no such stage"
 _STAGE_KEY = re.compile(r"stages\.(\d+)\.")
 
 
-def write_student_report(folders: Sequence[Path], out: Path) -> None:
-    """Writes the page. Raises ConfigError, DataError as `student_sections` does."""
+def write_student_report(folders: Sequence[Path], out: Path, price_per_hour: float | None = None) -> Json:
+    """Writes the page; returns where, and what each run cost. Raises ConfigError, DataError as `student_sections`."""
     names = ", ".join(folder.resolve().name for folder in folders)
-    write_report(out, f"Student {names}" if len(folders) == 1 else f"Students {names}", student_sections(*folders))
-
-
-def student_sections(*folders: Path) -> list[Section]:
-    """The report's sections, to stand alone or beside others. Raises DataError for a folder that holds no run."""
+    title = f"Student {names}" if len(folders) == 1 else f"Students {names}"
+    write_report(out, title, student_sections(*folders, price_per_hour=price_per_hour))
     runs = read_runs(folders)
+    costs = run_costs(runs, price_per_hour)
+    return {"page": str(out), "costs": {run.name: found for run, found in zip(runs, costs, strict=True)}}
+
+
+def student_sections(*folders: Path, price_per_hour: float | None = None) -> list[Section]:
+    """The report's sections, to stand alone or beside others; the price is of a device's hour.
+
+    Raises DataError for a folder that holds no run, ConfigError for a price where no run has recorded its time.
+    """
+    runs = read_runs(folders)
+    costs = run_costs(runs, price_per_hour)
     if len(runs) == 1:
-        first = Section("The student", [_overview(runs[0]), *_heldout_change(runs[0])])
+        first = Section("The student", [_overview(runs[0]), *_heldout_change(runs[0]), *_costs(runs, costs)])
         training = [*_stage_table(runs[0]), *_losses(runs), *_learning_rate(runs[0]), *_speed(runs)]
     else:
-        first = Section("What differs", [_differing_keys(runs), _progress_table(runs)])
+        first = Section("What differs", [_differing_keys(runs), _progress_table(runs), *_costs(runs, costs)])
         training = [*_losses(runs), *_speed(runs)]
     return [
         first,
         Section("Held-out evaluations", [*eval_table(runs), *_heldout_curves(runs)]),
         Section("Training", training),
     ]
+
+
+def run_costs(runs: Sequence[Run], price_per_hour: float | None) -> list[Json | None]:
+    """What each run took, and at the price of a device's hour cost: cost_of(). Raises ConfigError where none knows."""
+    costs = [cost_of(read_sessions(run.folder.sessions_path), price_per_hour) for run in runs]
+    if price_per_hour is not None and not any(costs):
+        raise ConfigError("--price-per-hour: the runs were trained before times were recorded: remove it")
+    return costs
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -110,6 +128,24 @@ def _progress_table(runs: Sequence[Run]) -> Piece:
     ]
     rows = [[name, *(text_of(run) for run in runs)] for name, text_of in facts]
     return Table("Progress of each run", ["", *(run.name for run in runs)], rows)
+
+
+def _costs(runs: Sequence[Run], costs: Sequence[Json | None]) -> list[Piece]:
+    """What each run took of which devices, lost steps included; nothing for runs of earlier versions."""
+    rows = []
+    for run, found in zip(runs, costs, strict=True):
+        if found is not None:
+            devices = ", ".join(
+                f"{format_span(3600 * hours)} of {kind}" for kind, hours in found["device_hours"].items()
+            )
+            cost = [] if found["cost"] is None else [f"{found['cost']:,.2f}"]
+            tokens = format_count(found["num_tokens"])
+            rows.append([run.name, devices, format_plural(found["num_calls"], "call"), tokens, *cost])
+    if not rows:
+        return []
+    priced = [f"cost at {one['price_per_hour']:g} an hour" for one in costs if one and one["cost"] is not None][:1]
+    note = "From the start of each call to its end: loading, evaluations and steps taken twice count."
+    return [Table("Cost", ["run", "device time", "calls", "tokens", *priced], rows, note, right=frozenset({3, 4}))]
 
 
 def _loss_texts(run: Run) -> str:

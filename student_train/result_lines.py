@@ -52,6 +52,11 @@ def run_lines(summary: Result) -> list[str]:
         f"loss) in {format_duration(summary['train_s'])}, {summary['tokens_per_s']:.0f} tok/s, "
         f"{100 * summary['stall_frac']:.1f}% waiting for data"
     )
+    if summary["usage"] is not None:
+        hours = ", ".join(
+            f"{format_duration(3600 * one)} of {kind}" for kind, one in summary["usage"]["device_hours"].items()
+        )
+        lines.append(f"took       {hours}")
     if summary["num_skipped_steps"]:
         why = "float16 overflow" if summary["precision"] == "float16" else "a gradient that was not finite"
         lines.append(f"skipped    {summary['num_skipped_steps']} steps with {why}: their packs had no effect")
@@ -124,7 +129,7 @@ def bench_lines(result: Result) -> list[str]:
 
 def compare_lines(result: Result) -> list[str]:
     """`compare`: each side, then each pair."""
-    from student_train.compare.page import difference_words
+    from student_train.compare.page import difference_words, verdict_words
 
     lines = []
     for side in result["sides"]:
@@ -135,9 +140,12 @@ def compare_lines(result: Result) -> list[str]:
         parts += [f"latency p50 {latency['p50']:.2f} s, p99 {latency['p99']:.2f} s"] if latency else []
         parts += [f"first token p50 {first['p50']:.3f} s"] if first else []
         parts += [f"{side['tokens_per_answer']:.0f} tokens per answer"] if side["tokens_per_answer"] is not None else []
-        parts += [f"cost {side['cost']:.4f}"] if side["cost"] is not None else []
+        if side["cost"] is not None:
+            each = "" if side["cost_per_correct"] is None else f" ({side['cost_per_correct']:.6f} per right answer)"
+            parts.append(f"cost {side['cost']:.4f}{each}")
         lines.append(f"{side['name']:10} {', '.join(parts)}")
-    return [*lines, *(difference_words(pair) for pair in result["pairs"]), str(result["page"])]
+    pairs = [f"{difference_words(pair)}. {verdict_words(pair)}" for pair in result["pairs"]]
+    return [*lines, *pairs, str(result["page"])]
 
 
 def _agreement(result: Result) -> str:

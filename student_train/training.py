@@ -46,6 +46,7 @@ from student_train.model.taps import load_teacher
 from student_train.plan import RunPlan, StagePlan, prepare
 from student_train.runtime import checkpoint
 from student_train.runtime.checkpoint import Best, CheckpointState, HeldoutProgress
+from student_train.runtime.cost import Session
 from student_train.runtime.engine import Engine
 from student_train.runtime.metrics_log import MetricsLog, StepRecord, require_tensorboard, why_skipped
 from student_train.runtime.ranks import Ranks
@@ -66,7 +67,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int |
     With `from_step` the run first goes back to its checkpoint after that step of the last stage. Raises ConfigError,
     DataError, CorruptError, CacheConflict, and KeyboardInterrupt after a stop request, once the state is saved.
     """
-    run = RunFolder(config.run)
+    run, started_s = RunFolder(config.run), time.monotonic()
     if config.tensorboard:
         require_tensorboard()
     with run.lock() if ranks.is_first else contextlib.nullcontext():
@@ -92,18 +93,30 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int |
             run.truncate_metrics(reached)
             run.truncate_evals(reached)
         ranks.barrier()
-        for stage in plan.stages:
-            if state is not None and (
-                state.stage > stage.index or (state.stage == stage.index and state.stage_is_done)
-            ):
-                continue
-            state, is_stopped = train_stage(StageRun(config, plan, stage, state, ranks), stop)
-            # DeepSpeed's objects hold each other: left alone, this stage's weights would lie beside the next one's.
-            gc.collect()
-            # After the run's very last step nothing is left that a stop could prevent.
-            if is_stopped and not (state.stage_is_done and stage is plan.stages[-1]):
-                raise KeyboardInterrupt
+        calls = run.sessions_path
+        with Session(calls, ranks.num_ranks, started_s) if ranks.is_first else contextlib.nullcontext() as session:
+            _train_stages(config, plan, state, ranks, stop, session)
     return summarise(run, config)
+
+
+def _train_stages(
+    config: TrainConfig,
+    plan: RunPlan,
+    state: CheckpointState | None,
+    ranks: Ranks,
+    stop: StopRequest,
+    session: Session | None,
+) -> None:
+    """All stages that `state` has not finished."""
+    for stage in plan.stages:
+        if state is not None and (state.stage > stage.index or (state.stage == stage.index and state.stage_is_done)):
+            continue
+        state, is_stopped = train_stage(StageRun(config, plan, stage, state, ranks, session), stop)
+        # DeepSpeed's objects hold each other: left alone, this stage's weights would lie beside the next one's.
+        gc.collect()
+        # After the run's very last step nothing is left that a stop could prevent.
+        if is_stopped and not (state.stage_is_done and stage is plan.stages[-1]):
+            raise KeyboardInterrupt
 
 
 def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bool]:
@@ -160,10 +173,16 @@ class StageRun:
     """One stage from its beginning, or from its last checkpoint: engine, stream, logs, and what a checkpoint says."""
 
     def __init__(
-        self, config: TrainConfig, plan: RunPlan, stage: StagePlan, state: CheckpointState | None, ranks: Ranks
+        self,
+        config: TrainConfig,
+        plan: RunPlan,
+        stage: StagePlan,
+        state: CheckpointState | None,
+        ranks: Ranks,
+        session: Session | None,
     ) -> None:
-        """Loads the student; `state` is the run's last one."""
-        self.ranks = ranks
+        """Loads the student; `state` is the run's last one. The first rank has a session."""
+        self.ranks, self._session = ranks, session
         self._config, self._plan, self._stage = config, plan, stage
         self._folder = RunFolder(config.run)
         here = state if state is not None and state.stage == stage.index else None
@@ -342,6 +361,8 @@ class StageRun:
         # Of all ranks' losses, so that all of them stop here.
         if not math.isfinite(record.loss):
             raise StillroomError(f"{self._key}: the loss is {record.loss} at step {self._step}: {self._how_to_go_on()}")
+        if self._session is not None:
+            self._session.add(int(num_tokens))
         if self._log is not None and self._bar is not None:
             self._log.write(record)
             self._bar.update(self._step, self._num_tokens, record.notes(self._config.engine.precision))

@@ -1,12 +1,14 @@
 """`student-train compare`: the same held-out prompts to two or more students, judged as the cache judges, in pairs.
 
 In: sides (sides.py), prompts of a cache that name a judge. Out: for every side accuracy, latency, tokens and cost; for
-every pair the difference on the same prompts. Sides are asked one after the other, so that they do not share a machine.
-A failed request is reported, and its prompt leaves the pairs of that side.
+every pair the difference on the same prompts: of each side to one that they are measured against, or of all to all.
+Sides are asked one after the other, so that they do not share a machine. A failed request is reported, and its prompt
+leaves the pairs of that side.
 """
 
 import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,30 +23,44 @@ from stillroom.log import Progress, warn
 from stillroom.storage.paths import location
 from student_train.answers import AskedPrompt, GenerateConfig, heldout_prompts
 from student_train.compare.sides import Reply, Side
-from student_train.compare.statistics import mean_interval, quantiles, sign_test
+from student_train.compare.statistics import holm, mean_interval, quantiles, sign_test
 from student_train.data.selection import PinnedCache
+
+BEST, ALL = "best", "all"
+"""What sides may be measured against besides one of them."""
+SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
+"""Limits of a share of right answers, and of a difference between two."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """Of a million tokens, in any currency."""
+    """In any currency: of a million tokens, and of an hour of the machine that answers."""
 
-    prompt: float
-    completion: float
+    prompt: float = 0.0
+    completion: float = 0.0
+    hour: float = 0.0
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A side with its replies and verdicts, one for each prompt in order; a failed request has no verdict."""
+    """A side with its replies and verdicts, one for each prompt in order; a failed request has no verdict.
+
+    `wall_s` is from the first request to the last answer.
+    """
 
     side: Side
     replies: list[Reply]
     verdicts: list[Verdict | None]
+    wall_s: float
 
     def score(self, number: int) -> float | None:
         """1 right, 0 wrong, None undecided or failed."""
         verdict = self.verdicts[number]
         return None if verdict is None or verdict.correct is None else float(verdict.correct)
+
+    def scores(self) -> list[float]:
+        """Of the prompts that have one."""
+        return [score for number in range(len(self.replies)) if (score := self.score(number)) is not None]
 
 
 def prompts_of(caches: Sequence[Path], where: str, num_prompts: int) -> list[AskedPrompt]:
@@ -69,9 +85,12 @@ def compare(
     config: GenerateConfig,
     concurrency: int,
     prices: Mapping[str, Price],
+    against: str | None = None,
 ) -> tuple[Json, list[Answered]]:
-    """The result as JSON, and everything that was answered. Raises ConfigError, and StillroomError if all requests of a
-    side fail.
+    """The result as JSON, and everything that was answered.
+
+    `against` is the side that the others are measured against: a name, BEST (the most accurate), or ALL for every pair;
+    None is the first side. Raises ConfigError, and StillroomError if all requests of a side fail.
     """
     names = [side.name for side in sides]
     if len(sides) < 2 or len(set(names)) < len(names):
@@ -79,18 +98,34 @@ def compare(
     unknown = [name for name in prices if name not in names]
     if unknown:
         raise ConfigError(f"--price {unknown[0]}: no side has this name: choose one of {', '.join(names)}")
+    if against not in (None, BEST, ALL, *names):
+        raise ConfigError(f"--against {against}: choose one of {', '.join(names)}, {BEST} or {ALL}")
     answered = [_answered(side, prompts, config, concurrency) for side in sides]
-    pairs = [_pair(one, other, prompts) for one, other in itertools.combinations(answered, 2)]
+    pairs = [_pair(one, other, prompts) for one, other in _paired(answered, against)]
+    for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
+        pair["p_adjusted"] = p_value
     result = {
         "num_prompts": len(prompts),
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
         "concurrency": concurrency,
+        "against": against or names[0],
         "teacher_accuracy": _mean([one.teacher_accuracy for one in prompts if one.teacher_accuracy is not None]),
-        "sides": [_summary(one, prices.get(one.side.name)) for one in answered],
+        "sides": [_summary(one, prompts, prices.get(one.side.name)) for one in answered],
         "pairs": pairs,
     }
     return result, answered
+
+
+def _paired(answered: Sequence[Answered], against: str | None) -> list[tuple[Answered, Answered]]:
+    if against == ALL:
+        return list(itertools.combinations(answered, 2))
+    if against == BEST:
+        # Of equals the first.
+        base = max(answered, key=lambda one: _mean(one.scores()) or 0.0)
+    else:
+        base = next((one for one in answered if one.side.name == against), answered[0])
+    return [(base, one) for one in answered if one is not base]
 
 
 def _answered(side: Side, prompts: Sequence[AskedPrompt], config: GenerateConfig, concurrency: int) -> Answered:
@@ -103,7 +138,9 @@ def _answered(side: Side, prompts: Sequence[AskedPrompt], config: GenerateConfig
             num_tokens = sum(one.num_tokens or 0 for one in done)
             progress.update(len(done), num_tokens, {"failed": str(num_failed)} if num_failed else None)
 
+        started_s = time.perf_counter()
         replies = side.answer(prompts, config, concurrency, note_one)
+        wall_s = time.perf_counter() - started_s
     failures = Counter(one.error for one in replies if one.error is not None)
     if failures:
         reason, count = failures.most_common(1)[0]
@@ -118,7 +155,7 @@ def _answered(side: Side, prompts: Sequence[AskedPrompt], config: GenerateConfig
             else judge.judge(prompt.judge, answer_text(prompt, reply), prompt.reference, prompt.metadata, reply.is_cut)
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
-    return Answered(side, replies, verdicts)
+    return Answered(side, replies, verdicts, wall_s)
 
 
 def answer_text(prompt: AskedPrompt, reply: Reply) -> str | None:
@@ -132,18 +169,18 @@ def answer_text(prompt: AskedPrompt, reply: Reply) -> str | None:
     return None if reply.is_cut or start in reply.text else reply.text
 
 
-def _summary(one: Answered, price: Price | None) -> Json:
+def _summary(one: Answered, prompts: Sequence[AskedPrompt], price: Price | None) -> Json:
     replies = [reply for reply in one.replies if reply.error is None]
-    found = [one.score(number) for number in range(len(one.replies))]
-    scores: list[float] = [score for score in found if score is not None]
+    scores = one.scores()
     firsts = [reply.first_token_s for reply in replies if reply.first_token_s is not None]
     num_tokens = sum(reply.num_tokens or 0 for reply in replies)
     num_prompt_tokens = sum(reply.num_prompt_tokens or 0 for reply in replies)
     has_counts = all(reply.num_tokens is not None and reply.num_prompt_tokens is not None for reply in replies)
     cost = None
-    if price is not None and has_counts:
+    if price is not None and (has_counts or not (price.prompt or price.completion)):
         cost = (num_prompt_tokens * price.prompt + num_tokens * price.completion) / 1e6
-    interval, num_correct = mean_interval(scores), math.fsum(scores)
+        cost += one.wall_s / 3600 * price.hour
+    interval, num_correct = mean_interval(scores, SHARE), math.fsum(scores)
     return {
         "name": one.side.name,
         "model": one.side.model,
@@ -151,9 +188,13 @@ def _summary(one: Answered, price: Price | None) -> Json:
         "num_answered": len(replies),
         "num_failed": len(one.replies) - len(replies),
         "failures": dict(Counter(reply.error for reply in one.replies if reply.error is not None)),
+        "num_correct": int(num_correct),
         "num_undecided": len(replies) - len(scores),
         "num_cut": sum(reply.is_cut for reply in replies),
         "accuracy": None if interval is None else interval.model_dump(),
+        "by_source": _by_source(one, prompts),
+        "device": one.side.device,
+        "wall_s": one.wall_s,
         "latency_s": quantiles([reply.latency_s for reply in replies]),
         "first_token_s": quantiles(firsts),
         "prompt_tokens": num_prompt_tokens if has_counts else None,
@@ -177,7 +218,7 @@ def _pair(a: Answered, b: Answered, prompts: Sequence[AskedPrompt]) -> Json:
         _wins(source, [one for one in scored if one[0] == source]) for source in sorted({one[0] for one in scored})
     ]
     whole = _wins("all", scored)
-    accuracy = mean_interval([other - one for _, one, other in scored])
+    accuracy = mean_interval([other - one for _, one, other in scored], DIFFERENCE)
     latency = mean_interval([other.latency_s - one.latency_s for one, other in timed])
     counted = [(one.num_tokens, other.num_tokens) for one, other in timed]
     tokens = mean_interval([other - one for one, other in counted if one is not None and other is not None])
@@ -191,6 +232,18 @@ def _pair(a: Answered, b: Answered, prompts: Sequence[AskedPrompt]) -> Json:
         "latency_difference_s": None if latency is None else latency.model_dump(),
         "tokens_difference": None if tokens is None else tokens.model_dump(),
     }
+
+
+def _by_source(one: Answered, prompts: Sequence[AskedPrompt]) -> list[Json]:
+    """Right answers of one side on each source."""
+    scores: dict[str, list[float]] = {}
+    for number, prompt in enumerate(prompts):
+        if (score := one.score(number)) is not None:
+            scores.setdefault(prompt.source, []).append(score)
+    return [
+        {"source": source, "num_judged": len(found), "accuracy": _mean(found)}
+        for source, found in sorted(scores.items())
+    ]
 
 
 def _wins(source: str, scored: Sequence[tuple[str, float, float]]) -> Json:

@@ -7,10 +7,13 @@ from stillroom.config import Json
 from stillroom.html.charts import Group, bars, histogram
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, write_report
 from student_train.answers import AskedPrompt
-from student_train.compare.comparing import Answered
+from student_train.compare.comparing import ALL, BEST, Answered
+from student_train.compare.statistics import Interval
 
 MAX_SHOWN = 100
 MAX_CHARS = 2000
+SIGNIFICANT = 0.05
+AGAINST = {BEST: "the most accurate side", ALL: "each other"}
 
 
 def write_page(result: Json, answered: Sequence[Answered], prompts: Sequence[AskedPrompt], out: Path) -> None:
@@ -18,11 +21,14 @@ def write_page(result: Json, answered: Sequence[Answered], prompts: Sequence[Ask
     names = " and ".join(one.side.name for one in answered)
     sections = [
         Section("Outcome", [_numbers(result), *(_difference(pair) for pair in result["pairs"]), _accuracies(result)]),
-        Section("By source", [_by_source(pair) for pair in result["pairs"]]),
+        Section("By source", [*_all_sources(result), *(_by_source(pair) for pair in result["pairs"])]),
         Section("Latency, tokens and cost", [*_latencies(answered), _costs(result)]),
         Section("Answers side by side", _answers(answered, prompts)),
     ]
-    subtitle = f"{result['num_prompts']} held-out prompts, temperature {result['temperature']:g}"
+    subtitle = (
+        f"{result['num_prompts']} held-out prompts, temperature {result['temperature']:g}, measured against "
+        f"{AGAINST.get(result['against'], result['against'])}"
+    )
     write_report(out, f"Comparison of {names}", sections, subtitle)
 
 
@@ -31,15 +37,35 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def interval_words(found: Json, form: str = "+.1%") -> str:
+    """`95% interval -3.9% to +1.5%`, with where it comes from if not from the bootstrap."""
+    if found["low"] is None:
+        return "interval unknown: all values are equal"
+    why = ", exact: no prompt differs" if found["method"] == "exact" else ""
+    return f"95% interval {found['low']:{form}} to {found['high']:{form}}{why}"
+
+
 def difference_words(pair: Json) -> str:
-    """`int8 - float: -1.2% (-3.9% to +1.5%), 3 wins to 6, p 0.51` in words of percentage points."""
+    """`int8 - float: -1.2% (95% interval -3.9% to +1.5%), 3 wins to 6 on 251 pairs, p = 0.51`, of percentage points."""
     found = pair["accuracy_difference"]
     if found is None:
         return f"{pair['b']} - {pair['a']}: no prompt was judged for both"
+    several = f" ({pair['p_adjusted']:.3g} among all pairs)" if pair["p_adjusted"] != pair["p_value"] else ""
     return (
-        f"{pair['b']} - {pair['a']}: {found['mean']:+.1%} (95% interval {found['low']:+.1%} to {found['high']:+.1%}), "
-        f"{pair['wins_b']} wins to {pair['wins_a']} on {pair['num_pairs']} pairs, p = {pair['p_value']:.3g}"
+        f"{pair['b']} - {pair['a']}: {found['mean']:+.1%} ({interval_words(found)}), "
+        f"{pair['wins_b']} wins to {pair['wins_a']} on {pair['num_pairs']} pairs, p = {pair['p_value']:.3g}{several}"
     )
+
+
+def verdict_words(pair: Json) -> str:
+    """What the pair shows: an interval and a test that both exclude chance, or nothing."""
+    found = pair["accuracy_difference"]
+    if found is None or Interval(**found).holds_zero:
+        return "The interval includes 0: no significant difference on these prompts."
+    if pair["p_adjusted"] >= SIGNIFICANT:
+        # With few pairs that differ the bootstrap is too narrow: 4 wins to 0 exclude 0, and have p = 0.125.
+        return f"Too few prompts differ to call it significant (p = {pair['p_adjusted']:.3g})."
+    return f"{pair['b'] if found['mean'] > 0 else pair['a']} is better on these prompts."
 
 
 def _numbers(result: Json) -> Piece:
@@ -56,12 +82,7 @@ def _detail(side: Json) -> str:
 
 
 def _difference(pair: Json) -> Piece:
-    found = pair["accuracy_difference"]
-    if found is None or found["low"] <= 0 <= found["high"]:
-        verdict = "The interval includes 0: no significant difference on these prompts."
-    else:
-        verdict = f"{pair['b'] if found['mean'] > 0 else pair['a']} is better on these prompts."
-    return Text(f"Correct answers, {difference_words(pair)}. {verdict}")
+    return Text(f"Correct answers, {difference_words(pair)}. {verdict_words(pair)}")
 
 
 def _accuracies(result: Json) -> Piece:
@@ -71,8 +92,22 @@ def _accuracies(result: Json) -> Piece:
     return Figure(
         "Share of correct answers",
         bars([side["name"] for side in known], [100 * value for value in values], texts, "correct (%)", limit=100),
-        "With 95% bootstrap intervals. Paired differences (above) are more precise than comparing these intervals.",
+        "With 95% intervals. Paired differences (above) are more precise than comparing these intervals.",
     )
+
+
+def _all_sources(result: Json) -> list[Piece]:
+    """Of three and more sides, whose pairs would have to be put together by eye."""
+    sides = result["sides"]
+    if len(sides) < 3:
+        return []
+    known = [{one["source"]: one for one in side["by_source"]} for side in sides]
+    rows = [
+        [source, *(percent(found[source]["accuracy"]) if source in found else "-" for found in known)]
+        for source in sorted(set().union(*known))
+    ]
+    columns = ["source", *(side["name"] for side in sides)]
+    return [Table("Correct answers of each side", columns, rows, right=frozenset(range(1, len(columns))))]
 
 
 def _by_source(pair: Json) -> Piece:
@@ -116,13 +151,16 @@ def _costs(result: Json) -> Piece:
                 *(number(first.get(name)) for name in ("p50", "p99")),
                 number(side["tokens_per_answer"], ".0f"),
                 str(side["num_cut"]),
+                number(side["wall_s"], ".1f"),
                 number(side["cost"], ".4f"),
                 number(side["cost_per_correct"], ".6f"),
+                side["device"] or "-",
             ]
         )
-    columns = ["side", "p50 (s)", "p90", "p99", "first token p50 (s)", "p99", "tokens", "cut", "cost", "per correct"]
+    columns = ["side", "p50 (s)", "p90", "p99", "first token p50 (s)", "p99", "tokens", "cut", "all (s)", "cost"]
+    columns += ["per correct", "device"]
     note = f"{result['concurrency']} requests at a time to servers, one to folders. Cost from the prices given."
-    return Table("Each side", columns, rows, note, right=frozenset(range(1, 10)))
+    return Table("Each side", columns, rows, note, right=frozenset(range(1, 11)))
 
 
 def _answers(answered: Sequence[Answered], prompts: Sequence[AskedPrompt]) -> list[Piece]:

@@ -44,6 +44,8 @@ class Side(Protocol):
     name: str
     model: str
     address: str
+    device: str | None
+    """The kind of device that answers; None is not known."""
 
     def answer(
         self, prompts: Sequence[AskedPrompt], config: GenerateConfig, concurrency: int, done: Callable[[Reply], None]
@@ -80,6 +82,7 @@ class Endpoint:
         address = address.rstrip("/")
         self.address = address if address.endswith("/v1") else f"{address}/v1"
         self.name = name or parts.netloc
+        self.device: str | None = None
         self._http = httpx2
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # Between bytes: a long answer may take longer as long as it keeps coming.
@@ -227,8 +230,10 @@ class Folder:
         from student_train.config import StudentConfig
         from student_train.exporting import adopt_tokens
         from student_train.model.student import load_causal
+        from student_train.runtime.cost import device_kind
 
         self.name, self.address, self.model = name, folder, folder
+        self.device: str | None = device_kind()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         precision = "bfloat16" if device == "cuda" else "float32"
         self._tokenizer = load_tokenizer(folder)

@@ -11,6 +11,7 @@ RUN/start/<stage>/                what the student gave the stage's tokens when 
 RUN/features.json                 which feature sets it reads, and at which version
 RUN/metrics.jsonl                 one line an optimizer step
 RUN/eval.json                     every evaluation, in order
+RUN/sessions.json                 what each call took, see cost.py
 RUN/checkpoints/                  see checkpoint.py
 RUN/plan/                         what `student-train plan` retokenised; the run links its files, then removes it
 RUN/stages/<stage>/               the model at the end of every stage but the last, a Hugging Face folder
@@ -34,6 +35,7 @@ from student_train.config import TrainConfig, meaning_of
 from student_train.data.open import before_and_after
 from student_train.data.retokenised import PLAN_FOLDER
 from student_train.runtime.checkpoint import CheckpointState, latest_state
+from student_train.runtime.cost import cost_of, read_sessions
 
 SHOWN_KEYS = 5
 FINISHED = "the run is finished: nothing is left to train"
@@ -72,6 +74,10 @@ class RunFolder:
     @property
     def changes_path(self) -> Path:
         return self.root / "changes.json"
+
+    @property
+    def sessions_path(self) -> Path:
+        return self.root / "sessions.json"
 
     @property
     def heldout_path(self) -> Path:
@@ -209,7 +215,8 @@ class RunFolder:
     def _forget_beginning(self) -> None:
         # The selection's own file goes first: it marks the rest as whole.
         files = [*self.root.glob("*.selection*.parquet"), *self.root.glob("*.behaviour-*.npy")]
-        for file in (*files, self.features_path, self.metrics_path, self.eval_path, self.changes_path):
+        facts = (self.features_path, self.metrics_path, self.eval_path, self.changes_path, self.sessions_path)
+        for file in (*files, *facts):
             file.unlink(missing_ok=True)
         for folder in (*self.root.glob("*.selection-prepared"), *(self.root / name for name in FROM_LEARNING)):
             shutil.rmtree(folder, ignore_errors=True)
@@ -291,6 +298,7 @@ def summarise(run: RunFolder, config: TrainConfig) -> Json:
         "train_s": train_s,
         "tokens_per_s": num_tokens / train_s if train_s else 0.0,
         "stall_frac": sum(one["stall_frac"] * one["step_s"] for one in records) / train_s if train_s else 0.0,
+        "usage": cost_of(read_sessions(run.sessions_path)),
         "memory_gib": max((record["memory_gib"] for record in records), default=0.0),
         "heldout_before": before,
         "heldout_after": after,

@@ -308,6 +308,21 @@ def test_missing_stages_are_reported_once(tmp_path: Path) -> None:
     assert cells[:4] == ["stages.1.max_steps", "no such stage", "not set", "9"]
 
 
+def test_a_price_makes_device_hours_a_cost(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / name, num_steps=10) for name in "ab"]
+    with pytest.raises(ConfigError, match="before times were recorded"):
+        student_sections(*runs, price_per_hour=2.0)
+    call = {"started_at": "", "device": "H200", "num_devices": 8, "seconds": 1800.0, "num_tokens": 5000}
+    (runs[0] / "sessions.json").write_text(json.dumps([call, {**call, "device": "CPU", "num_devices": 1}]))
+    result = write_student_report(runs, tmp_path / "report.html", 2.0)
+    assert (result["costs"]["a"]["cost"], result["costs"]["b"]) == (9.0, None)
+    found = outline(tmp_path / "report.html")
+    assert "cost at 2 an hour" in found.texts["th"]
+    cells = found.texts["td"]
+    place = cells.index("4 h 0 min of H200, 30 min 0 s of CPU")
+    assert cells[place - 1 : place + 4] == ["a", "4 h 0 min of H200, 30 min 0 s of CPU", "2 calls", "10.0k", "9.00"]
+
+
 def test_stages_alone_do_not_make_runs_differ(tmp_path: Path) -> None:
     runs = [in_two_stages(fake_run(tmp_path / name, num_steps=10), 4) for name in "ab"]
     write_student_report(runs, tmp_path / "report.html")

@@ -10,9 +10,9 @@ import pytest
 from stillroom.errors import ConfigError, StillroomError
 from student_train.answers import AskedPrompt, GenerateConfig
 from student_train.compare.comparing import Price, answer_text, compare
-from student_train.compare.page import write_page
+from student_train.compare.page import difference_words, verdict_words, write_page
 from student_train.compare.sides import Reply, Side, open_side
-from student_train.compare.statistics import mean_interval, sign_test
+from student_train.compare.statistics import holm, mean_interval, sign_test
 from student_train.result_lines import compare_lines
 from tests.helpers.fake_server import Behaviour, FakeServer
 
@@ -52,13 +52,15 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     good, poor = servers
     sides = [open_side(f"good={good.url}", "secret", 5), open_side(f"poor={poor.url}/v1#poor", None, 5)]
     assert [side.model for side in sides] == ["tiny", "poor"]
-    result, answered = compare(sides, PROMPTS, CONFIG, 3, {"good": Price(1.0, 2.0)})
+    result, answered = compare(sides, PROMPTS, CONFIG, 3, {"good": Price(1.0, 2.0), "poor": Price(hour=3600.0)})
     first, second = result["sides"]
     assert first["accuracy"]["mean"] == 1
     assert first["cost"] == (12 * 7 * 1.0 + 12 * 1 * 2.0) / 1e6
     assert first["cost_per_correct"] == pytest.approx(first["cost"] / 12)
     assert first["first_token_s"]["p50"] <= first["latency_s"]["p50"]
-    assert (second["num_failed"], second["num_cut"], second["cost"]) == (1, 1, None)
+    assert (second["num_failed"], second["num_cut"]) == (1, 1)
+    assert second["cost"] == pytest.approx(second["wall_s"])
+    assert second["cost_per_correct"] == pytest.approx(second["cost"] / 6)
     assert second["failures"] == {"status 500: status 500 on demand": 1}
     (pair,) = result["pairs"]
     # Prompt 3 failed on one side and is no pair.
@@ -66,6 +68,9 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     assert pair["p_value"] == 2 / 2**5
     assert pair["accuracy_difference"]["mean"] == pytest.approx(-5 / 11)
     assert pair["accuracy_difference"]["high"] < 0
+    # Five wins to none exclude 0 by the bootstrap, and not by the exact test.
+    assert "Too few prompts differ" in verdict_words(pair)
+    assert "good is better" in verdict_words({**pair, "p_adjusted": 0.01})
     assert [(one["source"], one["wins_a"]) for one in pair["by_source"]] == [("even", 0), ("odd", 5)]
     assert pair["tokens_difference"]["mean"] > 0
     asked = [body["messages"] for body in good.behaviour.seen]
@@ -74,11 +79,33 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     assert {(body["max_tokens"], body["temperature"]) for body in good.behaviour.seen} == {(8, 0.0)}
     write_page(result, answered, PROMPTS, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "good is better on these prompts" in page
     assert "wrong: &lt;answer&gt;no idea&lt;/answer&gt;" in page
     lines = compare_lines({**result, "page": "page.html"})
     assert lines[1].startswith("poor ")
     assert "1 failed" in lines[1]
+
+
+def test_several_sides_are_measured_against_one(servers: tuple[FakeServer, FakeServer], tmp_path: Path) -> None:
+    good, poor = servers
+    sides = [
+        open_side(f"{name}={server.url}", "secret" if server is good else None, 5)
+        for name, server in (("poor", poor), ("good", good), ("twin", good))
+    ]
+    for against, named in ((None, ["poor good", "poor twin"]), ("best", ["good poor", "good twin"])):
+        result, answered = compare(sides, PROMPTS, CONFIG, 3, {}, against)
+        assert [f"{pair['a']} {pair['b']}" for pair in result["pairs"]] == named
+    poor_pair, twin = result["pairs"]
+    assert poor_pair["p_adjusted"] == 2 * poor_pair["p_value"]
+    # Twelve pairs without a difference leave one of 22 points possible.
+    most = 1 - 0.05 ** (1 / 12)
+    found = twin["accuracy_difference"]
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0, -most, most))
+    assert "95% interval -22.1% to +22.1%, exact: no prompt differs" in difference_words(twin)
+    assert result["sides"][0]["by_source"][1] == {"source": "odd", "num_judged": 5, "accuracy": 0.0}
+    write_page(result, answered, PROMPTS, tmp_path / "page.html")
+    assert "measured against the most accurate side" in (tmp_path / "page.html").read_text()
+    with pytest.raises(ConfigError, match="--against c: choose one of poor, good, twin, best or all"):
+        compare(sides, PROMPTS, CONFIG, 1, {}, "c")
 
 
 @pytest.mark.filterwarnings("ignore:::transformers")
@@ -130,3 +157,11 @@ def test_statistics_agree_with_their_definitions() -> None:
     half = 1.96 * math.sqrt(0.6 * 0.4 / 100)
     assert (found.low, found.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.015)
     assert mean_interval([]) is None
+    certain, lone = mean_interval([1.0] * 20, (0, 1)), mean_interval([2.5])
+    assert certain is not None
+    assert (certain.low, certain.high) == pytest.approx((0.05 ** (1 / 20), 1))
+    assert certain.method == "exact"
+    assert lone is not None
+    assert (lone.low, lone.method, lone.holds_zero) == (None, "unknown", True)
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []

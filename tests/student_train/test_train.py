@@ -22,6 +22,7 @@ from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.model.student import Student, load_student
 from student_train.result_lines import run_lines
 from student_train.runtime.checkpoint import find_state, tags
+from student_train.runtime.cost import read_sessions
 from student_train.runtime.run_folder import RunFolder, summarise
 from student_train.training import train
 from tests.helpers.caches import Chain, SyntheticCache
@@ -218,6 +219,10 @@ def test_interrupted_run_resumes_bit_for_bit(trainer: Trainer, engine: Json, sta
     assert losses_of(trainer.run(parted)) == expected
     evals = [RunFolder(config.run).read_evals() for config in (whole, parted)]
     assert evals[0] == evals[1]
+    first, second = read_sessions(RunFolder(parted.run).sessions_path)
+    assert first.num_tokens + second.num_tokens >= sum(one["num_tokens"] for one in trainer.run(whole))
+    assert min(first.seconds, second.seconds) > 0
+    assert (first.num_devices, first.device) == (1, second.device)
 
 
 def test_what_a_kill_left_behind_is_swept_and_done_again(trainer: Trainer) -> None:
