@@ -585,6 +585,9 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
     if loaded.duplicates:
         twins, twin = format_plural(len(loaded.duplicates), "duplicate"), loaded.duplicates[0]
         note(f"{twins} skipped; the first: {twin}")
+    if loaded.near_duplicates:
+        alike, near = format_plural(len(loaded.near_duplicates), "near-duplicate"), loaded.near_duplicates[0]
+        note(f"{alike} skipped; the first: {near}")
     if loaded.contaminated:
         note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")
     for source, num in loaded.judgeless():

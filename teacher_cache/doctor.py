@@ -16,6 +16,8 @@ OPTIONAL = {
     "httpx2": ("engine.kind: server", INSTALL_SERVER),
     "datasets": ("prompts of kind huggingface", "pip install datasets"),
     "reasoning-gym": ("prompts of kind reasoning_gym", "pip install reasoning-gym"),
+    "simpleeval": ("prompts of kind template", "pip install simpleeval"),
+    "rensa": ("prompts.dedupe", "pip install rensa"),
     "math-verify": ("the judge math", "pip install math-verify"),
 }
 """What a package is needed for, and how to install it."""

@@ -91,6 +91,7 @@ class BuildPlan:
     num_heldout: int = 0
     num_malformed: int = 0
     num_duplicates: int = 0
+    num_near_duplicates: int = 0
     num_contaminated: int = 0
     num_chains: int = 0
     num_done: int = 0
@@ -154,6 +155,7 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     skipped = [
         f"{plan.num_malformed:,} malformed",
         format_plural(plan.num_duplicates, "duplicate"),
+        *([format_plural(plan.num_near_duplicates, "near-duplicate")] if plan.num_near_duplicates else []),
         f"{plan.num_contaminated:,} contaminated",
         f"{format_plural(plan.num_unusable, 'chain')} that cannot be generated",
     ]
@@ -238,10 +240,12 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
     plan.num_prompts = len(loaded.prompts)
     plan.num_malformed = len(loaded.failures)
     plan.num_duplicates = len(loaded.duplicates)
+    plan.num_near_duplicates = len(loaded.near_duplicates)
     plan.num_contaminated = len(loaded.contaminated)
     plan.examples = [
         *_examples("malformed", [failure.message for failure in loaded.failures]),
         *_examples("duplicate", [str(one) for one in loaded.duplicates]),
+        *_examples("near-duplicate", [str(one) for one in loaded.near_duplicates]),
         *_examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
         *_without_verdict(loaded),
     ]

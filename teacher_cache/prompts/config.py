@@ -3,12 +3,19 @@
 Part of teacher_cache.config, whose page says where the text of these docstrings goes.
 """
 
+import re
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from stillroom.config import StrictModel
 from stillroom.storage.paths import CacheRoot
+from teacher_cache.prompts.expressions import check_expression
+
+NAME_IN_TEMPLATE = re.compile(r"\{([A-Za-z_]\w*)\}")
+"""A variable in a template's text. Other braces stand for themselves, as in LaTeX."""
 
 
 class NamedSource(StrictModel):
@@ -170,8 +177,108 @@ class ReasoningGymSource(PromptSource):
     """Arguments of the task's own configuration."""
 
 
+Number = int | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RangeVariable(StrictModel):
+    """A number from `min` to `max` in steps."""
+
+    min: Number
+    """Smallest value."""
+    max: Number
+    """Largest value."""
+    step: Number = Field(default=1, gt=0)
+    """Distance between values; 0.5 also gives halves. Decimals are exact."""
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return int((Fraction(str(self.max)) - Fraction(str(self.min))) / Fraction(str(self.step))) + 1
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}")
+        return self
+
+
+class ChoiceVariable(StrictModel):
+    """One of a list of numbers or texts."""
+
+    choices: list[Number | str] = Field(min_length=1)
+    """The values, such as names."""
+
+
+class ExpressionVariable(StrictModel):
+    """A value that follows from those of the variables above it."""
+
+    expression: str
+    """Arithmetic such as `apples * price`; also sqrt, gcd, lcm, factorial, comb, floor, ceil, round, abs, min, max."""
+
+
+def _variable_kind(value: Any) -> str:
+    keys = set(value) if isinstance(value, Mapping) else set(type(value).model_fields)
+    return next((key for key in ("expression", "choices") if key in keys), "range")
+
+
+Variable = Annotated[
+    Annotated[RangeVariable, Tag("range")]
+    | Annotated[ChoiceVariable, Tag("choices")]
+    | Annotated[ExpressionVariable, Tag("expression")],
+    Discriminator(_variable_kind),
+]
+
+
+class Template(StrictModel):
+    """A question with variables, and its answer."""
+
+    text: str = Field(min_length=1)
+    """The question; `{name}` stands for a variable's value, any other brace for itself."""
+    variables: dict[str, Variable] = Field(min_length=1)
+    """Variables by name: {min, max, step}, {choices} or {expression}."""
+    conditions: list[str] = Field(default_factory=list)
+    """Expressions that must hold, such as `total % people == 0`; other draws are discarded."""
+    answer: str | None = None
+    """Expression of the reference answer. Sums and quotients are exact: 2.5, or 1/3. None: no reference."""
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        known: list[str] = []
+        used = set(NAME_IN_TEMPLATE.findall(self.text))
+        for name, variable in self.variables.items():
+            if isinstance(variable, ExpressionVariable):
+                used |= check_expression(variable.expression, known)
+            known.append(name)
+        for expression in [*self.conditions, *([self.answer] if self.answer is not None else [])]:
+            used |= check_expression(expression, known)
+        if unused := [name for name in known if name not in used]:
+            raise ValueError(
+                f"variable {unused[0]!r} has no effect: the text, the conditions or the answer must use it"
+            )
+        return self
+
+
+class TemplateSource(PromptSource):
+    """Variants of questions with other values, and answers by expression. Always in the train split: variants of one
+    template resemble each other too much for a held-out set."""
+
+    kind: Literal["template"]
+    templates: list[Template] = Field(min_length=1)
+    """The questions."""
+    size: int = Field(ge=1)
+    """Variants of each template, all different."""
+    seed: int = 0
+    """Seed of the values; a larger size keeps the variants of a smaller one."""
+    system: str | None = None
+    """System message for prompts that have none."""
+    instruction: str | None = None
+    """Text appended to the last user message, after a blank line."""
+    judge: Literal["math", "exact"] = "math"
+    """How answers are checked where a template has one."""
+
+
 Source = Annotated[
-    JsonlSource | CsvSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
+    JsonlSource | CsvSource | ParquetSource | HuggingFaceSource | ReasoningGymSource | TemplateSource,
     Field(discriminator="kind"),
 ]
 
@@ -185,6 +292,16 @@ class DecontaminateConfig(StrictModel):
     """Consecutive words that a prompt must share with an evaluation text to be skipped; shorter texts must be equal."""
 
 
+class DedupeConfig(StrictModel):
+    """Prompts that nearly repeat an earlier one are skipped (MinHash, then compared exactly). Tasks of generators and
+    templates, which resemble each other on purpose, are not compared."""
+
+    similarity: float = Field(default=0.8, ge=0.2, le=1)
+    """Skip a prompt whose words overlap an earlier prompt's by this much: shared n-grams over all n-grams of both."""
+    ngram: int = Field(default=3, ge=1)
+    """Consecutive words compared at once, or characters of Chinese and Japanese; case and punctuation do not count."""
+
+
 class PromptsConfig(StrictModel):
     """Where prompts come from, their order and the held-out split."""
 
@@ -195,6 +312,8 @@ class PromptsConfig(StrictModel):
     """Fraction of prompts whose chains get split 'heldout' instead of 'train'; chosen by hash of the prompt."""
     decontaminate: DecontaminateConfig | None = None
     """Skip prompts that overlap an evaluation set."""
+    dedupe: DedupeConfig | None = None
+    """Skip prompts that nearly repeat an earlier one, in the order of the sources; equal prompts always are."""
     max_unusable_frac: float = Field(default=0.5, ge=0, le=1)
     """Stop before generating if more than this fraction of a source's rows is malformed, or of its first prompts is
     refused by the chat template; 1 uses whatever is left."""

@@ -11,15 +11,17 @@ that a half-built cache is a fair sample of the whole.
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stillroom.errors import ConfigError, DataError
+from stillroom.log import Progress
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of, stable_hash
 from teacher_cache.config import BuildConfig, SamplingConfig
 from teacher_cache.engine.api import Failure, Request
-from teacher_cache.prompts.config import PromptsConfig, Source
+from teacher_cache.prompts.config import PromptsConfig, ReasoningGymSource, Source
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
+from teacher_cache.prompts.dedupe import NearDuplicate, NearDuplicates
 from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import Draft, read_source
 
@@ -58,6 +60,7 @@ class LoadedPrompts:
     failures: list[Failure]
     duplicates: list[Duplicate]
     contaminated: list[Contaminated]
+    near_duplicates: list[NearDuplicate] = field(default_factory=list)
 
     def judgeless(self) -> list[tuple[str, int]]:
         """Sources and their numbers of prompts with a reference, which is most likely meant for a judge, and none."""
@@ -120,6 +123,8 @@ def load_prompts(config: PromptsConfig) -> LoadedPrompts:
                 num_drafts += 1
                 _add(row, source, config.heldout_frac, evaluation, kept, loaded)
         _require_usable(source, num_drafts, loaded.failures[first_failure:], config.max_unusable_frac)
+    if config.dedupe is not None:
+        loaded.near_duplicates.extend(_remove_near_duplicates(kept, NearDuplicates(config.dedupe)))
     loaded.prompts.extend(one.prompt for one in kept.values())
     # By hash rather than by shuffling: prompts added later do not change the order of the others.
     loaded.prompts.sort(key=lambda prompt: stable_hash("order", config.seed, prompt.prompt_id))
@@ -236,10 +241,12 @@ def prompt_of(draft: Draft, source: str, system: str | None, instruction: str | 
 
 @dataclass(slots=True)
 class _Kept:
-    """A distinct prompt and where its row is."""
+    """A distinct prompt, the row that it was made of, and where that is."""
 
     prompt: Prompt
     where: str
+    draft: Draft
+    source: Source
 
 
 class _TemplateCheck:
@@ -285,12 +292,13 @@ def _add(
     where = f"{source.name} {draft.where}"
     # The draft, not the finished prompt: an instruction that all prompts share is not an overlap.
     against = None if evaluation is None else evaluation.overlap(draft.messages)
-    prompt = prompt_of(draft, source.name, source.system, source.instruction, heldout_frac)
+    frac = 0.0 if draft.is_variant else heldout_frac
+    prompt = prompt_of(draft, source.name, source.system, source.instruction, frac)
     earlier = kept.get(prompt.prompt_id)
     if against is not None:
         loaded.contaminated.append(Contaminated(where, against))
     elif earlier is None:
-        kept[prompt.prompt_id] = _Kept(prompt, where)
+        kept[prompt.prompt_id] = _Kept(prompt, where, draft, source)
     else:
         old, new = earlier.prompt.reference, prompt.reference
         loaded.duplicates.append(Duplicate(where, earlier.where, None not in (old, new) and old != new))
@@ -298,6 +306,20 @@ def _add(
             # The judge and what it needs come along; the row's place stays that of the row that was kept.
             metadata = {**prompt.metadata, **earlier.prompt.metadata}
             earlier.prompt = replace(earlier.prompt, reference=new, metadata=metadata)
+
+
+def _remove_near_duplicates(kept: dict[str, _Kept], index: NearDuplicates) -> list[NearDuplicate]:
+    rows = [one for one in kept.values() if not (one.draft.is_variant or isinstance(one.source, ReasoningGymSource))]
+    found = []
+    with Progress("dedupe", len(rows), "prompts") as progress:
+        for number, one in enumerate(rows, 1):
+            # The draft: an instruction that all prompts share would make short ones alike.
+            earlier = index.find(one.where, one.draft.messages)
+            if earlier is not None:
+                found.append(earlier)
+                del kept[one.prompt.prompt_id]
+            progress.update(number, 0)
+    return found
 
 
 def _request(

@@ -1,4 +1,4 @@
-"""Reads prompt sources: rows of files and Hugging Face datasets, and generated reasoning-gym tasks.
+"""Reads prompt sources: rows of files and Hugging Face datasets, generated reasoning-gym tasks, and templates.
 
 In: one source of the configuration. Out: a stream of Draft (messages, reference, metadata) and Failure in source order.
 A malformed row is a Failure that names its place; a source that cannot be read at all raises DataError. Scored
@@ -26,6 +26,7 @@ from teacher_cache.prompts.config import (
     ReasoningGymSource,
     RowSource,
     Source,
+    TemplateSource,
 )
 from teacher_cache.prompts.conversations import MISSING, Json, find, guarded_columns, messages_of, names_of
 from teacher_cache.prompts.files import (
@@ -38,24 +39,30 @@ from teacher_cache.prompts.files import (
     json_rows,
     parquet_rows,
 )
+from teacher_cache.prompts.templates import variants
 
 LONE_SURROGATE = "holds a lone surrogate (half of a character), which is not valid text"
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A prompt before its system message and instruction. `where` names the row for a person."""
+    """A prompt before its system message and instruction. `where` names the row for a person. A variant of a question
+    is never held out.
+    """
 
     where: str
     messages: tuple[Message, ...]
     reference: str | None
     metadata: Json
+    is_variant: bool = False
 
 
 def read_source(source: Source) -> Iterator[Draft | Failure]:
     """Drafts and malformed rows of one source, at most `limit` drafts. Raises DataError if it cannot be read."""
     if isinstance(source, ReasoningGymSource):
         found = _reasoning_gym(source)
+    elif isinstance(source, TemplateSource):
+        found = _of_templates(source)
     else:
         found = (_draft(source, row) for row in read_rows(source))
     num_drafts = 0
@@ -172,6 +179,15 @@ def _reasoning_gym(source: ReasoningGymSource) -> Iterator[Draft | Failure]:
         raise DataError(f"source {source.name}: reasoning-gym has no task {source.task!r}{hint}") from error
     except ValueError as error:
         raise DataError(f"source {source.name}: task {source.task} rejects its options: {one_line(error)}") from error
+
+
+def _of_templates(source: TemplateSource) -> Iterator[Draft]:
+    for index, one in enumerate(variants(source)):
+        how = {"kind": "template", "template": one.template, "variant": one.number, "values": dict(one.values)}
+        judge = {} if one.answer is None else {"judge": source.judge}
+        metadata = {"index": index, **judge, "augment": how}
+        where = f"template {one.template}[{one.number}]"
+        yield Draft(where, (Message("user", one.question),), one.answer, metadata, is_variant=True)
 
 
 def _draft(source: FileSource, row: Row) -> Draft | Failure:
