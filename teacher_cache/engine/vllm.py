@@ -25,9 +25,12 @@ from stillroom.schema.records import stable_hash
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import FINISH_REASONS, EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.row_layout import Layout, is_marked
+from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit, source_folder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from teacher_cache.engine.vllm_arrays import ArrayLogprobs
 
 FREE_MEMORY_FRAC = 0.25
 """Largest share of a CPU's free memory that the key-value cache takes by default; vLLM's own default is 0.9."""
@@ -104,13 +107,14 @@ class EmbeddedEngine:
         if _is_cpu_build():
             # It warns while it is imported.
             _set_log_level("ERROR")
+        if source_folder() is not None and (lacking := misfit(ENGINE)) is not None:
+            raise ConfigError(f"the embedded engine does not fit this vLLM: {lacking}: {HOW_TO_FIT}")
         try:
             import vllm
             from vllm.platforms import current_platform
             from vllm.v1.engine.llm_engine import LLMEngine
 
             from teacher_cache.engine.plugin.register import register
-            from teacher_cache.engine.vllm_capture import ArrayLogprobs, install_arrays
         except ImportError as error:
             raise ConfigError(f"{NOT_INSTALLED} ({error}): {HOW_TO_INSTALL}") from error
         on_cpu = current_platform.is_cpu()
@@ -121,9 +125,7 @@ class EmbeddedEngine:
         # Read when the engine is made.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         # Before the engine is made, so that workers forked from this process are prepared.
-        misfit = register()
-        if misfit is not None:
-            _require_no_plugin(capture, misfit)
+        unfit = register()
         arguments = engine_args(teacher, config, capture, on_cpu)
         if scores:
             arguments |= scoring_args(config)
@@ -133,20 +135,21 @@ class EmbeddedEngine:
             else:
                 note(f"loading {teacher.model}")
                 vllm_config, marker = _vllm_config(arguments), None
+            # Which of its two model runners vLLM takes depends on the model. Asked before the weights are loaded.
+            unfit = unfit or plugin_misfit([2 if vllm_config.use_v2_model_runner else 1])
+            if unfit is not None:
+                _require_no_plugin(capture, f"it does not fit vllm {vllm.__version__}: {unfit}: {HOW_TO_FIT}")
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         if marker is not None:
             # Only now: an interrupted compilation is not saved. Where vLLM is told to save none there is no folder.
             with contextlib.suppress(OSError):
                 marker.touch()
-        fallback = install_arrays()
-        if fallback is not None:
-            warn(f"reading logprobs from vLLM's slower flat lists: its arrays are not as expected: {fallback}")
-        self._arrays = None if fallback is not None else ArrayLogprobs
+        self._arrays = _installed_arrays()
         model = vllm_config.model_config
         self._k = min(capture.max_support, model.get_vocab_size())
-        self._layout = self._working_layout(capture) if misfit is None else None
+        self._layout = self._working_layout(capture) if unfit is None else None
         # It counts for the whole process, in which another engine may have run before.
-        self._tokens_before = ArrayLogprobs.num_tokens
+        self._tokens_before = 0 if self._arrays is None else self._arrays.num_tokens
         self._max_in_flight = vllm_config.scheduler_config.max_num_seqs + config.max_waiting
         self._info = EngineInfo(
             vocab_size=model.get_vocab_size(),
@@ -160,7 +163,7 @@ class EmbeddedEngine:
                 "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
                 "enforce_eager": model.enforce_eager,
                 "in_process": in_process,
-                "capture": "flat" if fallback is not None else "arrays",
+                "capture": "flat" if self._arrays is None else "arrays",
                 "sampler": "vllm" if self._layout is None else "plugin",
             },
         )
@@ -227,11 +230,12 @@ class EmbeddedEngine:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        from teacher_cache.engine.vllm_capture import uninstall_arrays
-
         self._closed = True
         self._core_sharing.__exit__()
-        uninstall_arrays()
+        if self._arrays is not None:
+            from teacher_cache.engine.vllm_arrays import uninstall_arrays
+
+            uninstall_arrays()
         with stdout_to_stderr():
             self._engine.engine_core.shutdown()
             del self._engine
@@ -512,6 +516,18 @@ def _kv_cache_bytes(vllm_config: "VllmConfig") -> int:
 def _free_memory_bytes() -> int:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _installed_arrays() -> "type[ArrayLogprobs] | None":
+    """vLLM's log probabilities are kept as arrays from now on, where it is as expected."""
+    reason = misfit(ARRAYS)
+    if reason is not None:
+        warn(f"reading logprobs from vLLM's slower flat lists: its arrays are not as expected: {reason}: {HOW_TO_FIT}")
+        return None
+    from teacher_cache.engine.vllm_arrays import ArrayLogprobs, install_arrays
+
+    install_arrays()
+    return ArrayLogprobs
 
 
 def _needs_plugin(capture: CaptureConfig) -> bool:

