@@ -1,5 +1,6 @@
 """The YAML of `student-train init`, `plan`, `run`, `eval` and `export`: what a training run reads, learns and saves."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -434,6 +435,30 @@ class PromptConfig(StrictModel):
         return self
 
 
+class StepsConfig(StrictModel):
+    """Splits chains at their steps into examples: the question and the steps so far are context, and the next step is
+    learned. Each completion token is learned once an epoch. Evaluations use whole chains.
+    """
+
+    at: list[Literal["paragraphs", "lines", "numbered", "equations"]] | None = Field(default=None, min_length=1)
+    """Where steps begin: after blank lines, on every line, at `Step 3` or `3.` at the start of a line, or after
+    displayed equations and lines with an equals sign. None is [paragraphs], or nothing if there is a pattern."""
+    pattern: str | None = None
+    """Python regular expression: a step also begins at each of its matches (^ matches at every line)."""
+    min_tokens: int = Field(default=16, ge=1)
+    """Shorter steps join the one before."""
+    context_steps: int | None = Field(default=None, ge=0)
+    """How many earlier steps an example keeps besides the question: 0 is none, None all that fit max_tokens."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "StepsConfig":
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from error
+        return self
+
+
 class DataConfig(StrictModel):
     """What the student reads."""
 
@@ -465,6 +490,8 @@ class DataConfig(StrictModel):
     """Maximum tokens of a chain, prompt and completion; None is pack_tokens."""
     long_chains: Literal["truncate", "skip", "split"] = "truncate"
     """What to do with longer chains. Truncated chains never teach an end of sequence."""
+    steps: StepsConfig | None = None
+    """None learns each chain as one example."""
 
     @model_validator(mode="after")
     def _text_has_effect(self) -> "DataConfig":

@@ -25,7 +25,6 @@ from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces
 from stillroom.sql.conditions import in_brackets
-from stillroom.storage.paths import Location, location
 from student_train.answers import GenerateConfig, Render, generate_and_judge, heldout_prompts
 from student_train.config import (
     HELDOUT,
@@ -41,7 +40,7 @@ from student_train.data.kept_ids import ids_of
 from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data, sources_of
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
 from student_train.data.prepared import render_prompts, template_arguments
-from student_train.data.retokenised import has_leading_space, vocab_beside
+from student_train.data.retokenised import has_leading_space, vocab_path_of
 from student_train.data.selection import Selection, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
@@ -179,7 +178,7 @@ def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
 
     A special token counts as its text, which a student without it has to spell, and as nothing where it ends a chain.
     """
-    paths = [_vocab_path(selection, folder) for folder in dict.fromkeys(selection.folders)]
+    paths = [vocab_path_of(selection, folder) for folder in dict.fromkeys(selection.folders)]
     found = [cached_pieces(path) for path in paths if path.exists()]
     if not found:
         return None
@@ -208,15 +207,6 @@ def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
         return int(lengths_V[ids_N][~is_end_N].sum()) - int((is_first_N & has_space_V[ids_N]).sum())
 
     return count
-
-
-def _vocab_path(selection: Selection, folder: Location) -> Location:
-    if selection.is_retokenised:
-        return vocab_beside(folder)
-    if selection.header.prepared is not None:
-        # The rows lie in the run's folder, their vocabulary in the cache.
-        folder = location(selection.header.caches[0].root) / "chains"
-    return folder.parent / "vocab" / f"{selection.header.tokenizer_fingerprints[0]}.parquet"
 
 
 def _result(

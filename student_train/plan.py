@@ -58,6 +58,7 @@ from student_train.data.open import (
 )
 from student_train.data.prepared import Pairing
 from student_train.data.selection import Selection, SelectionHeader, SelectionRequest, open_selection
+from student_train.data.steps import examples_path, planned, with_examples, write_examples
 from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, numbers_path, write_behaviour
 from student_train.losses.below import AttentionKL, ProjectedLoss
@@ -161,7 +162,10 @@ def prepare(
     shared = _Shared(config, run, is_first, barrier, spare)
     try:
         stages = [
-            _own_words(_stage_plan(config, index, accumulation, _opened_stage(index, shared), sets), shared)
+            _own_words(
+                _stage_plan(config, index, accumulation, _in_steps(index, _opened_stage(index, shared), shared), sets),
+                shared,
+            )
             for index, accumulation in enumerate(accumulations)
         ]
     except ConfigError:
@@ -236,6 +240,16 @@ def _opened_stage(index: int, shared: _Shared) -> Selection:
         return shared.opened(path, request)
     pairing = Pairing(negatives, data.pack_tokens, data.max_tokens)
     return shared.opened(path, request, functools.partial(open_data, pairing=pairing))
+
+
+def _in_steps(index: int, selection: Selection, shared: _Shared) -> Selection:
+    """The selection, its chains split into examples where `data.steps` says so."""
+    data = shared.config.data
+    if data.steps is None:
+        return selection
+    path = examples_path(shared.run.root, shared.config.stages[index].name, selection, data)
+    shared.written(path, lambda path: write_examples(path, selection, data))
+    return with_examples(path, selection)
 
 
 def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
@@ -416,7 +430,7 @@ def _with_layers(config: TrainConfig, stage: StageConfig, mix: LossMix, sets: li
 def _num_steps(
     selection: Selection, spec: PlanSpec, num_epochs: int | None, stage: StageConfig, data: DataConfig
 ) -> int:
-    plans = EpochPlans(selection, spec, num_epochs)
+    plans = EpochPlans(planned(selection), spec, num_epochs)
     if num_epochs is None:
         assert stage.max_steps is not None
         return stage.max_steps
@@ -507,6 +521,8 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "prepared": None if header.prepared is None else header.prepared.model_dump(),
         "num_negative": _num_negative(stage),
         "num_own_chains": None if stage.attached.behaviour is None else stage.attached.behaviour.num_known_chains(),
+        "num_examples": None if stage.selection.examples is None else len(stage.selection.examples.row_E),
+        "num_packed_tokens": packed_tokens,
         "num_left_out": header.num_zero_weight + header.num_empty,
         "num_truncated": counts.num_truncated,
         "num_skipped": counts.num_skipped,

@@ -174,6 +174,7 @@ def _stage_lines(stage: Result) -> list[str]:
     return [
         f"stage      {stage['name']}: trains {stage['trainable']}",
         f"selection  {chains}, {completion} completion tokens, {prompt} prompt tokens{left_out}{cut}",
+        *_example_lines(stage),
         *_projection_lines(stage),
         *_own_words_lines(stage),
         f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} per rank",
@@ -191,6 +192,14 @@ def _feature_lines(stage: Result) -> list[str]:
         return []
     held = f"{found['num_chains']} of {format_plural(stage['num_chains'], 'chain')}"
     return [f"features   {', '.join(found['sets'])}: {held} have them"]
+
+
+def _example_lines(stage: Result) -> list[str]:
+    if stage["num_examples"] is None:
+        return []
+    read = format_count(stage["num_packed_tokens"])
+    per_chain = stage["num_examples"] / stage["num_chains"]
+    return [f"steps      {stage['num_examples']} examples, {per_chain:.1f} per chain; an epoch reads {read} tokens"]
 
 
 def _projection_lines(stage: Result) -> list[str]:

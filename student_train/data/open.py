@@ -216,6 +216,8 @@ def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> Non
         )
     if mix.reads_pairs and mix.reads_behaviour:
         raise ConfigError("dpo trains on pairs of chains, policy_gradient on single ones: give each a stage of its own")
+    if mix.reads_pairs and data.steps is not None:
+        raise ConfigError("dpo compares whole chains: remove data.steps")
     if mix.reads_pairs and (stage.token_weights is not None or mix.focal_gamma is not None):
         raise ConfigError("dpo weighs pairs as a whole: remove token_weights and focal_gamma")
 

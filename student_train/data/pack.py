@@ -40,7 +40,8 @@ MAX_CHUNK_TOKENS = 64
 class PackedPiece:
     """Tokens first..stop-1 of one chain, with a loss on loss..stop-1, counted from the prompt's first token.
 
-    `row` is the chain's number in the selection, `index` its number in `block`.
+    `row` is the chain's number in the selection, `index` its number in `block`. `skipped` completion tokens after the
+    prompt are left out of the chain, and not counted.
     """
 
     row: int
@@ -50,6 +51,7 @@ class PackedPiece:
     loss: int
     stop: int
     weight: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,7 +474,8 @@ def _documents(number: int, piece: PackedPiece) -> list[_Document]:
 def _tokens(piece: PackedPiece) -> Int32:
     prompt = piece.block.prompt_of(piece.index)
     # A later piece of a split chain begins within the completion.
-    completion = piece.block.tokens_of(piece.index)[max(piece.first - len(prompt), 0) : piece.stop - len(prompt)]
+    start, stop = max(piece.first - len(prompt), 0), piece.stop - len(prompt)
+    completion = piece.block.tokens_of(piece.index)[start + piece.skipped : stop + piece.skipped]
     return np.concatenate([prompt[piece.first :], completion])
 
 
@@ -483,12 +486,13 @@ def _features(pieces: Sequence[PackedPiece], num_losses_D: Int64, wanted: StageF
         assert piece.block.features is not None
         start = _first_loss_token(piece)
         row = piece.block.features[piece.index]
-        parts.append(PieceFeatures(row, base, start, start + piece.stop - piece.loss, piece.first))
+        num_before = piece.first + piece.skipped
+        parts.append(PieceFeatures(row, base, start, start + piece.stop - piece.loss, num_before))
     return pack_features(parts, wanted)
 
 
 def _first_loss_token(piece: PackedPiece) -> int:
-    return piece.loss - len(piece.block.prompt_of(piece.index))
+    return piece.loss - len(piece.block.prompt_of(piece.index)) + piece.skipped
 
 
 def _signals(pieces: Sequence[PackedPiece]) -> Signals | None:

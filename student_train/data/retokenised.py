@@ -25,7 +25,7 @@ from stillroom.errors import ConfigError, CorruptError
 from stillroom.log import Progress
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Int64, stable_hash
-from stillroom.storage.paths import Location, atomic_path
+from stillroom.storage.paths import Location, atomic_path, location
 from student_train.data.selection import (
     SCHEMA,
     Selection,
@@ -158,6 +158,16 @@ def read_groups(source: Selection, groups: Sequence[int], columns: Sequence[str]
 def vocab_beside(folder: Location) -> Location:
     """Where the student's vocabulary lies, in the form of a cache's, for retokenised files in `folder`."""
     return folder.parent / f"{folder.name}.vocab.parquet"
+
+
+def vocab_path_of(selection: Selection, folder: Location) -> Location:
+    """The vocabulary of a selection's ids; `folder` is one of its folders."""
+    if selection.is_retokenised:
+        return vocab_beside(folder)
+    if selection.header.prepared is not None:
+        # The rows lie in the run's folder, their vocabulary in the cache.
+        folder = location(selection.header.caches[0].root) / "chains"
+    return folder.parent / "vocab" / f"{selection.header.tokenizer_fingerprints[0]}.parquet"
 
 
 def has_leading_space(selection: Selection) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,9 @@ from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, atomic_path, location
 from student_train.data.kept_ids import KeptIds, ids_of
+
+if TYPE_CHECKING:
+    from student_train.data.steps import Examples
 
 SELECTION_FORMAT = 1
 METADATA_KEY = b"stillroom-selection"
@@ -158,7 +161,7 @@ class Selection:
 
     group_R int32, row_in_group_R int32, key_R uint64 (the first 16 hex digits of sample_id), num_prompt_R int32,
     num_tokens_R int32 (completion), weight_R float32; cache_G int32, file_G int32 (index into files), row_group_G
-    int32.
+    int32. `examples`: what chains are split into; None leaves them whole.
     """
 
     header: SelectionHeader
@@ -173,6 +176,7 @@ class Selection:
     num_prompt_R: Int32
     num_tokens_R: Int32
     weight_R: Float32
+    examples: "Examples | None" = None
 
     @property
     def num_chains(self) -> int:

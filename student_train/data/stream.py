@@ -33,6 +33,7 @@ from student_train.data.features import StageFeatures
 from student_train.data.pack import Pack, PackedPiece, build_pack, empty_pack
 from student_train.data.rows import FOLDER_AHEAD_GROUPS, STORE_AHEAD_GROUPS, RowBlock, RowBuffer, read_rows
 from student_train.data.selection import Selection
+from student_train.data.steps import planned
 
 THREAD_NAME = "pack-stream"
 WAIT_NOTE_S = 10.0
@@ -108,7 +109,9 @@ class PackStream:
         assert buffer_mib > 0
         assert prefetch_packs > 0
         assert read_ahead_groups is None or read_ahead_groups >= 0
-        self.plans = EpochPlans(selection, spec, num_epochs)
+        self._selection = selection
+        # Where chains are split into examples, plans number these, and rows are still those of chains.
+        self.plans = EpochPlans(planned(selection), spec, num_epochs)
         self._packs_per_step, self._rank, self._world = packs_per_step, rank, world
         self._with_signals = with_signals and not selection.is_text
         self._features = features
@@ -162,7 +165,7 @@ class PackStream:
                 return self._queue.get(timeout=WAIT_NOTE_S)
             except queue.Empty:
                 group = None if self._rows is None else self._rows.waiting_for
-                what = "the next pack" if group is None else self.plans.selection.where(group)
+                what = "the next pack" if group is None else self._selection.where(group)
                 waited = format_duration(time.perf_counter() - started_s)
                 self._tell(f"waiting for data: rank {self._rank} of {self._world} has waited {waited} for {what}")
 
@@ -257,14 +260,14 @@ class PackStream:
                 continue
             if reader is None or reader.epoch != epoch:
                 make_buffer = functools.partial(self._buffer, pool)
-                reader = _EpochReader(plans, epoch, cursor, self._world, make_buffer, self._features)
+                reader = _EpochReader(self._selection, plans, epoch, cursor, self._world, make_buffer, self._features)
             reads_before = reader.buffer.num_reads
             pack = reader.read(cursor)
             num_reads = reader.buffer.num_reads - reads_before
             yield _Item(pack, place, num_group_reads=num_reads, max_buffer_bytes=reader.buffer.max_bytes)
 
     def _buffer(self, pool: Executor | None, rows_I: Int64) -> RowBuffer:
-        selection = self.plans.selection
+        selection = self._selection
 
         def load(group: int, rows_R: Int64) -> RowBlock:
             return read_rows(selection, group, rows_R, with_signals=self._with_signals, features=self._features)
@@ -278,6 +281,7 @@ class _EpochReader:
 
     def __init__(
         self,
+        selection: Selection,
         plans: EpochPlans,
         epoch: int,
         cursor: int,
@@ -286,24 +290,30 @@ class _EpochReader:
         features: StageFeatures | None,
     ) -> None:
         self.epoch = epoch
-        self._features = features
+        self._selection, self._features = selection, features
         self._plans, self._plan = plans, plans.plan(epoch)
         pack_I = np.repeat(np.arange(self._plan.num_packs), np.diff(self._plan.offsets))
         # This rank's packs alone: its buffer must not hold row groups for the others.
         mine_I = (pack_I >= cursor) & ((pack_I - cursor) % world == 0)
-        self.buffer = make_buffer(plans.pieces.row_P[self._plan.items_I[mine_I]].astype(np.int64))
+        rows_I = plans.pieces.row_P[self._plan.items_I[mine_I]].astype(np.int64)
+        examples = selection.examples
+        self.buffer = make_buffer(rows_I if examples is None else examples.row_E[rows_I].astype(np.int64))
 
     def read(self, cursor: int) -> Pack:
         pieces, items = self._plans.pieces, self._plan.pack(cursor)
-        weight_R = self._plans.selection.weight_R
+        weight_R, examples = self._selection.weight_R, self._selection.examples
+        row_I, skipped_I = pieces.row_P[items], np.zeros_like(items)
+        if examples is not None:
+            row_I, skipped_I = examples.row_E[row_I], examples.context_E[row_I]
         packed = []
-        for row, first, loss, stop in zip(
-            pieces.row_P[items].tolist(),
+        for row, skipped, first, loss, stop in zip(
+            row_I.tolist(),
+            skipped_I.tolist(),
             pieces.first_P[items].tolist(),
             pieces.loss_P[items].tolist(),
             pieces.stop_P[items].tolist(),
             strict=True,
         ):
             block, index = self.buffer.next_row()
-            packed.append(PackedPiece(row, block, index, first, loss, stop, float(weight_R[row])))
+            packed.append(PackedPiece(row, block, index, first, loss, stop, float(weight_R[row]), skipped))
         return build_pack(packed, self._features)

@@ -7,6 +7,7 @@ RUN/heldout.selection.parquet     what the student is evaluated on
 RUN/<stage>.negatives.selection.parquet, <stage>.right.selection.parquet
                                   wrong chains of a stage, and held-out right ones that must not become less likely
 RUN/<stage>.behaviour-<hash>.npy  what the student gave its own chains when it wrote them
+RUN/<stage>.steps-<hash>.npy      which examples its chains are split into, see steps.py
 RUN/start/<stage>/                what the student gave the stage's tokens when the stage began, see start.py
 RUN/features.json                 which feature sets it reads, and at which version
 RUN/metrics.jsonl                 one line an optimizer step
@@ -214,7 +215,8 @@ class RunFolder:
 
     def _forget_beginning(self) -> None:
         # The selection's own file goes first: it marks the rest as whole.
-        files = [*self.root.glob("*.selection*.parquet"), *self.root.glob("*.behaviour-*.npy")]
+        numbers = [path for kind in ("behaviour", "steps", "terms") for path in self.root.glob(f"*.{kind}-*")]
+        files = [*self.root.glob("*.selection*.parquet"), *numbers]
         facts = (self.features_path, self.metrics_path, self.eval_path, self.changes_path, self.sessions_path)
         for file in (*files, *facts):
             file.unlink(missing_ok=True)

@@ -20,7 +20,8 @@ from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.model.student import Student, load_student
-from student_train.result_lines import run_lines
+from student_train.plan import plan_run
+from student_train.result_lines import plan_lines, run_lines
 from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.cost import read_sessions
 from student_train.runtime.run_folder import RunFolder, summarise
@@ -521,3 +522,22 @@ def test_config_is_kept_with_the_run(trainer: Trainer) -> None:
     trainer.finish(config)
     kept: TrainConfig = RunFolder(config.run).read_config()
     assert kept == config
+
+
+def test_steps_with_all_before_them_learn_what_whole_chains_do(
+    trainer: Trainer, dense_reference: DenseReference
+) -> None:
+    steps = {"pattern": r"w\d*[37](?!\d)", "min_tokens": 4}
+    stage: Json = {"epochs": 1, "batch_tokens": 32768, "clip_norm": None}
+    (record,) = trainer.run(trainer.config("whole", stage, data={"steps": steps}, eval=None))
+    loss, *_, grad_norm = dense_reference(0.0, 0.0, 0.0)
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+    config = trainer.config("parted", {"max_steps": 4}, data={"steps": {**steps, "context_steps": 1}})
+    expected = losses_of(trainer.run(trainer.config("alone", {"max_steps": 4}, data=config.data.model_dump())))
+    trainer.run(config, stop_after=2)
+    assert losses_of(trainer.run(config)) == expected
+    plan = plan_run(config, 1)
+    (planned,) = plan["stages"]
+    assert planned["num_examples"] > 2 * planned["num_chains"]
+    assert f"steps      {planned['num_examples']} examples, " in "\n".join(plan_lines(plan))
