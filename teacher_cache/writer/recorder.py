@@ -37,6 +37,7 @@ from teacher_cache.judging import JudgeQueue, commit_verdicts
 from teacher_cache.writer.commit import Committer, VisibleSamples
 from teacher_cache.writer.rows import RowMaker
 from teacher_cache.writer.shard import ShardFile
+from teacher_cache.writer.watch import SampleWatch
 
 MAX_QUEUED_TOKENS = 1 << 18
 """Completion tokens that may wait, 140 MB at k=64. Without a bound a stalled disk would fill the memory."""
@@ -94,6 +95,7 @@ class Recorder:
         self._shard: ShardFile | None = None
         self._opened_s = 0.0
         self._failed: list[Failure] = []
+        self._watch = SampleWatch(header.vocab_size)
         self._judges = JudgeQueue(judging.processes)
         # A thread, because a process would have to pickle the arrays.
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -171,6 +173,9 @@ class Recorder:
             self._failed.append(outcome)
             self.recorded.num_failures += 1
             return
+        if (problem := self._watch.problem(outcome)) is not None:
+            # The open shard is discarded: its chains are of the same kind.
+            raise StillroomError(problem)
         try:
             row = self._rows.row(outcome)
         except BaseException:
