@@ -435,6 +435,32 @@ class PromptConfig(StrictModel):
         return self
 
 
+class TermsConfig(StrictModel):
+    """Terms of a domain. Where a completion says one, its tokens count `weight` times as much in the losses."""
+
+    words: list[str] = Field(default_factory=list)
+    """Terms of one or more words."""
+    file: Path | None = None
+    """UTF-8 text file with one term per line; lines that begin with # are comments."""
+    sql: str | None = None
+    """SQL expression over `chains`: a list of terms for that chain alone, e.g. `string_split(metadata ->> 'terms',
+    ',')`."""
+    weight: float = Field(default=3.0, gt=0)
+    """Factor of a term's tokens. The loss is a weighted mean: others count less by as much in all."""
+    match_case: bool = False
+    """Whether upper and lower case differ."""
+    whole_words: bool = True
+    """Do not match inside words (`ion` in `nation`); Chinese and Japanese have no such limits."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "TermsConfig":
+        if not self.words and self.file is None and self.sql is None:
+            raise ValueError("names no terms: set words, file or sql")
+        if self.weight == 1:
+            raise ValueError("weight 1 has no effect: set another, or leave terms out")
+        return self
+
+
 class StepsConfig(StrictModel):
     """Splits chains at their steps into examples: the question and the steps so far are context, and the next step is
     learned. Each completion token is learned once an epoch. Evaluations use whole chains.
@@ -492,6 +518,8 @@ class DataConfig(StrictModel):
     """What to do with longer chains. Truncated chains never teach an end of sequence."""
     steps: StepsConfig | None = None
     """None learns each chain as one example."""
+    terms: TermsConfig | None = None
+    """None weights all tokens of a chain equally."""
 
     @model_validator(mode="after")
     def _text_has_effect(self) -> "DataConfig":

@@ -60,6 +60,7 @@ from student_train.data.prepared import Pairing
 from student_train.data.selection import Selection, SelectionHeader, SelectionRequest, open_selection
 from student_train.data.steps import examples_path, planned, with_examples, write_examples
 from student_train.data.stream import PackStream
+from student_train.data.terms import MarkedTerms, terms_path, write_terms
 from student_train.data.token_numbers import TokenNumbers, numbers_path, write_behaviour
 from student_train.losses.below import AttentionKL, ProjectedLoss
 from student_train.losses.divergences import Divergence, FeatureLoss, Loss, LossMix
@@ -261,6 +262,10 @@ def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
         path = numbers_path(run.root, stage.name, "behaviour", selection)
         shared.written(path, lambda path: write_behaviour(path, selection, data.behaviour))
         attached = Attached(behaviour=TokenNumbers(path, selection))
+    if (terms := data.terms) is not None:
+        path = terms_path(run.root, stage.name, selection, terms)
+        shared.written(path, lambda path: write_terms(path, selection, terms))
+        attached = replace(attached, terms=MarkedTerms(path, selection, terms))
     if stage.negatives is None:
         return replace(plan, attached=attached)
     if not is_paired(stage):
@@ -523,6 +528,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "num_own_chains": None if stage.attached.behaviour is None else stage.attached.behaviour.num_known_chains(),
         "num_examples": None if stage.selection.examples is None else len(stage.selection.examples.row_E),
         "num_packed_tokens": packed_tokens,
+        "terms": None if (terms := stage.attached.terms) is None else {**terms.found, "weight": terms.weight},
         "num_left_out": header.num_zero_weight + header.num_empty,
         "num_truncated": counts.num_truncated,
         "num_skipped": counts.num_skipped,

@@ -18,6 +18,7 @@ from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table
 from stillroom.log import format_count, format_plural
 from student_train.config import meaning_of
 from student_train.data.open import before_and_after
+from student_train.data.terms import read_found
 from student_train.run_curves import (
     MEASURES,
     NUM_WINDOWS,
@@ -35,6 +36,7 @@ from student_train.run_curves import (
 from student_train.runtime.cost import cost_of, read_sessions
 
 NO_STAGE = "no such stage"
+SHOWN_TERMS = 30
 _STAGE_KEY = re.compile(r"stages\.(\d+)\.")
 
 
@@ -57,7 +59,7 @@ def student_sections(*folders: Path, price_per_hour: float | None = None) -> lis
     costs = run_costs(runs, price_per_hour)
     if len(runs) == 1:
         first = Section("The student", [_overview(runs[0]), *_heldout_change(runs[0]), *_costs(runs, costs)])
-        training = [*_stage_table(runs[0]), *_losses(runs), *_learning_rate(runs[0]), *_speed(runs)]
+        training = [*_stage_table(runs[0]), *_terms(runs[0]), *_losses(runs), *_learning_rate(runs[0]), *_speed(runs)]
     else:
         first = Section("What differs", [_differing_keys(runs), _progress_table(runs), *_costs(runs, costs)])
         training = [*_losses(runs), *_speed(runs)]
@@ -228,6 +230,26 @@ def _stage_table(run: Run) -> list[Piece]:
     )
     columns = ["loss", "weight", "at the start", "at the end"]
     return [Table("Losses by stage", columns, rows, note.strip(), right=frozenset({1, 2, 3}))]
+
+
+def _terms(run: Run) -> list[Piece]:
+    """Terms of data.terms that the stages' chains say."""
+    pieces: list[Piece] = []
+    for stage in run.stages():
+        found = read_found(run.folder.root, stage.name)
+        if found is not None:
+            rows = [
+                [one["term"], f"{one['count']:,}", f"{one['num_chains']:,}", one["example"]]
+                for one in found["terms"][:SHOWN_TERMS]
+            ]
+            missing = f" {len(found['unmatched'])} terms never occur." if found["unmatched"] else ""
+            note = f"{found['num_tokens']:,} tokens of {format_plural(found['num_chains'], 'chain')}.{missing}"
+            columns = ["term", "times", "chains", "for example"]
+            table = Table(
+                f"Weighted terms of stage {stage.name}", columns, rows, note, frozenset({1, 2}), frozenset({3})
+            )
+            pieces.append(table)
+    return pieces
 
 
 def _losses(runs: Sequence[Run]) -> list[Piece]:

@@ -9,6 +9,7 @@ from stillroom.log import format_bytes, format_count, format_duration, format_pl
 from student_train.runtime.metrics_log import short_name
 
 Result = Mapping[str, Any]
+SHOWN_TERMS = 8
 
 
 def init_lines(record: Result) -> list[str]:
@@ -177,6 +178,7 @@ def _stage_lines(stage: Result) -> list[str]:
         *_example_lines(stage),
         *_projection_lines(stage),
         *_own_words_lines(stage),
+        *_term_lines(stage),
         f"batch      {format_plural(stage['packs_per_step'], 'pack')}: {stage['accumulation']} per rank",
         f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
         *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
@@ -235,6 +237,22 @@ def _own_words_lines(stage: Result) -> list[str]:
     elif stage["num_negative"]:
         lines.append(f"wrong      {format_plural(stage['num_negative'], 'chain')} to move away from")
     return lines
+
+
+def _term_lines(stage: Result) -> list[str]:
+    found = stage["terms"]
+    if found is None:
+        return []
+    shown = ", ".join(f"{one['term']} {one['count']}" for one in found["terms"][:SHOWN_TERMS])
+    more = f" and {len(found['terms']) - SHOWN_TERMS} more" if len(found["terms"]) > SHOWN_TERMS else ""
+    missing = found["unmatched"]
+    never = ", ".join(missing[:SHOWN_TERMS]) + (", ..." if len(missing) > SHOWN_TERMS else "")
+    marked = f"{format_count(found['num_tokens'])} tokens ({found['num_tokens'] / stage['num_tokens']:.1%})"
+    where = format_plural(found["num_chains"], "chain")
+    return [
+        f"terms      {marked} of {where} count {found['weight']:g}x: {shown}{more}",
+        *([f"           never found: {never}"] if missing else []),
+    ]
 
 
 def _temperature_lines(steps: list[tuple[int, float]]) -> list[str]:

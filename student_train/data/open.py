@@ -220,6 +220,8 @@ def check_own_words(mix: "LossMix", stage: StageConfig, data: DataConfig) -> Non
         raise ConfigError("dpo compares whole chains: remove data.steps")
     if mix.reads_pairs and (stage.token_weights is not None or mix.focal_gamma is not None):
         raise ConfigError("dpo weighs pairs as a whole: remove token_weights and focal_gamma")
+    if mix.reads_pairs and data.terms is not None:
+        raise ConfigError("dpo weighs pairs as a whole: remove data.terms")
 
 
 def _absolute(root: Location) -> str:

@@ -8,6 +8,8 @@ RUN/<stage>.negatives.selection.parquet, <stage>.right.selection.parquet
                                   wrong chains of a stage, and held-out right ones that must not become less likely
 RUN/<stage>.behaviour-<hash>.npy  what the student gave its own chains when it wrote them
 RUN/<stage>.steps-<hash>.npy      which examples its chains are split into, see steps.py
+RUN/<stage>.terms-<hash>.npy, .json
+                                  which of its tokens say a term of data.terms, and what was found
 RUN/start/<stage>/                what the student gave the stage's tokens when the stage began, see start.py
 RUN/features.json                 which feature sets it reads, and at which version
 RUN/metrics.jsonl                 one line an optimizer step

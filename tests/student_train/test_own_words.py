@@ -388,6 +388,8 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
         ({"losses": {"policy_gradient": 1}}, {}, "policy_gradient needs the student's log probabilities of its own"),
         ({"losses": {"policy_gradient": 1}}, {"behaviour": ["CACHE"]}, "teacher and writer would be one"),
         ({**PREFERENCE, "focal_gamma": 1.0}, {}, "dpo weighs pairs as a whole"),
+        (PREFERENCE, {"steps": {}}, "dpo compares whole chains: remove data.steps"),
+        (PREFERENCE, {"terms": {"words": ["a"]}}, "dpo weighs pairs as a whole: remove data.terms"),
         (
             {**PREFERENCE, "negatives": {"where": "num_tokens < 0"}},
             {},

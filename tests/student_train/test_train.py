@@ -21,6 +21,7 @@ from student_train.data.selection import load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.model.student import Student, load_student
 from student_train.plan import plan_run
+from student_train.report import student_sections
 from student_train.result_lines import plan_lines, run_lines
 from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.cost import read_sessions
@@ -533,7 +534,8 @@ def test_steps_with_all_before_them_learn_what_whole_chains_do(
     loss, *_, grad_norm = dense_reference(0.0, 0.0, 0.0)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
-    config = trainer.config("parted", {"max_steps": 4}, data={"steps": {**steps, "context_steps": 1}})
+    data: Json = {"steps": {**steps, "context_steps": 1}, "terms": {"words": ["w151"], "whole_words": False}}
+    config = trainer.config("parted", {"max_steps": 4}, data=data)
     expected = losses_of(trainer.run(trainer.config("alone", {"max_steps": 4}, data=config.data.model_dump())))
     trainer.run(config, stop_after=2)
     assert losses_of(trainer.run(config)) == expected
@@ -541,3 +543,7 @@ def test_steps_with_all_before_them_learn_what_whole_chains_do(
     (planned,) = plan["stages"]
     assert planned["num_examples"] > 2 * planned["num_chains"]
     assert f"steps      {planned['num_examples']} examples, " in "\n".join(plan_lines(plan))
+    assert "count 3x: w151 " in "\n".join(plan_lines(plan))
+    assert "Weighted terms of stage distill" in {
+        getattr(one, "title", "") for one in student_sections(config.run)[2].pieces
+    }
