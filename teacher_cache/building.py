@@ -25,7 +25,7 @@ from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
-from teacher_cache.joining import PART_CHAINS, WAIT, JoinedWork, Wait
+from teacher_cache.joining import PART_CHAINS, JoinedWork, Wait
 from teacher_cache.judging import require_judges
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import (
@@ -39,6 +39,7 @@ from teacher_cache.prompts.prompts import (
     part_name,
     requests,
 )
+from teacher_cache.until import UntilRight, judge_what_is_left, own_prompts, require_judged, right_samples
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
 from teacher_cache.writer.leases import new_worker_name
 from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder, explained
@@ -49,6 +50,8 @@ TYPICAL_LENGTH_FRAC = 0.5
 """Typical length of a chain as a fraction of max_tokens; the demo's chains have 0.48. Decides whether to compile."""
 WAIT_S = 0.5
 """How often a worker without work looks whether there is some."""
+VERDICT_WAIT_S = 0.05
+"""The same where it depends on a judge of this process."""
 OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
 
@@ -77,9 +80,16 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
 
     Raises StillroomError for everything a user can fix.
     """
+    if config.sampling.until is not None and share is None:
+        raise ConfigError(
+            "sampling.until decides on a prompt's next chain by the verdicts on its others, which workers that join "
+            "may hold: use --worker I/N, which shares the prompts, instead of --join"
+        )
     loaded = load_prompts(config.prompts)
     _note_loaded(loaded)
     require_judges(loaded.prompts)
+    if config.sampling.until is not None:
+        require_judged(loaded.prompts)
     teacher = identify_teacher(config.teacher, config.engine)
     with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
         # Malformed rows belong to no share: the first worker records them.
@@ -91,6 +101,12 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
             longest = min(config.sampling.max_tokens, config.engine.max_model_len or config.sampling.max_tokens)
             return _start_engine(config, teacher, build.num_left(num_total) * longest * TYPICAL_LENGTH_FRAC)
 
+        if config.sampling.until is not None:
+            assert share is not None
+            until = build.until(loaded.prompts, share, retry_failures=retry_failures)
+            stream = itertools.chain(failures, until.requests())
+            num_total = until.num_total + len(failures)
+            return build.run(stream, num_total, start_engine, retry_failures=retry_failures, until=until)
         if share is None:
             maker = RequestMaker(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
             parts = functools.partial(_parts, maker, failures)
@@ -133,6 +149,7 @@ class Build:
         self.config, self.teacher, self.worker = config, teacher, worker
         self.run_id = run_id_of(config, teacher.record)
         self._joined: JoinedWork | None = None
+        self._until: UntilRight | None = None
         with contextlib.ExitStack() as locks:
             try:
                 self.catalog = Catalog.create(config.cache)
@@ -163,6 +180,16 @@ class Build:
             self._joined = joined
             return self.run(joined.requests(parts), num_total, start_engine)
 
+    def until(self, prompts: Sequence[Prompt], share: WorkerShare, *, retry_failures: bool) -> UntilRight:
+        """The requests of `sampling.until`, by the verdicts that the cache has."""
+        config = self.config
+        assert isinstance(config, BuildConfig)
+        judge_what_is_left(config)
+        own = own_prompts(prompts, share)
+        maker = RequestMaker(config, own, self.teacher.tokenizer, self.teacher.record.fingerprint)
+        failures = () if retry_failures else self._failures
+        return UntilRight(config, own, maker, self._chains, failures, right_samples(config))
+
     def run(
         self,
         requests: Iterable[Request | Failure | Wait],
@@ -170,12 +197,15 @@ class Build:
         start_engine: Callable[[], Engine],
         *,
         retry_failures: bool = False,
+        until: UntilRight | None = None,
     ) -> BuildResult:
-        """Generates what is not done. The engine is started only if something is left to do.
+        """Generates what is not done. The engine is started only if something is left to do. `until` made the requests
+        and hears what becomes of them.
 
         Raises StillroomError, after making finished chains visible, when the engine dies or after
         `failures.max_consecutive` consecutive failures.
         """
+        self._until = until
         pending = _Pending(requests, functools.partial(self._is_done, retry_failures=retry_failures))
         if pending.is_waiting():
             note("other workers hold all that is left: waiting, in case one of them dies")
@@ -218,7 +248,7 @@ class Build:
         started_s = time.monotonic()
         with (
             Recorder(
-                self.catalog, header, config.shard, rows, self._chains, self._failures, config.judging
+                self.catalog, header, config.shard, rows, self._chains, self._failures, config.judging, self._until
             ) as recorder,
             Progress("build", num_total, "chains", done_before=self._num_done(pending, Recorded())) as progress,
             MetricsLog(config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
@@ -248,7 +278,8 @@ class Build:
     def _num_done(self, pending: "_Pending", recorded: Recorded) -> int:
         """Chains and failures so far: of this worker's share, or of all workers that joined."""
         if self._joined is None:
-            return pending.num_skipped + recorded.num_chains + recorded.num_failures
+            spared = 0 if self._until is None else self._until.num_spared
+            return pending.num_skipped + recorded.num_chains + recorded.num_failures + spared
         others = sum(one.num_uncommitted for one in self._joined.leases.others)
         return self._joined.num_visible + others + _num_uncommitted(recorded)
 
@@ -270,6 +301,7 @@ class Build:
         self, num_total: int, pending: "_Pending", recorded: Recorded, seconds: float, stopped: str | None
     ) -> BuildResult:
         num_done_before, num_adopted = pending.num_skipped, self.num_adopted
+        num_total -= 0 if self._until is None else self._until.num_spared
         return BuildResult(
             self.run_id, self.worker, num_total, num_done_before, num_adopted, recorded, seconds, stopped
         )
@@ -444,8 +476,12 @@ class _Pending:
         return self._next is None
 
     def is_waiting(self) -> bool:
-        """Whether the next one depends on other workers."""
-        return self._next is WAIT
+        """Whether the next one depends on something that is still to come."""
+        return isinstance(self._next, Wait)
+
+    def waits_for_verdicts(self) -> bool:
+        """Whether it depends on what this process judges."""
+        return self._next is Wait.VERDICTS
 
     def pop(self) -> Request | Failure | Wait | None:
         """The next one, None at the end. WAIT: ask again later."""
@@ -483,9 +519,12 @@ class _Loop:
         shown_s = 0.0
         while self.stopped is None and (self._fill() or self._engine.num_unfinished):
             if self._pending.is_waiting() and not self._engine.num_unfinished:
-                # What is finished here is all that keeps others waiting in turn.
-                self._recorder.flush()
-                time.sleep(WAIT_S)
+                # Nothing is put into the recorder, so nothing else would tell that it has ended.
+                self._recorder.check()
+                if not self._pending.waits_for_verdicts():
+                    # What is finished here is all that keeps others waiting in turn.
+                    self._recorder.flush()
+                time.sleep(VERDICT_WAIT_S if self._pending.waits_for_verdicts() else WAIT_S)
             for outcome in self._step():
                 self._count(outcome)
                 self._recorder.put(outcome)

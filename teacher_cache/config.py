@@ -149,6 +149,22 @@ SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
 """Recommended by the model cards for answers with reasoning; `greedy` is argmax."""
 
 
+class UntilConfig(StrictModel):
+    """More chains of a prompt until enough of them are judged right, for sources with a judge that a build can run.
+    Workers share the prompts by `--worker I/N`, not by `--join`."""
+
+    right: int = Field(ge=1)
+    """Stop at this many right chains of a prompt."""
+    samples: int = Field(ge=2)
+    """Stop at this many chains of a prompt, whatever they are; `sampling.samples` are generated in any case."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.right > self.samples:
+            raise ValueError(f"right={self.right} exceeds samples={self.samples}")
+        return self
+
+
 class SamplingConfig(StrictModel):
     """How the teacher samples. Stored distributions are at temperature 1 whatever the sampling temperature."""
 
@@ -169,6 +185,9 @@ class SamplingConfig(StrictModel):
     """Maximum completion tokens per chain."""
     samples: int = Field(default=1, ge=1)
     """Chains per prompt, each with its own seed."""
+    # Left out where it is off: neither runs nor samples get another id.
+    until: UntilConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Generate more chains than `samples` of prompts that the teacher got wrong."""
     seed: int = 0
     """Base sampling seed; each chain's seed is derived from it, the prompt and the sample index."""
 
@@ -185,6 +204,8 @@ class SamplingConfig(StrictModel):
             raise ValueError(
                 "samples > 1 at temperature 0 would repeat one chain: raise temperature or set samples to 1"
             )
+        if self.until is not None and self.samples >= self.until.samples:
+            raise ValueError(f"until has no effect: samples={self.samples} reaches until.samples={self.until.samples}")
         return self
 
 
@@ -285,8 +306,12 @@ class BuildConfig(RunConfig):
     def _greedy_source_repeats(self) -> Self:
         for source in self.prompts.sources:
             temperature = self.sampling.temperature if source.temperature is None else source.temperature
-            if temperature == 0 and (source.samples or self.sampling.samples) > 1:
-                raise ValueError(f"source {source.name!r} would repeat one chain: it has samples > 1 at temperature 0")
+            until, samples = self.sampling.until, source.samples or self.sampling.samples
+            if temperature == 0 and (samples > 1 or until is not None):
+                asked = "samples > 1" if samples > 1 else "sampling.until"
+                raise ValueError(f"source {source.name!r} would repeat one chain: it has {asked} at temperature 0")
+            if until is not None and samples > until.samples:
+                raise ValueError(f"source {source.name!r} has samples={samples}, above until.samples={until.samples}")
         return self
 
 

@@ -24,9 +24,10 @@ PART_CHAINS = 64
 
 
 class Wait(enum.Enum):
-    """Nothing to do at present: other workers hold all that is left."""
+    """Nothing to do at present: other workers hold all that is left, or it depends on verdicts to come."""
 
     WAIT = "wait"
+    VERDICTS = "verdicts"
 
 
 WAIT: Final = Wait.WAIT

@@ -16,7 +16,7 @@ import queue
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -288,8 +288,15 @@ def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, wo
 class JudgeQueue:
     """Judges of one build. `put`, `finished` and `wait` are for one thread, `hurry` and `close` for any."""
 
-    def __init__(self, num_processes: int, max_waiting: int = MAX_WAITING) -> None:
-        """Starts no process before the first answer arrives."""
+    def __init__(
+        self,
+        num_processes: int,
+        max_waiting: int = MAX_WAITING,
+        on_verdict: Callable[[str, bool], None] | None = None,
+    ) -> None:
+        """Starts no process before the first answer arrives. `on_verdict` hears at once, in a judge's thread, whether
+        an answer is right; False also if nobody could tell.
+        """
         self.num_left = 0
         """Answers left to `teacher-cache judge`."""
         self._max_waiting = max_waiting
@@ -298,6 +305,7 @@ class JudgeQueue:
         self._pending: dict[Future[JudgedSample | None], None] = {}
         self._done: deque[Future[JudgedSample | None]] = deque()
         self._hurried = False
+        self._on_verdict = on_verdict or (lambda _sample_id, _correct: None)
 
     def put(self, sample_id: str, prompt: Prompt, answer: str | None, truncated: bool = False) -> None:
         """Queues an answer; does nothing for a prompt without a judge."""
@@ -309,6 +317,7 @@ class JudgeQueue:
             self._settle()
         if self._hurried or len(self._pending) >= self._max_waiting:
             self.num_left += 1
+            self._on_verdict(sample_id, False)
             return
         future = self._threads.submit(
             self._judge, sample_id, kind, answer, prompt.reference, prompt.metadata, truncated
@@ -370,7 +379,14 @@ class JudgeQueue:
     ) -> JudgedSample | None:
         if self._hurried:
             return None
-        return JudgedSample(sample_id, kind, self._judges.judge(kind, answer, reference, metadata, truncated))
+        correct = None
+        try:
+            verdict = self._judges.judge(kind, answer, reference, metadata, truncated)
+            correct = verdict.correct
+        finally:
+            # Also of a judge that broke: `finished` raises its error later.
+            self._on_verdict(sample_id, correct is True)
+        return JudgedSample(sample_id, kind, verdict)
 
 
 class _Judges:

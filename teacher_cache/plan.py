@@ -18,14 +18,17 @@ from stillroom.cache.catalog import Catalog
 from stillroom.judging.answers import reference_problem
 from stillroom.log import Progress, cut, format_bytes, format_count, format_duration, format_plural, harmless
 from stillroom.log import one_line as flat
+from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.building import run_id_of
 from teacher_cache.config import BuildConfig, RunConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.joining import Wait
 from teacher_cache.prompts.completions import Completions
-from teacher_cache.prompts.prompts import LoadedPrompts, load_prompts, num_requests, requests
+from teacher_cache.prompts.prompts import LoadedPrompts, RequestMaker, load_prompts, num_requests, requests
+from teacher_cache.until import UntilRight, require_judged, right_samples
 from teacher_cache.writer.commit import VisibleSamples
 from teacher_cache.writer.recorder import last_metrics
 
@@ -98,6 +101,8 @@ class BuildPlan:
     num_failed: int = 0
     num_unusable: int = 0
     num_left: int = 0
+    is_bound: bool = False
+    """Whether chains, tokens and time are the most that `sampling.until` may ask for."""
     tokens_left: float = 0.0
     tokens_left_measured: bool = True
     bytes_per_token: float = 0.0
@@ -120,9 +125,16 @@ def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.prompts.sources])
     _count_prompts(plan, loaded)
-    stream = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
+    if config.sampling.until is None:
+        stream: Iterable[Request | Failure] = requests(
+            config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint
+        )
+        total = num_requests(config, loaded.prompts)
+    else:
+        stream, total = _until_right(config, loaded.prompts, teacher)
+        plan.is_bound = True
     shown = _Shown(stream, num_shown)
-    _count_chains(plan, shown, num_requests(config, loaded.prompts), config, teacher)
+    _count_chains(plan, shown, total, config, teacher)
     plan.shown = shown.prompts(plan.sources, teacher.tokenizer)
     plan.tokens_left_measured = all(one.mean_num_tokens is not None or not one.num_left for one in plan.sources)
     return plan
@@ -161,6 +173,8 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     ]
     lines.append(f"prompts  {plan.num_prompts:,}{heldout}; {', '.join(skipped)}")
     lines += [f"         {example}" for example in plan.examples]
+    if plan.is_bound:
+        lines.append("until    chains, tokens and time are upper bounds: prompts with enough right chains get no more")
     lines += _cost_lines(plan) if plan.num_left else ["nothing is left to do"]
     return [*lines, *(f"server   {one.url} {one.summary}" for one in plan.endpoints)]
 
@@ -293,8 +307,7 @@ def _count_chains(
     teacher: IdentifiedTeacher,
 ) -> None:
     """Sorts every chain into done, failed, unusable and left, and adds up what is left."""
-    check_reachable(config.cache)
-    catalog = Catalog(config.cache) if (config.cache / "chains" / "_delta_log").is_dir() else None
+    catalog = _catalog_of(config)
     sources = {one.source: one for one in plan.sources}
     if catalog is not None:
         _measure(plan, sources, catalog, teacher.record.fingerprint)
@@ -334,6 +347,24 @@ def _count_chains(
         plan.tokens_left += one.tokens_left
     plan.examples += _examples("refused", list(refused.values()))
     _predict(plan, config, has_cache=catalog is not None)
+
+
+def _catalog_of(config: RunConfig) -> Catalog | None:
+    check_reachable(config.cache)
+    return Catalog(config.cache) if (config.cache / "chains" / "_delta_log").is_dir() else None
+
+
+def _until_right(
+    config: BuildConfig, prompts: Sequence[Prompt], teacher: IdentifiedTeacher
+) -> tuple[Iterator[Request | Failure], int]:
+    """What `sampling.until` asks for if every chain to come is wrong, and its number."""
+    require_judged(prompts)
+    catalog = _catalog_of(config)
+    right = set() if catalog is None else right_samples(config)
+    maker = RequestMaker(config, prompts, teacher.tokenizer, teacher.record.fingerprint)
+    chains, failures = (_visible_samples(catalog, name) for name in ("chains", "failures"))
+    until = UntilRight(config, prompts, maker, chains, failures, right, assume_wrong=True)
+    return (one for one in until.requests() if not isinstance(one, Wait)), until.num_total
 
 
 def _tokens_of(request: Request | Failure, source: SourcePlan, max_model_len: int | None) -> float | None:

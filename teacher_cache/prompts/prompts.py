@@ -131,9 +131,14 @@ def load_prompts(config: PromptsConfig) -> LoadedPrompts:
     return loaded
 
 
+def samples_by_source(config: BuildConfig) -> dict[str, int]:
+    """Chains per prompt of each source."""
+    return {source.name: source.samples or config.sampling.samples for source in config.prompts.sources}
+
+
 def num_requests(config: BuildConfig, prompts: Iterable[Prompt], worker: WorkerShare = WHOLE) -> int:
     """Number of chains that the configuration asks for."""
-    samples = _samples_by_source(config)
+    samples = samples_by_source(config)
     return sum(samples[prompt.source] for prompt in prompts if prompt.prompt_id in worker)
 
 
@@ -176,7 +181,7 @@ class RequestMaker:
 
     def batches(self, size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
         """Sample indices with up to `size` prompts that have such a sample: first samples first."""
-        samples = _samples_by_source(self._config)
+        samples = samples_by_source(self._config)
         remaining = self._prompts
         for sample_index in range(max(samples.values())):
             remaining = [prompt for prompt in remaining if sample_index < samples[prompt.source]]
@@ -342,10 +347,6 @@ def _request(
         max_tokens=sampling["max_tokens"],
         sample_id=sample_id_of(teacher_fingerprint, prompt_token_ids, effective, seed, sample_index),
     )
-
-
-def _samples_by_source(config: BuildConfig) -> dict[str, int]:
-    return {source.name: source.samples or config.sampling.samples for source in config.prompts.sources}
 
 
 def _require_usable(source: Source, num_drafts: int, failures: Sequence[Failure], max_frac: float) -> None:

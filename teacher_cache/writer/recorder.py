@@ -34,6 +34,7 @@ from stillroom.storage.paths import Location, spool
 from teacher_cache.config import JudgingConfig, ShardConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome
 from teacher_cache.judging import JudgeQueue, commit_verdicts
+from teacher_cache.until import UntilRight
 from teacher_cache.writer.commit import Committer, VisibleSamples
 from teacher_cache.writer.rows import RowMaker
 from teacher_cache.writer.shard import ShardFile
@@ -81,7 +82,9 @@ class Recorder:
         chains: VisibleSamples,
         failures: VisibleSamples,
         judging: JudgingConfig,
+        until: UntilRight | None = None,
     ) -> None:
+        """`until` hears of verdicts and failures."""
         self.recorded = Recorded()
         self._is_flushing = threading.Event()
         self.closed_s: float | None = None
@@ -96,7 +99,8 @@ class Recorder:
         self._opened_s = 0.0
         self._failed: list[Failure] = []
         self._watch = SampleWatch(header.vocab_size)
-        self._judges = JudgeQueue(judging.processes)
+        self._until = until
+        self._judges = JudgeQueue(judging.processes, on_verdict=None if until is None else until.settle)
         # A thread, because a process would have to pickle the arrays.
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -137,6 +141,10 @@ class Recorder:
                 note("All chains are saved. Judging answers; Ctrl-C leaves the rest to `teacher-cache judge`.")
                 noted = True
 
+    def check(self) -> None:
+        """Raises the error that ended the thread."""
+        self._raise()
+
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
@@ -172,6 +180,8 @@ class Recorder:
         if not isinstance(outcome, Finished):
             self._failed.append(outcome)
             self.recorded.num_failures += 1
+            if self._until is not None:
+                self._until.settle(outcome.sample_id, False)
             return
         if (problem := self._watch.problem(outcome)) is not None:
             # The open shard is discarded: its chains are of the same kind.

@@ -79,7 +79,8 @@ def run_id_for(
     """`<name>_<8 hex>`. A different teacher, capture, reasoning, sampling or argument of the chat template makes a
     different run, and so does scoring; more samples per prompt do not. The arguments are fields of RunManifest.
     """
-    how = {key: value for key, value in sampling.items() if key != "samples"} if kind == "generate" else "score"
+    how_many = ("samples", "until")
+    how = {key: value for key, value in sampling.items() if key not in how_many} if kind == "generate" else "score"
     # Only where there are any: runs without them keep the ids of earlier versions.
     template = [dict(chat_template_kwargs)] if chat_template_kwargs else []
     return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how, *template)[:8]}"

@@ -1,0 +1,199 @@
+"""`sampling.until`: no chain too many, none too few, whatever interrupts the build."""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import teacher_cache.plan
+import teacher_cache.writer.recorder
+from stillroom.cache.catalog import Catalog
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.judging.answers import Verdict
+from stillroom.judging.process import JudgeProcess
+from stillroom.schema.records import Message, Prompt, prompt_id_of, stable_hash
+from stillroom.sql.session import Session
+from teacher_cache.building import Build, BuildResult, build_cache, run_id_of
+from teacher_cache.config import BuildConfig
+from teacher_cache.engine.api import Engine, Outcome, Request
+from teacher_cache.engine.fake import FakeEngine
+from teacher_cache.plan import plan_build, plan_lines
+from teacher_cache.prompts.prompts import LoadedPrompts, parse_worker
+from teacher_cache.until import require_judged
+from tests.helpers.caches import visible_ids
+from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K, make_config, make_teacher
+
+RIGHT, MOST, NUM_PROMPTS = 2, 6, 24
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_third_answer_is_right() -> Iterator[None]:
+    def judge(_: JudgeProcess, kind: str, answer: str | None, *_rest: object) -> Verdict:
+        assert kind == "exact"
+        number = int(stable_hash(answer)[:8], 16) % 6
+        return Verdict(None, 0.0) if number == 5 else Verdict(number < 2, float(number < 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JudgeProcess, "judge", judge)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildResult]:
+    """A cache that was built without interruption."""
+    path = tmp_path_factory.mktemp("whole") / "c"
+    return path, build(config_of(path), prompts())
+
+
+def config_of(cache: Path, **until: int) -> BuildConfig:
+    sampling = {"max_tokens": 60, "until": {"right": RIGHT, "samples": MOST, **until}}
+    return make_config(cache, sampling=sampling, shard={"row_group_tokens": 500, "max_mb": 0.02})
+
+
+def prompts(count: int = NUM_PROMPTS, judge: str | None = "exact") -> list[Prompt]:
+    made = []
+    for number in range(count):
+        messages = (Message("user", f"question {number}"),)
+        metadata = {} if judge is None else {"judge": judge}
+        made.append(Prompt(prompt_id_of(messages), messages, "fake", "train", reference="5", metadata=metadata))
+    return made
+
+
+class DyingEngine(FakeEngine):
+    """Dies after some steps."""
+
+    def __init__(self, num_steps: int, refuse: Callable[[Request], str | None] | None = None) -> None:
+        super().__init__(VOCAB_SIZE, K, mean_tokens=40, eos_id=EOS_ID, refuse=refuse)
+        self._steps_left = num_steps
+
+    def step(self) -> list[Outcome]:
+        self._steps_left -= self.num_unfinished > 0
+        if self._steps_left < 0:
+            raise StillroomError("the engine died")
+        return super().step()
+
+
+def build(
+    config: BuildConfig,
+    asked: list[Prompt],
+    start_engine: Callable[[], Engine] = lambda: DyingEngine(10**6),
+    worker: str = "0/1",
+) -> BuildResult:
+    teacher = make_teacher()
+    teacher.tokenizer.chat_template = TEMPLATE
+    job = Build(config, teacher, f"w{worker[0]}")
+    try:
+        until = job.until(asked, parse_worker(worker), retry_failures=False)
+        return job.run(until.requests(), until.num_total, start_engine, until=until)
+    finally:
+        job.close()
+
+
+def right_by_prompt(cache: Path) -> dict[str, list[bool]]:
+    """Verdicts of each prompt's chains by sample index, which have no gaps."""
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    with Session({"main": Catalog(cache)}) as session:
+        rows = session.arrow("SELECT prompt_id, sample_index, correct FROM chains ORDER BY ALL").to_pylist()
+    for row in rows:
+        assert row["sample_index"] == len(found[row["prompt_id"]])
+        found[row["prompt_id"]].append(row["correct"] is True)
+    return found
+
+
+def test_each_prompt_gets_chains_until_enough_are_right(tmp_path: Path, whole: tuple[Path, BuildResult]) -> None:
+    found = right_by_prompt(whole[0])
+    assert len(found) == NUM_PROMPTS
+    for right in found.values():
+        assert sum(right[:-1]) < RIGHT, "the last chain was needed"
+        assert sum(right) == RIGHT or len(right) == MOST
+    num_chains = sum(map(len, found.values()))
+    assert RIGHT * NUM_PROMPTS < num_chains < MOST * NUM_PROMPTS
+    assert (whole[1].num_total, whole[1].recorded.num_chains) == (num_chains, num_chains)
+    shutil.copytree(whole[0], tmp_path / "c")
+    build(config_of(tmp_path / "c", samples=MOST + 1), prompts())
+    more = right_by_prompt(tmp_path / "c")
+    assert [len(more[one]) - len(right) for one, right in found.items()] == [sum(r) < RIGHT for r in found.values()]
+
+
+@pytest.mark.parametrize(("num_steps", "saves_verdicts"), [(1, True), (5, False)])
+def test_an_interrupted_build_ends_with_the_same_chains(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: tuple[Path, BuildResult],
+    num_steps: int,
+    saves_verdicts: bool,
+) -> None:
+    config = config_of(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        if not saves_verdicts:
+            patch.setattr(teacher_cache.writer.recorder, "commit_verdicts", lambda *_: None)
+        with pytest.raises(StillroomError, match="the engine died"):
+            build(config, prompts(), lambda: DyingEngine(num_steps), "0/2")
+    assert 0 < len(visible_ids(tmp_path / "c")) < len(visible_ids(whole[0])) / 2
+    for worker in ("0/2", "1/2"):
+        build(config, prompts(), worker=worker)
+    assert visible_ids(tmp_path / "c") == visible_ids(whole[0])
+
+
+def test_a_failed_sample_is_not_a_right_one(tmp_path: Path) -> None:
+    def refuse(request: Request) -> str | None:
+        return "not this one" if request.prompt.messages[0].content.endswith("7") else None
+
+    result = build(config_of(tmp_path / "c"), prompts(10), lambda: DyingEngine(10**6, refuse))
+    assert result.recorded.num_failures == MOST
+    again = build(config_of(tmp_path / "c"), prompts(10), lambda: pytest.fail("nothing is left to generate"))
+    assert again.num_done_before == result.num_total
+
+
+def test_prompts_without_a_judge_get_their_samples_and_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unjudged = prompts(3, judge=None)
+    assert build(config_of(tmp_path / "c"), unjudged).recorded.num_chains == 3
+    require_judged([*unjudged, *[Prompt("x", (), "fake", "train", metadata={"judge": "math"})]])
+    assert "3 prompts without a judge" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="needs answers that a build can judge"):
+        require_judged(unjudged)
+
+
+def test_a_plan_gives_the_most_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, BuildResult]
+) -> None:
+    def load(*_: object) -> LoadedPrompts:
+        return LoadedPrompts(prompts(), [], [], [])
+
+    teacher = make_teacher()
+    teacher.tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr(teacher_cache.plan, "load_prompts", load)
+    monkeypatch.setattr(teacher_cache.plan, "identify_teacher", lambda *_: teacher)
+    planned = plan_build(config_of(tmp_path / "c"))
+    assert (planned.num_chains, planned.num_left) == (MOST * NUM_PROMPTS, MOST * NUM_PROMPTS)
+    assert any("upper bounds" in line for line in plan_lines(planned))
+    planned = plan_build(config_of(whole[0]))
+    assert (planned.num_left, planned.num_done) == (0, len(visible_ids(whole[0])))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason"),
+    [
+        ({"until": {"right": 3, "samples": 2}}, "right=3 exceeds samples=2"),
+        ({"samples": 4, "until": {"right": 1, "samples": 4}}, "until has no effect"),
+        ({"temperature": 0, "until": {"right": 1, "samples": 4}}, "sampling.until at temperature 0"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path: Path, sampling: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make_config(tmp_path, sampling=sampling)
+
+
+def test_runs_keep_their_ids_and_joining_is_refused(tmp_path: Path) -> None:
+    teacher = make_teacher().record
+    plain = make_config(tmp_path, sampling={"max_tokens": 60})
+    assert "until" not in plain.sampling.model_dump()
+    assert run_id_of(plain, teacher) == run_id_of(config_of(tmp_path), teacher)
+    with pytest.raises(ConfigError, match="--worker I/N, which shares the prompts, instead of --join"):
+        build_cache(config_of(tmp_path), None, retry_failures=False)
