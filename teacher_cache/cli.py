@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `--help` and `sql` start f
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,18 @@ Overrides = Annotated[
 Worker = Annotated[str, typer.Option(metavar="I/N", help="Run as worker I (from 0) of N.")]
 Join = Annotated[
     bool, typer.Option("--join", help="Work beside any number of others with --join, which may come, go and die.")
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ray[://HOST:PORT]",
+        help="Run workers with --join on a Ray cluster, as many as it has room for: RAY_ADDRESS, this machine's, or by "
+        "Ray Client.",
+    ),
+]
+NumWorkers = Annotated[int | None, typer.Option("--workers", min=1, help="With --on: most workers at a time.")]
+NumCpus = Annotated[
+    int | None, typer.Option("--cpus", min=1, help="With --on: CPUs per worker, for a teacher that uses no GPU.")
 ]
 RetryFailures = Annotated[bool, typer.Option("--retry-failures", help="Retry samples that failed before.")]
 MAX_THREADS = 1024
@@ -84,6 +97,9 @@ def build(
     overrides: Overrides = None,
     worker: Worker = "0/1",
     join: Join = False,
+    on: On = None,
+    num_workers: NumWorkers = None,
+    num_cpus: NumCpus = None,
     retry_failures: RetryFailures = False,
     as_json: AsJson = False,
 ) -> None:
@@ -93,6 +109,11 @@ def build(
 
     config = load_run_config(config_path, overrides or (), "build")
     assert isinstance(config, BuildConfig)
+    if on is not None or (num_workers, num_cpus) != (None, None):
+        if join or retry_failures or worker != "0/1":
+            raise ConfigError("workers of --on join by themselves: remove --join, --worker and --retry-failures")
+        _run_on("build", config_path, overrides or (), config, on, num_workers, num_cpus, as_json)
+        return
     with StopRequest(at_once=True):
         result = teacher_cache.build(config, worker=worker, join=join, retry_failures=retry_failures)
     _print_build(config, result, as_json)
@@ -104,6 +125,9 @@ def score(
     overrides: Overrides = None,
     worker: Worker = "0/1",
     join: Join = False,
+    on: On = None,
+    num_workers: NumWorkers = None,
+    num_cpus: NumCpus = None,
     retry_failures: RetryFailures = False,
     as_json: AsJson = False,
 ) -> None:
@@ -113,6 +137,11 @@ def score(
 
     config = load_run_config(config_path, overrides or (), "score")
     assert isinstance(config, ScoreConfig)
+    if on is not None or (num_workers, num_cpus) != (None, None):
+        if join or retry_failures or worker != "0/1":
+            raise ConfigError("workers of --on join by themselves: remove --join, --worker and --retry-failures")
+        _run_on("score", config_path, overrides or (), config, on, num_workers, num_cpus, as_json)
+        return
     with StopRequest(at_once=True):
         result = teacher_cache.score(config, worker=worker, join=join, retry_failures=retry_failures)
     _print_build(config, result, as_json)
@@ -524,6 +553,30 @@ def _plan_features(config: "FeaturesConfig", as_json: bool) -> None:
     warning = plan_warning(planned)
     if warning is not None:
         warn(warning)
+
+
+def _run_on(
+    command: str,
+    path: Path,
+    overrides: Sequence[str],
+    config: "BuildConfig | ScoreConfig",
+    on: str | None,
+    num_workers: int | None,
+    num_cpus: int | None,
+    as_json: bool,
+) -> None:
+    from teacher_cache.building import result_lines
+    from teacher_cache.on_ray import joining_job, replica_size, run_on_ray
+
+    if on is None:
+        raise ConfigError("--workers and --cpus have no effect without --on")
+    with StopRequest(at_once=True):
+        job = joining_job(command, path, overrides, config)
+        result = run_on_ray(on, job, replica_size(config, num_cpus), num_workers)
+    if result is not None:
+        print_result(result, result_lines(result, str(config.cache)), as_json)
+    if result is None or result["stopped"] is not None:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:

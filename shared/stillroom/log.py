@@ -5,13 +5,16 @@
 Text from a cache must not control the terminal: what a model wrote may not move the cursor, change colours or hide.
 """
 
+import contextlib
+import json
+import os
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import IO, Any, Self
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -23,8 +26,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 _BREAK = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 PLAIN_INTERVAL_S = 10.0
 RATE_WINDOW_S = 30.0
+REPORT_INTERVAL_S = 1.0
 console = Console(stderr=True, highlight=False)
 """For people; results never go here."""
+_reports: list[IO[bytes]] = []
 
 
 class Progress:
@@ -43,6 +48,7 @@ class Progress:
         self._started_s = time.monotonic()
         self._printed_s = self._updated_s = self._started_s
         self._printed = ""
+        self._reported_s = 0.0
         self._window: deque[tuple[float, int]] = deque([(self._started_s, 0)])
         self._live = console.is_terminal
         self._bar = RichProgress(
@@ -67,6 +73,7 @@ class Progress:
         self._show()
         self._bar.stop()
         self.print_now()
+        self._report()
 
     def update(self, done: int, num_tokens: int, notes: Mapping[str, str] | None = None) -> None:
         """Sets absolute counts; `notes` follow the rates as `name value`, without the name if it is empty."""
@@ -81,6 +88,9 @@ class Progress:
         # The last line is printed once, by `print_now` or at the end.
         if done < self._total and now_s - self._printed_s >= PLAIN_INTERVAL_S:
             self.print_now()
+        if now_s - self._reported_s >= REPORT_INTERVAL_S:
+            self._report()
+            self._reported_s = now_s
 
     def print_now(self) -> None:
         """Prints the current line to a log file unless it was just printed; on a terminal the bar shows it."""
@@ -89,6 +99,10 @@ class Progress:
             return
         console.print(line, markup=False, soft_wrap=True)
         self._printed, self._printed_s = line, time.monotonic()
+
+    def _report(self) -> None:
+        counts = {"done": self._done, "done_before": self._done_before, "num_tokens": self._num_tokens}
+        report(progress={"label": self._label, "total": self._total, "unit": self._unit, **counts})
 
     def _show(self) -> None:
         self._bar.update(self._task, completed=self._done, line=self._line())
@@ -118,6 +132,22 @@ class Progress:
         return "  ".join(part for part in parts if part)
 
 
+def report_to(descriptor: int) -> None:
+    """From now on progress, notes and the result also go there, for the program that started this one."""
+    # Otherwise a process that outlives this one would hide its end.
+    os.set_inheritable(descriptor, False)
+    _reports.append(os.fdopen(descriptor, "wb"))
+
+
+def report(**what: Any) -> None:
+    """One JSON line for the program that started this one, if it wants reports."""
+    for stream in _reports:
+        # Who asked for it may be gone.
+        with contextlib.suppress(OSError):
+            stream.write(json.dumps(what).encode() + b"\n")
+            stream.flush()
+
+
 def warn(message: str) -> None:
     """Prints a warning line on stderr."""
     note(f"warning: {message}")
@@ -125,6 +155,7 @@ def warn(message: str) -> None:
 
 def note(message: str) -> None:
     """Prints one line on stderr, with control characters escaped: it may contain text from a cache."""
+    report(note=message)
     console.print(harmless(message), markup=False, soft_wrap=True)
 
 

@@ -21,7 +21,7 @@ import typer
 
 from stillroom.children import follow_parent
 from stillroom.errors import StillroomError, one_line
-from stillroom.log import note
+from stillroom.log import note, report, report_to
 
 if TYPE_CHECKING:
     from stillroom.config import Json
@@ -34,6 +34,8 @@ ANNOUNCEMENT = b"\nStopping: finishing and saving. Press Ctrl-C again to stop im
 STDERR = 2
 PARENT_VARIABLE = "STILLROOM_PARENT"
 """In programs that another one of ours has started: its process id."""
+REPORT_VARIABLE = "STILLROOM_REPORT"
+"""In programs that another one of ours watches: a file descriptor for progress, notes and the result."""
 TOGETHER_S = 1.0
 """Signals this close count once: a scheduler signals all processes of a job, and a launcher among them forwards it."""
 
@@ -60,8 +62,17 @@ def new_program(name: str, text: str) -> typer.Typer:
     return app
 
 
+def obey_parent() -> None:
+    """What a program does first where another one of ours has started it: end with that one, and report to it."""
+    if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
+        follow_parent(int(parent))
+    if (descriptor := os.environ.pop(REPORT_VARIABLE, None)) is not None:
+        report_to(int(descriptor))
+
+
 def print_result(result: "Json", lines: list[str], as_json: bool) -> None:
     """A command's result on stdout: one JSON object for programs, or lines for people."""
+    report(result=result)
     print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
 
 
@@ -69,8 +80,7 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
     """Runs a command: one line for a mistake or what the system refuses, the right exit code; for an interrupted one
     of the `resumable` how to resume it.
     """
-    if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
-        follow_parent(int(parent))
+    obey_parent()
     try:
         app(prog_name=name)
     except StillroomError as error:

@@ -1,10 +1,12 @@
 """Builds with the fake engine: the real path from requests to visible rows, without a model.
 
-As a program (`python -m tests.helpers.fake_builds CACHE I/N|join NUM_PROMPTS STEP_S`) it is one worker, to be killed.
+As a program (`python -m tests.helpers.fake_builds CACHE I/N|join NUM_PROMPTS STEP_S [impatient]`) it is one worker, to
+be killed.
 """
 
 import contextlib
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +15,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from stillroom.cache.catalog import Table
+from stillroom.program import obey_parent, print_result
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from stillroom.storage.paths import Location, location
-from teacher_cache.building import Build, BuildResult
+from teacher_cache.building import Build, BuildResult, result_json
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Engine, Request
 from teacher_cache.engine.fake import FakeEngine
@@ -30,6 +33,16 @@ K = 8
 EOS_ID = 1
 MAX_TOKENS = 60
 PART_CHAINS = 8
+EXPIRY_S = 1.5
+IMPATIENCE = {
+    "teacher_cache.writer.leases.HEARTBEAT_S": 0.2,
+    "teacher_cache.writer.leases.EXPIRY_S": EXPIRY_S,
+    "teacher_cache.writer.leases.LIST_S": 0.1,
+    "teacher_cache.joining.EXPIRY_S": EXPIRY_S,
+    "teacher_cache.joining.LIST_S": 0.1,
+    "teacher_cache.building.WAIT_S": 0.05,
+}
+"""With these a dead worker is dead after a second."""
 SAMPLING = {"temperature": 0.6, "max_tokens": MAX_TOKENS}
 
 
@@ -126,7 +139,11 @@ def killed_before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def main() -> None:
-    cache, share, num_prompts, step_s = sys.argv[1:]
+    obey_parent()
+    cache, share, num_prompts, step_s, *impatient = sys.argv[1:]
+    for name, value in IMPATIENCE.items() if impatient else ():
+        module, _, attribute = name.rpartition(".")
+        setattr(importlib.import_module(module), attribute, value)
     config = make_config(location(cache), shard={"row_group_tokens": 200, "max_mb": 0.01})
     start_engine = functools.partial(make_engine, float(step_s))
     if share == "join":
@@ -134,6 +151,7 @@ def main() -> None:
     else:
         index, count = map(int, share.split("/"))
         result = run_build(config, make_requests(int(num_prompts), index, count), start_engine, f"w{index}of{count}")
+    print_result(result_json(config, result), [], as_json=True)
     # 130 as the command itself would end.
     sys.stdout.flush()
     os._exit(130 if result.stopped else 0)

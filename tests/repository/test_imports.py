@@ -32,6 +32,7 @@ HOMES = {
     "deepspeed": {"student_train/runtime/engine.py"},
     "deltalake": {"shared/stillroom/cache/catalog.py"},
     "duckdb": {f"shared/stillroom/sql/{name}.py" for name in ("session", "statements", "user_files")},
+    "ray": {"teacher_cache/on_ray.py"},
     "httpx2": {"teacher_cache/engine/http/client.py", "student_train/compare/sides.py"},
 }
 OTHER_ENVIRONMENTS = "student_train/export/workers/"
@@ -43,7 +44,7 @@ INSIDE_VLLM = HOMES["vllm"] | {
     "teacher_cache/engine/plugin/signals.py",
 }
 """Imported where vllm is, and therefore torch."""
-ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb"}
+ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb", "ray"}
 
 NEVER_IN = {
     "shared": {"torch", "vllm", "deepspeed", "peft"},
@@ -56,7 +57,7 @@ IMPORT_NAMES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
 CLIS = ("teacher_cache.cli", "student_train.cli")
 SLOW_TO_IMPORT = {
     *("torch", "transformers", "vllm", "deepspeed", "peft", "datasets", "reasoning_gym", "math_verify", "tensorboard"),
-    *("duckdb", "deltalake", "matplotlib", "httpx2"),
+    *("duckdb", "deltalake", "matplotlib", "httpx2", "ray"),
 }
 
 

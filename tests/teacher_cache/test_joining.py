@@ -18,20 +18,24 @@ from teacher_cache.prompts.prompts import own_share
 from teacher_cache.writer import leases
 from teacher_cache.writer.leases import Leases, leases_folder
 from tests.helpers.caches import visible_ids
-from tests.helpers.fake_builds import join_build, make_config, make_engine, make_requests, make_teacher, parts_of
+from tests.helpers.fake_builds import (
+    EXPIRY_S,
+    IMPATIENCE,
+    join_build,
+    make_config,
+    make_engine,
+    make_requests,
+    make_teacher,
+    parts_of,
+)
 from tests.helpers.programs import Program
-
-EXPIRY_S = 1.5
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dead worker is dead after a second."""
-    for name, value in {"HEARTBEAT_S": 0.2, "EXPIRY_S": EXPIRY_S, "LIST_S": 0.1}.items():
-        monkeypatch.setattr(leases, name, value)
-    monkeypatch.setattr("teacher_cache.joining.EXPIRY_S", EXPIRY_S)
-    monkeypatch.setattr("teacher_cache.joining.LIST_S", 0.1)
-    monkeypatch.setattr("teacher_cache.building.WAIT_S", 0.05)
+    for name, value in IMPATIENCE.items():
+        monkeypatch.setattr(name, value)
 
 
 @pytest.fixture

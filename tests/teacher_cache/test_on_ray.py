@@ -1,0 +1,122 @@
+"""A build on a Ray cluster: workers in actors, one killed and replaced; and what goes to them."""
+
+import json
+import os
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from stillroom.cache.catalog import Catalog
+from stillroom.errors import ConfigError
+from teacher_cache.cli import main
+from teacher_cache.fleet import Child, Job
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.on_ray import ReplicaSize, joining_job, replica_size
+from tests.helpers.caches import visible_ids
+from tests.helpers.fake_builds import make_config, make_requests
+from tests.helpers.programs import Program
+
+NUM_PROMPTS = 320
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
+def test_a_killed_actor_is_replaced_and_every_row_is_there_once(tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    fleet = Program(["tests.helpers.ray_builds", str(cache), str(NUM_PROMPTS), "0.5"])
+    victim = _wait_for_workers(cache, 2, fleet)[0]
+    # The actor, which is the parent of the child that works. The child must end with it.
+    os.kill(_parent_of(victim), signal.SIGKILL)
+    deadline_s = time.monotonic() + 10
+    while Path(f"/proc/{victim}").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    code, out, err = fleet.communicate()
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["num_workers"], result["num_restarts"], result["stopped"]) == (2, 1, None)
+    assert "was lost, and Ray started another one" in err
+    assert f"{NUM_PROMPTS}/{NUM_PROMPTS} chains" in err
+    assert visible_ids(cache) == sorted(request.sample_id for request in make_requests(NUM_PROMPTS))
+    report = verify_cache(cache)
+    assert (report.ok, report.orphans) == (True, [])
+    files = Catalog(cache).chains.files()
+    # The two at the start, and the one in the restarted actor.
+    assert len({file.path.rpartition("/")[2].partition("-")[0] for file in files}) == 3
+    assert list(cache.glob("runs/*.fleet")) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_cpus", "size"),
+    [
+        ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, None, ReplicaSize(8, 8)),
+        ({"tensor_parallel_size": 8, "distributed_executor_backend": "ray"}, None, ReplicaSize(8, 8, spans_nodes=True)),
+        ({}, 16, ReplicaSize(16, 0)),
+        ({"kind": "server", "endpoints": ["http://gpu:8000"]}, None, ReplicaSize(1, 0)),
+    ],
+)
+def test_a_replica_takes_what_its_engine_needs(
+    tmp_path: Path, engine: dict[str, object], num_cpus: int | None, size: ReplicaSize
+) -> None:
+    assert replica_size(make_config(tmp_path, engine=engine), num_cpus) == size
+
+
+def test_the_text_of_the_configuration_travels_and_the_cache_is_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "teacher.yaml"
+    path.write_text("run: mine")
+    monkeypatch.chdir(tmp_path)
+    job = joining_job("score", path, ["engine.max_num_seqs=2"], make_config(Path("c")))
+    assert job.files == {"teacher.yaml": "run: mine"}
+    sets = ("--set", "engine.max_num_seqs=2", "--set", f'cache="{tmp_path}/c"')
+    assert job.arguments[-8:] == ("score", "teacher.yaml", *sets, "--join", "--json")[-8:]
+
+
+def test_a_node_with_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has stillroom .*, the command runs 0\.0\.1: install the same version"):
+        Child(Job("one", (), str(tmp_path), version="0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--on", "spark"], "--on spark: use ray, or ray://HOST:PORT"),
+        (["--on", "ray", "--join"], "workers of --on join by themselves: remove --join"),
+        (["--workers", "2"], "--workers and --cpus have no effect without --on"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    config = tmp_path / "teacher.yaml"
+    config.write_text(json.dumps(make_config(tmp_path / "c").model_dump(mode="json", exclude_none=True)))
+    monkeypatch.setattr("sys.argv", ["teacher-cache", "build", str(config), *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def _wait_for_workers(cache: Path, num: int, fleet: Program) -> list[int]:
+    """Process ids of workers that hold parts."""
+    deadline_s = time.monotonic() + 120
+    while True:
+        holders = {path.read_text() for path in cache.glob("runs/*.leases/*.lease")}
+        states = [json.loads(path.read_text()) for path in cache.glob("runs/*.leases/*.json") if path.stem in holders]
+        if len(states) >= num:
+            return [state["pid"] for state in states]
+        assert fleet.poll() is None, fleet.communicate()
+        assert time.monotonic() < deadline_s, fleet.stderr_so_far()
+        time.sleep(0.05)
+
+
+def _parent_of(pid: int) -> int:
+    # `pid (name) state ppid ...`; the name may hold spaces.
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
