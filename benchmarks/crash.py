@@ -1,6 +1,6 @@
 """Kills builders at random until it has killed enough, lets the last ones finish, and counts what is there.
 
-    python -m benchmarks.crash [--features | --join] [--kills N] [--workers W] [--seed S] [--json]
+    python -m benchmarks.crash [--features] [--join] [--kills N] [--workers W] [--seed S] [--json]
 
 Real processes build one cache with a fake engine: everything but the model is real. Each round starts W of them at
 once, every third round with one that has all prompts, so that shares overlap, and kills each with SIGKILL at a random
@@ -75,15 +75,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--features", action="store_true", help="kill passes of `teacher-cache features` instead")
-    kinds.add_argument("--join", action="store_true", help="kill workers that take parts by lease instead")
+    parser.add_argument("--features", action="store_true", help="kill passes of `teacher-cache features` instead")
+    parser.add_argument("--join", action="store_true", help="kill workers that take parts by lease instead")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     options = parser.parse_args()
     if options.kills < 1 or options.workers < 1:
         parser.error("--kills and --workers must be at least 1")
     with tempfile.TemporaryDirectory(prefix="stillroom-crash-") as folder:
-        kill = crash_features if options.features else crash_joined if options.join else crash
+        kill = crash_features if options.features else crash
+        if options.join:
+            kill = functools.partial(crash_joined, features=options.features)
         result = kill(Path(folder) / "cache", options.kills, options.workers, options.seed, quiet=options.json)
     print(json.dumps(asdict(result)))
     sys.exit(0 if result.is_good else 1)
@@ -156,18 +157,28 @@ def _shares(num_workers: int) -> list[WorkerShare]:
     return [WorkerShare(index, num_workers) for index in range(num_workers)]
 
 
-def crash_joined(cache: Path, num_kills: int, num_workers: int, seed: int, *, quiet: bool) -> CrashResult:
-    """Builds `cache` by lease, with a new worker for each that is killed. Forks, as `crash` does."""
+def crash_joined(
+    cache: Path, num_kills: int, num_workers: int, seed: int, *, features: bool = False, quiet: bool
+) -> CrashResult:
+    """Builds `cache`, or stores its features, by lease, with a new worker for each that is killed. Forks, as `crash`
+    does.
+    """
     rng = random.Random(seed)
     started_s = time.monotonic()
     requests = make_requests((num_kills + num_workers) * ROWS_A_KILL // 2)
+    if features:
+        _finish([_fork(_work, cache, requests, WHOLE, 0.0)])
+
+    def start() -> BaseProcess:
+        return _fork(_add_features, cache, None) if features else _fork(_join, cache, requests)
+
     watch = _TakeoverWatch(cache / "runs")
-    workers = [_fork(_join, cache, requests) for _ in range(num_workers)]
+    workers = [start() for _ in range(num_workers)]
     for killed in range(num_kills):
         watch.look_until(time.monotonic() + rng.uniform(0, EARLY_S if rng.random() < EARLY_FRAC else LATE_S))
         victim = rng.randrange(num_workers)
         watch.kill(workers[victim])
-        workers[victim] = _fork(_join, cache, requests)
+        workers[victim] = start()
         if not quiet and (killed + 1) % 20 == 0:
             note(f"{killed + 1}/{num_kills} kills in {time.monotonic() - started_s:.0f} s")
     deadline_s = time.monotonic() + FINISH_TIMEOUT_S
@@ -175,8 +186,9 @@ def crash_joined(cache: Path, num_kills: int, num_workers: int, seed: int, *, qu
         watch.look_until(time.monotonic() + 1.0)
     _finish(workers)
     # One more, alone, adopts what was published and not committed.
-    _finish([_fork(_join, cache, requests)])
-    counted = _count(cache, requests, watch.num_killed, num_workers, time.monotonic() - started_s)
+    _finish([start()])
+    table_name = "features" if features else "chains"
+    counted = _count(cache, requests, watch.num_killed, num_workers, time.monotonic() - started_s, table_name)
     return replace(
         counted,
         takeovers=len(watch.taken_s),
@@ -261,7 +273,7 @@ def _end_sweeper(sweeper: BaseProcess) -> None:
         raise RuntimeError(f"gc beside workers ended by itself, with {sweeper.exitcode}")
 
 
-def _add_features(cache: Path, share: WorkerShare, step_s: float = STEP_S) -> None:
+def _add_features(cache: Path, share: WorkerShare | None, step_s: float = STEP_S) -> None:
     _silence()
     # Files of a few batches, so that kills meet all of: computing, writing, renaming, committing.
     shard = {"max_mb": 0.02, "max_minutes": 0.02}

@@ -69,19 +69,19 @@ def score(
 
 
 def features(
-    config: "str | Path | FeaturesConfig", *, overrides: Sequence[str] = (), worker: str = "0/1"
+    config: "str | Path | FeaturesConfig", *, overrides: Sequence[str] = (), worker: str = "0/1", join: bool = False
 ) -> "FeaturesResult":
     """Stores the teacher's states at existing chains, as `teacher-cache features` does; the same call resumes.
 
-    `worker` is this process's share I/N of the chains. Errors are those of `build`. Read them with
-    stillroom.cache.features.FeatureSet.
+    `worker` is this process's share I/N of the chains; with `join` it takes row groups by lease. Errors are those of
+    `build`. Read them with stillroom.cache.features.FeatureSet.
     """
-    from teacher_cache.prompts.prompts import parse_worker
+    from teacher_cache.prompts.prompts import own_share
     from teacher_cache.states.config import FeaturesConfig, load_features_config
     from teacher_cache.states.passes import features_of_cache
 
     loaded = config if isinstance(config, FeaturesConfig) else load_features_config(Path(config), overrides)
-    return features_of_cache(loaded, parse_worker(worker))
+    return features_of_cache(loaded, own_share(worker, join=join))
 
 
 def judge(

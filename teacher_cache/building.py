@@ -25,7 +25,7 @@ from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
-from teacher_cache.joining import PART_CHAINS, JoinedWork, Wait
+from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, rows_of_builds
 from teacher_cache.judging import require_judges
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import (
@@ -48,10 +48,8 @@ from teacher_cache.writer.rows import RowMaker
 SHOW_INTERVAL_S = 0.25
 TYPICAL_LENGTH_FRAC = 0.5
 """Typical length of a chain as a fraction of max_tokens; the demo's chains have 0.48. Decides whether to compile."""
-WAIT_S = 0.5
-"""How often a worker without work looks whether there is some."""
 VERDICT_WAIT_S = 0.05
-"""The same where it depends on a judge of this process."""
+"""Like WAIT_S, where it depends on a judge of this process."""
 OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
 
@@ -148,7 +146,7 @@ class Build:
         """
         self.config, self.teacher, self.worker = config, teacher, worker
         self.run_id = run_id_of(config, teacher.record)
-        self._joined: JoinedWork | None = None
+        self._joined: JoinedWork[Request | Failure] | None = None
         self._until: UntilRight | None = None
         with contextlib.ExitStack() as locks:
             try:
@@ -176,9 +174,11 @@ class Build:
         """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever."""
         if retry_failures:
             raise ConfigError("every worker that joins would retry each failure: retry them with one that does not")
-        with JoinedWork(self.catalog, self.run_id, self.worker) as joined:
+        visible = rows_of_builds(self.catalog)
+        joined: JoinedWork[Request | Failure] = JoinedWork(self.catalog.root, self.run_id, self.worker, visible)
+        with joined:
             self._joined = joined
-            return self.run(joined.requests(parts), num_total, start_engine)
+            return self.run(joined.items(parts), num_total, start_engine)
 
     def until(self, prompts: Sequence[Prompt], share: WorkerShare, *, retry_failures: bool) -> UntilRight:
         """The requests of `sampling.until`, by the verdicts that the cache has."""
@@ -288,9 +288,7 @@ class Build:
         notes = {**size, "failed": str(recorded.num_failures)}
         if self._joined is None:
             return notes
-        others = self._joined.leases.others
-        rate = sum(one.tokens_per_s for one in others)
-        return {**notes, "others": f"{len(others)} at {rate:.0f} tok/s"}
+        return {**notes, "others": self._joined.leases.pace_of_others}
 
     def _report(self, num_tokens: int, seconds: float, recorded: Recorded) -> None:
         if self._joined is not None:

@@ -152,6 +152,7 @@ def features(
     config_path: ConfigPath,
     overrides: Overrides = None,
     worker: Worker = "0/1",
+    join: Join = False,
     as_json: AsJson = False,
 ) -> None:
     """Store the teacher's hidden states or attention at existing chains. The same command resumes."""
@@ -161,7 +162,7 @@ def features(
 
     config = load_features_config(config_path, overrides or ())
     with StopRequest(at_once=True):
-        result = teacher_cache.features(config, worker=worker)
+        result = teacher_cache.features(config, worker=worker, join=join)
     print_result(result_json(result), result_lines(result, config.cache), as_json)
     if result.stopped is not None:
         raise typer.Exit(INTERRUPTED)

@@ -1,7 +1,7 @@
-"""The requests of a worker that joined a build: part after part, each under a lease.
+"""The work of a worker that joined a build or a features pass: part after part, each under a lease.
 
-In: all parts in order, leases, and what is visible. Out: the requests of parts that this worker leased and nobody has
-done, and WAIT while other workers hold what is left.
+In: all parts in order, leases, and what is visible. Out: what nobody has done of the parts that this worker leased, and
+WAIT while other workers hold what is left.
 """
 
 import contextlib
@@ -9,18 +9,19 @@ import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Generic, Protocol, Self, TypeVar
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import CacheConflict, StillroomError
 from stillroom.log import format_plural, note
-from teacher_cache.engine.api import Failure, Request
-from teacher_cache.prompts.prompts import Part
+from stillroom.storage.paths import Location
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
 from teacher_cache.writer.leases import EXPIRY_S, LIST_S, Leases, leases_folder
 
 PART_CHAINS = 64
 """Chains under one lease: minutes of work, so that no worker is left with much more than the others at the end."""
+WAIT_S = 0.5
+"""How often a worker without work looks whether there is some."""
 
 
 class Wait(enum.Enum):
@@ -33,17 +34,43 @@ class Wait(enum.Enum):
 WAIT: Final = Wait.WAIT
 
 
-class JoinedWork:
-    """Leases parts of one run, as a context manager. Reads the Delta log by itself: tables are not thread-safe."""
+def rows_of_builds(catalog: Catalog) -> list[VisibleSamples]:
+    """What counts as done in a build: chains and failures, read with tables of their own."""
+    own = Catalog(catalog.root)
+    return [VisibleSamples(own.chains), VisibleSamples(own.failures)]
 
-    def __init__(self, catalog: Catalog, run_id: str, worker: str) -> None:
-        self.leases = Leases(leases_folder(catalog.root, run_id), worker, self._adopt)
+
+class Sampled(Protocol):
+    """What a part consists of."""
+
+    @property
+    def sample_id(self) -> str: ...
+
+
+T = TypeVar("T", bound=Sampled)
+Leasable = tuple[str, Callable[[], Sequence[T]]]
+"""A part's name, which depends on nothing but what is in it, and its contents, made on demand."""
+
+
+class JoinedWork(Generic[T]):
+    """Leases parts of one run or feature set, as a context manager."""
+
+    def __init__(
+        self,
+        root: Location,
+        run_id: str,
+        worker: str,
+        visible: Sequence[VisibleSamples],
+        on_adopted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`visible` must be this object's own: tables are not thread-safe. `on_adopted` is called after rows of a dead
+        worker became visible.
+        """
+        self.leases = Leases(leases_folder(root, run_id), worker, self._adopt)
         self.num_visible = 0
-        """Chains and failures of the run in the Delta log, as of the last look."""
-        own = Catalog(catalog.root)
-        self._root, self._run_id = catalog.root, run_id
-        self._visible = [VisibleSamples(own.chains), VisibleSamples(own.failures)]
-        self._tables = [own.chains, own.failures]
+        """Rows of the run in the Delta log, as of the last look."""
+        self._root, self._run_id = root, run_id
+        self._visible, self._on_adopted = visible, on_adopted
         self._ids: dict[str, Sequence[str]] = {}
         self._looked_s = 0.0
 
@@ -59,8 +86,16 @@ class JoinedWork:
             # Nobody else ever takes this name.
             lock_path(self._root, self._run_id, self.leases.worker).unlink(missing_ok=True)
 
-    def requests(self, parts: Callable[[], Iterable[Part]]) -> Iterator[Request | Failure | Wait]:
-        """Requests of the parts that this worker gets. Ends when every part is done or was given out here.
+    def items(self, parts: Callable[[], Iterable[Leasable[T]]]) -> Iterator[T | Wait]:
+        """What is left of the parts that this worker gets, one by one."""
+        for leased in self.parts(parts):
+            if isinstance(leased, Wait):
+                yield leased
+            else:
+                yield from leased[1]
+
+    def parts(self, parts: Callable[[], Iterable[Leasable[T]]]) -> Iterator[tuple[str, Sequence[T]] | Wait]:
+        """Name and rest of each part that this worker gets. Ends when every part is done or was given out here.
 
         `parts` is called again for those that other workers hold.
         """
@@ -83,7 +118,7 @@ class JoinedWork:
                     self._ids[name] = [one.sample_id for one in made]
                     # Whoever had the part before may have finished it since the last look.
                     self._look()
-                    yield from self._undone(made)
+                    yield name, self._undone(made)
                 else:
                     left.append(name)
             if not left:
@@ -95,8 +130,8 @@ class JoinedWork:
                 yield WAIT
             self._look()
 
-    def _undone(self, requests: Sequence[Request | Failure]) -> list[Request | Failure]:
-        return [one for one in requests if not self._is_done(one.sample_id)]
+    def _undone(self, items: Sequence[T]) -> list[T]:
+        return [one for one in items if not self._is_done(one.sample_id)]
 
     def _is_done(self, sample_id: str) -> bool:
         return any(sample_id in visible for visible in self._visible)
@@ -107,7 +142,7 @@ class JoinedWork:
             visible.refresh()
         own = f"{self._run_id}/"
         self.num_visible = sum(
-            file.num_rows for table in self._tables for file in table.files() if file.path.startswith(own)
+            file.num_rows for one in self._visible for file in one.table.files() if file.path.startswith(own)
         )
         for name in self.leases.own:
             if all(map(self._is_done, self._ids[name])):
@@ -121,11 +156,14 @@ class JoinedWork:
         lock = lock_path(self._root, self._run_id, worker)
         try:
             with worker_lock(lock, 0.0) as abandoned_s:
-                for table, visible in zip(self._tables, self._visible, strict=True):
-                    num_rows += Committer(table, visible, self._run_id, worker).recover(min(abandoned_s, EXPIRY_S))
+                for visible in self._visible:
+                    committer = Committer(visible.table, visible, self._run_id, worker)
+                    num_rows += committer.recover(min(abandoned_s, EXPIRY_S))
                 lock.unlink(missing_ok=True)
         except CacheConflict:
             # It lives and was only silent: what it still writes is compared with the log, as always.
             return
+        if num_rows:
+            self._on_adopted()
         adopted = f", adopted {format_plural(num_rows, 'row')}" if num_rows else ""
         note(f"worker {worker} has been silent for {EXPIRY_S:.0f} s: taking over its parts{adopted}")

@@ -96,7 +96,7 @@ class CacheStats(Counts):
     num_failed: int = Field(description="samples that failed and have not succeeded since")
     failures: dict[str, int] = Field(description="the same by reason")
     features: dict[str, FeatureCounts] = Field(description="by feature set")
-    workers: list[WorkerCounts] = Field(description="workers of builds with --join that are alive")
+    workers: list[WorkerCounts] = Field(description="workers with --join that are alive")
     by_source: dict[str, Counts]
     by_split: dict[str, Counts]
     by_run: dict[str, Counts]

@@ -83,7 +83,9 @@ class WorkerShare:
 WHOLE = WorkerShare(0, 1)
 
 Part = tuple[str, Callable[[], Sequence[Request | Failure]]]
-"""What a worker leases: a name that depends on nothing but what is in the part, and its requests, made on demand."""
+"""What a worker leases: a name that depends on nothing but what is in the part, and its requests, made on demand
+(teacher_cache.joining.Leasable).
+"""
 
 
 def part_name(number: int, ids: Iterable[str]) -> str:

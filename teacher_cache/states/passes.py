@@ -3,10 +3,13 @@ resumes.
 
 The unit is a row group of a chains shard. Rows whose sample has features of this set are skipped, files that were
 published but not committed are adopted, and the rest is computed. One process per worker; workers meet only in the
-Delta log. On SIGINT or SIGTERM the current batch is finished, what is computed becomes visible, and the call returns.
+Delta log, and in leases if they join (teacher_cache.joining). On SIGINT or SIGTERM the current batch is finished, what
+is computed becomes visible, and the call returns.
 """
 
 import contextlib
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,19 +27,22 @@ from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.building import OWN_LOCK_WAIT_S, worker_name
 from teacher_cache.config import EmbeddedConfig
 from teacher_cache.engine.teacher import identify_teacher
+from teacher_cache.joining import WAIT, WAIT_S, JoinedWork, Wait
 from teacher_cache.maintenance.feature_checks import drop_chainless
-from teacher_cache.prompts.prompts import WorkerShare
+from teacher_cache.prompts.prompts import WorkerShare, part_name
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
 from teacher_cache.states.engine import ChainTokens, Shape, States, StatesEngine, Wanted, batches
 from teacher_cache.states.model import shape_of, wanted_of
 from teacher_cache.states.plan import FeaturesPlan, plan_units
 from teacher_cache.states.selection import Place, Unit, choose, num_stored, read_unit
-from teacher_cache.states.sets import OpenSet, create_set, find_set, finite_states, set_id_of
+from teacher_cache.states.sets import CREATOR, OpenSet, create_set, find_set, finite_states, set_id_of
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
 from teacher_cache.writer.feature_file import FeatureFile, FeatureValues
 from teacher_cache.writer.recorder import explained
 
 StartEngine = Callable[[Wanted], StatesEngine]
+Work = tuple[Unit, Sequence[Place]]
+"""A row group and those of its chains that have no features yet."""
 ENCODING_THREADS = 4
 """With a basis a thread encodes a few thousand tokens per second, fewer than a GPU computes."""
 
@@ -57,8 +63,11 @@ class FeaturesResult:
     stopped: str | None
 
 
-def features_of_cache(config: FeaturesConfig, share: WorkerShare) -> FeaturesResult:
-    """Computes the missing features of this worker's share. Raises StillroomError for everything a user can fix."""
+def features_of_cache(config: FeaturesConfig, share: WorkerShare | None) -> FeaturesResult:
+    """Computes the missing features of this worker's share; None joins all workers that have none, by lease.
+
+    Raises StillroomError for everything a user can fix.
+    """
     teacher = identify_teacher(config.teacher.as_teacher, EmbeddedConfig()).record
     shape = shape_of(teacher, config.teacher.trust_remote_code)
 
@@ -78,7 +87,7 @@ def features_of_cache(config: FeaturesConfig, share: WorkerShare) -> FeaturesRes
 class FeaturesPass:
     """One worker's pass. The worker is locked until `close`."""
 
-    def __init__(self, config: FeaturesConfig, teacher: Teacher, shape: Shape, share: WorkerShare) -> None:
+    def __init__(self, config: FeaturesConfig, teacher: Teacher, shape: Shape, share: WorkerShare | None) -> None:
         """Chooses the chains, locks the worker, and recovers what a crash left behind.
 
         Raises ConfigError if no chain is selected or the set would exceed max_bytes, CacheConflict if another process
@@ -88,6 +97,7 @@ class FeaturesPass:
         self.wanted = wanted_of(config, shape)
         self.set_id = set_id_of(config, teacher, self.wanted)
         self.worker = worker_name(share)
+        self._joined: JoinedWork[Place] | None = None
         self.catalog = Catalog(config.cache)
         self.units = choose(self.catalog, config.chains, teacher)
         with contextlib.ExitStack() as locks:
@@ -114,20 +124,17 @@ class FeaturesPass:
 
         Raises StillroomError if the engine dies, after making finished rows visible.
         """
-        own = [unit for unit in self.units if unit.is_of(self.share)]
-        left = [(unit, todo) for unit in own if (todo := [one for one in unit.places if not self._is_done(one)])]
+        own = [unit for unit in self.units if self.share is None or unit.is_of(self.share)]
         num_total = sum(len(unit.places) for unit in own)
-        num_before = num_total - sum(len(todo) for _, todo in left)
-        if not left:
-            return self._result(num_total, num_before, _Done(), 0.0, None)
-        engine = start_engine(self.wanted)
-        try:
-            # Outside the block: until there is something to save, Ctrl-C ends the command at once.
-            opened = find_set(self.catalog, self.set_id) or self._create_set(engine)
-            with StopRequest() as stop:
-                return self._compute(engine, opened, left, num_total, num_before, stop)
-        finally:
-            engine.close()
+        num_before = sum(self._is_done(place) for unit in own for place in unit.places)
+        if self.share is not None:
+            rest = ((unit, [one for one in unit.places if not self._is_done(one)]) for unit in own)
+            return self._run((work for work in rest if work[1]), num_total, num_before, start_engine)
+        # A table of its own, as JoinedWork demands.
+        visible = VisibleSamples(Catalog(self.config.cache).create_features(), self.set_id)
+        with JoinedWork[Place](self.config.cache, self.set_id, self.worker, [visible], self._drop_chainless) as joined:
+            self._joined = joined
+            return self._run(self._leased(joined), num_total, num_before, start_engine)
 
     def drop_if_gone(self, chains_file: str) -> None:
         """Removes features of chains that were dropped or quarantined while their states were computed."""
@@ -136,8 +143,54 @@ class FeaturesPass:
             num = sum(drop_chainless(self.catalog).values())
             note(f"{chains_file} is no longer visible: features of {format_plural(num, 'chain')} removed")
 
+    def _run(
+        self, left: Iterator[Work | Wait], num_total: int, num_before: int, start_engine: StartEngine
+    ) -> FeaturesResult:
+        first = next(left, None)
+        if first is WAIT:
+            note("other workers hold all that is left: waiting, in case one of them dies")
+        while first is WAIT:
+            # No engine yet: it takes minutes and a GPU, and may not be needed.
+            time.sleep(WAIT_S)
+            first = next(left, None)
+        if first is None:
+            return self._result(num_total, num_before, _Done(), 0.0, None)
+        engine = start_engine(self.wanted)
+        try:
+            # Outside the block: until there is something to save, Ctrl-C ends the command at once.
+            opened = self._open_set(engine)
+            with StopRequest() as stop:
+                return self._compute(engine, opened, itertools.chain([first], left), num_total, num_before, stop)
+        finally:
+            engine.close()
+
+    def _leased(self, joined: JoinedWork[Place]) -> Iterator[Work | Wait]:
+        units = {part_name(unit.group, [unit.file]): unit for unit in self.units}
+        parts = [(name, functools.partial(tuple[Place, ...], unit.places)) for name, unit in units.items()]
+        for leased in joined.parts(lambda: parts):
+            if isinstance(leased, Wait):
+                yield leased
+            elif leased[1]:
+                yield units[leased[0]], leased[1]
+
+    def _open_set(self, engine: StatesEngine) -> OpenSet:
+        while (opened := find_set(self.catalog, self.set_id)) is None:
+            if self._joined is None:
+                return self._create_set(engine)
+            # An object store has no locks, and constants that two workers fitted would not be the same.
+            if self._joined.leases.claim(CREATOR):
+                opened = self._create_set(engine)
+                self._joined.leases.release(CREATOR)
+                return opened
+            time.sleep(WAIT_S)
+        return opened
+
     def _is_done(self, place: Place) -> bool:
         return place.sample_id in self._visible
+
+    def _drop_chainless(self) -> None:
+        """Their chains may have been dropped since the rows were written."""
+        drop_chainless(self.catalog)
 
     def _create_set(self, engine: StatesEngine) -> OpenSet:
         """Calibrates on the first chains by hash, whichever worker has them."""
@@ -163,7 +216,7 @@ class FeaturesPass:
         self,
         engine: StatesEngine,
         opened: OpenSet,
-        left: Sequence[tuple[Unit, Sequence[Place]]],
+        left: Iterator[Work | Wait],
         num_total: int,
         num_before: int,
         stop: StopRequest,
@@ -177,15 +230,26 @@ class FeaturesPass:
             for row in rows:
                 out.add(unit, row)
             done.add(batch, out.size_bytes)
-            progress.update(num_before + done.num_chains, done.num_tokens, done.notes)
+            show()
+
+        def show() -> None:
+            self._report(done, out, time.monotonic() - started_s)
+            progress.update(self._num_done(num_before, num_total, done, out), done.num_tokens, self._notes(done))
 
         with (
             Progress("features", num_total, "chains", done_before=num_before) as progress,
             _Output(self, opened) as out,
             _Encoding(opened, save) as encoding,
         ):
-            for unit, batch in self._batches(left, frac):
-                encoding.add(unit, batch, finite_states(engine, batch))
+            for work in self._batches(left, frac):
+                if isinstance(work, Wait):
+                    # What is finished here is all that keeps others waiting in turn.
+                    encoding.flush()
+                    out.commit()
+                    show()
+                    time.sleep(WAIT_S)
+                else:
+                    encoding.add(*work, finite_states(engine, work[1]))
                 if stop.is_set:
                     stopped = "interrupted"
                     note("interrupted: saving finished chains")
@@ -194,11 +258,33 @@ class FeaturesPass:
         return self._result(num_total, num_before, done, time.monotonic() - started_s, stopped)
 
     def _batches(
-        self, left: Sequence[tuple[Unit, Sequence[Place]]], frac: float | None
-    ) -> Iterator[tuple[Unit, list[ChainTokens]]]:
-        for unit, todo in left:
+        self, left: Iterator[Work | Wait], frac: float | None
+    ) -> Iterator[tuple[Unit, list[ChainTokens]] | Wait]:
+        for work in left:
+            if isinstance(work, Wait):
+                yield work
+                continue
+            unit, todo = work
             for batch in batches(read_unit(self.catalog, unit, todo, frac), self.config.engine.batch_tokens):
                 yield unit, batch
+
+    def _num_done(self, num_before: int, num_total: int, done: "_Done", out: "_Output") -> int:
+        """Chains so far: of this worker's share, or of all workers that joined."""
+        if self._joined is None:
+            return num_before + done.num_chains
+        others = sum(one.num_uncommitted for one in self._joined.leases.others)
+        # The set may have more chains than were chosen.
+        return min(num_total, self._joined.num_visible + others + done.num_chains - out.num_committed)
+
+    def _notes(self, done: "_Done") -> dict[str, str]:
+        size = {"": f"{done.size_bytes / max(done.num_tokens, 1):.0f} B/token"}
+        return size if self._joined is None else {**size, "others": self._joined.leases.pace_of_others}
+
+    def _report(self, done: "_Done", out: "_Output", seconds: float) -> None:
+        if self._joined is not None:
+            rate = done.num_tokens / max(seconds, 1e-9)
+            uncommitted = done.num_chains - out.num_committed
+            self._joined.leases.report(num_tokens=done.num_tokens, tokens_per_s=rate, num_uncommitted=uncommitted)
 
     def _recover(self, own_abandoned_s: float) -> int:
         """Adopts files of this set that workers published but did not commit, except those of running workers."""
@@ -220,8 +306,7 @@ class FeaturesPass:
                         continue
                 num_rows += Committer(self.table, self._visible, self.set_id, worker).recover(abandoned_s)
         if num_rows:
-            # Their chains may have been dropped since.
-            drop_chainless(self.catalog)
+            self._drop_chainless()
             note(f"adopted {format_plural(num_rows, 'row')} that an interrupted pass had written but not registered")
         return num_rows
 
@@ -247,10 +332,6 @@ class _Done:
         self.num_tokens += sum(len(one.positions_P) for one in batch)
         self.size_bytes = size_bytes
 
-    @property
-    def notes(self) -> dict[str, str]:
-        return {"": f"{self.size_bytes / max(self.num_tokens, 1):.0f} B/token"}
-
 
 class _Encoding:
     """Encodes a batch in threads while the engine computes the next, then saves it."""
@@ -267,14 +348,15 @@ class _Encoding:
         with self._pool:
             # After an error too: what is computed is kept. Not if Ctrl-C was pressed twice, to stop at once.
             if kind is None or not issubclass(kind, KeyboardInterrupt):
-                self._flush()
+                self.flush()
 
     def add(self, unit: Unit, batch: Sequence[ChainTokens], states: Sequence[States]) -> None:
-        self._flush()
+        self.flush()
         rows = [self._pool.submit(self._opened.encoded, *one) for one in zip(batch, states, strict=True)]
         self._pending = unit, batch, rows
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Waits for the batch that is being encoded, and saves it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             unit, batch, rows = pending
@@ -290,6 +372,7 @@ class _Output:
         self._unit: Unit | None = None
         self._opened_s = 0.0
         self.size_bytes = 0
+        self.num_committed = 0
 
     def __enter__(self) -> "_Output":
         return self
@@ -301,12 +384,12 @@ class _Output:
                 self._file.discard()
             return
         # After an error too: what is computed is kept.
-        self._commit()
+        self.commit()
 
     def add(self, unit: Unit, row: FeatureValues) -> None:
         before, self._unit = self._unit, unit
         if before is not None and before.file != unit.file:
-            self._commit()
+            self.commit()
         elif before is not None and before.group != unit.group and self._file is not None:
             # Row groups end with those of the chains.
             self._file.end_group()
@@ -318,15 +401,17 @@ class _Output:
         shard = self._features.config.shard
         is_old = time.monotonic() - self._opened_s >= 60 * shard.max_minutes
         if is_old or self._file.num_bytes >= 1e6 * shard.max_mb:
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Makes all rows visible that were added."""
         file, self._file = self._file, None
         if file is None:
             return
         try:
             file.close()
             self._features._committer.commit(file.temp, file.sample_ids)
+            self.num_committed += len(file.sample_ids)
             self._features.drop_if_gone(file.chains_file)
         except OSError as error:
             file.discard()

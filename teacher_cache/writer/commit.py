@@ -49,15 +49,15 @@ class VisibleSamples:
     """
 
     def __init__(self, table: Table, within: str | None = None) -> None:
-        self._table = table
+        self.table = table
         self._prefix = "" if within is None else f"{within}/"
         self._read: set[str] = set()
         self._ids: set[bytes] = set()
 
     def refresh(self) -> None:
         """Reads the log and the ids of its new files. Raises CorruptError naming a damaged file."""
-        self._table.refresh()
-        files = self._table.files()
+        self.table.refresh()
+        files = self.table.files()
         if not self._read.issubset(file.path for file in files):
             # Another process quarantined or dropped a file, whose chains are to be generated again. That is rare, so
             # all files are read again rather than the ids of each kept by file.
@@ -65,7 +65,7 @@ class VisibleSamples:
             self._ids.clear()
         for file in files:
             if file.path not in self._read and file.path.startswith(self._prefix):
-                self.add(file.path, read_sample_ids(self._table.path_of(file)))
+                self.add(file.path, read_sample_ids(self.table.path_of(file)))
 
     def add(self, path: str, sample_ids: Iterable[str]) -> None:
         """Adds the ids of a visible file that are known without reading it."""

@@ -108,6 +108,11 @@ class Leases:
         """Other workers that are alive, as of the last listing."""
         return self._others
 
+    @property
+    def pace_of_others(self) -> str:
+        """For the progress line. Example: 3 at 1250 tok/s."""
+        return f"{len(self._others)} at {sum(one.tokens_per_s for one in self._others):.0f} tok/s"
+
     def claim(self, part: str) -> bool:
         """Takes a part that no living worker holds; False if another one has it."""
         if self.is_held(part):

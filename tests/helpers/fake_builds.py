@@ -41,6 +41,7 @@ IMPATIENCE = {
     "teacher_cache.joining.EXPIRY_S": EXPIRY_S,
     "teacher_cache.joining.LIST_S": 0.1,
     "teacher_cache.building.WAIT_S": 0.05,
+    "teacher_cache.states.passes.WAIT_S": 0.05,
 }
 """With these a dead worker is dead after a second."""
 SAMPLING = {"temperature": 0.6, "max_tokens": MAX_TOKENS}

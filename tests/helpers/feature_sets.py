@@ -31,9 +31,9 @@ def teacher_of(root: Location) -> Teacher:
 
 
 def add_features(
-    root: Location, share: WorkerShare = WHOLE, step_s: float = 0.0, shape: Shape = SHAPE, **blocks: object
+    root: Location, share: WorkerShare | None = WHOLE, step_s: float = 0.0, shape: Shape = SHAPE, **blocks: object
 ) -> FeaturesResult:
-    """One process' pass over the cache at `root`, from opening it to giving the lock back."""
+    """One process' pass over the cache at `root`, from opening it to giving the lock back. Without a share it joins."""
     features = FeaturesPass(features_config(root, **blocks), teacher_of(root), shape, share)
     try:
         return features.run(lambda wanted: FakeStates(shape, wanted, step_s))

@@ -12,12 +12,13 @@ from stillroom.errors import ConfigError
 from stillroom.storage.paths import create_file
 from teacher_cache.building import Build
 from teacher_cache.inspect.stats import cache_stats, stats_text
-from teacher_cache.joining import WAIT, JoinedWork
+from teacher_cache.joining import WAIT, JoinedWork, rows_of_builds
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import own_share
 from teacher_cache.writer import leases
+from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.leases import Leases, leases_folder
-from tests.helpers.caches import visible_ids
+from tests.helpers.caches import make_cache, visible_ids
 from tests.helpers.fake_builds import (
     EXPIRY_S,
     IMPATIENCE,
@@ -28,6 +29,7 @@ from tests.helpers.fake_builds import (
     make_teacher,
     parts_of,
 )
+from tests.helpers.feature_sets import add_features
 from tests.helpers.programs import Program
 
 
@@ -159,8 +161,9 @@ def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path)
     dead = Leases(folder, "jdead", lambda _: None)
     dead._beat()
     assert all(dead.claim(name) for name, _ in parts_of(requests))
-    with JoinedWork(Catalog(cache), build.run_id, "jnew") as work:
-        offered = work.requests(lambda: parts_of(requests))
+    work: JoinedWork[Any] = JoinedWork(cache, build.run_id, "jnew", rows_of_builds(Catalog(cache)))
+    with work:
+        offered = work.items(lambda: parts_of(requests))
         asked = []
         for one in offered:
             if one is WAIT:
@@ -170,6 +173,33 @@ def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path)
     assert asked == []
     assert len(visible_ids(cache)) == 16
     assert file.exists()
+
+
+@pytest.mark.parametrize("last_call", ["states.sets.constants_of", "writer.commit.Table.commit"])
+def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path, last_call: str) -> None:
+    """One dies while it fits the set, or between the rename and the commit of its first file."""
+    cache = make_cache(tmp_path / "c", num_chains=24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"teacher_cache.{last_call}", _dies)
+        # It gives nothing back and only falls silent.
+        patch.setattr(JoinedWork, "__exit__", lambda work, *_: work.leases._ended.set())
+        with pytest.raises(RuntimeError, match="killed"):
+            add_features(cache.root, None)
+    held = list(cache.root.glob("runs/*.leases/*.lease"))
+    assert len(held) > 1
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: add_features(cache.root, None, step_s=0.05), range(2))
+    table = cache.catalog.features
+    assert table is not None
+    stored = [one for file in table.files() for one in read_sample_ids(table.path_of(file))]
+    assert sorted(stored) == sorted(chain.sample_id for chain in cache.chains)
+    # Nothing was computed twice, and no worker sat idle.
+    num_adopted = 0 if "constants" in last_call else 12
+    assert first.num_chains + second.num_chains + num_adopted == 24
+    assert min(first.num_chains, second.num_chains) > 0
+    assert verify_cache(cache.root).ok
+    # Leases on what was found done stay: nobody needs them.
+    assert set(cache.root.glob("runs/*.leases/*.lease")) <= set(held)
 
 
 def test_workers_that_are_alive_are_in_stats(tmp_path: Path) -> None:
