@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stillroom.errors import StillroomError, one_line
 from stillroom.log import warn
-from stillroom.storage.paths import Location, create_file, matching, write_text_atomic
+from stillroom.storage.paths import Location, create_file, matching, modified, write_text_atomic
 
 HEARTBEAT_S = 15.0
 EXPIRY_S = 60.0
@@ -105,7 +105,7 @@ class Leases:
 
     @property
     def others(self) -> Sequence[WorkerState]:
-        """Other workers that are alive, as of the last listing."""
+        """Other workers that are alive, as of this worker's last heartbeat."""
         return self._others
 
     @property
@@ -153,23 +153,17 @@ class Leases:
         self._state, self._reported_s = self._state.model_copy(update=state), time.monotonic()
 
     def _list(self) -> None:
-        self._files, heartbeats = {}, []
-        for path in matching(self.folder, "*"):
+        # One request: the engine waits for it.
+        self._files, self._silent_s = {}, {}
+        now_s = time.time() + self._storage_offset_s
+        for path, modified_s in modified(self.folder).items():
             match = _LEASE.match(path.name)
             if match is not None:
                 self._files.setdefault(match["part"], []).append(path)
             elif path.name.endswith(".json") and path.stem != self.worker:
-                heartbeats.append(path)
+                self._silent_s[path.stem] = now_s - modified_s
         known = {path for paths in self._files.values() for path in paths}
         self._holders = {path: holder for path, holder in self._holders.items() if path in known}
-        now_s = time.time() + self._storage_offset_s
-        self._silent_s = {}
-        self._others = []
-        for path in heartbeats:
-            with contextlib.suppress(FileNotFoundError):
-                self._silent_s[path.stem] = now_s - path.stat().st_mtime
-                if self._is_alive(path.stem) and (state := _read_state(path)) is not None:
-                    self._others.append(state)
         self._listed_s = time.monotonic()
 
     def _holder_of(self, path: Location) -> str:
@@ -192,7 +186,12 @@ class Leases:
 
     def _beat_on(self) -> None:
         has_warned = False
-        while not self._ended.wait(HEARTBEAT_S):
+        while True:
+            # Here rather than in `_list`: a request for each worker, at every heartbeat of theirs.
+            with contextlib.suppress(OSError, StillroomError):
+                self._others = self._read_others()
+            if self._ended.wait(HEARTBEAT_S):
+                return
             if self._reported_s is not None and time.monotonic() - self._reported_s > STALL_S:
                 if not has_warned:
                     warn(f"no progress for {STALL_S / 60:.0f} minutes: other workers take over the parts of this one")
@@ -211,6 +210,15 @@ class Leases:
         write_text_atomic(path, self._state.model_dump_json() + "\n")
         self._storage_offset_s = path.stat().st_mtime - time.time()
 
+    def _read_others(self) -> list[WorkerState]:
+        now_s = time.time() + self._storage_offset_s
+        states = [
+            _read_state(path)
+            for path, modified_s in modified(self.folder).items()
+            if path.name.endswith(".json") and path.stem != self.worker and now_s - modified_s < EXPIRY_S
+        ]
+        return [one for one in states if one is not None]
+
     def _heartbeat_path(self, worker: str) -> Location:
         return self.folder / f"{worker}.json"
 
@@ -219,17 +227,18 @@ def workers_of(cache: Location) -> list[WorkerState]:
     """Workers of all runs whose heartbeat is fresh, by this machine's clock. Writes nothing."""
     found = []
     for folder in matching(cache / "runs", "*.leases"):
-        for path in matching(folder, "*.json"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime < EXPIRY_S and (state := _read_state(path)) is not None:
-                    found.append(state)
+        for path, modified_s in modified(folder).items():
+            is_fresh = path.name.endswith(".json") and time.time() - modified_s < EXPIRY_S
+            if is_fresh and (state := _read_state(path)) is not None:
+                found.append(state)
     return found
 
 
 def _read_state(path: Location) -> WorkerState | None:
     try:
         return WorkerState.model_validate_json(path.read_bytes())
-    except ValidationError:
+    except (ValidationError, FileNotFoundError, StillroomError):
+        # It is only shown: no reason to end.
         return None
 
 

@@ -70,6 +70,17 @@ def matching(folder: Location, pattern: str) -> list[Location]:
     return [*sorted(folder.glob(pattern))]
 
 
+def modified(folder: Location) -> dict[Location, float]:
+    """Files directly in `folder`, with the time of their last change by the storage's clock; one request to a store."""
+    if not isinstance(folder, Path):
+        return dict(folder.modified().items())
+    found: dict[Location, float] = {}
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_mtime
+    return found
+
+
 def files_below(folder: Location) -> list[Location]:
     """Every file below `folder`, sorted."""
     if isinstance(folder, Path):

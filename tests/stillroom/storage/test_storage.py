@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from student_train.data.rows import read_rows
 from student_train.data.selection import CacheSource, SelectionRequest, freeze, load_selection
 from student_train.data.stream import PackStream
 from teacher_cache.cli import app
+from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
@@ -42,7 +44,7 @@ from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.prompts import load_prompts
 from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache, visible_ids
-from tests.helpers.fake_builds import make_config, make_requests, run_build
+from tests.helpers.fake_builds import PART_CHAINS, join_build, make_config, make_engine, make_requests, run_build
 from tests.helpers.feature_sets import add_features
 from tests.helpers.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 from tests.helpers.programs import Program
@@ -242,6 +244,52 @@ def test_one_of_many_creates_an_object(store: ObjectPath) -> None:
         created = list(pool.map(lambda number: create_file(store / "lease", b"%d" % number), range(64)))
     assert created.count(True) == 1
     assert (store / "lease").read_bytes() == b"%d" % created.index(True)
+
+
+def test_sixteen_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothing(
+    local: SyntheticCache, store: ObjectPath, server: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(local.root, store)
+    requests = make_requests(16 * PART_CHAINS)
+    ended, all_have_a_part = threading.Event(), threading.Barrier(16)
+    monkeypatch.setattr("teacher_cache.engine.fake.MAX_IN_FLIGHT", PART_CHAINS)
+    monkeypatch.setattr("teacher_cache.joining.LIST_S", 2.0)
+    monkeypatch.setattr("teacher_cache.writer.leases.LIST_S", 2.0)
+
+    def start_engine() -> FakeEngine:
+        all_have_a_part.wait(60)
+        return make_engine(0.1)
+
+    def maintain() -> int:
+        """Drops the run that was there, deletes its files, adopts and sweeps, and verifies; returns the rounds."""
+        num_rounds = num_dropped = 0
+        while not ended.is_set():
+            runs = [local.manifests[0].run_id]
+            report = gc_cache(store, dry_run=False, grace_s=0.0, drop_runs=runs, delete_removed=True)
+            num_dropped += sum(one.num_chains for one in report.dropped)
+            assert verify_cache(store).problems == []
+            num_rounds += 1
+            ended.wait(4.0)
+        assert num_dropped == len(local.chains)
+        return num_rounds
+
+    with (
+        slow_link(server.port, 0.01) as port,
+        pytest.MonkeyPatch.context() as distant,
+        ThreadPoolExecutor(17) as pool,
+    ):
+        distant.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        maintenance = pool.submit(maintain)
+        try:
+            results = list(pool.map(lambda _: join_build(make_config(store), requests, start_engine), range(16)))
+        finally:
+            ended.set()
+        assert maintenance.result() > 0
+    assert visible_ids(store) == sorted(request.sample_id for request in requests)
+    assert sum(one.recorded.num_committed for one in results) == len(requests)
+    report = verify_cache(store)
+    assert (report.ok, report.orphans) == (True, [])
+    assert [path for folder in (store / "runs").glob("*.leases") for path in folder.iterdir()] == []
 
 
 def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, store: ObjectPath) -> None:
