@@ -67,6 +67,25 @@ class AskedPrompt:
     teacher_accuracy: float | None
     messages: Sequence[Mapping[str, str]] = ()
     source: str = ""
+    run_id: str = ""
+    teacher_tokens: float | None = None
+    """Mean length of the teacher's chains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An answer to a prompt. `answer` follows the reasoning; None if the reasoning never ended.
+
+    `confidence` is the geometric mean of the probabilities (before temperature) that the student gave the answer's
+    tokens; None where there is no answer.
+    """
+
+    prompt: AskedPrompt
+    ids: Sequence[int]
+    answer: str | None
+    is_cut: bool
+    confidence: float | None
+    verdict: Verdict
 
 
 class GenerationResult(BaseModel):
@@ -85,6 +104,7 @@ class GenerationResult(BaseModel):
     """Share of answers cut off at the limit."""
     mean_tokens: float
     tokens_per_s: float
+    seconds: float
 
 
 def heldout_prompts(
@@ -108,41 +128,90 @@ def heldout_prompts(
 
 def generate_and_judge(
     model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config: GenerateConfig
-) -> GenerationResult:
-    """Generates answers on the model's device and judges them."""
-    started_s, num_tokens, num_done, num_ended = time.perf_counter(), 0, 0, 0
-    verdicts: list[Verdict] = []
-    with JudgeProcess() as judge, Progress("generate", len(prompts), "prompts") as progress:
-        judge.prepare(sorted({prompt.judge for prompt in prompts}))
-        for batch in _batches(prompts):
-            for prompt, ids in zip(batch, generate(model, tokenizer, batch, config), strict=True):
-                num_tokens += len(ids)
-                num_ended += ids[-1] in end_ids(model)
-                answer = answer_of(tokenizer, prompt, ids)
-                is_cut = ids[-1] not in end_ids(model)
-                verdicts.append(judge.judge(prompt.judge, answer, prompt.reference, prompt.metadata, is_cut))
-            num_done += len(batch)
-            progress.update(num_done, num_tokens)
-    num_correct = sum(one.correct is True for one in verdicts)
-    num_wrong = sum(one.correct is False for one in verdicts)
+) -> tuple[GenerationResult, list[Given]]:
+    """Generates answers on the model's device and judges them; answers are in the order of the prompts."""
+    started_s = time.perf_counter()
+    given = answer_and_judge(model, tokenizer, prompts, config)
+    seconds = time.perf_counter() - started_s
+    num_correct = sum(one.verdict.correct is True for one in given)
+    num_wrong = sum(one.verdict.correct is False for one in given)
+    num_tokens = sum(len(one.ids) for one in given)
     known = [prompt.teacher_accuracy for prompt in prompts if prompt.teacher_accuracy is not None]
-    return GenerationResult(
+    result = GenerationResult(
         num_prompts=len(prompts),
         num_correct=num_correct,
         num_wrong=num_wrong,
-        num_undecided=len(verdicts) - num_correct - num_wrong,
+        num_undecided=len(given) - num_correct - num_wrong,
         accuracy=num_correct / (num_correct + num_wrong) if num_correct + num_wrong else None,
         teacher_accuracy=sum(known) / len(known) if known else None,
-        truncated_frac=1 - num_ended / len(prompts),
-        mean_tokens=num_tokens / len(prompts),
-        tokens_per_s=num_tokens / (time.perf_counter() - started_s),
+        truncated_frac=sum(one.is_cut for one in given) / len(given),
+        mean_tokens=num_tokens / len(given),
+        tokens_per_s=num_tokens / seconds,
+        seconds=seconds,
     )
+    return result, given
+
+
+def answer_and_judge(
+    model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config: GenerateConfig, label: str = "generate"
+) -> list[Given]:
+    """One judged answer to each prompt, in order; `label` names the progress."""
+    ends = end_ids(model)
+    found: dict[int, Given] = {}
+    num_tokens = 0
+    with JudgeProcess() as judge, Progress(label, len(prompts), "prompts") as progress:
+        judge.prepare(sorted({prompt.judge for prompt in prompts}))
+        for batch in _batches(prompts):
+            chosen = ChosenLogprobs()
+            answers = generate(model, tokenizer, [prompts[place] for place in batch], config, chosen)
+            for row, (place, ids) in enumerate(zip(batch, answers, strict=True)):
+                prompt, is_cut = prompts[place], ids[-1] not in ends
+                first = _answer_start(tokenizer, prompt, ids)
+                answer = _decoded(tokenizer, ids, first)
+                verdict = judge.judge(prompt.judge, answer, prompt.reference, prompt.metadata, is_cut)
+                confidence = None if first is None else chosen.confidence(row, first, len(ids))
+                found[place] = Given(prompt, ids, answer, is_cut, confidence, verdict)
+                num_tokens += len(ids)
+            progress.update(len(found), num_tokens)
+    return [found[place] for place in range(len(prompts))]
+
+
+class ChosenLogprobs:
+    """Log probabilities of the tokens that were chosen, as a logits processor: one [B, V] is kept from step to step."""
+
+    def __init__(self) -> None:
+        self._before_BV: Tensor | None = None
+        self._columns: list[Tensor] = []
+
+    def __call__(self, ids_BL: Tensor, logits_BV: Tensor) -> Tensor:
+        """Called before each token is chosen, with the tokens so far. Leaves the logits as they are."""
+        self.chose(ids_BL[:, -1:])
+        self._before_BV = logits_BV.float().log_softmax(dim=-1)
+        return logits_BV
+
+    def chose(self, ids_B1: Tensor) -> None:
+        """The tokens that came of the step before."""
+        if self._before_BV is not None:
+            self._columns.append(self._before_BV.gather(1, ids_B1).squeeze(1))
+
+    def confidence(self, row: int, first: int, stop: int) -> float | None:
+        """Geometric mean over a row's tokens from `first` on; None for none."""
+        if first >= stop:
+            return None
+        logprobs_G = torch.stack([column_B[row] for column_B in self._columns[first:stop]])
+        return float(logprobs_G.mean().exp())
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config: GenerateConfig) -> list[list[int]]:
-    """Token ids of one answer to each prompt, including the end of sequence if there is one."""
-    from transformers import GenerationConfig
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[AskedPrompt],
+    config: GenerateConfig,
+    chosen: ChosenLogprobs | None = None,
+) -> list[list[int]]:
+    """Token ids of one answer to each prompt, including the end of sequence if there is one; `chosen` is filled."""
+    from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_ids(model)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -168,17 +237,30 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[AskedPrompt], config:
     model.generation_config = wanted
     try:
         ids_BG: Tensor = model.generate(
-            ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), generation_config=wanted
+            ids_BL.to(model.device),
+            attention_mask=mask_BL.to(model.device),
+            generation_config=wanted,
+            # transformers calls given processors before temperature and nucleus.
+            logits_processor=LogitsProcessorList([] if chosen is None else [chosen]),
         )[:, longest:]
     finally:
         model.generation_config = models_own
+    if chosen is not None:
+        chosen.chose(ids_BG[:, -1:])
     return [_until_end(ids, ends) for ids in ids_BG.tolist()]
 
 
 def answer_of(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> str | None:
     """The text after the reasoning; None if the reasoning never ended."""
+    return _decoded(tokenizer, ids, _answer_start(tokenizer, prompt, ids))
+
+
+def _answer_start(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> int | None:
     start_id, end_id = reasoning_ids(tokenizer, *prompt.reasoning) if prompt.reasoning is not None else (None, None)
-    first = split_reasoning(ids, prompt.token_ids, start_id, end_id)
+    return split_reasoning(ids, prompt.token_ids, start_id, end_id)
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int], first: int | None) -> str | None:
     if first is None:
         return None
     return str(tokenizer.decode(ids[first:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -190,8 +272,8 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
         "SELECT a.prompt_id, any_value(s.messages) AS messages, any_value(s.prompt_token_ids) AS ids, "
         "any_value(s.reference) AS reference, any_value(s.metadata) AS metadata, any_value(s.run_id) AS run_id, "
         "any_value(s.source) AS source, "
-        "avg(a.correct::INTEGER) AS teacher_accuracy "
-        f"FROM (SELECT sample_id, prompt_id, correct FROM chains WHERE {in_brackets(where)}) a "
+        "avg(a.correct::INTEGER) AS teacher_accuracy, avg(a.num_tokens) AS teacher_tokens "
+        f"FROM (SELECT sample_id, prompt_id, correct, num_tokens FROM chains WHERE {in_brackets(where)}) a "
         "JOIN shards s USING (sample_id) "
         "WHERE json_extract_string(s.metadata, '$.judge') IS NOT NULL "
         f"GROUP BY a.prompt_id ORDER BY a.prompt_id LIMIT {num_prompts}"
@@ -212,12 +294,14 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
             teacher_accuracy=row["teacher_accuracy"],
             messages=row["messages"],
             source=row["source"] or "",
+            run_id=row["run_id"],
+            teacher_tokens=row["teacher_tokens"],
         )
 
 
-def _batches(prompts: Sequence[AskedPrompt]) -> Iterator[list[AskedPrompt]]:
-    """Prompts of similar lengths, the longest first: too little memory shows at once."""
-    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.token_ids), prompt.prompt_id))
+def _batches(prompts: Sequence[AskedPrompt]) -> Iterator[list[int]]:
+    """Places of prompts of similar lengths, the longest first: too little memory shows at once."""
+    ordered = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place].token_ids), prompts[place].prompt_id))
     for first in range(0, len(ordered), BATCH_PROMPTS):
         yield ordered[first : first + BATCH_PROMPTS]
 

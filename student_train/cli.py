@@ -8,6 +8,7 @@ result_lines has the results as lines for a person; `--json` prints the same as 
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -223,22 +224,61 @@ def evaluate(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="With --generate: sampling temperature. Default: 0 (greedy).")
     ] = None,
+    robust: Annotated[
+        bool,
+        typer.Option(
+            "--robustness",
+            help="With --generate: ask again with typing noise, an irrelevant sentence, options reordered.",
+        ),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="With --generate: price of this machine's hour, for cost per answer.")
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Option(
+            "--forgetting", metavar="PATH", help="Second held-out set, before and after: a cache, .txt or .jsonl."
+        ),
+    ] = None,
+    before: Annotated[
+        str | None, typer.Option(help="With --model and --forgetting: the student before its training.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--lm-eval", metavar="TASKS", help="Also run these lm-eval tasks, comma-separated.")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option("--lm-eval-path", help="With --lm-eval: folder with tasks of your own.")
+    ] = None,
+    tasks_limit: Annotated[
+        int | None, typer.Option("--lm-eval-limit", min=1, help="With --lm-eval: documents per task. Default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a student against its teacher on held-out chains. With --generate, also judge its own answers."""
+    from stillroom.storage.paths import check_out
     from student_train.answers import DEFAULT_NEW_TOKENS, GenerateConfig
+    from student_train.assess.harness import HarnessConfig
+    from student_train.assess.page import write_eval_page
     from student_train.config import QuantiseConfig
-    from student_train.evaluation import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, evaluate_config, evaluate_model
+    from student_train.evaluation import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, More, evaluate_config, evaluate_model
 
-    rounding = None if quantise is None else QuantiseConfig(format=quantise)
+    if out is not None:
+        check_out("--out", out)
+    generation: dict[str, object] = {"--max-new-tokens": max_new_tokens, "--temperature": temperature}
+    generation |= {"--robustness": robust or None, "--price-per-hour": price_per_hour}
+    _refuse(generation, "without --generate", generate is None)
+    _refuse({"--lm-eval-path": tasks_path, "--lm-eval-limit": tasks_limit}, "without --lm-eval", tasks is None)
+    _refuse({"--quantise": quantise}, "on --lm-eval", tasks is not None)
     answers = None
     if generate is not None:
         answers = GenerateConfig(generate, max_new_tokens or DEFAULT_NEW_TOKENS, temperature or 0.0)
-    elif (max_new_tokens, temperature) != (None, None):
-        raise ConfigError("--max-new-tokens and --temperature have no effect without --generate")
+    harness = None if tasks is None else HarnessConfig(tasks.split(","), tasks_path, tasks_limit)
+    more = More(robust, second, before, harness, price_per_hour)
+    rounding = None if quantise is None else QuantiseConfig(format=quantise)
     if config_path is not None:
-        if (model, cache) != (None, None):
-            raise ConfigError("CONFIG already names model and caches: remove it, or --model and --cache")
+        if (model, cache, before) != (None, None, None):
+            raise ConfigError("CONFIG already names model and caches: remove it, or --model, --cache and --before")
         if kind is not None:
             raise ConfigError("--kind needs --model: with a CONFIG use --set data.kind=KIND")
         if (max_chains, pack_tokens) != (None, None):
@@ -246,7 +286,7 @@ def evaluate(
         if initial and checkpoint != "last":
             raise ConfigError("--checkpoint has no effect with --initial: remove one")
         config = _config(config_path, overrides)
-        result = evaluate_config(config, where, "initial" if initial else checkpoint, answers, rounding)
+        result = evaluate_config(config, where, "initial" if initial else checkpoint, answers, rounding, more)
     else:
         if model is None or not cache:
             raise ConfigError("pass a CONFIG, or --model and --cache")
@@ -261,7 +301,11 @@ def evaluate(
             pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS,
             generate=answers,
             quantise=rounding,
+            more=more,
         )
+    if out is not None:
+        result["page"] = str(out)
+        write_eval_page(result, out)
     print_result(result, eval_lines(result), as_json)
 
 
@@ -436,6 +480,10 @@ def report(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price of a device's hour, to show what training cost.")
     ] = None,
+    evals: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", metavar="FILE", help="Result of `eval --json` to show as well. Repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an HTML report of one run, or compare several."""
@@ -443,7 +491,7 @@ def report(
     from student_train.report import write_student_report
 
     check_out("--out", out)
-    print_result(write_student_report(runs, out, price_per_hour), [str(out)], as_json)
+    print_result(write_student_report(runs, out, price_per_hour, evals or ()), [str(out)], as_json)
 
 
 @app.command()
@@ -468,6 +516,14 @@ def main() -> None:
             raise
         note(f"student-train: this needs the package {package}: pip install 'stillroom[student]'")
         sys.exit(ConfigError.exit_code)
+
+
+def _refuse(options: Mapping[str, object], where: str, is_so: bool) -> None:
+    """Raises ConfigError for options that are given and have no effect there."""
+    given = [name for name, value in options.items() if value is not None]
+    if is_so and given:
+        have = "has" if len(given) == 1 else "have"
+        raise ConfigError(f"{' and '.join(given)} {have} no effect {where}")
 
 
 def _prices(of_tokens: list[str], of_hours: list[str]) -> "dict[str, Price]":

@@ -12,7 +12,8 @@ Bits per byte compare students of different vocabularies: the bits of all loss t
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,16 @@ from pydantic import BaseModel, ConfigDict
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError
-from stillroom.log import Progress
-from stillroom.models import cached_pieces
+from stillroom.log import Progress, warn
+from stillroom.models import cached_pieces, load_tokenizer
 from stillroom.sql.conditions import in_brackets
-from student_train.answers import GenerateConfig, Render, generate_and_judge, heldout_prompts
+from stillroom.storage.paths import Location
+from student_train.answers import GenerateConfig, Given, Render, generate_and_judge, heldout_prompts
+from student_train.assess import forgetting
+from student_train.assess.answered import answer_groups
+from student_train.assess.breakdown import Breakdown, retention_of, sources_of_rows
+from student_train.assess.harness import HarnessConfig, run_harness
+from student_train.assess.robustness import as_json, robustness
 from student_train.config import (
     HELDOUT,
     CacheConfig,
@@ -46,12 +53,13 @@ from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.freeze import freeze_source
 from student_train.data.vocabulary.pieces import Vocabulary, lengths_of
-from student_train.exporting import adopt_tokens, cache_tokenizer, trained_model
+from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
 from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics
 from student_train.model.quantise import quantise_layers
 from student_train.model.student import Student, load_causal, widen_vocab
 from student_train.runtime.checkpoint import find_state
+from student_train.runtime.cost import device_kind
 from student_train.runtime.ranks import Ranks, memory_advice
 from student_train.runtime.run_folder import RunFolder
 
@@ -101,9 +109,16 @@ class EvalResult(BaseModel):
 
 
 def evaluate(
-    metrics_of: Callable[[TorchPack], TokenMetrics], selection: Selection, spec: PlanSpec, ranks: Ranks
+    metrics_of: Callable[[TorchPack], TokenMetrics],
+    selection: Selection,
+    spec: PlanSpec,
+    ranks: Ranks,
+    breakdown: Breakdown | None = None,
 ) -> EvalResult:
-    """Metrics over all packs of the selection, sharded over the ranks, which must all call this together."""
+    """Metrics over all packs of the selection, sharded over the ranks, which must all call this together.
+
+    `breakdown` gets this rank's packs.
+    """
     sums = torch.zeros(len(TokenMetrics._fields), dtype=torch.float64, device=ranks.device)
     num_tokens = num_compared = num_bytes = 0
     bytes_of = _byte_counter(selection)
@@ -125,6 +140,8 @@ def evaluate(
             if pack.num_loss_tokens:
                 is_compared_N = _compared(pack)
                 sums += _sums(metrics, is_compared_N)
+                if breakdown is not None:
+                    breakdown.add(pack, metrics, None if is_compared_N is None else is_compared_N.numpy())
                 num_tokens += pack.num_loss_tokens
                 num_compared += pack.num_loss_tokens if is_compared_N is None else int(is_compared_N.sum())
                 num_bytes += 0 if bytes_of is None else bytes_of(pack)
@@ -236,12 +253,44 @@ DEFAULT_PACK_TOKENS = 4096
 MEMORY_ADVICE = "Lower data.pack_tokens or engine.chunk_tokens; with --model, --pack-tokens"
 
 
+@dataclass(frozen=True)
+class More:
+    """What else to measure. `before` is the folder from before the training, where no run says which it was."""
+
+    is_robustness: bool = False
+    forgetting: str | None = None
+    """A second held-out set: a cache or a text file."""
+    before: str | None = None
+    harness: HarnessConfig | None = None
+    price_per_hour: float | None = None
+
+
+NOTHING_MORE = More()
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A loaded student, how it is evaluated, and how the one from before it is loaded."""
+
+    model: Any
+    student: StudentConfig
+    data: DataConfig
+    wanted: EvalConfig
+    precision: str
+    kept: Path | None = None
+    trained: Path | None = None
+    chunk_tokens: int | None = None
+    quantise: QuantiseConfig | None = None
+    before: StudentConfig | None = None
+
+
 def evaluate_config(
     config: TrainConfig,
     where: str | None,
     which: str,
     generate: GenerateConfig | None = None,
     quantise: QuantiseConfig | None = None,
+    more: More = NOTHING_MORE,
 ) -> Json:
     """Evaluates checkpoint `which` of a run, or the untrained student (`initial`).
 
@@ -252,21 +301,37 @@ def evaluate_config(
     """
     if config.eval is None and where is None:
         raise ConfigError("the configuration has no eval block: add one, or pass --where")
+    if which == "initial" and more.forgetting is not None:
+        raise ConfigError("--forgetting compares with the student before the run: remove it, or --initial")
     run = RunFolder(config.run)
     asked = config.eval or EvalConfig()
-    wanted = asked if where is None else asked.updated(where=where)
-    if which == "initial":
+    state = None if which == "initial" else find_state(run.checkpoints, which)
+    if state is None:
         model = load_causal(config.student.model, config.student, config.engine.precision)
-        name = config.student.model
     else:
-        state = find_state(run.checkpoints, which)
-        model, name = trained_model(config, state, merged=True), state.tag
+        model = trained_model(config, state, merged=True)
         quantise = quantise or config.stages[state.stage].quantise
-    kept = run.heldout_path if where is None else None
-    trained = run.selection_path(config.stages[0].name)
-    chunk_tokens = config.engine.chunk_tokens
-    result = _evaluate(model, config.student, config.data, wanted, kept, trained, chunk_tokens, generate, quantise)
-    return {"model": name, **result}
+    subject = _Subject(
+        model,
+        config.student,
+        config.data,
+        asked if where is None else asked.updated(where=where),
+        config.engine.precision,
+        kept=run.heldout_path if where is None else None,
+        trained=run.selection_path(config.stages[0].name),
+        chunk_tokens=config.engine.chunk_tokens,
+        quantise=quantise,
+        before=config.student,
+    )
+    result = {"model": config.student.model if state is None else state.tag, **_evaluate(subject, generate, more)}
+    if more.harness is None:
+        return result
+    if state is None:
+        return {**result, "lm_eval": run_harness(config.student.model, more.harness, config.engine.precision)}
+    with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
+        folder = Path(temp) / "student"
+        export(config, state, folder, adapter_only=False, tokenizer=None)
+        return {**result, "lm_eval": run_harness(folder, more.harness, config.engine.precision)}
 
 
 def evaluate_model(
@@ -279,60 +344,79 @@ def evaluate_model(
     pack_tokens: int = DEFAULT_PACK_TOKENS,
     generate: GenerateConfig | None = None,
     quantise: QuantiseConfig | None = None,
+    more: More = NOTHING_MORE,
 ) -> Json:
     """Evaluates a Hugging Face folder or hub id; `kind` is that of DataConfig, `quantise` rounds the forward pass.
 
     Raises ConfigError, DataError, CorruptError.
     """
-    if (Path(model) / "adapter_config.json").exists():
-        raise ConfigError(
-            f"--model {model} is a LoRA adapter without its model: export it merged (`student-train export` without "
-            "--adapter-only) and pass that folder"
-        )
+    for folder in filter(None, (model, more.before)):
+        if (Path(folder) / "adapter_config.json").exists():
+            raise ConfigError(
+                f"{folder} is a LoRA adapter without its model: export it merged (`student-train export` without "
+                "--adapter-only) and pass that folder"
+            )
+    if (more.forgetting is None) != (more.before is None):
+        raise ConfigError("with --model, --forgetting needs --before, the student before its training, and vice versa")
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
     student = StudentConfig(model=model)
-    data = DataConfig(caches=[CacheConfig(path=path) for path in caches], kind=kind, pack_tokens=pack_tokens)
-    wanted = EvalConfig(where=where or HELDOUT, max_chains=max_chains)
-    precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    loaded = load_causal(model, student, precision)
-    return {"model": model, **_evaluate(loaded, student, data, wanted, None, None, None, generate, quantise)}
+    subject = _Subject(
+        load_causal(model, student, precision),
+        student,
+        DataConfig(caches=[CacheConfig(path=path) for path in caches], kind=kind, pack_tokens=pack_tokens),
+        EvalConfig(where=where or HELDOUT, max_chains=max_chains),
+        precision,
+        quantise=quantise,
+        before=None if more.before is None else StudentConfig(model=more.before),
+    )
+    result = {"model": model, **_evaluate(subject, generate, more)}
+    return result if more.harness is None else {**result, "lm_eval": run_harness(model, more.harness, precision)}
 
 
-def _evaluate(
-    model: Any,
-    student: StudentConfig,
-    data: DataConfig,
-    wanted: EvalConfig,
-    kept: Path | None,
-    trained: Path | None,
-    chunk_tokens: int | None,
-    generate: GenerateConfig | None,
-    quantise: QuantiseConfig | None,
-) -> Json:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _evaluate(subject: _Subject, generate: GenerateConfig | None, more: More) -> Json:
+    data, wanted = subject.data, subject.wanted
+    # Before hours of evaluation.
+    second = None if more.forgetting is None else forgetting.second_set(more.forgetting)
     with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp, memory_advice(MEMORY_ADVICE):
         request = eval_request(data, wanted)
         path = Path(temp) / "heldout.selection.parquet"
-        if kept is not None:
-            path = kept_or_temporary(kept, request, Path(temp))
+        if subject.kept is not None:
+            path = kept_or_temporary(subject.kept, request, Path(temp))
+        trained = subject.trained
         if trained is None and data.kind == "projected":
             trained = _other_chains(Path(temp), data, wanted)
-        selection = open_data(path, request, data, student, counted=trained)
-        vocabulary = check_vocabulary(student, selection, [cache.path for cache in data.caches])
-        widen_vocab(model, vocabulary.num_ids)
-        fuse_head(model)
-        if quantise is not None:
-            quantise_layers(model, quantise)
-        metrics_of = student_metrics(Student(model, chunk_tokens).to(device))
-        result = evaluate(metrics_of, selection, eval_spec(data), Ranks(0, 1, device))
-        answers = None
-        if generate is not None:
-            answers = _answers(model, student, data, selection, wanted.where, generate)
+        selection = open_data(path, request, data, subject.student, counted=trained)
+        metrics_of = _metrics_of(subject.model, subject, selection)
+        breakdown = Breakdown(selection, sources_of_rows(selection, [cache.path for cache in data.caches]))
+        result = evaluate(metrics_of, selection, eval_spec(data), _alone(), breakdown)
+        forgotten = None if second is None else _forgotten(subject, second, Path(temp))
+        answers = None if generate is None else _answers(subject, selection, generate, more)
     return {
         "where": wanted.where,
-        "quantise": None if quantise is None else quantise.format,
+        "quantise": None if subject.quantise is None else subject.quantise.format,
+        "device": device_kind(),
         **result.model_dump(),
+        "retention": None if result.js is None else retention_of(result.js),
+        **breakdown.result(),
         "generation": answers,
+        "forgetting": forgotten,
+        "lm_eval": None,
     }
+
+
+def _alone() -> Ranks:
+    return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _metrics_of(model: Any, subject: _Subject, selection: Selection) -> Callable[[TorchPack], TokenMetrics]:
+    """The model on this machine's device, ready for packs of the selection."""
+    vocabulary = check_vocabulary(subject.student, selection, [cache.path for cache in subject.data.caches])
+    widen_vocab(model, vocabulary.num_ids)
+    fuse_head(model)
+    # Rounded once: a second selection finds the layers as they are.
+    if subject.quantise is not None and model is subject.model:
+        quantise_layers(model, subject.quantise)
+    return student_metrics(Student(model, subject.chunk_tokens).to(_alone().device))
 
 
 def _other_chains(folder: Path, data: DataConfig, wanted: EvalConfig) -> Path | None:
@@ -344,20 +428,90 @@ def _other_chains(folder: Path, data: DataConfig, wanted: EvalConfig) -> Path | 
     return None
 
 
-def _answers(
-    model: Any, student: StudentConfig, data: DataConfig, selection: Selection, where: str, config: GenerateConfig
-) -> Json:
+def _forgotten(subject: _Subject, second: Location, folder: Path) -> Json:
+    """The second set before and after the training; both models stand on the device together."""
+    assert subject.before is not None
+    before = load_causal(subject.before.model, subject.before, subject.precision)
+    models = {"after": subject.model, "before": before}
+    if isinstance(second, Path) and second.is_file():
+        # Special tokens may differ from the cache's, and a text has none.
+        tokenizer = load_tokenizer(subject.student.model, subject.student.revision, subject.student.trust_remote_code)
+        pieces = forgetting.windows(second, tokenizer, forgetting.window_size(before, subject.data.pack_tokens))
+        for model in models.values():
+            model.set_attn_implementation(subject.student.attention)
+            model.to(_alone().device).eval()
+        widen_vocab(before, max(map(max, pieces)) + 1)
+        found = {name: forgetting.text_loss(model, pieces, f"{name} the run") for name, model in models.items()}
+        return forgetting.change("text", str(second), subject.before.model, found["before"], found["after"])
+    data = subject.data.updated(caches=[CacheConfig(path=second)])
+    wanted = EvalConfig(max_chains=subject.wanted.max_chains)
+    other = open_data(folder / "second.selection.parquet", eval_request(data, wanted), data, subject.student)
+    subjects = {"after": subject, "before": replace(subject, student=subject.before)}
+    found = {}
+    for name, model in models.items():
+        metrics_of = _metrics_of(model, replace(subjects[name], data=data, quantise=None), other)
+        result = evaluate(metrics_of, other, eval_spec(data), _alone())
+        retention = None if result.js is None else retention_of(result.js)
+        found[name] = {**result.model_dump(), "retention": retention}
+    return forgetting.change("cache", str(second), subject.before.model, found["before"], found["after"])
+
+
+def _answers(subject: _Subject, selection: Selection, config: GenerateConfig, more: More) -> Json:
+    model, data = subject.model, subject.data
     # Evaluation on packs may have replaced the attention.
-    model.set_attn_implementation(student.attention)
-    tokenizer = cache_tokenizer(student, selection, None)
+    model.set_attn_implementation(subject.student.attention)
+    tokenizer = cache_tokenizer(subject.student, selection, None)
     adopt_tokens(model, tokenizer)
     render = _render_of(tokenizer, data, selection)
     pinned = [
         cache.model_copy(update={"root": str(source.path)})
         for cache, source in zip(selection.header.caches, data.caches, strict=True)
     ]
-    prompts = heldout_prompts(pinned, where, config.num_prompts, render)
-    return generate_and_judge(model, tokenizer, prompts, config).model_dump()
+    prompts = heldout_prompts(pinned, subject.wanted.where, config.num_prompts, render)
+    result, given = generate_and_judge(model, tokenizer, prompts, config)
+    cost = None if more.price_per_hour is None else result.seconds / 3600 * more.price_per_hour
+    return {
+        **result.model_dump(),
+        "cost": cost,
+        "cost_per_correct": cost / result.num_correct if cost is not None and result.num_correct else None,
+        **answer_groups(given),
+        "robustness": _robustness(model, tokenizer, selection, given, config, render) if more.is_robustness else None,
+    }
+
+
+def _robustness(
+    model: Any,
+    tokenizer: Any,
+    selection: Selection,
+    given: Sequence[Given],
+    config: GenerateConfig,
+    render: Render | None,
+) -> Json:
+    """Raises ConfigError where changed prompts cannot be written as the clean ones were."""
+    write = render or _rendered_as_cached(tokenizer, selection)
+    alike = [one for one in given if list(one.prompt.token_ids) == write(one.prompt.messages, one.prompt.run_id)]
+    if not alike:
+        raise ConfigError(
+            "--robustness: the chat template does not give any of the prompts the token ids that the cache holds, so "
+            "changed prompts would differ in more than what is changed: remove it"
+        )
+    if len(alike) < len(given):
+        warn(f"--robustness: {len(given) - len(alike)} of {len(given)} prompts were written by another chat template")
+    return as_json(robustness(model, tokenizer, alike, config, lambda one: write(one.messages, one.run_id)))
+
+
+def _rendered_as_cached(tokenizer: Any, selection: Selection) -> Render:
+    """As the teacher read a conversation."""
+    arguments = template_arguments(selection)
+
+    def render(messages: Sequence[Mapping[str, str]], run_id: str) -> list[int]:
+        given = arguments.get(run_id, {})
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False, **given
+        )
+        return ids
+
+    return render
 
 
 def _render_of(tokenizer: Any, data: DataConfig, selection: Selection) -> Render | None:

@@ -16,6 +16,7 @@ from stillroom.errors import ConfigError
 from stillroom.html.charts import Line, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
 from stillroom.log import format_count, format_plural
+from student_train.assess.page import eval_sections, read_result, titles
 from student_train.config import meaning_of
 from student_train.data.open import before_and_after
 from student_train.data.terms import read_found
@@ -40,11 +41,20 @@ SHOWN_TERMS = 30
 _STAGE_KEY = re.compile(r"stages\.(\d+)\.")
 
 
-def write_student_report(folders: Sequence[Path], out: Path, price_per_hour: float | None = None) -> Json:
-    """Writes the page; returns where, and what each run cost. Raises ConfigError, DataError as `student_sections`."""
+def write_student_report(
+    folders: Sequence[Path], out: Path, price_per_hour: float | None = None, results: Sequence[Path] = ()
+) -> Json:
+    """Writes the page, with `results` of `student-train eval --json`; returns where, and what each run cost.
+
+    Raises ConfigError, DataError as `student_sections` does.
+    """
     names = ", ".join(folder.resolve().name for folder in folders)
     title = f"Student {names}" if len(folders) == 1 else f"Students {names}"
-    write_report(out, title, student_sections(*folders, price_per_hour=price_per_hour))
+    evaluated = [read_result(path) for path in results]
+    sections = student_sections(*folders, price_per_hour=price_per_hour)
+    for result, named in zip(evaluated, titles(evaluated), strict=True):
+        sections += eval_sections(result, named)
+    write_report(out, title, sections)
     runs = read_runs(folders)
     costs = run_costs(runs, price_per_hour)
     return {"page": str(out), "costs": {run.name: found for run, found in zip(runs, costs, strict=True)}}

@@ -86,6 +86,35 @@ def eval_lines(result: Result) -> list[str]:
             f"undecided {answers['num_undecided']}  truncated {answers['truncated_frac']:.1%}  "
             f"{answers['mean_tokens']:.0f} tokens per answer  {answers['tokens_per_s']:.0f} tok/s"
         )
+        if answers["cost"] is not None and answers["num_correct"]:
+            lines.append(f"cost {answers['cost']:.4f}, {answers['cost_per_correct']:.6f} per right answer")
+    return [*lines, *_more_lines(result), *([str(result["page"])] if result.get("page") else [])]
+
+
+def _more_lines(result: Result) -> list[str]:
+    """Retention by source, calibration, and what else `eval` was asked for."""
+    by_source = [row for row in result["by"].get("source", []) if row["retention"] is not None]
+    lines = []
+    if by_source:
+        parts = [f"{row['group']} {row['retention']:.1%}" for row in by_source]
+        lines.append(f"retention {result['retention']:.1%}: {', '.join(parts)}")
+    if result["calibration"] is not None:
+        lines.append(f"calibration error {result['calibration']['ece']:.1%} of tokens")
+    for kind, one in ((result["generation"] or {}).get("robustness") or {}).items():
+        lines.append(
+            f"{kind:10} {_share(one['accuracy'])} correct (clean {_share(one['accuracy_clean'])}), same answer "
+            f"{_share(one['agreement'])} of {format_plural(one['num_prompts'], 'prompt')}"
+        )
+    if (found := result["forgetting"]) is not None:
+        name = "cross_entropy" if found["before"].get("forward_kl") is None else "forward_kl"
+        label = "cross-entropy" if name == "cross_entropy" else "KL"
+        lines.append(
+            f"forgetting {found['path']}: {label} {found['before'][name]:.4f} before the run, "
+            f"{found['after'][name]:.4f} after ({found['change'][name]:+.4f})"
+        )
+    for task, metrics in (result["lm_eval"] or {}).get("tasks", {}).items():
+        shown = [f"{one['metric']} ({one['filter']}) {one['value']:.4f}" for one in metrics]
+        lines.append(f"lm-eval {task}: {', '.join(shown)}")
     return lines
 
 

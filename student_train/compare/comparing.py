@@ -23,13 +23,11 @@ from stillroom.log import Progress, warn
 from stillroom.storage.paths import location
 from student_train.answers import AskedPrompt, GenerateConfig, heldout_prompts
 from student_train.compare.sides import Reply, Side
-from student_train.compare.statistics import holm, mean_interval, quantiles, sign_test
+from student_train.compare.statistics import DIFFERENCE, SHARE, holm, mean_interval, quantiles, sign_test
 from student_train.data.selection import PinnedCache
 
 BEST, ALL = "best", "all"
 """What sides may be measured against besides one of them."""
-SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
-"""Limits of a share of right answers, and of a difference between two."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
+SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
+"""Limits of a share of right answers, and of a difference between two."""
 MAX_CELLS = 20_000_000
 """Drawn numbers in memory at a time."""
 

@@ -149,6 +149,14 @@ def test_the_students_answers_are_judged_beside_the_teachers(line: Line) -> None
     assert answers["accuracy"] == answers["num_correct"] / 5
     assert 0 <= answers["teacher_accuracy"] <= 1
     assert 0 < answers["mean_tokens"] <= 8
+    assert answers["cost"] == pytest.approx(answers["seconds"] / 1800)
+    assert sum(row["num_prompts"] for row in answers["by"]["source"]) == 5
+    noisy = answers["robustness"]["typing"]
+    assert 0 < noisy["num_prompts"] <= 5
+    assert noisy["example"]
+    page = (line.folder / "answers.html").read_text()
+    assert "Changed prompts" in page
+    assert "an irrelevant sentence" in page
 
 
 def test_the_export_opens_in_transformers_and_is_the_trained_student(line: Line, chains: list[Chain]) -> None:

@@ -69,7 +69,8 @@ def run_line(folder: Path) -> Line:
     line.interrupt("student-train", "run", student, "--nproc", "2")
     line.step("train", "student-train", "run", student, "--nproc", "2")
     line.step("eval", "student-train", "eval", student)
-    line.step("answers", "student-train", "eval", student, "--generate", "5", "--max-new-tokens", "8")
+    more = ("--robustness", "--price-per-hour", "2", "--out", "answers.html")
+    line.step("answers", "student-train", "eval", student, "--generate", "5", "--max-new-tokens", "8", *more)
     line.step("export", "student-train", "export", student, "--out", "runs/demo/export")
     return line
 

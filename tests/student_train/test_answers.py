@@ -79,7 +79,8 @@ def test_answers_end_with_their_end_of_sequence(model: Any, tokenizer: Any, monk
     end = whole[1][3]
     monkeypatch.setattr(model.generation_config, "eos_token_id", end)
     assert generate(model, tokenizer, PROMPTS, GREEDY) == [_cut(answer, end) for answer in whole]
-    result = generate_and_judge(model, tokenizer, PROMPTS, GREEDY)
+    result, given = generate_and_judge(model, tokenizer, PROMPTS, GREEDY)
+    assert [list(one.ids) for one in given] == [_cut(answer, end) for answer in whole]
     assert result.truncated_frac == sum(end not in answer for answer in whole) / 4
     assert result.mean_tokens == sum(len(_cut(answer, end)) for answer in whole) / 4
 
@@ -99,7 +100,7 @@ def test_right_wrong_and_undecided_are_counted(model: Any, tokenizer: Any, monke
         prompt_of(list(PROMPTS[1].token_ids), "something else"),
         prompt_of(list(PROMPTS[2].token_ids), None),
     ]
-    result = generate_and_judge(model, tokenizer, prompts, GREEDY)
+    result, _ = generate_and_judge(model, tokenizer, prompts, GREEDY)
     assert (result.num_correct, result.num_wrong, result.num_undecided) == (1, 1, 1)
     assert (result.accuracy, result.teacher_accuracy) == (0.5, 0.5)
 

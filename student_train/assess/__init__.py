@@ -1,0 +1,1 @@
+"""What a student has learnt, in more than means: by group, under noise, against forgetting, on public tasks."""

@@ -1,0 +1,107 @@
+"""Public tasks by lm-eval (EleutherAI's evaluation harness), in an environment of its own.
+
+In: a Hugging Face folder, names of tasks. Out: their metrics with standard errors. Tasks of the hub download their
+data; tasks of one's own (`include_path`) need no network.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.log import format_duration, note, one_line
+from student_train.export.environments import python_of
+
+ENVIRONMENT = "lm_eval"
+NOTE_EVERY_S = 10.0
+BATCH_SIZE = 8
+MAX_SHOWN = 400
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    """What to run. `limit` is documents a task, None all; `include_path` holds tasks of one's own."""
+
+    tasks: Sequence[str]
+    include_path: Path | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        bad = [name for name in self.tasks if not re.fullmatch(r"[\w.*/+-]+", name)]
+        if not self.tasks or bad:
+            raise ConfigError(f"--lm-eval {','.join(self.tasks)}: give names of tasks with commas between, e.g. gsm8k")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise ConfigError(f"--lm-eval-path {self.include_path} is not a folder: it holds YAML files of tasks")
+
+
+def run_harness(folder: Path | str, config: HarnessConfig, precision: str) -> Json:
+    """The metrics of each task. Raises StillroomError with lm-eval's last words where it fails."""
+    import torch
+
+    python = python_of(ENVIRONMENT)
+    with tempfile.TemporaryDirectory(prefix="student-train-lm-eval-") as temp:
+        command = [str(python), "-m", "lm_eval", "run", "--model", "hf"]
+        command += ["--model_args", f"pretrained={folder},dtype={precision}", "--tasks", ",".join(config.tasks)]
+        command += ["--device", "cuda:0" if torch.cuda.is_available() else "cpu", "--batch_size", str(BATCH_SIZE)]
+        command += ["--output_path", temp, "--apply_chat_template"]
+        command += [] if config.include_path is None else ["--include_path", str(config.include_path)]
+        command += [] if config.limit is None else ["--limit", str(config.limit)]
+        note(f"lm-eval: {', '.join(config.tasks)}")
+        started_s = time.monotonic()
+        _run(command)
+        files = sorted(Path(temp).rglob("results_*.json"))
+        if not files:
+            raise StillroomError("lm-eval ended without results: run it by hand with the same tasks")
+        found: Json = json.loads(files[-1].read_text(encoding="utf-8"))
+    return {
+        "version": found.get("lm_eval_version"),
+        "limit": config.limit,
+        "seconds": time.monotonic() - started_s,
+        "tasks": {name: _metrics(values) for name, values in found["results"].items()},
+        "num_samples": {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()},
+    }
+
+
+def _metrics(values: Json) -> list[Json]:
+    """Rows of lm-eval's `exact_match,strict-match: 0.5` and `exact_match_stderr,strict-match: 0.1`."""
+    rows = []
+    for key, value in values.items():
+        name, comma, variant = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{name}_stderr,{variant}")
+        known = isinstance(error, int | float)
+        rows.append({"metric": name, "filter": variant, "value": value, "stderr": error if known else None})
+    return rows
+
+
+def _run(command: list[str]) -> None:
+    """Runs lm-eval, and says every NOTE_EVERY_S that it still does."""
+    environ = {**os.environ, "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+    environ.pop("PYTHONPATH", None)
+    started_s = time.monotonic()
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ) as process,
+    ):
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(NOTE_EVERY_S)
+                except subprocess.TimeoutExpired:
+                    note(f"lm-eval: {format_duration(time.monotonic() - started_s)} so far")
+        except BaseException:
+            process.kill()
+            raise
+        if process.returncode != 0:
+            log.seek(0)
+            lines = [line for line in log.read().splitlines() if line.strip()]
+            why = one_line(lines[-1])[:MAX_SHOWN] if lines else f"exit code {process.returncode}"
+            raise StillroomError(f"lm-eval failed: {why}")

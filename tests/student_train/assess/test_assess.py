@@ -1,0 +1,235 @@
+"""What `eval` answers beyond means: groups that add up, calibration, robustness, forgetting, lm-eval, the page."""
+
+import json
+import math
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError, DataError, StillroomError
+from student_train.answers import AskedPrompt, GenerateConfig, answer_and_judge
+from student_train.assess import harness
+from student_train.assess.breakdown import doubling_name, doublings
+from student_train.assess.calibration import CalibrationSums
+from student_train.assess.harness import HarnessConfig, run_harness
+from student_train.assess.page import eval_sections, read_result, write_eval_page
+from student_train.assess.robustness import robustness
+from student_train.evaluation import More, evaluate_model
+from student_train.result_lines import eval_lines
+from tests.helpers.caches import SyntheticCache
+from tests.helpers.training import IGNORE_LIBRARY_WARNINGS
+
+pytestmark = [IGNORE_LIBRARY_WARNINGS, pytest.mark.filterwarnings("ignore:::transformers")]
+
+
+@pytest.fixture(scope="module")
+def result(cache: SyntheticCache, student: Path) -> Json:
+    """The student on all chains, against itself as the one before its training."""
+    more = More(forgetting=str(cache.root), before=str(student))
+    return evaluate_model(str(student), [cache.root], "true", pack_tokens=128, more=more)
+
+
+@pytest.mark.parametrize("by", ["source", "prompt_tokens", "tokens", "position", "part"])
+def test_groups_add_up_to_the_whole(result: Json, by: str) -> None:
+    rows = result["by"][by]
+    num_N = np.array([row["num_tokens"] for row in rows])
+    assert num_N.sum() == result["num_tokens"]
+    for name in ("cross_entropy", "accuracy", "forward_kl", "js", "top1_agreement", "confidence_minus_accuracy"):
+        mean = (num_N * [row[name] for row in rows]).sum() / num_N.sum()
+        assert mean == pytest.approx(result[name], rel=1e-4, abs=1e-6), name
+    assert all(row["retention"] == pytest.approx(1 - row["js"] / math.log(2)) for row in rows)
+
+
+def test_groups_hold_the_chains_that_they_name(result: Json, cache: SyntheticCache) -> None:
+    lengths = dict.fromkeys(("stories", "sums"), 0)
+    for chain in cache.chains:
+        lengths[chain.source] += len(chain.token_ids)
+    assert {row["group"]: row["num_tokens"] for row in result["by"]["source"]} == lengths
+    longer = sum(len(chain.token_ids) for chain in cache.chains if len(chain.token_ids) > 32)
+    assert {row["group"]: row["num_tokens"] for row in result["by"]["tokens"]}["33 to 64"] == longer
+    late = sum(max(0, len(chain.token_ids) - 32) for chain in cache.chains)
+    assert {row["group"]: row["num_tokens"] for row in result["by"]["position"]}["33 to 64"] == late
+    assert doublings(np.array([1, 32, 33, 64, 65])).tolist() == [0, 0, 1, 1, 2]
+    assert [doubling_name(number) for number in range(3)] == ["1 to 32", "33 to 64", "65 to 128"]
+
+
+def test_what_did_not_change_was_not_forgotten(result: Json) -> None:
+    found = result["forgetting"]
+    assert found["kind"] == "cache"
+    assert 0 < found["after"]["num_tokens"] < result["num_tokens"]
+    assert found["before"] == found["after"]
+    assert set(found["change"].values()) == {0.0}
+
+
+def test_text_is_measured_before_and_after(cache: SyntheticCache, student: Path, tmp_path: Path) -> None:
+    """Against the loss that transformers computes itself."""
+    path = tmp_path / "second.jsonl"
+    texts = ["w5 w6 w7 w8 w9", "w30 w31 w32"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    more = More(forgetting=str(path), before=str(student))
+    found = evaluate_model(str(student), [cache.root], None, max_chains=1, pack_tokens=64, more=more)["forgetting"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    total = 0.0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+    assert found["after"]["num_tokens"] == 6
+    assert found["after"]["cross_entropy"] == pytest.approx(total / 6, rel=1e-5)
+    assert found["change"] == {"cross_entropy": 0.0}
+    path.write_text('{"words": 1}\n')
+    with pytest.raises(DataError, match=r"second\.jsonl: line 1 has no \"text\""):
+        evaluate_model(str(student), [cache.root], None, max_chains=1, pack_tokens=64, more=more)
+    with pytest.raises(ConfigError, match="neither a cache nor a"):
+        evaluate_model(str(student), [cache.root], None, more=replace(more, forgetting=str(tmp_path / "gone.txt")))
+
+
+def test_calibration_is_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    confidence_N = np.append(rng.random(500), [0.0, 1.0])
+    correct_N = (rng.random(502) < confidence_N**2).astype(float)
+    sums = CalibrationSums()
+    for part in np.array_split(np.arange(502), 7):
+        sums.add(confidence_N[part], correct_N[part])
+    found = sums.result()
+    assert found is not None
+    ece = 0.0
+    for low in np.arange(10) / 10:
+        inside = (confidence_N >= low) & ((confidence_N < low + 0.1) | (low == 0.9))
+        ece += abs(confidence_N[inside].mean() - correct_N[inside].mean()) * inside.sum() / 502
+    assert found.ece == pytest.approx(ece)
+    assert sum(one.num for one in found.bins) == found.num == 502
+    assert CalibrationSums().result() is None
+
+
+def test_the_calibration_of_tokens_counts_them_all(result: Json) -> None:
+    assert result["calibration"]["num"] == result["num_tokens"]
+    gap = sum(one["num"] * ((one["confidence"] or 0) - (one["accuracy"] or 0)) for one in result["calibration"]["bins"])
+    assert gap / result["num_tokens"] == pytest.approx(result["confidence_minus_accuracy"], abs=1e-6)
+
+
+CONFIG = GenerateConfig(num_prompts=3, max_new_tokens=6, temperature=0.0)
+
+
+def asked(number: int, text: str, ids: list[int], reference: str) -> AskedPrompt:
+    return AskedPrompt(str(number), ids, "exact", reference, {}, None, 0.5, [{"role": "user", "content": text}], "sums")
+
+
+def test_answers_to_changed_prompts_are_compared_with_the_clean_ones(student: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student).eval(), AutoTokenizer.from_pretrained(student)
+    texts = ["please w50 w51", "w60 w61", "w70 w71 w72"]
+
+    def render(prompt: AskedPrompt) -> list[int]:
+        ids: list[int] = tokenizer(str(prompt.messages[0]["content"]), add_special_tokens=False)["input_ids"]
+        return ids
+
+    prompts = [asked(number, text, [], "w7") for number, text in enumerate(texts)]
+    clean = answer_and_judge(model, tokenizer, [replace(one, token_ids=render(one)) for one in prompts], CONFIG)
+    found = robustness(model, tokenizer, clean, CONFIG, render)
+    # The one word with letters to mistype is unknown to this vocabulary either way.
+    assert found["typing"].num_prompts == 1
+    assert found["typing"].agreement == 1
+    assert found["typing"].example is not None
+    assert found["typing"].example != texts[0]
+    assert found["distractor"].num_prompts == found["distractor"].num_compared == 3
+    assert found["options"].num_prompts == 0
+    assert found["options"].agreement is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_confidence_is_the_probability_of_what_was_said(student: Path, temperature: float) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student).eval(), AutoTokenizer.from_pretrained(student)
+    prompts = [asked(0, "", [5, 6, 7], "w1"), asked(1, "", [9], "w1")]
+    for given in answer_and_judge(model, tokenizer, prompts, replace(CONFIG, temperature=temperature)):
+        ids = torch.tensor([[*given.prompt.token_ids, *given.ids]])
+        with torch.no_grad():
+            logprobs_LV = model(ids).logits[0].log_softmax(-1)
+        first = len(given.prompt.token_ids)
+        chosen_G = logprobs_LV[first - 1 : -1].gather(1, ids[0, first:, None])
+        assert given.confidence == pytest.approx(float(chosen_G.mean().exp()), rel=1e-4)
+
+
+FAKE_LM_EVAL = """#!{python}
+import json, pathlib, sys
+arguments = sys.argv[1:]
+value = lambda name: arguments[arguments.index(name) + 1]
+if value("--tasks") == "broken":
+    sys.exit("KeyError: no such task")
+folder = pathlib.Path(value("--output_path")) / "model"
+folder.mkdir()
+results = {{"alias": "sums", "exact_match,last": 0.25, "exact_match_stderr,last": 0.1}}
+results |= {{"f1,none": 1, "f1_stderr,none": "N/A"}}
+whole = {{"results": {{value("--tasks"): results}}, "n-samples": {{"sums": {{"original": 8, "effective": 4}}}}}}
+(folder / "results_2026.json").write_text(json.dumps({{**whole, "lm_eval_version": "0.4.13", "asked": arguments}}))
+"""
+
+
+@pytest.fixture
+def fake_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment whose Python writes results without loading anything."""
+    python = tmp_path / "python"
+    python.write_text(FAKE_LM_EVAL.format(python=sys.executable))
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(harness, "python_of", lambda name: python)
+
+
+@pytest.mark.usefixtures("fake_lm_eval")
+def test_lm_evals_results_are_rows(tmp_path: Path) -> None:
+    found = run_harness(tmp_path, HarnessConfig(["sums"], tmp_path, 4), "float32")
+    assert found["tasks"] == {
+        "sums": [
+            {"metric": "exact_match", "filter": "last", "value": 0.25, "stderr": 0.1},
+            {"metric": "f1", "filter": "none", "value": 1, "stderr": None},
+        ]
+    }
+    assert (found["num_samples"], found["version"], found["limit"]) == ({"sums": 4}, "0.4.13", 4)
+    with pytest.raises(StillroomError, match="lm-eval failed: KeyError: no such task"):
+        run_harness(tmp_path, HarnessConfig(["broken"]), "float32")
+    with pytest.raises(ConfigError, match="--lm-eval a b: give names of tasks"):
+        HarnessConfig(["a b"])
+    with pytest.raises(ConfigError, match="is not a folder"):
+        HarnessConfig(["sums"], tmp_path / "gone")
+
+
+@pytest.mark.usefixtures("fake_lm_eval")
+def test_the_page_and_the_lines_show_the_result(result: Json, tmp_path: Path) -> None:
+    answers: Any = {
+        "num_prompts": 2,
+        "num_correct": 1,
+        "num_wrong": 1,
+        "num_undecided": 0,
+        "accuracy": 0.5,
+        "teacher_accuracy": 0.75,
+        "truncated_frac": 0.0,
+        "mean_tokens": 9.0,
+        "tokens_per_s": 3.0,
+        "seconds": 6.0,
+        "cost": 2.5,
+        "cost_per_correct": 2.5,
+        "by": {"source": []},
+        "calibration": None,
+        "robustness": None,
+    }
+    whole = {**result, "generation": answers, "lm_eval": run_harness(tmp_path, HarnessConfig(["sums"]), "float32")}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(whole))
+    write_eval_page(whole, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for shown in ("Knowledge retention", "stories", "33 to 64", "Confidence against accuracy", "exact_match", "2.5000"):
+        assert shown in page
+    titles = [section.title for section in eval_sections(read_result(path)) if section.pieces]
+    assert titles[-2:] == ["Retention against forgetting", "Public tasks"]
+    lines = eval_lines(whole)
+    assert "cost 2.5000, 2.500000 per right answer" in lines
+    assert any(line.startswith("lm-eval sums: exact_match (last) 0.2500") for line in lines)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="is not a result of `student-train eval --json`"):
+        read_result(path)
