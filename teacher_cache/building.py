@@ -424,10 +424,12 @@ def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
     """The result for programs. Totals are of the whole cache, rates of this process."""
     from teacher_cache.inspect.stats import cache_stats
 
-    stats = cache_stats(Catalog(config.cache))
+    catalog = Catalog(config.cache)
+    stats, run = cache_stats(catalog), catalog.runs().get(result.run_id)
     return {
         "run_id": result.run_id,
         "worker": result.worker,
+        "device": None if run is None else run.engine.get("device"),
         "num_wanted": result.num_total,
         "num_done_before": result.num_done_before,
         "num_adopted": result.num_adopted,

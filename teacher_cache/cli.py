@@ -437,13 +437,20 @@ def show(
 
 
 @app.command()
-def stats(cache: CachePath, as_json: AsJson = False) -> None:
+def stats(
+    cache: CachePath,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="Price of one worker's machine, for costs of a build and a right answer."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print counts of chains, tokens, bytes, truncations, verdicts and failures."""
     from stillroom.cache.catalog import Catalog
     from stillroom.storage.paths import location
     from teacher_cache.inspect.stats import cache_stats, stats_text
 
-    found = cache_stats(Catalog(location(cache)))
+    found = cache_stats(Catalog(location(cache)), price_per_hour)
     print_result(found.model_dump(mode="json"), [stats_text(found).rstrip("\n")], as_json)
 
 

@@ -34,8 +34,6 @@ MAX_BARS = 20
 SHOWN_ID = 12
 """Characters of a sample's id: `show` accepts a prefix."""
 NUM_TIME_BINS = 60
-PAUSE_S = 600
-"""A worker that finished no chain for longer was not running."""
 MAX_SHARDS = 24
 MAX_TOKENS = 2_000_000
 NUM_POSITION_BINS = 48
@@ -117,13 +115,13 @@ def write_cache_report(catalog: Catalog, out: Path, price_per_hour: float | None
 def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> list[Section]:
     """The report's sections, to stand alone or beside others."""
     with open_session(catalog) as session:
-        stats = session_stats(session, catalog)
+        stats = session_stats(session, catalog, price_per_hour)
         sample = sample_signals(catalog)
         pieces: dict[str, list[Piece]] = {
             "The cache": [_overview(stats), *_runs(session)],
             "Chains": [*_lengths(session, stats), *_pass_rates(stats), *_truncation(stats)],
             "Certainty": [] if sample is None else list(_token_figures(catalog, sample)),
-            "Building": [*_throughput(session), *_cost(session, stats, price_per_hour), *_failures(session, stats)],
+            "Building": [*_throughput(session), *_cost(stats), *_failures(session, stats)],
             "Storage": _storage(session, stats),
             "Chains to look at": _examples(session, catalog),
         }
@@ -343,41 +341,32 @@ def _throughput(session: Session) -> list[Piece]:
     return [Figure(title, chart, f"Tokens of chains finished in each {bin_s:,.3g} s, from {span['began']}.")]
 
 
-def _cost(session: Session, stats: CacheStats, price_per_hour: float | None) -> list[Piece]:
+def _cost(stats: CacheStats) -> list[Piece]:
     """Worker time so far, and what a million more tokens would take."""
-    (busy,) = session.arrow(
-        f"""SELECT coalesce(sum(gap) FILTER (gap <= {PAUSE_S}), 0) AS seconds,
-          count(DISTINCT run_id || '/' || worker) AS n
-        FROM (SELECT run_id, worker, epoch(created_at) - epoch(lag(created_at) OVER (PARTITION BY run_id, worker
-          ORDER BY created_at)) AS gap FROM chains)"""
-    ).to_pylist()
-    if busy["seconds"] < 1:
+    busy_s = stats.usage.worker_seconds
+    if busy_s < 1:
         return []
-    hours = busy["seconds"] / 3600
-    rate = stats.num_tokens / busy["seconds"]
-    per_million = 1e6 / rate
+    rate = stats.num_tokens / busy_s
     numbers = [
         Number(
             "worker time so far",
-            format_span(busy["seconds"]),
-            f"of {format_plural(busy['n'], 'worker')}, without pauses",
+            format_span(busy_s),
+            f"of {format_plural(stats.usage.num_workers, 'worker')}, without pauses",
         ),
         Number("a worker's rate", f"{rate:,.0f} tok/s", "completion tokens"),
-        Number("time for a million more tokens", format_span(per_million), "with one worker at this rate"),
+        Number("time for a million more tokens", format_span(1e6 / rate), "with one worker at this rate"),
         Number(
             "space for a million more tokens",
             format_bytes(1e6 * (stats.bytes_per_token or 0)),
             f"at {stats.bytes_per_token or 0:.1f} B per token",
         ),
     ]
-    if price_per_hour is not None:
+    if stats.cost is not None:
+        price, each = stats.cost.per_million_tokens or 0, stats.cost.per_right_answer
         numbers += [
-            Number("cost so far", f"{hours * price_per_hour:,.2f}", f"at {price_per_hour:g} a worker-hour"),
-            Number(
-                "price of a million more tokens",
-                f"{per_million / 3600 * price_per_hour:,.2f}",
-                "at this rate and price",
-            ),
+            Number("cost so far", f"{stats.cost.cost:,.2f}", f"at {stats.cost.price_per_hour:g} a worker-hour"),
+            Number("price of a million more tokens", f"{price:,.2f}", "at this rate and price"),
+            Number("cost of a right answer", "-" if each is None else f"{each:.6f}", "of the teacher's"),
         ]
     return [Numbers(numbers)]
 

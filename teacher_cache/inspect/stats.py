@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillroom.cache.catalog import Catalog
-from stillroom.log import format_bytes, format_count, format_plural, one_line, pad, width_of
+from stillroom.log import format_bytes, format_count, format_duration, format_plural, one_line, pad, width_of
 from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
 from stillroom.sql.session import Session, open_session
 from stillroom.sql.views import quote
@@ -39,6 +39,9 @@ LOOP_FRAC = 0.5
 """A chain with more than this `repeated_frac` is a loop: most of its windows of 16 tokens occurred before in it."""
 LOOP_TOKENS = 50_000_000
 """Loops are counted in about this many tokens, which takes ten CPU seconds."""
+
+PAUSE_S = 600
+"""A worker that finished no chain for longer was not running."""
 
 UNDECIDED = "no reference, or the check timed out: `teacher-cache judge` tries again, `--judge` another check"
 """What an undecided chain may lack, and what helps."""
@@ -84,6 +87,23 @@ class WorkerCounts(_Record):
     tokens_per_s: float
 
 
+class Usage(_Record):
+    """What the chains took: time of all workers between one chain and the next, without pauses and loading."""
+
+    worker_seconds: float
+    num_workers: int
+    devices: list[str] = Field(description="kinds of devices that the runs' manifests name")
+
+
+class Cost(_Record):
+    """In the price's currency; None where nothing is judged right."""
+
+    price_per_hour: float = Field(description="of one worker's machine")
+    cost: float
+    per_million_tokens: float | None
+    per_right_answer: float | None
+
+
 class CacheStats(Counts):
     """A whole cache. `bytes_per_token`: bytes of the shard files over the completion tokens in them."""
 
@@ -96,6 +116,8 @@ class CacheStats(Counts):
     num_failed: int = Field(description="samples that failed and have not succeeded since")
     failures: dict[str, int] = Field(description="the same by reason")
     features: dict[str, FeatureCounts] = Field(description="by feature set")
+    usage: Usage
+    cost: Cost | None = Field(default=None, description="at the price that was given")
     workers: list[WorkerCounts] = Field(description="workers with --join that are alive")
     by_source: dict[str, Counts]
     by_split: dict[str, Counts]
@@ -105,13 +127,13 @@ class CacheStats(Counts):
     failures_version: int
 
 
-def cache_stats(catalog: Catalog) -> CacheStats:
-    """Counts everything at the catalog's versions."""
+def cache_stats(catalog: Catalog, price_per_hour: float | None = None) -> CacheStats:
+    """Counts everything at the catalog's versions; `price_per_hour` is what one worker costs, in any currency."""
     with open_session(catalog) as session:
-        return session_stats(session, catalog)
+        return session_stats(session, catalog, price_per_hour)
 
 
-def session_stats(session: Session, catalog: Catalog) -> CacheStats:
+def session_stats(session: Session, catalog: Catalog, price_per_hour: float | None = None) -> CacheStats:
     """The same in a session that is open already."""
     (whole,) = session.arrow(f"SELECT {_COUNTS} FROM chains").to_pylist()
     files = catalog.chains.files()
@@ -125,6 +147,7 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
         " WHERE sample_id NOT IN (SELECT sample_id FROM chains) GROUP BY reason ORDER BY num DESC, reason"
     ).to_pylist()
     num_tokens = whole["num_tokens"]
+    usage = _usage(session, catalog)
     loops = _loops(session, num_tokens)
     return CacheStats(
         **whole,
@@ -138,6 +161,8 @@ def session_stats(session: Session, catalog: Catalog) -> CacheStats:
         num_failed=sum(row["num"] for row in failures),
         failures={row["reason"]: row["num"] for row in failures},
         features=_features(session, catalog),
+        usage=usage,
+        cost=None if price_per_hour is None else _cost(usage, whole, price_per_hour),
         workers=[
             WorkerCounts(worker=one.worker, host=one.host, num_tokens=one.num_tokens, tokens_per_s=one.tokens_per_s)
             for one in workers_of(catalog.root)
@@ -173,6 +198,14 @@ def stats_text(stats: CacheStats) -> str:
     lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
     reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
     lines.append(f"{stats.num_failed:,} failed" + (f": {reasons}" if reasons else ""))
+    if stats.usage.worker_seconds >= 1:
+        named = f" ({', '.join(map(one_line, stats.usage.devices))})" if stats.usage.devices else ""
+        took, workers = format_duration(stats.usage.worker_seconds), format_plural(stats.usage.num_workers, "worker")
+        lines.append(f"{took} of {workers}{named}, without pauses")
+    if stats.cost is not None:
+        each = stats.cost.per_right_answer
+        right = "" if each is None else f", {each:.6f} per right answer"
+        lines.append(f"cost {stats.cost.cost:,.2f} at {stats.cost.price_per_hour:g} a worker-hour{right}")
     for name, counts in stats.features.items():
         size = format_bytes(counts.size_bytes)
         per_token = counts.size_bytes / max(counts.num_tokens, 1)
@@ -188,6 +221,30 @@ def stats_text(stats: CacheStats) -> str:
     for title, groups in (("source", stats.by_source), ("split", stats.by_split), ("run", stats.by_run)):
         lines += ["", *_aligned(title, groups)]
     return "\n".join(lines) + "\n"
+
+
+def _usage(session: Session, catalog: Catalog) -> Usage:
+    (busy,) = session.arrow(
+        f"""SELECT coalesce(sum(gap) FILTER (gap <= {PAUSE_S}), 0)::DOUBLE AS seconds,
+          count(DISTINCT run_id || '/' || worker) AS num
+        FROM (SELECT run_id, worker, epoch(created_at) - epoch(lag(created_at) OVER (PARTITION BY run_id, worker
+          ORDER BY created_at)) AS gap FROM chains)"""
+    ).to_pylist()
+    devices = {run.engine.get("device") for run in catalog.runs().values()}
+    return Usage(
+        worker_seconds=busy["seconds"], num_workers=busy["num"], devices=sorted(str(one) for one in devices if one)
+    )
+
+
+def _cost(usage: Usage, whole: dict[str, Any], price_per_hour: float) -> Cost:
+    cost = usage.worker_seconds / 3600 * price_per_hour
+    num_right = round((whole["pass_rate"] or 0) * whole["num_judged"])
+    return Cost(
+        price_per_hour=price_per_hour,
+        cost=cost,
+        per_million_tokens=1e6 * cost / whole["num_tokens"] if whole["num_tokens"] else None,
+        per_right_answer=cost / num_right if num_right else None,
+    )
 
 
 def _features(session: Session, catalog: Catalog) -> dict[str, FeatureCounts]:

@@ -9,9 +9,10 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.reader import repeated_frac
 from stillroom.sql.session import open_session
-from teacher_cache.inspect.stats import SIGNAL_COLUMNS, cache_stats, stats_text
+from teacher_cache.inspect.stats import SIGNAL_COLUMNS, Usage, _cost, cache_stats, stats_text
 from teacher_cache.judging import judge_cache
 from tests.helpers.caches import make_cache
+from tests.helpers.fake_builds import make_config, make_requests, run_build
 
 
 @pytest.mark.parametrize("codec", ["topk-u8", "topk-f32"])
@@ -79,3 +80,17 @@ def test_undecided_chains_come_with_a_remedy(tmp_path: Path) -> None:
     assert "0 judged, 24 undecided (no reference, or the check timed out: `teacher-cache judge` tries again" in text
     assert judge_cache(made.root, kind="regex").by_judge["regex"].num_undecided == 0
     assert "undecided" not in stats_text(cache_stats(Catalog(made.root)))
+
+
+def test_worker_time_has_a_price(tmp_path: Path) -> None:
+    run_build(make_config(tmp_path / "cache"), make_requests(20))
+    stats = cache_stats(Catalog(tmp_path / "cache"), 3.6e6)
+    assert stats.usage.num_workers == 1
+    assert stats.cost is not None
+    assert stats.cost.cost == pytest.approx(1000 * stats.usage.worker_seconds)
+    assert stats.cost.per_right_answer is None
+    assert "at 3.6e+06 a worker-hour" in stats_text(stats)
+    half_hour = Usage(worker_seconds=1800, num_workers=1, devices=["H200"])
+    found = _cost(half_hour, {"num_tokens": 1000, "num_judged": 20, "pass_rate": 0.5}, 2.0)
+    assert (found.cost, found.per_million_tokens, found.per_right_answer) == (1.0, 1000.0, 0.1)
+    assert "30:00 of 1 worker (H200), without pauses" in stats_text(stats.model_copy(update={"usage": half_hour}))
