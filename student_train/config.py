@@ -229,6 +229,19 @@ class QuantiseConfig(StrictModel):
         return self
 
 
+class AdversarialConfig(StrictModel):
+    """Trains on disturbed prompts: input embeddings are shifted to raise the stage's losses, and the student still has
+    to match the teacher's distributions for the prompt as it was.
+    """
+
+    epsilon: float = Field(gt=0)
+    """Largest shift of an entry of a token's embedding, as a share of their root mean square, e.g. 0.05."""
+    steps: int = Field(default=1, ge=1)
+    """1 is the fast gradient sign method, more are projected gradient. Each costs a forward and a backward pass."""
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    """Share of the packs that are disturbed, chosen by the run's seed."""
+
+
 PRUNED_AXES: tuple[Literal["layers", "mlp_channels", "kv_groups", "hidden_size"], ...] = (
     "layers",
     "mlp_channels",
@@ -273,6 +286,8 @@ class StageConfig(StrictModel):
     token. None is off."""
     token_weights: TokenWeightsConfig | None = None
     """None weights all tokens of a chain equally."""
+    adversarial: AdversarialConfig | None = None
+    """None trains on prompts as they are."""
     balance_weight: float | None = Field(default=None, ge=0)
     """Mixtures of experts: weight of the loss that keeps all experts in use. None is the model's own
     (`router_aux_loss_coef` in its config.json), 0 turns it off."""

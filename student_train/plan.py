@@ -544,6 +544,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "temperatures": _temperatures(stage),
         "features": None if stage.features is None else _features(stage.features),
         "trainable": stage.config.trainable,
+        "adversarial": None if (asked := stage.config.adversarial) is None else asked.model_dump(),
         "memory_gib_per_rank": _memory_gib(stage, config, shape, num_ids, num_ranks),
     }
 

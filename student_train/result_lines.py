@@ -212,6 +212,7 @@ def _stage_lines(stage: Result) -> list[str]:
         f"length     {epoch}, {format_plural(stage['num_steps'], 'step')} in all",
         *(f"loss       {name}: {targets}" for name, targets in stage["losses"].items()),
         *_feature_lines(stage),
+        *_adversarial_lines(stage),
         *_temperature_lines(stage["temperatures"]),
         f"memory     about {memory['total']:.1f} GiB per rank ({parts})",
     ]
@@ -231,6 +232,14 @@ def _example_lines(stage: Result) -> list[str]:
     read = format_count(stage["num_packed_tokens"])
     per_chain = stage["num_examples"] / stage["num_chains"]
     return [f"steps      {stage['num_examples']} examples, {per_chain:.1f} per chain; an epoch reads {read} tokens"]
+
+
+def _adversarial_lines(stage: Result) -> list[str]:
+    asked = stage["adversarial"]
+    if asked is None:
+        return []
+    passes = 1 + asked["fraction"] * asked["steps"]
+    return [f"disturbed  {asked['fraction']:.0%} of the packs, which makes {passes:.1f} passes a pack"]
 
 
 def _projection_lines(stage: Result) -> list[str]:

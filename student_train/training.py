@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from stillroom.config import Json
@@ -39,6 +40,8 @@ from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_w
 from student_train.evaluation import evaluate
 from student_train.exporting import export_stage, initial_folder
 from student_train.losses.divergences import LossMix
+from student_train.losses.fused_head import LossSums
+from student_train.model.adversarial import disturbed_packs
 from student_train.model.importance import calibration_of
 from student_train.model.prune import prune_folder
 from student_train.model.student import DTYPES, LossesBelow, load_student
@@ -140,7 +143,7 @@ def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bo
                 num_terms = len(step.mix.all) + len(engine.balance_weight)
                 sums_1J = torch.zeros(1 + num_terms, dtype=torch.float64, device=ranks.device)
                 for number, pack in enumerate(packs):
-                    losses = engine.loss(to_torch(pack, ranks.device, step.view, features), step.mix)
+                    losses = run.loss(step, number, pack, features)
                     sums_1J += torch.cat([losses.loss_sum.detach().view(1), losses.term_sums_J])
                     engine.backward(losses.loss_sum, total_weight, is_last=number == len(packs) - 1)
                 is_applied = engine.step(step.learning_rate)
@@ -167,6 +170,8 @@ class Step:
     epoch: int
     started_s: float
     stall_before_s: float
+    is_disturbed: npt.NDArray[np.bool_]
+    """bool, by pack of the global batch: whether its prompts are shifted."""
 
 
 class StageRun:
@@ -211,6 +216,8 @@ class StageRun:
         self._num_loss_tokens = state.num_loss_tokens if state is not None else 0
         self._train_s = state.train_s if state is not None else 0.0
         self._num_tokens = 0
+        # Of the packs of a step whose prompts were shifted: how much their loss rose, and their weight.
+        self._rise = self._disturbed_weight = 0.0
         if here is not None:
             self._require_finite()
         self._open = contextlib.ExitStack()
@@ -264,6 +271,7 @@ class StageRun:
         stage, index = self._stage, self._step
         started_s, stall_before_s = time.perf_counter(), self._stream.stats.stall_s
         seed_generators(self._config.seed, stage.index, index, self.ranks.rank)
+        self._rise = self._disturbed_weight = 0.0
         remaining = self._heldout.remaining if self._heldout is not None else 1.0
         mix = mix_at(stage.config, index, stage.num_steps, remaining)
         header = stage.selection.header
@@ -276,6 +284,9 @@ class StageRun:
             epoch=int(self._stream.state_dict()["epoch"]),
             started_s=started_s,
             stall_before_s=stall_before_s,
+            is_disturbed=disturbed_packs(
+                stage.config.adversarial, self._config.seed, stage.index, index, stage.packs_per_step
+            ),
         )
 
     def next_packs(self) -> list[Pack]:
@@ -308,6 +319,23 @@ class StageRun:
         scales = [total / weight if weight else 0.0 for weight in of_features]
         return total, FeatureView(self._teacher, scales[0], scales[1])
 
+    def loss(self, step: Step, number: int, pack: Pack, features: FeatureView | None) -> LossSums:
+        """Sums of the losses of this rank's pack `number` of a step, with gradient; disturbed first where it is due."""
+        config, num_ranks = self._stage.config.adversarial, self.ranks.num_ranks
+        inputs = to_torch(pack, self.ranks.device, step.view, features)
+        # The packs that all ranks take now: pack n of rank r is number n x ranks + r of the batch.
+        is_due = step.is_disturbed[number * num_ranks : (number + 1) * num_ranks]
+        if config is None or not is_due.any():
+            return self.engine.loss(inputs, step.mix)
+        # On all ranks, because ZeRO-3 gathers weights from all; where it is not due, the pack is learned as it is.
+        shifted, before = self.engine.disturbed(inputs, step.mix, config)
+        if not is_due[self.ranks.rank]:
+            return self.engine.loss(inputs, step.mix)
+        losses = self.engine.loss(shifted, step.mix)
+        self._rise += float(losses.loss_sum.detach() - before)
+        self._disturbed_weight += float(pack.weights_N.sum(dtype=np.float64))
+        return losses
+
     def finish_step(
         self,
         step: Step,
@@ -327,8 +355,8 @@ class StageRun:
         read = [pack for pack in packs if pack.num_loss_tokens]
         counts = [sum(pack.num_tokens for pack in read), sum(pack.num_loss_tokens for pack in read)]
         stall_s = self._stream.stats.stall_s - step.stall_before_s
-        loss, *terms, num_tokens, num_loss_tokens, num_stops = ranks.sum(
-            [*sums, *map(float, counts), float(stop.is_set)]
+        loss, *terms, num_tokens, num_loss_tokens, rise, disturbed_weight, num_stops = ranks.sum(
+            [*sums, *map(float, counts), self._rise, self._disturbed_weight, float(stop.is_set)]
         )
         worst_stall_s, memory_gib = ranks.max([stall_s, memory_used_gib(ranks.device)])
         # Measured after the collectives: they wait for the slowest rank, whose time is the step's.
@@ -357,6 +385,7 @@ class StageRun:
             memory_gib=memory_gib,
             step_s=step_s,
             time_s=self._train_s,
+            adversarial_rise=rise / disturbed_weight if disturbed_weight else None,
         )
         # Of all ranks' losses, so that all of them stop here.
         if not math.isfinite(record.loss):

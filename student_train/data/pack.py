@@ -132,7 +132,10 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class TorchPack:
-    """A pack on a device: input_ids, position_ids and predict_positions int64; tokens of each document in order."""
+    """A pack on a device: input_ids, position_ids and predict_positions int64; tokens of each document in order.
+
+    shift_LH: float32, added to the input embeddings in units of each one's root mean square; None adds nothing.
+    """
 
     input_ids_1L: torch.Tensor
     position_ids_1L: torch.Tensor
@@ -140,6 +143,7 @@ class TorchPack:
     predict_positions_N: torch.Tensor
     targets: SparseTargets
     features: FeatureTargets | None = None
+    shift_LH: torch.Tensor | None = None
 
 
 def build_pack(pieces: Sequence[PackedPiece], features: StageFeatures | None = None) -> Pack:

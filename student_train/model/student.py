@@ -28,6 +28,7 @@ from student_train.losses.balance import RouterBalance, find_balance
 from student_train.losses.divergences import FeatureLoss, LossMix
 from student_train.losses.features import feature_sums
 from student_train.losses.fused_head import LossSums, fuse_head, head_loss, head_metrics, head_slots
+from student_train.model.adversarial import shifted
 from student_train.model.packed_attention import Apart, hidden_states, keep_apart
 from student_train.model.shape import balance_weight_of
 from student_train.model.taps import LayerTaps, make_projections
@@ -54,6 +55,8 @@ class Student(torch.nn.Module):
         self.projections = torch.nn.ModuleDict() if below is None else below.projections(self.causal)
         self._chunk_tokens = chunk_tokens
         self.apart = keep_apart(self.causal)
+        # ZeRO-3 leaves weights without a shape.
+        self.embedding_width = int(self.causal.get_input_embeddings().weight.shape[1])
         self._taps = None if below is None else LayerTaps(self.causal, self.apart, below.losses)
         self._decoder_learns = any(parameter.requires_grad for parameter in self.causal.get_decoder().parameters())
 
@@ -76,8 +79,9 @@ class Student(torch.nn.Module):
         balance = self.balance if mix is not None else None
         if balance is not None:
             balance.open()
-        # A frozen decoder under a trained head keeps no activations.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._decoder_learns):
+        # A frozen decoder under a trained head keeps no activations, except to find a shift.
+        needs_grad = self._decoder_learns or (pack.shift_LH is not None and pack.shift_LH.requires_grad)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad), shifted(causal, pack.shift_LH):
             sink = recorded if recorded is not None and recorded.attention else None
             hidden_LH = hidden_states(
                 causal, self.apart, pack.input_ids_1L, pack.position_ids_1L, pack.document_lengths, sink

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import ConfigError, CorruptError, StillroomError, first_line
-from student_train.config import EngineConfig, StageConfig
+from student_train.config import AdversarialConfig, EngineConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE
 from student_train.losses.divergences import LossMix
 from student_train.losses.fused_head import LossSums, TokenSlots
 from student_train.losses.metrics import TokenMetrics
+from student_train.model.adversarial import disturb
 from student_train.model.student import Student
 from student_train.runtime.ranks import Ranks
 
@@ -93,6 +94,16 @@ class Engine:
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
         """Sums of one pack's losses, with gradient."""
         return LossSums(*self._deepspeed(pack, mix))
+
+    def disturbed(self, pack: TorchPack, mix: LossMix, config: AdversarialConfig) -> tuple[TorchPack, Tensor]:
+        """The pack with a shift of its prompts that raises its losses, and the sum of these before."""
+
+        # Past DeepSpeed's engine, which would take the gradient of a shift for that of a micro-step; the hooks by which
+        # ZeRO-3 gathers weights are the modules' own.
+        def loss_of(one: TorchPack) -> Tensor:
+            return LossSums(*self._student(one, mix)).loss_sum
+
+        return disturb(pack, loss_of, self._student.embedding_width, config)
 
     @torch.no_grad()
     def metrics(self, pack: TorchPack) -> TokenMetrics:

@@ -42,6 +42,8 @@ class StepRecord:
     step_s: float
     time_s: float
     """Seconds of optimizer steps since the run began, over all resumptions."""
+    adversarial_rise: float | None = None
+    """How much shifts raised the loss of the packs that they disturbed, nats per token; None where there were none."""
 
     def notes(self, precision: str) -> dict[str, str]:
         """For the progress line."""
@@ -50,6 +52,7 @@ class StepRecord:
             "loss": f"{self.loss:.4f}",
             **(parts if len(parts) > 1 else {}),
             **({"tau": f"{self.temperature:g}"} if self.temperature != 1.0 else {}),
+            **({"rise": f"{self.adversarial_rise:+.4f}"} if self.adversarial_rise is not None else {}),
             "lr": f"{self.learning_rate:.2e}",
             "stall": f"{100 * self.stall_frac:.0f}%",
             "mem": f"{self.memory_gib:.1f} GiB",
@@ -104,6 +107,8 @@ class MetricsLog:
         }
         if record.grad_norm is not None:
             scalars["train/grad_norm"] = record.grad_norm
+        if record.adversarial_rise is not None:
+            scalars["train/adversarial_rise"] = record.adversarial_rise
         for name, value in scalars.items():
             self._board.add_scalar(name, value, self._steps_before + record.step)
 

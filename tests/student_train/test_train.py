@@ -1,6 +1,7 @@
 """Training in one process: agreement with a dense reference on unpacked sequences, resumption, stages, refusals."""
 
 import functools
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.config import Json
+from stillroom.config import Json, load_config
 from stillroom.errors import CacheConflict, ConfigError, DataError, StillroomError
+from stillroom.html.report import Table
 from stillroom.log import format_count
 from stillroom.program import StopRequest
+from stillroom.storage.paths import write_text_atomic
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
+from student_train.model.importance import init_calibration
+from student_train.model.prune import init_student
 from student_train.model.student import Student, load_student
 from student_train.plan import plan_run
 from student_train.report import student_sections
@@ -27,6 +32,7 @@ from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.cost import read_sessions
 from student_train.runtime.run_folder import RunFolder, summarise
 from student_train.training import train
+from tests.helpers import ROOT
 from tests.helpers.caches import Chain, SyntheticCache
 from tests.helpers.dense_losses import stored_kl
 from tests.helpers.students import make_student
@@ -530,20 +536,59 @@ def test_steps_with_all_before_them_learn_what_whole_chains_do(
 ) -> None:
     steps = {"pattern": r"w\d*[37](?!\d)", "min_tokens": 4}
     stage: Json = {"epochs": 1, "batch_tokens": 32768, "clip_norm": None}
-    (record,) = trainer.run(trainer.config("whole", stage, data={"steps": steps}, eval=None))
+    config = trainer.config("run", stage, data={"steps": steps}, eval=None)
+    (record,) = trainer.run(config)
     loss, *_, grad_norm = dense_reference(0.0, 0.0, 0.0)
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
-    data: Json = {"steps": {**steps, "context_steps": 1}, "terms": {"words": ["w151"], "whole_words": False}}
-    config = trainer.config("parted", {"max_steps": 4}, data=data)
-    expected = losses_of(trainer.run(trainer.config("alone", {"max_steps": 4}, data=config.data.model_dump())))
-    trainer.run(config, stop_after=2)
-    assert losses_of(trainer.run(config)) == expected
-    plan = plan_run(config, 1)
+    terms = {"words": ["w151"], "whole_words": False}
+    plan = plan_run(trainer.config("other", stage, data={"steps": steps, "terms": terms}), 1)
     (planned,) = plan["stages"]
     assert planned["num_examples"] > 2 * planned["num_chains"]
-    assert f"steps      {planned['num_examples']} examples, " in "\n".join(plan_lines(plan))
-    assert "count 3x: w151 " in "\n".join(plan_lines(plan))
-    assert "Weighted terms of stage distill" in {
-        getattr(one, "title", "") for one in student_sections(config.run)[2].pieces
-    }
+    lines = "\n".join(plan_lines(plan))
+    assert f"steps      {planned['num_examples']} examples, " in lines
+    assert "count 3x: w151 " in lines
+    write_text_atomic(config.run / "distill.terms-0.json", json.dumps(planned["terms"]))
+    shown = [one for one in student_sections(config.run)[2].pieces if isinstance(one, Table)]
+    assert (shown[0].title, shown[0].rows[0][0]) == ("Weighted terms of stage distill", "w151")
+
+
+def test_shifts_of_no_size_change_nothing(trainer: Trainer) -> None:
+    """So small that no embedding changes, in every pack: losses are those without shifts, dropout included."""
+    stage: Json = {"max_steps": 2, "trainable": "lora", "lora": {"dropout": 0.2}}
+    shifted = {**stage, "adversarial": {"epsilon": 1e-30, "steps": 2, "fraction": 1}}
+    records = trainer.run(trainer.config("run", shifted, eval=None))
+    assert losses_of(records) == losses_of(trainer.reference(stage, eval=None))
+    assert [one["adversarial_rise"] for one in records] == [0.0] * 2
+
+
+def test_disturbed_training_resumes_and_agrees_under_zero(trainer: Trainer) -> None:
+    stage: Json = {"max_steps": 3, "adversarial": {"epsilon": 0.2, "steps": 2, "fraction": 0.4}}
+    expected = trainer.run(trainer.config("expected", stage, eval=None, engine={"zero_stage": 0}))
+    whole, parted = (trainer.config(name, stage, eval=None, engine={"zero_stage": 3}) for name in ("whole", "parted"))
+    records = trainer.run(whole)
+    assert losses_of(records) == pytest.approx(losses_of(expected), rel=1e-5)
+    rises = [one["adversarial_rise"] for one in records if one["adversarial_rise"] is not None]
+    assert rises
+    assert min(rises) > 0
+    trainer.run(parted, stop_after=1)
+    assert losses_of(trainer.run(parted)) == losses_of(records)
+
+
+def test_progressive_students_are_each_cut_from_the_last(trainer: Trainer, tmp_path: Path) -> None:
+    """docs/examples/progressive.yaml, small."""
+    make_student(tmp_path / "teacher", layers=9)
+    stages = [f"stages.{number}.{key}" for number in range(3) for key in ("batch_tokens=128", "max_steps=1")]
+    prunes = [f"stages.{number}.prune.calibration_tokens=32" for number in (1, 2)]
+    places = [f"run={tmp_path / 'run'}", f"student.model={tmp_path / 'student'}", f"data.caches=[{trainer.cache.root}]"]
+    init = [f"student.init.teacher={tmp_path / 'teacher'}", "student.init.calibration_tokens=32"]
+    engine = ["data.pack_tokens=128", "engine.precision=float32", "eval=null"]
+    path = ROOT / "docs/examples/progressive.yaml"
+    config = load_config(path, [*places, *init, *engine, *stages, *prunes], TrainConfig)
+    asked = config.student.init
+    assert asked is not None
+    init_student(asked, Path(config.student.model), lambda: init_calibration(config, asked))
+    trainer.run(config)
+    folders = [config.run / "stages" / name for name in ("eight", "six.pruned", "six", "four.pruned")]
+    layers = [json.loads((one / "config.json").read_text())["num_hidden_layers"] for one in folders]
+    assert layers == [8, 6, 6, 4]
