@@ -17,12 +17,14 @@ from pathlib import Path
 from stillroom.config import Json
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import format_duration, note, one_line
+from student_train.compare.statistics import SHARE, constant_interval
 from student_train.export.environments import python_of
 
 ENVIRONMENT = "lm_eval"
 NOTE_EVERY_S = 10.0
 BATCH_SIZE = 8
 MAX_SHOWN = 400
+NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,17 @@ def run_harness(folder: Path | str, config: HarnessConfig, precision: str) -> Js
         if not files:
             raise StillroomError("lm-eval ended without results: run it by hand with the same tasks")
         found: Json = json.loads(files[-1].read_text(encoding="utf-8"))
+    nums = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}
     return {
         "version": found.get("lm_eval_version"),
         "limit": config.limit,
         "seconds": time.monotonic() - started_s,
-        "tasks": {name: _metrics(values) for name, values in found["results"].items()},
-        "num_samples": {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()},
+        "tasks": {name: _metrics(values, nums.get(name)) for name, values in found["results"].items()},
+        "num_samples": nums,
     }
 
 
-def _metrics(values: Json) -> list[Json]:
+def _metrics(values: Json, num: int | None) -> list[Json]:
     """Rows of lm-eval's `exact_match,strict-match: 0.5` and `exact_match_stderr,strict-match: 0.1`."""
     rows = []
     for key, value in values.items():
@@ -77,9 +80,20 @@ def _metrics(values: Json) -> list[Json]:
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{name}_stderr,{variant}")
-        known = isinstance(error, int | float)
-        rows.append({"metric": name, "filter": variant, "value": value, "stderr": error if known else None})
+        known = error if isinstance(error, int | float) else None
+        low, high = _interval(value, known, num)
+        rows.append({"metric": name, "filter": variant, "value": value, "stderr": known, "low": low, "high": high})
     return rows
+
+
+def _interval(value: float, error: float | None, num: int | None) -> tuple[float | None, float | None]:
+    """At 95%. All or none of `num` documents have no spread, and a standard error of 0 that says nothing."""
+    if error is None:
+        return None, None
+    if error == 0 and num and value in SHARE:
+        exact = constant_interval(value, num, SHARE)
+        return exact.low, exact.high
+    return value - NORMAL_95 * error, value + NORMAL_95 * error
 
 
 def _run(command: list[str]) -> None:

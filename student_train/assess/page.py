@@ -278,7 +278,7 @@ def _tasks(found: Json | None) -> list[Piece]:
             row["metric"],
             row["filter"],
             _number(row["value"]),
-            _number(row["stderr"]),
+            "-" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}",
             str(found["num_samples"].get(task, "-")),
         ]
         for task, metrics in found["tasks"].items()
@@ -286,7 +286,7 @@ def _tasks(found: Json | None) -> list[Piece]:
     ]
     note = f"lm-eval {found['version']}, in {format_span(found['seconds'])}"
     note += "." if found["limit"] is None else f", the first {found['limit']} documents of each task."
-    columns = ["task", "metric", "filter", "value", "standard error", "documents"]
+    columns = ["task", "metric", "filter", "value", "95% interval", "documents"]
     return [Table("lm-eval", columns, rows, note, right=frozenset({3, 4, 5}))]
 
 

@@ -111,6 +111,7 @@ def compare(
         "teacher_accuracy": _mean([one.teacher_accuracy for one in prompts if one.teacher_accuracy is not None]),
         "sides": [_summary(one, prompts, prices.get(one.side.name)) for one in answered],
         "pairs": pairs,
+        "answers": [_answer(number, prompt, answered) for number, prompt in enumerate(prompts)],
     }
     return result, answered
 
@@ -242,6 +243,20 @@ def _by_source(one: Answered, prompts: Sequence[AskedPrompt]) -> list[Json]:
         {"source": source, "num_judged": len(found), "accuracy": _mean(found)}
         for source, found in sorted(scores.items())
     ]
+
+
+def _answer(number: int, prompt: AskedPrompt, answered: Sequence[Answered]) -> Json:
+    """What each side made of one prompt."""
+    replies = {one.side.name: one.replies[number] for one in answered}
+    return {
+        "prompt_id": prompt.prompt_id,
+        "source": prompt.source,
+        "reference": prompt.reference,
+        "correct": {one.side.name: one.score(number) for one in answered},
+        "text": {name: reply.error or reply.text for name, reply in replies.items()},
+        "latency_s": {name: reply.latency_s for name, reply in replies.items()},
+        "num_tokens": {name: reply.num_tokens for name, reply in replies.items()},
+    }
 
 
 def _wins(source: str, scored: Sequence[tuple[str, float, float]]) -> Json:

@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] | None = 
         return None
     values_N = np.asarray(values, np.float64)
     if (values_N == values_N[0]).all():
-        return _constant(float(values_N[0]), len(values_N), limits)
+        return constant_interval(float(values_N[0]), len(values_N), limits)
     rng = np.random.default_rng(seed)
     # In parts: 10,000 resamples of 100,000 prompts would be 8 GB.
     part = max(1, MAX_CELLS // len(values_N))
@@ -57,7 +57,7 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] | None = 
     return Interval(mean=float(values_N.mean()), low=float(low), high=float(high))
 
 
-def _constant(value: float, num: int, limits: tuple[float, float] | None) -> Interval:
+def constant_interval(value: float, num: int, limits: tuple[float, float] | None) -> Interval:
     """Of `num` equal values, whose every resample is the same: what the prompts not asked may still hold."""
     if limits is None:
         return Interval(mean=value, low=None, high=None, method="unknown")

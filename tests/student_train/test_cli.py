@@ -209,6 +209,25 @@ def test_mistakes_are_one_line(call: Cli, override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--robustness", "--temperature", "1"], "--temperature and --robustness have no effect without --generate"),
+        (["--lm-eval-limit", "5"], "--lm-eval-limit has no effect without --lm-eval"),
+        (["--lm-eval", "sums", "--quantise", "w8a8"], "--quantise has no effect on --lm-eval"),
+        (["--lm-eval", "a b"], "--lm-eval a b: give names of tasks with commas between"),
+        (["--model", "x", "--cache", "y", "--forgetting", "z"], "--forgetting needs --before"),
+        (["CONFIG", "--before", "x"], "CONFIG already names model and caches"),
+        (["CONFIG", "--initial", "--forgetting", "x"], "--forgetting compares with the student before the run"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(call: Cli, options: list[str], message: str) -> None:
+    config = call.config(eval={})
+    code, out, err = call("eval", *(config if one == "CONFIG" else one for one in options))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [("stages.0.losses={kl: 1}", "loss 'kl' is unknown"), ("data.caches=[nowhere]", "nowhere is not a cache")],
 )

@@ -73,6 +73,8 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     assert "good is better" in verdict_words({**pair, "p_adjusted": 0.01})
     assert [(one["source"], one["wins_a"]) for one in pair["by_source"]] == [("even", 0), ("odd", 5)]
     assert pair["tokens_difference"]["mean"] > 0
+    assert result["answers"][5]["correct"] == {"good": 1.0, "poor": 0.0}
+    assert result["answers"][5]["text"] == {"good": "<answer>5</answer>", "poor": "<answer>no idea</answer>"}
     asked = [body["messages"] for body in good.behaviour.seen]
     assert len(asked) == 12
     assert all([*prompt.messages] in asked for prompt in PROMPTS)

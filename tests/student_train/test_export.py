@@ -14,7 +14,7 @@ from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.models import fingerprint_template, fingerprint_tokenizer
 from student_train.config import TrainConfig
 from student_train.data.selection import Selection, load_selection
-from student_train.evaluation import evaluate_config, evaluate_model
+from student_train.evaluation import More, evaluate_config, evaluate_model
 from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
 from student_train.result_lines import export_lines
 from student_train.runtime.checkpoint import CheckpointState, find_state
@@ -65,8 +65,11 @@ def test_exported_folder_is_the_student_that_the_run_saw(
     assert evaluate_model(str(out), [cache.root], None)["forward_kl"] == pytest.approx(
         seen["forward_kl"], rel=tolerance
     )
-    assert evaluate_config(config, None, "last")["forward_kl"] == pytest.approx(seen["forward_kl"], rel=tolerance)
+    measured = evaluate_config(config, None, "last", more=More(forgetting=str(cache.root)))
+    assert measured["forward_kl"] == pytest.approx(seen["forward_kl"], rel=tolerance)
     before = RunFolder(config.run).read_evals()[0]
+    kl = [measured["forgetting"][when]["forward_kl"] for when in ("before", "after")]
+    assert kl == pytest.approx([before["forward_kl"], seen["forward_kl"]], rel=tolerance)
     assert evaluate_config(config, None, "initial")["forward_kl"] == pytest.approx(before["forward_kl"], rel=1e-5)
     with pytest.raises(ConfigError, match="already exists"):
         export(config, _last(config), out, adapter_only=False, tokenizer=None)

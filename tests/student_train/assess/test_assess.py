@@ -166,7 +166,7 @@ if value("--tasks") == "broken":
 folder = pathlib.Path(value("--output_path")) / "model"
 folder.mkdir()
 results = {{"alias": "sums", "exact_match,last": 0.25, "exact_match_stderr,last": 0.1}}
-results |= {{"f1,none": 1, "f1_stderr,none": "N/A"}}
+results |= {{"f1,none": 1, "f1_stderr,none": "N/A", "acc,none": 1, "acc_stderr,none": 0.0}}
 whole = {{"results": {{value("--tasks"): results}}, "n-samples": {{"sums": {{"original": 8, "effective": 4}}}}}}
 (folder / "results_2026.json").write_text(json.dumps({{**whole, "lm_eval_version": "0.4.13", "asked": arguments}}))
 """
@@ -181,13 +181,20 @@ def fake_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "python_of", lambda name: python)
 
 
+def approximate(low: float, high: float) -> Json:
+    """An interval, to four digits."""
+    return {"low": pytest.approx(low, abs=1e-4), "high": pytest.approx(high, abs=1e-4)}
+
+
 @pytest.mark.usefixtures("fake_lm_eval")
 def test_lm_evals_results_are_rows(tmp_path: Path) -> None:
     found = run_harness(tmp_path, HarnessConfig(["sums"], tmp_path, 4), "float32")
     assert found["tasks"] == {
         "sums": [
-            {"metric": "exact_match", "filter": "last", "value": 0.25, "stderr": 0.1},
-            {"metric": "f1", "filter": "none", "value": 1, "stderr": None},
+            {"metric": "exact_match", "filter": "last", "value": 0.25, "stderr": 0.1, **approximate(0.054, 0.446)},
+            {"metric": "f1", "filter": "none", "value": 1, "stderr": None, "low": None, "high": None},
+            # All of four right: 0.05 ** (1 / 4) may still be the share of all others.
+            {"metric": "acc", "filter": "none", "value": 1, "stderr": 0.0, **approximate(0.4729, 1)},
         ]
     }
     assert (found["num_samples"], found["version"], found["limit"]) == ({"sums": 4}, "0.4.13", 4)
