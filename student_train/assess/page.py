@@ -232,7 +232,7 @@ def _robustness(found: Json | None) -> list[Piece]:
                 percent(one["accuracy"]),
                 mean,
                 interval,
-                f"{one['p_value']:.3g}",
+                f"{one['p_value']:.3g}" if one["num_judged"] else "-",
                 percent(one["agreement"]),
                 _shortened(one["example"]),
             ]
@@ -259,10 +259,11 @@ def _forgetting(found: Json | None) -> list[Piece]:
         "retention": "retention",
         "top1_agreement": "top-1 agreement",
     }
-    rows = [
-        [words[name], _number(found["before"][name]), _number(found["after"][name]), f"{change:+.4f}"]
-        for name, change in found["change"].items()
-    ]
+    rows = []
+    for name, change in found["change"].items():
+        form = ".1%" if name in ("retention", "top1_agreement") else ".4f"
+        before, after = (_number(found[when][name], form) for when in ("before", "after"))
+        rows.append([words[name], before, after, format(change, f"+{form}")])
     what = "held-out chains of another cache" if found["kind"] == "cache" else "a text"
     note = f"{found['path']}: {what}, {found['after']['num_tokens']:,} tokens; before: {found['before_model']}."
     columns = ["", "before the run", "after", "change"]
