@@ -445,7 +445,9 @@ def _forgotten(subject: _Subject, second: Location, folder: Path) -> Json:
         return forgetting.change("text", str(second), subject.before.model, found["before"], found["after"])
     data = subject.data.updated(caches=[CacheConfig(path=second)])
     wanted = EvalConfig(max_chains=subject.wanted.max_chains)
-    other = open_data(folder / "second.selection.parquet", eval_request(data, wanted), data, subject.student)
+    path, request = folder / "second.selection.parquet", eval_request(data, wanted)
+    # Projected as the run's own held-out chains are: by the counts of what it trained on.
+    other = open_data(path, request, data, subject.student, counted=subject.trained)
     subjects = {"after": subject, "before": replace(subject, student=subject.before)}
     found = {}
     for name, model in models.items():

@@ -22,8 +22,11 @@ from student_train.assess.calibration import CalibrationSums
 from student_train.assess.harness import HarnessConfig, run_harness
 from student_train.assess.page import eval_sections, read_result, write_eval_page
 from student_train.assess.robustness import robustness
+from student_train.config import TrainConfig
 from student_train.evaluation import More, evaluate_model
+from student_train.report import write_student_report
 from student_train.result_lines import eval_lines
+from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS
 
@@ -237,6 +240,13 @@ def test_the_page_and_the_lines_show_the_result(result: Json, tmp_path: Path) ->
     lines = eval_lines(whole)
     assert "cost 2.5000, 2.500000 per right answer" in lines
     assert any(line.startswith("lm-eval sums: exact_match (last) 0.2500") for line in lines)
+    run = RunFolder(tmp_path / "run")
+    given = {"run": run.root, "student": {"model": "m"}, "data": {"caches": ["c"]}, "stages": [{"learning_rate": 1}]}
+    run.root.mkdir()
+    run.open(TrainConfig.model_validate(given), has_learnt=False)
+    run.add_eval({"stage": "distill", "stage_number": 0, "step": 0, **result})
+    write_student_report([run.root], tmp_path / "report.html", results=[path, path])
+    assert f"{result['model']}: Knowledge retention" in (tmp_path / "report.html").read_text()
     path.write_text("[]")
     with pytest.raises(DataError, match="is not a result of `student-train eval --json`"):
         read_result(path)
