@@ -39,6 +39,9 @@ from teacher_cache.prompts.prompts import (
     part_name,
     requests,
 )
+from teacher_cache.scrub.chains import ChainCheck
+from teacher_cache.scrub.counts import counted, total_of
+from teacher_cache.scrub.rows import Scrubber
 from teacher_cache.until import UntilRight, judge_what_is_left, own_prompts, require_judged, right_samples
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
 from teacher_cache.writer.leases import new_worker_name
@@ -83,13 +86,14 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
             "sampling.until decides on a prompt's next chain by the verdicts on its others, which workers that join "
             "may hold: use --worker I/N, which shares the prompts, instead of --join"
         )
-    loaded = load_prompts(config.prompts)
+    scrubber = scrubber_of(config)
+    loaded = load_prompts(config.prompts, scrubber)
     _note_loaded(loaded)
     require_judges(loaded.prompts)
     if config.sampling.until is not None:
         require_judged(loaded.prompts)
     teacher = identify_teacher(config.teacher, config.engine)
-    with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
+    with contextlib.closing(Build(config, teacher, worker_name(share), scrubber)) as build:
         # Malformed rows belong to no share: the first worker records them.
         failures = loaded.failures if share is None or share.index == 0 else []
         num_total = num_requests(config, loaded.prompts, share or WHOLE) + len(failures)
@@ -117,12 +121,12 @@ def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failure
     """Scores the remaining completions of this share; None joins. Raises StillroomError for everything a user can
     fix.
     """
-    teacher = identify_teacher(config.teacher, config.engine)
-    with Completions(config, teacher) as completions:
+    teacher, scrubber = identify_teacher(config.teacher, config.engine), scrubber_of(config)
+    with Completions(config, teacher, scrubber) as completions:
         num_total = completions.count(share or WHOLE)
         note(format_plural(num_total, "completion"))
         require_judges(Prompt(kind, (), "", "", metadata={"judge": kind}) for kind in completions.judges())
-        with contextlib.closing(Build(config, teacher, worker_name(share))) as build:
+        with contextlib.closing(Build(config, teacher, worker_name(share), scrubber)) as build:
             start_engine = functools.partial(_start_engine, config, teacher)
             if share is None:
                 parts = functools.partial(completions.parts, PART_CHAINS)
@@ -138,13 +142,21 @@ def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failure
 class Build:
     """One worker's build of one cache. The cache is open and the worker locked until `close`."""
 
-    def __init__(self, config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, worker: str) -> None:
+    def __init__(
+        self,
+        config: BuildConfig | ScoreConfig,
+        teacher: IdentifiedTeacher,
+        worker: str,
+        scrubber: Scrubber | None = None,
+    ) -> None:
         """Opens or creates the cache, locks the worker, and recovers what a crash left behind.
 
         Raises CacheConflict if another process runs as this worker, DataError if the cache cannot be written,
         CorruptError if a registered file is damaged.
         """
         self.config, self.teacher, self.worker = config, teacher, worker
+        scrub = config.scrub
+        self._check = None if scrub is None or scrubber is None else ChainCheck(scrub, scrubber.recognisers)
         self.run_id = run_id_of(config, teacher.record)
         self._joined: JoinedWork[Request | Failure] | None = None
         self._until: UntilRight | None = None
@@ -248,7 +260,15 @@ class Build:
         started_s = time.monotonic()
         with (
             Recorder(
-                self.catalog, header, config.shard, rows, self._chains, self._failures, config.judging, self._until
+                self.catalog,
+                header,
+                config.shard,
+                rows,
+                self._chains,
+                self._failures,
+                config.judging,
+                self._until,
+                self._check,
             ) as recorder,
             Progress("build", num_total, "chains", done_before=self._num_done(pending, Recorded())) as progress,
             MetricsLog(config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
@@ -352,7 +372,10 @@ class Build:
                 sampling=_sampling(config),
                 capture=plain(config.capture),
                 engine={**plain(config.engine), **info.settings},
-                prompts=plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
+                prompts={
+                    **plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
+                    **({} if config.scrub is None else {"scrub": plain(config.scrub)}),
+                },
                 reasoning=plain(config.reasoning),
                 chat_template_kwargs=plain(config.teacher)["chat_template_kwargs"],
                 software=dict(info.software),
@@ -567,6 +590,11 @@ class _Loop:
             )
 
 
+def scrubber_of(config: BuildConfig | ScoreConfig) -> Scrubber | None:
+    """Raises ConfigError if a recogniser that the configuration asks for is not installed."""
+    return None if config.scrub is None else Scrubber(config.scrub)
+
+
 def _kind(config: BuildConfig | ScoreConfig) -> str:
     return "generate" if isinstance(config, BuildConfig) else "score"
 
@@ -621,6 +649,8 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
     if loaded.failures:
         rows, first = format_plural(len(loaded.failures), "malformed row"), loaded.failures[0].message
         note(f"{rows} will be recorded as failures; the first: {first}")
+    if scrubbed := total_of(one.metadata for one in loaded.prompts):
+        note(f"replaced personal data in prompts: {counted(scrubbed)}")
     if loaded.duplicates:
         twins, twin = format_plural(len(loaded.duplicates), "duplicate"), loaded.duplicates[0]
         note(f"{twins} skipped; the first: {twin}")

@@ -15,6 +15,7 @@ from stillroom.errors import ConfigError
 from stillroom.judging.opinion import PROMPT, prompt_problem
 from stillroom.storage.paths import CacheRoot
 from teacher_cache.prompts.config import CompletionsConfig, PromptsConfig
+from teacher_cache.scrub.config import ScrubConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -293,6 +294,8 @@ class RunConfig(StrictModel):
     engine: EngineConfig = EmbeddedConfig()
     shard: ShardConfig = ShardConfig()
     judging: JudgingConfig = JudgingConfig()
+    scrub: ScrubConfig | None = None
+    """Replace personal data before anything is sent or stored; None leaves texts as they are."""
     failures: FailureConfig = FailureConfig()
 
 

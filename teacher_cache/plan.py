@@ -21,13 +21,14 @@ from stillroom.log import one_line as flat
 from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
-from teacher_cache.building import run_id_of
+from teacher_cache.building import run_id_of, scrubber_of
 from teacher_cache.config import BuildConfig, RunConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import Wait
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import LoadedPrompts, RequestMaker, load_prompts, num_requests, requests
+from teacher_cache.scrub.counts import counted, sample_of, total_of
 from teacher_cache.until import UntilRight, require_judged, right_samples
 from teacher_cache.writer.commit import VisibleSamples
 from teacher_cache.writer.recorder import last_metrics
@@ -96,6 +97,10 @@ class BuildPlan:
     num_duplicates: int = 0
     num_near_duplicates: int = 0
     num_contaminated: int = 0
+    scrubbed: dict[str, int] = field(default_factory=dict)
+    """Personal data replaced in prompts, by kind."""
+    scrubbed_samples: list[str] = field(default_factory=list)
+    """What a few prompts have in its place."""
     num_chains: int = 0
     num_done: int = 0
     num_failed: int = 0
@@ -121,7 +126,7 @@ class BuildPlan:
 
 def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
     """Raises DataError or ConfigError as `build` would before it starts. `num_shown` prompts are in `shown`."""
-    loaded = load_prompts(config.prompts)
+    loaded = load_prompts(config.prompts, scrubber_of(config))
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.prompts.sources])
     _count_prompts(plan, loaded)
@@ -144,7 +149,7 @@ def plan_score(config: ScoreConfig, num_shown: int = 0) -> BuildPlan:
     """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before it starts."""
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.completions.sources])
-    with Completions(config, teacher) as completions:
+    with Completions(config, teacher, scrubber_of(config)) as completions:
         shown = _Shown(_counting_prompts(plan, completions.requests()), num_shown)
         _count_chains(plan, shown, completions.count(), config, teacher)
     plan.shown = shown.prompts(plan.sources, teacher.tokenizer)
@@ -173,6 +178,8 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     ]
     lines.append(f"prompts  {plan.num_prompts:,}{heldout}; {', '.join(skipped)}")
     lines += [f"         {example}" for example in plan.examples]
+    lines += [f"scrubbed {counted(plan.scrubbed)}"] if plan.scrubbed else []
+    lines += [f"         {flat(one)}" for one in plan.scrubbed_samples]
     if plan.is_bound:
         lines.append("until    chains, tokens and time are upper bounds: prompts with enough right chains get no more")
     lines += _cost_lines(plan) if plan.num_left else ["nothing is left to do"]
@@ -251,6 +258,7 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
     for prompt in loaded.prompts:
         sources[prompt.source].num_prompts += 1
         plan.num_heldout += prompt.split == "heldout"
+        _count_scrubbed(plan, prompt)
     plan.num_prompts = len(loaded.prompts)
     plan.num_malformed = len(loaded.failures)
     plan.num_duplicates = len(loaded.duplicates)
@@ -263,6 +271,15 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
         *_examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
         *_without_verdict(loaded),
     ]
+
+
+def _count_scrubbed(plan: BuildPlan, prompt: Prompt) -> None:
+    counts = total_of([prompt.metadata])
+    for kind, num in counts.items():
+        plan.scrubbed[kind] = plan.scrubbed.get(kind, 0) + num
+    if counts and len(plan.scrubbed_samples) < NUM_SHOWN:
+        sample = sample_of(one.content for one in prompt.messages)
+        plan.scrubbed_samples += [] if sample is None else [sample]
 
 
 def _without_verdict(loaded: LoadedPrompts) -> list[str]:
@@ -294,6 +311,7 @@ def _counting_prompts(plan: BuildPlan, stream: Iterable[Request | Failure]) -> I
             seen.add(request.prompt.prompt_id)
             sources[request.prompt.source].num_prompts += 1
             plan.num_heldout += request.prompt.split == "heldout"
+            _count_scrubbed(plan, request.prompt)
         yield request
     plan.num_prompts, plan.num_malformed = len(seen), len(malformed)
     plan.examples += _examples("malformed", malformed)

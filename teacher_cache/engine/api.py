@@ -20,7 +20,7 @@ class Failure:
 
     Reasons: malformed, chat_template (before there is a request); empty_prompt, empty_completion, too_long, vocabulary,
     refused (by the engine, before it starts); engine_error (while it generates); not_finite (the model's logprobs hold
-    NaN).
+    NaN); personal_data (found in a finished chain, or in token ids to score).
     """
 
     sample_id: str

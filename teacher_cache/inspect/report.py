@@ -121,7 +121,7 @@ def cache_sections(catalog: Catalog, price_per_hour: float | None = None) -> lis
             "The cache": [_overview(stats), *_runs(session)],
             "Chains": [*_lengths(session, stats), *_pass_rates(stats), *_truncation(stats)],
             "Certainty": [] if sample is None else list(_token_figures(catalog, sample)),
-            "Building": [*_throughput(session), *_cost(stats), *_failures(session, stats)],
+            "Building": [*_throughput(session), *_cost(stats), *_failures(session, stats), *_scrubbed(stats)],
             "Storage": _storage(session, stats),
             "Chains to look at": _examples(session, catalog),
         }
@@ -379,6 +379,15 @@ def _failures(session: Session, stats: CacheStats) -> list[Piece]:
     messages = {row["reason"]: row["message"] for row in found}
     rows = [[reason, f"{num:,}", _first_line(messages[reason])] for reason, num in stats.failures.items()]
     return [Table("Failed requests", ["reason", "samples", "for example"], rows, right=frozenset({1}))]
+
+
+def _scrubbed(stats: CacheStats) -> list[Piece]:
+    """Personal data in prompts, by kind."""
+    rows = [[kind, f"{num:,}"] for kind, num in stats.scrubbed.items()]
+    note = "" if stats.scrubbed_sample is None else f"As in: {_first_line(stats.scrubbed_sample)}"
+    return [Table("Personal data replaced in prompts", ["kind", "times"], rows, note, right=frozenset({1}))] * bool(
+        rows
+    )
 
 
 def _storage(session: Session, stats: CacheStats) -> list[Piece]:

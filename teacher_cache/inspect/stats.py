@@ -16,6 +16,7 @@ from stillroom.log import format_bytes, format_count, format_duration, format_pl
 from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
 from stillroom.sql.session import Session, open_session
 from stillroom.sql.views import quote
+from teacher_cache.scrub.counts import counted, sample_of
 from teacher_cache.writer.leases import workers_of
 
 SIGNAL_COLUMNS = tuple(
@@ -35,6 +36,8 @@ _COUNTS = """
     sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
 """
 
+WAS_SCRUBBED = """contains(metadata, '"scrubbed":')"""
+"""Cheaper than JSON, which is parsed for what remains."""
 LOOP_FRAC = 0.5
 """A chain with more than this `repeated_frac` is a loop: most of its windows of 16 tokens occurred before in it."""
 LOOP_TOKENS = 50_000_000
@@ -115,6 +118,8 @@ class CacheStats(Counts):
     signal_bytes_per_token: float | None
     num_failed: int = Field(description="samples that failed and have not succeeded since")
     failures: dict[str, int] = Field(description="the same by reason")
+    scrubbed: dict[str, int] = Field(description="personal data replaced in prompts, by kind")
+    scrubbed_sample: str | None = Field(description="what a prompt has in its place")
     features: dict[str, FeatureCounts] = Field(description="by feature set")
     usage: Usage
     cost: Cost | None = Field(default=None, description="at the price that was given")
@@ -148,6 +153,11 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
     ).to_pylist()
     num_tokens = whole["num_tokens"]
     usage = _usage(session, catalog)
+    scrubbed = session.arrow(
+        "SELECT key AS kind, sum(value::BIGINT)::BIGINT AS num, any_value(prompt) AS prompt FROM"
+        " (SELECT DISTINCT ON (prompt_id) prompt_id, prompt, json_extract(metadata, '$.scrubbed') AS counts"
+        f"  FROM chains WHERE {WAS_SCRUBBED}), json_each(counts) GROUP BY kind ORDER BY num DESC, kind"
+    ).to_pylist()
     loops = _loops(session, num_tokens)
     return CacheStats(
         **whole,
@@ -160,6 +170,8 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
         signal_bytes_per_token=signals["bytes"] / num_tokens if num_tokens else None,
         num_failed=sum(row["num"] for row in failures),
         failures={row["reason"]: row["num"] for row in failures},
+        scrubbed={row["kind"]: row["num"] for row in scrubbed},
+        scrubbed_sample=sample_of(row["prompt"] for row in scrubbed),
         features=_features(session, catalog),
         usage=usage,
         cost=None if price_per_hour is None else _cost(usage, whole, price_per_hour),
@@ -206,6 +218,9 @@ def stats_text(stats: CacheStats) -> str:
         each = stats.cost.per_right_answer
         right = "" if each is None else f", {each:.6f} per right answer"
         lines.append(f"cost {stats.cost.cost:,.2f} at {stats.cost.price_per_hour:g} a worker-hour{right}")
+    if stats.scrubbed:
+        sample = "" if stats.scrubbed_sample is None else f", as in: {one_line(stats.scrubbed_sample)}"
+        lines.append(f"replaced in prompts: {counted(stats.scrubbed)}{sample}")
     for name, counts in stats.features.items():
         size = format_bytes(counts.size_bytes)
         per_token = counts.size_bytes / max(counts.num_tokens, 1)

@@ -59,6 +59,7 @@ from teacher_cache.prompts.sources import (
     reference_of,
     require_encodable,
 )
+from teacher_cache.scrub.rows import Scrubber
 
 COLUMNS = (
     "sample_id, sample_index, run_id, source, split, messages, prompt_token_ids, reference, metadata, text, "
@@ -85,10 +86,10 @@ class Completion:
 class Completions:
     """All completions of a configuration, for one teacher, as a context manager."""
 
-    def __init__(self, config: ScoreConfig, teacher: IdentifiedTeacher) -> None:
+    def __init__(self, config: ScoreConfig, teacher: IdentifiedTeacher, scrubber: Scrubber | None = None) -> None:
         """Opens other caches. Raises ConfigError or DataError if one does not fit the teacher."""
         self.contaminated: list[Contaminated] = []
-        self._config, self._teacher = config, teacher
+        self._config, self._teacher, self._scrubber = config, teacher, scrubber
         self._start_id, self._end_id = reasoning_ids(teacher.tokenizer, config.reasoning.start, config.reasoning.end)
         added = teacher.tokenizer.added_tokens_decoder.items()
         special = {*teacher.tokenizer.all_special_ids, *(token_id for token_id, one in added if one.special)}
@@ -128,14 +129,15 @@ class Completions:
         another cache, the chains whose hash falls to it.
         """
         for source in self._config.completions.sources:
-            rows = (row for row in self._rows(source, share) if not self._is_contaminated(row, source))
+            found = self._rows(source, share, self._scrubber)
+            rows = (row for row in found if not self._is_contaminated(row, source))
             while batch := list(itertools.islice(rows, TOKENIZE_BATCH)):
                 yield from self._tokenized(batch)
 
     def parts(self, size: int) -> Iterator[Part]:
         """The same requests in parts of `size` rows each, which are tokenised on demand. Reads the sources again."""
         for source in self._config.completions.sources:
-            rows = self._rows(source, WHOLE)
+            rows = self._rows(source, WHOLE, self._scrubber)
             for number in itertools.count():
                 batch = list(itertools.islice(rows, size))
                 if not batch:
@@ -157,12 +159,14 @@ class Completions:
         num_used = num_rows if source.limit is None else min(num_rows, source.limit)
         return len(range(share.index, num_used, share.count))
 
-    def _rows(self, source: CompletionSource, share: WorkerShare) -> Iterator[Completion | Failure]:
+    def _rows(
+        self, source: CompletionSource, share: WorkerShare, scrubber: Scrubber | None = None
+    ) -> Iterator[Completion | Failure]:
         if isinstance(source, CacheCompletions):
-            yield from (_of_chain(chain, source) for chain in self._caches[source.name].chains(share))
+            yield from (_of_chain(chain, source, scrubber) for chain in self._caches[source.name].chains(share))
             return
         for row in itertools.islice(read_rows(source), share.index, source.limit, share.count):
-            yield from _of_row(source, row, self._config.completions.heldout_frac, self._teacher.tokenizer)
+            yield from _of_row(source, row, self._config.completions.heldout_frac, self._teacher.tokenizer, scrubber)
 
     def _is_contaminated(self, row: Completion | Failure, source: CompletionSource) -> bool:
         if self._evaluation is None or isinstance(row, Failure):
@@ -336,10 +340,16 @@ def _are_tokens(source: CompletionSource) -> bool:
     return source.are_ids if isinstance(source, CompletionFields) else not source.retokenise
 
 
-def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: Any) -> Iterator[Completion | Failure]:
+def _of_row(
+    source: FileCompletions, row: Row, heldout_frac: float, tokenizer: Any, scrubber: Scrubber | None
+) -> Iterator[Completion | Failure]:
     """The row's completions: one, or one per assistant turn. A row with a bad turn is one failure."""
+
+    def failed(message: str) -> Failure:
+        return malformed(source.name, row.where, message if scrubber is None else scrubber.text(message))
+
     if isinstance(row.values, str):
-        yield malformed(source.name, row.where, row.values)
+        yield failed(row.values)
         return
     try:
         prompt_ids = None if source.prompt_ids_field is None else _ids(row.values, source.prompt_ids_field)
@@ -348,8 +358,17 @@ def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: A
         for draft, (_, completion) in zip(drafts, turns, strict=True):
             require_encodable(draft, completion if isinstance(completion, str) else "")
     except (ValueError, RecursionError) as error:
-        yield malformed(source.name, row.where, str(error))
+        yield failed(str(error))
         return
+    if scrubber is not None:
+        if source.are_ids:
+            problem = scrubber.problem(drafts[0], *(str(tokenizer.decode(one)) for one in (prompt_ids, turns[0][1])))
+            if problem is not None:
+                yield _with_personal_data(source.name, row.where, problem)
+                return
+        else:
+            pairs = [scrubber.completion(draft, str(text)) for draft, (_, text) in zip(drafts, turns, strict=True)]
+            drafts, turns = [draft for draft, _ in pairs], [([], text) for _, text in pairs]
     prompts = [prompt_of(one, source.name, source.system, source.instruction, heldout_frac) for one in drafts]
     unit = "turn" if source.turns == "all" else "item" if _is_list(source, row.values) else None
     for place, (prompt, (_, completion)) in enumerate(zip(prompts, turns, strict=True)):
@@ -357,6 +376,12 @@ def _of_row(source: FileCompletions, row: Row, heldout_frac: float, tokenizer: A
         prompt = replace(prompt, split=prompts[0].split)
         where = row.where if unit is None else f"{row.where} {unit} {place}"
         yield Completion(where, prompt, completion, prompt_ids, source.append_eos, place if unit == "item" else 0)
+
+
+def _with_personal_data(source: str, where: str, problem: str) -> Failure:
+    """The failure of a row whose text cannot be replaced, because its tokens are given."""
+    failure = malformed(source, where, f"its tokens hold personal data, which is not scored ({problem})")
+    return replace(failure, reason="personal_data")
 
 
 def _drafts(
@@ -443,12 +468,18 @@ def _ids(values: Json, name: str) -> list[int]:
     return ids
 
 
-def _of_chain(chain: Json, source: CacheCompletions) -> Completion:
+def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) -> Completion | Failure:
     """A row of another cache. Reasoning markers are part of its text unless they are special tokens there."""
+    where, index, text = chain["sample_id"], chain["sample_index"], chain["text"]
     messages = tuple(Message(one["role"], one["content"]) for one in chain["messages"])
-    prompt_id = prompt_id_of(messages)
-    prompt = Prompt(prompt_id, messages, source.name, chain["split"], chain["reference"], chain["metadata"])
-    where, index = chain["sample_id"], chain["sample_index"]
+    draft = Draft(where, messages, chain["reference"], chain["metadata"])
+    if scrubber is not None:
+        if source.retokenise:
+            draft, text = scrubber.completion(draft, text)
+        elif (problem := scrubber.problem(draft, text)) is not None:
+            return _with_personal_data(source.name, where, f"{problem}; retokenise: true replaces it in the text")
+    prompt_id = prompt_id_of(draft.messages)
+    prompt = Prompt(prompt_id, draft.messages, source.name, chain["split"], draft.reference, draft.metadata)
     if source.retokenise:
-        return Completion(where, prompt, chain["text"], None, chain["stopped"], index)
+        return Completion(where, prompt, text, None, chain["stopped"], index)
     return Completion(where, prompt, chain["token_ids"], chain["prompt_token_ids"], False, index)

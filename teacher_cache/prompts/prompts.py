@@ -8,11 +8,12 @@ or samples never changes the split, seed or order of existing ones. All first sa
 that a half-built cache is a fair sample of the whole.
 """
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
@@ -24,6 +25,9 @@ from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.dedupe import NearDuplicate, NearDuplicates
 from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import Draft, read_source
+
+if TYPE_CHECKING:
+    from teacher_cache.scrub.rows import Scrubber
 
 TOKENIZE_BATCH = 512
 """Prompts tokenised at once: enough to keep every core busy, few enough to start the engine soon."""
@@ -109,21 +113,23 @@ def own_share(worker: str, *, join: bool) -> WorkerShare | None:
     return None if join else share
 
 
-def load_prompts(config: PromptsConfig) -> LoadedPrompts:
-    """Reads every source. Raises DataError for a source that cannot be read or has no usable prompt."""
+def load_prompts(config: PromptsConfig, scrubber: "Scrubber | None" = None) -> LoadedPrompts:
+    """Reads every source; `scrubber` replaces personal data. Raises DataError for a source that cannot be read or has
+    no usable prompt.
+    """
     evaluation = None if config.decontaminate is None else EvaluationTexts(config.decontaminate)
     loaded = LoadedPrompts([], [], [], [])
     kept: dict[str, _Kept] = {}
     for source in config.sources:
         num_drafts, first_failure = 0, len(loaded.failures)
-        for row in read_source(source):
+        for row, against in _read(source, evaluation, scrubber):
             if isinstance(row, Failure):
                 loaded.failures.append(row)
                 if num_drafts == 0 and len(loaded.failures) - first_failure >= MANY_ROWS:
                     break
             else:
                 num_drafts += 1
-                _add(row, source, config.heldout_frac, evaluation, kept, loaded)
+                _add(row, source, config.heldout_frac, against, kept, loaded)
         _require_usable(source, num_drafts, loaded.failures[first_failure:], config.max_unusable_frac)
     if config.dedupe is not None:
         loaded.near_duplicates.extend(_remove_near_duplicates(kept, NearDuplicates(config.dedupe)))
@@ -287,18 +293,30 @@ def _place_of(prompt: Prompt) -> str:
     return f"source {prompt.source}" + (f", {unit} {prompt.metadata[unit]}" if unit is not None else "")
 
 
+def _read(
+    source: Source, evaluation: EvaluationTexts | None, scrubber: "Scrubber | None"
+) -> Iterator[tuple[Draft | Failure, str | None]]:
+    """Drafts with the evaluation text that they overlap, None for clean ones; and malformed rows."""
+    rows, originals = itertools.tee(read_source(source))
+    for row, original in zip(rows if scrubber is None else scrubber.drafts(rows), originals, strict=True):
+        # The draft, not the finished prompt: an instruction that all prompts share is not an overlap. And the original:
+        # evaluation sets have their names.
+        if evaluation is None or isinstance(original, Failure):
+            yield row, None
+        else:
+            yield row, evaluation.overlap(original.messages)
+
+
 def _add(
     draft: Draft,
     source: Source,
     heldout_frac: float,
-    evaluation: EvaluationTexts | None,
+    against: str | None,
     kept: dict[str, _Kept],
     loaded: LoadedPrompts,
 ) -> None:
     """Adds one draft to `kept` by its prompt_id, or to those in `loaded` that are left out."""
     where = f"{source.name} {draft.where}"
-    # The draft, not the finished prompt: an instruction that all prompts share is not an overlap.
-    against = None if evaluation is None else evaluation.overlap(draft.messages)
     frac = 0.0 if draft.is_variant else heldout_frac
     prompt = prompt_of(draft, source.name, source.system, source.instruction, frac)
     earlier = kept.get(prompt.prompt_id)

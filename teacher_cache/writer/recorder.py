@@ -34,6 +34,7 @@ from stillroom.storage.paths import Location, spool
 from teacher_cache.config import JudgingConfig, ShardConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome
 from teacher_cache.judging import JudgeQueue, commit_verdicts
+from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.until import UntilRight
 from teacher_cache.writer.commit import Committer, VisibleSamples
 from teacher_cache.writer.rows import RowMaker
@@ -83,6 +84,7 @@ class Recorder:
         failures: VisibleSamples,
         judging: JudgingConfig,
         until: UntilRight | None = None,
+        check: ChainCheck | None = None,
     ) -> None:
         """`until` hears of verdicts and failures."""
         self.recorded = Recorded()
@@ -90,6 +92,7 @@ class Recorder:
         self.closed_s: float | None = None
         """When the last shard was closed (monotonic clock), None until then."""
         self._catalog, self._header, self._config, self._rows = catalog, header, config, rows
+        self._check = check
         self._chains = Committer(catalog.chains, chains, header.run_id, header.worker)
         self._failures = Committer(catalog.failures, failures, header.run_id, header.worker)
         # Bounded, because a stalled disk would otherwise fill the memory.
@@ -178,26 +181,32 @@ class Recorder:
         if self._shard is None and not self._failed:
             self._opened_s = time.monotonic()
         if not isinstance(outcome, Finished):
-            self._failed.append(outcome)
-            self.recorded.num_failures += 1
-            if self._until is not None:
-                self._until.settle(outcome.sample_id, False)
+            self._fail(outcome)
             return
         if (problem := self._watch.problem(outcome)) is not None:
             # The open shard is discarded: its chains are of the same kind.
             raise StillroomError(problem)
         try:
-            row = self._rows.row(outcome)
+            row = self._rows.row(outcome) if self._check is None else self._check.row(outcome, self._rows)
         except BaseException:
             # The chains before this one are sound: save them before the build ends.
             self._close_shard()
             raise
+        if isinstance(row, Failure):
+            self._fail(row)
+            return
         if self._shard is None:
             self._shard = ShardFile(self._chains.temp_path(), self._header, self._config.row_group_tokens)
         self._shard.add(row)
         self.recorded.num_chains += 1
         self.recorded.num_tokens += row.num_tokens
         self._judges.put(row.sample_id, outcome.request.prompt, row.answer, row.finish_reason in CUT_REASONS)
+
+    def _fail(self, failure: Failure) -> None:
+        self._failed.append(failure)
+        self.recorded.num_failures += 1
+        if self._until is not None:
+            self._until.settle(failure.sample_id, False)
 
     def _is_due(self) -> bool:
         if self._shard is None and not self._failed:

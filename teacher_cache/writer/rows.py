@@ -90,7 +90,7 @@ class RowMaker:
             prompt_token_ids=np.asarray(request.prompt_token_ids, np.int32),
             reference=prompt.reference,
             metadata=json.dumps(dict(prompt.metadata), sort_keys=True, ensure_ascii=False),
-            text=self._text(token_ids.tolist()),
+            text=self.text(token_ids.tolist()),
             reasoning=reasoning,
             answer=answer,
             token_ids=token_ids,
@@ -118,15 +118,16 @@ class RowMaker:
     def _split_text(self, ids: list[int], reasoning_end: int | None) -> tuple[str | None, str | None]:
         """Reasoning and answer, without the tokens that open and close the reasoning."""
         if reasoning_end == 0:
-            return None, self._text(ids)
+            return None, self.text(ids)
         # Most templates open the reasoning in the prompt; a model that opens it itself writes the mark first.
         first = 1 if ids[0] == self._start_id else 0
         if reasoning_end is None:
-            return self._text(ids[first:]).strip("\n"), None
+            return self.text(ids[first:]).strip("\n"), None
         # reasoning_end counts the closing mark, which belongs to neither text.
-        return self._text(ids[first : reasoning_end - 1]).strip("\n"), self._text(ids[reasoning_end:]).strip("\n")
+        return self.text(ids[first : reasoning_end - 1]).strip("\n"), self.text(ids[reasoning_end:]).strip("\n")
 
-    def _text(self, ids: list[int]) -> str:
+    def text(self, ids: list[int]) -> str:
+        """The tokens as text, without special ones."""
         # Clean-up would delete spaces before punctuation that the model did write.
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 

