@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.plan import plan_build, plan_lines, plan_score, shown_lines
 from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.scrub.config import ScrubConfig
-from teacher_cache.scrub.recognisers import Recognisers
+from teacher_cache.scrub.recognisers import Finding, Recognisers
 from teacher_cache.scrub.rows import Scrubber
 from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K
 from tests.helpers.tiny_tokenizer import byte_level, save
@@ -99,7 +100,12 @@ def folder(tmp_path: Path, recognisers: Recognisers, monkeypatch: pytest.MonkeyP
 
 
 def config_of(folder: Path, **scrub: Any) -> BuildConfig:
-    source = {"kind": "jsonl", "name": "mail", "path": str(folder / "secret.jsonl"), "prompt_field": "q"}
+    source: dict[str, Any] = {
+        "kind": "jsonl",
+        "name": "mail",
+        "path": str(folder / "secret.jsonl"),
+        "prompt_field": "q",
+    }
     source |= {"reference_field": "a", "judge": "exact", "metadata_fields": ["note"]}
     data = {
         **_shared(folder, "cache"),
@@ -247,8 +253,11 @@ def test_settings_of_what_is_looked_for(recognisers: Recognisers) -> None:
 def test_a_text_that_a_recogniser_skipped_is_not_taken_for_clean(
     recognisers: Recognisers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warned = lambda text: logging.getLogger("presidio-analyzer").warning("Regex pattern timed out")  # noqa: E731
-    monkeypatch.setattr(recognisers, "_finders", [({"phone"}, lambda texts: [warned(one) or [] for one in texts])])
+    def skipping(texts: Sequence[str]) -> list[list[Finding]]:
+        logging.getLogger("presidio-analyzer").warning("Regex pattern timed out, skipping")
+        return [[] for _ in texts]
+
+    monkeypatch.setattr(recognisers, "_finders", [({"phone"}, skipping)])
     with pytest.raises(StillroomError, match="gave up on a text"):
         recognisers.find(["text"], ["phone"])
 
