@@ -30,13 +30,14 @@ from benchmarks.quality.corpus import read_corpus
 from stillroom.cache.reader import open_cache
 from stillroom.config import Json
 from stillroom.errors import DataError
+from stillroom.pieces import vocabulary_of
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.selection import CacheSource, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.alignment import Speller, align
 from student_train.data.vocabulary.freeze import open_projected_selection
-from student_train.data.vocabulary.pieces import VocabularyPair, lengths_of, pair_of, vocabulary_of
+from student_train.data.vocabulary.pieces import VocabularyPair, lengths_of, pair_of
 
 FOLDER = Path(sys.prefix) / "share" / "tokenizers"
 DEEPSEEK, QWEN, SMOLLM2 = "deepseek", "qwen2.5", "smollm2"

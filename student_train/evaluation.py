@@ -25,6 +25,7 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.log import Progress, warn
 from stillroom.models import cached_pieces, load_tokenizer
+from stillroom.pieces import Vocabulary
 from stillroom.sql.conditions import in_brackets
 from stillroom.storage.paths import Location
 from student_train.answers import GenerateConfig, Given, Render, generate_and_judge, heldout_prompts
@@ -52,7 +53,7 @@ from student_train.data.selection import Selection, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.freeze import freeze_source
-from student_train.data.vocabulary.pieces import Vocabulary, lengths_of
+from student_train.data.vocabulary.pieces import lengths_of
 from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
 from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics

@@ -22,7 +22,7 @@ from stillroom.program import StopRequest
 from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
 from stillroom.schema.records import Prompt
 from stillroom.storage.paths import Location, matching, relative_name
-from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
+from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, rows_of_builds
@@ -636,6 +636,15 @@ def _start_engine(
 
         note(f"connecting to {', '.join(engine.endpoints)}")
         return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture)
+    if isinstance(engine, OpenAIConfig):
+        from teacher_cache.engine.http.openai import OpenAIChat, OpenAIEngine
+
+        note(f"connecting to {engine.endpoint}")
+        if engine.signals == "none":
+            note("engine.signals: none stores text without distributions: students train on it with data.kind: text")
+        template_kwargs = config.teacher.chat_template_kwargs
+        chat = OpenAIChat(engine, teacher, config.capture, config.reasoning, template_kwargs)
+        return OpenAIEngine(engine, teacher.record.vocab_size, chat)
     from teacher_cache.engine.vllm import EmbeddedEngine
 
     # Load the commit that was fingerprinted, even if the branch has moved on since.

@@ -17,6 +17,7 @@ from stillroom.storage.paths import CacheRoot
 from teacher_cache.prompts.config import CompletionsConfig, PromptsConfig
 from teacher_cache.scrub.config import ScrubConfig
 
+MAX_API_LOGPROBS = 20
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -104,6 +105,55 @@ class ServerConfig(StrictModel):
         return addresses
 
 
+class PriceConfig(StrictModel):
+    """What an API charges, in any currency."""
+
+    input: float = Field(ge=0)
+    """Per million prompt tokens."""
+    output: float = Field(ge=0)
+    """Per million completion tokens, reasoning included."""
+
+
+class OpenAIConfig(StrictModel):
+    """A teacher behind an OpenAI-compatible API (chat completions). `teacher.model` then names the folder or hub id of
+    its tokenizer; `score` needs another engine."""
+
+    kind: Literal["openai"]
+    endpoint: str
+    """Base address, such as https://api.openai.com/v1."""
+    model: str
+    """Name under which the API serves the teacher."""
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the API key. The key itself is never written to disk."""
+    signals: Literal["top_logprobs", "none"] = "top_logprobs"
+    """What is stored of distributions: the API's log probabilities, at most 20 a token, whose tokens must be those of
+    teacher.model byte for byte; or `none`: text alone, which students train on with data.kind: text."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of requests, such as `reasoning_effort`; null leaves a field out that would be sent."""
+    price: PriceConfig | None = None
+    """For `plan` and `stats`, which then say what chains cost."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Maximum tokens of prompt and completion together. None: the API refuses what is longer."""
+    max_in_flight: int = Field(default=32, ge=1)
+    """Concurrent requests."""
+    max_attempts: int = Field(default=8, ge=1)
+    """Attempts per chain, with increasing pauses. Busy responses (429, 503) do not count."""
+    stall_s: float = Field(default=3600.0, gt=0)
+    """Retry a chain after this many seconds without its answer, which arrives whole."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _base_address(cls, value: str) -> str:
+        return api_address(value)
+
+    @field_validator("parameters")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted({"model", "messages", "stream", "n", "logprobs", "top_logprobs"} & value.keys()):
+            raise ValueError(f"{taken[0]} is set by teacher-cache: remove it")
+        return value
+
+
 def engine_kind(default: str, message: str) -> Discriminator:
     """Chooses a kind of engine by its key `kind`; `message` names the kinds there are."""
 
@@ -114,8 +164,12 @@ def engine_kind(default: str, message: str) -> Discriminator:
 
 
 EngineConfig = Annotated[
-    Annotated[EmbeddedConfig, Tag("embedded")] | Annotated[ServerConfig, Tag("server")],
-    engine_kind("embedded", "kind must be 'embedded' (vLLM in this process) or 'server' (vLLM over HTTP)"),
+    Annotated[EmbeddedConfig, Tag("embedded")]
+    | Annotated[ServerConfig, Tag("server")]
+    | Annotated[OpenAIConfig, Tag("openai")],
+    engine_kind(
+        "embedded", "kind must be 'embedded' (vLLM in this process), 'server' (vLLM over HTTP) or 'openai' (any API)"
+    ),
 ]
 
 
@@ -298,6 +352,16 @@ class RunConfig(StrictModel):
     """Replace personal data before anything is sent or stored; None leaves texts as they are."""
     failures: FailureConfig = FailureConfig()
 
+    @model_validator(mode="after")
+    def _api_gives_it(self) -> Self:
+        if not isinstance(self.engine, OpenAIConfig):
+            return self
+        if self.capture.draws or self.capture.temperatures:
+            raise ValueError("an API gives neither draws nor log-partitions: set capture: {max_support: 20, draws: 0}")
+        if self.engine.signals == "top_logprobs" and self.capture.max_support > MAX_API_LOGPROBS:
+            raise ValueError(f"an API gives at most {MAX_API_LOGPROBS} candidates a token: set capture.max_support: 20")
+        return self
+
 
 class BuildConfig(RunConfig):
     """Prompts for which the teacher generates chains."""
@@ -322,6 +386,12 @@ class ScoreConfig(RunConfig):
     """Existing completions that the teacher scores."""
 
     completions: CompletionsConfig
+
+    @model_validator(mode="after")
+    def _api_cannot_score(self) -> Self:
+        if isinstance(self.engine, OpenAIConfig):
+            raise ValueError("chat APIs do not score texts: use engine.kind embedded or server")
+        return self
 
 
 class LlmJudgeConfig(StrictModel):
@@ -359,14 +429,7 @@ class LlmJudgeConfig(StrictModel):
     @field_validator("endpoint")
     @classmethod
     def _base_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        if "@" in value:
-            raise ValueError(f"the address of {value.rpartition('@')[2]} holds a password: use api_key_env")
-        if not _is_server_address(value):
-            raise ValueError(f"{value!r} is not a server address: expected a form like http://host:8000/v1")
-        address = value.rstrip("/").removesuffix("/chat/completions")
-        return address if urlsplit(address).path else f"{address}/v1"
+        return None if value is None else api_address(value)
 
     @field_validator("prompt")
     @classmethod
@@ -409,6 +472,16 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | No
     if command == "score" or "completions" in data:
         return validate_config(data, ScoreConfig, str(path))
     return validate_config(data, BuildConfig, str(path))
+
+
+def api_address(value: str) -> str:
+    """The base address of an OpenAI-compatible API. Raises ValueError for what is none."""
+    if "@" in value:
+        raise ValueError(f"the address of {value.rpartition('@')[2]} holds a password: use api_key_env")
+    if not _is_server_address(value):
+        raise ValueError(f"{value!r} is not a server address: expected a form like http://host:8000/v1")
+    address = value.rstrip("/").removesuffix("/chat/completions")
+    return address if urlsplit(address).path else f"{address}/v1"
 
 
 def _is_server_address(address: str) -> bool:

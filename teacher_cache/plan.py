@@ -22,7 +22,7 @@ from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.building import run_id_of, scrubber_of
-from teacher_cache.config import BuildConfig, RunConfig, ScoreConfig, ServerConfig
+from teacher_cache.config import BuildConfig, OpenAIConfig, RunConfig, ScoreConfig, ServerConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import Wait
@@ -115,6 +115,8 @@ class BuildPlan:
     gb_left: float = 0.0
     tokens_per_s: float | None = None
     hours_left: float | None = None
+    cost_left: float | None = None
+    """In the currency of `engine.price`; None without one."""
     disk_free_gb: float | None = None
     """None for a cache in an object store."""
     fits: bool = True
@@ -335,6 +337,7 @@ def _count_chains(
     max_model_len = config.engine.max_model_len or min(limits, default=None)
     seen: set[str] = set()
     refused: dict[str, str] = {}
+    num_prompt_tokens = 0
     with Progress("plan", total, "chains") as progress:
         for number, request in enumerate(stream, start=1):
             progress.update(number, 0)
@@ -356,6 +359,7 @@ def _count_chains(
             else:
                 one.num_left += 1
                 one.tokens_left += num_tokens
+                num_prompt_tokens += len(request.prompt_token_ids) if isinstance(request, Request) else 0
     for one in plan.sources:
         plan.num_chains += one.num_chains
         plan.num_done += one.num_done
@@ -364,6 +368,8 @@ def _count_chains(
         plan.num_left += one.num_left
         plan.tokens_left += one.tokens_left
     plan.examples += _examples("refused", list(refused.values()))
+    if isinstance(config.engine, OpenAIConfig) and (price := config.engine.price) is not None:
+        plan.cost_left = (num_prompt_tokens * price.input + plan.tokens_left * price.output) / 1e6
     _predict(plan, config, has_cache=catalog is not None)
 
 
@@ -468,6 +474,8 @@ def _cost_lines(plan: BuildPlan) -> list[str]:
     lines.append(f"disk     {format_bytes(1e9 * plan.gb_left)} ({plan.bytes_per_token:.0f} B/token, {known})")
     if plan.disk_free_gb is not None:
         lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
+    if plan.cost_left is not None:
+        lines.append(f"cost     {bound}{plan.cost_left:,.2f} at engine.price, by this tokenizer's counts")
     if plan.hours_left is None:
         lines.append("time     unknown until this run has generated chains: start the build, stop it and plan again")
     else:

@@ -20,8 +20,8 @@ from benchmarks.quality.caches import Chains, build_cache, kept_chains
 from benchmarks.quality.corpus import read_corpus
 from benchmarks.quality.students import make_small
 from benchmarks.quality.teacher import CORPUS_CHARS, EOS_TOKEN, Training, ensure_teacher
+from stillroom.pieces import vocabulary_of
 from student_train.data.text import HuggingFaceText
-from student_train.data.vocabulary.pieces import vocabulary_of
 from student_train.model.folder import atomic_folder
 
 OTHER_VOCAB_SIZE = 1536

@@ -15,12 +15,12 @@ import numpy as np
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces
+from stillroom.pieces import Vocabulary
 from stillroom.schema.records import Int64
 from student_train.data.kept_ids import ids_of
 from student_train.data.retokenised import vocab_path_of
 from student_train.data.rows import read_rows
 from student_train.data.selection import Selection
-from student_train.data.vocabulary.pieces import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,10 +141,28 @@ def open_data(
 
 def _of_kind(path: Path, selection: Selection, data: DataConfig) -> Selection:
     """`selection`. Raises ConfigError where it was frozen with another `data.kind`, and then kept."""
+    if data.kind != "text":
+        _require_distributions(selection, data)
     found = "text" if selection.is_text else "projected" if selection.is_projected else "distributions"
     if found != data.kind:
         raise ConfigError(f"{path} was frozen with data.kind {found}, now it is {data.kind}: choose another run folder")
     return selection
+
+
+def _require_distributions(selection: Selection, data: DataConfig) -> None:
+    """Raises ConfigError for chains of an API that gave their text alone: each token is its own only candidate."""
+    without = {
+        run_id
+        for cache in data.caches
+        for run_id, run in Catalog(cache.path).runs().items()
+        if run.engine.get("signals") == "none"
+    }
+    # Files of the caches lie in folders named by their runs; prepared ones do not.
+    own = {file.partition("/")[0] for file in selection.files} if selection.header.text is None else without
+    if named := sorted(without & own):
+        raise ConfigError(
+            f"run {named[0]} holds the text of an API's chains without distributions: set data.kind: text"
+        )
 
 
 def reopen_data(path: Path, request: SelectionRequest) -> Selection:

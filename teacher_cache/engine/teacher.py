@@ -17,11 +17,12 @@ from stillroom.models import (
     fingerprint_weights,
     has_weights,
     load_tokenizer,
+    resolve_revision,
     vocab_size_of,
 )
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import stable_hash
-from teacher_cache.config import EmbeddedConfig, EngineConfig, ServerConfig, TeacherConfig
+from teacher_cache.config import EmbeddedConfig, EngineConfig, OpenAIConfig, ServerConfig, TeacherConfig
 
 SET_HERE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 """What apply_chat_template takes besides variables of the template."""
@@ -85,6 +86,12 @@ def check_template_kwargs(template: str, names: Iterable[str]) -> None:
 
 def _weights(config: TeacherConfig, engine: EngineConfig) -> tuple[str, str | None]:
     folder = Path(config.model)
+    if isinstance(engine, OpenAIConfig):
+        # What an API runs cannot be compared with weights that lie here.
+        name = f"openai {engine.model}"
+        if folder.is_dir():
+            return fingerprint_served(folder, name), None
+        return stable_hash("served", config.model, name), resolve_revision(config.model, config.revision)
     if not isinstance(engine, ServerConfig) or not folder.is_dir() or has_weights(folder):
         return fingerprint_weights(config.model, config.revision)
     if engine.model is None:

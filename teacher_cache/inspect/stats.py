@@ -123,6 +123,7 @@ class CacheStats(Counts):
     features: dict[str, FeatureCounts] = Field(description="by feature set")
     usage: Usage
     cost: Cost | None = Field(default=None, description="at the price that was given")
+    api_cost: float | None = Field(default=None, description="of chains of APIs, by engine.price and the tokens here")
     workers: list[WorkerCounts] = Field(description="workers with --join that are alive")
     by_source: dict[str, Counts]
     by_split: dict[str, Counts]
@@ -175,6 +176,7 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
         features=_features(session, catalog),
         usage=usage,
         cost=None if price_per_hour is None else _cost(usage, whole, price_per_hour),
+        api_cost=_api_cost(session, catalog),
         workers=[
             WorkerCounts(worker=one.worker, host=one.host, num_tokens=one.num_tokens, tokens_per_s=one.tokens_per_s)
             for one in workers_of(catalog.root)
@@ -218,6 +220,8 @@ def stats_text(stats: CacheStats) -> str:
         each = stats.cost.per_right_answer
         right = "" if each is None else f", {each:.6f} per right answer"
         lines.append(f"cost {stats.cost.cost:,.2f} at {stats.cost.price_per_hour:g} a worker-hour{right}")
+    if stats.api_cost is not None:
+        lines.append(f"cost {stats.api_cost:,.2f} of APIs at engine.price, by this tokenizer's counts")
     if stats.scrubbed:
         sample = "" if stats.scrubbed_sample is None else f", as in: {one_line(stats.scrubbed_sample)}"
         lines.append(f"replaced in prompts: {counted(stats.scrubbed)}{sample}")
@@ -260,6 +264,21 @@ def _cost(usage: Usage, whole: dict[str, Any], price_per_hour: float) -> Cost:
         per_million_tokens=1e6 * cost / whole["num_tokens"] if whole["num_tokens"] else None,
         per_right_answer=cost / num_right if num_right else None,
     )
+
+
+def _api_cost(session: Session, catalog: Catalog) -> float | None:
+    priced = {run_id: run.engine["price"] for run_id, run in catalog.runs().items() if run.engine.get("price")}
+    if not priced:
+        return None
+    rows = session.arrow(
+        "SELECT run_id, sum(num_prompt_tokens)::BIGINT AS given, sum(num_tokens)::BIGINT AS made FROM chains GROUP BY 1"
+    ).to_pylist()
+    costs = [
+        row["given"] * priced[row["run_id"]]["input"] + row["made"] * priced[row["run_id"]]["output"]
+        for row in rows
+        if row["run_id"] in priced
+    ]
+    return float(sum(costs) / 1e6)
 
 
 def _features(session: Session, catalog: Catalog) -> dict[str, FeatureCounts]:

@@ -181,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             self._stream_chat(choice)
             return
-        self._send(200, {"choices": [choice]})
+        model = choice.pop("model", None)
+        self._send(200, {"choices": [choice]} | ({} if model is None else {"model": model}))
 
     def _stream_chat(self, choice: Json) -> None:
         """Word by word; each word is a token."""

@@ -52,7 +52,7 @@ NEVER_IN = {
     "student_train": {"vllm"},
 }
 
-IMPORT_NAMES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml", "python-stdnum": "stdnum"}
 
 CLIS = ("teacher_cache.cli", "student_train.cli")
 SLOW_TO_IMPORT = {

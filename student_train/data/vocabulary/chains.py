@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from stillroom.pieces import Vocabulary
 from stillroom.schema.records import Int32, Int64
 from student_train.data.text import HuggingFaceText, Markers, completion_text, has_ended, with_last_id
 from student_train.data.vocabulary.alignment import Alignment, Speller, align
-from student_train.data.vocabulary.pieces import END, MARK, Vocabulary, lengths_of, pair_of
+from student_train.data.vocabulary.pieces import END, MARK, lengths_of, pair_of
 
 CHANGED, RESPELLED = "changed", "respelled"
 """Why a chain cannot be aligned: the student's tokenizer cannot spell its bytes; its tokens do not spell its text."""

@@ -29,6 +29,7 @@ from stillroom.cache.shards import open_shard
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces, compare_vocab
+from stillroom.pieces import OPEN, Vocabulary, vocabulary_of
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
 from stillroom.schema.records import Float32, Int32, Int64, Signals
@@ -58,7 +59,7 @@ from student_train.data.vocabulary.alignment import chunk_logprobs, first_tokens
 from student_train.data.vocabulary.chains import CHANGED, RESPELLED, AlignedChain, Aligner
 from student_train.data.vocabulary.merges import merges_of
 from student_train.data.vocabulary.pairs import Pairs
-from student_train.data.vocabulary.pieces import END, MARK, OPEN, Vocabulary, VocabularyPair, vocabulary_of
+from student_train.data.vocabulary.pieces import END, MARK, VocabularyPair
 from student_train.data.vocabulary.projection import MAX_SUPPORT, Targets, project
 from student_train.data.vocabulary.transport import Aligned, Strings, Transport, joins_of
 

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from stillroom.pieces import Vocabulary, vocabulary_of
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.alignment import (
     Alignment,
@@ -17,7 +18,7 @@ from student_train.data.vocabulary.alignment import (
     first_tokens_with,
     is_written_with,
 )
-from student_train.data.vocabulary.pieces import END, Vocabulary, VocabularyPair, lengths_of, pair_of, vocabulary_of
+from student_train.data.vocabulary.pieces import END, VocabularyPair, lengths_of, pair_of
 from tests.helpers.tiny_tokenizer import byte_level, metaspace
 from tests.helpers.vocabularies import byte_bpe
 

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from stillroom.errors import ConfigError
+from stillroom.pieces import vocabulary_of
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.pack import MAX_CHUNK_TOKENS
 from student_train.data.rows import read_rows
@@ -17,7 +18,6 @@ from student_train.data.selection import CacheSource, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.freeze import open_projected_selection
-from student_train.data.vocabulary.pieces import vocabulary_of
 from student_train.data.vocabulary.transport import Aligned, Transport
 from student_train.evaluation import _byte_counter
 from tests.helpers.caches import EOS_ID, SyntheticCache

@@ -1,0 +1,352 @@
+"""OpenAIEngine: a teacher behind an OpenAI-compatible API, which takes messages and answers text.
+
+In: requests. Out: chains in the tokens of `teacher.model`. With `signals: top_logprobs` every token of an answer and
+every candidate must be one token of that tokenizer, byte for byte, or the chain is a failure; the token that ends the
+turn, which APIs do not report, is stored as certain. With `signals: none` the text is tokenised here and each token is
+its own only candidate: such a cache holds no distributions, its manifest says so, and trainers take it as text alone.
+
+An answer's reasoning (`reasoning_content`, or `reasoning`) becomes the chain's reasoning between the usual markers.
+
+Shape legend: T completion tokens, K candidates.
+"""
+
+import asyncio
+import itertools
+import queue
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stillroom.errors import ConfigError, StillroomError
+from stillroom.models import end_id_of, reasoning_ids
+from stillroom.pieces import vocabulary_of
+from stillroom.schema.records import Capture, Message, Prompt
+from teacher_cache.config import CaptureConfig, OpenAIConfig, ReasoningConfig
+from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal
+from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable, read_api_key
+from teacher_cache.engine.http.handshake import KEY_STATUS, NO_ENDPOINT_STATUS
+from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
+from teacher_cache.engine.http.wire import MINUS_INFINITY
+from teacher_cache.engine.teacher import IdentifiedTeacher
+
+PATH = "/chat/completions"
+STEP_S = 0.2
+PROBE = "Count from one to five in words, separated by commas."
+PROBE_TOKENS = 64
+"""Enough for the models that reason first; the answer may be cut."""
+NO_LIMIT = 1 << 30
+"""APIs do not report the length of their context; they refuse what is longer."""
+REASONING_KEYS = ("reasoning_content", "reasoning")
+LEFT_OUT = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Parameters that are sent only where they have an effect: not every API knows them."""
+
+Json = Mapping[str, Any]
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+
+
+class Unusable(Exception):
+    """An answer that cannot become a chain, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one choice says."""
+
+    text: str
+    reasoning: str | None
+    finish_reason: str
+    logprobs: Sequence[Json] | None
+
+
+class OpenAIEngine:
+    """Implements teacher_cache.engine.api.Engine."""
+
+    def __init__(self, config: OpenAIConfig, vocab_size: int, chat: "OpenAIChat") -> None:
+        """Asks one short question. Raises ConfigError if its answer shows that the endpoint does not fit,
+        StillroomError if there is none.
+        """
+        self._config, self._chat = config, chat
+        self._http = HttpClient(config.endpoint, read_api_key(config.api_key_env, "engine.api_key_env"), config.stall_s)
+        self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
+        self._num_open = self._num_tokens = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="api engine", daemon=True)
+        self._thread.start()
+        limit = config.max_model_len or NO_LIMIT
+        settings = {"max_model_len": config.max_model_len, "signals": config.signals}
+        self.info = EngineInfo(vocab_size, limit, "support", {}, settings)
+        try:
+            asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._num_open
+
+    def has_room(self) -> bool:
+        return self._num_open < self._config.max_in_flight
+
+    def submit(self, request: Request) -> None:
+        self._num_open += 1
+        refused = refusal(request, self.info)
+        if refused is not None:
+            self._answers.put(refused)
+        else:
+            self._loop.call_soon_threadsafe(self._start, request)
+
+    def step(self) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        timeout_s = STEP_S
+        while self._num_open and self._error is None:
+            try:
+                answer = self._answers.get(timeout=timeout_s) if timeout_s else self._answers.get_nowait()
+            except queue.Empty:
+                break
+            timeout_s = 0.0
+            if isinstance(answer, BaseException):
+                self._error = answer
+            else:
+                outcomes.append(answer)
+        # Answers that were paid for are handed over before the error of another.
+        if not outcomes and self._error is not None:
+            raise self._error
+        self._num_open -= len(outcomes)
+        self._num_tokens += sum(len(one.capture.token_ids_T) for one in outcomes if isinstance(one, Finished))
+        return outcomes
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(self._give_up(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _give_up(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._http.__aexit__(None, None, None)
+
+    def _start(self, request: Request) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, request: Request) -> None:
+        try:
+            self._answers.put(await self._ask(request))
+        except Exception as error:  # noqa: BLE001 - raised again in the build's thread
+            self._answers.put(error)
+
+    async def _ask(self, request: Request) -> Outcome:
+        num_attempts = 0
+        for number in itertools.count(1):
+            try:
+                answer = await self._http.post(PATH, self._chat.body(request))
+                return self._chat.outcome(request, answer)
+            except Refused as error:
+                return request.failure("refused", str(error))
+            except Unusable as error:
+                return request.failure("engine_error", str(error))
+            except Unavailable as error:
+                self._raise_if_final(error)
+                # A busy API did no work: it may stay so for hours, which is no fault of the chain.
+                num_attempts += not error.is_busy
+                if num_attempts >= self._config.max_attempts:
+                    return request.failure(
+                        "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
+                    )
+                pause = max(pause_s(number, random.Random()), min(error.retry_after_s, MAX_BACKOFF_S))
+                await asyncio.sleep(pause)
+        raise AssertionError
+
+    async def _probe(self) -> None:
+        """Raises ConfigError if no build could use the answers."""
+        where = self._config.endpoint
+        message = Prompt("probe", (Message("user", PROBE),), "probe", "train")
+        request = Request(message, [0], 0, 0, {"temperature": 0.0}, PROBE_TOKENS, "probe")
+        for number in itertools.count(1):
+            try:
+                answer = await self._http.post(PATH, self._chat.body(request))
+                break
+            except Refused as error:
+                raise ConfigError(f"{where} rejects a request that builds need: {error}") from error
+            except Unavailable as error:
+                self._raise_if_final(error)
+                if number >= self._config.max_attempts:
+                    raise StillroomError(f"{where} {error}, {number} times in a row: try again later") from error
+                await asyncio.sleep(max(pause_s(number, random.Random()), min(error.retry_after_s, MAX_BACKOFF_S)))
+        try:
+            self._chat.outcome(request, answer, is_probe=True)
+        except Unusable as error:
+            raise ConfigError(f"{where} {error}") from error
+
+    def _raise_if_final(self, error: Unavailable) -> None:
+        where = self._config.endpoint
+        if error.status in KEY_STATUS:
+            variable = self._config.api_key_env
+            remedy = "set engine.api_key_env to the variable that holds it" if variable is None else f"check {variable}"
+            raise ConfigError(f"{where} rejects the API key: {remedy}") from error
+        if error.status in NO_ENDPOINT_STATUS:
+            raise ConfigError(
+                f"{where}{PATH} {error}: set engine.endpoint to the API's base address, such as http://host:8000/v1, "
+                "and engine.model to a name that it serves"
+            ) from error
+
+
+class OpenAIChat:
+    """Bodies of requests, and answers as chains. No I/O."""
+
+    def __init__(
+        self,
+        config: OpenAIConfig,
+        teacher: IdentifiedTeacher,
+        capture: CaptureConfig,
+        reasoning: ReasoningConfig,
+        template_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._config, self._tokenizer, self._template_kwargs = config, teacher.tokenizer, template_kwargs
+        self._k = capture.max_support
+        self._marks = reasoning
+        self._start_id, _ = reasoning_ids(teacher.tokenizer, reasoning.start, reasoning.end)
+        self._end_id = end_id_of(teacher.tokenizer, template_kwargs)
+        self._ids: dict[bytes, int] = {}
+        if config.signals == "top_logprobs":
+            table = vocabulary_of(teacher.tokenizer).bytes_by_id()
+            # Backwards: of two tokens with the same bytes the first is the one that text is tokenised to.
+            self._ids = {data: number for number, data in reversed([*enumerate(table)]) if data}
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """The request to post."""
+        config, sampling = self._config, request.sampling
+        body: dict[str, Any] = {
+            "model": config.model,
+            "messages": [{"role": one.role, "content": one.content} for one in request.prompt.messages],
+            "temperature": sampling.get("temperature", 1.0),
+            "max_tokens": request.max_tokens,
+            "seed": request.seed,
+            **{key: sampling[key] for key, neutral in LEFT_OUT.items() if sampling.get(key, neutral) != neutral},
+        }
+        if config.signals == "top_logprobs":
+            body |= {"logprobs": True, "top_logprobs": self._k}
+        if self._template_kwargs:
+            body["chat_template_kwargs"] = dict(self._template_kwargs)
+        # None removes a field: newer models of OpenAI want max_completion_tokens and no temperature.
+        return {key: value for key, value in {**body, **config.parameters}.items() if value is not None}
+
+    def outcome(self, request: Request, answer: Json, *, is_probe: bool = False) -> Outcome:
+        """The chain. Raises Unusable if the answer cannot become one."""
+        try:
+            self._require_model(answer)
+            read = _read(answer["choices"][0])
+            if self._config.signals == "top_logprobs":
+                capture = self._with_logprobs(read)
+            else:
+                capture = self._of_text(request, read)
+        except Unusable:
+            raise
+        except MALFORMED as error:
+            raise Unusable(
+                f"does not answer like an OpenAI-compatible API ({type(error).__name__}: {error})"
+            ) from error
+        if is_probe:
+            return request.failure("probe", "")
+        if not len(capture.token_ids_T):
+            return request.failure("engine_error", f"the answer is empty (finish_reason {read.finish_reason!r})")
+        return Finished(request, capture, read.finish_reason)
+
+    def _require_model(self, answer: Json) -> None:
+        model, wanted = str(answer.get("model") or self._config.model), self._config.model
+        # APIs answer with the dated version of a name: gpt-4o-2024-08-06 for gpt-4o.
+        if not model.rpartition("/")[2].startswith(wanted.rpartition("/")[2]):
+            raise Unusable(f"answers as model {model!r}, not as engine.model={wanted}")
+
+    def _of_text(self, request: Request, read: Answer) -> Capture:
+        start, end = self._marks.start, self._marks.end
+        text = read.text
+        if read.reasoning is not None:
+            # Many templates open the reasoning in the prompt.
+            opened = self._start_id is not None and self._start_id in request.prompt_token_ids
+            text = f"{'' if opened else start}\n{read.reasoning.strip()}\n{end}\n\n{text}"
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if ids and read.finish_reason == "stop" and self._end_id is not None:
+            ids.append(self._end_id)
+        certain_T = np.zeros(len(ids), np.float32)
+        ids_T = np.array(ids, np.int32)
+        return Capture(ids_T, certain_T, np.ones(len(ids), np.int32), ids_T[:, None], certain_T[:, None])
+
+    def _with_logprobs(self, read: Answer) -> Capture:
+        if read.reasoning:
+            raise Unusable("keeps the log probabilities of its reasoning to itself: set engine.signals: none")
+        if read.logprobs is None:
+            raise Unusable("gives no log probabilities: set engine.signals: none, or use another model")
+        ids, logprobs, ranks, top_ids, top_logprobs = [], [], [], [], []
+        for entry in read.logprobs:
+            candidates = sorted(entry["top_logprobs"], key=lambda one: -one["logprob"])[: self._k]
+            if len(candidates) < self._k:
+                raise Unusable(
+                    f"gives {len(candidates)} top log probabilities, {self._k} were requested: lower "
+                    "capture.max_support"
+                )
+            own = self._id_of(entry)
+            ids.append(own)
+            logprobs.append(_logprob(entry))
+            row = [self._id_of(one) for one in candidates]
+            top_ids.append(row)
+            top_logprobs.append([_logprob(one) for one in candidates])
+            # Outside the candidates the rank is unknown: at least the next.
+            ranks.append(row.index(own) + 1 if own in row else self._k + 1)
+        if read.finish_reason == "stop" and self._end_id is not None and ids and ids[-1] != self._end_id:
+            ids.append(self._end_id)
+            logprobs.append(0.0)
+            ranks.append(1)
+            # Other candidates have no probability, whatever their ids.
+            top_ids.append([self._end_id, *(one for one in range(self._k) if one != self._end_id)][: self._k])
+            top_logprobs.append([0.0] + [-np.inf] * (self._k - 1))
+        shape = (len(ids), self._k)
+        return Capture(
+            np.array(ids, np.int32),
+            np.array(logprobs, np.float32),
+            np.array(ranks, np.int32),
+            np.array(top_ids, np.int32).reshape(shape),
+            np.array(top_logprobs, np.float32).reshape(shape),
+        )
+
+    def _id_of(self, entry: Json) -> int:
+        data = bytes(entry["bytes"]) if entry.get("bytes") else str(entry["token"]).encode()
+        found = self._ids.get(data)
+        if found is None:
+            raise Unusable(
+                f"answers with the token {data!r}, which the tokenizer of teacher.model lacks: name the folder of this "
+                "model's own tokenizer, or set engine.signals: none"
+            )
+        return found
+
+
+def _read(choice: Json) -> Answer:
+    message, reason = choice["message"], choice["finish_reason"]
+    if reason not in ("stop", "length"):
+        raise Unusable(f"ended the answer with {reason!r}")
+    thoughts = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    logprobs = choice.get("logprobs")
+    return Answer(message.get("content") or "", thoughts, reason, None if logprobs is None else logprobs.get("content"))
+
+
+def _logprob(entry: Json) -> float:
+    value = float(entry["logprob"])
+    return -np.inf if value <= MINUS_INFINITY else value

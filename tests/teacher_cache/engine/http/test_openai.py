@@ -1,0 +1,229 @@
+"""A teacher behind an OpenAI-compatible API: its text and log probabilities as chains, and answers that do not fit."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from stillroom.cache.catalog import Catalog
+from stillroom.config import validate_config
+from stillroom.errors import ConfigError, StillroomError
+from teacher_cache.building import build_cache
+from teacher_cache.config import BuildConfig, ScoreConfig
+from teacher_cache.inspect.stats import cache_stats, stats_text
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.plan import plan_build, plan_lines
+from teacher_cache.prompts.prompts import WHOLE
+from tests.helpers.fake_server import Behaviour, FakeServer
+from tests.helpers.tiny_tokenizer import byte_level, save
+
+K = 3
+ANSWER = "The answer is 你好"
+"""Some of its tokens are parts of a character."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save(byte_level(), tmp_path_factory.mktemp("api") / "model")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
+    return folder
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer(Behaviour(chat=lambda message: ANSWER)) as one:
+        yield one
+
+
+def config_of(model: Path, server: FakeServer, cache: Path, capture: dict[str, Any], **engine: Any) -> BuildConfig:
+    rows = cache.parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"question {number}"}) + "\n" for number in range(4)))
+    source = {"kind": "jsonl", "name": "rows", "path": str(rows), "prompt_field": "q"}
+    data = {
+        "cache": str(cache),
+        "run": "api",
+        "teacher": {"model": str(model)},
+        "prompts": {"sources": [source]},
+        "sampling": {"max_tokens": 100, "temperature": 0.6},
+        "capture": {"draws": 0, **capture},
+        "engine": {"kind": "openai", "endpoint": server.url, "model": "big", **engine},
+    }
+    return validate_config(data, BuildConfig, "test")
+
+
+def with_logprobs(model: Path, text: str = ANSWER, k: int = K) -> dict[str, Any]:
+    """A choice whose tokens are those of the tokenizer: each at -0.1, before the tokens 40, 41, ... at -3, -4, ..."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    data, entries = text.encode(), []
+    place = 0
+    for token in tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]):
+        # A character of a byte-level piece stands for a byte.
+        piece = [*data[place : place + len(token)]]
+        place += len(token)
+        tops = [{"token": "?", "bytes": piece, "logprob": -0.1}]
+        tops += [{"token": chr(64 + n), "bytes": None, "logprob": -2.0 - n} for n in range(1, k)]
+        entries.append({"token": "?", "bytes": piece, "logprob": -0.1, "top_logprobs": tops})
+    return {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": entries}}
+
+
+def rows_of(cache: Path) -> list[dict[str, Any]]:
+    table = Catalog(cache).chains
+    return [row for file in table.files() for row in pq.read_table(table.path_of(file)).to_pylist()]
+
+
+def test_top_log_probabilities_become_targets_by_their_bytes(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    server.behaviour.chat = lambda message: with_logprobs(model) | {"model": "vendor/big-2026-10-01"}
+    capture = {"max_support": K, "codec": "topk-f32", "nucleus": None}
+    config = config_of(model, server, tmp_path / "c", capture, price={"input": 1e6, "output": 2e6})
+    plan = plan_build(config)
+    prompt_tokens = 4 * plan_prompt_tokens(model)
+    assert plan.cost_left == prompt_tokens + 2 * 400
+    assert any("at engine.price" in line for line in plan_lines(plan))
+    assert build_cache(config, WHOLE, retry_failures=False).recorded.num_chains == 4
+    row = rows_of(tmp_path / "c")[0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    assert row["token_ids"] == [*ids, tokenizer.eos_token_id]
+    assert row["text"] == ANSWER
+    assert row["topk_ids"][:K] == [ids[0], *tokenizer.convert_tokens_to_ids(["A", "B"])]
+    assert row["topk_logprobs"][:K] == pytest.approx([-0.1, -3.0, -4.0])
+    assert row["sampled_logprob"] == pytest.approx([*[-0.1] * len(ids), 0.0])
+    assert row["finish_reason"] == "stop"
+    assert verify_cache(tmp_path / "c").problems == []
+    stats = cache_stats(Catalog(tmp_path / "c"))
+    assert stats.api_cost == prompt_tokens + 2 * 4 * (len(ids) + 1)
+    assert "of APIs at engine.price" in stats_text(stats)
+    body = next(one for one in server.behaviour.seen if "question" in one["messages"][0]["content"])
+    assert (body["logprobs"], body["top_logprobs"], body["top_p"], body["max_tokens"]) == (True, K, 0.95, 100)
+    assert "top_k" not in body
+
+
+def plan_prompt_tokens(model: Path) -> int:
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    chat = [{"role": "user", "content": "question 0"}]
+    return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def test_text_alone_keeps_the_reasoning_and_says_that_it_holds_no_distributions(
+    model: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    message = {"content": "The answer is 5.", "reasoning_content": "2 and 3 make 5."}
+    server.behaviour.chat = lambda _: {"message": message, "finish_reason": "stop"}
+    parameters = {"max_completion_tokens": 50, "max_tokens": None}
+    config = config_of(model, server, tmp_path / "c", {}, signals="none", parameters=parameters)
+    assert build_cache(config, WHOLE, retry_failures=False).recorded.num_chains == 4
+    row = rows_of(tmp_path / "c")[0]
+    assert (row["reasoning"], row["answer"]) == ("2 and 3 make 5.", "The answer is 5.")
+    assert row["topk_ids"] == row["token_ids"]
+    (run,) = Catalog(tmp_path / "c").runs().values()
+    assert run.engine["signals"] == "none"
+    assert verify_cache(tmp_path / "c").problems == []
+    body = server.behaviour.seen[-1]
+    assert "logprobs" not in body
+    assert "max_tokens" not in body
+    assert body["max_completion_tokens"] == 50
+
+
+Chat = Callable[[Path], Any]
+
+
+@pytest.mark.parametrize(
+    ("chat", "problem"),
+    [
+        (lambda model: ANSWER, "gives no log probabilities: set engine.signals: none"),
+        (lambda model: with_logprobs(model, k=2), "gives 2 top log probabilities, 3 were requested"),
+        (lambda model: with_logprobs(model) | {"model": "small"}, "answers as model 'small', not as engine.model=big"),
+        (
+            lambda model: {"message": {"content": ""}, "finish_reason": "content_filter"},
+            "ended the answer with 'content_f",
+        ),
+        (lambda model: {"text": "?"}, "does not answer like an OpenAI-compatible API (KeyError: 'message')"),
+        (
+            lambda model: with_logprobs(model) | {"message": {"content": ANSWER, "reasoning": "hm"}},
+            "keeps the log probabilities of its reasoning to itself",
+        ),
+    ],
+)
+def test_an_api_that_does_not_fit_is_refused_at_the_start(
+    model: Path, server: FakeServer, tmp_path: Path, chat: Chat, problem: str
+) -> None:
+    server.behaviour.chat = lambda message: chat(model)
+    with pytest.raises(ConfigError) as caught:
+        build_cache(config_of(model, server, tmp_path / "c", {"max_support": K}), WHOLE, retry_failures=False)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
+    model: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    def chat(message: str) -> Any:
+        choice = with_logprobs(model)
+        if message == "question 2":
+            choice["logprobs"]["content"][0]["bytes"] = [*b"answerless"]
+        return choice
+
+    server.behaviour.chat = chat
+    result = build_cache(config_of(model, server, tmp_path / "c", {"max_support": K}), WHOLE, retry_failures=False)
+    assert (result.recorded.num_chains, result.recorded.num_failures) == (3, 1)
+    (failure,) = pq.read_table(tmp_path / "c" / "failures").to_pylist()
+    assert "the token b'answerless', which the tokenizer of teacher.model lacks" in failure["message"]
+
+
+def test_busy_and_broken_answers_are_tried_again(
+    model: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher_cache.engine.http.openai.pause_s", lambda *_: 0.01)
+    seen: dict[str, int] = {}
+
+    def trouble(body: dict[str, Any]) -> str | None:
+        message = body["messages"][0]["content"]
+        seen[message] = seen.get(message, 0) + 1
+        if message == "question 1":
+            return "500"
+        return "429" if seen[message] <= 3 and message == "question 0" else None
+
+    server.behaviour.trouble = trouble
+    config = config_of(model, server, tmp_path / "c", {}, signals="none", max_attempts=2)
+    result = build_cache(config, WHOLE, retry_failures=False)
+    assert (result.recorded.num_chains, result.recorded.num_failures) == (3, 1)
+    assert (seen["question 0"], seen["question 1"]) == (4, 2)
+    server.behaviour.trouble = lambda body: "401"
+    with pytest.raises(ConfigError, match="rejects the API key"):
+        build_cache(config, WHOLE, retry_failures=True)
+    server.behaviour.trouble = lambda body: "500"
+    with pytest.raises(StillroomError, match="2 times in a row"):
+        build_cache(config, WHOLE, retry_failures=True)
+
+
+@pytest.mark.parametrize(
+    ("capture", "engine", "problem"),
+    [
+        ({"max_support": 64}, {}, "at most 20 candidates"),
+        ({"draws": 8}, {"signals": "none"}, "neither draws nor log-partitions"),
+        ({}, {"parameters": {"logprobs": 5}}, "logprobs is set by teacher-cache"),
+        ({}, {"endpoint": "ftp://x"}, "is not a server address"),
+    ],
+)
+def test_settings_that_no_api_can_serve_are_refused(
+    model: Path, server: FakeServer, tmp_path: Path, capture: dict[str, Any], engine: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config_of(model, server, tmp_path / "c", capture, **engine)
+
+
+def test_an_api_cannot_score() -> None:
+    config = {
+        "cache": "c",
+        "run": "r",
+        "teacher": {"model": "m"},
+        "capture": {"draws": 0},
+        "completions": {"sources": [{"kind": "cache", "name": "a", "path": "b"}]},
+        "engine": {"kind": "openai", "endpoint": "http://host", "model": "big"},
+    }
+    with pytest.raises(ConfigError, match="do not score texts"):
+        validate_config(config, ScoreConfig, "test")
