@@ -30,7 +30,6 @@ from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, ref
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable, read_api_key
 from teacher_cache.engine.http.handshake import KEY_STATUS, NO_ENDPOINT_STATUS
 from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
-from teacher_cache.engine.http.wire import MINUS_INFINITY
 from teacher_cache.engine.teacher import IdentifiedTeacher
 
 PATH = "/chat/completions"
@@ -40,6 +39,7 @@ PROBE_TOKENS = 64
 """Enough for the models that reason first; the answer may be cut."""
 NO_LIMIT = 1 << 30
 """APIs do not report the length of their context; they refuse what is longer."""
+LEAST_NATS = -100.0
 REASONING_KEYS = ("reasoning_content", "reasoning")
 LEFT_OUT = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
 """Parameters that are sent only where they have an effect: not every API knows them."""
@@ -315,9 +315,9 @@ class OpenAIChat:
             ids.append(self._end_id)
             logprobs.append(0.0)
             ranks.append(1)
-            # Other candidates have no probability, whatever their ids.
+            # Other candidates have next to no probability, whatever their ids.
             top_ids.append([self._end_id, *(one for one in range(self._k) if one != self._end_id)][: self._k])
-            top_logprobs.append([0.0] + [-np.inf] * (self._k - 1))
+            top_logprobs.append([0.0] + [LEAST_NATS] * (self._k - 1))
         shape = (len(ids), self._k)
         return Capture(
             np.array(ids, np.int32),
@@ -348,5 +348,5 @@ def _read(choice: Json) -> Answer:
 
 
 def _logprob(entry: Json) -> float:
-    value = float(entry["logprob"])
-    return -np.inf if value <= MINUS_INFINITY else value
+    # OpenAI and vLLM write -9999 for minus infinity.
+    return max(float(entry["logprob"]), LEAST_NATS)

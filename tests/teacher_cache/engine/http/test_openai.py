@@ -80,11 +80,11 @@ def test_top_log_probabilities_become_targets_by_their_bytes(model: Path, server
     capture = {"max_support": K, "codec": "topk-f32", "nucleus": None}
     config = config_of(model, server, tmp_path / "c", capture, price={"input": 1e6, "output": 2e6})
     plan = plan_build(config)
-    prompt_tokens = 4 * plan_prompt_tokens(model)
-    assert plan.cost_left == prompt_tokens + 2 * 400
     assert any("at engine.price" in line for line in plan_lines(plan))
     assert build_cache(config, WHOLE, retry_failures=False).recorded.num_chains == 4
-    row = rows_of(tmp_path / "c")[0]
+    rows = rows_of(tmp_path / "c")
+    prompt_tokens, row = sum(one["num_prompt_tokens"] for one in rows), rows[0]
+    assert plan.cost_left == prompt_tokens + 2 * 4 * config.sampling.max_tokens
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     assert row["token_ids"] == [*ids, tokenizer.eos_token_id]
@@ -100,12 +100,6 @@ def test_top_log_probabilities_become_targets_by_their_bytes(model: Path, server
     body = next(one for one in server.behaviour.seen if "question" in one["messages"][0]["content"])
     assert (body["logprobs"], body["top_logprobs"], body["top_p"], body["max_tokens"]) == (True, K, 0.95, 100)
     assert "top_k" not in body
-
-
-def plan_prompt_tokens(model: Path) -> int:
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    chat = [{"role": "user", "content": "question 0"}]
-    return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def test_text_alone_keeps_the_reasoning_and_says_that_it_holds_no_distributions(
