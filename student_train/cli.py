@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from student_train.model.importance import Calibration
 
 
+HOST_VARIABLE = "STUDENT_TRAIN_MEETING"
+"""In the one process on each host of `--hosts FILE` that starts its ranks."""
 STUDENT_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "huggingface_hub")
 """Not in the base install: who only reads caches has none of them."""
 
@@ -116,7 +118,18 @@ def plan(
 def run(
     config_path: ConfigPath,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=False, help="Ranks to start on this machine, or with --hosts slurm on each."),
+    ] = None,
+    hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|slurm",
+            help="Run on several machines: FILE has lines HOST slots=N, which are reached by ssh; slurm is for tasks "
+            "of srun, one per node.",
+        ),
+    ] = None,
     from_step: Annotated[
         int | None,
         typer.Option(
@@ -131,11 +144,12 @@ def run(
     from stillroom.program import StopRequest
     from student_train.runtime.run_folder import summary_if_finished
 
-    if nproc > 1:
+    if hosts is not None or HOST_VARIABLE in os.environ:
+        raise typer.Exit(_run_on_hosts(hosts, nproc))
+    if nproc is not None and nproc > 1:
         from student_train.runtime.ranks import launch
 
-        rank = [sys.executable, "-P", "-m", "student_train.cli", *_arguments_of_a_rank(sys.argv[1:])]
-        raise typer.Exit(launch(nproc, rank))
+        raise typer.Exit(launch(nproc, _command_of_a_rank()))
     is_rank = "RANK" in os.environ
     if is_rank:
         from student_train.runtime.ranks import PARENT_VARIABLE
@@ -509,8 +523,9 @@ def doctor(as_json: AsJson = False) -> None:
 def main() -> None:
     """Entry point: what the base install lacks is one line as well."""
     try:
-        # A rank's launcher says how to go on.
-        run_program(app, "student-train", () if "RANK" in os.environ else ("run", "rounds"))
+        # A rank's launcher says how to go on; of several tasks of srun, the first.
+        is_part = {"RANK", HOST_VARIABLE} & os.environ.keys() or os.environ.get("SLURM_NODEID", "0") != "0"
+        run_program(app, "student-train", () if is_part else ("run", "rounds"))
     except ModuleNotFoundError as error:
         if (package := str(error.name).partition(".")[0]) not in STUDENT_PACKAGES:
             raise
@@ -555,12 +570,33 @@ def _config(path: Path, overrides: list[str] | None) -> "TrainConfig":
     return load_config(path, overrides or [], TrainConfig)
 
 
+def _run_on_hosts(hosts: str | None, nproc: int | None) -> int:
+    """Starts an agent on every host, or is the agent of this one; returns the exit code."""
+    from student_train.runtime.hosts import be_agent, given_meeting, run_on_hosts, slurm_meeting
+
+    if "RANK" in os.environ:
+        raise ConfigError("--hosts has no effect under a launcher (RANK is set): leave it out")
+    if hosts == "slurm":
+        return be_agent(slurm_meeting(os.environ, nproc), _command_of_a_rank(), by_ssh=False)
+    if (meeting := given_meeting()) is not None:
+        return be_agent(meeting, _command_of_a_rank(), by_ssh=True)
+    if nproc is not None:
+        raise ConfigError("--hosts FILE says how many ranks each host gets (slots): remove --nproc")
+    assert hosts is not None
+    return run_on_hosts(Path(hosts), _command_of_a_rank()[1:])
+
+
+def _command_of_a_rank() -> list[str]:
+    return [sys.executable, "-P", "-m", "student_train.cli", *_arguments_of_a_rank(sys.argv[1:])]
+
+
 def _arguments_of_a_rank(arguments: list[str]) -> list[str]:
+    """Without what is for launchers."""
     kept, skip = [], False
     for argument in arguments:
-        if skip or argument == "--nproc":
+        if skip or argument in ("--nproc", "--hosts"):
             skip = not skip
-        elif not argument.startswith("--nproc="):
+        elif not argument.startswith(("--nproc=", "--hosts=")):
             kept.append(argument)
     return kept
 

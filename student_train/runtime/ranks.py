@@ -4,7 +4,8 @@
 its variables) the program is a rank already. `launch` is not torch's elastic launch (2.13), because that one ends the
 other ranks within 0.1 s of the first failure it sees, so that a rank that meets a damaged shard dies of SIGTERM instead
 of exiting with 3 when a peer that lost contact is quicker, and because after Ctrl-C it reports the signal whatever the
-ranks ended with: a finished run (0) or a failed save (1, 3) looks interrupted.
+ranks ended with: a finished run (0) or a failed save (1, 3) looks interrupted. On several hosts (hosts) each has a
+`launch` of its own, and they meet through torch's elastic rendezvous (peers).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from stillroom.errors import ConfigError, StillroomError, first_line
 from stillroom.log import console, harmless, note
 from stillroom.program import INTERRUPTED, SIGNALS
 from student_train.model.student import use_cpu_where_there_is_no_gpu
+from student_train.runtime.peers import Peers
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -61,8 +63,10 @@ class RanksLost(StillroomError):
         self.exit_code = LOST_CODE if PARENT_VARIABLE in os.environ else 1
 
 
-def launch(num_ranks: int, command: Sequence[str]) -> int:
+def launch(num_ranks: int, command: Sequence[str], peers: Peers | None = None) -> int:
     """Runs `command` as `num_ranks` ranks and returns the exit code: 0, 130 after an interruption, or the cause's.
+
+    With `peers` they are this host's share of all ranks, and the cause may be a rank of another host, which shows it.
 
     Signals are forwarded. The first rank's output is shown live; the others write logs, besides what they `tell`, and
     where one of them caused a failure, the end of its log is shown with the log's path.
@@ -84,19 +88,24 @@ def launch(num_ranks: int, command: Sequence[str]) -> int:
     try:
         # Blocked while ranks start, here and, until StopRequest lets them through, in the ranks.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        port = _free_port()
-        ranks += [_start(rank, num_ranks, command, port, logs) for rank in range(num_ranks)]
+        port = _free_port() if peers is None else peers.port
+        ranks += [_start(rank, num_ranks, command, port, logs, peers) for rank in range(num_ranks)]
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        codes = _wait(ranks)
+        codes = _wait(ranks, peers)
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
         for one, handler in handlers.items():
             signal.signal(one, handler)
+    if peers is not None:
+        peers.leave()
+        codes = {**peers.codes(), **codes}
     cause = find_cause(codes)
     code = 0 if cause is None else _exit_code(codes[cause], was_asked)
-    message = None if cause is None or code == INTERRUPTED else _explain(cause, codes[cause], num_ranks, logs)
+    first = 0 if peers is None else peers.first_rank
+    is_shown = cause is not None and cause - first in range(num_ranks) and code != INTERRUPTED
+    message = _explain(cause, codes[cause], num_ranks, logs, peers) if cause is not None and is_shown else None
     if message is None:
         shutil.rmtree(logs, ignore_errors=True)
     else:
@@ -132,9 +141,11 @@ def _exit_code(code: int, was_asked: bool) -> int:
     return code if 0 < code != LOST_CODE else 1
 
 
-def _explain(rank: int, code: int, num_ranks: int, logs: Path) -> str | None:
+def _explain(rank: int, code: int, num_ranks: int, logs: Path, peers: Peers | None) -> str | None:
     """What happened to the rank to blame; None if its own output has said it."""
-    message = f"rank {rank} of {num_ranks} "
+    message = (
+        f"rank {rank} of {num_ranks} " if peers is None else f"rank {rank} of {peers.num_ranks}, on {peers.host}, "
+    )
     if code >= 0:
         message += f"ended with exit code {code}"
     else:
@@ -150,17 +161,20 @@ def _explain(rank: int, code: int, num_ranks: int, logs: Path) -> str | None:
     return "\n".join([f"{message}; {path} ends:", *(f"  {line}" for line in lines[-TAIL_LINES:])])
 
 
-def _start(rank: int, num_ranks: int, command: Sequence[str], port: int, logs: Path) -> subprocess.Popen[bytes]:
+def _start(
+    local_rank: int, num_ranks: int, command: Sequence[str], port: int, logs: Path, peers: Peers | None
+) -> subprocess.Popen[bytes]:
+    rank = local_rank if peers is None else peers.first_rank + local_rank
     cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
     environ = {
         # Before os.environ, so that what the user has set wins.
         "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
         **os.environ,
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(num_ranks if peers is None else peers.num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.1" if peers is None else peers.address,
         "MASTER_PORT": str(port),
         PARENT_VARIABLE: str(os.getpid()),
     }
@@ -182,17 +196,22 @@ def _log_path(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.log"
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], peers: Peers | None) -> dict[int, int]:
     """Exit codes by rank, in the order in which they ended; without those that a failure leaves hanging."""
     codes: dict[int, int] = {}
+    first = 0 if peers is None else peers.first_rank
+    own = range(first, first + len(ranks))
     deadline_s = float("inf")
-    while len(codes) < len(ranks) and time.monotonic() < deadline_s:
-        for number, rank in enumerate(ranks):
+    while not codes.keys() >= set(own) and time.monotonic() < deadline_s:
+        for number, rank in zip(own, ranks, strict=True):
             code = rank.poll()
-            if code is not None:
+            if code is not None and number not in codes:
                 # The order of insertion is the order of ends, which find_cause reads.
-                codes.setdefault(number, code)
-        if any(codes.values()):
+                codes[number] = code
+                if peers is not None:
+                    peers.tell(number, code)
+        # Ranks of other hosts count too: these here may hang without them.
+        if any(codes.values()) or (peers is not None and any(peers.codes().values())):
             # From the first failure on: later ones do not extend it.
             deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
         time.sleep(POLL_S)

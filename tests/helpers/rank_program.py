@@ -1,12 +1,13 @@
 """Two ranks for test_ranks.py: they join each other, then the second one fails in the way that is asked for.
 
-python -m tests.helpers.rank_program damage | kill | exception | wait | well
+python -m tests.helpers.rank_program damage | kill | exception | wait | well [HOSTS]
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from stillroom.errors import CorruptError, StillroomError
 from stillroom.program import StopRequest
@@ -16,9 +17,13 @@ MESSAGE = "shard 7 is not what was written"
 
 def main() -> None:
     if "RANK" not in os.environ:
+        from student_train.runtime.hosts import be_agent, given_meeting, run_on_hosts
         from student_train.runtime.ranks import launch
 
-        sys.exit(launch(2, [sys.executable, "-m", "tests.helpers.rank_program", *sys.argv[1:]]))
+        command = [sys.executable, "-m", "tests.helpers.rank_program", sys.argv[1]]
+        if (meeting := given_meeting()) is not None:
+            sys.exit(be_agent(meeting, command, by_ssh=True))
+        sys.exit(run_on_hosts(Path(sys.argv[2]), command[1:]) if sys.argv[2:] else launch(2, command))
     try:
         be_rank(sys.argv[1])
     except StillroomError as failure:
