@@ -65,7 +65,7 @@ TOKENS_SCHEMA = pa.schema(
     ]
 )
 BATCH_ENTRIES = 2**19
-"""Candidates that `topk_batches` and `tokens_batches` decode at a time, about 60 MB; a longer chain stays whole."""
+"""Candidates that `topk_batches` and `tokens_batches` decode at a time, about 90 MB; a longer chain stays whole."""
 
 Chains: TypeAlias = pa.Table | pa.RecordBatch
 

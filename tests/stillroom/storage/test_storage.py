@@ -269,7 +269,7 @@ def test_sixteen_workers_and_maintenance_in_a_distant_store_lose_and_repeat_noth
             num_dropped += sum(one.num_chains for one in report.dropped)
             assert verify_cache(store).problems == []
             num_rounds += 1
-            ended.wait(4.0)
+            ended.wait(5.0)
         assert num_dropped == len(local.chains)
         return num_rounds
 
