@@ -3,13 +3,14 @@
     python -m benchmarks.rounds [--json] [--seeds N] [--arms NAME ...] [--folder FOLDER]
 
 All arms of a seed share one student, distilled from the teacher's chains. Each arm then trains it twice more, as many
-steps: on the teacher's chains again (`offpolicy`), on chains that the student has just written for the same prompts and
-the teacher has scored (`rounds`, by forward and reverse KL; `rounds_reverse`, by reverse KL alone; `rounds_pg`, by
-policy gradient), on the teacher's chains and away from the student's wrong ones (`negatives`; the teacher has hardly
-any), or on the student's chains with its wrong ones as negatives too (`both`).
+steps at the same rate: on the teacher's chains again (`offpolicy`), on as many new ones of the teacher as the next arm
+reads of the student (`fresh`), on chains that the student has just written and the teacher has scored (`rounds`, by
+forward and reverse KL; `rounds_reverse`, by reverse KL alone; `rounds_pg`, by policy gradient, at a tenth of the rate),
+on the teacher's chains and away from the student's wrong ones (`negatives`), or on the student's chains with its wrong
+ones as negatives too (`both`).
 
-`rounds_reverse_kl_ratio` is the reverse KL on the student's own states, `rounds` over `offpolicy`. The last line is one
-JSON object; with --json it is the only one.
+`rounds_reverse_kl_ratio` is the reverse KL on the student's own states, `rounds` over `offpolicy`, `..._to_fresh` over
+`fresh`. The last line is one JSON object; with --json it is the only one.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from transformers.utils import logging
 from benchmarks.arms import measured_rows, print_measured
 from benchmarks.quality.students import quiet
 from benchmarks.rounds.caches import build, rescore
-from benchmarks.rounds.setting import IS_RIGHT, ensure_teacher, make_model, problems, score, write_prompts
+from benchmarks.rounds.setting import IS_RIGHT, ensure_teacher, make_model, score, write_prompts
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
@@ -38,10 +39,11 @@ from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
 
-BATCH_TOKENS = 2048
+STUDENT_WIDTH = 48
+BATCH_TOKENS = 1200
 START_STEPS, ROUND_STEPS, NUM_ROUNDS = 250, 60, 2
-START_RATE, ROUND_RATE = 4e-3, 5e-4
-NUM_PROMPTS, NUM_OWN_SAMPLES, NUM_HELDOUT = 1000, 4, 1000
+START_RATE, ROUND_RATE = 4e-3, 2e-3
+NUM_SAMPLES, NUM_NEW_SAMPLES = 4, 16
 KD = {"forward_kl": 0.9, "cross_entropy": 0.1}
 OWN = {"forward_kl": 0.5, "reverse_kl": 0.5}
 TRAIN = "split = 'train'"
@@ -64,7 +66,8 @@ class Arm:
 WRONG = f"{TRAIN} and source = 'own' and not {IS_RIGHT}"
 ARMS = (
     Arm("offpolicy", KD),
-    # What the teacher says and the student never would has no gradient under reverse KL: corrections need the forward.
+    Arm("fresh", KD, reads=("fresh",)),
+    # What the teacher says and the student never would has no gradient under reverse KL alone.
     Arm("rounds", OWN, reads=("own",)),
     Arm("rounds_reverse", {"reverse_kl": 1.0}, reads=("own",)),
     # One sampled token instead of a distribution: at the rate of the others its noise destroys the student.
@@ -74,7 +77,7 @@ ARMS = (
         {**KD, "unlikelihood": 0.1},
         reads=("teacher", "own"),
         negatives={"where": WRONG, "right": IS_RIGHT},
-        where=f"{TRAIN} and source = 'sums'",
+        where=f"{TRAIN} and source = 'walks'",
     ),
     Arm(
         "both",
@@ -97,21 +100,20 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     torch.set_num_threads(1)
     teacher_folder = ensure_teacher(folder / "teacher", arguments.teacher_steps)
     teacher = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
-    heldout = problems(NUM_HELDOUT, seed=99)
     with quiet(folder / "teacher.log"):
-        prompts = write_prompts(folder / "prompts.jsonl", problems(NUM_PROMPTS, seed=1))
-        off_policy = build(folder / "off-policy", teacher_folder, prompts, 1)
+        prompts = write_prompts(folder / "prompts.jsonl")
+        off_policy = build(folder / "off-policy", teacher_folder, prompts, 1, NUM_SAMPLES)
 
     def row_of(arm: Arm, seed: int, ranks: Ranks) -> tuple[Json, str]:
         student, num_tokens = Runs(folder / f"seed-{seed}", teacher_folder, off_policy, seed, ranks).trained(arm)
-        found = score(LlamaForCausalLM.from_pretrained(student).eval(), teacher, heldout, seed)
+        found = score(LlamaForCausalLM.from_pretrained(student).eval(), teacher, seed)
         row = {"arm": arm.name, "seed": seed, "num_tokens": num_tokens, **dataclasses.asdict(found)}
         row = {key: round(one, 4) if isinstance(one, float) else one for key, one in row.items()}
         return row, json.dumps(row)
 
     arms = [one for one in ARMS if one.name in arguments.arms]
     rows = measured_rows(arms, range(arguments.first_seed, arguments.first_seed + arguments.seeds), row_of)
-    return {"teacher": dataclasses.asdict(score(teacher, teacher, heldout, 0)), "rows": rows, **_summary(rows)}
+    return {"teacher": dataclasses.asdict(score(teacher, teacher, 0)), "rows": rows, **_summary(rows)}
 
 
 class Runs:
@@ -132,6 +134,8 @@ class Runs:
         student, num_tokens = self._start(), 0
         for number in range(1, NUM_ROUNDS + 1):
             data: Json = {"caches": [str(self._off_policy)] if "teacher" in arm.reads else []}
+            if "fresh" in arm.reads:
+                data["caches"].append(str(self._fresh_chains(number)))
             if "own" in arm.reads:
                 own, scored = self._own_chains(arm, number, student)
                 data["caches"].append(str(scored))
@@ -150,19 +154,26 @@ class Runs:
 
     def _start(self) -> Path:
         """The student that every arm starts from."""
-        untrained = make_model(self._folder / "untrained", layers=2, width=64, seed=self._seed)
+        untrained = make_model(self._folder / "untrained", layers=2, width=STUDENT_WIDTH, seed=self._seed)
         stage = {"losses": KD, "where": TRAIN, "learning_rate": START_RATE, "max_steps": START_STEPS}
         return self._train("start", untrained, {"caches": [str(self._off_policy)]}, stage, 0)[0]
+
+    def _fresh_chains(self, number: int) -> Path:
+        """A cache of new chains of the teacher, as many as the student writes."""
+        with quiet(self._folder / f"fresh-{number}.log"):
+            return self._build(f"fresh-{number}", self._teacher, number)
 
     def _own_chains(self, arm: Arm, number: int, student: Path) -> tuple[Path, Path]:
         """Caches of what the student writes now, and of what the teacher says of it."""
         # The first round begins with the same student in all arms.
         name = "first" if number == 1 else arm.name
         with quiet(self._folder / f"own-{name}-{number}.log"):
-            seed = 1000 * number + self._seed
-            prompts = self._folder.parent / "prompts.jsonl"
-            own = build(self._folder / f"own-{name}-{number}", student, prompts, seed, samples=NUM_OWN_SAMPLES)
+            own = self._build(f"own-{name}-{number}", student, number)
             return own, rescore(self._folder / f"scored-{name}-{number}", self._teacher, own)
+
+    def _build(self, name: str, model: Path, number: int) -> Path:
+        prompts = self._folder.parent / "prompts.jsonl"
+        return build(self._folder / name, model, prompts, 1000 * number + self._seed, NUM_NEW_SAMPLES)
 
     def _train(self, name: str, student: Path, data: Json, stage: Json, number: int) -> tuple[Path, int]:
         """The exported student after one stage, and the tokens that it read."""
@@ -197,22 +208,23 @@ def _summary(rows: Sequence[Json]) -> Json:
     for arm in ARMS:
         own = [row for row in rows if row["arm"] == arm.name]
         if own:
-            for key in ("accuracy", "greedy_accuracy", "reverse_kl"):
+            for key in ("accuracy", "reverse_kl"):
                 values = [row[key] for row in own]
                 found[f"{arm.name}_{key}"] = round(statistics.mean(values), 4)
                 found[f"{arm.name}_{key}_spread"] = round(max(values) - min(values), 4)
-    if {"rounds_reverse_kl", "offpolicy_reverse_kl"} <= set(found):
-        found["rounds_reverse_kl_ratio"] = round(found["rounds_reverse_kl"] / found["offpolicy_reverse_kl"], 4)
+    for other, name in (("offpolicy", "rounds_reverse_kl_ratio"), ("fresh", "rounds_reverse_kl_ratio_to_fresh")):
+        if {"rounds_reverse_kl", f"{other}_reverse_kl"} <= set(found):
+            found[name] = round(found["rounds_reverse_kl"] / found[f"{other}_reverse_kl"], 4)
     return found
 
 
 def _show(result: Json) -> None:
-    print(f"teacher: accuracy {result['teacher']['accuracy']:.3f}, greedy {result['teacher']['greedy_accuracy']:.3f}")
-    print(f"{'arm':<12}{'accuracy':>10}{'greedy':>10}{'reverse KL':>12}")
+    print(f"teacher: accuracy {result['teacher']['accuracy']:.3f}")
+    print(f"{'arm':<16}{'accuracy':>10}{'reverse KL':>12}")
     for arm in ARMS:
         if f"{arm.name}_accuracy" in result:
-            values = [result[f"{arm.name}_{key}"] for key in ("accuracy", "greedy_accuracy", "reverse_kl")]
-            print(f"{arm.name:<12}{values[0]:>10.3f}{values[1]:>10.3f}{values[2]:>12.4f}")
+            values = [result[f"{arm.name}_{key}"] for key in ("accuracy", "reverse_kl")]
+            print(f"{arm.name:<16}{values[0]:>10.3f}{values[1]:>12.4f}")
 
 
 def _arguments() -> argparse.Namespace:

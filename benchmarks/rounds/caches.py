@@ -26,7 +26,7 @@ CAPTURE = {"codec": "topk-f32", "max_support": VOCAB_SIZE, "nucleus": None, "dra
 LAYOUT = Layout(VOCAB_SIZE, 0)
 
 
-def build(cache: Path, model: Path, prompts: Path, seed: int, *, samples: int = 1) -> Path:
+def build(cache: Path, model: Path, prompts: Path, seed: int, samples: int) -> Path:
     """A cache of chains for each prompt, sampled from the model at temperature 1; made where it is not there yet."""
     if cache.exists():
         return cache
@@ -81,7 +81,7 @@ def _engine(folder: Path, seed: int) -> TorchEngine:
         ids_BT = pad_sequence(given, batch_first=True)
         return Written(prompts_BP, ids_BT, [len(ids) for ids in given], ["scored"] * len(given))
 
-    return TorchEngine(model, LAYOUT, write, BATCH, info_of("torch", VOCAB_SIZE, 64))
+    return TorchEngine(model, LAYOUT, write, BATCH, info_of("torch", VOCAB_SIZE, 32))
 
 
 def _common(cache: Path, model: Path) -> Json:
@@ -91,7 +91,7 @@ def _common(cache: Path, model: Path) -> Json:
 def _source(prompts: Path) -> Json:
     return {
         "kind": "jsonl",
-        "name": "sums",
+        "name": "walks",
         "path": str(prompts),
         "prompt_field": "question",
         "reference_field": "answer",
