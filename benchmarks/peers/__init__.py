@@ -1,0 +1,1 @@
+"""The trainer beside DistillKit and TRL."""
