@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from benchmarks.arms import measured_rows, print_measured
 from benchmarks.quality.students import quiet
-from benchmarks.rounds.caches import build, rescore
-from benchmarks.rounds.setting import IS_RIGHT, ensure_teacher, make_model, score, write_prompts
+from benchmarks.rounds.setting import IS_RIGHT, LANGUAGE, ensure_teacher, score, write_prompts
+from benchmarks.tiny import jsonl_source
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
@@ -105,7 +105,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Json:
     teacher = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
     with quiet(folder / "teacher.log"):
         prompts = write_prompts(folder / "prompts.jsonl")
-        off_policy = build(folder / "off-policy", teacher_folder, prompts, 1, NUM_SAMPLES)
+        off_policy = LANGUAGE.build(
+            folder / "off-policy", teacher_folder, [jsonl_source("walks", prompts)], 1, NUM_SAMPLES
+        )
 
     def row_of(arm: Arm, seed: int, ranks: Ranks) -> tuple[Json, str]:
         student, num_tokens = Runs(folder / f"seed-{seed}", teacher_folder, off_policy, seed, ranks).trained(arm)
@@ -157,7 +159,7 @@ class Runs:
 
     def _start(self) -> Path:
         """The student that every arm starts from."""
-        untrained = make_model(self._folder / "untrained", layers=2, width=STUDENT_WIDTH, seed=self._seed)
+        untrained = LANGUAGE.make_model(self._folder / "untrained", layers=2, width=STUDENT_WIDTH, seed=self._seed)
         stage = {"losses": KD, "where": TRAIN, "learning_rate": START_RATE, "max_steps": START_STEPS}
         return self._train("start", untrained, {"caches": [str(self._off_policy)]}, stage, 0)[0]
 
@@ -172,11 +174,11 @@ class Runs:
         name = "first" if number == 1 else arm.name
         with quiet(self._folder / f"own-{name}-{number}.log"):
             own = self._build(f"own-{name}-{number}", student, number)
-            return own, rescore(self._folder / f"scored-{name}-{number}", self._teacher, own)
+            return own, LANGUAGE.rescore(self._folder / f"scored-{name}-{number}", self._teacher, own)
 
     def _build(self, name: str, model: Path, number: int) -> Path:
-        prompts = self._folder.parent / "prompts.jsonl"
-        return build(self._folder / name, model, prompts, 1000 * number + self._seed, NUM_NEW_SAMPLES)
+        sources = [jsonl_source("walks", self._folder.parent / "prompts.jsonl")]
+        return LANGUAGE.build(self._folder / name, model, sources, 1000 * number + self._seed, NUM_NEW_SAMPLES)
 
     def _train(self, name: str, student: Path, data: Json, stage: Json, number: int) -> tuple[Path, int]:
         """The exported student after one stage, and the tokens that it read."""
