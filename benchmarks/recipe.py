@@ -194,7 +194,7 @@ def _scores(model: Any, teacher: Any, heldout: list[str], seed: int) -> Json:
 
 
 def _share(pairs: Any) -> float:
-    found = [one.endswith(other) for one, other in pairs]
+    found: list[bool] = [one.endswith(other) for one, other in pairs]
     return round(sum(found) / len(found), 4)
 
 
