@@ -22,8 +22,9 @@ from stillroom.program import StopRequest
 from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
 from stillroom.schema.records import Prompt
 from stillroom.storage.paths import Location, matching, relative_name
-from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, ServerConfig
+from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
+from teacher_cache.engine.switches import note_unknown
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, rows_of_builds
 from teacher_cache.judging import require_judges
@@ -38,6 +39,7 @@ from teacher_cache.prompts.prompts import (
     num_requests,
     part_name,
     requests,
+    sampling_of,
 )
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.counts import counted, total_of
@@ -600,7 +602,11 @@ def _kind(config: BuildConfig | ScoreConfig) -> str:
 
 
 def _sampling(config: BuildConfig | ScoreConfig) -> Json:
-    return plain(config.sampling) if isinstance(config, BuildConfig) else {}
+    """As in the manifest: settings that decide tokens, vLLM's own among them where there are any."""
+    engine = {"engine": config.engine.switches} if config.engine.switches else {}
+    if isinstance(config, ScoreConfig):
+        return engine
+    return {**plain(config.sampling.updated(vllm=extra_sampling(config))), **engine}
 
 
 def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
@@ -635,7 +641,8 @@ def _start_engine(
         from teacher_cache.engine.http.server import ServerEngine
 
         note(f"connecting to {', '.join(engine.endpoints)}")
-        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture)
+        note_unknown("sampling", extra_sampling(config))
+        return ServerEngine(engine, teacher.record, teacher.tokenizer, config.capture, extra_sampling(config))
     if isinstance(engine, OpenAIConfig):
         from teacher_cache.engine.http.openai import OpenAIChat, OpenAIEngine
 
@@ -649,8 +656,19 @@ def _start_engine(
 
     # Load the commit that was fingerprinted, even if the branch has moved on since.
     pinned = config.teacher.updated(revision=teacher.record.revision)
-    scores = isinstance(config, ScoreConfig)
-    return EmbeddedEngine(pinned, engine, config.capture, scores=scores, tokens_left=tokens_left)
+    sampling = (
+        []
+        if isinstance(config, ScoreConfig)
+        else [sampling_of(config.sampling, source) for source in config.prompts.sources]
+    )
+    return EmbeddedEngine(
+        pinned,
+        engine,
+        config.capture,
+        scores=isinstance(config, ScoreConfig),
+        sampling=sampling,
+        tokens_left=tokens_left,
+    )
 
 
 def _note_loaded(loaded: LoadedPrompts) -> None:

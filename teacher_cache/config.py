@@ -14,11 +14,23 @@ from stillroom.config import StrictModel, apply_override, read_yaml, validate_co
 from stillroom.errors import ConfigError
 from stillroom.judging.opinion import PROMPT, prompt_problem
 from stillroom.storage.paths import CacheRoot
+from teacher_cache.engine import switches
 from teacher_cache.prompts.config import CompletionsConfig, PromptsConfig
 from teacher_cache.scrub.config import ScrubConfig
 
 MAX_API_LOGPROBS = 20
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _is_empty(value: Mapping[str, Any]) -> bool:
+    # Left out where it is empty: runs without it keep their ids and manifests.
+    return not value
+
+
+def _not_refused(block: str, given: dict[str, Any]) -> dict[str, Any]:
+    if (problem := switches.refused(block, given)) is not None:
+        raise ValueError(problem)
+    return given
 
 
 class VllmModelConfig(StrictModel):
@@ -62,6 +74,19 @@ class EmbeddedConfig(VllmModelConfig):
     """Run the engine loop in this process. None: yes on a CPU, in a separate process on a GPU."""
     max_waiting: int = Field(default=256, ge=1)
     """Requests queued in the engine beyond max_num_seqs, so that it never idles."""
+    vllm: dict[str, Any] = Field(default_factory=dict, exclude_if=_is_empty)
+    """Other arguments of the installed vLLM's EngineArgs, such as `enable_prefix_caching: false`. Those that may change
+    tokens are part of the run's identity (docs/switches.md)."""
+
+    @field_validator("vllm")
+    @classmethod
+    def _usable_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _not_refused("engine", value)
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """The part of `vllm` that may change tokens."""
+        return switches.changing(self.vllm)
 
 
 class ServerConfig(StrictModel):
@@ -89,6 +114,19 @@ class ServerConfig(StrictModel):
     checked again. The others start without it."""
     give_up_minutes: float = Field(default=10.0, gt=0)
     """Stop after this many minutes without a usable endpoint, at the start (servers load for minutes) or later."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arguments_are_flags(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("vllm"):
+            flags = " ".join(f"--{str(name).replace('_', '-')}" for name in data["vllm"])
+            raise ValueError(f"vllm: a server has its own engine arguments: give {flags} to `vllm serve` instead")
+        return data
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """Of servers nothing is known."""
+        return {}
 
     @field_validator("endpoints")
     @classmethod
@@ -140,6 +178,11 @@ class OpenAIConfig(StrictModel):
     """Attempts per chain, with increasing pauses. Busy responses (429, 503) do not count."""
     stall_s: float = Field(default=3600.0, gt=0)
     """Retry a chain after this many seconds without its answer, which arrives whole."""
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """Of an API nothing is known."""
+        return {}
 
     @field_validator("endpoint")
     @classmethod
@@ -245,6 +288,14 @@ class SamplingConfig(StrictModel):
     """Generate more chains than `samples` of prompts that the teacher got wrong."""
     seed: int = 0
     """Base sampling seed; each chain's seed is derived from it, the prompt and the sample index."""
+    vllm: dict[str, Any] = Field(default_factory=dict, exclude_if=_is_empty)
+    """Other fields of vLLM's SamplingParams, such as `stop` or `repetition_detection`, also for servers; part of the
+    identity of run and chains (docs/switches.md)."""
+
+    @field_validator("vllm")
+    @classmethod
+    def _usable_parameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _not_refused("sampling", value)
 
     @model_validator(mode="before")
     @classmethod
@@ -370,6 +421,12 @@ class BuildConfig(RunConfig):
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
+    def _parameters_reach_vllm(self) -> Self:
+        if isinstance(self.engine, OpenAIConfig) and self.sampling.vllm:
+            raise ValueError("sampling.vllm is for vLLM: an API takes further fields in engine.parameters")
+        return self
+
+    @model_validator(mode="after")
     def _greedy_source_repeats(self) -> Self:
         for source in self.prompts.sources:
             temperature = self.sampling.temperature if source.temperature is None else source.temperature
@@ -392,6 +449,11 @@ class ScoreConfig(RunConfig):
         if isinstance(self.engine, OpenAIConfig):
             raise ValueError("chat APIs do not score texts: use engine.kind embedded or server")
         return self
+
+
+def extra_sampling(config: RunConfig) -> dict[str, Any]:
+    """What of `sampling.vllm` is on."""
+    return switches.effective(config.sampling.vllm) if isinstance(config, BuildConfig) else {}
 
 
 class LlmJudgeConfig(StrictModel):
@@ -469,9 +531,13 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | No
         raise ConfigError(f"{path} names prompts, for which chains are generated: teacher-cache build {path}")
     for override in overrides:
         apply_override(data, override)
-    if command == "score" or "completions" in data:
-        return validate_config(data, ScoreConfig, str(path))
-    return validate_config(data, BuildConfig, str(path))
+    scores = command == "score" or "completions" in data
+    config = validate_config(data, ScoreConfig, str(path)) if scores else validate_config(data, BuildConfig, str(path))
+    if isinstance(config.engine, EmbeddedConfig):
+        # A server's vLLM is another one, which the handshake asks.
+        switches.check_names("engine", config.engine.vllm)
+        switches.check_names("sampling", extra_sampling(config))
+    return config
 
 
 def api_address(value: str) -> str:

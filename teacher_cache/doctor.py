@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.doctor import Check, check_gpus, check_machine, check_package, package_version, report
 from stillroom.errors import StillroomError
 from stillroom.judging.sandbox import check_isolation
-from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig
+from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit
 
 READING = ("pyarrow", "deltalake", "duckdb")
@@ -118,7 +118,7 @@ def _check_config(config: BuildConfig | ScoreConfig) -> list[Check]:
         from teacher_cache.engine.http.server import check_endpoints
 
         try:
-            found = check_endpoints(config.engine, teacher, config.capture)
+            found = check_endpoints(config.engine, teacher, config.capture, extra_sampling(config))
         except StillroomError as error:
             return [*checks, Check("server", "missing", str(error))]
         for one in found:

@@ -22,7 +22,7 @@ from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.building import run_id_of, scrubber_of
-from teacher_cache.config import BuildConfig, OpenAIConfig, RunConfig, ScoreConfig, ServerConfig
+from teacher_cache.config import BuildConfig, OpenAIConfig, RunConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import Wait
@@ -251,7 +251,7 @@ def _new_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, sou
     if isinstance(config.engine, ServerConfig):
         from teacher_cache.engine.http.server import check_endpoints
 
-        plan.endpoints = check_endpoints(config.engine, teacher, config.capture)
+        plan.endpoints = check_endpoints(config.engine, teacher, config.capture, extra_sampling(config))
     return plan
 
 

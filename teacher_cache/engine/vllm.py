@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from stillroom.schema.records import stable_hash
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import FINISH_REASONS, EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.row_layout import Layout, is_marked
+from teacher_cache.engine.switches import note_unknown
 from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit, source_folder
 
 if TYPE_CHECKING:
@@ -70,11 +71,13 @@ class EmbeddedEngine:
         capture: CaptureConfig,
         *,
         scores: bool = False,
+        sampling: Sequence[Mapping[str, Any]] = (),
         tokens_left: float | None = None,
     ) -> None:
         """Loads the model: seconds to minutes. Captures `capture.max_support` candidates per token, or the vocabulary.
 
-        `scores`: the engine scores existing completions instead of generating. `tokens_left`: how many tokens it is
+        `scores`: the engine scores existing completions instead of generating. `sampling`: the parameters that requests
+        will have, for vLLM to check. `tokens_left`: how many tokens it is
         expected to generate; on a CPU few tokens do not repay compiling the model. None stands for many.
 
         Raises ConfigError where vLLM refuses the model or a setting, or cannot provide what `capture` needs;
@@ -86,7 +89,7 @@ class EmbeddedEngine:
         with stdout_to_stderr(), _restored_preload(), warnings.catch_warnings():
             # Deprecation warnings about vLLM's own code: our user cannot fix them.
             warnings.simplefilter("ignore")
-            self._start(teacher, config, capture, scores, tokens_left)
+            self._start(teacher, config, capture, scores, sampling, tokens_left)
         self._core_sharing = _core_sharing()
         if self._info.settings["in_process"]:
             self._core_sharing.__enter__()
@@ -102,6 +105,7 @@ class EmbeddedEngine:
         config: EmbeddedConfig,
         capture: CaptureConfig,
         scores: bool,
+        sampling: Sequence[Mapping[str, Any]],
         tokens_left: float | None,
     ) -> None:
         if _is_cpu_build():
@@ -126,7 +130,11 @@ class EmbeddedEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         # Before the engine is made, so that workers forked from this process are prepared.
         unfit = register()
+        self._typed_sampling: dict[str, dict[str, Any]] = {}
         arguments = engine_args(teacher, config, capture, on_cpu)
+        for one in sampling:
+            self._extra_params(one)
+        _check_switches(config, sampling, on_cpu=on_cpu, scores=scores)
         if scores:
             arguments |= scoring_args(config)
         with _start_errors(teacher.model):
@@ -148,6 +156,7 @@ class EmbeddedEngine:
         model = vllm_config.model_config
         self._k = min(capture.max_support, model.get_vocab_size())
         self._layout = self._working_layout(capture) if unfit is None else None
+        self._require_accepted(sampling)
         # It counts for the whole process, in which another engine may have run before.
         self._tokens_before = 0 if self._arrays is None else self._arrays.num_tokens
         self._max_in_flight = vllm_config.scheduler_config.max_num_seqs + config.max_waiting
@@ -277,6 +286,7 @@ class EmbeddedEngine:
     def _params(self, layout: Layout | None, sampling: Mapping[str, Any], seed: int | None, max_tokens: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+        extra = self._extra_params(sampling)
         return SamplingParams(
             temperature=sampling.get("temperature", 1.0),
             top_p=sampling.get("top_p", 1.0),
@@ -289,10 +299,40 @@ class EmbeddedEngine:
             extra_args=None if layout is None else layout.extra_args(),
             # Marks the requests for which ArrayLogprobs keeps arrays; without it, flat lists are the cheapest vLLM has.
             flat_logprobs=True,
-            detokenize=False,
+            # Stop strings are looked for in text.
+            detokenize="stop" in extra,
             # Nobody reads half a chain: no output objects per step.
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **extra,
         )
+
+    def _extra_params(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """`sampling.vllm` in vLLM's types."""
+        from teacher_cache.engine.vllm_switches import typed
+
+        given = sampling.get("vllm")
+        if not given:
+            return {}
+        # Once for all requests of a source: the builder gives them one mapping.
+        key = repr(given)
+        if key not in self._typed_sampling:
+            self._typed_sampling[key] = typed("sampling", given)
+        return self._typed_sampling[key]
+
+    def _require_accepted(self, sampling: Sequence[Mapping[str, Any]]) -> None:
+        """One token of a request of each kind: what vLLM refuses in it, it would refuse in every chain."""
+        from vllm.inputs.engine import tokens_input
+
+        for number, one in enumerate(sampling):
+            if not one.get("vllm"):
+                continue
+            try:
+                params = self._params(self._layout, one, seed=0, max_tokens=int(one["max_tokens"]))
+                self._engine.add_request(f"check{number}", tokens_input([0]), params)
+            except ValueError as error:
+                self._engine.engine_core.shutdown()
+                raise ConfigError(f"vLLM rejects sampling.vllm: {_one_line(error)}") from error
+            self._engine.abort_request([f"check{number}"])
 
     def _outcome(self, output: Any) -> Outcome:
         from teacher_cache.engine.vllm_capture import capture_of, capture_of_scores
@@ -386,7 +426,10 @@ def _core_sharing() -> CoreSharing:
 
 
 def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: CaptureConfig, on_cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's EngineArgs. A setting that is None is left to vLLM."""
+    """Arguments of vLLM's EngineArgs. A setting that is None is left to vLLM.
+
+    Raises ConfigError for a value in `config.vllm` that vLLM's type does not take.
+    """
     optional: Mapping[str, Any] = {
         "revision": teacher.revision,
         "tokenizer_revision": teacher.revision,
@@ -400,9 +443,11 @@ def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: Capture
         "enforce_eager": config.enforce_eager,
         "kv_cache_memory_bytes": None if config.kv_cache_gb is None else int(config.kv_cache_gb * 2**30),
         # vLLM's CPU sampler cannot use a request's own seed while a prompt is split into chunks.
-        "enable_chunked_prefill": False if on_cpu else None,
+        "enable_chunked_prefill": False if on_cpu else None,  # None: vLLM's own default, or engine.vllm's
     }
     return {
+        # First: teacher-cache's own arguments cannot be among them.
+        **_typed_switches(config),
         "model": teacher.model,
         "trust_remote_code": teacher.trust_remote_code,
         "dtype": config.dtype,
@@ -416,6 +461,27 @@ def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: Capture
         "use_tqdm_on_load": sys.stderr.isatty(),
         **{name: value for name, value in optional.items() if value is not None},
     }
+
+
+def _typed_switches(config: EmbeddedConfig) -> dict[str, Any]:
+    if not config.vllm:
+        return {}
+    from teacher_cache.engine.vllm_switches import typed
+
+    return typed("engine", config.vllm)
+
+
+def _check_switches(
+    config: EmbeddedConfig, sampling: Sequence[Mapping[str, Any]], *, on_cpu: bool, scores: bool
+) -> None:
+    """Raises ConfigError for what cannot work here, and says what nobody has compared."""
+    from teacher_cache.engine.vllm_switches import cpu_problem
+
+    is_random = any(one.get("temperature", 1.0) > 0 for one in sampling)
+    if on_cpu and (problem := cpu_problem(config.vllm, scores=scores, is_random=is_random)) is not None:
+        raise ConfigError(f"engine.vllm: {problem}")
+    note_unknown("engine", config.vllm)
+    note_unknown("sampling", [name for one in sampling for name in one.get("vllm", ())])
 
 
 def scoring_args(config: EmbeddedConfig) -> dict[str, Any]:
@@ -454,7 +520,8 @@ def _cpu_config(
     from vllm.compilation.caching import aot_compile_hash_factors
 
     # vLLM's key for saved compilations names no instruction set: machines that share a home would share kernels.
-    arguments |= {"additional_config": {"cpu_capability": torch.backends.cpu.get_cpu_capability()}}
+    capability = {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    arguments |= {"additional_config": {**arguments.get("additional_config", {}), **capability}}
     vllm_config = _fitted_config(arguments, config, scores)
     folder = Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile"
     marker = folder / f"stillroom-{stable_hash(str(aot_compile_hash_factors(vllm_config)))}"

@@ -35,6 +35,7 @@ from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import Session
 from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import Failure, Request
+from teacher_cache.engine.switches import identity_of
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.config import CacheCompletions, CompletionFields, CompletionSource, FileCompletions
 from teacher_cache.prompts.conversations import Json, find, messages_of, text_of, value_of
@@ -90,6 +91,7 @@ class Completions:
         """Opens other caches. Raises ConfigError or DataError if one does not fit the teacher."""
         self.contaminated: list[Contaminated] = []
         self._config, self._teacher, self._scrubber = config, teacher, scrubber
+        self._identity = identity_of(teacher.record.fingerprint, config.engine.switches)
         self._start_id, self._end_id = reasoning_ids(teacher.tokenizer, config.reasoning.start, config.reasoning.end)
         added = teacher.tokenizer.added_tokens_decoder.items()
         special = {*teacher.tokenizer.all_special_ids, *(token_id for token_id, one in added if one.special)}
@@ -202,7 +204,7 @@ class Completions:
             seed=None,
             sampling={},
             max_tokens=len(ids),
-            sample_id=scored_sample_id_of(self._teacher.record.fingerprint, prompt_ids, ids),
+            sample_id=scored_sample_id_of(self._identity, prompt_ids, ids),
             completion_token_ids=ids,
         )
 

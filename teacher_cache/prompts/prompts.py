@@ -20,6 +20,7 @@ from stillroom.log import Progress
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of, stable_hash
 from teacher_cache.config import BuildConfig, SamplingConfig
 from teacher_cache.engine.api import Failure, Request
+from teacher_cache.engine.switches import effective
 from teacher_cache.prompts.config import PromptsConfig, ReasoningGymSource, Source
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.dedupe import NearDuplicate, NearDuplicates
@@ -182,7 +183,11 @@ class RequestMaker:
             )
         self._config, self._prompts = config, prompts
         self._tokenizer, self._teacher_fingerprint = tokenizer, teacher_fingerprint
-        self._sampling = {source.name: sampling_of(config.sampling, source) for source in config.prompts.sources}
+        # Engine arguments that may change tokens distinguish samples as sampling parameters do.
+        engine = {"engine": config.engine.switches} if config.engine.switches else {}
+        self._sampling = {
+            source.name: sampling_of(config.sampling, source) | engine for source in config.prompts.sources
+        }
         self._check = _TemplateCheck(prompts, config.prompts.max_unusable_frac)
         # Four bytes a token are cheaper than tokenising again.
         self._tokens: dict[str, array[int] | str] = {}
@@ -230,6 +235,7 @@ def sampling_of(config: SamplingConfig, source: Source) -> dict[str, Any]:
         "min_p": config.min_p,
         "repetition_penalty": config.repetition_penalty,
         "max_tokens": config.max_tokens if source.max_tokens is None else source.max_tokens,
+        **({"vllm": extra} if (extra := effective(config.vllm)) else {}),
     }
 
 

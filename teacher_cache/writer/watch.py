@@ -18,6 +18,7 @@ import numpy.typing as npt
 from stillroom.log import format_plural
 from stillroom.schema.records import Capture
 from teacher_cache.engine.api import Finished
+from teacher_cache.engine.switches import WATCHED
 
 NUM_ERRORS = 8.0
 """exp(-8²/2) = 1e-14 a look. As |sum d| is at most sqrt(n · sum d²), nothing is said before 64 tokens; noise, some 12
@@ -54,7 +55,7 @@ class SampleWatch:
         self._excess += float(excess_T.sum())
         self._squares += float((excess_T**2).sum())
         limit = NUM_ERRORS * math.sqrt(self._squares) + MARGIN_NATS * self._num_tokens
-        return None if self._excess >= -limit else self._line()
+        return self._line() if self._excess < -limit else None
 
     def _clear(self) -> None:
         self._num_chains = self._num_tokens = 0
@@ -79,6 +80,8 @@ def is_watched(finished: Finished) -> bool:
         finished.request.completion_token_ids is None
         and sampling.get("temperature", 1.0) <= 1.0
         and sampling.get("repetition_penalty", 1.0) == 1.0
+        and WATCHED.issuperset(sampling.get("vllm", ()))
+        and "logits_processors" not in sampling.get("engine", ())
     )
 
 

@@ -28,6 +28,23 @@ EOS_ID = 1
 LOGPROBS_V = -np.log(np.arange(1, VOCAB_SIZE + 1)) - np.log((1 / np.arange(1, VOCAB_SIZE + 1)).sum())
 
 PAGE = {"error": "the\n\nbackend is asleep"}
+_SAMPLING = {
+    "min_tokens": {"type": "integer"},
+    "stop": {"type": "array"},
+    "repetition_detection": {"anyOf": [{"$ref": "#/components/schemas/Repetition"}, {"type": "null"}]},
+}
+OPENAPI = {
+    "paths": {
+        path: {"post": {"requestBody": {"content": {"application/json": {"schema": {"$ref": f"#/components/{name}"}}}}}}
+        for path, name in (("/v1/completions", "Completion"), ("/inference/v1/generate", "Generate"))
+    },
+    "components": {
+        "Completion": {"properties": _SAMPLING},
+        "Generate": {"properties": {"sampling_params": {"properties": _SAMPLING}}},
+        "schemas": {"Repetition": {"properties": {"max_pattern_size": {}, "min_count": {}}}},
+    },
+}
+"""What vLLM says of its requests, as much as is read."""
 EVENT = "data: {}\n\n"
 """A message of a stream."""
 
@@ -57,6 +74,7 @@ class Behaviour:
     key: str | None = None
     logprobs_mode: str = "raw_logprobs"
     tokenizer_shift: int = 0
+    lists_parameters: bool = True
     delay_s: float = 0.0
     chat: Callable[[str], Any] = lambda message: None
     """The reply of /v1/chat/completions to a message: a text, or a whole choice."""
@@ -129,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"object": "list", "data": [model]})
         elif self.path == "/version":
             self._send(200, {"version": "0.32.0"})
+        elif self.path == "/openapi.json" and self.setup_of.lists_parameters:
+            self._send(200, OPENAPI)
         else:
             self._send(404, {"detail": "Not Found"})
 

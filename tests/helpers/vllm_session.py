@@ -29,6 +29,7 @@ MAX_MODEL_LEN = 128
 class Session:
     """`arrays` and `flat` map sample ids to what came back; `dicts` to vLLM's default: a list of {id: (lp, rank)}.
     `scores` and `flat_scores` are of the same chains, given as completions, and of those that `make_scored` adds.
+    `switched` are chains with parameters of vLLM's own.
     """
 
     teacher: Path
@@ -40,6 +41,7 @@ class Session:
     flat_scores: dict[str, Outcome]
     num_tokens: int
     num_scored_tokens: int
+    switched: dict[str, Outcome]
     stdout: str
 
 
@@ -48,9 +50,9 @@ def run_session(folder: Path) -> Session:
     make_tiny_teacher(folder / "teacher")
     stdout, _ = _run(folder, "session")
     results = pickle.loads((folder / "session.pickle").read_bytes())
-    info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens = results
+    info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens, switched = results
     outcomes = (arrays, flat, dicts, scores, flat_scores)
-    return Session(folder / "teacher", info, *outcomes, num_tokens, num_scored_tokens, stdout)
+    return Session(folder / "teacher", info, *outcomes, num_tokens, num_scored_tokens, switched, stdout)
 
 
 def run_start(folder: Path) -> dict[str, Any]:
@@ -83,6 +85,28 @@ def make_requests() -> list[Request]:
     return [*good[:5], *bad, *good[5:]]
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "stop": {"stop": ["a", "b", "c", "d", "e"]},
+    "repetition": {"repetition_detection": {"max_pattern_size": 2, "min_count": 2}},
+    "budget": {"thinking_token_budget": 6},
+    "forbidden": {"bad_words": ["a"], "min_tokens": 20, "presence_penalty": 1.0},
+}
+"""Of `sampling.vllm`."""
+REASONING = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+
+
+def make_switched(teacher: Path) -> list[Request]:
+    """Requests with each of SWITCHES; their prompts end in <think>."""
+    from transformers import AutoTokenizer
+
+    think_id = int(AutoTokenizer.from_pretrained(teacher).convert_tokens_to_ids("<think>"))  # type: ignore[arg-type]
+    return [
+        _request(f"{name}{number}", [0, 20, 30, 2, think_id], {"temperature": 0.8, "vllm": extra}, number)
+        for name, extra in SWITCHES.items()
+        for number in range(6)
+    ]
+
+
 def make_scored(chains: dict[str, Finished]) -> list[Request]:
     """Requests that score these chains, one that fills the model's length, one of a token, and bad ones."""
     given = [
@@ -99,7 +123,7 @@ def make_scored(chains: dict[str, Finished]) -> list[Request]:
     return [Request(prompt, ids, 0, None, {}, len(tokens), name, tokens) for name, ids, tokens in given]
 
 
-def _request(sample_id: str, ids: list[int], sampling: dict[str, float], index: int) -> Request:
+def _request(sample_id: str, ids: list[int], sampling: dict[str, Any], index: int) -> Request:
     messages = (Message("user", sample_id),)
     prompt = Prompt(prompt_id_of(messages), messages, "s", "train")
     return Request(prompt, ids, index, 2**62 + index, sampling, 40, sample_id)
@@ -136,13 +160,20 @@ def _session(folder: Path) -> None:
     from teacher_cache.engine.vllm_arrays import install_arrays, uninstall_arrays
 
     config = EmbeddedConfig(
-        dtype="float32", enforce_eager=True, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, kv_cache_gb=0.05
+        dtype="float32",
+        enforce_eager=True,
+        max_num_seqs=4,
+        max_model_len=MAX_MODEL_LEN,
+        kv_cache_gb=0.05,
+        vllm={"enable_prefix_caching": True, "reasoning_config": REASONING},
     )
-    engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
+    sampling = [{"temperature": 0.8, "max_tokens": 40, "vllm": extra} for extra in SWITCHES.values()]
+    engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE, sampling=sampling)
     arrays = _generate(engine, make_requests())
     num_tokens = engine.num_tokens
     scores = _generate(engine, make_scored(finished(arrays)))
     num_scored_tokens = engine.num_tokens - num_tokens
+    switched = _generate(engine, make_switched(folder / "teacher"))
     uninstall_arrays()
     flat = _generate(engine, make_requests())
     flat_scores = _generate(engine, make_scored(finished(arrays)))
@@ -150,7 +181,7 @@ def _session(folder: Path) -> None:
     install_arrays()
     engine.close()
     engine.close()
-    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens)
+    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens, switched)
     (folder / "session.pickle").write_bytes(pickle.dumps(results))
 
 

@@ -20,7 +20,7 @@ OUTSIDE_THE_PACKAGES = {"benchmarks", "schemas", "shared", "tests", "tools"}
 HOMES = {
     "vllm": {
         *("teacher_cache/engine/vllm.py", "teacher_cache/engine/vllm_capture.py"),
-        "teacher_cache/engine/vllm_arrays.py",
+        *("teacher_cache/engine/vllm_arrays.py", "teacher_cache/engine/vllm_switches.py"),
         *("teacher_cache/states/vllm.py", "teacher_cache/states/vllm_connector.py"),
         # The sampler's plugin, which vLLM loads.
         *(

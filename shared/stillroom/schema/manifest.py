@@ -80,7 +80,10 @@ def run_id_for(
     different run, and so does scoring; more samples per prompt do not. The arguments are fields of RunManifest.
     """
     how_many = ("samples", "until")
-    how = {key: value for key, value in sampling.items() if key not in how_many} if kind == "generate" else "score"
+    how: object = {key: value for key, value in sampling.items() if key not in how_many}
+    if kind == "score":
+        # Engine arguments may change what a teacher says of given tokens.
+        how = {"score": how} if how else "score"
     # Only where there are any: runs without them keep the ids of earlier versions.
     template = [dict(chat_template_kwargs)] if chat_template_kwargs else []
     return f"{name}_{stable_hash('run', teacher_fingerprint, capture, reasoning, how, *template)[:8]}"

@@ -8,13 +8,15 @@ captured.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from stillroom.config import nearest_name
 from stillroom.errors import ConfigError
+from stillroom.log import note
 from stillroom.schema.records import Capture
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable
 from teacher_cache.engine.http.wire import MALFORMED, Api, CompletionsApi, Form, GenerateApi, Json, Rows
@@ -51,7 +53,7 @@ KEY_STATUS = {401, 403}
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What an endpoint must serve: k candidates per token of a model with this tokenizer and vocabulary, `draws` from
-    the rest and log-partitions at `temperatures`. `entropy` None accepts either kind.
+    the rest and log-partitions at `temperatures`. `entropy` None accepts either kind. `extra` is sampling.vllm.
     """
 
     model: str | None
@@ -63,6 +65,7 @@ class Expected:
     vocab_size: int
     tokenizer: Any
     entropy: Entropy | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def plain(self) -> Form:
@@ -112,6 +115,8 @@ async def check_server(http: HttpClient, expected: Expected) -> Served:
         api = await _api(http, model)
         form = await _form_of(http, api, model, expected)
         await _check_logprobs(http, api, model, form, expected)
+        if expected.extra:
+            await _check_extra(http, api, model, expected.extra)
         version = await _version(http)
     except Unavailable as error:
         if error.status in KEY_STATUS:
@@ -331,6 +336,40 @@ async def _api(http: HttpClient, model: str) -> Api:
             return CompletionsApi()
         raise
     return GenerateApi()
+
+
+async def _check_extra(http: HttpClient, api: Api, model: str, extra: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a sampling parameter that the server does not know, which it would ignore, or refuses."""
+    try:
+        openapi = await http.get("/openapi.json")
+        body = openapi["paths"][api.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema = _resolved(api.parameters(_resolved(body, openapi)), openapi)
+        _require_known(f"{http.url}: sampling.vllm", schema, extra, openapi)
+    except (Unavailable, Refused, KeyError):
+        note(f"{http.url} does not list its parameters: names in sampling.vllm are not checked")
+    try:
+        await http.post(api.path, api.trial(model, extra))
+    except Refused as error:
+        raise ConfigError(f"{http.url} rejects sampling.vllm: {error}") from error
+
+
+def _require_known(where: str, schema: Json, given: Mapping[str, Any], openapi: Json) -> None:
+    known = schema["properties"]
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{where} has no {name!r}{nearest_name(name, list(known))}")
+        if isinstance(value, Mapping):
+            for one in (_resolved(part, openapi) for part in known[name].get("anyOf", [known[name]])):
+                if "properties" in one:
+                    _require_known(f"{where}.{name}", one, value, openapi)
+
+
+def _resolved(schema: Json, openapi: Json) -> Json:
+    """The part of the document that a reference names."""
+    found: Json = openapi if "$ref" in schema else schema
+    for part in schema.get("$ref", "#").split("/")[1:]:
+        found = found[part]
+    return found
 
 
 def _start(ids: Sequence[int]) -> str:

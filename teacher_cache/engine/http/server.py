@@ -7,7 +7,7 @@ import asyncio
 import queue
 import resource
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,21 @@ MAX_SILENCE_S = 20.0
 class ServerEngine:
     """vLLM servers as one engine. Implements teacher_cache.engine.api.Engine."""
 
-    def __init__(self, config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        teacher: Teacher,
+        tokenizer: Any,
+        capture: CaptureConfig,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         """Waits until an endpoint serves the teacher.
 
         Raises ConfigError if one serves something else or lacks a flag or the plugin, StillroomError if none answers
-        within `give_up_minutes`.
+        within `give_up_minutes`. `extra` is sampling.vllm, which the servers must accept.
         """
         api_key = read_api_key(config.api_key_env, "engine.api_key_env")
-        expected = _expected_of(config, teacher, tokenizer, capture)
+        expected = _expected_of(config, teacher, tokenizer, capture, extra or {})
         _allow_connections(config)
         self._config = config
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
@@ -142,10 +149,15 @@ class EndpointStatus:
     max_model_len: int | None
 
 
-def check_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: CaptureConfig) -> list[EndpointStatus]:
+def check_endpoints(
+    config: ServerConfig,
+    teacher: IdentifiedTeacher,
+    capture: CaptureConfig,
+    extra: Mapping[str, Any] | None = None,
+) -> list[EndpointStatus]:
     """What each endpoint serves, or why a build could not use it. Raises ConfigError if the API key is missing."""
     key = read_api_key(config.api_key_env, "engine.api_key_env")
-    expected = _expected_of(config, teacher.record, teacher.tokenizer, capture)
+    expected = _expected_of(config, teacher.record, teacher.tokenizer, capture, extra or {})
 
     async def check_all() -> list[EndpointStatus]:
         return await asyncio.gather(*(_check(url, key, expected) for url in config.endpoints))
@@ -153,7 +165,9 @@ def check_endpoints(config: ServerConfig, teacher: IdentifiedTeacher, capture: C
     return asyncio.run(check_all())
 
 
-def _expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig) -> Expected:
+def _expected_of(
+    config: ServerConfig, teacher: Teacher, tokenizer: Any, capture: CaptureConfig, extra: Mapping[str, Any]
+) -> Expected:
     """What every endpoint must serve."""
     return Expected(
         model=config.model,
@@ -164,6 +178,7 @@ def _expected_of(config: ServerConfig, teacher: Teacher, tokenizer: Any, capture
         temperatures=tuple(capture.temperatures),
         vocab_size=teacher.vocab_size,
         tokenizer=tokenizer,
+        extra=extra,
     )
 
 

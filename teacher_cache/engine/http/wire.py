@@ -124,6 +124,12 @@ class Api(Protocol):
     def scoring(self, model: str, token_ids: Sequence[int], form: Form, seed: int) -> dict[str, Any]:
         """Body that scores all tokens, in one answer. `seed` is that of the draws."""
 
+    def trial(self, model: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """Body with these sampling parameters, for the server to refuse."""
+
+    def parameters(self, request: Json) -> Json:
+        """Where the schema of a body has the sampling parameters."""
+
     def read(self, choice: Json, rows: Rows) -> None:
         """Adds the tokens of one message."""
 
@@ -155,6 +161,12 @@ class GenerateApi:
         sampling = {**_scoring(form, seed), "allowed_token_ids": [token_ids[-1]]}
         return self._body(model, token_ids[:-1], sampling, form)
 
+    def trial(self, model: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": model, "token_ids": [0], "sampling_params": {**extra, "max_tokens": _trial_tokens(extra)}}
+
+    def parameters(self, request: Json) -> Json:
+        return dict(request["properties"]["sampling_params"])
+
     def read(self, choice: Json, rows: Rows) -> None:
         def tokens() -> Iterable[Token]:
             for token_id, one in zip(choice["token_ids"], choice["logprobs"]["content"], strict=True):
@@ -172,7 +184,8 @@ class GenerateApi:
 
     def _body(self, model: str, token_ids: Sequence[int], sampling: Mapping[str, Any], form: Form) -> dict[str, Any]:
         # flat_logprobs and detokenize: false spare the server most of its work: no text and no object per candidate.
-        quick = {"logprobs": self.num_logprobs(form), "flat_logprobs": True, "detokenize": False}
+        # Stop strings are looked for in text.
+        quick = {"logprobs": self.num_logprobs(form), "flat_logprobs": True, "detokenize": "stop" in sampling}
         extra = {} if form.layout is None else {"extra_args": form.layout.extra_args()}
         return {"model": model, "token_ids": list(token_ids), "sampling_params": {**sampling, **quick, **extra}}
 
@@ -203,6 +216,12 @@ class CompletionsApi:
             return self._body(model, token_ids, _scoring(form, seed))
         last = {"allowed_token_ids": [token_ids[-1]], **self._logprobs(form)}
         return self._body(model, token_ids[:-1], {**_scoring(form, seed), **last})
+
+    def trial(self, model: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": model, "prompt": [0], **extra, "max_tokens": _trial_tokens(extra)}
+
+    def parameters(self, request: Json) -> Json:
+        return request
 
     def read(self, choice: Json, rows: Rows) -> None:
         given = choice["logprobs"]
@@ -248,7 +267,12 @@ def _sampling(request: Request, max_tokens: int) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "seed": request.seed,
         "max_tokens": max_tokens,
+        **given.get("vllm", {}),
     }
+
+
+def _trial_tokens(extra: Mapping[str, Any]) -> int:
+    return max(1, int(extra.get("min_tokens", 0)))
 
 
 def _forced(token_ids: Sequence[int], form: Form) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 ones.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,36 @@ def test_the_engine_says_what_it_is_and_prints_nothing_to_stdout(session: Sessio
         (session.num_scored_tokens, session.scores),
     ):
         assert num_tokens == sum(len(chain.capture.token_ids_T) for chain in finished(outcomes).values())
+
+
+def test_vllms_own_switches_keep_the_capture_right(session: Session) -> None:
+    """Masks, penalties and forced tokens change what is sampled, never what is stored of the distribution."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(session.teacher)
+    model = AutoModelForCausalLM.from_pretrained(session.teacher, dtype=torch.float32)
+    chains = finished(session.switched)
+    assert len(chains) == 24
+    ends = Counter[tuple[str, str]]()
+    for name, chain in chains.items():
+        prompt, tokens = list(chain.request.prompt_token_ids), chain.capture.token_ids_T.tolist()
+        with torch.inference_mode():
+            dense_TV = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        own_T = dense_TV[torch.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(chain.capture.sampled_logprob_T, own_T, atol=1e-3)
+        np.testing.assert_allclose(chain.capture.topk_logprobs_TK, dense_TV.topk(K).values, atol=1e-3)
+        kind = name.rstrip("0123456789")
+        ends[kind, chain.finish_reason] += 1
+        if (kind, chain.finish_reason) == ("stop", "stop") and tokens[-1] != tokenizer.eos_token_id:
+            assert set(tokenizer.decode(tokens[-1])) & set("abcde"), "the stop string's tokens are part of the chain"
+        if kind == "budget":
+            assert tokenizer.convert_tokens_to_ids("</think>") in tokens[:8]
+        if kind == "forbidden":
+            assert len(tokens) >= 20
+            assert tokenizer.convert_tokens_to_ids("a") not in tokens
+    assert ends["stop", "stop"]
+    assert ends["repetition", "repetition"]
 
 
 def test_what_is_not_configured_is_left_to_vllm() -> None:
