@@ -1,9 +1,12 @@
 """Training in one process: agreement with a dense reference on unpacked sequences, resumption, stages, refusals."""
 
+import datetime
 import functools
 import json
+import re
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from stillroom.storage.paths import write_text_atomic
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.evaluation import evaluate_config, evaluate_model
+from student_train.exporting import trained_model
 from student_train.model.importance import init_calibration
 from student_train.model.prune import init_student
 from student_train.model.student import Student, load_student
@@ -33,9 +37,9 @@ from student_train.runtime.cost import read_sessions
 from student_train.runtime.run_folder import RunFolder, summarise
 from student_train.training import train
 from tests.helpers import ROOT
-from tests.helpers.caches import Chain, SyntheticCache
+from tests.helpers.caches import CacheShape, Chain, SyntheticCache, write_cache
 from tests.helpers.dense_losses import stored_kl
-from tests.helpers.students import make_student
+from tests.helpers.students import VOCAB_SIZE, make_student, make_tokenizer
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, StopAfter, Trainer, losses_of
 
 pytestmark = IGNORE_LIBRARY_WARNINGS
@@ -592,3 +596,43 @@ def test_progressive_students_are_each_cut_from_the_last(trainer: Trainer, tmp_p
     folders = [config.run / "stages" / name for name in ("eight", "six.pruned", "six", "four.pruned")]
     layers = [json.loads((one / "config.json").read_text())["num_hidden_layers"] for one in folders]
     assert layers == [8, 6, 6, 4]
+
+
+def test_students_are_trained_again_as_their_cache_grows(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/recipes/continual.md, small: old chains are from before its date, new ones from after it."""
+    page = (ROOT / "docs/recipes/continual.md").read_text(encoding="utf-8")
+    shape = CacheShape(num_chains=30, vocab_size=VOCAB_SIZE, max_tokens=40)
+    with monkeypatch.context() as past:
+        past.setattr("tests.helpers.caches.CREATED_AT", datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC))
+        old = write_cache(tmp_path / "cache", shape)
+    pins = f"chains_version: {old.catalog.chains.version}, verdicts_version: {old.catalog.verdicts.version}"
+    places = {
+        "/shared/caches/r1-7b-math": str(old.root),
+        "/shared/students/of-march": str(tmp_path / "of-march"),
+        "/shared/runs": str(tmp_path),
+        "Qwen/Qwen2.5-1.5B": str(trainer.student),
+        "chains_version: 128, verdicts_version: 40": pins,
+    }
+    configs = []
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)):
+        for shown, here in places.items():
+            block = block.replace(shown, here)
+        (tmp_path / f"{number}.yaml").write_text(block)
+        small = ["data.pack_tokens=128", "stages.0.batch_tokens=256", "stages.0.max_steps=1", "eval=null"]
+        configs.append(load_config(tmp_path / f"{number}.yaml", [*small, "engine.precision=float32"], TrainConfig))
+    march, june = configs
+    new = write_cache(old.root, replace(shape, seed=1))
+    trainer.run(march)
+    state = find_state(RunFolder(march.run).checkpoints, "last")
+    trained_model(march, state, merged=True).save_pretrained(tmp_path / "of-march")
+    # Synthetic caches name a tokenizer that is nowhere, so `export` finds none.
+    make_tokenizer().save_pretrained(tmp_path / "of-march")
+    trainer.run(june)
+    chains = ([one for one in made.chains if one.split == "train" and one.correct] for made in (old, new))
+    before, after = ({int(one.sample_id[:16], 16) for one in each} for each in chains)
+    first, second = (load_selection(RunFolder(one.run).selection_path("distill")).key_R for one in (march, june))
+    assert set(first.tolist()) == before
+    assert after <= set(second.tolist()) <= before | after
+    assert len(set(second.tolist()) & before) < len(before) / 2
