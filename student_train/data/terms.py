@@ -78,22 +78,24 @@ def write_terms(path: Path, selection: Selection, config: TermsConfig) -> None:
     Raises ConfigError for a file, SQL or term that cannot be used, and where no chain holds a term; CorruptError.
     """
     common = tuple(_common_terms(config))
-    own = {} if config.sql is None else _own_terms(selection, config.sql)
+    known = {_plain(term, config.match_case) for term in common}
+    own = {
+        key: tuple(term for term in terms if _plain(term, config.match_case) not in known)
+        for key, terms in (_own_terms(selection, config.sql) if config.sql is not None else {}).items()
+    }
     offsets_R = token_offsets(selection)
     found = _Found()
     with atomic_path(path) as temp:
         marks_T = new_numbers(temp, np.uint8, int(offsets_R[-1]))
         for row, text in CompletionTexts(selection, "data.terms").read("mark terms"):
-            terms = common + own.get(int(selection.key_R[row]), ())
-            if terms:
-                mine_T = marks_T[offsets_R[row] : offsets_R[row + 1]]
+            mine_T = marks_T[offsets_R[row] : offsets_R[row + 1]]
+            # Apart: joined to a chain's own terms, a list of thousands would be compiled again for each chain.
+            for terms in filter(None, (common, own.get(int(selection.key_R[row]), ()))):
                 for match in _pattern_of(terms, config.match_case, config.whole_words).finditer(text.text):
                     mine_T[text.tokens_of(*match.span())] = 1
                     found.add(_plain(match[0], config.match_case), row, text, match)
         marks_T.flush()
-        asked = {
-            _plain(term, config.match_case) for term in (*common, *(one for terms in own.values() for one in terms))
-        }
+        asked = known | {_plain(term, config.match_case) for terms in own.values() for term in terms}
         if not found.counts:
             raise ConfigError(
                 f"data.terms: none of {len(asked)} terms occurs in the {selection.num_chains} selected chains: check "
