@@ -98,12 +98,14 @@ class FakeEngine:
             return request.failure("refused", message)
         given = request.completion_token_ids
         if given is not None:
+            # Seeded by the tokens, so that a chain that is scored twice gets the same numbers.
             capture = self._capture(np.random.default_rng(list(given)), len(given), ends=False, given=given)
             self._num_tokens += len(given)
             return Finished(request, capture, "scored")
         # From the request alone, so that a chain is the same in every batch, worker and resumed build.
         rng = np.random.default_rng(request.seed)
         room = min(request.max_tokens, self.info.max_model_len - len(request.prompt_token_ids))
+        # A lognormal's mean is exp(mu + sigma^2 / 2), here 1: lengths have the mean that was asked for.
         wanted = max(1, int(self._mean_tokens * rng.lognormal(-0.125, 0.5)))
         stops = wanted <= room
         capture = self._capture(rng, min(wanted, room), ends=stops)
@@ -121,6 +123,7 @@ class FakeEngine:
         logprobs_TK = _logprobs(rng, num_tokens, self._k)
         probs_TK = np.exp(logprobs_TK.astype(np.float64))
         drawn_T = (np.cumsum(probs_TK, axis=1) < rng.random(num_tokens)[:, None]).sum(axis=1)
+        # The candidates' mass ends below 1; a draw beyond it becomes the last candidate.
         column_T = np.minimum(drawn_T, self._k - 1)
         if ends:
             # A chain that stops has sampled the end-of-sequence token, which stands first.
@@ -184,6 +187,7 @@ def _contexts(vocab_size: int, num_places: int) -> Int32:
     """Ids [C, P], distinct within a context. Small ids are more frequent, as in tokenizers ordered by frequency."""
     rng = np.random.default_rng(0)
     weights = 1.0 / (np.arange(vocab_size) + 10.0)
+    # The smallest of exponentials divided by weights are a draw by weight without replacement.
     keys = rng.exponential(size=(NUM_CONTEXTS, vocab_size)) / weights
     return np.argpartition(keys, num_places, axis=1)[:, :num_places].astype(np.int32)
 

@@ -25,6 +25,7 @@ class TokenArrays:
     def __init__(self, k: int) -> None:
         self._width = k + 1
         self._blocks: list[tuple[Int32, Float32, Int32]] = []
+        # As if a block were full: the first append makes the first one.
         self._used = BLOCK_TOKENS
         self._num_tokens = 0
 

@@ -279,6 +279,7 @@ def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None
         _copy_checked(source.verdicts.path_of(file), temp)
         if others:
             temp, num_rows = _without(temp, verdict_temp(target.verdicts, COPIER), others)
+        # Without those rows it may be a file that an earlier copy has made already.
         if not num_rows or sha256_of(temp)[:HASH_CHARS] in known:
             temp.unlink()
             continue

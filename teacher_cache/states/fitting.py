@@ -33,6 +33,7 @@ def fit_codec(
     mean_D = states_ND.mean(axis=0, dtype=np.float64)
     centred_ND = states_ND.astype(np.float64) - mean_D
     root_DD = np.eye(len(mean_D)) if metric_DD is None else _root(metric_DD)
+    # The principal components of x L lose least in the metric L L'.
     weighted_ND = centred_ND @ root_DD
     _, vectors_DD = np.linalg.eigh(weighted_ND.T @ weighted_ND)
     # eigh sorts by rising eigenvalue.
@@ -64,6 +65,7 @@ def head_metric(
         logits_NV = logits_of(states_ND[first : first + 64], weight_VD, logit_scale, softcap, bias_V)
         probs_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True))
         probs_NV /= probs_NV.sum(axis=1, keepdims=True)
+        # The slope 1 - tanh^2, read off logits that are cap tanh(z / cap).
         slope_NV = 1.0 if softcap is None else 1.0 - np.square(logits_NV / np.float32(softcap))
         sum_V += (probs_NV * np.square(slope_NV)).sum(axis=0)
         means_ND.append((probs_NV * slope_NV) @ weight_VD)

@@ -123,6 +123,7 @@ def to_numpy(tensor: "torch.Tensor") -> Any:
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
+    # numpy has no bfloat16.
     return bfloat16_bits(tensor.float().numpy()) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 

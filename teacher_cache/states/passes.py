@@ -236,6 +236,7 @@ class FeaturesPass:
             self._report(done, out, time.monotonic() - started_s)
             progress.update(self._num_done(num_before, num_total, done, out), done.num_tokens, self._notes(done))
 
+        # Left in reverse: encoding saves its last batch into `out`, which then commits, and both show progress.
         with (
             Progress("features", num_total, "chains", done_before=num_before) as progress,
             _Output(self, opened) as out,
@@ -303,6 +304,7 @@ class FeaturesPass:
                         path = lock_path(self.config.cache, self.set_id, worker)
                         abandoned_s = stack.enter_context(worker_lock(path, 0.0))
                     except CacheConflict:
+                        # Its worker runs and will register them itself.
                         continue
                 num_rows += Committer(self.table, self._visible, self.set_id, worker).recover(abandoned_s)
         if num_rows:
@@ -351,6 +353,7 @@ class _Encoding:
                 self.flush()
 
     def add(self, unit: Unit, batch: Sequence[ChainTokens], states: Sequence[States]) -> None:
+        # One batch at a time: waiting here bounds the states in memory.
         self.flush()
         rows = [self._pool.submit(self._opened.encoded, *one) for one in zip(batch, states, strict=True)]
         self._pending = unit, batch, rows

@@ -90,6 +90,7 @@ def plan_units(
         layers_bytes = len(wanted.layers) * vector_token_bytes(shape.hidden_size, layers.rank, layers.bits)
     num_heads = 0
     if attention is not None:
+        # Rounded like the heads that sets.py chooses.
         num_heads = len(wanted.attention) * max(1, math.ceil(attention.keep_frac * shape.num_heads - 1e-9))
     frac = config.tokens.entropy_frac
     vector_bytes = hidden_bytes + layers_bytes + (0.0 if frac is None else POSITION_BYTES)

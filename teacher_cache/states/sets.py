@@ -138,6 +138,7 @@ def create_set(
     if is_locked(lock):
         note(f"waiting for the worker that fits the set {set_id}")
     with worker_lock(lock, FIT_WAIT_S):
+        # Another worker may have written it while this one waited for the lock.
         found = find_set(catalog, set_id)
         if found is not None:
             return found

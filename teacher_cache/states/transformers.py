@@ -134,6 +134,7 @@ class _Seen:
     def picked(self, states_BLD: "torch.Tensor") -> list[Any]:
         """The rows of each chain's queries, float32 on the CPU."""
         return [
+            # numpy has no bfloat16, so float32 comes first.
             states_BLD[row, chain.query_P.astype(np.int64)].float().cpu().numpy()
             for row, chain in enumerate(self.chains)
         ]
@@ -167,6 +168,7 @@ def _attended(weights_HLK: "torch.Tensor", chain: ChainTokens, num_keys: int) ->
     kept = min(num_keys, num_inputs)
     best = weights_PHK.topk(kept, dim=-1)
     keys_PHM = torch.where(best.values > 0, best.indices, 0)
+    # xlogy is 0 at 0, where w log w would be nan; masked keys have weight 0.
     entropy_PH = -torch.special.xlogy(weights_PHK, weights_PHK).sum(dim=-1)
     # Relative to the entropy of looking everywhere alike, or late queries would decide alone.
     relative_PH = entropy_PH / torch.log(query_P.float() + 1).clamp(min=1e-6)[:, None]

@@ -109,6 +109,7 @@ class Committer:
 
         Raises CacheConflict if others keep committing for minutes.
         """
+        # Published first: a log that names a file which is not there yet would break every reader.
         return self._commit(self.publish(temp, len(sample_ids)), sample_ids)
 
     def publish(self, temp: Path, num_rows: int) -> DataFile:
@@ -222,6 +223,7 @@ def replace_file(table: Table, committer: Committer, old: DataFile, temp: Path, 
 
     The file's rows must be among those of `old`, which stays on disk for older versions.
     """
+    # Once, outside of the attempts: a lost race does not change which rows replace `old`.
     new = committer.publish(temp, num_rows)
 
     def attempt() -> bool:
@@ -302,6 +304,7 @@ def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # An object store has no locks: a local file then separates at least the processes of one machine.
+    # Never removed: a process that waits for a removed file would get a lock that nobody else can see.
     with (spool(path.parent) / path.name).open("a") as stream:
         deadline_s = time.monotonic() + wait_s
         while (abandoned_s := _try_lock(stream, path)) is None:
@@ -310,6 +313,7 @@ def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
                     f"another process builds as this worker ({path} is locked): wait for it, or start all of them with "
                     "--join"
                 )
+            # flock has no timeout, so waiting for it is polling.
             time.sleep(0.1)
         yield abandoned_s if isinstance(path, Path) else NO_LOCKS_GRACE_S
 

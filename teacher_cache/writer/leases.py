@@ -70,6 +70,7 @@ class Leases:
         self.folder, self.worker = folder, worker
         self._on_takeover = on_takeover
         self._own: dict[str, Location] = {}
+        # In the past by LIST_S, so that the first question lists the folder whatever the monotonic clock says.
         self._listed_s = -LIST_S
         self._files: dict[str, list[Location]] = {}
         # By the lease's path. A lease never changes, so each is read once.
@@ -91,6 +92,7 @@ class Leases:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        # Joined before the heartbeat is removed: a late beat would write it again.
         self._thread.join()
         # What cannot be given back expires.
         with contextlib.suppress(OSError, StillroomError):
@@ -150,6 +152,7 @@ class Leases:
 
     def report(self, **state: Any) -> None:
         """What the next heartbeat says; also shows that this worker does not hang."""
+        # One assignment of a frozen state: the heartbeat's thread reads the old one or the new one, never a mixture.
         self._state, self._reported_s = self._state.model_copy(update=state), time.monotonic()
 
     def _list(self) -> None:
@@ -171,6 +174,7 @@ class Leases:
             try:
                 self._holders[path] = path.read_bytes().decode("utf-8", "replace")
             except FileNotFoundError:
+                # Given back since the listing. Nobody has the empty name, so the part counts as free.
                 return ""
         return self._holders[path]
 
@@ -182,6 +186,7 @@ class Leases:
         if worker and worker in self._silent_s:
             self._on_takeover(worker)
             self._heartbeat_path(worker).unlink(missing_ok=True)
+            # Several parts of one dead worker are taken over one by one; `on_takeover` is for the first.
             del self._silent_s[worker]
 
     def _beat_on(self) -> None:
@@ -196,6 +201,7 @@ class Leases:
                 if not has_warned:
                     warn(f"no progress for {STALL_S / 60:.0f} minutes: other workers take over the parts of this one")
                     has_warned = True
+                # Not ended: an engine that steps again after all gets its heartbeat back.
                 continue
             try:
                 self._beat()

@@ -75,6 +75,7 @@ class ShardFile:
         """Writes the last row group and the footer."""
         self._flush()
         self._writer.close()
+        # Kept because a closed stream has no position to ask for.
         self._closed_bytes = self._stream.tell()
         self._stream.close()
 

@@ -144,6 +144,7 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Json]:
             continue
         is_stream = is_stream or waiting.lstrip().startswith(STREAM_FIELDS)
         if not is_stream:
+            # Read on, so that the error can quote the page or JSON that came instead of a stream.
             if len(waiting) < MAX_BODY_BYTES:
                 continue
             break

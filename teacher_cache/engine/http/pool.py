@@ -149,6 +149,7 @@ class Endpoint:
         except BaseException as error:
             # The chain will be retried, so its tokens were not progress.
             self.num_tokens -= rows.num_tokens
+            # For a status before the first token, "after 0 tokens" would add nothing.
             if isinstance(error, Unavailable) and error.was_sent and (error.status is None or rows.num_tokens):
                 raise error.after(rows.num_tokens, time.monotonic() - started_s) from error
             raise
@@ -164,6 +165,7 @@ class Endpoint:
 
     async def _with_ranks(self, served: Served, request: Request, capture: Capture) -> Capture:
         """/v1/completions reports no rank of a token outside the candidates: scoring the chain gives those."""
+        # A chain with NaN fails in `_outcome`: scoring it would cost a prefill for nothing.
         unknown_T = (capture.sampled_rank_T == UNKNOWN_RANK) & ~np.isnan(capture.sampled_logprob_T)
         if not unknown_T.any():
             return capture
@@ -237,6 +239,7 @@ class EndpointPool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Connections last: a cancelled task still closes its stream on the way out.
         for endpoint in self._endpoints:
             await endpoint.http.__aexit__(None, None, None)
 
@@ -268,6 +271,7 @@ class EndpointPool:
     def raise_if_lost(self) -> None:
         """Raises StillroomError if no endpoint was usable for `give_up_minutes`."""
         since_s = self._none_since_s
+        # An overloaded endpoint that still works on chains is slow, not lost.
         if any(one.is_up or (one.is_busy and one.num_in_flight) for one in self._endpoints):
             return
         if since_s is None or time.monotonic() - since_s < 60 * self._config.give_up_minutes:

@@ -48,6 +48,7 @@ def _free_ids(tokens: Tensor, num: int) -> Tensor:
     taken_NA = torch.zeros((len(tokens), num_ids + 1), dtype=torch.uint8, device=tokens.device)
     # Those beyond A, which nobody wants, fall on one more.
     taken_NA.scatter_(1, tokens.long().clamp_(max=num_ids), 1)
+    # Free ids are zeros and sort first; a stable sort keeps them ascending.
     return taken_NA[:, :num_ids].argsort(dim=1, stable=True)[:, :num].int()
 
 
@@ -83,6 +84,7 @@ class Batch:
         """
         assert len(logits_NV) == len(self)
         groups = self._groups()
+        # The usual batch, of one build: nothing is gathered or scattered.
         if len(groups) == 1:
             return self._group(*groups.popitem(), logits_NV, sampled_N, width, plain)
         result = Rows(
@@ -126,6 +128,7 @@ def asked_of(extra_args: Mapping[str, Any] | None, width: int | None, seed: int 
     if width is None or not extra_args or TOP not in extra_args:
         return None
     try:
+        # A tuple, because `_parsed` is cached by its arguments: runners ask again at every step.
         taus = tuple(extra_args.get(TEMPERATURES) or ())
         return _parsed(extra_args[TOP], extra_args.get(DRAWS) or 0, taus, extra_args.get(MAPPED), width, seed)
     except TypeError:

@@ -70,6 +70,7 @@ def _sampled_batch(runner: Any, num_rows: int, spec_decode_metadata: Any) -> Bat
     if not any(asked):
         return None
     if spec_decode_metadata is None:
+        # Of the tokens that a request has in this step, the last one's logits are sampled from.
         last = runner.query_start_loc.gpu[1 : len(asked) + 1] - 1
     else:
         last = spec_decode_metadata.logits_indices

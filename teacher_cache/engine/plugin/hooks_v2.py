@@ -118,6 +118,7 @@ def _plain(logits_NV: Tensor, sampled_N: Tensor, num_logprobs: int) -> Rows:
 
 def _add_request_noted(self: Any, req_idx: int, sampling_params: Any) -> None:
     asked = asked_of(sampling_params.extra_args, sampling_params.logprobs, sampling_params.seed)
+    # Also where nothing is asked: a slot that is used again must forget its last request.
     _asked_by_slot.setdefault(self, {})[req_idx] = asked
     _add_request(self, req_idx, sampling_params)
 

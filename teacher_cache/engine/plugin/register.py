@@ -26,6 +26,7 @@ def register() -> str | None:
     if reason is None:
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+        # A second call in one process must not wrap the wrapper, which would call itself.
         if WorkerWrapperBase.init_device is not _init_device_with_signals:
             _unwrapped.append(WorkerWrapperBase.init_device)
             WorkerWrapperBase.init_device = _init_device_with_signals  # type: ignore[method-assign]

@@ -125,6 +125,7 @@ def _chunk_rows(logits_NV: Tensor, sampled_N: Tensor, layout: Layout, uniforms_N
     log_total_N1 = total_N1.log()
     # -sum p log p with p = weight / total and log weight = log2 · ln 2, all terms of one sign.
     mean_log_N = torch.linalg.vecdot(weights_NV, log2_NV) / LOG2_E / total_N1[:, 0]
+    # Where one token has all the mass, rounding can leave the difference just below 0.
     scalars = [(log_total_N1[:, 0] - mean_log_N).clamp_(min=0.0)]
     ids, logits = [sampled_N1, top_ids_NK], [sampled_logits_N1, top_logits_NK]
     if uniforms_NM is not None:
