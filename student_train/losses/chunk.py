@@ -77,6 +77,7 @@ def chunk_losses(
             is_negative_N=targets.is_negative_N,
             pairs=targets.pairs if isinstance(targets.pairs, Paired) else None,
         )
+        # One column for each exact loss, in the order in which the mix lists them.
         from_exact = iter(() if exact is None else exact.nats_CJ.unbind(dim=1))
         values = [next(from_exact) if term.needs_hidden else term.nats(seen) for term in mix.terms]
         applied = [_where_it_applies(term, value_C, seen, mix) for term, value_C in zip(mix.terms, values, strict=True)]

@@ -55,6 +55,7 @@ NO_MASS = -1.0e4
 """Log probability of nothing. Finite on purpose: exp() of it is exactly 0 in float32 and float64, and 0 * (NO_MASS -
 NO_MASS) is 0 where 0 * (inf - inf) would be nan, so no divergence needs a mask."""
 
+# Nats. exp(30) is finite in float32, and beyond it t log(1 + x/t) no longer differs from x (see JSD.drawn_nats).
 MAX_LOG_RATIO = 30.0
 
 MIN_SURPRISAL = 1.0e-6
@@ -331,6 +332,7 @@ class Divergence(HeadLoss):
         if self.tail == "renormalise":
             mass_N1 = teacher_NK.logsumexp(dim=1, keepdim=True)
             # A token without support has no mass to rescale, and teaches nothing.
+            # Its log-sum-exp is NO_MASS + log K, so the threshold lies well above NO_MASS.
             return self.between((teacher_NK - mass_N1).where(mass_N1 > NO_MASS / 2, NO_MASS), student_NK)
         if self.tail == "bucket" or seen.draws is None:
             return self.between(seen.teacher_NB, seen.student_NB)
@@ -614,6 +616,7 @@ def _odds(share: float) -> float:
 
 
 def _softplus(x_NM: Tensor) -> Tensor:
+    # Imported late for the same reason as Tensor above.
     from torch.nn.functional import softplus
 
     return softplus(x_NM)

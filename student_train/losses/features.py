@@ -142,6 +142,7 @@ def feature_sums(
 
     Every rank calls every projection, whether or not it has features: ZeRO 3 gathers there.
     """
+    # In float32 whatever autocast encloses this, as for the losses on the head.
     with torch.autocast(targets.weights_P.device.type, enabled=False):
         sums = [_sum(term, recorded, targets, document_lengths, projections) for term in terms]
     loss_sum = torch.stack([term.weight * one for term, one in zip(terms, sums, strict=True)]).sum()
@@ -227,6 +228,7 @@ def attention_nats(
     values = [0.0 * query_ALE[:, :0].float().sum(dim=(0, 2))]
     starts = accumulate(document_lengths, initial=0)
     rows = accumulate(targets.counts, initial=0)
+    # `starts` and `rows` have one entry more than there are documents.
     for start, length, row, count in zip(starts, document_lengths, rows, targets.counts, strict=False):
         if count:
             own = slice(row, row + count)
@@ -277,6 +279,7 @@ def _log(probability: Tensor) -> Tensor:
 def _in_blocks(block: Callable[..., Tensor], num_rows: int, numbers_per_row: int, *inputs: Tensor) -> Tensor:
     """`block(first, stop, *inputs)` for all rows; its matrices are freed and computed again in the backward pass."""
     step = max(1, BLOCK_NUMBERS // numbers_per_row)
+    # Blocks draw nothing at random, so there is no generator state to restore before they run again.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.cat(
         [

@@ -59,6 +59,7 @@ def _probe(causal: Any) -> LogitMap:
     hidden_LH = _hidden(causal)
     head_input_LH, z_V, logits_LV = _run(causal)
     hidden_scale = _ratio(head_input_LH, hidden_LH, causal)
+    # Every token's head output was the same z, so rows that differ have another cause.
     if not torch.equal(logits_LV, logits_LV[:1].expand_as(logits_LV)):
         raise _refused(causal, "its logits depend on more than the head's output")
     return _fit(causal, hidden_scale, z_V, logits_LV[0])
@@ -124,6 +125,7 @@ def _ratio(head_input_LH: Tensor, hidden_LH: Tensor, causal: Any) -> float:
     found = float((input_LH * given_LH).sum() / given_LH.square().sum())
     scale = _exact(causal, found, head_input_LH.dtype)
     error = float((input_LH - scale * given_LH).abs().max() / input_LH.abs().max())
+    # Not `error >= ...`: nan must be refused too.
     if not error < _tolerance(hidden_LH.dtype):
         raise _refused(causal, f"its head does not read the decoder's last hidden states (difference {error:.1e})")
     return scale
@@ -156,6 +158,7 @@ def _fit(causal: Any, hidden_scale: float, z_V: Tensor, logits_V: Tensor) -> Log
 
 def _exact(causal: Any, found: float, dtype: torch.dtype) -> float:
     """The number of the configuration, or its inverse, or the ratio of two, that was measured as `found`."""
+    # A pass of the model measures with rounding; a configuration holds the exact number.
     numbers = list(dict.fromkeys([1.0, *_numbers(causal.config.to_dict())]))
     for known in (numbers, [1.0 / one for one in numbers], [one / other for one in numbers for other in numbers]):
         nearest = min(known, key=lambda one: abs(one - found))

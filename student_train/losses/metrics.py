@@ -80,6 +80,7 @@ def _chunk_metrics(logits_CV: Tensor, targets: SparseTargets) -> Tensor:
         has_teacher_C = in_support(targets).any(dim=1)
         # Column 0 is rank 0, the teacher's most likely token.
         agreement_C = (top_id_C == targets.ids_NK[:, 0]).to(logits_CV.dtype)
+        # After all other reads: it consumes the logits.
         values_CJ, _ = chunk_losses(logits_CV, targets, _MIX, with_gradient=False)
         cross_entropy_C, *divergences = values_CJ.unbind(dim=1)
         compared = [cross_entropy_C]

@@ -109,6 +109,7 @@ class ChainPairs:
         """With each pair's margin; `sampled_N` and `start_N` are what student and start give the tokens that came."""
         sign_N = self.sign_N.to(sampled_N.dtype)
         zeros_N = torch.zeros_like(sampled_N)
+        # Outside of pairs the start may be nan, which a sign of 0 would not remove.
         moved_N = (sign_N * (sampled_N - start_N.to(sampled_N.dtype))).where(sign_N != 0.0, 0.0)
         # Sum over both chains of a pair, given back to each of its tokens.
         margin_N = zeros_N.index_add(0, self.ids_N, moved_N)[self.ids_N]

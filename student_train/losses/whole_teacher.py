@@ -101,6 +101,8 @@ def exact_values(
         log_p_XW = whole.head.logits(whole.hidden_PD[first : first + slice_tokens], logits_CV.dtype)
         log_p_XW = log_p_XW.div_(whole.temperature).log_softmax(dim=1)
         with torch.set_grad_enabled(with_gradient):
+            # index_select copies: the leaf must not share memory with the logits, which the sparse losses overwrite
+            # next.
             leaf_XV = logits_CV.index_select(0, rows_X).requires_grad_(with_gradient)
             sides = _one_vocabulary(log_p_XW, (leaf_XV / whole.temperature).log_softmax(dim=1))
             # Gradients of soft targets shrink by 1/tau^2 (Hinton et al., arXiv 1503.02531).
