@@ -75,12 +75,14 @@ def cut_chains(num_prompt_R: Int32, num_tokens_R: Int32, limit: int, policy: Lon
     completion token drops the chain, except under `split`, where every completion token keeps a loss: later pieces
     repeat the tokens just before them, an eighth of the limit, as context.
     """
+    # In int64: a prompt and a completion that each fit int32 need not fit it together.
     prompt_R, total_R = num_prompt_R.astype(np.int64), num_prompt_R.astype(np.int64) + num_tokens_R
     long_R = total_R > limit
     if policy == "split":
         pieces = _split(prompt_R, total_R, limit)
         num_cut = int(long_R.sum())
         return _pieces(*pieces, LongChainCounts(num_cut, 0, 0, num_cut, 0))
+    # A prompt that fills the limit leaves no loss token.
     kept_R = ~long_R if policy == "skip" else prompt_R < limit
     row_P = np.flatnonzero(kept_R)
     stop_P = np.minimum(total_R, limit)[row_P]
@@ -316,6 +318,7 @@ def _interleave(item_I: Int32, lanes: Sequence[tuple[Int64, Int64]]) -> EpochPla
     sizes = np.concatenate([sizes for _, sizes in lanes])
     lane = np.repeat(np.arange(len(lanes)), [len(sizes) for _, sizes in lanes])
     turn = np.concatenate([np.arange(len(sizes)) for _, sizes in lanes])
+    # lexsort's last key counts first: by turn, then by lane.
     order = np.lexsort((lane, turn))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -370,6 +373,7 @@ class EpochPlans:
             copies_R = repeat_counts(selection.cache_G[selection.group_R], weights, self.spec.seed, epoch)
             plan = plan_epoch(self.pieces, selection.group_R, copies_R, self.spec, epoch)
             # The number of packs stays when a plan goes: `total_packs` asks for every epoch.
+            # The older one goes: a batch spans two epochs at most, and `total_packs` counts upwards.
             if len(self._plans) == MAX_KEPT_PLANS:
                 del self._plans[min(self._plans)]
             self._plans[epoch] = plan

@@ -121,6 +121,7 @@ def pack_features(pieces: Sequence[PieceFeatures], wanted: StageFeatures) -> Pac
     for piece in pieces:
         stored = piece.row
         positions_P = np.zeros(0, np.int32) if stored is None else stored.positions_P
+        # Positions ascend, so the piece's loss tokens are one slice of them.
         first, last = map(int, np.searchsorted(positions_P, [piece.start, piece.stop]))
         counts.append(last - first)
         if stored is None or first == last:
@@ -134,6 +135,7 @@ def pack_features(pieces: Sequence[PieceFeatures], wanted: StageFeatures) -> Pac
     def joined(arrays: list[Float32]) -> Float32:
         return np.concatenate(arrays) if arrays else np.zeros((0, 0), np.float32)
 
+    # concatenate fails without any array, as where no piece has features.
     is_whole_P = np.concatenate([*is_whole, np.zeros(0, np.float32)])
     return PackFeatures(
         places_P=np.concatenate([*places, np.zeros(0)]).astype(np.int32),
@@ -208,6 +210,7 @@ def stage_features(mix: LossMix, selection: Selection, sets: Sequence[FeatureSet
             f"feature sets {', '.join(one.set_id for one in known)} differ in teacher, layers or heads: choose sets "
             "that agree with data.caches.features"
         )
+    # Sets that agree this far differ in scales and bases alone, so any of them stands for all.
     if mix.reads_hidden and not known[0].stores_hidden:
         raise ConfigError(f"tail: exact needs last hidden states, which {_stored(known[0])}")
     pairs = {
@@ -254,6 +257,7 @@ def evenly_spaced(layers: Sequence[int], num_teacher: int, num_student: int, fir
 
     Of 24 layers to 6, layers 4, 12 and 20 (counted from 1) stand beside 1, 3 and 5.
     """
+    # Depths are compared counted from 1, whatever number the first layer has.
     return [(layer, max(1, round((layer + 1 - first) * num_student / num_teacher)) - 1 + first) for layer in layers]
 
 

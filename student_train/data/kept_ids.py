@@ -60,12 +60,14 @@ def read_kept_ids(model: str) -> KeptIds | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = KeptIds(content["tokenizer_fingerprint"], content["kept"], bool(content["has_all_stored"]))
+        # Unpacked here once, so that a damaged file is named now and not by the first pack.
         ids_of(kept.packed)
     except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise CorruptError(f"{path} is not what `student-train init` wrote: {error}") from error
     return kept
 
 
+# By the string itself: otherwise each row group would unpack it again.
 @functools.lru_cache(maxsize=4)
 def ids_of(packed: str) -> Int32:
     """The cache's id of each of the student's, ascending [K]."""
@@ -77,6 +79,7 @@ def ids_of(packed: str) -> Int32:
 def _new_ids(packed: str, num_ids: int) -> Int32:
     """The student's id of each of the cache's, -1 for removed ones [V]."""
     ids_K = ids_of(packed)
+    # Sized for the ids that come too: a cache may hold ids above the last kept one.
     new_V = np.full(max(num_ids, int(ids_K[-1]) + 1), -1, np.int32)
     new_V[ids_K] = np.arange(len(ids_K), dtype=np.int32)
     return new_V
@@ -102,6 +105,7 @@ def map_signals(packed: str, signals: Signals) -> Signals:
     if is_kept_N.all():
         return replace(signals, topk_ids_N=new_N, draws=draws)
     token_N = np.repeat(np.arange(len(signals.topk_n_T)), signals.topk_n_T)
+    # In float64: many small masses join a tail that may itself be tiny.
     removed_T = np.bincount(
         token_N[~is_kept_N], np.exp(signals.topk_logprobs_N[~is_kept_N].astype(np.float64)), len(signals.topk_n_T)
     )
@@ -109,6 +113,7 @@ def map_signals(packed: str, signals: Signals) -> Signals:
         tail_T: Float32 = np.log(np.exp(signals.tail_logmass_T.astype(np.float64)) + removed_T).astype(np.float32)
     return replace(
         signals,
+        # minlength: a token that loses its whole support stays, as nothing but a tail.
         topk_n_T=np.bincount(token_N[is_kept_N], minlength=len(signals.topk_n_T)).astype(np.int32),
         topk_ids_N=new_N[is_kept_N],
         topk_logprobs_N=signals.topk_logprobs_N[is_kept_N],

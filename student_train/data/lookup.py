@@ -75,6 +75,7 @@ class ChainIndex:
         places_R = np.searchsorted(self._key_A, keys_R)
         if not len(self._key_A):
             return np.full(len(keys_R), -1, np.int64)
+        # For a key above all others searchsorted gives a place past the end.
         held_R = self._key_A[np.minimum(places_R, len(self._key_A) - 1)] == keys_R
         return np.where(held_R, places_R, -1).astype(np.int64)
 
@@ -83,6 +84,7 @@ class ChainIndex:
         asked = np.flatnonzero(places_R >= 0)
         at = places_R[asked]
         file_R, group_R = self._file_A[at], self._group_A[at]
+        # By file and row group, so that each row group is read once in a call.
         order = np.lexsort((group_R, file_R))
         starts = np.flatnonzero(_changes(file_R[order]) | _changes(group_R[order]))
         for part in np.split(order, starts[1:]) if len(order) else []:

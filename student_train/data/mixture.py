@@ -43,6 +43,7 @@ def mix(teachers: Sequence[Signals], weights: Sequence[float], generator: np.ran
     mass_E = np.concatenate(
         [share * np.exp(one.topk_logprobs_N, dtype=np.float64) for share, one in zip(shares, teachers, strict=True)]
     )
+    # Token and id as one number that sorts by both: ids are below 2^31.
     key_U, entry_E = np.unique(token_E << 32 | id_E, return_inverse=True)
     mass_U = np.bincount(entry_E, mass_E, len(key_U)).astype(np.float64)
     tail_T = _total(
@@ -68,6 +69,7 @@ def _all_draws(teachers: Sequence[Signals], shares: Float64) -> tuple[Int64, Int
     """Token, id, mass that it stands for and log probability in the mixture, of each draw of each teacher."""
     num_tokens = len(teachers[0].topk_n_T)
     tokens, ids, masses, probs = [], [], [], []
+    # A token without draws has its mass repeated no times; the 1 only avoids a division by 0.
     for share, one in zip(shares, teachers, strict=True):
         found = one.draws if one.draws is not None else Draws.none(num_tokens)
         tokens.append(np.repeat(np.arange(num_tokens), found.n_T))
@@ -109,6 +111,7 @@ def _resampled(
     if not width:
         return Draws.none(num_tokens)
     _, mass_TM = ragged_to_dense(n_T, id_D[order].astype(np.int32), mass_D[order].astype(np.float32), width)
+    # Padding is -inf, as for log probabilities; a mass of nothing is 0.
     mass_TM = np.where(np.isfinite(mass_TM), mass_TM, 0.0).astype(np.float64)
     chosen = []
     for start in range(0, num_tokens, RESAMPLED_TOGETHER):
@@ -150,6 +153,7 @@ def _signals(
         topk_ids_N=(key_U & 0xFFFFFFFF)[order].astype(np.int32),
         topk_logprobs_N=logprob_U[order].astype(np.float32),
         tail_logmass_T=tail_logmass_T.astype(np.float32),
+        # About float32's smallest number above 0, so that the log is finite.
         sampled_logprob_T=np.log(np.maximum(_total(said), 1e-45)).astype(np.float32),
         sampled_rank_T=teachers[0].sampled_rank_T,
         entropy_T=entropy_T.astype(np.float32),

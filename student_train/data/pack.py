@@ -261,6 +261,7 @@ def to_torch(
     features: FeatureView | None = None,
 ) -> TorchPack:
     """The pack as tensors on `device`, with its features if a view is given. An empty one gets a token of weight 0."""
+    # Imported late: plans and streams work on numpy and must not wait for torch.
     import torch
 
     from student_train.losses.targets import SparseTargets, TailDraws, TextChunks

@@ -102,6 +102,7 @@ def open_prepared_selection(
                 "folder"
             )
         return selection
+    # Kept, so that a call that goes on finds the chains it began with in a cache that has grown.
     source = open_selection(path.with_name(f"{path.stem}.source.parquet"), request)
     maker = PreparedRows(source, data, student, pairing, identity)
     made = retokenise(path, source, maker)
@@ -160,6 +161,7 @@ class PreparedRows:
         versions = [] if self._mixture is None else self._mixture.versions
         self.identity = (identity, source.header.hash, versions)
         self._prompts = None if data.prompt is None else _Prompts(source, data.prompt, student)
+        # One path a file: its first row group stands for it.
         own = _limits_of(source.path_of(int(group)) for group in np.unique(source.file_G, return_index=True)[1])
         # Draws that not every shard holds are dropped; a shard may hold more than the fewest.
         own = replace(own, draws=own.draws if source.header.draws else 0)
@@ -194,6 +196,7 @@ class PreparedRows:
         if self._pairing is not None:
             rows = [pair for chain in chains if (pair := self._pair(chain)) is not None]
             counts["pairs"] = len(rows)
+            # Over all row groups, a pair takes a right and a wrong chain.
             counts["unpaired"] = len(chains) - 2 * len(rows)
         schema = self.schema(header)
         return _table(rows).select(schema.names).cast(schema), counts
@@ -303,6 +306,7 @@ class _Mixture:
         is_reached = [False] * len(found)
         for index, weights in self._others:
             weight_R = np.array(weights.of(keys_R))
+            # Where a teacher has no weight, its shards are not read.
             places_R = np.where(weight_R > 0, index.find(keys_R), -1)
             for rows, signals in self._read(index, places_R, num_tokens):
                 found[rows].append((signals, float(weight_R[rows])))

@@ -193,6 +193,7 @@ class _File:
 
 
 def _file(folder: Path, source: Selection, groups: Int64, maker: Rows) -> _File:
+    # Row groups of a file have consecutive numbers, so their rows are those in between.
     rows = np.flatnonzero((source.group_R >= groups[0]) & (source.group_R <= groups[-1]))
     target = folder / f"{source.cache_G[groups[0]]}-{source.path_of(groups[0]).stem}.parquet"
     return _File(target, groups, rows, stable_hash(*maker.identity, source.key_R[rows].tolist()))
@@ -226,6 +227,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _write_file(file: _File, source: Selection, maker: Rows) -> None:
     shard, header = open_shard(source.path_of(file.groups[0]))
+    # Opened for the header alone, which says what signal columns there are to read.
     shard.close()
     columns = list(dict.fromkeys([*maker.columns, *(signal_columns(header) if maker.with_signals else [])]))
     metadata = {TEXT_METADATA_KEY: file.request_hash.encode(), **maker.metadata(header)}
@@ -247,6 +249,7 @@ def _write_file(file: _File, source: Selection, maker: Rows) -> None:
 def _rows_of(target: Path, source: Selection, rows: Int64) -> pa.Table:
     """Rows of a selection (SCHEMA) for the chains in `target`; `rows` are those of `source` it was made from."""
     try:
+        # With checksums, because the file may come from an earlier call.
         with pq.ParquetFile(target, page_checksum_verification=True) as file:
             sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
             table = file.read(columns=["sample_id", "prompt_token_ids", "token_ids"])

@@ -329,6 +329,7 @@ class RowBuffer:
     def _has_room(self) -> bool:
         """Whether one more block fits; their size is known once the first one is loaded."""
         expected_bytes = self.num_bytes + (len(self._loading) + 1) * self._largest_bytes
+        # Until a block is loaded its size is unknown, and nothing is read ahead.
         return self._largest_bytes > 0 and expected_bytes <= self._budget_bytes
 
     def _wait_for(self, group: int) -> RowBlock:

@@ -239,6 +239,7 @@ def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selec
     if not path.exists():
         raise DataError(f"{path} does not exist: a run freezes its selection when it starts")
     try:
+        # `file` as a dictionary: one path stands in very many rows.
         with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["file"]) as file:
             header = SelectionHeader.model_validate_json((file.schema_arrow.metadata or {})[METADATA_KEY])
             if header.format_version > SELECTION_FORMAT:
@@ -270,9 +271,11 @@ def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
         fixed = array.cast(pa.binary()).cast(pa.binary(ID_CHARS))
     except pa.ArrowException as error:
         raise CorruptError(f"{where}: a sample_id does not have 32 characters") from error
+    # The array may be a slice of a longer buffer.
     start = fixed.offset * ID_CHARS
     text_R32 = np.frombuffer(fixed.buffers()[1], np.uint8)[start : start + len(array) * ID_CHARS]
     nibbles_R16 = _NIBBLE[text_R32.reshape(len(array), ID_CHARS)[:, :KEY_CHARS]]
+    # _NIBBLE is 255 for all bytes that are no lower-case hex digit.
     if int(nibbles_R16.max()) > 15:
         raise CorruptError(f"{where}: a sample_id holds characters that are not hex digits")
     bytes_R8 = nibbles_R16[:, 0::2] << 4 | nibbles_R16[:, 1::2]
@@ -477,6 +480,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     weights = rows.column("weight").to_numpy()
     _check_weights(weights, request.weight)
     usable = (rows.column("num_tokens").to_numpy() > 0) & (rows.column("num_prompt_tokens").to_numpy() > 0)
+    # After the check of weights, so that no row that is left out hides a bad one.
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
     if not rows.num_rows:
         raise ConfigError(

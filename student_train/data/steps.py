@@ -54,6 +54,7 @@ class Examples:
 def examples_path(folder: Path, stage: str, selection: Selection, data: DataConfig) -> Path:
     """Where the examples of a stage lie."""
     assert data.steps is not None
+    # The limit is part of it: it decides how many earlier steps fit an example.
     identity = stable_hash("steps", VERSION, selection.header.hash, data.steps.model_dump(mode="json"), _limit(data))
     return folder / f"{stage}.steps-{identity[:16]}.npy"
 
@@ -71,6 +72,7 @@ def write_examples(path: Path, selection: Selection, data: DataConfig) -> None:
         stops_S = np.append(starts_S[1:], len(text.byte_T) - 1)
         parts.append(np.stack([np.full(len(starts_S), row), contexts_S, starts_S, stops_S]))
     found = np.concatenate(parts, axis=1).astype(np.int32)
+    # Every chain has a step at least, so as many examples as chains means that none was split.
     if found.shape[1] == selection.num_chains:
         raise ConfigError(
             f"data.steps: none of the {selection.num_chains} selected chains has two steps of "
@@ -129,6 +131,7 @@ def step_starts(text: CompletionText, patterns: Sequence[tuple[re.Pattern[str], 
         for found in pattern.finditer(text.text)
     }
     begins = np.unique(text.first_tokens_from(np.array(sorted(chars), np.int64)))
+    # byte_T has one entry more than there are tokens.
     num_tokens, starts = len(text.byte_T) - 1, [0]
     for token in begins.tolist():
         # A short step joins the one before it, and so does a short end.

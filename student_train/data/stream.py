@@ -196,6 +196,7 @@ class PackStream:
         if self._thread is None:
             return
         self._closing.set()
+        # Joined, so that a later `_start` does not read beside it and fill a second buffer.
         self._thread.join()
         self._thread = None
 
@@ -226,6 +227,7 @@ class PackStream:
                     if not self._put(item):
                         return
             self._put(_Item())
+        # Anything at all: a consumer whose reader has ended without a word would wait for ever.
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             self._put(_Item(error=error))
 
@@ -251,6 +253,7 @@ class PackStream:
         reader: _EpochReader | None = None
         # All ranks stop at the same pack: when the data has ended and the current step is complete.
         while not plans.is_end(place[0]) or num_taken * self._world % self._packs_per_step:
+            # At the end of an epoch some ranks read from it while others already read from the next.
             epoch, cursor = plans.place(place[0], place[1] + self._rank)
             # After a pack of every rank, so that a state is the same on all of them.
             place = plans.place(place[0], place[1] + self._world)

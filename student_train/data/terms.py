@@ -68,6 +68,7 @@ class MarkedTerms:
 
 def terms_path(folder: Path, stage: str, selection: Selection, config: TermsConfig) -> Path:
     """Where the marks of a stage's tokens lie."""
+    # Not the weight, which is applied when marks are read: another one marks nothing again.
     settings = config.model_dump(mode="json", exclude={"weight"})
     return folder / f"{stage}.terms-{stable_hash('terms', VERSION, selection.header.hash, settings)[:16]}.npy"
 
@@ -178,6 +179,7 @@ def _own_terms(selection: Selection, sql: str) -> dict[int, tuple[str, ...]]:
         for key, terms in zip(keys, table.column("terms").to_pylist(), strict=True):
             if terms:
                 own[key] = tuple(_checked(one for one in terms if one is not None))
+    # SQL answers for the whole cache; only selected chains are kept in memory.
     chosen = set(selection.key_R.tolist())
     return {key: terms for key, terms in own.items() if key in chosen}
 

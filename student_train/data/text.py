@@ -149,6 +149,7 @@ class HuggingFaceText:
         if self.tokenizer.is_fast:
             # Offsets and masks take transformers longer than the ids of short texts take their encoder.
             backend = self.tokenizer.backend_tokenizer
+            # A tokenizer.json may ask for padding and truncation, which change the ids of a batch.
             backend.no_padding()
             backend.no_truncation()
             backend.encode_special_tokens = split_special_tokens

@@ -151,6 +151,7 @@ def first_tokens_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[by
     Of a string that ends inside a character the whole ones are encoded. Half a character alone is the token of just
     these bytes, if there is one.
     """
+    # Of several tokens with the same bytes the smallest id wins: reversed, it is written last.
     id_of = {data: token_id for token_id, data in reversed(list(enumerate(pair.student_bytes))) if data}
     lead, skipped = _lead_of(pair, encode)
 
@@ -158,6 +159,7 @@ def first_tokens_with(pair: VocabularyPair, encode: Encode) -> Callable[[list[by
         place = 0
         for token_id in ids:
             mine = pair.student_bytes[token_id]
+            # The first token behind the lead; one that joins lead and text says nothing about the text.
             if place == skipped and mine:
                 return token_id, len(mine)
             place += len(mine)

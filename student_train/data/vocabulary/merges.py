@@ -48,6 +48,7 @@ class Table:
         return self._num
 
     def _clear(self, num_keys: int) -> None:
+        # At most a third of the places is taken: probes stay short, and a free place ends every search.
         bits = (3 * num_keys).bit_length()
         self._shift, self._mask = np.uint64(64 - bits), (1 << bits) - 1
         self._keys: Int64 = np.full(1 << bits, -1, np.int64)

@@ -62,6 +62,7 @@ class Pairs:
         """bool [P]; where `before_P` is -1 all are."""
         allowed_P = np.ones(len(before_P), np.bool_)
         asked = np.flatnonzero(before_P >= 0)
+        # Where no token holds both bytes side by side, nothing joins the two, and nobody has to ask.
         asked = asked[self._joins[self._last_V[before_P[asked]], self._first_V[after_P[asked]]]]
         allowed_P[asked] = self._answers(before_P[asked] * self._vocab_size + after_P[asked])
         return allowed_P
@@ -69,6 +70,7 @@ class Pairs:
     def _answers(self, keys_P: Int64) -> Bool:
         found_P = self._answered.get(keys_P, -1)
         if (found_P < 0).any():
+            # As a whole, because the table cannot drop single keys.
             if len(self._answered) > MAX_PAIRS:
                 self._answered = Table(1024)
                 found_P[:] = -1

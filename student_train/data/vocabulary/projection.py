@@ -63,6 +63,7 @@ def project(chains: Aligned, signals: Signals, strings: Strings, transport: Tran
 
     At temperature 1 the targets are calibrated: the mean mass of the token that came equals the mean sum of squares.
     """
+    # What the transport has counted must keep its numbers; later strings only save time.
     if len(strings) > transport.num_strings + MAX_STRINGS:
         strings.forget_from(transport.num_strings)
     entries = _entries_of(chains.teacher_ids_T, signals)
@@ -213,6 +214,7 @@ def _collect(events: list[tuple[Int64, Int64, Float64]], chains: Aligned, pairs:
 def _sorted(keys_N: Int64, limit: int) -> tuple[Int64, Int64]:
     """The keys, all below `limit`, in order, and where each stood."""
     num_bits = len(keys_N).bit_length()
+    # Key and place share the 63 bits below the sign.
     if limit.bit_length() + num_bits > 63:
         order = np.argsort(keys_N, kind="stable")
         return keys_N[order], order
