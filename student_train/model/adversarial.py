@@ -61,6 +61,7 @@ def disturb(
     is_prompt_L1 = torch.ones((num_tokens + 1, 1), device=device)
     is_prompt_L1[pack.predict_positions_N + 1] = 0.0
     is_prompt_L1 = is_prompt_L1[:num_tokens]
+    # A single step goes to a corner of the box (FGSM); several need room to turn back.
     size = config.epsilon if config.steps == 1 else STEP_FRAC * config.epsilon / config.steps
     shift_LH = torch.zeros((num_tokens, width), device=device)
     before: Tensor | None = None
@@ -92,6 +93,7 @@ def shifted(causal: Any, shift_LH: Tensor | None) -> Iterator[None]:
         nonlocal start
         own_LH = shift_LH[start : start + output_1LH.shape[1]]
         start += output_1LH.shape[1]
+        # Detached: the scale is a unit of measure and no path for gradients.
         scale_1L1 = output_1LH.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
         return output_1LH + (own_LH * scale_1L1).to(output_1LH.dtype)
 

@@ -61,6 +61,7 @@ def _used_ids(selection: Selection) -> tuple[Int32, Int32]:
             block = read_rows(selection, group, rows_R, with_signals=True)
             assert block.signals is not None
             assert block.entry_offsets_T is not None
+            # Entries stand in rank order, so the first of each token is its likeliest.
             likeliest_T = block.signals.topk_ids_N[block.entry_offsets_T[:-1]]
             written.append(np.unique(np.concatenate([block.prompt_ids, block.token_ids_T, likeliest_T])))
             draws = [] if block.signals.draws is None else [block.signals.draws.ids_D]
@@ -87,6 +88,7 @@ def _closed(backend: Json, used: Iterable[int]) -> list[int]:
     kept |= {
         number
         for token, number in vocab.items()
+        # SentencePiece writes byte tokens like <0x0A>.
         if (len(token) == 6 and token.startswith("<0x") if has_bytes else len(token) == 1)
     }
     for number in map(int, used):
@@ -109,6 +111,7 @@ def _passed_through(token: str, ranks: dict[tuple[str, str], int]) -> list[str]:
         ranked = [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]
         if not ranked:
             return [token]
+        # BPE merges the pair of the lowest rank first, and of equal ones the leftmost.
         _, at = min(ranked)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
         passed.append(parts[at])

@@ -38,6 +38,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             # Empty, as checked above; rename does not replace a folder everywhere.
             path.rmdir()
         temp.replace(path)
+        # The rename is durable only once the folder above is flushed.
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)

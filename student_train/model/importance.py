@@ -80,6 +80,7 @@ def _device() -> torch.device:
 def _running(model: Any, calibration: Calibration) -> Iterator[Callable[[TorchPack], TokenMetrics]]:
     """The model on the device as it evaluates, and afterwards as it was."""
     attention = model.config._attn_implementation
+    # Before fuse_head, because resizing makes a new plain head.
     widen_vocab(model, calibration.num_ids)
     fuse_head(model)
     student = Student(model.to(_device())).eval()
@@ -92,6 +93,7 @@ def _running(model: Any, calibration: Calibration) -> Iterator[Callable[[TorchPa
         yield metrics_of
     finally:
         model.to("cpu")
+        # Student may have switched to an attention function that only packs can use.
         model.set_attn_implementation(attention)
 
 

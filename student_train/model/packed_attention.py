@@ -55,6 +55,7 @@ def keep_apart(causal: Any) -> Apart:
     # Models are tried in CPU memory, where GPU-only kernels do not run; those keep documents apart as masks do.
     tried = "eager" if asked == "eager" else "sdpa"
     causal.set_attn_implementation(tried)
+    # With dropout two passes would differ by themselves.
     causal.eval()
     try:
         alone_LH = _alone(causal)

@@ -67,6 +67,7 @@ def init_student(
         if is_same_teacher and difference(record, asked) is None:
             note(f"{out} already holds this student: reusing it")
             return record
+    # Before the teacher is loaded, which may take minutes.
     refuse_existing(out)
     model = load_causal(asked.teacher, StudentConfig(model=asked.teacher), None)
     tokenizer, kept = load_tokenizer(asked.teacher), read_kept_ids(asked.teacher)
@@ -126,6 +127,7 @@ def prune(model: Any, asked: PruneConfig, calibrate: Calibrate | None) -> Json:
     calibration = calibrate() if calibrate is not None and asked.needs_chains else None
     is_wide = bool(set(asked.axes) - {"layers"}) or asked.parameters is not None
     layout, before = layout_of(model) if is_wide else (None, None)
+    # Before any layer is cut: ratios and limits are those of the whole model.
     planned = None if layout is None or before is None else planned_sizes(layout, before, asked)
     layers: int | list[int] = asked.layers if asked.layers is not None else num_teacher
     if planned is not None and not isinstance(layers, list):

@@ -106,5 +106,6 @@ def _rounded(values: Tensor, bits: int, is_activation: bool) -> Tensor:
     # compressed-tensors takes half the range of -128..127.
     half_range = (2 * largest - 1) / 2
     scale = values.abs().amax(dim=-1, keepdim=True) / half_range
+    # A row of zeros would be divided by 0.
     scale = torch.where(scale == 0, torch.full_like(scale, torch.finfo(scale.dtype).eps), scale)
     return (values / scale).clamp(-largest, largest - 1).round() * scale

@@ -51,6 +51,7 @@ def read_config(student: StudentConfig) -> dict[str, Any] | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    # auto_map: the folder brings code of its own.
     if not isinstance(config, dict) or "auto_map" in config or not _is_known(config.get("model_type")):
         return None
     return config if all(isinstance(config.get(key), int) for key in SIZES) else None
@@ -61,6 +62,7 @@ def _is_known(model_type: Any) -> bool:
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None or not isinstance(model_type, str) or not model_type:
         return False
+    # transformers keeps architectures in Python packages, whose names have no hyphens.
     return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
 
 
@@ -101,6 +103,7 @@ def _tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        # Files that the index names and the folder lacks are opened too: that is what reports them.
         paths += [path for part in sorted(parts) if (path := folder / part) not in paths]
     for path in paths:
         try:

@@ -184,6 +184,7 @@ def load_student(
     elif stage.trainable == "body":
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.requires_grad_(False)
+    # from_pretrained returns models in evaluation mode, without dropout.
     model.train()
     made = Student(model, engine.chunk_tokens, below, balance)
     if made.apart is Apart.ONE_BY_ONE and engine.zero_stage == 3:
@@ -307,6 +308,7 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
     try:
         return peft.get_peft_model(model, wanted)
     except ValueError as error:
+        # peft's messages begin with "Target modules" or hold "target modules".
         at_fault = f"lora.targets={lora.targets}" if "arget modules" in str(error) else "lora cannot adapt this student"
         raise ConfigError(f"{at_fault}: {one_line(error)[:200]}") from error
 

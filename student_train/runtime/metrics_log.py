@@ -84,6 +84,7 @@ class MetricsLog:
     def write(self, record: StepRecord) -> None:
         """Appends one line, visible at once."""
         self._file.write(json.dumps(asdict(record)) + "\n")
+        # Not fsync'd: readers drop a last line that a kill cut short.
         self._file.flush()
         if self._board is not None:
             self._write_board(record)

@@ -96,8 +96,10 @@ def open_start(
         if ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
+        # No rank may write into a folder that is about to be removed.
         ranks.barrier()
         _compute(folder, selection, spec, slots_of, ranks, with_distribution=with_distribution)
+        # The first rank is about to read the parts of all.
         ranks.barrier()
         if ranks.is_first:
             _join(folder, selection, ranks.num_ranks, with_distribution=with_distribution)
