@@ -111,6 +111,7 @@ def topk_lists(chains: Chains, pieces: Pieces | None = None) -> pa.ListArray:
     structs = pa.concat_tables([_candidates(one, pieces) for one in decoded]).combine_chunks().to_struct_array()
     ends_R = np.concatenate([[0], *(one.entries_R for one in decoded)]).cumsum()
     flat = structs.combine_chunks() if isinstance(structs, pa.ChunkedArray) else structs
+    # rows_R says where each chain stood; taken in its order they stand there again.
     return pa.ListArray.from_arrays(pa.array(ends_R, pa.int32()), flat).take(pa.array(np.argsort(rows_R)))
 
 

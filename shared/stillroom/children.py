@@ -39,6 +39,7 @@ def tie_children() -> None:
     _state["parent"] = os.getpid()
 
     def before_fork() -> None:
+        # Before the fork: a child whose parent has died already would ask getppid for another process.
         _state["parent"] = os.getpid()
 
     os.register_at_fork(before=before_fork, after_in_child=lambda: follow_parent(_state["parent"]))

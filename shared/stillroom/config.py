@@ -272,6 +272,7 @@ def plain(model: BaseModel) -> Json:
 
 def flat(value: Any, prefix: str = "") -> Json:
     """Dotted keys and values of everything inside; items of lists by number."""
+    # An empty mapping or list is a value of its own, and would otherwise vanish.
     if isinstance(value, dict) and value:
         items = value.items()
     elif isinstance(value, list) and value:

@@ -28,6 +28,7 @@ class CoreSharing:
         self._parallel_region = parallel_region
         self._waits = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         is_wanted = num_threads > 1 and not WAIT_VARIABLES & os.environ.keys() and self._waits.exists()
+        # With the caller's own team these make more threads than there are cores.
         self._num_teams = len(os.sched_getaffinity(0)) // num_threads if is_wanted else 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="core-sharing", daemon=True)
@@ -74,4 +75,5 @@ class CoreSharing:
         return release
 
     def _waited_s(self) -> float:
+        # schedstat holds nanoseconds on a core, nanoseconds waiting for one, and the number of turns.
         return int(self._waits.read_text().split()[1]) / 1e9

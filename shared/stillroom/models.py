@@ -448,6 +448,7 @@ def _show_bytes(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
+        # surrogateescape turns a lone byte 0xE2 into U+DCE2, which is written out below.
         text = data.decode(errors="surrogateescape")
     return "".join(f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text)
 

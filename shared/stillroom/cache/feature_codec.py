@@ -51,6 +51,7 @@ class VectorCodec:
         coefficients_PR = states_PD if basis is None else (states_PD - basis.mean_D) @ basis.encode_DR
         relative_PR = coefficients_PR / self.scale_R
         steps = (1 << (self.bits - 1)) - 1
+        # Above float16's largest number the step would be infinite, and every code 0.
         step_P = np.minimum(np.abs(relative_PR).max(axis=1) / steps, MAX_STEP).astype(np.float16)
         # A token whose coefficients are all 0 has no scale: any positive one will do.
         divisor_P1 = np.where(step_P > 0, step_P, np.float16(1)).astype(np.float32)[:, None]

@@ -132,6 +132,7 @@ class RowDecoder:
         for one in self.manifest.layers if data is not None else []:
             assert data is not None
             assert one.layer is not None
+            # Layers lie one behind the other, without offsets: those that are not read have to be counted too.
             stop = start + num_positions * self.codecs[one.name].token_bytes
             if layers is None or one.layer in layers:
                 found[one.layer] = data[start:stop]
@@ -334,6 +335,7 @@ class FeatureSet:
         return found
 
     def _index(self) -> dict[str, _Place]:
+        # The whole build under the lock: a second thread would otherwise read every file's ids again.
         with self._lock:
             if self._places is None:
                 places: dict[str, _Place] = {}

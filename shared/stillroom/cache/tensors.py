@@ -41,6 +41,7 @@ def read_tensors(path: Location) -> dict[str, Array]:
     try:
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
+        # A damaged length must not be taken for a header of gigabytes.
         if not 0 < size <= min(MAX_HEADER_BYTES, len(data)):
             raise ValueError("it has no safetensors header")
         header = json.loads(data[8 : 8 + size])

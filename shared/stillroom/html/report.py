@@ -113,6 +113,7 @@ def render_page(template: str, **values: object) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        # In the type it came in: SVG that is marked as safe must stay so.
         finalize=lambda value: type(value)(harmless(value)) if isinstance(value, str) else value,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -48,6 +48,7 @@ def final_reference(reference: str) -> str:
     r"""What a worked solution comes to: behind `####`, in its last box; a list's only text; another one is whole."""
     text = reference.strip()
     if only := re.fullmatch(r'\[\s*("(?:[^"\\]|\\.)*")\s*\]', text):
+        # Not strict: data sets leave raw line breaks in JSON strings.
         text = str(json.loads(only[1], strict=False)).strip()
     if "####" in text:
         return text.rpartition("####")[2].strip()

@@ -423,6 +423,7 @@ def _rounds_to(reference: Expression, given: Expression) -> bool:
         if len(reference.decimal.strip("-").replace(".", "").lstrip("0")) >= MIN_SIGNIFICANT_DIGITS - (
             given.decimal is None
         ):
+            # Half of the last digit, and a little for what binary fractions cannot hold.
             return bool(abs(ours - theirs) <= 0.5000001 * 10.0**-digits)
     if given.decimal is not None and reference.decimal is None and not getattr(reference.value, "is_Integer", False):
         significant = len(given.decimal.strip("-").replace(".", "").lstrip("0"))
@@ -431,6 +432,7 @@ def _rounds_to(reference: Expression, given: Expression) -> bool:
     return False
 
 
+# The first rule that says anything decides, so what is special stands before what is general.
 _RULES = (
     ("text", _same_raw),
     ("words", _same_words),

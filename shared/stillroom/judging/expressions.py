@@ -38,6 +38,7 @@ def same_expression(ours: Any, theirs: Any) -> bool:
 
 def _same_number(ours: Any, theirs: Any) -> bool:
     try:
+        # 30 digits are computed and 20 compared: cancellation may spoil the last ones.
         a, b = ours.evalf(30), theirs.evalf(30)
         if a.is_infinite or b.is_infinite:
             return bool(a == b)
@@ -61,6 +62,7 @@ def _same_at_samples(ours: Any, theirs: Any, symbols: list[Any]) -> bool:
         if abs(a - b) > RELATIVE_TOLERANCE * max(abs(a), abs(b), 1e-300):
             return False
         num_compared += 1
+    # A single point may agree by chance.
     return num_compared >= 2 or _simplifies_to_zero(ours, theirs)
 
 

@@ -98,6 +98,7 @@ def make_entries(task: str, seed: int, size: int, options: Mapping[str, Any]) ->
         if num_made < size:
             raise ValueError(f"the process that generates tasks ended after {num_made} of {size}")
     finally:
+        # A caller that stops early would leave it blocked on a full pipe.
         process.kill()
         process.wait()
         process.stdout.close()

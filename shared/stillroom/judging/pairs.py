@@ -96,6 +96,7 @@ def judge_pairs(pairs: Sequence[Pair], num_processes: int = 1) -> Iterator[tuple
         try:
             yield from pool.map(check, pairs)
         finally:
+            # Before the pool is left, which waits for checks that run.
             for judge in judges:
                 judge.kill()
                 judge.close()

@@ -98,6 +98,7 @@ def _test_source(program: str, test: UnitTest) -> str:
 
 def _run(place: Path, nonce: str, timeout_s: float) -> int:
     limits = [str(MEMORY_BYTES), str(round(CPU_TIMEOUT_S)), str(FILE_BYTES)]
+    # -I: neither environment variables nor files in the working folder change what is imported.
     command = [sys.executable, "-I", str(CHILD), "program.py", "tests.py", nonce, *limits]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(place), "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
     with (place / "stdin").open("rb") as stdin, (place / "stdout").open("wb") as stdout:

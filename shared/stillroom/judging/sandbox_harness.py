@@ -145,6 +145,7 @@ def check_call(module: types.ModuleType, entry: str | None, arguments: Any, acce
 
 def same_value(result: Any, wanted: Any) -> bool:
     """As JSON would show it: tuples are lists, keys are text; floats within one part in a million."""
+    # numpy's arrays and numbers as Python's.
     if hasattr(result, "tolist"):
         result = result.tolist()
     if isinstance(result, tuple):

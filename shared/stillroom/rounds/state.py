@@ -128,6 +128,7 @@ class RoundsFolder:
                     if error.errno not in NO_LOCKS:
                         raise
                     warn(f"{self._config.folder} cannot be locked ({error.strerror}): start each side only once")
+                # Under the lock only: before, it would erase the name of the process that holds it.
                 file.truncate(0)
                 print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             yield

@@ -200,6 +200,7 @@ class _Children:
             out, _ = child.communicate()
         finally:
             self._child = None
+        # Also where the command still succeeded: run again, it finds nothing left to do.
         if child.returncode == INTERRUPTED or self._is_asked:
             raise KeyboardInterrupt
         if child.returncode != 0:

@@ -157,6 +157,7 @@ class Session:
 
     def close(self) -> None:
         """Closes the connection and removes the session's database."""
+        # The thread first: a query that still runs must not lose its connection.
         self._thread.shutdown()
         for scheme in self._schemes:
             self.connection.unregister_filesystem(scheme)
@@ -331,6 +332,7 @@ def _create_views(connection: "duckdb.DuckDBPyConnection", schema: str, files: C
         connection.execute(f'CREATE SCHEMA "{schema}"')
     internal = "internal" if schema == "main" else f"{schema}_internal"
     connection.execute(f'CREATE SCHEMA "{internal}"')
+    # Views name each other without a schema, so each cache's are made where these names are its own.
     connection.execute(f'USE "{schema}"')
     _create_runs(connection, catalog.runs(), files.codecs)
     _create_feature_sets(connection, read_sets(catalog.root) if files.features else {})
@@ -393,6 +395,7 @@ def _lock(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str]) -> None
     connection.execute("SET autoload_known_extensions = false")
     # The same text of a timestamp on every machine.
     connection.execute("SET GLOBAL TimeZone = 'UTC'")
+    # Files never change under their name, so one read of a footer serves all queries.
     connection.execute("SET GLOBAL parquet_metadata_cache = true")
     connection.execute(f"SET allowed_paths = [{listed}]")
     connection.execute("SET enable_external_access = false")

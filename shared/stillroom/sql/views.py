@@ -228,6 +228,7 @@ def _windows() -> str:
     """Shards with a hash of each window of a chain's tokens, made from hashes of pairs of windows half as wide."""
     rows, width = "SELECT *, token_ids AS windows FROM shards", 1
     while width < WINDOW_TOKENS:
+        # True cuts to the shorter list, which leaves out windows that would pass the end.
         pairs = f"list_zip(windows, windows[{width + 1}:], true)"
         rows = f"SELECT * REPLACE (list_transform({pairs}, lambda pair: hash(pair)) AS windows) FROM ({rows})"
         width *= 2

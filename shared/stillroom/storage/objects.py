@@ -261,6 +261,7 @@ def delta_options(scheme: str) -> dict[str, str]:
 
 def is_store_error(error: BaseException) -> bool:
     """Whether a read failed because of the store or the network, which says nothing about the stored bytes."""
+    # pyarrow raises a plain OSError for disks and stores alike: only its text tells which.
     text = str(error)
     return "AWS Error" in text or "Azure" in text or "google::cloud" in text
 

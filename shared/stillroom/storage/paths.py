@@ -42,6 +42,7 @@ def location(text: str | Path | ObjectPath) -> Location:
             raise ConfigError(f"{text} is not supported: use a folder, or s3://, gs:// or az://BUCKET/PREFIX")
         return Path(text)
     bucket, _, prefix = match[2].partition("/")
+    # Doubled and trailing slashes go, so that one prefix has one spelling.
     parts = [part for part in prefix.split("/") if part]
     if not bucket or not parts or {".", ".."} & set(parts):
         raise ConfigError(f"{text} is not a prefix in a bucket: write {match[1]}://BUCKET/PREFIX")
@@ -65,6 +66,7 @@ CacheRoot = Annotated[
 
 def matching(folder: Location, pattern: str) -> list[Location]:
     """Entries directly in `folder` whose name matches, sorted."""
+    # Twice the same for mypy: a sorted mixture of both types has no order.
     if isinstance(folder, Path):
         return [*sorted(folder.glob(pattern))]
     return [*sorted(folder.glob(pattern))]
