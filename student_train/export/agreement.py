@@ -101,6 +101,7 @@ def compare(reference: RuntimeWorker, candidate: RuntimeWorker, chains: Sequence
         num_chains=len(chains),
         num_tokens=num_tokens,
         top1_agreement=agreement,
+        # Rounding can leave a divergence of equal distributions just below 0.
         kl=max(kl, 0.0),
         js=max(js, 0.0),
         retention=1.0 - max(js, 0.0) / LOG_2,

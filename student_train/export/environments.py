@@ -39,6 +39,7 @@ def python_of(environment: str) -> Path:
         return Path(sys.executable)
     folder = folder_of(environment)
     python = folder / "bin" / "python"
+    # Environments appear whole, so one that is there needs no lock.
     if python.exists():
         return python
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ class Worker:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed on exit
         # Warnings of foreign tools are theirs; their progress bars would hide ours.
         environ = {**os.environ, "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        # Packages on our path would come before those of their environment.
         environ.pop("PYTHONPATH", None)
         if threads is not None:
             environ["OMP_NUM_THREADS"] = str(threads)
@@ -54,6 +55,7 @@ class Worker:
                 encoding="utf-8",
             )
         finally:
+            # While this end is open here, reading does not end when the process does.
             os.close(their_end)
 
     def __enter__(self) -> Self:
@@ -66,6 +68,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
+            # After an error nobody waits for a foreign tool to finish by itself.
             self._process.wait(END_S if error is None else 0.1)
         except subprocess.TimeoutExpired:
             self._process.kill()
@@ -166,6 +169,7 @@ class Scores:
 
 def _with_children(pid: int) -> list[int]:
     found = [pid]
+    # The list grows while it is walked, so children of children are found too.
     for one in found:
         for task in Path(f"/proc/{one}/task").glob("*/children"):
             # Threads end while they are listed.

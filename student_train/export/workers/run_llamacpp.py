@@ -42,6 +42,7 @@ class LlamaCpp:
         num_prompt = len(prompts[0])
         context = self._context((num_prompt + num_new) * len(prompts), len(prompts))
         context.decode(self._batch([(ids, 0, number) for number, ids in enumerate(prompts)], every_logit=False))
+        # Where the last token of each prompt stands in the batch: only those have logits.
         outputs = [num_prompt * (number + 1) - 1 for number in range(len(prompts))]
         made: list[list[int]] = [[] for _ in prompts]
         for step in range(num_new):

@@ -25,6 +25,7 @@ class OpenVino:
         """Logits, float32."""
         self._request.reset_state()
         logits_LV = self._step(np.array([ids], np.int64), 0)[0]
+        # A copy: the next request writes into the same tensor.
         return {"logits": np.array(logits_LV[list(positions)], np.float32)}
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new: int) -> list[list[int]]:
@@ -47,6 +48,7 @@ class OpenVino:
             "position_ids": np.broadcast_to(np.arange(num_past, num_past + length), (batch, length)),
             "beam_idx": np.arange(batch, dtype=np.int32),
         }
+        # Exported models differ in which of these they take.
         self._request.infer({name: value for name, value in inputs.items() if name in self._inputs})
         found: Array = self._request.get_tensor("logits").data
         return found
