@@ -256,6 +256,7 @@ def _request(config: LlmJudgeConfig, tokenizer: Any, one: Question) -> Request |
     (ids,) = tokenize(tokenizer, [prompt], config.parameters.get("chat_template_kwargs", {}))
     if isinstance(ids, str):
         return ids
+    # 15 hex digits are 60 bits: every engine takes them as a seed.
     seed = int(stable_hash("judge", one.key)[:15], 16)
     return Request(prompt, ids, 0, seed, sampling, int(config.parameters["max_tokens"]), one.key)
 

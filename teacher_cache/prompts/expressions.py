@@ -34,6 +34,7 @@ def check_expression(text: str, names: Collection[str]) -> set[str]:
         raise ValueError(f"{text!r} is not an expression: {getattr(error, 'msg', error)}") from error
     if tree is None:
         raise ValueError(f"an expression of {len(text)} characters is too long: at most {MAX_CHARS}")
+    # A name that is called must be a function, and the same name elsewhere a value.
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     used = set()
     for node in ast.walk(tree):
@@ -118,6 +119,7 @@ def _times(a: Any, b: Any) -> Any:
 
 
 def _sqrt(value: Any) -> Any:
+    # Exact where numerator and denominator are squares; fractions are in lowest terms.
     root = Fraction(math.isqrt(Fraction(value).numerator), math.isqrt(Fraction(value).denominator))
     return whole(root) if root * root == value else math.sqrt(value)
 

@@ -321,6 +321,7 @@ def _other_kind(head: bytes, kind: str) -> str | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"PAR1"):
         return None if kind == "parquet" else "is a Parquet file: set kind: parquet"
+    # A tar archive has its magic at byte 257, after the first file's name and attributes.
     if head[257:262] == b"ustar":
         return "is a tar archive: unpack it and name the file inside"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (b"\0" in head[:64] and kind != "parquet"):
