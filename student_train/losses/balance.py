@@ -48,6 +48,7 @@ class RouterBalance:
         self._top_k = top_k
         self._is_open = False
         self._passes: list[tuple[Tensor, ...]] = []
+        # By hooks, because those who call the decoder (whole packs, documents one by one) know of no routers.
         decoder.register_forward_pre_hook(self._ask, with_kwargs=True)
         decoder.register_forward_hook(self._record)
 

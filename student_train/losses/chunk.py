@@ -221,6 +221,7 @@ def _open(logits_CV: Tensor, targets: SparseTargets, mix: LossMix) -> tuple[Open
     ids_CS, is_apart_CS = _apart(targets)
     extra_ids_CE = torch.cat([targets.sampled_ids_N.unsqueeze(1), targets.ids_NK[:, :1].long()], dim=1)
     is_soft = [isinstance(term, Divergence) for term in mix.terms if not term.needs_hidden]
+    # all() of nothing is true: exact losses alone open the logits only for the focal factor.
     needs_soft, needs_hard = any(is_soft), not all(is_soft) or mix.focal_gamma is not None
     if not needs_soft and not needs_hard:
         return None, None

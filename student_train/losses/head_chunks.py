@@ -101,6 +101,7 @@ class HeadChunks:
             else torch.zeros_like(self._logits_CV, dtype=head.weight_VH.dtype)
         )
         # d logits / dz, which cannot be read from dL/dlogits.
+        # A factor without a cap is the slope itself, and needs no buffer.
         self._slope_CV = torch.zeros_like(self._logits_CV) if head.logit_map.cap and any(needs_grad) else None
         self._lora_weight_VR = None if head.lora_weight_VR is None else head.lora_weight_VR.detach().to(head.dtype)
         self.gradients: tuple[Tensor | None, ...] = tuple(

@@ -231,6 +231,7 @@ def teacher_buckets(targets: SparseTargets, dtype: torch.dtype) -> Tensor:
         support_NK, tail_N = targets.logprobs_NK, targets.tail_logmass_N
     else:
         support_NK = at_temperature(targets.logprobs_NK, targets)
+        # Rounding may put the support's mass above 1; no tail at all is -inf here and MIN_TAIL_LOGMASS below.
         tail_N = torch.log1p(-support_NK.exp().sum(dim=1).clamp(max=1.0))
     tail_N1 = tail_N.clamp(min=MIN_TAIL_LOGMASS).unsqueeze(1)
     return torch.cat([support_NK.clamp(min=NO_MASS), tail_N1.to(support_NK.dtype)], dim=1).to(dtype)
@@ -245,6 +246,7 @@ def draws_at_temperature(targets: SparseTargets, draws: TailDraws, dtype: torch.
     if targets.temperature == 1.0:
         return draws.weights_NM.to(dtype), logprobs_NM.to(dtype)
     at_tau_NM = at_temperature(logprobs_NM, targets)
+    # Padding has no weight, and exp(NO_MASS) is 0.
     ratio_NM = torch.where(draws.weights_NM > 0, at_tau_NM - logprobs_NM, NO_MASS).exp()
     weights_NM = draws.weights_NM * ratio_NM
     return weights_NM.to(dtype), at_tau_NM.to(dtype)

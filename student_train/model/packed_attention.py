@@ -181,6 +181,7 @@ def _by_document(
     assert position_bias is None
     if attention_sink is not None:
         assert isinstance(module.layer_idx, int)
+        # Where a model names no scale, torch's own.
         attention_sink.add_attention(module.layer_idx, query_1ALE, key_1BLE, scaling or query_1ALE.shape[3] ** -0.5)
     num_groups = query_1ALE.shape[1] // key_1BLE.shape[1]
     if num_groups > 1 and query_1ALE.is_cuda and query_1ALE.dtype == torch.float32:

@@ -45,6 +45,7 @@ class LayerTaps:
                 f"{type(causal).__name__} has no list of decoder layers, which losses below the head need"
             )
         for layer in sorted(self._states):
+            # States are numbered by the layers passed, modules from 0.
             layers[layer - 1].register_forward_hook(self._hook(layer))
 
     def open(self) -> Recorded:
