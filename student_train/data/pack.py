@@ -410,6 +410,7 @@ def _weightless(pack: Pack, view: TargetView) -> Pack:
         return placeholder
     return replace(
         placeholder,
+        # All mass on one id and none in the tail: a distribution like any other for the arithmetic.
         ids_NK=np.zeros((1, 1), np.int32),
         logprobs_NK=zero_11,
         tail_logmass_N=np.full(1, -np.inf, np.float32),

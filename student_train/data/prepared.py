@@ -167,6 +167,7 @@ class PreparedRows:
         own = replace(own, draws=own.draws if source.header.draws else 0)
         self.limits = own if self._mixture is None else self._mixture.limits(own)
         self._partner_of = {} if pairing is None else _partners(source, pairing.negatives)
+        # Partners lie in other row groups, of which the last few stay decoded.
         self._decoded: OrderedDict[int, dict[int, _Chain | None]] = OrderedDict()
 
     def prepare(self) -> None:

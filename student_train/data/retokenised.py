@@ -232,6 +232,7 @@ def _write_file(file: _File, source: Selection, maker: Rows) -> None:
     columns = list(dict.fromkeys([*maker.columns, *(signal_columns(header) if maker.with_signals else [])]))
     metadata = {TEXT_METADATA_KEY: file.request_hash.encode(), **maker.metadata(header)}
     counts: Counts = {}
+    # In this order: the writer ends its file before that gets its name.
     with (
         atomic_path(file.target) as temp,
         pq.ParquetWriter(

@@ -279,6 +279,7 @@ def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
     if int(nibbles_R16.max()) > 15:
         raise CorruptError(f"{where}: a sample_id holds characters that are not hex digits")
     bytes_R8 = nibbles_R16[:, 0::2] << 4 | nibbles_R16[:, 1::2]
+    # Big-endian: the first hex digit is the highest, as in int(digits, 16).
     return np.ascontiguousarray(bytes_R8).view(">u8")[:, 0].astype(np.uint64)
 
 
@@ -290,6 +291,7 @@ def _selection(
     if header.text is not None:
         folders = [path.parent / header.text for _ in places]
     cache_R, row_group_R = _numbers(column("cache")), _numbers(column("row_group"))
+    # Chunks of a dictionary column may number the same file differently.
     names = _array(column("file").cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries())
     # Rows come ordered by file and row group, so one begins wherever a number changes.
     file_changes_R = _changes(cache_R) | _changes(names.indices.to_numpy())

@@ -193,6 +193,7 @@ class Merges:
         self._words_VW = pack(token_bytes)
         # Not every vocabulary has every byte.
         self._id_of_byte = np.array([vocab.get(char, 0) for char in alphabet], np.int32)
+        # The pairs of single bytes in one table: every string begins with these.
         size = 256
         ranks = self._rank(np.repeat(self._id_of_byte, size), np.tile(self._id_of_byte, size))
         self._rank_of_bytes = ranks.astype(np.int32)
@@ -254,6 +255,7 @@ class Merges:
         """int64 [N, 3]: the first three ids of pre-tokens, the first bytes of each string; -1 after the last."""
         found_N3 = np.full((len(words_NW), 3), -1, np.int64)
         # By length, so that each batch is as narrow as its strings.
+        # As int8, which numpy's stable sort orders by radix.
         order = np.argsort(lengths_N.astype(np.int8), kind="stable")
         for first in range(0, len(order), BATCH):
             part = order[first : first + BATCH]
@@ -287,6 +289,7 @@ class Merges:
                 )
             each = np.arange(len(rows))
             is_after_NL = places_L > at[:, None]
+            # Copies, because source and target overlap.
             np.copyto(ranks_NL[:, :-1], ranks_NL[:, 1:].copy(), where=is_after_NL)
             np.copyto(ids_NL[:, :-1], ids_NL[:, 1:].copy(), where=is_after_NL[:, :-1])
             ids_NL[:, -1] = -1

@@ -142,6 +142,7 @@ class Strings:
             is_settled_N[left] = (found[:, 0] >= 0) & (found[:, 1] < lengths_N[left])
         is_numbered_N = numbers_N >= 0
         is_settled_N[is_numbered_N] = self._facts[2, numbers_N[is_numbered_N]] > 0
+        # -1 stands for a key that is not there, so facts are 0 or more: hence the first token + 1.
         facts_N: Int64 = np.where(is_numbered_N, numbers_N << 2 | 1, (first_N + 1) << 2) | (is_settled_N << 1)
         return facts_N
 
@@ -260,6 +261,7 @@ class Strings:
         self._bytes += texts
         self._number_of.update(zip(names, range(first, end), strict=True))
         if end > self._facts.shape[1]:
+            # At least doubled, so that appending one by one stays linear over all.
             more = max(end - self._facts.shape[1], self._facts.shape[1])
             self._facts = np.pad(self._facts, ((0, 0), (0, more)))
             self._words = np.pad(self._words, ((0, more), (0, 0)))
