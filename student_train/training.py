@@ -80,6 +80,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopRequest, from_step: int |
             else:
                 _rewind(run, config, from_step)
         if from_step is not None:
+            # All ranks must read the state that the first one has gone back to.
             ranks.barrier()
         state = checkpoint.latest_state(run.checkpoints)
         if is_finished(state, config):
@@ -141,6 +142,7 @@ def train_stage(run: "StageRun", stop: StopRequest) -> tuple[CheckpointState, bo
                 # Known before the first backward pass, so that every pack is divided by the whole batch's weight.
                 total_weight, features = run.weigh(packs)
                 num_terms = len(step.mix.all) + len(engine.balance_weight)
+                # In float64: sums over a large batch lose digits in float32.
                 sums_1J = torch.zeros(1 + num_terms, dtype=torch.float64, device=ranks.device)
                 for number, pack in enumerate(packs):
                     losses = run.loss(step, number, pack, features)

@@ -99,6 +99,7 @@ def _interval(value: float, error: float | None, num: int | None) -> tuple[float
 def _run(command: list[str]) -> None:
     """Runs lm-eval, and says every NOTE_EVERY_S that it still does."""
     environ = {**os.environ, "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+    # Packages on our path would come before those of lm-eval's environment.
     environ.pop("PYTHONPATH", None)
     started_s = time.monotonic()
     with (

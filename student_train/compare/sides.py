@@ -90,6 +90,7 @@ class Endpoint:
         self.model = model or self._only_model()
 
     def _client(self) -> Any:
+        # No limit on connections: the number of threads already bounds the requests.
         return self._http.Client(
             headers=self._headers, timeout=self._timeout, limits=self._http.Limits(max_connections=None)
         )

@@ -44,6 +44,7 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] | None = 
     values_N = np.asarray(values, np.float64)
     if (values_N == values_N[0]).all():
         return constant_interval(float(values_N[0]), len(values_N), limits)
+    # Seeded, so that the same answers always give the same interval.
     rng = np.random.default_rng(seed)
     # In parts: 10,000 resamples of 100,000 prompts would be 8 GB.
     part = max(1, MAX_CELLS // len(values_N))
