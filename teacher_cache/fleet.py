@@ -100,6 +100,7 @@ class Child:
             # Ctrl-C in the terminal of a local fleet reaches it through `stop` only, once.
             start_new_session=True,
         )
+        # The child alone may hold the writing end, or reading would not end with it.
         os.close(writing)
         assert self._process.stdout is not None
         said = os.fdopen(reading, "rb")
@@ -111,6 +112,7 @@ class Child:
         if code is not None:
             for thread in self._threads:
                 thread.join(DRAIN_S)
+        # By their number and not until there are none: the reading thread may add more meanwhile.
         notes = [self._notes.popleft() for _ in range(len(self._notes))]
         host, pid = socket.gethostname(), self._process.pid
         return Report(host, pid, self._is_first, code, self._progress, notes, self._result, list(self._tail))

@@ -158,6 +158,7 @@ class JoinedWork(Generic[T]):
             with worker_lock(lock, 0.0) as abandoned_s:
                 for visible in self._visible:
                     committer = Committer(visible.table, visible, self._run_id, worker)
+                    # Without file locks abandoned_s is a day, but a worker this long silent need not be waited for.
                     num_rows += committer.recover(min(abandoned_s, EXPIRY_S))
                 lock.unlink(missing_ok=True)
         except CacheConflict:

@@ -122,6 +122,8 @@ class FakeEngine:
             ids_TK[-1, 0] = self._eos_id
         logprobs_TK = _logprobs(rng, num_tokens, self._k)
         probs_TK = np.exp(logprobs_TK.astype(np.float64))
+        # The distribution function inverted: as many candidates as lie below a uniform number come before the drawn
+        # one.
         drawn_T = (np.cumsum(probs_TK, axis=1) < rng.random(num_tokens)[:, None]).sum(axis=1)
         # The candidates' mass ends below 1; a draw beyond it becomes the last candidate.
         column_T = np.minimum(drawn_T, self._k - 1)

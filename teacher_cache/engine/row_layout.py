@@ -98,6 +98,7 @@ class Layout:
         try:
             taus = tuple(float(tau) for tau in extra_args.get(TEMPERATURES) or ())
             return cls(int(extra_args[TOP]), int(extra_args.get(DRAWS) or 0), taus, mapped is not None)
+        # OverflowError: a client may send infinity for a whole number.
         except (TypeError, OverflowError) as error:
             raise ValueError(f"{TOP}, {DRAWS} or {TEMPERATURES} is not a number: {error}") from error
 

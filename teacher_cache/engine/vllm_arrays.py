@@ -50,6 +50,7 @@ class ArrayLogprobs(LogprobsProcessor):
             self.arrays.append(new.logprob_token_ids, new.logprobs, new.sampled_token_ranks)
             ArrayLogprobs.num_tokens += len(new.logprobs)
         if self.prompt_arrays is not None and output.new_prompt_logprobs_tensors is not None:
+            # vllm_fit checks the first three fields; versions add others behind them.
             ids, logprobs, ranks, *_ = output.new_prompt_logprobs_tensors
             self.prompt_arrays.append(ids.numpy(), logprobs.numpy(), ranks.numpy())
 

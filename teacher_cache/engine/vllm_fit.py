@@ -248,6 +248,7 @@ def _definitions(node: ast.AST | None) -> Iterator[ast.ClassDef | ast.FunctionDe
     for one in ast.iter_child_nodes(node) if node is not None else ():
         if isinstance(one, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield one
+        # What a module defines under a condition, or in a try, counts as defined.
         elif isinstance(one, ast.If | ast.Try):
             yield from _definitions(one)
 

@@ -55,6 +55,7 @@ class NearDuplicates:
         hashed.update(sorted(ngrams))
         # In the order in which they came, so that equally similar ones name the first.
         candidates = [self._kept[key] for key in sorted(self._index.query(hashed))]
+        # N-grams of candidates are made again: candidates are few, and those of all prompts would fill the memory.
         alike = [(_jaccard(ngrams, _ngrams(one, self._config.ngram)), place) for place, one in candidates]
         similarity, kept = max(alike, key=lambda one: one[0], default=(0.0, ""))
         if similarity >= self._config.similarity:

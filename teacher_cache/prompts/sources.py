@@ -68,6 +68,7 @@ def read_source(source: Source) -> Iterator[Draft | Failure]:
     num_drafts = 0
     for one in found:
         yield one
+        # Malformed rows do not count towards the limit.
         num_drafts += isinstance(one, Draft)
         if num_drafts == source.limit:
             return

@@ -128,6 +128,7 @@ def batches(chains: Iterable[ChainTokens], batch_tokens: int) -> Iterator[list[C
     longest = 0
     for chain in chains:
         longest = max(longest, chain.num_context)
+        # Padded to the longest, a batch costs its length times their number.
         if batch and longest * (len(batch) + 1) > batch_tokens:
             yield batch
             batch, longest = [], chain.num_context

@@ -30,6 +30,7 @@ def shape_of(teacher: Teacher, trust_remote_code: bool) -> Shape:
             int(config.hidden_size),
             int(config.num_attention_heads),
             int(config.vocab_size),
+            # So do both bfloat16 and float16.
             2 if str(config.dtype).endswith("float16") else 4,
         )
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -114,6 +115,7 @@ def load_outer(teacher: Teacher, trust_remote_code: bool) -> "tuple[nn.Module, n
         missing = {key for key, _ in module.named_parameters()} - weights[name].keys()
         if missing:
             raise DataError(f"{teacher.model} has no tensor {name}.{min(missing)} in safetensors files")
+        # assign: nothing can be copied into tensors on the meta device.
         module.load_state_dict(weights[name], assign=True, strict=False)
     return head, norm.float(), config.get_text_config().to_dict()
 

@@ -255,6 +255,7 @@ class FeaturesPass:
                     stopped = "interrupted"
                     note("interrupted: saving finished chains")
                     break
+        # After the block, whose end has saved and committed the last batch.
         done.size_bytes = out.size_bytes
         return self._result(num_total, num_before, done, time.monotonic() - started_s, stopped)
 

@@ -188,6 +188,7 @@ def _constant_bytes(catalog: Catalog, config: FeaturesConfig, wanted: Wanted, sh
             # Scales; with a basis its vectors, their encoder and the mean.
             rank = rank_of(block, width)
             size += 4.0 * num * (width if rank is None else rank + width + 2 * rank * width)
+    # Written last: where it is, the constants are too.
     if (catalog.root / SETS_FOLDER / set_id / "manifest.json").exists():
         size = 0.0
     if wanted.hidden and not matching(catalog.root / SETS_FOLDER, "head-*.safetensors"):

@@ -291,6 +291,7 @@ def _write_named(folder: Location, stem: str, content: Mapping[str, Any]) -> str
     data = tensors.tensor_bytes(content)
     name = hashlib.sha256(data).hexdigest()[:HASH_CHARS]
     target = folder / f"{stem}-{name}.safetensors"
+    # Named by its bytes, so a file of this name has this content.
     if not target.exists():
         with atomic_path(target) as temp:
             temp.write_bytes(data)

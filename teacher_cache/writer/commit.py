@@ -337,6 +337,7 @@ def _options_of(schema: pa.Schema, path: Location) -> dict[str, Any]:
     metadata = schema.metadata or {}
     if FEATURES_METADATA_KEY in metadata:
         return feature_options()
+    # Verdicts and failures have no header; vocab_size only sizes the dictionary of token ids.
     return parquet_options(schema, header_of(metadata, str(path)).vocab_size if SHARD_METADATA_KEY in metadata else 0)
 
 

@@ -81,6 +81,7 @@ class Leases:
         self._reported_s: float | None = None
         self._storage_offset_s = 0.0
         self._ended = threading.Event()
+        # A daemon: a worker that dies of an error must not seem to live on.
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:

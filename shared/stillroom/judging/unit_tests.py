@@ -342,6 +342,7 @@ def _bare_program(answer: str) -> str:
     # Prose before and behind a program: the longest run of lines that is Python and defines or prints something.
     starts = [i for i, line in enumerate(lines) if CODE_LINE.match(line)]
     for start in starts[:1]:
+        # The longest first, so that the whole program is found before a part of it.
         for end in range(len(lines), start, -1):
             if _is_python("\n".join(lines[start:end])):
                 return "\n".join(lines[start:end])

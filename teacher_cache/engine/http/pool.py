@@ -454,6 +454,7 @@ class EndpointPool:
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
+        # asyncio's loop holds tasks weakly: without this set one could be collected while it runs.
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
