@@ -89,10 +89,12 @@ def tidy(text: str) -> str:
     """One notation for one answer; words are marked."""
     text = _unicode(plain(_unboxed(text)))
     text = re.sub(r"^\s*(?:\$\$?|\\\(|\\\[)(.*?)(?:\$\$?|\\\)|\\\])\s*$", r"\1", text, flags=re.DOTALL)
+    # A matrix row may end in \\[2pt], whose bracket opens no formula.
     text = re.sub(r"\\[()\[\]](?![A-Za-z\d])|\\[()]", " ", text) if r"\\[" not in text else text
     text = CURRENCY.sub(" ", text).replace("$", " ")
     for pattern, put in COMMANDS_COMPILED:
         text = pattern.sub(put, text)
+    # Before spaces are evened out: those between groups of digits belong to one number.
     text = DIGIT_GROUP.sub("", text)
     text = re.sub(r"(?<!\\)\\[!,;:> ]|~|\{\}", lambda match: "" if match[0] == r"\!" else " ", text)
     text = _words(text).replace(r"\%", "%")
@@ -129,8 +131,10 @@ def split_top(text: str, separators: str) -> list[str]:
             continue
         if text.startswith((r"\begin", r"\end"), place):
             depth += 1 if text.startswith(r"\begin", place) else -1
+            # The length of `\end`; what it leaves of `\begin` is letters.
             place += 4
             continue
+        # Never below 0: ]0, 1] closes more than it opens, and what follows still has separators.
         depth = max(depth + {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(text[place], 0), 0)
         place += 1
     return [part.strip() for part in [*parts, text[start:]]]
@@ -150,6 +154,7 @@ def _unicode(text: str) -> str:
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     text = "".join(UNICODE.get(character, character) for character in text)
+    # After the rest: NFKC by itself makes 2 of a superscript 2, and x2 of a square.
     return unicodedata.normalize("NFKC", text)
 
 
