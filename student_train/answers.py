@@ -246,6 +246,7 @@ def generate(
     finally:
         model.generation_config = models_own
     if chosen is not None:
+        # The processor is not called again after the last token.
         chosen.chose(ids_BG[:, -1:])
     return [_until_end(ids, ends) for ids in ids_BG.tolist()]
 

@@ -187,6 +187,7 @@ def _sums(metrics: TokenMetrics, is_compared_N: torch.Tensor | None) -> torch.Te
     values = metrics._asdict()
     if is_compared_N is not None:
         is_compared_N = is_compared_N.to(metrics.forward_kl_N.device)
+        # Not a product: nan * 0 is nan.
         values |= {name: values[name].where(is_compared_N, 0.0) for name in COMPARED}
     return torch.stack([one.double().sum() for one in values.values()])
 
@@ -203,6 +204,7 @@ def _byte_counter(selection: Selection) -> Callable[[Pack], int] | None:
     pieces, special = found[0]
     known_V = lengths_of(Vocabulary(pieces, special).bytes_by_id())
     width = selection.header.vocab_size
+    # Kept ids are the cache's, and go beyond the number that is left of them.
     if selection.header.kept_ids is not None:
         width = int(ids_of(selection.header.kept_ids)[-1]) + 1
     lengths_V = np.zeros(max(len(known_V), width), np.int64)

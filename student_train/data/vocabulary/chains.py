@@ -105,6 +105,7 @@ class Aligner:
         opened, begins = prompt.rstrip().endswith(start), data.lstrip().startswith(mark)
         if opened and begins:
             rest = data.lstrip().removeprefix(mark).lstrip(b"\n")
+            # Below 0: the teacher's first tokens are the mark that is left out.
             return rest, len(rest) - len(data)
         if opened or begins:
             return data, 0
@@ -119,6 +120,7 @@ class Aligner:
         for token_id in np.unique(ids_T[np.isin(ids_T, self._special)]).tolist():
             piece = self._teacher.pieces[token_id]
             spelled, text = spelled.replace(piece, ""), text.replace(piece, "")
+        # A chain that was cut off may end within a character.
         spelled, text = spelled.strip().rstrip("\ufffd"), text.strip().rstrip("\ufffd")
         return spelled.startswith(text) or text.startswith(spelled)
 

@@ -90,6 +90,7 @@ def open_projected_selection(
     other = None if counted is None or not _source_path(counted).exists() else _source_path(counted)
     maker = ProjectedRows(source, tokenizer, None if other is None else load_selection(other, roots))
     made = retokenise(path, source, maker)
+    # Before the selection's own file, which says that all is here.
     tokenizer.write_vocab(vocab_beside(made.folder))
     counts = made.counts
     projection = Projection(
@@ -189,6 +190,7 @@ class ProjectedRows:
             RESPELLED: sum(chain.problem == RESPELLED for chain in chains),
             "common": int(is_common_S.sum()),
             "teacher_tokens": len(signals.topk_n_T),
+            # 1 - exp(x) by expm1, which keeps its digits where the tail holds nearly all.
             "mass": float(-np.expm1(targets.tail_logmass_S[has_common_S].astype(np.float64)).sum()),
         }
         made = iter(_split(_filled(targets, _joined([chain.student_ids_S for chain in good])), good))
@@ -199,6 +201,7 @@ class ProjectedRows:
                 rows.append((chain, next(made), next(said)))
             else:
                 rows.append((chain, _filled(_no_targets(len(chain.student_ids_S)), chain.student_ids_S), None))
+        # Without a prompt no position predicts the first token.
         kept = [row for row in rows if len(row[0].student_ids_S) and row[0].prompt_ids]
         return _table(kept, header.codec).cast(self.schema(header)), counts
 
@@ -213,6 +216,7 @@ class _Chains:
     def evenly(self, num_tokens: int) -> Self:
         """Evenly spaced row groups, of so many completion tokens together."""
         tokens_G = np.bincount(self.source.group_R, self.source.num_tokens_R, len(self.source.file_G))
+        # Rounded up: a smaller step would take more than was asked for, and a step of 0 is an error.
         return replace(self, groups=self.groups[:: -(-int(tokens_G[self.groups].sum()) // num_tokens)])
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -298,6 +302,7 @@ class _Teacher:
             student_bytes_S=np.where(self._is_mark_V[student_ids_S], 0, _joined(lengths_S)),
             places_S=np.where(places_S >= 0, places_S + first_S, -1),
             skipped_S=_joined([one.alignment.skipped_S for one in chains if one.alignment is not None]),
+            # -1 where a chain begins: there is no token before.
             before_S=_joined([np.append(-1, chain.student_ids_S)[:-1] for chain in chains]),
         )
 
@@ -401,12 +406,14 @@ def _filled(targets: Targets, student_ids_S: Int32 | Int64) -> Signals:
     # Where nothing lands on a student token, the one entry that signals must have holds nothing.
     logprobs_N[~is_own_N] = np.maximum(targets.logprobs_N, -LOGPROB_RANGE_NATS)
     tail_S = np.where(has_none_S, -np.inf, targets.tail_logmass_S).astype(np.float32)
+    # A token that is not among the stored ones has at most the tail's mass, and a rank after all of them.
     is_hit_N = ids_N == student_ids_S[owner_N]
     sampled_S = np.maximum(tail_S, -LOGPROB_RANGE_NATS)
     sampled_S[owner_N[is_hit_N]] = logprobs_N[is_hit_N]
     rank_S = n_S + 1
     rank_S[owner_N[is_hit_N]] = (np.arange(len(owner_N)) - (np.cumsum(n_S) - n_S)[owner_N])[is_hit_N] + 1
     prob_N, tail_mass_S = np.exp(logprobs_N.astype(np.float64)), np.exp(tail_S.astype(np.float64))
+    # The limit keeps out 0 * -inf, which is nan.
     tail_nats_S = tail_mass_S * np.maximum(tail_S, -LOGPROB_RANGE_NATS)
     entropy_S = -np.bincount(owner_N, prob_N * logprobs_N, num_tokens) - tail_nats_S
     return Signals(
@@ -426,6 +433,7 @@ def _batches(chains: Sequence[AlignedChain], signals: Signals) -> Iterator[tuple
     first = 0
     while first < len(chains):
         start = int(ends_R[first - 1]) if first else 0
+        # One chain at least, however long.
         last = max(first + 1, int(np.searchsorted(ends_R, start + BATCH_TOKENS, side="right")))
         yield chains[first:last], signals.slice(start, int(ends_R[last - 1]))
         first = last

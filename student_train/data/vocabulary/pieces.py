@@ -46,6 +46,7 @@ class VocabularyPair:
 
 def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, end_id: int) -> VocabularyPair:
     """`ends` are the teacher's tokens that end a chain, `end_id` is the student's."""
+    # Reversed, so that of two ids with one text the smaller stays.
     own = {student.pieces[one]: one for one in sorted(student.special, reverse=True)}
     teacher_bytes, student_bytes = teacher.bytes_by_id(), student.bytes_by_id()
     for token_id in teacher.special:
@@ -57,9 +58,11 @@ def pair_of(teacher: Vocabulary, ends: Set[int], student: Vocabulary, end_id: in
     for token_id in student.special:
         text = student.pieces[token_id]
         is_shared = own[text] == token_id and mark_of(text) in marks
+        # OPEN twice: nothing of the teacher's begins so, and the token equals nothing.
         student_bytes[token_id] = mark_of(text) if is_shared else OPEN + mark_of(text)
         if is_shared:
             student_id_of[mark_of(text)] = token_id
+    # Last, in place of what the loop gave it.
     student_bytes[end_id] = END
     return VocabularyPair(teacher_bytes, student_bytes, {**student_id_of, END: end_id})
 
