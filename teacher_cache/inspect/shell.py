@@ -77,6 +77,7 @@ class SqlShell:
             lexer=PygmentsLexer(SqlLexer),
             completer=WordCompleter(self._words(), ignore_case=True, match_middle=False),
             complete_while_typing=False,
+            # Asked at every Enter, when `prompt` is bound.
             multiline=Condition(lambda: not is_complete(prompt.default_buffer.text)),
             prompt_continuation=CONTINUED,
             input=terminal_in,
@@ -167,6 +168,7 @@ def _history() -> History:
     path = (Path(base) if base else Path.home() / ".local" / "state") / "stillroom" / "sql_history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # FileHistory by itself creates its file as the umask says.
         path.touch(mode=0o600)
     except OSError as error:
         note(f"no history: {path} cannot be written ({error.strerror})")

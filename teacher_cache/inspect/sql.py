@@ -181,6 +181,7 @@ def write_views(catalogs: dict[str, Catalog], path: Path, files: Mapping[str, Pa
 
 def _is_duckdb(path: Path) -> bool:
     with path.open("rb") as file:
+        # DuckDB's magic bytes stand behind a checksum of 8.
         return file.read(12)[8:] == b"DUCK"
 
 
@@ -331,6 +332,7 @@ def _interval(value: pa.MonthDayNano) -> str:
     counts = ((value.months, "month"), (value.days, "day"))
     parts = [f"{count} {unit}{'' if abs(count) == 1 else 's'}" for count, unit in counts if count]
     if value.nanoseconds or not parts:
+        # Python writes a negative timedelta as -1 day and a positive rest.
         sign = "-" if value.nanoseconds < 0 else ""
         parts.append(f"{sign}{datetime.timedelta(microseconds=abs(value.nanoseconds) // 1000)}")
     return " ".join(parts)
@@ -352,6 +354,7 @@ def _csv_value(value: Any) -> str:
 
 def _markdown_cell(value: Any) -> str:
     text = _cell(value)
+    # & first, or the escapes of the others would be escaped again.
     for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("`", "&#96;"), ("|", "\\|")):
         text = text.replace(character, escaped)
     return text
@@ -461,6 +464,7 @@ def _say_rest(shown: Shown, in_session: bool) -> None:
 def _write_parquet(reader: pa.RecordBatchReader, out: Path) -> int:
     num_rows = 0
     try:
+        # In this order: the writer ends its file before that gets its name.
         with atomic_path(out) as temp, pq.ParquetWriter(temp, reader.schema, compression="zstd") as writer:
             for batch in reader:
                 writer.write_batch(batch, row_group_size=ROWS_PER_GROUP)
