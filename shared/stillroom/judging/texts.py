@@ -144,6 +144,7 @@ def _list_of(text: str) -> list[str] | None:
     except ValueError:
         pass
     inner = re.sub(r"^[\[({]|^\\\{|[\])}]$|\\\}$", "", stripped)
+    # 1,234 is a number, not a list of two.
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", inner):
         return None
     parts = [part.strip(DECORATION) for part in re.split(r"\s*(?:[,;、]\s*(?:and\s+)?|\n|\s+and\s+)", inner.strip())]
@@ -152,6 +153,7 @@ def _list_of(text: str) -> list[str] | None:
 
 
 def _unstyled(text: str) -> str:
+    # STYLE matches what holds no braces: one level of nesting at a time.
     previous = None
     while text != previous:
         previous, text = text, STYLE.sub(r"\1", text)

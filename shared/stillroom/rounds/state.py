@@ -113,6 +113,7 @@ class RoundsFolder:
         """Holds the side of each program. Raises CacheConflict where another process does its parts."""
         self._config.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
+            # In one order for all, so that two who want both never hold one each.
             for program in sorted(programs):
                 # Not emptied on opening: it names the process that holds it.
                 file = stack.enter_context(self._lock_path(program).open("a+", encoding="utf-8"))

@@ -62,6 +62,7 @@ def launcher(program: str) -> list[str]:
     """How `program` is started from here."""
     beside = Path(sys.executable).with_name(program)
     found = str(beside) if beside.exists() else shutil.which(program)
+    # -P: nothing in the working directory may stand for a module.
     return [found] if found is not None else [sys.executable, "-P", "-m", MODULES[program]]
 
 
@@ -157,6 +158,7 @@ class _Waiting:
             self._known, self._since_s, self._next_s = (part, running), now_s, FIRST_REMINDER_S
             note(self._line(part, running))
         elif (waited_s := now_s - self._since_s) >= self._next_s:
+            # At doubling times, later at equal ones.
             self._next_s += min(self._next_s, LAST_REMINDER_S)
             note(f"{self._line(part, running)} ({format_duration(waited_s)} so far)")
 
