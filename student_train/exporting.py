@@ -378,6 +378,7 @@ def _trained_names(model: torch.nn.Module, trainable: str) -> list[str]:
     if trainable == "body":
         ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
         kept = [parameter for layer in ends for parameter in layer.parameters()]
+        # By identity: == between tensors compares their elements.
         return [name for name, parameter in model.named_parameters() if not any(parameter is one for one in kept)]
     if trainable == "lora":
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -74,6 +74,7 @@ def perturb(kind: str, prompt: AskedPrompt, seed: int) -> Perturbed | None:
     number = next((n for n in reversed(range(len(prompt.messages))) if prompt.messages[n]["role"] == "user"), None)
     if number is None:
         return None
+    # Not hash(): that of a text differs from process to process.
     rng = random.Random(stable_hash("perturb", kind, seed, prompt.prompt_id))
     before, reference = str(prompt.messages[number]["content"]), prompt.reference
     letters: dict[str, str] = {}
@@ -95,6 +96,7 @@ def typing_noise(text: str, rng: random.Random) -> str:
     protected = _spans(PROTECTED, text)
     words = [match for match in WORD.finditer(text) if not _is_inside(match.start(), protected)]
     chosen = rng.sample(words, min(len(words), max(1, round(NOISY_SHARE * len(words)))))
+    # From the last one, so that the places of the others stay right.
     for match in sorted(chosen, key=lambda one: -one.start()):
         text = text[: match.start()] + _mistyped(match[0], rng) + text[match.end() :]
     return text
@@ -135,6 +137,7 @@ def _mistyped(word: str, rng: random.Random) -> str:
     place = rng.randrange(1, len(word) - 2)
     letter, rest = word[place], word[place + 1 :]
     how = rng.choice(("swap", "drop", "double", "neighbour"))
+    # Two equal letters swapped would change nothing.
     if how == "swap" and letter != rest[0]:
         return word[:place] + rest[0] + letter + rest[1:]
     if how == "drop":

@@ -100,6 +100,7 @@ def compare(
         raise ConfigError(f"--against {against}: choose one of {', '.join(names)}, {BEST} or {ALL}")
     answered = [_answered(side, prompts, config, concurrency) for side in sides]
     pairs = [_pair(one, other, prompts) for one, other in _paired(answered, against)]
+    # Adjusted together: of many pairs some differ by chance.
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
         pair["p_adjusted"] = p_value
     result = {
@@ -146,6 +147,7 @@ def _answered(side: Side, prompts: Sequence[AskedPrompt], config: GenerateConfig
         if sum(failures.values()) == len(replies):
             raise StillroomError(f"{side.name} ({side.address}) answered none of {len(replies)} requests: {reason}")
         warn(f"{side.name}: {sum(failures.values())} of {len(replies)} requests failed, {count} with: {reason}")
+    # After the clock: judging is no part of the side's time.
     with JudgeProcess() as judge:
         judge.prepare(sorted({prompt.judge for prompt in prompts}))
         verdicts = [

@@ -67,6 +67,7 @@ class PolicyGradient(HeadLoss):
         assert seen.sampled_N is not None
         assert teacher_N is not None
         assert behaviour_N is not None
+        # Before any arithmetic: nan that where() leaves out afterwards would still make the gradient nan.
         is_own_N = behaviour_N.isfinite()
         teacher_N, behaviour_N = (one.to(seen.sampled_N.dtype).where(is_own_N, 0.0) for one in (teacher_N, behaviour_N))
         advantage_N = (teacher_N - behaviour_N).clamp(-self.max_advantage, self.max_advantage)
