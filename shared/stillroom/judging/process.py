@@ -192,6 +192,7 @@ def _judge(request: Mapping[str, Any]) -> dict[str, Any]:
 def _main() -> None:
     follow_parent(int(sys.argv[1]))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # setrlimit raises above the hard limit.
     most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     # What a checker prints must not be taken for a reply.
