@@ -208,6 +208,7 @@ def ask_about_cache(
                         decided.add(row["sample_id"])
                     yield Question(row["sample_id"], question_of(row["messages"]), row["reference"], row["answer"])
 
+        # Unwound in reverse: requests end, then questions, what was judged is committed, and the name is free last.
         asked = stack.enter_context(closing(questions()))
         for opinion in stack.enter_context(closing(opinions(config, asked))):
             is_kept = opinion.key in decided and opinion.verdict.correct is None

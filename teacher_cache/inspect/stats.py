@@ -294,6 +294,7 @@ def _features(session: Session, catalog: Catalog) -> dict[str, FeatureCounts]:
 
 def _loops(session: Session, num_tokens: int) -> list[dict[str, Any]]:
     """Numbers of chains read, and of loops among them, by source, split and run."""
+    # Chosen by hash: the same chains each time, spread over all sources.
     every = max(1, num_tokens // LOOP_TOKENS)
     rows: list[dict[str, Any]] = session.arrow(
         f"SELECT source, split, run_id, count(*) AS num, count(*) FILTER (repeated_frac > {LOOP_FRAC}) AS num_loops"

@@ -222,6 +222,7 @@ def _check_tokens(
     falling_N = np.concatenate([[True], np.diff(signals.topk_logprobs_N) <= 1e-6])
     # From one token to the next the log probability may rise.
     falling_N[starts_T] = True
+    # Every support has an entry, or decoding had refused it: reduceat takes a neighbour's for an empty one.
     mass_T = np.add.reduceat(np.exp(signals.topk_logprobs_N, dtype=np.float64), starts_T)
     mass_T += np.exp(signals.tail_logmass_T, dtype=np.float64)
     inside_T = ~np.isnan(stored_T)
@@ -279,6 +280,7 @@ def _check_scalars(rows: Sequence[Row], signals: Signals, offsets: Int64, header
         if start == stop:
             continue
         for column, mean in scalars_of(signals.slice(start, stop)).items():
+            # Not `>`: nan must fail too.
             if not abs(row[column] - mean) <= tolerance * max(1.0, abs(mean)):
                 yield f"row {number}, column {column} is {row[column]:.4g}, the chain's tokens have {mean:.4g}"
                 return
