@@ -344,7 +344,7 @@ async def _check_extra(http: HttpClient, api: Api, model: str, extra: Mapping[st
         openapi = await http.get("/openapi.json")
         body = openapi["paths"][api.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         schema = _resolved(api.parameters(_resolved(body, openapi)), openapi)
-        _require_known(f"{http.url}: sampling.vllm", schema, extra, openapi)
+        _require_known(http.url, "sampling.vllm", schema, extra, openapi)
     except (Unavailable, Refused, KeyError):
         note(f"{http.url} does not list its parameters: names in sampling.vllm are not checked")
     try:
@@ -353,15 +353,16 @@ async def _check_extra(http: HttpClient, api: Api, model: str, extra: Mapping[st
         raise ConfigError(f"{http.url} rejects sampling.vllm: {error}") from error
 
 
-def _require_known(where: str, schema: Json, given: Mapping[str, Any], openapi: Json) -> None:
+def _require_known(url: str, block: str, schema: Json, given: Mapping[str, Any], openapi: Json) -> None:
     known = schema["properties"]
     for name, value in given.items():
         if name not in known:
-            raise ConfigError(f"{where} has no {name!r}{nearest_name(name, list(known))}")
+            hint = nearest_name(name, list(known))
+            raise ConfigError(f"{url} ignores {block}.{name}, which its vLLM does not have{hint}")
         if isinstance(value, Mapping):
             for one in (_resolved(part, openapi) for part in known[name].get("anyOf", [known[name]])):
                 if "properties" in one:
-                    _require_known(f"{where}.{name}", one, value, openapi)
+                    _require_known(url, f"{block}.{name}", one, value, openapi)
 
 
 def _resolved(schema: Json, openapi: Json) -> Json:

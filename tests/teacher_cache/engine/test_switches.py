@@ -204,9 +204,12 @@ def test_a_server_is_asked_for_its_parameters(has_generate: bool, capsys: pytest
         assert summary({"min_tokens": 2, "repetition_detection": detection}).startswith("serves tiny")
         asked = server.behaviour.seen[-1]
         assert asked.get("sampling_params", asked)["repetition_detection"] == detection
-        assert "sampling.vllm has no 'min_token': did you mean 'min_tokens'?" in summary({"min_token": 2})
-        assert "has no 'max_size': did you mean 'max_pattern_size'?" in summary(
-            {"repetition_detection": {"max_size": 1}}
+        assert "ignores sampling.vllm.min_token, which its vLLM does not have: did you mean 'min_tokens'?" in summary(
+            {"min_token": 2}
+        )
+        assert (
+            "repetition_detection.max_size, which its vLLM does not have: did you mean 'max_pattern_size'?"
+            in summary({"repetition_detection": {"max_size": 1}})
         )
         server.behaviour.trouble = lambda body: "400" if '"stop"' in json.dumps(body) else None
         assert "rejects sampling.vllm: status 400" in summary({"stop": [""]})

@@ -133,7 +133,7 @@ def test_the_engine_block_is_checked_by_its_kind(tmp_path: Path, folder: Path) -
         ({"endpoints": ["http://me:secret@gpu-1"]}, r"holds .*password.*api_key_env"),
         ({"endpoints": [url, f"{url}/v1"]}, "is listed twice"),
         ({"endpoints": []}, "at least 1 item"),
-        ({"kind": "sever"}, "kind must be 'embedded' .* or 'server'"),
+        ({"kind": "sever"}, "kind must be 'embedded' .* 'server' .* or 'openai'"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             as_config(served(tmp_path, folder, url, **change))
