@@ -153,6 +153,9 @@ def features(
     overrides: Overrides = None,
     worker: Worker = "0/1",
     join: Join = False,
+    on: On = None,
+    num_workers: NumWorkers = None,
+    num_cpus: NumCpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Store the teacher's hidden states or attention at existing chains. The same command resumes."""
@@ -161,6 +164,11 @@ def features(
     from teacher_cache.states.passes import result_json, result_lines
 
     config = load_features_config(config_path, overrides or ())
+    if on is not None or (num_workers, num_cpus) != (None, None):
+        if join or worker != "0/1":
+            raise ConfigError("workers of --on join by themselves: remove --join and --worker")
+        _run_on("features", config_path, overrides or (), config, on, num_workers, num_cpus, as_json)
+        return
     with StopRequest(at_once=True):
         result = teacher_cache.features(config, worker=worker, join=join)
     print_result(result_json(result), result_lines(result, config.cache), as_json)
@@ -567,7 +575,7 @@ def _run_on(
     command: str,
     path: Path,
     overrides: Sequence[str],
-    config: "BuildConfig | ScoreConfig",
+    config: "BuildConfig | ScoreConfig | FeaturesConfig",
     on: str | None,
     num_workers: int | None,
     num_cpus: int | None,
@@ -581,7 +589,12 @@ def _run_on(
     with StopRequest(at_once=True):
         job = joining_job(command, path, overrides, config)
         result = run_on_ray(on, job, replica_size(config, num_cpus), num_workers)
-    if result is not None:
+    if result is not None and command == "features":
+        from teacher_cache.states.passes import FeaturesResult
+        from teacher_cache.states.passes import result_lines as feature_lines
+
+        print_result(result, feature_lines(FeaturesResult.of(result), config.cache), as_json)
+    elif result is not None:
         print_result(result, result_lines(result, str(config.cache)), as_json)
     if result is None or result["stopped"] is not None:
         raise typer.Exit(INTERRUPTED)

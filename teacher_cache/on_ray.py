@@ -25,6 +25,7 @@ from stillroom.log import Progress, format_plural, note
 from stillroom.program import DAMAGED, INTERRUPTED, StopRequest
 from teacher_cache.config import BuildConfig, EmbeddedConfig, ScoreConfig
 from teacher_cache.fleet import Child, Job, Report, refused
+from teacher_cache.states.config import FeaturesConfig, TransformersConfig, VllmConfig
 
 POLL_S = 0.5
 REMIND_S = 60.0
@@ -36,6 +37,9 @@ LEAVE_S = 60.0
 CLOSE_S = 5.0
 MAX_FAILURES = 3
 """Failures of a worker in a row, without new chains between them, after which it is given up."""
+COUNTS = ("num_adopted", "num_new_chains", "num_new_tokens", "num_failures")
+FEATURE_COUNTS = ("num_adopted", "num_chains", "num_tokens", "size_bytes")
+"""What a worker's result says of this worker alone, the third of them tokens; of builds and scores, and of features."""
 MISTAKES = (ConfigError.exit_code, DAMAGED)
 """Exit codes that another attempt, or another node, would not change."""
 
@@ -61,12 +65,15 @@ class ReplicaSize:
         return what if self.spans_nodes else f"{what} on one node"
 
 
-def replica_size(config: BuildConfig | ScoreConfig, num_cpus: int | None) -> ReplicaSize:
+def replica_size(config: BuildConfig | ScoreConfig | FeaturesConfig, num_cpus: int | None) -> ReplicaSize:
     """What the engine's settings ask for: GPUs, unless `num_cpus` is given or the teacher is served elsewhere.
 
     Raises ConfigError for CPUs with Ray's executor.
     """
     engine = config.engine
+    if isinstance(engine, (VllmConfig, TransformersConfig)):
+        num_gpus = engine.tensor_parallel_size if isinstance(engine, VllmConfig) else 1
+        return ReplicaSize(num_gpus, num_gpus) if num_cpus is None else ReplicaSize(num_cpus, 0)
     if not isinstance(engine, EmbeddedConfig):
         return ReplicaSize(num_cpus or 1, 0)
     spans_nodes = engine.distributed_executor_backend == "ray"
@@ -78,7 +85,9 @@ def replica_size(config: BuildConfig | ScoreConfig, num_cpus: int | None) -> Rep
     return ReplicaSize(num_cpus, 0)
 
 
-def joining_job(command: str, path: Path, overrides: Sequence[str], config: BuildConfig | ScoreConfig) -> Job:
+def joining_job(
+    command: str, path: Path, overrides: Sequence[str], config: BuildConfig | ScoreConfig | FeaturesConfig
+) -> Job:
     """`teacher-cache COMMAND --join` with this configuration file, whose text travels along."""
     given = (
         [f"cache={json.dumps(str(config.cache.absolute()), ensure_ascii=False)}"]
@@ -205,7 +214,15 @@ class _Fleet:
                 time.sleep(POLL_S)
         if self._failure is not None:
             raise self._failure
-        return self._merged("interrupted" if stop.is_set and not self._is_finished else None)
+        if not self._results:
+            return None
+        done_before = None if self._progress is None else self._done_before
+        return {
+            **merged(self._results, time.monotonic() - self._started_s, done_before),
+            "stopped": "interrupted" if stop.is_set and not self._is_finished else None,
+            "num_workers": self._num_workers,
+            "num_restarts": self._num_restarts,
+        }
 
     def close(self) -> None:
         """Ends what is left at once: after a second Ctrl-C, or an error."""
@@ -399,25 +416,20 @@ class _Fleet:
             ray.kill(slot.actor)
             slot.actor = slot.asked = None
 
-    def _merged(self, stopped: str | None) -> Json | None:
-        """The newest result, with the counts of all workers that ended by themselves."""
-        if not self._results:
-            return None
-        last = max(self._results, key=lambda one: int(one["chains_version"]))
-        names = ("num_adopted", "num_new_chains", "num_new_tokens", "num_failures")
-        sums = {name: sum(one[name] for one in self._results) for name in names}
-        seconds = time.monotonic() - self._started_s
-        num_tokens = sums["num_new_tokens"]
-        return {
-            **{name: value for name, value in last.items() if name != "worker"},
-            **sums,
-            "num_done_before": self._done_before if self._progress is not None else last["num_done_before"],
-            "seconds": seconds,
-            "tokens_per_s": num_tokens / seconds if num_tokens else None,
-            "stopped": stopped,
-            "num_workers": self._num_workers,
-            "num_restarts": self._num_restarts,
-        }
+
+def merged(results: Sequence[Json], seconds: float, num_done_before: int | None) -> Json:
+    """The newest result, with the counts of all workers that ended by themselves."""
+    last = max(results, key=lambda one: int(one.get("chains_version", 0)))
+    names = COUNTS if "num_new_chains" in last else FEATURE_COUNTS
+    sums = {name: sum(one[name] for one in results) for name in names}
+    num_tokens = sums[names[2]]
+    return {
+        **{name: value for name, value in last.items() if name != "worker"},
+        **sums,
+        "num_done_before": last["num_done_before"] if num_done_before is None else num_done_before,
+        "seconds": seconds,
+        "tokens_per_s": num_tokens / seconds if num_tokens else None,
+    }
 
 
 def _what_happened(slot: _Slot, report: Report) -> str:

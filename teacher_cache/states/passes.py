@@ -13,7 +13,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 from stillroom.cache.catalog import SHARD_NAME, Catalog
 from stillroom.cache.features import SETS_FOLDER
@@ -61,6 +62,11 @@ class FeaturesResult:
     size_bytes: int
     seconds: float
     stopped: str | None
+
+    @classmethod
+    def of(cls, result: Json) -> Self:
+        """From the result for programs, of one worker or several."""
+        return cls(**{field.name: result.get(field.name, "") for field in fields(cls)})
 
 
 def features_of_cache(config: FeaturesConfig, share: WorkerShare | None) -> FeaturesResult:

@@ -14,7 +14,8 @@ from stillroom.errors import ConfigError
 from teacher_cache.cli import main
 from teacher_cache.fleet import Child, Job
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.on_ray import ReplicaSize, joining_job, replica_size
+from teacher_cache.on_ray import ReplicaSize, joining_job, merged, replica_size
+from teacher_cache.states.passes import FeaturesResult
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import make_config, make_requests
 from tests.helpers.programs import Program
@@ -61,6 +62,27 @@ def test_a_replica_takes_what_its_engine_needs(
     tmp_path: Path, engine: dict[str, object], num_cpus: int | None, size: ReplicaSize
 ) -> None:
     assert replica_size(make_config(tmp_path, engine=engine), num_cpus) == size
+
+
+def test_results_of_workers_are_added_up() -> None:
+    one = {"worker": "ja", "num_adopted": 0, "num_done_before": 3, "tokens_per_s": 9.0, "seconds": 1.0}
+    build = {**one, "num_new_chains": 2, "num_new_tokens": 30, "num_failures": 1, "chains_version": 4, "num_chains": 7}
+    newer = {**build, "worker": "jb", "chains_version": 5, "num_chains": 9}
+    found = merged([newer, build], 10.0, 5)
+    assert "worker" not in found
+    assert (found["num_new_chains"], found["num_new_tokens"], found["num_failures"]) == (4, 60, 2)
+    assert (found["num_chains"], found["num_done_before"], found["tokens_per_s"]) == (9, 5, 6.0)
+    features = {
+        **one,
+        "set_id": "s",
+        "num_total": 9,
+        "num_chains": 2,
+        "num_tokens": 30,
+        "size_bytes": 8,
+        "stopped": None,
+    }
+    of_all = FeaturesResult.of(merged([features, features], 10.0, None))
+    assert of_all == FeaturesResult("s", "", 9, 3, 0, 4, 60, 16, 10.0, None)
 
 
 def test_the_text_of_the_configuration_travels_and_the_cache_is_absolute(
