@@ -91,6 +91,23 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
     scrubber = scrubber_of(config)
     loaded = load_prompts(config.prompts, scrubber)
     _note_loaded(loaded)
+    if loaded.unanswered:
+        raise ConfigError(
+            f"{format_plural(loaded.unanswered.total(), 'variant')} of prompts.augment wait for the teacher: run "
+            "teacher-cache augment with this configuration first"
+        )
+    return build_loaded(config, loaded, share, scrubber, retry_failures=retry_failures)
+
+
+def build_loaded(
+    config: BuildConfig,
+    loaded: LoadedPrompts,
+    share: WorkerShare | None,
+    scrubber: Scrubber | None,
+    *,
+    retry_failures: bool,
+) -> BuildResult:
+    """`build_cache` for prompts that are read already; config.prompts says how they are sampled."""
     require_judges(loaded.prompts)
     if config.sampling.until is not None:
         require_judged(loaded.prompts)
@@ -684,6 +701,12 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
     if loaded.near_duplicates:
         alike, near = format_plural(len(loaded.near_duplicates), "near-duplicate"), loaded.near_duplicates[0]
         note(f"{alike} skipped; the first: {near}")
+    if loaded.variants:
+        kinds = ", ".join(f"{num:,} {kind}" for kind, num in sorted(loaded.variants.items()))
+        note(f"{format_plural(loaded.variants.total(), 'variant')} among them: {kinds}")
+    if loaded.without_variant:
+        reasons = ", ".join(f"{reason} ({num:,})" for reason, num in loaded.without_variant.most_common())
+        note(f"{format_plural(loaded.without_variant.total(), 'variant')} could not be made: {reasons}")
     if loaded.contaminated:
         note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")
     for source, num in loaded.judgeless():

@@ -120,6 +120,21 @@ def build(
 
 
 @app.command()
+def augment(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Ask the teacher for paraphrases, translations and solutions of prompt variants. The same command resumes."""
+    from teacher_cache.augmenting import augment as ask
+    from teacher_cache.config import BuildConfig, load_run_config
+
+    config = load_run_config(config_path, overrides or (), "build")
+    assert isinstance(config, BuildConfig)
+    with StopRequest(at_once=True):
+        done = ask(config)
+    print_result(done.as_json(), done.lines(), as_json)
+    if done.stopped is not None:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
 def score(
     config_path: ConfigPath,
     overrides: Overrides = None,
@@ -558,7 +573,7 @@ def main() -> None:
     """Entry point."""
     # torch reads it when it is loaded, which tokenizers do long before the engine starts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run_program(app, "teacher-cache", ("build", "score", "features", "rounds", "copy"))
+    run_program(app, "teacher-cache", ("build", "augment", "score", "features", "rounds", "copy"))
 
 
 def _plan_features(config: "FeaturesConfig", as_json: bool) -> None:

@@ -101,6 +101,9 @@ class BuildPlan:
     """Personal data replaced in prompts, by kind."""
     scrubbed_samples: list[str] = field(default_factory=list)
     """What a few prompts have in its place."""
+    num_variants: int = 0
+    """Variants among the prompts, and those for which the teacher must be asked first."""
+    num_unanswered: int = 0
     num_chains: int = 0
     num_done: int = 0
     num_failed: int = 0
@@ -182,6 +185,9 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     lines += [f"         {example}" for example in plan.examples]
     lines += [f"scrubbed {counted(plan.scrubbed)}"] if plan.scrubbed else []
     lines += [f"         {flat(one)}" for one in plan.scrubbed_samples]
+    if plan.num_variants or plan.num_unanswered:
+        waiting = f"; {plan.num_unanswered:,} more need: teacher-cache augment" if plan.num_unanswered else ""
+        lines.append(f"variants {plan.num_variants:,} among them{waiting}")
     if plan.is_bound:
         lines.append("until    chains, tokens and time are upper bounds: prompts with enough right chains get no more")
     lines += _cost_lines(plan) if plan.num_left else ["nothing is left to do"]
@@ -266,11 +272,13 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
     plan.num_duplicates = len(loaded.duplicates)
     plan.num_near_duplicates = len(loaded.near_duplicates)
     plan.num_contaminated = len(loaded.contaminated)
+    plan.num_variants, plan.num_unanswered = loaded.variants.total(), loaded.unanswered.total()
     plan.examples = [
         *_examples("malformed", [failure.message for failure in loaded.failures]),
         *_examples("duplicate", [str(one) for one in loaded.duplicates]),
         *_examples("near-duplicate", [str(one) for one in loaded.near_duplicates]),
         *_examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
+        *(f"no variant: {reason} ({num:,})" for reason, num in loaded.without_variant.most_common()),
         *_without_verdict(loaded),
     ]
 

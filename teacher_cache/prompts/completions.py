@@ -41,13 +41,13 @@ from teacher_cache.prompts.config import CacheCompletions, CompletionFields, Com
 from teacher_cache.prompts.conversations import Json, find, messages_of, text_of, value_of
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.files import Row
+from teacher_cache.prompts.kept import prompt_of
 from teacher_cache.prompts.prompts import (
     TOKENIZE_BATCH,
     WHOLE,
     Part,
     WorkerShare,
     part_name,
-    prompt_of,
     template_failure,
 )
 from teacher_cache.prompts.rendering import tokenize

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from stillroom.config import StrictModel
+from stillroom.config import StrictModel, nearest_name
 from stillroom.storage.paths import CacheRoot
 from teacher_cache.prompts.expressions import check_expression
+from teacher_cache.prompts.variant_config import AugmentConfig
 
 NAME_IN_TEMPLATE = re.compile(r"\{([A-Za-z_]\w*)\}")
 """A variable in a template's text. Other braces stand for themselves, as in LaTeX."""
@@ -314,6 +315,8 @@ class PromptsConfig(StrictModel):
     """Skip prompts that overlap an evaluation set."""
     dedupe: DedupeConfig | None = None
     """Skip prompts that nearly repeat an earlier one, in the order of the sources; equal prompts always are."""
+    augment: AugmentConfig | None = None
+    """Add variants of prompts: other words, other numbers, said again by the teacher."""
     max_unusable_frac: float = Field(default=0.5, ge=0, le=1)
     """Stop before generating if more than this fraction of a source's rows is malformed, or of its first prompts is
     refused by the chat template; 1 uses whatever is left."""
@@ -321,6 +324,17 @@ class PromptsConfig(StrictModel):
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
         _require_distinct([source.name for source in self.sources])
+        return self
+
+    @model_validator(mode="after")
+    def _edits_have_sources(self) -> Self:
+        kinds = {source.name: source.kind for source in self.sources}
+        for edit in [] if self.augment is None else self.augment.edits:
+            for name in edit.sources or []:
+                if name not in kinds:
+                    raise ValueError(f"augment: there is no source {name!r}{nearest_name(name, [*kinds])}")
+                if kinds[name] in ("reasoning_gym", "template"):
+                    raise ValueError(f"augment: source {name!r} makes its own variants: raise its size")
         return self
 
 

@@ -17,15 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
-from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of, stable_hash
+from stillroom.schema.records import Prompt, sample_id_of, stable_hash
 from teacher_cache.config import BuildConfig, SamplingConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.switches import effective
+from teacher_cache.prompts.answers import read_answers
 from teacher_cache.prompts.config import PromptsConfig, ReasoningGymSource, Source
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
 from teacher_cache.prompts.dedupe import NearDuplicate, NearDuplicates
+from teacher_cache.prompts.kept import KeptPrompt, prompt_of, uniform_64
 from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import Draft, read_source
+from teacher_cache.prompts.variant_config import AugmentConfig
+from teacher_cache.prompts.variants import Answers, NoVariant, Question, Variant, variants
 
 if TYPE_CHECKING:
     from teacher_cache.scrub.rows import Scrubber
@@ -66,6 +70,11 @@ class LoadedPrompts:
     duplicates: list[Duplicate]
     contaminated: list[Contaminated]
     near_duplicates: list[NearDuplicate] = field(default_factory=list)
+    variants: Counter[str] = field(default_factory=Counter)
+    """Variants of prompts by kind, and how many there are not by kind and reason."""
+    without_variant: Counter[str] = field(default_factory=Counter)
+    unanswered: Counter[str] = field(default_factory=Counter)
+    """Variants for which the teacher must still be asked, by step."""
 
     def judgeless(self) -> list[tuple[str, int]]:
         """Sources and their numbers of prompts with a reference, which is most likely meant for a judge, and none."""
@@ -82,7 +91,7 @@ class WorkerShare:
     count: int
 
     def __contains__(self, prompt_id: str) -> bool:
-        return _uniform_64("worker", prompt_id) % self.count == self.index
+        return uniform_64("worker", prompt_id) % self.count == self.index
 
 
 WHOLE = WorkerShare(0, 1)
@@ -115,29 +124,23 @@ def own_share(worker: str, *, join: bool) -> WorkerShare | None:
 
 
 def load_prompts(config: PromptsConfig, scrubber: "Scrubber | None" = None) -> LoadedPrompts:
-    """Reads every source; `scrubber` replaces personal data. Raises DataError for a source that cannot be read or has
-    no usable prompt.
+    """Reads every source, and makes variants; `scrubber` replaces personal data. Raises DataError for a source that
+    cannot be read or has no usable prompt.
     """
     evaluation = None if config.decontaminate is None else EvaluationTexts(config.decontaminate)
-    loaded = LoadedPrompts([], [], [], [])
-    kept: dict[str, _Kept] = {}
-    for source in config.sources:
-        num_drafts, first_failure = 0, len(loaded.failures)
-        for row, against in _read(source, evaluation, scrubber):
-            if isinstance(row, Failure):
-                loaded.failures.append(row)
-                if num_drafts == 0 and len(loaded.failures) - first_failure >= MANY_ROWS:
-                    break
-            else:
-                num_drafts += 1
-                _add(row, source, config.heldout_frac, against, kept, loaded)
-        _require_usable(source, num_drafts, loaded.failures[first_failure:], config.max_unusable_frac)
-    if config.dedupe is not None:
-        loaded.near_duplicates.extend(_remove_near_duplicates(kept, NearDuplicates(config.dedupe)))
+    loaded, kept = _read_sources(config, evaluation, scrubber)
+    if config.augment is not None:
+        _add_variants(config.augment, evaluation, kept, loaded)
     loaded.prompts.extend(one.prompt for one in kept.values())
     # By hash rather than by shuffling: prompts added later do not change the order of the others.
     loaded.prompts.sort(key=lambda prompt: stable_hash("order", config.seed, prompt.prompt_id))
     return loaded
+
+
+def prompts_to_vary(config: PromptsConfig, scrubber: "Scrubber | None" = None) -> list[KeptPrompt]:
+    """The prompts that variants are made of. Raises DataError as `load_prompts` does."""
+    evaluation = None if config.decontaminate is None else EvaluationTexts(config.decontaminate)
+    return [*_read_sources(config, evaluation, scrubber)[1].values()]
 
 
 def samples_by_source(config: BuildConfig) -> dict[str, int]:
@@ -241,31 +244,7 @@ def sampling_of(config: SamplingConfig, source: Source) -> dict[str, Any]:
 
 def seed_of(base_seed: int, prompt_id: str, sample_index: int) -> int:
     """The request's seed, 0 to 2^63-1: it depends on the prompt and sample, not on when or where they run."""
-    return _uniform_64("seed", base_seed, prompt_id, sample_index) >> 1
-
-
-def prompt_of(draft: Draft, source: str, system: str | None, instruction: str | None, heldout_frac: float) -> Prompt:
-    """The draft with its system message and instruction, and the split that its hash decides."""
-    messages = list(draft.messages)
-    if system is not None and all(message.role != "system" for message in messages):
-        messages.insert(0, Message("system", system))
-    last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-    if instruction is not None and last_user is not None:
-        messages[last_user] = Message("user", f"{messages[last_user].content}\n\n{instruction}")
-    prompt_id = prompt_id_of(messages)
-    # By hash, a prompt's split never depends on what else is in the configuration.
-    split = "heldout" if _uniform_64("split", prompt_id) < heldout_frac * 2.0**64 else "train"
-    return Prompt(prompt_id, tuple(messages), source, split, draft.reference, draft.metadata)
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A distinct prompt, the row that it was made of, and where that is."""
-
-    prompt: Prompt
-    where: str
-    draft: Draft
-    source: Source
+    return uniform_64("seed", base_seed, prompt_id, sample_index) >> 1
 
 
 class _TemplateCheck:
@@ -299,6 +278,27 @@ def _place_of(prompt: Prompt) -> str:
     return f"source {prompt.source}" + (f", {unit} {prompt.metadata[unit]}" if unit is not None else "")
 
 
+def _read_sources(
+    config: PromptsConfig, evaluation: EvaluationTexts | None, scrubber: "Scrubber | None"
+) -> tuple[LoadedPrompts, dict[str, KeptPrompt]]:
+    loaded = LoadedPrompts([], [], [], [])
+    kept: dict[str, KeptPrompt] = {}
+    for source in config.sources:
+        num_drafts, first_failure = 0, len(loaded.failures)
+        for row, against in _read(source, evaluation, scrubber):
+            if isinstance(row, Failure):
+                loaded.failures.append(row)
+                if num_drafts == 0 and len(loaded.failures) - first_failure >= MANY_ROWS:
+                    break
+            else:
+                num_drafts += 1
+                _add(row, source, config.heldout_frac, against, kept, loaded)
+        _require_usable(source, num_drafts, loaded.failures[first_failure:], config.max_unusable_frac)
+    if config.dedupe is not None:
+        loaded.near_duplicates.extend(_remove_near_duplicates(kept, NearDuplicates(config.dedupe)))
+    return loaded, kept
+
+
 def _read(
     source: Source, evaluation: EvaluationTexts | None, scrubber: "Scrubber | None"
 ) -> Iterator[tuple[Draft | Failure, str | None]]:
@@ -318,7 +318,7 @@ def _add(
     source: Source,
     heldout_frac: float,
     against: str | None,
-    kept: dict[str, _Kept],
+    kept: dict[str, KeptPrompt],
     loaded: LoadedPrompts,
 ) -> None:
     """Adds one draft to `kept` by its prompt_id, or to those in `loaded` that are left out."""
@@ -329,7 +329,7 @@ def _add(
     if against is not None:
         loaded.contaminated.append(Contaminated(where, against))
     elif earlier is None:
-        kept[prompt.prompt_id] = _Kept(prompt, where, draft, source)
+        kept[prompt.prompt_id] = KeptPrompt(prompt, where, draft, source)
     else:
         old, new = earlier.prompt.reference, prompt.reference
         loaded.duplicates.append(Duplicate(where, earlier.where, None not in (old, new) and old != new))
@@ -339,7 +339,28 @@ def _add(
             earlier.prompt = replace(earlier.prompt, reference=new, metadata=metadata)
 
 
-def _remove_near_duplicates(kept: dict[str, _Kept], index: NearDuplicates) -> list[NearDuplicate]:
+def _add_variants(
+    config: AugmentConfig, evaluation: EvaluationTexts | None, kept: dict[str, KeptPrompt], loaded: LoadedPrompts
+) -> None:
+    answers: Answers = {} if config.cache is None else read_answers(config.cache)
+    for one in variants(config, [*kept.values()], answers):
+        match one:
+            case Question():
+                loaded.unanswered[one.step] += 1
+            case NoVariant():
+                loaded.without_variant[f"{one.kind}: {one.reason}"] += 1
+            case Variant():
+                against = None if evaluation is None else evaluation.overlap(one.draft.messages)
+                if against is not None:
+                    loaded.contaminated.append(Contaminated(one.where, against))
+                elif (twin := kept.get(one.prompt.prompt_id)) is not None:
+                    loaded.duplicates.append(Duplicate(one.where, twin.where))
+                else:
+                    kept[one.prompt.prompt_id] = KeptPrompt(one.prompt, one.where, one.draft, one.source)
+                    loaded.variants[one.kind] += 1
+
+
+def _remove_near_duplicates(kept: dict[str, KeptPrompt], index: NearDuplicates) -> list[NearDuplicate]:
     rows = [one for one in kept.values() if not (one.draft.is_variant or isinstance(one.source, ReasoningGymSource))]
     found = []
     with Progress("dedupe", len(rows), "prompts") as progress:
@@ -389,7 +410,3 @@ def _require_usable(source: Source, num_drafts: int, failures: Sequence[Failure]
     else:
         return
     raise DataError(f"source {source.name} {problem}, first {failures[0].message}{hint}")
-
-
-def _uniform_64(*parts: object) -> int:
-    return int(stable_hash(*parts)[:16], 16)

@@ -1,11 +1,13 @@
-"""docs/sql.md: every query and every Python example in it runs, and answers something."""
+"""docs/sql.md and the recipe for data: every query, condition and Python example runs, and answers something."""
 
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stillroom.schema.tables import CODECS
+from stillroom.sql.conditions import check_condition, in_brackets
 from stillroom.sql.session import Session
 from stillroom.sql.views import VIEWS
 from tests.helpers import ROOT
@@ -13,6 +15,13 @@ from tests.helpers.caches import SyntheticCache, make_cache
 
 PAGE = (ROOT / "docs" / "sql.md").read_text(encoding="utf-8")
 QUERIES = re.findall(r"^```sql\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+RECIPE = (ROOT / "docs" / "recipes" / "data.md").read_text(encoding="utf-8")
+RECIPE_QUERIES = re.findall(r"^```sql\n(.*?)^```", RECIPE, re.DOTALL | re.MULTILINE)
+CONDITIONS = [
+    found["data"]["where"]
+    for block in re.findall(r"^```yaml\n(data:.*?)^```", RECIPE, re.DOTALL | re.MULTILINE)
+    if (found := yaml.safe_load(block))
+]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
@@ -29,10 +38,18 @@ def test_the_page_has_its_questions() -> None:
         assert f"| `{view}` |" in PAGE
 
 
-@pytest.mark.parametrize("query", QUERIES, ids=lambda query: " ".join(query.split())[:40])
+@pytest.mark.parametrize("query", [*QUERIES, *RECIPE_QUERIES], ids=lambda query: " ".join(query.split())[:40])
 def test_every_query_answers(cache: SyntheticCache, query: str) -> None:
     with Session({"main": cache.catalog, "other": cache.catalog}) as session:
         assert session.arrow(query.replace("SAMPLE", cache.chains[0].sample_id)).num_rows > 0
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_every_condition_selects_right_chains(cache: SyntheticCache, condition: str) -> None:
+    with Session({"main": cache.catalog}) as session:
+        check_condition(session, "data.where", condition)
+        query = f"SELECT count(*) AS n, count(DISTINCT prompt_id) AS prompts FROM chains WHERE {in_brackets(condition)}"
+        assert all(row["n"] >= row["prompts"] for row in session.arrow(query).to_pylist())
 
 
 def test_a_written_out_sample_reaches_parquet(cache: SyntheticCache) -> None:

@@ -1,0 +1,103 @@
+"""`teacher-cache augment`: asks the teacher what variants of prompts need, into a cache of its own.
+
+In: a build's configuration with `prompts.augment`. Each turn collects the questions that are open, generates their
+answers as an ordinary build does (resumable, each sample once), and looks again: a translation is followed by the way
+back, a new question by its solutions. `build` then reads the variants from that cache.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from stillroom.config import Json
+from stillroom.errors import ConfigError
+from stillroom.log import format_plural, note
+from stillroom.schema.records import Prompt, prompt_id_of
+from teacher_cache.building import BuildResult, build_loaded, scrubber_of
+from teacher_cache.config import BuildConfig
+from teacher_cache.prompts.answers import read_answers
+from teacher_cache.prompts.config import JsonlSource
+from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, prompts_to_vary
+from teacher_cache.prompts.variants import NoVariant, Question, Variant, variants
+from teacher_cache.scrub.rows import Scrubber
+
+MAX_TURNS = 4
+"""Out, back, solve, and the look that finds nothing open."""
+
+
+@dataclass(slots=True)
+class Augmented:
+    """What `augment` did. `without_variant` counts by kind and reason."""
+
+    variants: Counter[str] = field(default_factory=Counter)
+    without_variant: Counter[str] = field(default_factory=Counter)
+    num_unanswered: int = 0
+    num_new_chains: int = 0
+    num_new_tokens: int = 0
+    stopped: str | None = None
+
+    def as_json(self) -> Json:
+        """For programs."""
+        return {
+            "variants": dict(self.variants),
+            "without_variant": dict(self.without_variant),
+            "num_unanswered": self.num_unanswered,
+            "num_new_chains": self.num_new_chains,
+            "num_new_tokens": self.num_new_tokens,
+            "stopped": self.stopped,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"asked     {format_plural(self.num_new_chains, 'answer')}, {self.num_new_tokens:,} tokens",
+            *(f"variants  {kind}: {num:,}" for kind, num in sorted(self.variants.items())),
+            *(f"none      {reason}: {num:,}" for reason, num in self.without_variant.most_common()),
+        ]
+
+
+def augment(config: BuildConfig) -> Augmented:
+    """Asks until nothing is open. Raises ConfigError if no variant needs the teacher, and the errors of `build`."""
+    found = config.prompts.augment
+    if found is None or found.cache is None:
+        raise ConfigError(
+            "no variant needs the teacher: prompts.augment makes the others in `build` itself. Add an edit of kind "
+            "paraphrase or back_translation, or solve, and prompts.augment.cache"
+        )
+    scrubber = scrubber_of(config)
+    prompts = prompts_to_vary(config.prompts, scrubber)
+    done = Augmented()
+    for _ in range(MAX_TURNS):
+        made = [*variants(found, prompts, read_answers(found.cache))]
+        questions = [one for one in made if isinstance(one, Question)]
+        done.num_unanswered = len(questions)
+        if not questions:
+            done.variants = Counter(one.kind for one in made if isinstance(one, Variant))
+            done.without_variant = Counter(f"{one.kind}: {one.reason}" for one in made if isinstance(one, NoVariant))
+            break
+        result = _ask(config, questions, scrubber)
+        done.num_new_chains += result.recorded.num_chains
+        done.num_new_tokens += result.recorded.num_tokens
+        if result.stopped is not None:
+            done.stopped = result.stopped
+            break
+    return done
+
+
+def _ask(config: BuildConfig, questions: list[Question], scrubber: Scrubber | None) -> BuildResult:
+    assert config.prompts.augment is not None
+    asked = {(one.step, prompt_id_of(one.messages)): one for one in questions}
+    steps = {one.step: one.samples for one in questions}
+    note(f"{format_plural(len(asked), 'question')} to the teacher: {', '.join(sorted(steps))}")
+    # The rows are at hand: the sources only say how many samples each step takes.
+    sources = [
+        JsonlSource(kind="jsonl", name=step, path=config.cache, prompt_field="question", samples=samples)
+        for step, samples in sorted(steps.items())
+    ]
+    prompts = [Prompt(prompt_id, one.messages, step, "train") for (step, prompt_id), one in asked.items()]
+    build = config.updated(
+        cache=config.prompts.augment.cache,
+        run=f"{config.run}_augment",
+        prompts=config.prompts.updated(sources=sources, augment=None, decontaminate=None, dedupe=None),
+        sampling=config.sampling.updated(until=None, samples=1),
+    )
+    return build_loaded(build, LoadedPrompts(prompts, [], [], []), WHOLE, scrubber, retry_failures=False)
