@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.doctor import Check, check_gpus, check_machine, check_package, package_version, report
 from stillroom.errors import StillroomError
 from stillroom.judging.sandbox import check_isolation
-from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig, extra_sampling
+from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit
 
 READING = ("pyarrow", "deltalake", "duckdb")
@@ -29,10 +29,10 @@ LOW_DISK_GB = 50.0
 def diagnose(config: BuildConfig | ScoreConfig | None = None) -> dict[str, Any]:
     """All checks, and whether this machine can read a cache and build one.
 
-    With a configuration also its teacher and endpoints; a server engine needs neither vLLM nor torch here.
+    With a configuration also its teacher and endpoints; a server or an API needs neither vLLM nor torch here.
     """
     gpus = check_gpus()
-    if config is not None and isinstance(config.engine, ServerConfig):
+    if config is not None and isinstance(config.engine, (ServerConfig, OpenAIConfig)):
         engine = [check_package(name, INSTALL_SERVER) for name in SERVED]
     else:
         has_gpu = any(gpu.state == "ok" for gpu in gpus)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stillroom.cache.catalog import Catalog
 from stillroom.config import Json
 from stillroom.errors import ConfigError
 from student_train.data.rows import read_rows
@@ -20,7 +21,7 @@ from student_train.exporting import export
 from student_train.plan import plan_run
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.run_folder import RunFolder
-from tests.helpers.caches import EOS_ID, Chain, SyntheticCache
+from tests.helpers.caches import EOS_ID, Chain, SyntheticCache, make_cache
 from tests.helpers.dense_losses import stored_kl
 from tests.helpers.students import make_student
 from tests.helpers.tiny_tokenizer import byte_level, save
@@ -90,6 +91,20 @@ def spelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticCache, P
     folder = tmp_path_factory.mktemp("spelled")
     made = make_text_cache(folder / "cache", teacher_tokenizer(folder / "teacher"), num_chains=48)
     return made, student_folder(folder, "pieces")
+
+
+def test_chains_of_an_api_without_distributions_train_as_text_alone(
+    trainer: Trainer, tmp_path: Path, foreign: Path
+) -> None:
+    made = make_cache(tmp_path / "api", num_chains=8, max_tokens=20)
+    catalog = Catalog(made.root)
+    for run in catalog.runs().values():
+        catalog.write_run(run.model_copy(update={"engine": {**run.engine, "signals": "none"}}))
+    data: Json = {"caches": [str(made.root)], "pack_tokens": 512}
+    with pytest.raises(ConfigError, match=r"text of an API's chains without distributions: set data\.kind: text"):
+        plan_run(trainer.config("distributions", data=data, eval=None), 1)
+    text = trainer.config("text", ONE_STEP, student={"model": str(foreign)}, data=data | {"kind": "text"}, eval=None)
+    assert plan_run(text, 1)["stages"][0]["num_chains"] > 0
 
 
 @pytest.mark.parametrize("losses", [{"cross_entropy": 1}, {"jsd": 0.8, "chunk_likelihood": 0.1, "cross_entropy": 0.1}])
