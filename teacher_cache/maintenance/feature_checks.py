@@ -208,8 +208,10 @@ def drop_chainless(catalog: Catalog, *, dry_run: bool = False, without_run: str 
     table = catalog.features
     if table is None:
         return {}
-    catalog.chains.refresh()
+    # Before the chains are read: a features pass commits rows of chains that are there, so these are seen below.
     table.refresh()
+    files = table.files()
+    catalog.chains.refresh()
     chains = visible_chains(catalog)
 
     def has_chain(rows: pa.Table) -> list[bool]:
@@ -221,7 +223,7 @@ def drop_chainless(catalog: Catalog, *, dry_run: bool = False, without_run: str 
         ]
 
     dropped: dict[str, int] = {}
-    for file in table.files():
+    for file in files:
         parquet, _ = open_features(table.path_of(file))
         with parquet:
             num_kept = sum(has_chain(parquet.read(columns=["sample_id", "chain_id"], use_threads=False)))

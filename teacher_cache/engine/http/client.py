@@ -121,7 +121,6 @@ class HttpClient:
             async with self._client.stream("POST", path, json=body) as response:
                 if response.status_code != httpx2.codes.OK:
                     _answer(response, await response.aread())
-                    raise Unavailable(f"answers {response.status_code} to a streaming request", was_sent=True)
                 async for event in _events(response):
                     yield event
         except httpx2.RequestError as error:
