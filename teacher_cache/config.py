@@ -409,8 +409,6 @@ class RunConfig(StrictModel):
             return self
         if self.capture.draws or self.capture.temperatures:
             raise ValueError("an API gives neither draws nor log-partitions: set capture: {max_support: 20, draws: 0}")
-        if extra_sampling(self):
-            raise ValueError("sampling.vllm has no effect on an API: set engine.parameters")
         if self.engine.signals == "top_logprobs" and self.capture.max_support > MAX_API_LOGPROBS:
             raise ValueError(f"an API gives at most {MAX_API_LOGPROBS} candidates a token: set capture.max_support: 20")
         return self
