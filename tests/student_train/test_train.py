@@ -362,8 +362,9 @@ def test_the_end_of_a_run_compares_only_what_is_alike(trainer: Trainer) -> None:
     assert lines[1] == f"other      2 steps, jsd {jsd[2]:.4f} -> {jsd[3]:.4f}, ce {ce[2]:.4f} -> {ce[3]:.4f}"
     num_read, num_learnt = (format_count(sum(one[n] for one in records)) for n in ("num_tokens", "num_loss_tokens"))
     assert lines[2].startswith(f"read       {num_read} tokens ({num_learnt} in the loss) in ")
-    assert lines[3] == f"checkpoint {config.run}/checkpoints/other-000002"
-    assert f"student-train export {config.run}/config.yaml --out FOLDER" in lines[4]
+    assert lines[3].startswith("took       ")
+    assert lines[4] == f"checkpoint {config.run}/checkpoints/other-000002"
+    assert f"student-train export {config.run}/config.yaml --out FOLDER" in lines[5]
 
 
 def test_another_meaning_is_refused_by_name(trainer: Trainer) -> None:
