@@ -1,18 +1,21 @@
 """The same question, asked less neatly: typing noise, an irrelevant sentence, options in another order.
 
 In: a prompt, a seed. Out: the prompt with its last user message changed, and its reference too where options moved; or
-None where this change does not apply. What decides the answer stays: digits, formulas, code and names of options are
-never touched. Offline, and the same for the same seed.
+None where this change does not apply. What decides the answer stays: digits, formulas, code, names of options and words
+of an exact answer are never touched. Offline, and the same for the same seed.
 """
 
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from stillroom.judging.texts import choice_letter
 from stillroom.schema.records import stable_hash
 from student_train.answers import AskedPrompt
+
+TYPING, DISTRACTOR, OPTIONS = "typing", "distractor", "options"
+KINDS = (TYPING, DISTRACTOR, OPTIONS)
 
 NOISY_SHARE = 0.15
 """Share of words with a typing mistake; at least one."""
@@ -79,11 +82,16 @@ def perturb(kind: str, prompt: AskedPrompt, seed: int) -> Perturbed | None:
     before, reference = str(prompt.messages[number]["content"]), prompt.reference
     letters: dict[str, str] = {}
     if kind == OPTIONS:
-        # Other judges know the answer from elsewhere than the reference, where no letter can be changed.
-        after, letters = reorder_options(before, rng) if prompt.judge in ("exact", "math") else (before, {})
+        # Other judges know the answer from elsewhere than the reference, where no letter can be changed. A bare small
+        # letter names an option or is a variable.
+        can_follow = prompt.judge in ("exact", "math") and re.fullmatch(r"\s*[a-z]\s*", reference or "") is None
+        after, letters = reorder_options(before, rng) if can_follow else (before, {})
         reference = _with_letter(reference, letters)
+    elif kind == TYPING:
+        # A student that takes its answer from the prompt would copy a mistake in it.
+        after = typing_noise(before, rng, WORD.findall(reference or "") if prompt.judge == "exact" else ())
     else:
-        after = KINDS[kind](before, rng)
+        after = distract(before, rng)
     if after == before:
         return None
     messages = [*prompt.messages]
@@ -91,10 +99,12 @@ def perturb(kind: str, prompt: AskedPrompt, seed: int) -> Perturbed | None:
     return Perturbed(replace(prompt, messages=messages, reference=reference), letters)
 
 
-def typing_noise(text: str, rng: random.Random) -> str:
-    """Some words with two letters swapped, one left out, doubled, or the key beside it."""
+def typing_noise(text: str, rng: random.Random, kept: Collection[str] = ()) -> str:
+    """Some words besides `kept` with two letters swapped, one left out, doubled, or the key beside it."""
     protected = _spans(PROTECTED, text)
-    words = [match for match in WORD.finditer(text) if not _is_inside(match.start(), protected)]
+    words = [
+        match for match in WORD.finditer(text) if not _is_inside(match.start(), protected) and match[0] not in kept
+    ]
     chosen = rng.sample(words, min(len(words), max(1, round(NOISY_SHARE * len(words)))))
     # From the last one, so that the places of the others stay right.
     for match in sorted(chosen, key=lambda one: -one.start()):
@@ -128,10 +138,6 @@ def reorder_options(text: str, rng: random.Random) -> tuple[str, dict[str, str]]
     return text, {letter: letters[(number + shift) % len(letters)] for number, letter in enumerate(letters)}
 
 
-OPTIONS = "options"
-KINDS: dict[str, Callable[[str, random.Random], str]] = {"typing": typing_noise, "distractor": distract}
-
-
 def _mistyped(word: str, rng: random.Random) -> str:
     # The first and last letter stay: people read such words without stopping.
     place = rng.randrange(1, len(word) - 2)
@@ -152,7 +158,7 @@ def _with_letter(reference: str | None, letters: Mapping[str, str]) -> str | Non
     old = None if reference is None else choice_letter(reference, with_option=True)
     if reference is None or old is None or old not in letters:
         return reference
-    return re.sub(rf"(?<![A-Za-z]){old}(?![A-Za-z])", letters[old], reference, count=1)
+    return re.sub(rf"(?<![A-Za-z]){old}(?![A-Za-z])", letters[old], reference, count=1, flags=re.IGNORECASE)
 
 
 def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:

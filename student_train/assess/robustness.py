@@ -16,7 +16,7 @@ from stillroom.judging.marked import find_answer
 from stillroom.judging.process import JudgeProcess
 from stillroom.judging.texts import choice_letter
 from student_train.answers import AskedPrompt, GenerateConfig, Given, answer_and_judge
-from student_train.assess.perturb import KINDS, OPTIONS, Perturbed, perturb
+from student_train.assess.perturb import KINDS, Perturbed, perturb
 from student_train.compare.statistics import DIFFERENCE, Interval, mean_interval, sign_test
 
 BY_REFERENCE = ("exact", "math")
@@ -52,7 +52,7 @@ def robustness(
 ) -> dict[str, Robustness]:
     """By change. `render` gives a prompt's messages the token ids that the student reads."""
     found = {}
-    for kind in (*KINDS, OPTIONS):
+    for kind in KINDS:
         pairs = [
             (given, changed) for given in clean if (changed := perturb(kind, given.prompt, config.seed)) is not None
         ]
