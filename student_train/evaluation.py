@@ -32,7 +32,7 @@ from student_train.answers import GenerateConfig, Given, Render, generate_and_ju
 from student_train.assess import forgetting
 from student_train.assess.answered import answer_groups
 from student_train.assess.breakdown import Breakdown, retention_of, sources_of_rows
-from student_train.assess.harness import HarnessConfig, run_harness
+from student_train.assess.harness import HarnessConfig, require_harness, run_harness
 from student_train.assess.robustness import as_json, robustness
 from student_train.config import (
     HELDOUT,
@@ -380,6 +380,8 @@ def _evaluate(subject: _Subject, generate: GenerateConfig | None, more: More) ->
     data, wanted = subject.data, subject.wanted
     # Before hours of evaluation.
     second = None if more.forgetting is None else forgetting.second_set(more.forgetting)
+    if more.harness is not None:
+        require_harness()
     with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp, memory_advice(MEMORY_ADVICE):
         request = eval_request(data, wanted)
         path = Path(temp) / "heldout.selection.parquet"

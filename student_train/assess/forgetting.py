@@ -41,11 +41,13 @@ def documents(path: Path) -> Iterator[str]:
         if path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
             return
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line) if line.strip() else {"text": ""}
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise DataError(f'{path}: line {number} has no "text": write {{"text": "..."}}, one a line')
-            yield row["text"]
+        # By the file, which may be far longer than what is read. splitlines() would also cut at a U+2028 inside a text.
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line) if line.strip() else {"text": ""}
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise DataError(f'{path}: line {number} has no "text": write {{"text": "..."}}, one a line')
+                yield row["text"]
     except ValueError as error:
         raise DataError(f"{path} cannot be read as UTF-8 text or JSON Lines: {error}") from error
 

@@ -43,6 +43,11 @@ class HarnessConfig:
             raise ConfigError(f"--lm-eval-path {self.include_path} is not a folder: it holds YAML files of tasks")
 
 
+def require_harness() -> None:
+    """Makes lm-eval's environment where there is none. Raises ConfigError, StillroomError where it cannot be made."""
+    python_of(ENVIRONMENT)
+
+
 def run_harness(folder: Path | str, config: HarnessConfig, precision: str) -> Json:
     """The metrics of each task. Raises StillroomError with lm-eval's last words where it fails."""
     import torch

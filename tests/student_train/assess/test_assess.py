@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, StillroomError
+from student_train import evaluation
 from student_train.answers import AskedPrompt, GenerateConfig, answer_and_judge
 from student_train.assess import harness
 from student_train.assess.breakdown import doubling_name, doublings
 from student_train.assess.calibration import CalibrationSums
+from student_train.assess.forgetting import documents
 from student_train.assess.harness import HarnessConfig, run_harness
 from student_train.assess.page import eval_sections, read_result, write_eval_page
 from student_train.assess.robustness import robustness
@@ -93,6 +95,12 @@ def test_text_is_measured_before_and_after(cache: SyntheticCache, student: Path,
         evaluate_model(str(student), [cache.root], None, max_chains=1, pack_tokens=64, more=more)
     with pytest.raises(ConfigError, match="neither a cache nor a"):
         evaluate_model(str(student), [cache.root], None, more=replace(more, forgetting=str(tmp_path / "gone.txt")))
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    path, texts = tmp_path / "second.jsonl", ["one\u2028two\x85three", "four"]
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    assert list(documents(path)) == texts
 
 
 def test_calibration_is_its_definition() -> None:
@@ -207,6 +215,18 @@ def test_lm_evals_results_are_rows(tmp_path: Path) -> None:
         HarnessConfig(["a b"])
     with pytest.raises(ConfigError, match="is not a folder"):
         HarnessConfig(["sums"], tmp_path / "gone")
+
+
+def test_a_machine_that_cannot_run_lm_eval_says_so_before_evaluating(
+    cache: SyntheticCache, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Path:
+        raise ConfigError(f"no {name}")
+
+    monkeypatch.setattr(harness, "python_of", missing)
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    with pytest.raises(ConfigError, match="no lm_eval"):
+        evaluate_model(str(student), [cache.root], None, more=More(harness=HarnessConfig(["sums"])))
 
 
 @pytest.mark.usefixtures("fake_lm_eval")
