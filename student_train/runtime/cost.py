@@ -48,7 +48,7 @@ class Session:
             started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             device=device_kind(),
             # Ranks on CPUs share a machine.
-            # torchrun's GROUP_WORLD_SIZE is the number of machines.
+            # GROUP_WORLD_SIZE, of torchrun and of ranks.py, is the number of machines.
             num_devices=num_ranks if _has_gpu() else int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             seconds=0.0,
             num_tokens=0,

@@ -91,16 +91,21 @@ def run_on_hosts(path: Path, program: Sequence[str]) -> int:
     handlers = {one: signal.signal(one, forward) for one in SIGNALS}
     try:
         for index, host in enumerate(hosts):
-            meeting = Meeting(run_id, hosts[0].name, _port_of(run_id), len(hosts), index, host.slots)
+            # Of USER@HOST, which ssh understands, the others can reach HOST.
+            first = hosts[0].name.rpartition("@")[2]
+            meeting = Meeting(run_id, first, _port_of(run_id), len(hosts), index, host.slots)
             command = [*SSH, host.name, _remote_command(meeting, program)]
-            # A session of its own: Ctrl-C reaches the agent as a line, not by the end of its connection.
-            agents.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+            # A session of its own: Ctrl-C reaches the agent as a line, not by the end of its connection. Unbuffered: a
+            # second signal may come while the first one's handler writes.
+            agents.append(subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, start_new_session=True))
         codes = _wait(agents)
     finally:
         for agent in agents:
             # Where the connection ends, an agent ends with its ranks.
             agent.kill()
             agent.wait()
+            assert agent.stdin is not None
+            agent.stdin.close()
         for one, handler in handlers.items():
             signal.signal(one, handler)
     for index, code in codes.items():
@@ -164,7 +169,6 @@ def _tell(agent: subprocess.Popen[bytes], number: int) -> None:
     assert agent.stdin is not None
     try:
         agent.stdin.write(b"%d\n" % number)
-        agent.stdin.flush()
     except OSError:
         # It has ended.
         return

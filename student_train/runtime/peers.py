@@ -53,7 +53,7 @@ class Peers:
         numbers = [int(store.get(f"ranks/{index}")) for index in range(meeting.num_hosts)]
         self.first_rank, self.num_ranks = sum(numbers[: meeting.index]), sum(numbers)
         self.address, self.port = meeting.first_host, int(store.get("port"))
-        self.host = socket.gethostname()
+        self.host, self.num_hosts = socket.gethostname(), meeting.num_hosts
 
     def tell(self, rank: int, code: int) -> None:
         """Makes known that a rank of this host has ended."""

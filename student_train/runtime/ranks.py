@@ -174,6 +174,8 @@ def _start(
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(num_ranks if peers is None else peers.num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
+        # As torchrun does: what a run costs counts machines.
+        "GROUP_WORLD_SIZE": str(1 if peers is None else peers.num_hosts),
         "MASTER_ADDR": "127.0.0.1" if peers is None else peers.address,
         "MASTER_PORT": str(port),
         PARENT_VARIABLE: str(os.getpid()),

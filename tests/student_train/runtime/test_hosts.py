@@ -1,12 +1,16 @@
 """Runs on several hosts: what names them, and two hosts on this machine, reached by an ssh that is a shell."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from stillroom.errors import ConfigError, DataError
-from student_train.runtime.hosts import FIRST_PORT, Host, read_hosts, slurm_meeting
-from student_train.runtime.peers import Meeting
+from student_train.runtime.hosts import FIRST_PORT, Host, read_hosts, run_on_hosts, slurm_meeting
+from student_train.runtime.peers import Meeting, Peers
+from student_train.runtime.ranks import _start
 from tests.helpers.programs import Program
 from tests.helpers.rank_program import MESSAGE
 
@@ -41,6 +45,25 @@ def test_damage_that_a_rank_of_another_host_meets_ends_the_run_with_its_code(
     assert "rank 0 is there" in said
     assert "rank 1 of 2, on " in said
     assert f"  student-train: {MESSAGE}" in said
+
+
+def test_hosts_meet_at_the_first_one_without_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh, hosts, said = tmp_path / "ssh", tmp_path / "hosts", tmp_path / "said"
+    ssh.write_text(f'#!/bin/bash\necho "$*" >> {said}\n')
+    ssh.chmod(0o755)
+    hosts.write_text("me@gpu-1 slots=8\nme@gpu-2 slots=8\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert run_on_hosts(hosts, ["-c", "pass"]) == 0
+    lines = said.read_text().splitlines()
+    assert len(lines) == 2
+    assert all(" me@gpu-" in line and '"first_host": "gpu-1"' in line for line in lines)
+
+
+def test_ranks_know_how_many_machines_they_are_on(tmp_path: Path) -> None:
+    peers = cast("Peers", SimpleNamespace(first_rank=1, num_ranks=4, num_hosts=3, address="gpu-1"))
+    command = [sys.executable, "-c", "import os; print(os.environ['GROUP_WORLD_SIZE'])"]
+    assert _start(0, 1, command, 1, tmp_path, peers).wait() == 0
+    assert (tmp_path / "rank-1.log").read_text().split() == ["3"]
 
 
 @pytest.mark.parametrize(
