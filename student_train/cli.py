@@ -6,6 +6,7 @@ bytes are damaged, 130 interrupted (and the command that resumes is printed).
 result_lines has the results as lines for a person; `--json` prints the same as one JSON object.
 """
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -550,6 +551,8 @@ def _prices(of_tokens: list[str], of_hours: list[str]) -> "dict[str, Price]":
         name, _, numbers = given.partition("=")
         try:
             found = dict(zip(_PRICE_PARTS[option], map(float, numbers.split("/")), strict=True))
+            if not all(0 <= one < math.inf for one in found.values()):
+                raise ValueError
         except ValueError:
             raise ConfigError(f"{option} {given}: {_PRICE_HELP[option]}") from None
         prices[name] = replace(prices.get(name, Price()), **found)

@@ -41,7 +41,8 @@ def interval_words(found: Json, form: str = "+.1%") -> str:
     """`95% interval -3.9% to +1.5%`, with where it comes from if not from the bootstrap."""
     if found["low"] is None:
         return "interval unknown: all values are equal"
-    why = ", exact: no prompt differs" if found["method"] == "exact" else ""
+    which = "every" if found["mean"] else "no"
+    why = f", exact: {which} prompt differs" if found["method"] == "exact" else ""
     return f"95% interval {found['low']:{form}} to {found['high']:{form}}{why}"
 
 

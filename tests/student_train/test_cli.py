@@ -136,6 +136,13 @@ def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> N
         assert f"loss       {line}\n" in out
 
 
+@pytest.mark.parametrize("given", [("--price", "a=-1/2"), ("--price", "a=1"), ("--price-per-hour", "a=nan")])
+def test_a_price_is_a_number(call: Cli, given: tuple[str, str]) -> None:
+    code, _, err = call("compare", "a=http://one", "b=http://two", "--cache", "unused", *given)
+    assert code == 2
+    assert f"{given[0]} {given[1]}: write NAME=" in err
+
+
 def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> None:
     code, _, err = call("plan", str(tmp_path))
     assert (code, err) == (2, f"student-train: {tmp_path} is a folder: use a YAML configuration file\n")

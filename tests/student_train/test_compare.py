@@ -10,9 +10,9 @@ import pytest
 from stillroom.errors import ConfigError, StillroomError
 from student_train.answers import AskedPrompt, GenerateConfig
 from student_train.compare.comparing import Price, answer_text, compare
-from student_train.compare.page import difference_words, verdict_words, write_page
+from student_train.compare.page import difference_words, interval_words, verdict_words, write_page
 from student_train.compare.sides import Reply, Side, open_side
-from student_train.compare.statistics import holm, mean_interval, sign_test
+from student_train.compare.statistics import DIFFERENCE, holm, mean_interval, sign_test
 from student_train.result_lines import compare_lines
 from tests.helpers.fake_server import Behaviour, FakeServer
 
@@ -165,5 +165,8 @@ def test_statistics_agree_with_their_definitions() -> None:
     assert certain.method == "exact"
     assert lone is not None
     assert (lone.low, lone.method, lone.holds_zero) == (None, "unknown", True)
+    always = mean_interval([1.0] * 3, DIFFERENCE)
+    assert always is not None
+    assert interval_words(always.model_dump()).endswith("exact: every prompt differs")
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
