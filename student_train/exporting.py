@@ -123,6 +123,8 @@ def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> s
         parts.append("token_weights " + _settings(plain(stage.token_weights)))
     if stage.focal_gamma is not None:
         parts.append(f"focal_gamma {stage.focal_gamma:g}")
+    if stage.adversarial is not None:
+        parts.append("prompts disturbed with " + _settings(plain(stage.adversarial)))
     if stage.negatives is not None:
         parts.append(f"wrong chains `{stage.negatives.where}`")
     if data.mixture is not None:
@@ -131,6 +133,10 @@ def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> s
         parts.append("prompts changed: " + ", ".join(key for key, value in plain(data.prompt).items() if value))
     if data.weight is not None:
         parts.append(f"chains weighted by `{data.weight}`")
+    if data.steps is not None:
+        parts.append("chains split at their steps")
+    if data.terms is not None:
+        parts.append(f"terms weighted {data.terms.weight:g} times")
     return f"Stage {stage.name}: " + "; ".join(parts)
 
 

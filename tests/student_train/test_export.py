@@ -146,9 +146,14 @@ def test_the_card_tells_of_every_stage(trainer: Trainer, tmp_path: Path) -> None
     }
     stages: list[Json] = [
         {"name": "sums", "max_steps": 1, "where": "source = 'sums'", "losses": losses, "focal_gamma": 2},
-        {"name": "all", "max_steps": 1, "token_weights": {"entropy": 0.5}},
+        {"name": "all", "max_steps": 1, "token_weights": {"entropy": 0.5}, "adversarial": {"epsilon": 0.05}},
     ]
-    config = trainer.config("run", *stages, eval=None, data={"weight": "1 + num_tokens"})
+    data = {
+        "weight": "1 + num_tokens",
+        "steps": {"pattern": "w", "min_tokens": 2},
+        "terms": {"words": ["w"], "whole_words": False},
+    }
+    config = trainer.config("run", *stages, eval=None, data=data)
     trainer.run(config)
     export(config, _last(config), tmp_path / "out", adapter_only=False, tokenizer=None)
     lines = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("- Stage")]
@@ -156,12 +161,13 @@ def test_the_card_tells_of_every_stage(trainer: Trainer, tmp_path: Path) -> None
         f"({one.num_chains} chains, {one.num_tokens} completion tokens)"
         for one in (load_selection(RunFolder(config.run).selection_path(name)).header for name in ("sums", "all"))
     ]
-    weights = "chains weighted by `1 + num_tokens`"
+    weights = "chains weighted by `1 + num_tokens`; chains split at their steps; terms weighted 3 times"
     first = (
         "losses jsd x linear from 1 to 0.5 (tail bucket, beta 0.3), skewed_forward_kl x exponential from 2 "
         "by 0.5 a step (alpha 0.2), cross_entropy x 0.1; peak rate 0.01; focal_gamma 2"
     )
     second = "losses forward_kl x 0.9, cross_entropy x 0.1; peak rate 0.01; token_weights entropy 0.5"
+    second += "; prompts disturbed with epsilon 0.05, steps 1, fraction 0.5"
     assert lines == [
         f"- Stage sums: trains all on `source = 'sums'` {sizes[0]}; {first}; {weights}",
         f"- Stage all: trains all on `split = 'train'` {sizes[1]}; {second}; {weights}",
