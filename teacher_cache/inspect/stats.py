@@ -36,8 +36,8 @@ _COUNTS = """
     sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
 """
 
-WAS_SCRUBBED = """contains(metadata, '"scrubbed":')"""
-"""Cheaper than JSON, which is parsed for what remains."""
+WAS_SCRUBBED = """contains(metadata, '"scrubbed":') AND json_type(metadata, '$.scrubbed') = 'OBJECT'"""
+"""The text first: JSON is parsed for what remains. A row may have a field of this name itself."""
 LOOP_FRAC = 0.5
 """A chain with more than this `repeated_frac` is a loop: most of its windows of 16 tokens occurred before in it."""
 LOOP_TOKENS = 50_000_000
@@ -155,9 +155,10 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
     num_tokens = whole["num_tokens"]
     usage = _usage(session, catalog)
     scrubbed = session.arrow(
-        "SELECT key AS kind, sum(value::BIGINT)::BIGINT AS num, any_value(prompt) AS prompt FROM"
+        "SELECT key AS kind, sum(try_cast(value AS BIGINT))::BIGINT AS num, any_value(prompt) AS prompt FROM"
         " (SELECT DISTINCT ON (prompt_id) prompt_id, prompt, json_extract(metadata, '$.scrubbed') AS counts"
-        f"  FROM chains WHERE {WAS_SCRUBBED}), json_each(counts) GROUP BY kind ORDER BY num DESC, kind"
+        f"  FROM chains WHERE {WAS_SCRUBBED}), json_each(counts)"
+        " GROUP BY kind HAVING num IS NOT NULL ORDER BY num DESC, kind"
     ).to_pylist()
     loops = _loops(session, num_tokens)
     return CacheStats(

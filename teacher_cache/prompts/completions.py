@@ -66,6 +66,8 @@ COLUMNS = (
     "sample_id, sample_index, run_id, source, split, messages, prompt_token_ids, reference, metadata, text, "
     "token_ids, finish_reason"
 )
+ORIGIN_KEY = "scored_from"
+"""Of a row's metadata: the chain of another cache that was scored."""
 ROWS_PER_BATCH = 256
 NUM_SHOWN = 3
 MAX_ID = 2**31 - 1
@@ -74,7 +76,9 @@ MAX_ID = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and its completion, as text or as token ids. `where` names the row for a person."""
+    """A prompt and its completion, as text or as token ids. `where` names the row for a person; `original` is what its
+    prompt was before personal data was replaced.
+    """
 
     where: str
     prompt: Prompt
@@ -82,6 +86,7 @@ class Completion:
     prompt_token_ids: list[int] | None = None
     append_eos: bool = False
     sample_index: int = 0
+    original: tuple[Message, ...] | None = None
 
 
 class Completions:
@@ -173,7 +178,8 @@ class Completions:
     def _is_contaminated(self, row: Completion | Failure, source: CompletionSource) -> bool:
         if self._evaluation is None or isinstance(row, Failure):
             return False
-        against = self._evaluation.overlap(row.prompt.messages)
+        # Evaluation sets have their names.
+        against = self._evaluation.overlap(row.prompt.messages if row.original is None else row.original)
         if against is not None:
             self.contaminated.append(Contaminated(f"{source.name} {row.where}", against))
         return against is not None
@@ -305,7 +311,7 @@ class _OtherCache:
         for row in self._rows(f"SELECT {COLUMNS} FROM shards"):
             if row["sample_id"] in share:
                 origin = {name: row[name] for name in ("sample_id", "run_id", "source")}
-                row["metadata"] = {**json.loads(row["metadata"]), "scored_from": origin}
+                row["metadata"] = {**json.loads(row["metadata"]), ORIGIN_KEY: origin}
                 last_piece = self._special.get(row["run_id"], {}).get(row["token_ids"][-1])
                 row["stopped"] = came_to_its_end(row["finish_reason"], row["text"], last_piece)
                 yield row
@@ -362,6 +368,7 @@ def _of_row(
     except (ValueError, RecursionError) as error:
         yield failed(str(error))
         return
+    originals = [None if scrubber is None else one.messages for one in drafts]
     if scrubber is not None:
         if source.are_ids:
             problem = scrubber.problem(drafts[0], *(str(tokenizer.decode(one)) for one in (prompt_ids, turns[0][1])))
@@ -377,7 +384,8 @@ def _of_row(
         # One split for the whole conversation: later turns quote earlier ones.
         prompt = replace(prompt, split=prompts[0].split)
         where = row.where if unit is None else f"{row.where} {unit} {place}"
-        yield Completion(where, prompt, completion, prompt_ids, source.append_eos, place if unit == "item" else 0)
+        index = place if unit == "item" else 0
+        yield Completion(where, prompt, completion, prompt_ids, source.append_eos, index, originals[place])
 
 
 def _with_personal_data(source: str, where: str, problem: str) -> Failure:
@@ -474,14 +482,18 @@ def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) 
     """A row of another cache. Reasoning markers are part of its text unless they are special tokens there."""
     where, index, text = chain["sample_id"], chain["sample_index"], chain["text"]
     messages = tuple(Message(one["role"], one["content"]) for one in chain["messages"])
-    draft = Draft(where, messages, chain["reference"], chain["metadata"])
+    # Its ids are no texts: their digits may look like a card's.
+    own = {name: value for name, value in chain["metadata"].items() if name != ORIGIN_KEY}
+    draft = Draft(where, messages, chain["reference"], own)
+    original = None if scrubber is None else messages
     if scrubber is not None:
         if source.retokenise:
             draft, text = scrubber.completion(draft, text)
         elif (problem := scrubber.problem(draft, text)) is not None:
             return _with_personal_data(source.name, where, f"{problem}; retokenise: true replaces it in the text")
     prompt_id = prompt_id_of(draft.messages)
-    prompt = Prompt(prompt_id, draft.messages, source.name, chain["split"], draft.reference, draft.metadata)
+    metadata = {**draft.metadata, ORIGIN_KEY: chain["metadata"][ORIGIN_KEY]}
+    prompt = Prompt(prompt_id, draft.messages, source.name, chain["split"], draft.reference, metadata)
     if source.retokenise:
-        return Completion(where, prompt, text, None, chain["stopped"], index)
-    return Completion(where, prompt, chain["token_ids"], chain["prompt_token_ids"], False, index)
+        return Completion(where, prompt, text, None, chain["stopped"], index, original)
+    return Completion(where, prompt, chain["token_ids"], chain["prompt_token_ids"], False, index, original)

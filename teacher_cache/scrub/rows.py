@@ -16,7 +16,7 @@ from stillroom.schema.records import Message
 from teacher_cache.engine.api import Failure
 from teacher_cache.prompts.sources import Draft
 from teacher_cache.scrub.config import KINDS, Kind, ScrubConfig
-from teacher_cache.scrub.counts import METADATA_KEY, PLACEHOLDER, counted
+from teacher_cache.scrub.counts import METADATA_KEY, PLACEHOLDER, counted, is_made_up
 from teacher_cache.scrub.recognisers import Finding, Recognisers, is_word
 
 BATCH = 256
@@ -52,12 +52,17 @@ class Scrubber:
 
     def completion(self, draft: Draft, text: str) -> tuple[Draft, str]:
         """A prompt and the completion that follows it, which share their placeholders."""
+        if is_made_up(draft.metadata):
+            # Placeholders would not fit the prompt. What the completion adds to it is for the check of chains.
+            return draft, text
         own = _texts_of(draft)
         ((new, counts),) = self.rows([[*own, text]])
         return (draft if new[:-1] == own else _prompt_with(draft, new, counts)), new[-1]
 
     def problem(self, draft: Draft, *texts: str) -> str | None:
         """What texts hold whose tokens cannot be replaced, for a person; None if there is nothing."""
+        if is_made_up(draft.metadata):
+            return None
         found = self.recognisers.find([*_texts_of(draft), *texts], self.config.kinds)
         counts = Counter(one.kind for own in found for one in own)
         return counted(counts) if counts else None
@@ -187,8 +192,7 @@ def _texts_of(row: Draft | Failure) -> list[str]:
     """Every text of a row that would be stored, in an order that `_with_texts` follows."""
     if isinstance(row, Failure):
         return [row.message]
-    if row.metadata.get("judge") == "reasoning_gym":
-        # Made up by a program, and its checker needs them as they are.
+    if is_made_up(row.metadata):
         return []
     return [*(one.content for one in row.messages), row.reference or "", *_strings(row.metadata)]
 
@@ -216,8 +220,8 @@ def _strings(value: Any) -> Iterator[str]:
         yield from (text for one in value.values() for text in _strings(one))
     elif isinstance(value, list):
         yield from (text for one in value for text in _strings(one))
-    elif isinstance(value, (str, int)) and not isinstance(value, bool):
-        yield str(value)
+    elif (text := _text_of(value)) is not None:
+        yield text
 
 
 def _replace_strings(value: Any, texts: Iterator[str]) -> Any:
@@ -225,8 +229,15 @@ def _replace_strings(value: Any, texts: Iterator[str]) -> Any:
         return {name: _replace_strings(one, texts) for name, one in value.items()}
     if isinstance(value, list):
         return [_replace_strings(one, texts) for one in value]
-    if isinstance(value, (str, int)) and not isinstance(value, bool):
+    if (before := _text_of(value)) is not None:
         text = next(texts)
         # A number that is no personal data stays a number.
-        return value if text == str(value) else text
+        return value if text == before else text
     return value
+
+
+def _text_of(value: Any) -> str | None:
+    # A column of phone numbers with gaps is one of floats in pandas.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import WorkerShare
+from teacher_cache.scrub.config import Kind, ScrubConfig
+from teacher_cache.scrub.recognisers import Finding, Recognisers
+from teacher_cache.scrub.rows import Scrubber
 from tests.helpers.fake_builds import EOS_ID, K, make_config, make_engine, make_requests, make_teacher, run_build
 from tests.helpers.tiny_tokenizer import CHAT_TEMPLATE
 
@@ -390,6 +393,31 @@ def test_contaminated_prompts_are_left_out(tmp_path: Path, teacher: IdentifiedTe
     completions = Completions(config, teacher)
     assert len(list(completions.requests())) == 1
     assert len(completions.contaminated) == 1
+    # What is replaced in a prompt does not hide it: evaluation sets have their names.
+    scrubbing = Completions(config, teacher, Scrubber(ScrubConfig(), Naming(r"2\+3|hello")))
+    (request,) = scrubbing.requests()
+    assert isinstance(request, Request)
+    assert request.prompt.messages[-1].content == "<PERSON_1>"
+    assert len(scrubbing.contaminated) == 1
+
+
+def test_ids_of_scored_chains_are_no_personal_data(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    run_build(make_config(tmp_path / "first"), make_requests(3))
+    config = make_score(tmp_path / "c", {"kind": "cache", "path": tmp_path / "first"})
+    scrubber = Scrubber(ScrubConfig(), Naming(r"\b[0-9a-f]{16,}\b"))
+    with Completions(config, teacher, scrubber) as completions:
+        rows = [*completions.requests()]
+    assert [isinstance(one, Request) and len(one.prompt.metadata["scored_from"]) for one in rows] == [3] * 3
+
+
+class Naming(Recognisers):
+    """Takes what a pattern finds for names."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+
+    def find(self, texts: Sequence[str], kinds: Sequence[Kind]) -> list[list[Finding]]:
+        return [[Finding(*one.span(), "person") for one in re.finditer(self._pattern, text)] for text in texts]
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**31], [2**70], [True], [1.0], [], "12"])

@@ -1,5 +1,6 @@
 """The numbers of a cache are those of its rows and files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_counts_and_bytes_are_those_of_rows_and_files(tmp_path: Path, codec: str
     text = stats_text(stats)
     assert f"{tokens:,} completion tokens" in text
     assert f"{stats.bytes_per_token:.1f} B/token" in text
+
+
+def test_a_field_that_rows_call_scrubbed_is_no_count(tmp_path: Path) -> None:
+    config, values = make_config(tmp_path / "c"), (True, {"phone": 2, "by": "us"}, "no")
+    requests = [
+        replace(one, prompt=replace(one.prompt, metadata={"scrubbed": value}))
+        for one, value in zip(make_requests(len(values)), values, strict=True)
+    ]
+    run_build(config, requests)
+    assert cache_stats(Catalog(config.cache)).scrubbed == {"phone": 2}
 
 
 def signal_bytes(path: Path) -> int:

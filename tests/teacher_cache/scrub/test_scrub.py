@@ -28,7 +28,9 @@ from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.plan import plan_build, plan_lines, plan_score, shown_lines
 from teacher_cache.prompts.prompts import WHOLE
+from teacher_cache.prompts.sources import Draft
 from teacher_cache.scrub.config import ScrubConfig
+from teacher_cache.scrub.counts import total_of
 from teacher_cache.scrub.recognisers import Finding, Recognisers
 from teacher_cache.scrub.rows import Scrubber
 from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K
@@ -250,6 +252,28 @@ def test_settings_of_what_is_looked_for(recognisers: Recognisers) -> None:
     assert recognisers.find(["Ms. Olsen, call 4155552671"], ["phone"])[0][0].kind == "phone"
 
 
+def test_numbers_that_a_data_frame_made_floats_are_replaced(recognisers: Recognisers) -> None:
+    draft = Draft("1", (Message("user", "Call 13812345678."),), None, {"phone": 13812345678.0, "weight": 2.0})
+    (scrubbed,) = Scrubber(ScrubConfig(), recognisers).drafts([draft])
+    assert isinstance(scrubbed, Draft)
+    assert {**scrubbed.metadata, "scrubbed": None} == {"phone": "<PHONE_1>", "weight": 2.0, "scrubbed": None}
+
+
+def test_completions_of_generated_tasks_are_left_alone(recognisers: Recognisers) -> None:
+    scrubber, text = Scrubber(ScrubConfig(), recognisers), "Kimberly Olsen has 3."
+    messages = (Message("user", "How many has Kimberly Olsen?"),)
+    made_up = Draft("1", messages, "3", {"judge": "reasoning_gym", "task": "sums"})
+    assert scrubber.completion(made_up, text) == (made_up, text)
+    assert scrubber.problem(made_up, text) is None
+    asked = dataclasses.replace(made_up, metadata={"task": "sums"})
+    assert scrubber.completion(asked, text)[1] == "<PERSON_1> has 3."
+    assert scrubber.problem(asked, text) == "2 person"
+
+
+def test_a_field_of_the_same_name_is_no_count() -> None:
+    assert total_of([{"scrubbed": True}, {"scrubbed": {"phone": 2, "by": "us"}}, {}]) == {"phone": 2}
+
+
 def test_a_text_that_a_recogniser_skipped_is_not_taken_for_clean(
     recognisers: Recognisers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,3 +319,7 @@ def test_a_recogniser_that_is_missing_is_refused(
 def test_settings_without_effect_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         validate_config(settings, ScrubConfig, "test")
+
+
+def test_a_copy_of_a_configuration_is_accepted() -> None:
+    assert ScrubConfig(kinds=["phone"]).updated(chains="cut").kinds == ["phone"]
