@@ -167,7 +167,8 @@ class OpenAIConfig(StrictModel):
     """What is stored of distributions: the API's log probabilities, at most 20 a token, whose tokens must be those of
     teacher.model byte for byte; or `none`: text alone, which students train on with data.kind: text."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of requests, such as `reasoning_effort`; null leaves a field out that would be sent."""
+    """Further fields of requests, such as `reasoning_effort`; null leaves a field out that would be sent. Part of the
+    identity of run and chains."""
     price: PriceConfig | None = None
     """For `plan` and `stats`, which then say what chains cost."""
     max_model_len: int | None = Field(default=None, ge=1)
@@ -181,8 +182,8 @@ class OpenAIConfig(StrictModel):
 
     @property
     def switches(self) -> dict[str, Any]:
-        """Of an API nothing is known."""
-        return {}
+        """`parameters`: of an API nothing is known, so each may change tokens."""
+        return self.parameters
 
     @field_validator("endpoint")
     @classmethod

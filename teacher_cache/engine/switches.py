@@ -169,6 +169,8 @@ NEUTRAL: Mapping[str, Any] = {
 """vLLM's defaults: off is off, and changes no id."""
 WATCHED = frozenset({"stop", "stop_token_ids", "ignore_eos", "repetition_detection", "skip_reading_prefix_cache"})
 """Sampling parameters that move no probability, so that the mean log probability still has its bound (writer.watch)."""
+MOVING = frozenset({"logits_processors", "temperature", "repetition_penalty", *NEUTRAL}) - WATCHED
+"""Engine arguments, and parameters of an API, with which it has none."""
 
 
 def refused(block: str, names: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from stillroom.log import format_plural
 from stillroom.schema.records import Capture
 from teacher_cache.engine.api import Finished
-from teacher_cache.engine.switches import WATCHED
+from teacher_cache.engine.switches import MOVING, WATCHED
 
 NUM_ERRORS = 8.0
 """exp(-8²/2) = 1e-14 a look. As |sum d| is at most sqrt(n · sum d²), nothing is said before 64 tokens; noise, some 12
@@ -81,7 +81,7 @@ def is_watched(finished: Finished) -> bool:
         and sampling.get("temperature", 1.0) <= 1.0
         and sampling.get("repetition_penalty", 1.0) == 1.0
         and WATCHED.issuperset(sampling.get("vllm", ()))
-        and "logits_processors" not in sampling.get("engine", ())
+        and MOVING.isdisjoint(sampling.get("engine", ()))
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.errors import ConfigError, StillroomError
+from stillroom.log import note
 from stillroom.models import end_id_of, reasoning_ids
 from stillroom.pieces import vocabulary_of
 from stillroom.schema.records import Capture, Message, Prompt
@@ -40,6 +41,8 @@ PROBE_TOKENS = 64
 NO_LIMIT = 1 << 30
 """APIs do not report the length of their context; they refuse what is longer."""
 LEAST_NATS = -100.0
+REPLACEMENT = "\ufffd".encode()
+"""What decoders write for a part of a character."""
 REASONING_KEYS = ("reasoning_content", "reasoning")
 LEFT_OUT = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
 """Parameters that are sent only where they have an effect: not every API knows them."""
@@ -74,7 +77,7 @@ class OpenAIEngine:
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self._num_open = self._num_tokens = 0
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = self._has_noted_busy = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="api engine", daemon=True)
@@ -167,6 +170,7 @@ class OpenAIEngine:
                 self._raise_if_final(error)
                 # A busy API did no work: it may stay so for hours, which is no fault of the chain.
                 num_attempts += not error.is_busy
+                self._note_busy(error)
                 if num_attempts >= self._config.max_attempts:
                     return request.failure(
                         "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
@@ -195,6 +199,13 @@ class OpenAIEngine:
             self._chat.outcome(request, answer, is_probe=True)
         except Unusable as error:
             raise ConfigError(f"{where} {error}") from error
+
+    def _note_busy(self, error: Unavailable) -> None:
+        # Once: it may come and go with every chain.
+        if error.is_busy and not self._has_noted_busy:
+            self._has_noted_busy = True
+            slower = "overloaded, sending requests more slowly (lower engine.max_in_flight to send fewer)"
+            note(f"{self._config.endpoint} {error}: {slower}")
 
     def _raise_if_final(self, error: Unavailable) -> None:
         where = self._config.endpoint
@@ -282,7 +293,9 @@ class OpenAIChat:
         if read.reasoning is not None:
             # Many templates open the reasoning in the prompt.
             opened = self._start_id is not None and self._start_id in request.prompt_token_ids
-            text = f"{'' if opened else start}\n{read.reasoning.strip()}\n{end}\n\n{text}"
+            # A chain that was cut in its reasoning has not ended it.
+            closing = f"\n{end}\n\n" if text or read.finish_reason == "stop" else ""
+            text = f"{'' if opened else start}\n{read.reasoning.strip()}{closing}{text}"
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         if ids and read.finish_reason == "stop" and self._end_id is not None:
             ids.append(self._end_id)
@@ -303,6 +316,9 @@ class OpenAIChat:
                     f"gives {len(candidates)} top log probabilities, {self._k} were requested: lower "
                     "capture.max_support"
                 )
+            if _bytes_of(entry) == REPLACEMENT and REPLACEMENT.decode() not in read.text:
+                # vLLM's API: another token's id would stand for them.
+                raise Unusable("gives parts of characters without their bytes: set engine.signals: none")
             own = self._id_of(entry)
             ids.append(own)
             logprobs.append(_logprob(entry))
@@ -328,7 +344,7 @@ class OpenAIChat:
         )
 
     def _id_of(self, entry: Json) -> int:
-        data = bytes(entry["bytes"]) if entry.get("bytes") else str(entry["token"]).encode()
+        data = _bytes_of(entry)
         found = self._ids.get(data)
         if found is None:
             raise Unusable(
@@ -345,6 +361,10 @@ def _read(choice: Json) -> Answer:
     thoughts = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
     logprobs = choice.get("logprobs")
     return Answer(message.get("content") or "", thoughts, reason, None if logprobs is None else logprobs.get("content"))
+
+
+def _bytes_of(entry: Json) -> bytes:
+    return bytes(entry["bytes"]) if entry.get("bytes") else str(entry["token"]).encode()
 
 
 def _logprob(entry: Json) -> float:

@@ -468,7 +468,8 @@ class EndpointPool:
 
 def pause_s(num_failures: int, jitter: random.Random) -> float:
     """Exponential backoff with jitter: half of the pause is random, so that clients do not all return at once."""
-    longest_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** max(num_failures - 1, 0))
+    # Busy servers are asked without limit, and 2.0 ** 1024 overflows.
+    longest_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(max(num_failures - 1, 0), 64))
     return longest_s * jitter.uniform(0.5, 1.0)
 
 

@@ -32,7 +32,7 @@ def chain(
     *,
     k: int | None = None,
     temperature: float = 1.0,
-    **sampling: float,
+    **sampling: Any,
 ) -> Finished:
     """Tokens drawn from `sampled_TV`, and what an engine says of them: exact entropies, or k candidates."""
     gumbel_TV = np.random.default_rng(1).gumbel(size=logprobs_TV.shape)
@@ -74,8 +74,8 @@ def test_noise_is_noticed_within_a_few_hundred_tokens(k: int | None) -> None:
 def test_settings_that_lower_the_mean_are_not_watched() -> None:
     logprobs_TV = distributions(300)
     noise_TV = np.zeros_like(logprobs_TV)
-    for one in (chain(logprobs_TV, noise_TV, temperature=1.5), chain(logprobs_TV, noise_TV, repetition_penalty=1.2)):
-        assert SampleWatch(NUM_IDS).problem(one) is None
+    for setting in ({"temperature": 1.5}, {"repetition_penalty": 1.2}, {"engine": {"frequency_penalty": 1.0}}):
+        assert SampleWatch(NUM_IDS).problem(chain(logprobs_TV, noise_TV, **setting)) is None
 
 
 def test_an_entropy_of_candidates_is_bounded_from_above() -> None:

@@ -1,6 +1,7 @@
 """A teacher behind an OpenAI-compatible API: its text and log probabilities as chains, and answers that do not fit."""
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, StillroomError
 from teacher_cache.building import build_cache
 from teacher_cache.config import BuildConfig, ScoreConfig
+from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.plan import plan_build, plan_lines
@@ -70,6 +72,13 @@ def with_logprobs(model: Path, text: str = ANSWER, k: int = K) -> dict[str, Any]
     return {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": entries}}
 
 
+def with_parts_of_characters(model: Path) -> dict[str, Any]:
+    """As vLLM's API writes the byte tokens of a character."""
+    choice = with_logprobs(model)
+    choice["logprobs"]["content"][-1]["bytes"] = [*"\ufffd".encode()]
+    return choice
+
+
 def rows_of(cache: Path) -> list[dict[str, Any]]:
     table = Catalog(cache).chains
     return [row for file in table.files() for row in pq.read_table(table.path_of(file)).to_pylist()]
@@ -122,6 +131,22 @@ def test_text_alone_keeps_the_reasoning_and_says_that_it_holds_no_distributions(
     assert body["max_completion_tokens"] == 50
 
 
+def test_a_chain_that_was_cut_in_its_reasoning_has_not_ended_it(
+    model: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    message = {"content": None, "reasoning_content": "2 and 3 make"}
+    server.behaviour.chat = lambda _: {"message": message, "finish_reason": "length"}
+    build_cache(config_of(model, server, tmp_path / "c", {}, signals="none"), WHOLE, retry_failures=False)
+    row = rows_of(tmp_path / "c")[0]
+    assert (row["reasoning"], row["answer"], row["reasoning_end"]) == ("2 and 3 make", None, None)
+
+
+def test_other_parameters_are_other_chains(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    for effort in ("low", "high"):
+        config = config_of(model, server, tmp_path / "c", {}, signals="none", parameters={"reasoning_effort": effort})
+        assert build_cache(config, WHOLE, retry_failures=False).recorded.num_chains == 4
+
+
 Chat = Callable[[Path], Any]
 
 
@@ -140,6 +165,7 @@ Chat = Callable[[Path], Any]
             lambda model: with_logprobs(model) | {"message": {"content": ANSWER, "reasoning": "hm"}},
             "keeps the log probabilities of its reasoning to itself",
         ),
+        (with_parts_of_characters, "gives parts of characters without their bytes"),
     ],
 )
 def test_an_api_that_does_not_fit_is_refused_at_the_start(
@@ -169,7 +195,11 @@ def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
 
 
 def test_busy_and_broken_answers_are_tried_again(
-    model: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("teacher_cache.engine.http.openai.pause_s", lambda *_: 0.01)
     seen: dict[str, int] = {}
@@ -186,12 +216,17 @@ def test_busy_and_broken_answers_are_tried_again(
     result = build_cache(config, WHOLE, retry_failures=False)
     assert (result.recorded.num_chains, result.recorded.num_failures) == (3, 1)
     assert (seen["question 0"], seen["question 1"]) == (4, 2)
+    assert capsys.readouterr().err.count("overloaded, sending requests more slowly") == 1
     server.behaviour.trouble = lambda body: "401"
     with pytest.raises(ConfigError, match="rejects the API key"):
         build_cache(config, WHOLE, retry_failures=True)
     server.behaviour.trouble = lambda body: "500"
     with pytest.raises(StillroomError, match="2 times in a row"):
         build_cache(config, WHOLE, retry_failures=True)
+
+
+def test_pauses_stay_bounded_however_long_an_api_is_busy() -> None:
+    assert 0 < pause_s(5000, random.Random(0)) <= MAX_BACKOFF_S
 
 
 @pytest.mark.parametrize(
