@@ -127,6 +127,7 @@ class Worker:
         import ray
 
         self._job = job
+        self._child: Child | None = None
         # vLLM may start actors of its own.
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         if size.spans_nodes:
@@ -136,7 +137,8 @@ class Worker:
 
     def start(self) -> None:
         """Starts the child; again, after it has failed."""
-        self._child: Child | None = None
+        self.close(is_last=False)
+        self._child = None
         self._refused: Report | None = None
         try:
             self._child = Child(self._job)
@@ -403,7 +405,9 @@ class _Fleet:
         # A cluster that is gone needs no cleaning.
         with contextlib.suppress(RayError):
             if has_ended:
-                ray.get(slot.actor.close.remote(is_last=not self._slots), timeout=CLOSE_S)
+                # Slots without an actor only wait for room.
+                is_last = all(one.actor is None for one in self._slots)
+                ray.get(slot.actor.close.remote(is_last=is_last), timeout=CLOSE_S)
         with contextlib.suppress(RayError):
             self._kill(slot)
             if slot.group is not None:

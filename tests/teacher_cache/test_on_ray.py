@@ -6,6 +6,7 @@ import signal
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,7 +15,7 @@ from stillroom.errors import ConfigError
 from teacher_cache.cli import main
 from teacher_cache.fleet import Child, Job
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.on_ray import ReplicaSize, joining_job, merged, replica_size
+from teacher_cache.on_ray import ReplicaSize, Worker, _Fleet, _Slot, joining_job, merged, replica_size
 from teacher_cache.states.passes import FeaturesResult
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import make_config, make_requests
@@ -50,6 +51,35 @@ def test_a_killed_actor_is_replaced_and_every_row_is_there_once(tmp_path: Path) 
     # The two at the start, and the one in the restarted actor.
     assert len(_committers(cache)) == 3
     assert list(cache.glob("runs/*.fleet")) == []
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
+def test_the_last_worker_cleans_up_while_another_waits_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = Mock()
+    monkeypatch.setattr("ray.get", lambda *_, **__: None)
+    monkeypatch.setattr("ray.kill", lambda _: None)
+    fleet = _Fleet(Job("one", (), str(tmp_path)), ReplicaSize(1, 0), None)
+    fleet._slots = [ended := _Slot(None, actor), _Slot(None)]
+    fleet._remove(ended, has_ended=True)
+    actor.close.remote.assert_called_once_with(is_last=True)
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
+def test_a_child_that_is_started_again_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get_runtime_context", lambda: Mock(gcs_address="here"))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    worker = Worker(Job("one", ("-c", ""), str(tmp_path / "c")), ReplicaSize(1, 0))
+    while worker.poll(stop=False).exit_code is None:
+        time.sleep(0.05)
+    worker.start()
+    assert len([*tmp_path.glob("teacher-cache-*")]) == 1
+    while worker.poll(stop=False).exit_code is None:
+        time.sleep(0.05)
+    worker.close(is_last=True)
+    assert [*tmp_path.rglob("*.fleet"), *tmp_path.glob("teacher-cache-*")] == []
 
 
 @pytest.mark.parametrize(
