@@ -63,6 +63,12 @@ def augment(config: BuildConfig) -> Augmented:
             "no variant needs the teacher: prompts.augment makes the others in `build` itself. Add an edit of kind "
             "paraphrase or back_translation, or solve, and prompts.augment.cache"
         )
+    several = [one.kind for one in found.edits if one.solve is not None or (one.asks_teacher and one.variants > 1)]
+    if several and config.sampling.temperature == 0:
+        raise ConfigError(
+            f"prompts.augment: {several[0]} needs answers that differ, and sampling.temperature is 0: raise it for "
+            "this command (--set sampling.temperature=0.6)"
+        )
     scrubber = scrubber_of(config)
     prompts = prompts_to_vary(config.prompts, scrubber)
     done = Augmented()

@@ -191,6 +191,21 @@ def test_settings_without_effect_are_refused(tmp_path: Path, augment: Any, reaso
         load(tmp_path / "q.jsonl", ["2+2?"], augment=augment)
 
 
+def test_answers_that_must_differ_need_a_temperature(tmp_path: Path) -> None:
+    data = {
+        "cache": str(tmp_path / "cache"),
+        "run": "test",
+        "teacher": {"model": "fake"},
+        "sampling": {"preset": "greedy"},
+        "prompts": {
+            "sources": [questions(tmp_path / "q.jsonl", ["2+2?"])],
+            "augment": {"edits": [{"kind": "numbers"}], "cache": str(tmp_path / "said")},
+        },
+    }
+    with pytest.raises(ConfigError, match=r"numbers needs answers that differ.*--set sampling\.temperature=0\.6"):
+        augment(validate_config(data, BuildConfig, "test"))
+
+
 class TalkingEngine(FakeEngine):
     """Says what `reply` makes of the question. Its distributions are as made up as ever."""
 
