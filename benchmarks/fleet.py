@@ -118,7 +118,7 @@ class _CpuTimes:
         self._thread.join()
 
     def total_s(self, counts: Callable[[str], bool]) -> float:
-        """Of the processes whose command line counts, as of the last look."""
+        """CPU seconds of the processes whose command line counts, at the last sample."""
         return round(sum(seconds for line, seconds in self._found.values() if counts(line)), 2)
 
     def _watch(self) -> None:

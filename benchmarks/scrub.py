@@ -1,4 +1,4 @@
-"""What scrubbing finds of planted personal data, and what it takes for some.
+"""What scrubbing finds of planted personal data, and what it mistakes for some.
 
     python -m benchmarks.scrub [--rows 300] [--seed 0] [--json]
 
@@ -300,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=300, help="texts of each kind and language")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--misses", type=int, default=0, help="show so many texts of each group that were not found")
+    parser.add_argument("--misses", type=int, default=0, help="missed texts to show per group")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     started_s = time.process_time()

@@ -121,14 +121,14 @@ def run(
     overrides: Overrides = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, show_default=False, help="Ranks to start on this machine, or with --hosts slurm on each."),
+        typer.Option(min=1, show_default=False, help="Ranks to start on this machine; with --hosts slurm, on each."),
     ] = None,
     hosts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|slurm",
-            help="Run on several machines: FILE has lines HOST slots=N, which are reached by ssh; slurm is for tasks "
-            "of srun, one per node.",
+            help="Run on several machines: over ssh, with lines HOST slots=N in FILE, or as one srun task per node "
+            "(slurm).",
         ),
     ] = None,
     from_step: Annotated[
@@ -243,7 +243,7 @@ def evaluate(
         bool,
         typer.Option(
             "--robustness",
-            help="With --generate: ask again with typing noise, an irrelevant sentence, options reordered.",
+            help="With --generate: repeat with typing noise, an irrelevant sentence, and reordered options.",
         ),
     ] = False,
     price_per_hour: Annotated[

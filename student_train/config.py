@@ -235,7 +235,7 @@ class AdversarialConfig(StrictModel):
     """
 
     epsilon: float = Field(gt=0)
-    """Largest shift of an entry of a token's embedding, as a share of their root mean square, e.g. 0.05."""
+    """Largest shift per entry of a token's embedding, relative to the embedding's root mean square, e.g. 0.05."""
     steps: int = Field(default=1, ge=1)
     """1 is the fast gradient sign method, more are projected gradient. Each costs a forward and a backward pass."""
     fraction: float = Field(default=0.5, gt=0, le=1)
@@ -287,7 +287,7 @@ class StageConfig(StrictModel):
     token_weights: TokenWeightsConfig | None = None
     """None weights all tokens of a chain equally."""
     adversarial: AdversarialConfig | None = None
-    """None trains on prompts as they are."""
+    """Train on disturbed prompts. None is off."""
     balance_weight: float | None = Field(default=None, ge=0)
     """Mixtures of experts: weight of the loss that keeps all experts in use. None is the model's own
     (`router_aux_loss_coef` in its config.json), 0 turns it off."""
@@ -451,7 +451,7 @@ class PromptConfig(StrictModel):
 
 
 class TermsConfig(StrictModel):
-    """Terms of a domain. Where a completion says one, its tokens count `weight` times as much in the losses."""
+    """Terms of a domain, whose tokens in completions count `weight` times as much in the losses."""
 
     words: list[str] = Field(default_factory=list)
     """Terms of one or more words."""
@@ -461,11 +461,11 @@ class TermsConfig(StrictModel):
     """SQL expression over `chains`: a list of terms for that chain alone, e.g. `string_split(metadata ->> 'terms',
     ',')`."""
     weight: float = Field(default=3.0, gt=0)
-    """Factor of a term's tokens. The loss is a weighted mean: others count less by as much in all."""
+    """Factor on the weight of a term's tokens. The loss is the weighted mean."""
     match_case: bool = False
-    """Whether upper and lower case differ."""
+    """Distinguish upper and lower case."""
     whole_words: bool = True
-    """Do not match inside words (`ion` in `nation`); Chinese and Japanese have no such limits."""
+    """Match whole words only, not `ion` in `nation`. No effect between Chinese or Japanese characters."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "TermsConfig":
@@ -483,13 +483,13 @@ class StepsConfig(StrictModel):
 
     at: list[Literal["paragraphs", "lines", "numbered", "equations"]] | None = Field(default=None, min_length=1)
     """Where steps begin: after blank lines, on every line, at `Step 3` or `3.` at the start of a line, or after
-    displayed equations and lines with an equals sign. None is [paragraphs], or nothing if there is a pattern."""
+    displayed equations and lines with an equals sign. None: [paragraphs], or only at `pattern` if it is set."""
     pattern: str | None = None
     """Python regular expression: a step also begins at each of its matches (^ matches at every line)."""
     min_tokens: int = Field(default=16, ge=1)
-    """Shorter steps join the one before."""
+    """Shorter steps are merged into the one before."""
     context_steps: int | None = Field(default=None, ge=0)
-    """How many earlier steps an example keeps besides the question: 0 is none, None all that fit max_tokens."""
+    """Earlier steps that an example keeps besides the question. None: all that fit max_tokens."""
 
     @model_validator(mode="after")
     def _compiles(self) -> "StepsConfig":
@@ -532,9 +532,9 @@ class DataConfig(StrictModel):
     long_chains: Literal["truncate", "skip", "split"] = "truncate"
     """What to do with longer chains. Truncated chains never teach an end of sequence."""
     steps: StepsConfig | None = None
-    """None learns each chain as one example."""
+    """Learn chains step by step. None: each chain is one example."""
     terms: TermsConfig | None = None
-    """None weights all tokens of a chain equally."""
+    """Weight the terms of a domain. None is off."""
 
     @model_validator(mode="after")
     def _text_has_effect(self) -> "DataConfig":

@@ -499,11 +499,11 @@ def _robustness(
     alike = [one for one in given if list(one.prompt.token_ids) == write(one.prompt.messages, one.prompt.run_id)]
     if not alike:
         raise ConfigError(
-            "--robustness: the chat template does not give any of the prompts the token ids that the cache holds, so "
-            "changed prompts would differ in more than what is changed: remove it"
+            "--robustness: the student's chat template reproduces none of the cached prompts, so changed prompts would "
+            "also differ in their template: remove it"
         )
     if len(alike) < len(given):
-        warn(f"--robustness: {len(given) - len(alike)} of {len(given)} prompts were written by another chat template")
+        warn(f"--robustness skips {len(given) - len(alike)} of {len(given)} prompts: their chat template differs")
     return as_json(robustness(model, tokenizer, alike, config, lambda one: write(one.messages, one.run_id)))
 
 

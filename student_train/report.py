@@ -84,7 +84,7 @@ def run_costs(runs: Sequence[Run], price_per_hour: float | None) -> list[Json | 
     """What each run took, and at the price of a device's hour cost: cost_of(). Raises ConfigError where none knows."""
     costs = [cost_of(read_sessions(run.folder.sessions_path), price_per_hour) for run in runs]
     if price_per_hour is not None and not any(costs):
-        raise ConfigError("--price-per-hour: the runs were trained before times were recorded: remove it")
+        raise ConfigError("--price-per-hour: these runs are of an earlier version that recorded no times: remove it")
     return costs
 
 
@@ -156,7 +156,7 @@ def _costs(runs: Sequence[Run], costs: Sequence[Json | None]) -> list[Piece]:
     if not rows:
         return []
     priced = [f"cost at {one['price_per_hour']:g} an hour" for one in costs if one and one["cost"] is not None][:1]
-    note = "From the start of each call to its end: loading, evaluations and steps taken twice count."
+    note = "Each call from start to end, including loading, evaluations and repeated steps."
     return [Table("Cost", ["run", "device time", "calls", "tokens", *priced], rows, note, right=frozenset({3, 4}))]
 
 

@@ -239,7 +239,7 @@ def _adversarial_lines(stage: Result) -> list[str]:
     if asked is None:
         return []
     passes = 1 + asked["fraction"] * asked["steps"]
-    return [f"disturbed  {asked['fraction']:.0%} of the packs, which makes {passes:.1f} passes a pack"]
+    return [f"disturbed  {asked['fraction']:.0%} of the packs: {passes:.1f} passes per pack on average"]
 
 
 def _projection_lines(stage: Result) -> list[str]:

@@ -1,4 +1,4 @@
-"""`teacher-cache augment`: asks the teacher what variants of prompts need, into a cache of its own.
+"""`teacher-cache augment`: collects what variants of prompts need from the teacher, in a separate cache.
 
 In: a build's configuration with `prompts.augment`. Each turn collects the questions that are open, generates their
 answers as an ordinary build does (resumable, each sample once), and looks again: a translation is followed by the way
@@ -49,9 +49,9 @@ class Augmented:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"asked     {format_plural(self.num_new_chains, 'answer')}, {self.num_new_tokens:,} tokens",
+            f"new       {format_plural(self.num_new_chains, 'answer')}, {self.num_new_tokens:,} tokens",
             *(f"variants  {kind}: {num:,}" for kind, num in sorted(self.variants.items())),
-            *(f"none      {reason}: {num:,}" for reason, num in self.without_variant.most_common()),
+            *(f"dropped   {reason}: {num:,}" for reason, num in self.without_variant.most_common()),
         ]
 
 
@@ -60,8 +60,8 @@ def augment(config: BuildConfig) -> Augmented:
     found = config.prompts.augment
     if found is None or found.cache is None:
         raise ConfigError(
-            "no variant needs the teacher: prompts.augment makes the others in `build` itself. Add an edit of kind "
-            "paraphrase or back_translation, or solve, and prompts.augment.cache"
+            "no edit of prompts.augment needs the teacher: run teacher-cache build directly, or add paraphrase, "
+            "back_translation or solve, and prompts.augment.cache"
         )
     several = [one.kind for one in found.edits if one.solve is not None or (one.asks_teacher and one.variants > 1)]
     if several and config.sampling.temperature == 0:
@@ -93,7 +93,7 @@ def _ask(config: BuildConfig, questions: list[Question], scrubber: Scrubber | No
     assert config.prompts.augment is not None
     asked = {(one.step, prompt_id_of(one.messages)): one for one in questions}
     steps = {one.step: one.samples for one in questions}
-    note(f"{format_plural(len(asked), 'question')} to the teacher: {', '.join(sorted(steps))}")
+    note(f"asking the teacher {format_plural(len(asked), 'question')}: {', '.join(sorted(steps))}")
     # The rows are at hand: the sources only say how many samples each step takes.
     sources = [
         JsonlSource(kind="jsonl", name=step, path=config.cache, prompt_field="question", samples=samples)

@@ -85,15 +85,15 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
     """
     if config.sampling.until is not None and share is None:
         raise ConfigError(
-            "sampling.until decides on a prompt's next chain by the verdicts on its others, which workers that join "
-            "may hold: use --worker I/N, which shares the prompts, instead of --join"
+            "sampling.until needs all verdicts on a prompt in one worker, but --join spreads a prompt's chains over "
+            "workers: use --worker I/N instead, which splits by prompt"
         )
     scrubber = scrubber_of(config)
     loaded = load_prompts(config.prompts, scrubber)
     _note_loaded(loaded)
     if loaded.unanswered:
         raise ConfigError(
-            f"{format_plural(loaded.unanswered.total(), 'variant')} of prompts.augment wait for the teacher: run "
+            f"{format_plural(loaded.unanswered.total(), 'variant')} of prompts.augment still need the teacher: run "
             "teacher-cache augment with this configuration first"
         )
     return build_loaded(config, loaded, share, scrubber, retry_failures=retry_failures)
@@ -703,7 +703,7 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
         note(f"{alike} skipped; the first: {near}")
     if loaded.variants:
         kinds = ", ".join(f"{num:,} {kind}" for kind, num in sorted(loaded.variants.items()))
-        note(f"{format_plural(loaded.variants.total(), 'variant')} among them: {kinds}")
+        note(f"including {format_plural(loaded.variants.total(), 'variant')}: {kinds}")
     if loaded.without_variant:
         reasons = ", ".join(f"{reason} ({num:,})" for reason, num in loaded.without_variant.most_common())
         note(f"{format_plural(loaded.without_variant.total(), 'variant')} could not be made: {reasons}")

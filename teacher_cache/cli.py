@@ -36,11 +36,11 @@ On = Annotated[
     str | None,
     typer.Option(
         metavar="ray[://HOST:PORT]",
-        help="Run workers with --join on a Ray cluster, as many as it has room for: RAY_ADDRESS, this machine's, or by "
-        "Ray Client.",
+        help="Run workers on a Ray cluster, as many as fit: `ray` uses RAY_ADDRESS or this machine's cluster, "
+        "ray://HOST:PORT connects through Ray Client.",
     ),
 ]
-NumWorkers = Annotated[int | None, typer.Option("--workers", min=1, help="With --on: most workers at a time.")]
+NumWorkers = Annotated[int | None, typer.Option("--workers", min=1, help="With --on: maximum workers at a time.")]
 NumCpus = Annotated[
     int | None, typer.Option("--cpus", min=1, help="With --on: CPUs per worker, for a teacher that uses no GPU.")
 ]
@@ -111,7 +111,7 @@ def build(
     assert isinstance(config, BuildConfig)
     if on is not None or (num_workers, num_cpus) != (None, None):
         if join or retry_failures or worker != "0/1":
-            raise ConfigError("workers of --on join by themselves: remove --join, --worker and --retry-failures")
+            raise ConfigError("--on starts workers with --join: remove --join, --worker and --retry-failures")
         _run_on("build", config_path, overrides or (), config, on, num_workers, num_cpus, as_json)
         return
     with StopRequest(at_once=True):
@@ -154,7 +154,7 @@ def score(
     assert isinstance(config, ScoreConfig)
     if on is not None or (num_workers, num_cpus) != (None, None):
         if join or retry_failures or worker != "0/1":
-            raise ConfigError("workers of --on join by themselves: remove --join, --worker and --retry-failures")
+            raise ConfigError("--on starts workers with --join: remove --join, --worker and --retry-failures")
         _run_on("score", config_path, overrides or (), config, on, num_workers, num_cpus, as_json)
         return
     with StopRequest(at_once=True):
@@ -181,7 +181,7 @@ def features(
     config = load_features_config(config_path, overrides or ())
     if on is not None or (num_workers, num_cpus) != (None, None):
         if join or worker != "0/1":
-            raise ConfigError("workers of --on join by themselves: remove --join and --worker")
+            raise ConfigError("--on starts workers with --join: remove --join and --worker")
         _run_on("features", config_path, overrides or (), config, on, num_workers, num_cpus, as_json)
         return
     with StopRequest(at_once=True):

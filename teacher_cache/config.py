@@ -125,7 +125,7 @@ class ServerConfig(StrictModel):
 
     @property
     def switches(self) -> dict[str, Any]:
-        """Of servers nothing is known."""
+        """Empty: a server does not report its engine arguments."""
         return {}
 
     @field_validator("endpoints")
@@ -164,25 +164,25 @@ class OpenAIConfig(StrictModel):
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Environment variable that holds the API key. The key itself is never written to disk."""
     signals: Literal["top_logprobs", "none"] = "top_logprobs"
-    """What is stored of distributions: the API's log probabilities, at most 20 a token, whose tokens must be those of
-    teacher.model byte for byte; or `none`: text alone, which students train on with data.kind: text."""
+    """What to store. `top_logprobs`: the API's log probabilities, at most 20 per token; its tokens must equal those of
+    teacher.model byte for byte. `none`: text only, for students with data.kind: text."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of requests, such as `reasoning_effort`; null leaves a field out that would be sent. Part of the
-    identity of run and chains."""
+    """Extra fields of each request, such as `reasoning_effort`. null removes a field that would otherwise be sent. Part
+    of the identity of run and chains."""
     price: PriceConfig | None = None
-    """For `plan` and `stats`, which then say what chains cost."""
+    """Prices from which `plan` and `stats` compute the cost."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Maximum tokens of prompt and completion together. None: the API refuses what is longer."""
+    """Maximum tokens of prompt and completion together. None: the API's own limit."""
     max_in_flight: int = Field(default=32, ge=1)
     """Concurrent requests."""
     max_attempts: int = Field(default=8, ge=1)
     """Attempts per chain, with increasing pauses. Busy responses (429, 503) do not count."""
     stall_s: float = Field(default=3600.0, gt=0)
-    """Retry a chain after this many seconds without its answer, which arrives whole."""
+    """Retry a chain whose answer has not arrived after this many seconds. Answers are not streamed."""
 
     @property
     def switches(self) -> dict[str, Any]:
-        """`parameters`: of an API nothing is known, so each may change tokens."""
+        """`parameters`, each of which may change tokens."""
         return self.parameters
 
     @field_validator("endpoint")
@@ -249,13 +249,13 @@ SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class UntilConfig(StrictModel):
-    """More chains of a prompt until enough of them are judged right, for sources with a judge that a build can run.
-    Workers share the prompts by `--worker I/N`, not by `--join`."""
+    """Generates further chains of a prompt until enough are judged right. Needs a source with a judge that runs during
+    a build. Split the work with `--worker I/N`; `--join` is refused."""
 
     right: int = Field(ge=1)
-    """Stop at this many right chains of a prompt."""
+    """Right chains at which a prompt is done."""
     samples: int = Field(ge=2)
-    """Stop at this many chains of a prompt, whatever they are; `sampling.samples` are generated in any case."""
+    """Maximum chains per prompt. `sampling.samples` chains are always generated."""
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -286,7 +286,7 @@ class SamplingConfig(StrictModel):
     """Chains per prompt, each with its own seed."""
     # Left out where it is off: neither runs nor samples get another id.
     until: UntilConfig | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Generate more chains than `samples` of prompts that the teacher got wrong."""
+    """Generate further chains for prompts that the teacher got wrong."""
     seed: int = 0
     """Base sampling seed; each chain's seed is derived from it, the prompt and the sample index."""
     vllm: dict[str, Any] = Field(default_factory=dict, exclude_if=_is_empty)

@@ -243,7 +243,7 @@ class _Fleet:
             self._start(waiting, node)
         elif len(self._slots) == 1 and time.monotonic() - self._reminded_s >= REMIND_S:
             cpus = "" if self._size.num_gpus == 0 else " (for a teacher on CPUs: --cpus N)"
-            note(f"waiting until the Ray cluster has {self._size}{cpus}")
+            note(f"waiting for room in the Ray cluster: {self._size}{cpus}")
             self._reminded_s = time.monotonic()
 
     def _start(self, slot: _Slot, node: str) -> None:
@@ -309,11 +309,11 @@ class _Fleet:
                 f"a node of the Ray cluster lacks stillroom {self._job.version}: install it on every node"
             ) from error
         except RayActorError as error:
-            note(f"a worker is lost for good: {first_line(error)}")
+            note(f"a worker was lost and cannot be restarted: {first_line(error)}")
             self._remove(slot)
             return
         if slot.report is not None and slot.report.pid != report.pid:
-            self._lost(slot, "was lost, and Ray started another one")
+            self._lost(slot, "was lost; Ray restarted it")
         slot.report, slot.heard_s = report, time.monotonic()
         for line in report.notes:
             self._say(slot, report.host, line)

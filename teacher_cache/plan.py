@@ -186,8 +186,8 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     lines += [f"scrubbed {counted(plan.scrubbed)}"] if plan.scrubbed else []
     lines += [f"         {flat(one)}" for one in plan.scrubbed_samples]
     if plan.num_variants or plan.num_unanswered:
-        waiting = f"; {plan.num_unanswered:,} more need: teacher-cache augment" if plan.num_unanswered else ""
-        lines.append(f"variants {plan.num_variants:,} among them{waiting}")
+        waiting = f"; {plan.num_unanswered:,} more after teacher-cache augment" if plan.num_unanswered else ""
+        lines.append(f"variants {plan.num_variants:,} of the prompts{waiting}")
     if plan.is_bound:
         lines.append("until    chains, tokens and time are upper bounds: prompts with enough right chains get no more")
     lines += _cost_lines(plan) if plan.num_left else ["nothing is left to do"]
@@ -483,7 +483,7 @@ def _cost_lines(plan: BuildPlan) -> list[str]:
     if plan.disk_free_gb is not None:
         lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
     if plan.cost_left is not None:
-        lines.append(f"cost     {bound}{plan.cost_left:,.2f} at engine.price, by this tokenizer's counts")
+        lines.append(f"cost     {bound}{plan.cost_left:,.2f} at engine.price, in tokens of teacher.model")
     if plan.hours_left is None:
         lines.append("time     unknown until this run has generated chains: start the build, stop it and plan again")
     else:

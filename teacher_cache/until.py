@@ -152,7 +152,7 @@ def require_judged(prompts: Sequence[Prompt]) -> None:
             "reference_field for a source, or remove it"
         )
     if unjudged:
-        note(f"{format_plural(unjudged, 'prompt')} without a judge: sampling.until gets no further chains of them")
+        note(f"sampling.until generates no further chains for {format_plural(unjudged, 'prompt')} without a judge")
 
 
 def judge_what_is_left(config: BuildConfig) -> None:

@@ -165,7 +165,7 @@ def page_of(record: Json) -> str:
 
 
 def versions() -> str:
-    """Of the packages that matter."""
+    """Versions of the packages that matter."""
     return ", ".join(f"{name} {found}" for name in PACKAGES if (found := package_version(name)) is not None)
 
 

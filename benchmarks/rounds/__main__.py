@@ -44,7 +44,7 @@ BATCH_TOKENS = 1200
 START_STEPS, ROUND_STEPS, NUM_ROUNDS = 600, 60, 2
 START_RATE, ROUND_RATE = 4e-3, 1e-3
 OFF_POLICY_RATE = 3e-4
-"""Of 3e-4, 1e-3 and 2e-3 the best for chains that the student knows already."""
+"""The best of 3e-4, 1e-3 and 2e-3 for chains that the student already knows."""
 NUM_SAMPLES, NUM_NEW_SAMPLES = 4, 16
 KD = {"forward_kl": 0.9, "cross_entropy": 0.1}
 OWN = {"forward_kl": 0.5, "reverse_kl": 0.5}

@@ -1,1 +1,1 @@
-"""What a student has learnt, in more than means: by group, under noise, against forgetting, on public tasks."""
+"""Evaluation of a student beyond means: by group, calibration, robustness, forgetting, public tasks."""

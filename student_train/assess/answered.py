@@ -47,7 +47,7 @@ def _rows(groups: Sequence[str | int | None], given: Sequence[Given]) -> list[Js
 
 
 def _calibration(given: Sequence[Given]) -> Json | None:
-    """Of the answers that have a confidence and a verdict."""
+    """Calibration of the answers that have a confidence and a verdict."""
     known = [
         (one.confidence, one.verdict.correct)
         for one in given

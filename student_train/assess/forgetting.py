@@ -46,7 +46,7 @@ def documents(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, 1):
                 row = json.loads(line) if line.strip() else {"text": ""}
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise DataError(f'{path}: line {number} has no "text": write {{"text": "..."}}, one a line')
+                    raise DataError(f'{path}: line {number} has no "text": write {{"text": "..."}}, one per line')
                 yield row["text"]
     except ValueError as error:
         raise DataError(f"{path} cannot be read as UTF-8 text or JSON Lines: {error}") from error
@@ -69,7 +69,7 @@ def windows(path: Path, tokenizer: Any, max_tokens: int) -> list[list[int]]:
                 note(f"--forgetting {path}: reading its first {num:,} tokens")
                 return found
     if not found:
-        raise DataError(f"{path} holds no text to predict")
+        raise DataError(f"{path} contains no text")
     return found
 
 

@@ -38,9 +38,9 @@ class HarnessConfig:
     def __post_init__(self) -> None:
         bad = [name for name in self.tasks if not re.fullmatch(r"[\w.*/+-]+", name)]
         if not self.tasks or bad:
-            raise ConfigError(f"--lm-eval {','.join(self.tasks)}: give names of tasks with commas between, e.g. gsm8k")
+            raise ConfigError(f"--lm-eval {','.join(self.tasks)}: write task names separated by commas, e.g. a,b")
         if self.include_path is not None and not self.include_path.is_dir():
-            raise ConfigError(f"--lm-eval-path {self.include_path} is not a folder: it holds YAML files of tasks")
+            raise ConfigError(f"--lm-eval-path {self.include_path} is not a folder: name one with YAML task files")
 
 
 def require_harness() -> None:
@@ -116,7 +116,7 @@ def _run(command: list[str]) -> None:
                 try:
                     process.wait(NOTE_EVERY_S)
                 except subprocess.TimeoutExpired:
-                    note(f"lm-eval: {format_duration(time.monotonic() - started_s)} so far")
+                    note(f"lm-eval: running for {format_duration(time.monotonic() - started_s)}")
         except BaseException:
             process.kill()
             raise

@@ -57,7 +57,7 @@ def eval_sections(result: Json, named: str = "") -> list[Section]:
         Section("Calibration", _calibration(result), CALIBRATION_NOTE),
         Section("Answers", [] if answers is None else _answers(answers)),
         Section("Robustness", [] if answers is None else _robustness(answers["robustness"])),
-        Section("Retention against forgetting", _forgetting(result["forgetting"])),
+        Section("Forgetting", _forgetting(result["forgetting"])),
         Section("Public tasks", _tasks(result["lm_eval"])),
     ]
     return [Section(f"{named}{one.title}", one.pieces, one.intro) for one in sections]
@@ -158,7 +158,7 @@ def _calibration(result: Json) -> list[Piece]:
     ]
     if not known:
         return []
-    lines = [Line("as sure as right", [0, 100], [0, 100], series=2)]
+    lines = [Line("perfectly calibrated", [0, 100], [0, 100], series=2)]
     rows = []
     for name, number, found in known:
         filled = [one for one in found["bins"] if one["num"]]

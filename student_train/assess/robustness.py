@@ -24,8 +24,8 @@ BY_REFERENCE = ("exact", "math")
 
 
 class Robustness(BaseModel):
-    """Of the prompts that a change applies to. Accuracies are of those judged both times; agreement is of all where two
-    answers can be compared.
+    """Results on the prompts that a change applies to. Accuracies are of those judged both times; agreement is of all
+    where two answers can be compared.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -57,7 +57,7 @@ class Answered:
         return None if verdict is None or verdict.correct is None else float(verdict.correct)
 
     def scores(self) -> list[float]:
-        """Of the prompts that have one."""
+        """The verdicts, without prompts that have none."""
         return [score for number in range(len(self.replies)) if (score := self.score(number)) is not None]
 
 

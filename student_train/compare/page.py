@@ -98,7 +98,7 @@ def _accuracies(result: Json) -> Piece:
 
 
 def _all_sources(result: Json) -> list[Piece]:
-    """Of three and more sides, whose pairs would have to be put together by eye."""
+    """One table for three and more sides, whose pairs would be hard to combine by eye."""
     sides = result["sides"]
     if len(sides) < 3:
         return []

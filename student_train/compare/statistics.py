@@ -59,7 +59,7 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] | None = 
 
 
 def constant_interval(value: float, num: int, limits: tuple[float, float] | None) -> Interval:
-    """Of `num` equal values, whose every resample is the same: what the prompts not asked may still hold."""
+    """The interval of `num` equal values, which resampling cannot give: what prompts outside the sample may hold."""
     if limits is None:
         return Interval(mean=value, low=None, high=None, method="unknown")
     # If a share p of all prompts differs, none of n does with probability (1 - p)^n: at 95% p is at most

@@ -71,7 +71,7 @@ class CompletionTexts:
         paths = [vocab_path_of(selection, folder) for folder in dict.fromkeys(selection.folders)]
         path = next((one for one in paths if one.exists()), None)
         if path is None:
-            raise ConfigError(f"{key}: {paths[0]} is missing, and says what the tokens spell: copy the whole cache")
+            raise ConfigError(f"{key}: {paths[0]}, which has the text of each token, is missing: copy the whole cache")
         self._selection = selection
         self._bytes_V = Vocabulary(*cached_pieces(path)).bytes_by_id()
         if selection.header.kept_ids is not None:

@@ -160,9 +160,7 @@ def _require_distributions(selection: Selection, data: DataConfig) -> None:
     # Files of the caches lie in folders named by their runs; prepared ones do not.
     own = {file.partition("/")[0] for file in selection.files} if selection.header.text is None else without
     if named := sorted(without & own):
-        raise ConfigError(
-            f"run {named[0]} holds the text of an API's chains without distributions: set data.kind: text"
-        )
+        raise ConfigError(f"run {named[0]} has text without distributions (engine.signals: none): set data.kind: text")
 
 
 def reopen_data(path: Path, request: SelectionRequest) -> Selection:

@@ -25,7 +25,7 @@ from student_train.data.completion_text import CompletionText, CompletionTexts
 from student_train.data.selection import Selection
 
 VERSION = 1
-"""Of the rules below: examples of another version are found again."""
+"""Version of the rules below; examples of another version are rebuilt."""
 NUMERAL = r"[\d一二三四五六七八九十百]+"
 RULES = {
     "paragraphs": r"\n[^\S\n]*\n\s*",

@@ -30,7 +30,7 @@ from student_train.data.selection import Selection, keys_of
 from student_train.data.token_numbers import TokenNumbers, new_numbers, token_offsets
 
 VERSION = 1
-"""Of the rules below: marks of another version are made again."""
+"""Version of the rules below; marks of another version are rebuilt."""
 MAX_CHARS = 200
 SHOWN_AROUND = 30
 """Characters of an example on either side of a term."""

@@ -47,7 +47,7 @@ class Host:
 
 
 def read_hosts(path: Path) -> list[Host]:
-    """The hosts of a file. Raises DataError for a line that is not `HOST slots=N`, or a host that stands twice."""
+    """The hosts of a file. Raises DataError for a line that is not `HOST slots=N`, or a host that is listed twice."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -61,12 +61,12 @@ def read_hosts(path: Path) -> list[Host]:
         if match is None:
             raise DataError(f"{path}, line {number}: {text!r} is not HOST slots=N")
         if match["name"].startswith("-"):
-            raise DataError(f"{path}, line {number}: {match['name']} is an option and no host")
+            raise DataError(f"{path}, line {number}: {match['name']} is an option, not a host")
         if match["name"] in hosts:
-            raise DataError(f"{path}, line {number}: {match['name']} stands twice: give it all its slots in one line")
+            raise DataError(f"{path}, line {number}: {match['name']} is listed twice: put all its slots in one line")
         hosts[match["name"]] = Host(match["name"], int(match["slots"]))
     if not hosts:
-        raise DataError(f"{path} names no host: write lines HOST slots=N")
+        raise DataError(f"{path} lists no host: write lines HOST slots=N")
     return [*hosts.values()]
 
 
@@ -110,7 +110,7 @@ def run_on_hosts(path: Path, program: Sequence[str]) -> int:
             signal.signal(one, handler)
     for index, code in codes.items():
         if code == SSH_FAILED:
-            note(f"{hosts[index].name}: no connection, or it was lost: try `ssh {hosts[index].name} true`")
+            note(f"{hosts[index].name}: the connection failed or was lost: try `ssh {hosts[index].name} true`")
     cause = find_cause(codes)
     if cause is None:
         return 0
@@ -124,7 +124,7 @@ def slurm_meeting(environ: Mapping[str, str], nproc: int | None) -> Meeting:
     """The meeting of a task of srun. Raises ConfigError outside of srun, or with several tasks on a node."""
     if "SLURM_STEP_ID" not in environ or "SLURM_NODEID" not in environ:
         raise ConfigError(
-            "--hosts slurm runs in a task of srun: srun --ntasks-per-node 1 student-train run CONFIG --hosts slurm"
+            "--hosts slurm must run under srun: srun --ntasks-per-node 1 student-train run CONFIG --hosts slurm"
         )
     num_hosts, num_tasks = int(environ["SLURM_STEP_NUM_NODES"]), int(environ["SLURM_STEP_NUM_TASKS"])
     if num_tasks != num_hosts:

@@ -56,7 +56,7 @@ class Peers:
         self.host, self.num_hosts = socket.gethostname(), meeting.num_hosts
 
     def tell(self, rank: int, code: int) -> None:
-        """Makes known that a rank of this host has ended."""
+        """Reports that a rank of this host has ended."""
         number = self._add("num_ended", 1) - 1
         self._ask(lambda: self._store.set(f"ended/{number}", json.dumps([rank, code])))
 
@@ -72,7 +72,7 @@ class Peers:
         return self._codes
 
     def leave(self) -> None:
-        """Waits until every host has told all it has to tell: the first one holds what is told."""
+        """Waits until every host has reported everything: the first one holds the reports."""
         deadline_s = time.monotonic() + LEAVE_S
         self._wait_for_all("num_done", deadline_s)
         self.codes()
@@ -120,8 +120,8 @@ def meet(meeting: Meeting) -> Peers:
         return Peers(get_rendezvous_handler(asked), meeting)
     except (RendezvousError, RuntimeError) as error:
         raise StillroomError(
-            f"{socket.gethostname()} cannot meet the {num_hosts} hosts at {endpoint}: {first_line(error)}. "
-            "MASTER_PORT sets another port"
+            f"{socket.gethostname()} cannot reach all {num_hosts} hosts through {endpoint}: "
+            f"{first_line(error)}. Set MASTER_PORT to use another port"
         ) from error
 
 

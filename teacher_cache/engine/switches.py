@@ -91,7 +91,7 @@ SAMPLING_REFUSED: Mapping[str, str] = {
         ("output_kind", "stream_interval", "skip_clone", "routed_experts_prompt_start", "stream"),
         NO_EFFECT + "chains come out whole",
     ),
-    "extra_args": "the capture's own request travels in it",
+    "extra_args": "the capture uses it",
     **dict.fromkeys(
         ("structured_outputs", "response_format"),
         "its mask changes the logits that the capture reads: their log probabilities would be those of the mask",
@@ -102,7 +102,7 @@ SAMPLING_REFUSED: Mapping[str, str] = {
             *("vllm_xargs", "truncate_prompt_tokens", "truncation_side", "add_special_tokens", "prompt_embeds"),
             *("return_token_ids", "return_tokens_as_token_ids", "return_token_offsets", "best_of"),
         ),
-        "it is no sampling parameter",
+        "it is not a sampling parameter",
     ),
     "trace_decode_token_ids": "it forces tokens instead of sampling: use teacher-cache score",
 }

@@ -222,7 +222,7 @@ def stats_text(stats: CacheStats) -> str:
         right = "" if each is None else f", {each:.6f} per right answer"
         lines.append(f"cost {stats.cost.cost:,.2f} at {stats.cost.price_per_hour:g} a worker-hour{right}")
     if stats.api_cost is not None:
-        lines.append(f"cost {stats.api_cost:,.2f} of APIs at engine.price, by this tokenizer's counts")
+        lines.append(f"cost {stats.api_cost:,.2f} of APIs at engine.price, in tokens of teacher.model")
     if stats.scrubbed:
         sample = "" if stats.scrubbed_sample is None else f", as in: {one_line(stats.scrubbed_sample)}"
         lines.append(f"replaced in prompts: {counted(stats.scrubbed)}{sample}")

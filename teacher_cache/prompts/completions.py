@@ -390,7 +390,7 @@ def _of_row(
 
 def _with_personal_data(source: str, where: str, problem: str) -> Failure:
     """The failure of a row whose text cannot be replaced, because its tokens are given."""
-    failure = malformed(source, where, f"its tokens hold personal data, which is not scored ({problem})")
+    failure = malformed(source, where, f"its tokens contain personal data, which is not scored ({problem})")
     return replace(failure, reason="personal_data")
 
 

@@ -211,7 +211,7 @@ class ChoiceVariable(StrictModel):
 
 
 class ExpressionVariable(StrictModel):
-    """A value that follows from those of the variables above it."""
+    """A value computed from the variables above it."""
 
     expression: str
     """Arithmetic such as `apples * price`; also sqrt, gcd, lcm, factorial, comb, floor, ceil, round, abs, min, max."""
@@ -234,7 +234,7 @@ class Template(StrictModel):
     """A question with variables, and its answer."""
 
     text: str = Field(min_length=1)
-    """The question; `{name}` stands for a variable's value, any other brace for itself."""
+    """The question. `{name}` is replaced by a variable's value; other braces stay."""
     variables: dict[str, Variable] = Field(min_length=1)
     """Variables by name: {min, max, step}, {choices} or {expression}."""
     conditions: list[str] = Field(default_factory=list)
@@ -260,8 +260,8 @@ class Template(StrictModel):
 
 
 class TemplateSource(PromptSource):
-    """Variants of questions with other values, and answers by expression. Always in the train split: variants of one
-    template resemble each other too much for a held-out set."""
+    """Questions with variables, filled with random values; answers are computed. Always in the train split: variants
+    of one template are too similar for a held-out set."""
 
     kind: Literal["template"]
     templates: list[Template] = Field(min_length=1)
@@ -298,9 +298,9 @@ class DedupeConfig(StrictModel):
     templates, which resemble each other on purpose, are not compared."""
 
     similarity: float = Field(default=0.8, ge=0.2, le=1)
-    """Skip a prompt whose words overlap an earlier prompt's by this much: shared n-grams over all n-grams of both."""
+    """Skip a prompt at this Jaccard similarity to an earlier one: shared n-grams divided by all n-grams of both."""
     ngram: int = Field(default=3, ge=1)
-    """Consecutive words compared at once, or characters of Chinese and Japanese; case and punctuation do not count."""
+    """Words per n-gram (characters in Chinese and Japanese). Case and punctuation are ignored."""
 
 
 class PromptsConfig(StrictModel):
@@ -314,9 +314,9 @@ class PromptsConfig(StrictModel):
     decontaminate: DecontaminateConfig | None = None
     """Skip prompts that overlap an evaluation set."""
     dedupe: DedupeConfig | None = None
-    """Skip prompts that nearly repeat an earlier one, in the order of the sources; equal prompts always are."""
+    """Skip prompts that nearly repeat an earlier one, in the order of the sources. Exact repeats are always skipped."""
     augment: AugmentConfig | None = None
-    """Add variants of prompts: other words, other numbers, said again by the teacher."""
+    """Add variants of prompts: edited words, changed numbers, paraphrases by the teacher."""
     max_unusable_frac: float = Field(default=0.5, ge=0, le=1)
     """Stop before generating if more than this fraction of a source's rows is malformed, or of its first prompts is
     refused by the chat template; 1 uses whatever is left."""

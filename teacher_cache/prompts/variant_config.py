@@ -19,13 +19,13 @@ TRANSLATE = (
 
 
 class SolveConfig(StrictModel):
-    """The teacher answers a variant several times, and the answer that enough of them agree on is its reference. A
-    variant without such an answer is dropped."""
+    """The teacher answers each variant several times, and the answer that enough samples agree on becomes the
+    reference. Variants without one are dropped."""
 
     samples: int = Field(default=4, ge=2)
     """Answers per variant."""
     agree: int = Field(default=3, ge=2)
-    """Answers that must be the same."""
+    """Answers that must agree."""
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -35,10 +35,10 @@ class SolveConfig(StrictModel):
 
 
 class Edit(StrictModel):
-    """What every way to make variants has."""
+    """Settings of every kind of edit."""
 
     sources: list[str] | None = None
-    """Sources whose prompts get variants; None: all that are read from files and datasets."""
+    """Sources whose prompts get variants. None: all files and datasets."""
     variants: int = Field(default=1, ge=1)
     """Variants per prompt."""
     solve: SolveConfig | None = None
@@ -66,19 +66,20 @@ class WordEdit(Edit):
 
 
 class SynonymEdit(WordEdit):
-    """English words are replaced by synonyms of WordNet. Formulas, code and words with several common meanings stay."""
+    """Replaces English words with WordNet synonyms, except in formulas and code, and words with several common
+    meanings."""
 
     kind: Literal["synonyms"]
 
 
 class InsertionEdit(WordEdit):
-    """Synonyms of words that occur are inserted at random places, as noise (EDA, arXiv 1901.11196)."""
+    """Inserts synonyms of the question's words at random places, as noise (EDA, arXiv 1901.11196)."""
 
     kind: Literal["insertions"]
 
 
 class NumberEdit(Edit):
-    """Numbers of a word problem are changed, equal ones alike, and the teacher solves it again."""
+    """Changes the numbers of a word problem, equal ones alike, and has the teacher solve it again."""
 
     kind: Literal["numbers"]
     spread: float = Field(default=0.5, gt=0, lt=1)
@@ -88,11 +89,11 @@ class NumberEdit(Edit):
 
 
 class ParaphraseEdit(Edit):
-    """The teacher says the question in other words. Dropped if it changes a number or is cut off."""
+    """Has the teacher rephrase the question. Paraphrases that change a number or are cut off are dropped."""
 
     kind: Literal["paraphrase"]
     prompt: str = PARAPHRASE
-    """What the teacher is asked, with {question}."""
+    """Instruction to the teacher; must contain {question}."""
 
     @property
     def asks_teacher(self) -> bool:
@@ -107,13 +108,13 @@ class ParaphraseEdit(Edit):
 
 
 class BackTranslationEdit(Edit):
-    """The teacher translates the question into another language and back. Dropped if it changes a number."""
+    """Has the teacher translate the question to another language and back. Results that change a number are dropped."""
 
     kind: Literal["back_translation"]
     language: str = "English"
     """Language of the questions."""
     through: str = "German"
-    """Language in between."""
+    """Intermediate language."""
 
     @property
     def asks_teacher(self) -> bool:
@@ -127,24 +128,24 @@ AnyEdit = Annotated[
 
 
 class AugmentConfig(StrictModel):
-    """Variants of prompts of the train split; they are never held out and are decontaminated like all others. Prompts
-    with several user messages get none. `metadata.augment` says what a variant was made of, and how."""
+    """Variants of prompts of the train split, decontaminated like all others. Prompts with several user messages get
+    none. `metadata.augment` records how each variant was made."""
 
     edits: list[AnyEdit] = Field(min_length=1)
-    """Ways to make variants."""
+    """The edits that make variants."""
     seed: int = 0
     """Seed of the edits, each derived from it and the prompt."""
     lexicon: Path | None = None
     """Folder with WordNet's database files, for synonyms and insertions. None: where a package installed them."""
     cache: CacheRoot | None = None
-    """Cache of what the teacher says for variants, filled by `teacher-cache augment`: paraphrases, translations, and
-    answers of `solve`."""
+    """Cache of the teacher's answers for variants, filled by `teacher-cache augment`: paraphrases, translations and
+    solutions."""
 
     @model_validator(mode="after")
     def _cache_has_use(self) -> Self:
         asking = [one.kind for one in self.edits if one.asks_teacher]
         if asking and self.cache is None:
-            raise ValueError(f"{asking[0]} needs the teacher: set cache to a folder for what it says")
+            raise ValueError(f"{asking[0]} needs the teacher: set cache to a folder for its answers")
         if self.cache is not None and not asking:
             raise ValueError("cache has no effect: no edit needs the teacher")
         if self.lexicon is not None and not any(isinstance(one, WordEdit) for one in self.edits):

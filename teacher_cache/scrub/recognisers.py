@@ -454,8 +454,8 @@ def _no_text_skipped() -> Iterator[None]:
         logger.removeHandler(handler)
     if handler.num:
         raise StillroomError(
-            "scrub: a recogniser gave up on a text after REGEX_TIMEOUT_SECONDS: raise that variable, or leave its row "
-            "out: a text that was searched in part is not stored"
+            "scrub: a recogniser timed out on a text, which is therefore not stored: raise the variable "
+            "REGEX_TIMEOUT_SECONDS, or remove the row"
         )
 
 

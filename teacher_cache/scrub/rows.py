@@ -88,7 +88,7 @@ class _Names:
         return self.known[key]
 
     def _of_same_person(self, key: tuple[Kind, str]) -> str | None:
-        """Of "Smith" after "John Smith"."""
+        """The placeholder of "Smith" after "John Smith"."""
         kind, text = key
         if kind != "person":
             return None

@@ -1,4 +1,4 @@
-"""Whether tokens can be the teacher's samples, judged by what the engine says of them anyway.
+"""Checks whether tokens can be samples of the teacher, by the log probabilities and entropies that are captured anyway.
 
 An engine that ignores its sampling settings fills a cache with noise and reports no error: on a CPU, vLLM's n-gram
 speculation forgets the temperature. The distributions it returns are right all the same, so its tokens give it away.
@@ -66,10 +66,10 @@ class SampleWatch:
         over = f"{num:,} tokens of {format_plural(self._num_chains, 'chain')}"
         least, error = -self._entropy / num, NUM_ERRORS * math.sqrt(self._squares) / num
         return (
-            f"the tokens cannot be the teacher's: over {over} their mean log probability is {self._logprob / num:.2f}, "
-            f"but that of samples is at least {least:.2f}, minus the mean entropy, within {error:.2f}. These chains "
-            "were not saved; committed ones are kept. The engine's sampler ignores its settings: turn off speculative "
-            "decoding and custom logits processors in it, then run the same command again"
+            f"the tokens cannot be the teacher's: over {over} the mean log probability is {self._logprob / num:.2f}, "
+            f"and samples of the teacher have at least {least:.2f} (minus the mean entropy), within {error:.2f}. These "
+            "chains were not saved; committed ones are kept. The engine's sampler ignores its settings: turn off its "
+            "speculative decoding and custom logits processors, then run the same command again"
         )
 
 

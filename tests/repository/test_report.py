@@ -310,7 +310,7 @@ def test_missing_stages_are_reported_once(tmp_path: Path) -> None:
 
 def test_a_price_makes_device_hours_a_cost(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / name, num_steps=10) for name in "ab"]
-    with pytest.raises(ConfigError, match="before times were recorded"):
+    with pytest.raises(ConfigError, match="recorded no times"):
         student_sections(*runs, price_per_hour=2.0)
     call = {"started_at": "", "device": "H200", "num_devices": 8, "seconds": 1800.0, "num_tokens": 5000}
     (runs[0] / "sessions.json").write_text(json.dumps([call, {**call, "device": "CPU", "num_devices": 1}]))

@@ -221,7 +221,7 @@ def test_mistakes_are_one_line(call: Cli, override: str, message: str) -> None:
         (["--robustness", "--temperature", "1"], "--temperature and --robustness have no effect without --generate"),
         (["--lm-eval-limit", "5"], "--lm-eval-limit has no effect without --lm-eval"),
         (["--lm-eval", "sums", "--quantise", "w8a8"], "--quantise has no effect on --lm-eval"),
-        (["--lm-eval", "a b"], "--lm-eval a b: give names of tasks with commas between"),
+        (["--lm-eval", "a b"], "--lm-eval a b: write task names separated by commas"),
         (["--model", "x", "--cache", "y", "--forgetting", "z"], "--forgetting needs --before"),
         (["CONFIG", "--before", "x"], "CONFIG already names model and caches"),
         (["CONFIG", "--initial", "--forgetting", "x"], "--forgetting compares with the student before the run"),

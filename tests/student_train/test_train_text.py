@@ -101,7 +101,7 @@ def test_chains_of_an_api_without_distributions_train_as_text_alone(
     for run in catalog.runs().values():
         catalog.write_run(run.model_copy(update={"engine": {**run.engine, "signals": "none"}}))
     data: Json = {"caches": [str(made.root)], "pack_tokens": 512}
-    with pytest.raises(ConfigError, match=r"text of an API's chains without distributions: set data\.kind: text"):
+    with pytest.raises(ConfigError, match=r"text without distributions \(engine\.signals: none\): set data\.kind"):
         plan_run(trainer.config("distributions", data=data, eval=None), 1)
     text = trainer.config("text", ONE_STEP, student={"model": str(foreign)}, data=data | {"kind": "text"}, eval=None)
     assert plan_run(text, 1)["stages"][0]["num_chains"] > 0

@@ -195,5 +195,5 @@ def test_runs_keep_their_ids_and_joining_is_refused(tmp_path: Path) -> None:
     plain = make_config(tmp_path, sampling={"max_tokens": 60})
     assert "until" not in plain.sampling.model_dump()
     assert run_id_of(plain, teacher) == run_id_of(config_of(tmp_path), teacher)
-    with pytest.raises(ConfigError, match="--worker I/N, which shares the prompts, instead of --join"):
+    with pytest.raises(ConfigError, match="use --worker I/N instead"):
         build_cache(config_of(tmp_path), None, retry_failures=False)

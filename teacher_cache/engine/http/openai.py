@@ -305,7 +305,7 @@ class OpenAIChat:
 
     def _with_logprobs(self, read: Answer) -> Capture:
         if read.reasoning:
-            raise Unusable("keeps the log probabilities of its reasoning to itself: set engine.signals: none")
+            raise Unusable("gives no log probabilities for its reasoning: set engine.signals: none")
         if read.logprobs is None:
             raise Unusable("gives no log probabilities: set engine.signals: none, or use another model")
         ids, logprobs, ranks, top_ids, top_logprobs = [], [], [], [], []
@@ -348,8 +348,8 @@ class OpenAIChat:
         found = self._ids.get(data)
         if found is None:
             raise Unusable(
-                f"answers with the token {data!r}, which the tokenizer of teacher.model lacks: name the folder of this "
-                "model's own tokenizer, or set engine.signals: none"
+                f"answers with the token {data!r}, which the tokenizer of teacher.model lacks: set teacher.model to "
+                "this model's own tokenizer, or engine.signals: none"
             )
         return found
 

@@ -211,7 +211,7 @@ def test_lm_evals_results_are_rows(tmp_path: Path) -> None:
     assert (found["num_samples"], found["version"], found["limit"]) == ({"sums": 4}, "0.4.13", 4)
     with pytest.raises(StillroomError, match="lm-eval failed: KeyError: no such task"):
         run_harness(tmp_path, HarnessConfig(["broken"]), "float32")
-    with pytest.raises(ConfigError, match="--lm-eval a b: give names of tasks"):
+    with pytest.raises(ConfigError, match="--lm-eval a b: write task names"):
         HarnessConfig(["a b"])
     with pytest.raises(ConfigError, match="is not a folder"):
         HarnessConfig(["sums"], tmp_path / "gone")
@@ -256,7 +256,7 @@ def test_the_page_and_the_lines_show_the_result(result: Json, tmp_path: Path) ->
     for shown in ("Knowledge retention", "stories", "33 to 64", "Confidence against accuracy", "exact_match", "2.5000"):
         assert shown in page
     titles = [section.title for section in eval_sections(read_result(path)) if section.pieces]
-    assert titles[-2:] == ["Retention against forgetting", "Public tasks"]
+    assert titles[-2:] == ["Forgetting", "Public tasks"]
     lines = eval_lines(whole)
     assert "cost 2.5000, 2.500000 per right answer" in lines
     assert any(line.startswith("lm-eval sums: exact_match (last) 0.2500") for line in lines)

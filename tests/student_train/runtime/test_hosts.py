@@ -71,9 +71,9 @@ def test_ranks_know_how_many_machines_they_are_on(tmp_path: Path) -> None:
     [
         ("a slots=2\nb\n", "line 2: 'b' is not HOST slots=N"),
         ("a slots=0", "line 1: 'a slots=0' is not"),
-        ("a slots=2\n\na slots=1", "line 3: a stands twice"),
-        ("-oProxyCommand=x slots=1", "is an option and no host"),
-        ("# none", "names no host"),
+        ("a slots=2\n\na slots=1", "line 3: a is listed twice"),
+        ("-oProxyCommand=x slots=1", "is an option, not a host"),
+        ("# none", "lists no host"),
     ],
 )
 def test_a_file_of_hosts_is_checked(tmp_path: Path, text: str, message: str) -> None:
@@ -97,7 +97,7 @@ def test_a_task_of_srun_knows_its_hosts(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"SLURM_STEP_NUM_TASKS": "24"}, "24 tasks on 3 nodes: use --ntasks-per-node 1"), (None, "in a task of srun")],
+    [({"SLURM_STEP_NUM_TASKS": "24"}, "24 tasks on 3 nodes: use --ntasks-per-node 1"), (None, "must run under srun")],
 )
 def test_other_tasks_are_refused(change: dict[str, str] | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

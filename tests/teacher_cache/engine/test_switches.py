@@ -151,10 +151,9 @@ def test_every_judged_name_is_in_the_documentation_and_in_vllm() -> None:
         assert [name for name in sorted(safe) if f"`{name}`" not in text] == []
     refused = {**switches.ENGINE_REFUSED, **switches.SAMPLING_REFUSED}
     # Those whose remedy names another key of the same name need no line.
-    told = [
-        name for name, why in refused.items() if not why.endswith(f".{name}") and why != "it is no sampling parameter"
-    ]
-    assert [name for name in told if f"`{name}`" not in text] == []
+    unlisted = "it is not a sampling parameter"
+    listed = [name for name, why in refused.items() if not why.endswith(f".{name}") and why != unlisted]
+    assert [name for name in listed if f"`{name}`" not in text] == []
 
 
 VALUES = r"""

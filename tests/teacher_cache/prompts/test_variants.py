@@ -265,7 +265,7 @@ def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeyp
         },
     }
     config = validate_config(data, BuildConfig, "test")
-    with pytest.raises(ConfigError, match=r"27 variants of prompts\.augment wait for the teacher: run teacher-cache"):
+    with pytest.raises(ConfigError, match=r"27 variants of prompts\.augment still need the teacher: run teacher-cache"):
         build_cache(config, WHOLE, retry_failures=False)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

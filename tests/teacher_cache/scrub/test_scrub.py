@@ -282,7 +282,7 @@ def test_a_text_that_a_recogniser_skipped_is_not_taken_for_clean(
         return [[] for _ in texts]
 
     monkeypatch.setattr(recognisers, "_finders", [({"phone"}, skipping)])
-    with pytest.raises(StillroomError, match="gave up on a text"):
+    with pytest.raises(StillroomError, match="timed out on a text"):
         recognisers.find(["text"], ["phone"])
 
 

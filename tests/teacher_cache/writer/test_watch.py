@@ -68,7 +68,7 @@ def test_noise_is_noticed_within_a_few_hundred_tokens(k: int | None) -> None:
     logprobs_TV = distributions(300)
     problem = SampleWatch(NUM_IDS).problem(chain(logprobs_TV, np.zeros_like(logprobs_TV), k=k))
     assert problem is not None
-    assert problem.startswith("the tokens cannot be the teacher's: over 300 tokens of 1 chain their mean log probab")
+    assert problem.startswith("the tokens cannot be the teacher's: over 300 tokens of 1 chain the mean log probab")
 
 
 def test_settings_that_lower_the_mean_are_not_watched() -> None:

@@ -163,7 +163,7 @@ Chat = Callable[[Path], Any]
         (lambda model: {"text": "?"}, "does not answer like an OpenAI-compatible API (KeyError: 'message')"),
         (
             lambda model: with_logprobs(model) | {"message": {"content": ANSWER, "reasoning": "hm"}},
-            "keeps the log probabilities of its reasoning to itself",
+            "gives no log probabilities for its reasoning",
         ),
         (with_parts_of_characters, "gives parts of characters without their bytes"),
     ],
