@@ -14,6 +14,7 @@ from stillroom.log import format_plural, note
 from stillroom.schema.records import Prompt, prompt_id_of
 from teacher_cache.building import BuildResult, build_loaded, scrubber_of
 from teacher_cache.config import BuildConfig
+from teacher_cache.engine.shared import SharedEngine
 from teacher_cache.prompts.answers import read_answers
 from teacher_cache.prompts.config import JsonlSource
 from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, prompts_to_vary
@@ -57,6 +58,12 @@ class Augmented:
 
 def augment(config: BuildConfig) -> Augmented:
     """Asks until nothing is open. Raises ConfigError if no variant needs the teacher, and the errors of `build`."""
+    # A start takes minutes, and every turn asks the same teacher.
+    with SharedEngine() as shared:
+        return _take_turns(config, shared)
+
+
+def _take_turns(config: BuildConfig, shared: SharedEngine) -> Augmented:
     found = config.prompts.augment
     if found is None or found.cache is None:
         raise ConfigError(
@@ -80,7 +87,7 @@ def augment(config: BuildConfig) -> Augmented:
             done.variants = Counter(one.kind for one in made if isinstance(one, Variant))
             done.without_variant = Counter(f"{one.kind}: {one.reason}" for one in made if isinstance(one, NoVariant))
             break
-        result = _ask(config, questions, scrubber)
+        result = _ask(config, questions, scrubber, shared)
         done.num_new_chains += result.recorded.num_chains
         done.num_new_tokens += result.recorded.num_tokens
         if result.stopped is not None:
@@ -89,7 +96,9 @@ def augment(config: BuildConfig) -> Augmented:
     return done
 
 
-def _ask(config: BuildConfig, questions: list[Question], scrubber: Scrubber | None) -> BuildResult:
+def _ask(
+    config: BuildConfig, questions: list[Question], scrubber: Scrubber | None, shared: SharedEngine
+) -> BuildResult:
     assert config.prompts.augment is not None
     asked = {(one.step, prompt_id_of(one.messages)): one for one in questions}
     steps = {one.step: one.samples for one in questions}
@@ -106,4 +115,5 @@ def _ask(config: BuildConfig, questions: list[Question], scrubber: Scrubber | No
         prompts=config.prompts.updated(sources=sources, augment=None, decontaminate=None, dedupe=None),
         sampling=config.sampling.updated(until=None, samples=1),
     )
-    return build_loaded(build, LoadedPrompts(prompts, [], [], []), WHOLE, scrubber, retry_failures=False)
+    loaded = LoadedPrompts(prompts, [], [], [])
+    return build_loaded(build, loaded, WHOLE, scrubber, retry_failures=False, shared=shared)

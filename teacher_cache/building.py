@@ -24,6 +24,7 @@ from stillroom.schema.records import Prompt
 from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Request
+from teacher_cache.engine.shared import SharedEngine
 from teacher_cache.engine.switches import note_unknown
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, rows_of_builds
@@ -106,8 +107,11 @@ def build_loaded(
     scrubber: Scrubber | None,
     *,
     retry_failures: bool,
+    shared: SharedEngine | None = None,
 ) -> BuildResult:
-    """`build_cache` for prompts that are read already; config.prompts says how they are sampled."""
+    """`build_cache` for prompts that are read already; config.prompts says how they are sampled. Builds in a row with
+    equal settings may share an engine.
+    """
     require_judges(loaded.prompts)
     if config.sampling.until is not None:
         require_judged(loaded.prompts)
@@ -120,7 +124,9 @@ def build_loaded(
         # A function, because an engine is loaded only if something is left to do.
         def start_engine() -> Engine:
             longest = min(config.sampling.max_tokens, config.engine.max_model_len or config.sampling.max_tokens)
-            return _start_engine(config, teacher, build.num_left(num_total) * longest * TYPICAL_LENGTH_FRAC)
+            tokens_left = build.num_left(num_total) * longest * TYPICAL_LENGTH_FRAC
+            start = functools.partial(_start_engine, config, teacher, tokens_left)
+            return start() if shared is None else shared.start(start)
 
         if config.sampling.until is not None:
             assert share is not None

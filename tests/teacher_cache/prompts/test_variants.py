@@ -270,8 +270,15 @@ def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeyp
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             augment(config)
-    monkeypatch.setattr(teacher_cache.building, "_start_engine", lambda *_: TalkingEngine(teacher, count))
+    starts: list[TalkingEngine] = []
+
+    def start(*_: Any) -> TalkingEngine:
+        starts.append(TalkingEngine(teacher, count))
+        return starts[-1]
+
+    monkeypatch.setattr(teacher_cache.building, "_start_engine", start)
     done = augment(config)
+    assert len(starts) == 1
     assert len(asked) == len(visible_ids(tmp_path / "said")) == len(set(visible_ids(tmp_path / "said")))
     assert augment(config).num_new_chains == 0
     loaded = load_prompts(config.prompts)
