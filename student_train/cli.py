@@ -148,12 +148,12 @@ def run(
     if hosts is not None or HOST_VARIABLE in os.environ:
         raise typer.Exit(_run_on_hosts(hosts, nproc))
     if nproc is not None and nproc > 1:
-        from student_train.runtime.ranks import launch
+        from student_train.runtime.launching import launch
 
         raise typer.Exit(launch(nproc, _command_of_a_rank()))
     is_rank = "RANK" in os.environ
     if is_rank:
-        from student_train.runtime.ranks import PARENT_VARIABLE
+        from student_train.runtime.launching import PARENT_VARIABLE
 
         if (parent := os.environ.get(PARENT_VARIABLE)) is not None:
             follow_parent(int(parent))

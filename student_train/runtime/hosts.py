@@ -24,8 +24,8 @@ from types import FrameType
 from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.log import note
 from stillroom.program import INTERRUPTED, SIGNALS, StopRequest
+from student_train.runtime.launching import GRACE_S, POLL_S, find_cause, launch
 from student_train.runtime.peers import LEAVE_S, Meeting, meet
-from student_train.runtime.ranks import GRACE_S, POLL_S, find_cause, launch
 
 MEETING_VARIABLE = "STUDENT_TRAIN_MEETING"
 """In agents that ssh starts: their Meeting, as JSON."""

@@ -1,8 +1,11 @@
 """One host of a run on several: it meets the others in a rendezvous, gets its ranks, and shares how ranks ended.
 
 In: a meeting that every host knows, and how many ranks this host starts. Out: the numbers of its ranks, the address
-where all ranks join, and the exit codes of the ranks of all hosts in the one order that every host sees.
+where all ranks join, and the exit codes of the ranks of all hosts in the one order that every host sees. torch is
+imported only to meet: the program that starts the hosts' agents needs none.
 """
+
+from __future__ import annotations
 
 import functools
 import json
@@ -10,12 +13,12 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
-
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from typing import TYPE_CHECKING, TypeVar
 
 from stillroom.errors import StillroomError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 JOIN_S = 600
 LEAVE_S = 15.0
@@ -105,6 +108,9 @@ class Peers:
 
 def meet(meeting: Meeting) -> Peers:
     """Meets the other hosts. Raises StillroomError if they do not come within JOIN_S seconds."""
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
     endpoint, num_hosts = f"{meeting.first_host}:{meeting.port}", meeting.num_hosts
     asked = RendezvousParameters(
         "c10d",

@@ -26,7 +26,7 @@ from tests.helpers import ROOT
 
 TIMEOUT_S = 300
 IMPORTS, VLLM_IMPORTS = "tests.helpers.program_imports", "tests.helpers.vllm_imports"
-LAUNCHERS = ("student_train.runtime.ranks", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+LAUNCHERS = ("student_train.runtime.launching", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 """They start `python -m MODULE` by subprocess.Popen."""
 STREAMS = ("stdout", "stderr")
 PROGRAMS = {

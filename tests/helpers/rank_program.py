@@ -18,7 +18,7 @@ MESSAGE = "shard 7 is not what was written"
 def main() -> None:
     if "RANK" not in os.environ:
         from student_train.runtime.hosts import be_agent, given_meeting, run_on_hosts
-        from student_train.runtime.ranks import launch
+        from student_train.runtime.launching import launch
 
         command = [sys.executable, "-m", "tests.helpers.rank_program", sys.argv[1]]
         if (meeting := given_meeting()) is not None:

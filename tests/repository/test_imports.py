@@ -107,6 +107,12 @@ def test_a_program_starts_without_slow_libraries(cli: str) -> None:
     assert {name: " → ".join(chain) for name, chain in reached.items() if name in SLOW_TO_IMPORT} == {}
 
 
+def test_what_only_starts_ranks_loads_no_torch() -> None:
+    """It takes seconds and a gigabyte, on a machine that may have no GPU."""
+    reached = eager_closure(ROOT, "student_train.runtime.hosts")
+    assert SLOW_TO_IMPORT & set(reached) == set()
+
+
 def test_what_both_sides_share_loads_no_framework() -> None:
     for file in sorted((ROOT / "shared" / "stillroom").rglob("*.py")):
         module = ".".join(file.relative_to(ROOT / "shared").with_suffix("").parts).removesuffix(".__init__")

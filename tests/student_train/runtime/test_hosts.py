@@ -9,8 +9,8 @@ import pytest
 
 from stillroom.errors import ConfigError, DataError
 from student_train.runtime.hosts import FIRST_PORT, Host, read_hosts, run_on_hosts, slurm_meeting
+from student_train.runtime.launching import _start
 from student_train.runtime.peers import Meeting, Peers
-from student_train.runtime.ranks import _start
 from tests.helpers.programs import Program
 from tests.helpers.rank_program import MESSAGE
 

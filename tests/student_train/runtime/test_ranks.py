@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import ConfigError
-from student_train.runtime.ranks import CONSOLE_VARIABLE, LOST_CODE, RANK_VARIABLES, find_cause, launch
+from student_train.runtime.launching import CONSOLE_VARIABLE, LOST_CODE, find_cause, launch
+from student_train.runtime.ranks import RANK_VARIABLES
 from tests.helpers import ROOT
 from tests.helpers.programs import Program
 from tests.helpers.rank_program import MESSAGE
