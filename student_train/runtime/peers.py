@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from stillroom.errors import StillroomError, first_line
+from stillroom.errors import ConfigError, StillroomError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
@@ -107,10 +107,20 @@ class Peers:
 
 
 def meet(meeting: Meeting) -> Peers:
-    """Meets the other hosts. Raises StillroomError if they do not come within JOIN_S seconds."""
+    """Meets the other hosts. Raises StillroomError if they do not come within JOIN_S seconds, ConfigError if this one
+    does not know the name of the first.
+    """
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+    try:
+        socket.getaddrinfo(meeting.first_host, meeting.port)
+    except OSError as error:
+        # Now rather than after JOIN_S: a name from ~/.ssh/config is known to ssh alone.
+        raise ConfigError(
+            f"{socket.gethostname()} cannot resolve {meeting.first_host}, the first of --hosts: use a name or "
+            "an address that all hosts know"
+        ) from error
     endpoint, num_hosts = f"{meeting.first_host}:{meeting.port}", meeting.num_hosts
     asked = RendezvousParameters(
         "c10d",

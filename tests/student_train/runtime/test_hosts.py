@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
 from stillroom.errors import ConfigError, DataError
 from student_train.runtime.hosts import FIRST_PORT, Host, read_hosts, run_on_hosts, slurm_meeting
 from student_train.runtime.launching import _start
-from student_train.runtime.peers import Meeting, Peers
+from student_train.runtime.peers import Meeting, Peers, meet
 from tests.helpers.programs import Program
 from tests.helpers.rank_program import MESSAGE
 
@@ -57,6 +58,12 @@ def test_hosts_meet_at_the_first_one_without_its_user(tmp_path: Path, monkeypatc
     lines = said.read_text().splitlines()
     assert len(lines) == 2
     assert all(" me@gpu-" in line and '"first_host": "gpu-1"' in line for line in lines)
+
+
+def test_a_first_host_that_another_cannot_resolve_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=OSError("Name or service not known")))
+    with pytest.raises(ConfigError, match="cannot resolve gpu-1, the first of --hosts"):
+        meet(Meeting("run", "gpu-1", 29400, 2, 1, 8))
 
 
 def test_ranks_know_how_many_machines_they_are_on(tmp_path: Path) -> None:
