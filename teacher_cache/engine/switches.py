@@ -184,6 +184,9 @@ def refused(block: str, names: Iterable[str]) -> str | None:
 
 def check_names(block: str, names: Iterable[str]) -> None:
     """Raises ConfigError for a name that the installed vLLM does not have. Without vLLM nothing is known."""
+    # Parsing vLLM's source takes longer than all else that a configuration needs.
+    if not (names := [*names]):
+        return
     where = ("engine.arg_utils", "EngineArgs") if block == "engine" else ("sampling_params", "SamplingParams")
     known = fields_of(*where)
     table = ENGINE_REFUSED if block == "engine" else SAMPLING_REFUSED

@@ -144,6 +144,12 @@ def test_the_manifest_says_what_was_set_and_verifies(tmp_path: Path) -> None:
     assert (found.sampling["vllm"], found.sampling["engine"]) == ({"stop_token_ids": [9]}, {"hf_overrides": {}})
 
 
+def test_without_switches_vllm_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switches, "fields_of", None)
+    for block in ("engine", "sampling"):
+        switches.check_names(block, {})
+
+
 def test_every_judged_name_is_in_the_documentation_and_in_vllm() -> None:
     text = (ROOT / "docs/switches.md").read_text(encoding="utf-8")
     for block, safe in (("engine", switches.ENGINE_SAFE), ("sampling", switches.SAMPLING_SAFE)):
