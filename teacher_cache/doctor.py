@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.doctor import Check, check_gpus, check_machine, check_package, package_version, report
 from stillroom.errors import StillroomError
 from stillroom.judging.sandbox import check_isolation
-from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
+from teacher_cache.config import BuildConfig, CaptureConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit
 
 READING = ("pyarrow", "deltalake", "duckdb")
@@ -77,14 +77,15 @@ def _check_capture(config: BuildConfig | ScoreConfig | None, runners: Sequence[i
 
     Without the plugin vLLM's own top candidates remain.
     """
-    is_needed = config is not None and (config.capture.draws > 0 or bool(config.capture.temperatures))
+    capture = CaptureConfig() if config is None else config.capture
+    is_needed = capture.draws > 0 or bool(capture.temperatures)
     checks = []
     for number in runners:
         name, reason = f"plugin, runner {number}", plugin_misfit([number])
         if reason is None:
             checks.append(Check(name, "ok", "fits"))
         elif is_needed and number == runners[0]:
-            value = f"does not fit, and capture.draws or temperatures need it: {reason}"
+            value = f"does not fit, and capture.draws (on by default) or temperatures need it: {reason}"
             checks.append(Check(name, "missing", value, HOW_TO_FIT))
         else:
             value = f"does not fit, so it gives top candidates alone: {reason}"

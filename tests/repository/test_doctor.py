@@ -89,7 +89,8 @@ def test_vllm_must_suit_the_machine(
     ("unfit", "state", "value"),
     [
         (vllm_fit.ENGINE, "missing", "9.9 does not fit: X"),
-        (vllm_fit.RUNNER_2, "optional", "does not fit, so it gives top candidates alone: X"),
+        (vllm_fit.RUNNER_2, "missing", "does not fit, and capture.draws (on by default) or temperatures need it: X"),
+        (vllm_fit.RUNNER_1, "optional", "does not fit, so it gives top candidates alone: X"),
         (vllm_fit.ARRAYS, "optional", "as slower flat lists: X"),
     ],
 )
