@@ -36,7 +36,11 @@ PATIENT_ATTEMPTS = 6
 _REFUSED = re.compile(
     r"ACCESS_DENIED|AccessKeyId|SIGNATURE|privileges|Forbidden|Unauthorized|credential|access token", re.I
 )
-_UNREACHED = re.compile(r"NETWORK_CONNECTION|curlCode|timed? ?out|error sending request|new connection", re.I)
+# obstore ends each error with its own settings, among them retry_timeout.
+_UNREACHED = re.compile(
+    r"NETWORK_CONNECTION|curlCode|(?<!retry_)timed? ?out|error sending request|new connection", re.I
+)
+_WITHOUT_CONDITIONS = re.compile(r"NotImplemented|501 Not Implemented|not supported", re.I)
 _ELSEWHERE = re.compile(r"HTTP status 30[17]|PermanentRedirect|AuthorizationHeaderMalformed", re.I)
 _KEYS_OF_SCHEME = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -168,6 +172,11 @@ class ObjectPath:
         except AlreadyExistsError:
             return False
         except BaseError as error:
+            if _WITHOUT_CONDITIONS.search(str(error)):
+                raise DataError(
+                    f"{self}: {endpoint_of(self.scheme)} refuses conditional puts, without which workers cannot share "
+                    "a cache: use one that has them (S3, Google Cloud Storage, Azure, MinIO, SeaweedFS), or a folder"
+                ) from error
             raise explained(error, str(self), self.scheme) from error
         return True
 

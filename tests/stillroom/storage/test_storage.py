@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from obstore.exceptions import GenericError
 from typer.testing import CliRunner
 
 from stillroom.cache.catalog import Catalog, DataFile, Table
@@ -103,6 +105,14 @@ def test_names_of_places(tmp_path: Path) -> None:
     config = CacheConfig(path=location("gs://bucket/a"))
     assert config.model_dump(mode="json")["path"] == "gs://bucket/a"
     assert CacheConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_store_without_conditional_puts_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = GenericError("Error performing PUT, status code: 501 Not Implemented ... retry_timeout: 60s")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setattr("obstore.put", Mock(side_effect=error))
+    with pytest.raises(DataError, match=r"AWS .* refuses conditional puts, without which workers cannot share a cache"):
+        ObjectPath("s3", "bucket/x").create(b"")
 
 
 def test_prompts_are_read_from_the_store(store: ObjectPath) -> None:
