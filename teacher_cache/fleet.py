@@ -4,9 +4,9 @@ Runs on the node that does the work. In: a job, which travels to every node. Out
 the last one. The child's own process handling, signals and logs stay as they are when it is started by hand.
 """
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,14 +35,14 @@ DRAIN_S = 2.0
 class Job:
     """What every worker of a fleet does: `python ARGUMENTS`, in `folder` where the node has it.
 
-    Arguments that `files` has become paths of temporary files with that text, so that nodes need no common folder for
-    the configuration. `environ` is for variables that a node does not set. `name` is unique to the fleet.
+    Arguments whose places `files` has become paths of files with that text, so that nodes need no common folder for the
+    configuration. `environ` is for variables that a node does not set. `name` is unique to the fleet.
     """
 
     name: str
     arguments: tuple[str, ...]
     cache: str
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[int, str] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
     folder: str = field(default_factory=os.getcwd)
     version: str = field(default_factory=lambda: version("stillroom"))
@@ -86,22 +86,23 @@ class Child:
         self._notes: deque[str] = deque(maxlen=MAX_NOTES)
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._was_stopped = False
-        self._files = Path(tempfile.mkdtemp(prefix="teacher-cache-"))
-        command = [sys.executable, *(self._argument(one, job.files) for one in job.arguments)]
         reading, writing = os.pipe()
-        self._process = subprocess.Popen(
-            command,
-            env={**job.environ, **os.environ, PARENT_VARIABLE: str(os.getpid()), REPORT_VARIABLE: str(writing)},
-            cwd=job.folder if Path(job.folder).is_dir() else self._files,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=[writing],
-            # Ctrl-C in the terminal of a local fleet reaches it through `stop` only, once.
-            start_new_session=True,
-        )
-        # The child alone may hold the writing end, or reading would not end with it.
-        os.close(writing)
+        with contextlib.ExitStack() as files:
+            # The child alone may hold the writing end, or reading would not end with it.
+            files.callback(os.close, writing)
+            texts = {place: files.enter_context(_file_of(text)) for place, text in job.files.items()}
+            named = [f"/dev/fd/{texts[place]}" if place in texts else one for place, one in enumerate(job.arguments)]
+            self._process = subprocess.Popen(
+                [sys.executable, *named],
+                env={**job.environ, **os.environ, PARENT_VARIABLE: str(os.getpid()), REPORT_VARIABLE: str(writing)},
+                cwd=job.folder if Path(job.folder).is_dir() else tempfile.gettempdir(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writing, *texts.values()],
+                # Ctrl-C in the terminal of a local fleet reaches it through `stop` only, once.
+                start_new_session=True,
+            )
         assert self._process.stdout is not None
         said = os.fdopen(reading, "rb")
         self._threads = [_reader(self._process.stdout, self._on_output), _reader(said, self._on_said)]
@@ -123,18 +124,9 @@ class Child:
             self._was_stopped = True
             self._process.send_signal(signal.SIGINT)
 
-    def close(self, *, is_last: bool) -> None:
-        """Removes its files, after its end, and what the last of a fleet removes for all."""
-        shutil.rmtree(self._files, ignore_errors=True)
-        if is_last:
-            self._mark.unlink(missing_ok=True)
-
-    def _argument(self, argument: str, files: Mapping[str, str]) -> str:
-        if argument not in files:
-            return argument
-        path = self._files / Path(argument).name
-        path.write_text(files[argument], encoding="utf-8")
-        return str(path)
+    def remove_mark(self) -> None:
+        """Removes the file by which nodes know that they see the same cache, at the fleet's end."""
+        self._mark.unlink(missing_ok=True)
 
     def _on_output(self, line: bytes) -> None:
         # The log of the process that watches keeps all of it.
@@ -148,6 +140,16 @@ class Child:
         self._result = said.get("result", self._result)
         if "note" in said:
             self._notes.append(said["note"])
+
+
+@contextlib.contextmanager
+def _file_of(text: str) -> Iterator[int]:
+    """The descriptor of a file without a name, which no crash leaves behind."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode())
+        # Flushes, too.
+        file.seek(0)
+        yield file.fileno()
 
 
 def _reader(stream: IO[bytes], on_line: Callable[[bytes], None]) -> threading.Thread:

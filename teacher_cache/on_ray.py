@@ -29,7 +29,7 @@ from teacher_cache.states.config import FeaturesConfig, TransformersConfig, Vllm
 
 POLL_S = 0.5
 REMIND_S = 60.0
-"""How often to say that the cluster has no room."""
+"""How often to say that the cluster has no room, or who keeps the fleet from ending."""
 SILENT_S = 10.0
 """Silence after which a worker is shown as lost: its actor is being restarted, or waits for a node."""
 LEAVE_S = 60.0
@@ -95,11 +95,12 @@ def joining_job(
         else []
     )
     sets = [part for one in (*overrides, *given) for part in ("--set", one)]
+    begin = ("-P", "-m", "teacher_cache.cli", command)
     return Job(
         name=f"{command}-{secrets.token_hex(4)}",
-        arguments=("-P", "-m", "teacher_cache.cli", command, path.name, *sets, "--join", "--json"),
+        arguments=(*begin, path.name, *sets, "--join", "--json"),
         cache=str(config.cache.absolute() if isinstance(config.cache, Path) else config.cache),
-        files={path.name: path.read_text(encoding="utf-8")},
+        files={len(begin): path.read_text(encoding="utf-8")},
         # Several replicas on one node would otherwise all be bound to its first cores.
         environ={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     )
@@ -137,7 +138,6 @@ class Worker:
 
     def start(self) -> None:
         """Starts the child; again, after it has failed."""
-        self.close(is_last=False)
         self._child = None
         self._refused: Report | None = None
         try:
@@ -154,10 +154,10 @@ class Worker:
             self._child.stop()
         return self._child.report()
 
-    def close(self, is_last: bool) -> None:
-        """Cleans up after the child's end."""
+    def clean(self) -> None:
+        """Removes what the fleet shares; for one worker, at the end."""
         if self._child is not None:
-            self._child.close(is_last=is_last)
+            self._child.remove_mark()
 
 
 @dataclass(eq=False)
@@ -213,6 +213,10 @@ class _Fleet:
                     self._grow()
                 self._poll(is_ending)
                 self._show(bar)
+                if self._is_finished and time.monotonic() - self._reminded_s >= REMIND_S:
+                    hosts = sorted({one.report.host for one in self._slots if one.report is not None})
+                    note(f"everything is done; workers on {', '.join(hosts)} are still judging answers or unloading")
+                    self._reminded_s = time.monotonic()
                 time.sleep(POLL_S)
         if self._failure is not None:
             raise self._failure
@@ -228,6 +232,7 @@ class _Fleet:
 
     def close(self) -> None:
         """Ends what is left at once: after a second Ctrl-C, or an error."""
+        self._clean([slot.actor for slot in self._slots if slot.actor is not None])
         for slot in list(self._slots):
             self._remove(slot)
 
@@ -328,8 +333,8 @@ class _Fleet:
         assert code is not None
         if report.result is not None:
             self._results.append(report.result)
-        if code == 0:
-            self._is_finished = True
+        if code == 0 and not self._is_finished:
+            self._is_finished, self._reminded_s = True, time.monotonic()
         if code in MISTAKES and self._failure is None and not is_ending:
             self._failure = WorkerFailed(f"{report.host}: {slot.last_note}", code)
         if code in (0, *MISTAKES) or is_ending or self._is_finished:
@@ -396,22 +401,28 @@ class _Fleet:
         self._progress.update(self._done, tokens, self._notes)
 
     def _remove(self, slot: _Slot, *, has_ended: bool = False) -> None:
-        import ray
         from ray.exceptions import RayError
         from ray.util.placement_group import remove_placement_group
 
         self._slots.remove(slot)
         self._tokens_lost += slot.num_tokens
+        # Slots without an actor only wait for room.
+        if has_ended and all(one.actor is None for one in self._slots):
+            self._clean([slot.actor])
         # A cluster that is gone needs no cleaning.
-        with contextlib.suppress(RayError):
-            if has_ended:
-                # Slots without an actor only wait for room.
-                is_last = all(one.actor is None for one in self._slots)
-                ray.get(slot.actor.close.remote(is_last=is_last), timeout=CLOSE_S)
         with contextlib.suppress(RayError):
             self._kill(slot)
             if slot.group is not None:
                 remove_placement_group(slot.group)
+
+    def _clean(self, actors: Sequence[Any]) -> None:
+        """Has each of them remove what all share, as some may be lost, and others not see the cache."""
+        import ray
+        from ray.exceptions import RayError
+
+        with contextlib.suppress(RayError):
+            if asked := [actor.clean.remote() for actor in actors]:
+                ray.wait(asked, num_returns=len(asked), timeout=CLOSE_S)
 
     def _kill(self, slot: _Slot) -> None:
         import ray

@@ -54,32 +54,38 @@ def test_a_killed_actor_is_replaced_and_every_row_is_there_once(tmp_path: Path) 
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
+@pytest.mark.parametrize("is_cut_short", [False, True])
 def test_the_last_worker_cleans_up_while_another_waits_for_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut_short: bool
 ) -> None:
     actor = Mock()
-    monkeypatch.setattr("ray.get", lambda *_, **__: None)
+    monkeypatch.setattr("ray.wait", lambda *_, **__: None)
     monkeypatch.setattr("ray.kill", lambda _: None)
     fleet = _Fleet(Job("one", (), str(tmp_path)), ReplicaSize(1, 0), None)
     fleet._slots = [ended := _Slot(None, actor), _Slot(None)]
-    fleet._remove(ended, has_ended=True)
-    actor.close.remote.assert_called_once_with(is_last=True)
+    if is_cut_short:
+        fleet.close()
+    else:
+        fleet._remove(ended, has_ended=True)
+    actor.clean.remote.assert_called_once_with()
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
-def test_a_child_that_is_started_again_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_reads_a_file_that_nothing_is_left_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_runtime_context", lambda: Mock(gcs_address="here"))
     monkeypatch.setenv("RAY_ADDRESS", "")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    worker = Worker(Job("one", ("-c", ""), str(tmp_path / "c")), ReplicaSize(1, 0))
+    show = ("-c", "import sys; print(*map(open(sys.argv[1]).read, (2, -1)), sys.argv[2])", "same", "same")
+    worker = Worker(Job("one", show, str(tmp_path / "c"), {2: "text"}), ReplicaSize(1, 0))
+    for _ in range(2):
+        while (report := worker.poll(stop=False)).exit_code is None:
+            time.sleep(0.05)
+        assert report.tail == ["te xt same"]
+        worker.start()
     while worker.poll(stop=False).exit_code is None:
         time.sleep(0.05)
-    worker.start()
-    assert len([*tmp_path.glob("teacher-cache-*")]) == 1
-    while worker.poll(stop=False).exit_code is None:
-        time.sleep(0.05)
-    worker.close(is_last=True)
-    assert [*tmp_path.rglob("*.fleet"), *tmp_path.glob("teacher-cache-*")] == []
+    worker.clean()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_the_text_of_the_configuration_travels_and_the_cache_is_absolute(
     path.write_text("run: mine")
     monkeypatch.chdir(tmp_path)
     job = joining_job("score", path, ["engine.max_num_seqs=2"], make_config(Path("c")))
-    assert job.files == {"teacher.yaml": "run: mine"}
+    assert [(job.arguments[place], text) for place, text in job.files.items()] == [("teacher.yaml", "run: mine")]
     sets = ("--set", "engine.max_num_seqs=2", "--set", f'cache="{tmp_path}/c"')
     assert job.arguments[-8:] == ("score", "teacher.yaml", *sets, "--join", "--json")[-8:]
 
