@@ -308,6 +308,8 @@ class Build:
             if loop.stopped is not None:
                 note(f"{loop.stopped}: saving finished chains")
             recorder.finish(stop)
+            if self._joined is not None:
+                self._joined.settle()
             # The recorder's thread has counted the last outcomes only now.
             done = self._num_done(pending, recorded)
             progress.update(min(done, num_total), engine.num_tokens, self._notes(recorded))
@@ -525,7 +527,7 @@ class _Pending:
 
     def is_waiting(self) -> bool:
         """Whether the next one depends on something that is still to come."""
-        return isinstance(self._next, Wait)
+        return isinstance(self._next, Wait) and self._next is not Wait.READY
 
     def waits_for_verdicts(self) -> bool:
         """Whether it depends on what this process judges."""
@@ -585,6 +587,8 @@ class _Loop:
         """Submits while the engine has room; False once everything is submitted."""
         while self._engine.has_room() and not self._pending.is_empty():
             request = self._pending.pop()
+            if request is Wait.READY:
+                continue
             if isinstance(request, Wait):
                 return True
             if isinstance(request, Failure):

@@ -25,10 +25,14 @@ WAIT_S = 0.5
 
 
 class Wait(enum.Enum):
-    """Nothing to do at present: other workers hold all that is left, or it depends on verdicts to come."""
+    """Nothing to do at present: other workers hold all that is left, or it depends on verdicts to come.
+
+    READY comes once, before the first lease: there is work, for which an engine can be started.
+    """
 
     WAIT = "wait"
     VERDICTS = "verdicts"
+    READY = "ready"
 
 
 WAIT: Final = Wait.WAIT
@@ -101,11 +105,21 @@ class JoinedWork(Generic[T]):
         """
         self._look()
         settled: set[str] = set()
+        is_ready = False
         while True:
             left = []
             for name, make in parts():
                 if name in settled:
                     continue
+                if not is_ready and not self.leases.is_held(name) and self._undone(made := make()):
+                    # What they published needs no engine.
+                    self.leases.bury_dead()
+                    self._look()
+                    if self._undone(made):
+                        # Nothing is leased while an engine loads, perhaps for minutes: others can do it meanwhile.
+                        is_ready = True
+                        yield Wait.READY
+                        self._look()
                 if self.leases.is_held(name):
                     left.append(name)
                     continue
@@ -122,12 +136,21 @@ class JoinedWork(Generic[T]):
                 else:
                     left.append(name)
             if not left:
+                # Nobody needs these files, so they are no reason to fail: gc removes what stays.
+                with contextlib.suppress(OSError, StillroomError):
+                    self.leases.sweep()
                 return
             yield WAIT
             while all(map(self.leases.is_held, left)):
                 if time.monotonic() - self._looked_s >= LIST_S:
                     self._look()
                 yield WAIT
+            self._look()
+
+    def settle(self) -> None:
+        """Gives back what is done, before an engine takes its time to end: others wait for these parts."""
+        # What cannot be given back now is when this ends, or expires.
+        with contextlib.suppress(OSError, StillroomError):
             self._look()
 
     def _undone(self, items: Sequence[T]) -> list[T]:

@@ -27,8 +27,10 @@ from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.states.sets import CREATOR
 from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
+from teacher_cache.writer.leases import leases_folder, living_workers
 
 TEMP_NAME = re.compile(rf"^\.(?P<worker>[A-Za-z0-9_.]+)-\d+\.[0-9a-f]+{re.escape(TEMP_SUFFIX)}$")
+JOINED_LOCK = re.compile(r"\.j[0-9a-f]{8}\.lock$")
 COMPANION_FOLDERS = ("runs", "vocab", "receipts", "quarantine", SETS_FOLDER)
 
 
@@ -91,14 +93,14 @@ def gc_cache(
         for table in tables:
             if problems := lost_commits(table):
                 raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: nothing is deleted from a damaged cache")
-        # Before orphans are looked for, or a file of a dropped run would be adopted.
-        for run_id in _runs_named(catalog, drop_runs):
-            report.dropped.append(_drop_run(catalog, run_id, dry_run))
         if not dry_run:
             # A cache without runs has no such folder yet.
             (root / "runs").mkdir(parents=True, exist_ok=True)
         # A network disk's clock may differ from ours. Asking it writes a file, which a dry run must not do.
         now_s = time.time() if dry_run else file_clock_s(root / "runs")
+        # Before orphans are looked for, or a file of a dropped run would be adopted.
+        for run_id in _runs_named(catalog, drop_runs):
+            report.dropped.append(_drop_run(catalog, run_id, now_s, dry_run))
         collector = _Collector(report, now_s, grace_s, delete_removed)
         for table in tables:
             collector.clean_table(table)
@@ -106,6 +108,7 @@ def gc_cache(
             # Features whose chains were dropped before they were registered.
             drop_chainless(catalog)
         collector.sweep_companions(root)
+        collector.sweep_fleets(root)
         if delete_removed:
             collector.delete_unused_sets(catalog)
     except OSError as error:
@@ -162,7 +165,7 @@ def _runs_named(catalog: Catalog, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
+def _drop_run(catalog: Catalog, run_id: str, now_s: float, dry_run: bool) -> Dropped:
     def is_of_run(file: DataFile) -> bool:
         return file.path.startswith(f"{run_id}/")
 
@@ -173,6 +176,10 @@ def _drop_run(catalog: Catalog, run_id: str, dry_run: bool) -> Dropped:
             if not dry_run:
                 # Held until the run has left all tables: a worker that starts in between would add shards to it.
                 locks.enter_context(worker_lock(path, 0.0))
+        # A store has no locks, and a worker may run on another machine.
+        if alive := living_workers(leases_folder(catalog.root, run_id), now_s):
+            workers = ", ".join(f"{one.worker} on {one.host}" for one in alive)
+            raise CacheConflict(f"run {run_id} is being built ({workers}): stop its workers first")
         chains = [file for file in catalog.chains.files() if is_of_run(file)]
         features = [] if catalog.features is None else [file for file in catalog.features.files() if is_of_run(file)]
         others = [file for t in (catalog.verdicts, catalog.failures) for file in t.files() if is_of_run(file)]
@@ -214,13 +221,22 @@ class _Collector:
         """Unfinished files of manifests, vocabularies, commit markers and notes."""
         for path in (one for name in COMPANION_FOLDERS for one in files_below(root / name)):
             if path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX):
-                with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    one = OrphanFile(relative_name(path, root), stat.st_size, stat.st_mtime, "temporary")
-                    if self._is_young(one):
-                        self._keep([one], "younger than the grace period")
-                    else:
-                        self._sweep(root, one, "was never finished")
+                self._sweep_old(root, path, "was never finished")
+
+    def sweep_fleets(self, root: Location) -> None:
+        """What dead workers that had joined left beside the manifests: leases, heartbeats, locks and marks."""
+        dead = [one for one in matching(root / "runs", "*.lock") if JOINED_LOCK.search(one.name) and not is_locked(one)]
+        is_alive = False
+        for folder in matching(root / "runs", "*.leases"):
+            if living_workers(folder, self._now_s):
+                is_alive = True
+            else:
+                dead += [path for path in matching(folder, "*") if not path.name.startswith(".")]
+        if not is_alive:
+            # A fleet writes its mark when it starts, and reads it whenever one more worker does.
+            dead += matching(root / "runs", "*.fleet")
+        for path in dead:
+            self._sweep_old(root, path, "its worker is dead")
 
     def delete_unused_sets(self, catalog: Catalog) -> None:
         """Constants of feature sets of which no file is left, and heads that no set names any more."""
@@ -310,6 +326,15 @@ class _Collector:
 
     def _is_young(self, one: OrphanFile) -> bool:
         return self._now_s - one.modified_s < self._grace_s
+
+    def _sweep_old(self, root: Location, path: Location, why: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            one = OrphanFile(relative_name(path, root), stat.st_size, stat.st_mtime, "temporary")
+            if self._is_young(one):
+                self._keep([one], "younger than the grace period")
+            else:
+                self._sweep(root, one, why)
 
     def _keep(self, files: Sequence[OrphanFile], why: str) -> None:
         self._report.kept += [_item(one, why) for one in files]

@@ -263,6 +263,8 @@ class FeaturesPass:
                     break
         # After the block, whose end has saved and committed the last batch.
         done.size_bytes = out.size_bytes
+        if self._joined is not None:
+            self._joined.settle()
         return self._result(num_total, num_before, done, time.monotonic() - started_s, stopped)
 
     def _batches(

@@ -172,6 +172,9 @@ def create_set(
             engine={**plain(config.engine), **engine.settings},
             software=dict(engine.software),
         )
+        # A store has no lock: where this worker slept and was taken for dead, another one has fitted the set.
+        if (found := find_set(catalog, set_id)) is not None:
+            return found
         write_text_atomic(folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     for one in stored:
         basis = "all channels" if one.rank is None else f"rank {one.rank}, {one.lost_frac:.2%} of the variance lost"

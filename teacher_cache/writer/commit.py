@@ -136,13 +136,19 @@ class Committer:
             relative = relative_name(path, self._table.folder)
             if name is None or name["worker"] != self._worker or relative in known:
                 continue
-            # Lower sequences are committed: such a file was dropped or quarantined, and must not come back.
-            if int(name["sequence"]) >= first_open and self._is_abandoned(path, abandoned_s):
-                num_adopted += self.adopt(path)
+            # It is gone where its worker lives after all, or where another one adopts it too.
+            with contextlib.suppress(FileNotFoundError):
+                # Lower sequences are committed: such a file was dropped or quarantined, and must not come back.
+                if int(name["sequence"]) >= first_open and self._is_abandoned(path, abandoned_s):
+                    num_adopted += self.adopt(path)
         return num_adopted
 
     def adopt(self, path: Location) -> int:
-        """Makes rows of a published file visible that are not yet; returns their number. Removes a damaged file."""
+        """Makes rows of a published file visible that are not yet; returns their number. Removes a damaged file.
+
+        Raises FileNotFoundError if another process has removed it.
+        """
+        size_bytes = path.stat().st_size
         try:
             check_hash(path)
             sample_ids = read_sample_ids(path)
@@ -150,7 +156,7 @@ class Committer:
             warn(f"{path} is damaged and was never visible: removed, its chains will be generated again ({error})")
             path.unlink()
             return 0
-        file = DataFile(relative_name(path, self._table.folder), path.stat().st_size, len(sample_ids))
+        file = DataFile(relative_name(path, self._table.folder), size_bytes, len(sample_ids))
         return self._commit(file, sample_ids)
 
     def _is_abandoned(self, path: Location, abandoned_s: float) -> bool:
@@ -176,9 +182,13 @@ class Committer:
                 self.superseded.update(set(sample_ids).difference(fresh_ids))
                 path = self._table.path_of(file)
                 if fresh_ids:
-                    file, sample_ids = self._rewrite(path), fresh_ids
+                    try:
+                        file, sample_ids = self._rewrite(path), fresh_ids
+                    except FileNotFoundError as error:
+                        # Without locks, another worker may take this one for dead, and replace its file.
+                        raise CacheConflict(f"{path} is being replaced by another worker") from error
                 # After its replacement is published: a kill in between leaves both, and each row is adopted once.
-                path.unlink()
+                path.unlink(missing_ok=True)
             if fresh_ids:
                 self._table.commit([file], self.application, self.next_sequence)
                 # The next refresh need not read back from the store what was just written.

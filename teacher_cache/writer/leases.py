@@ -9,6 +9,7 @@ double work, never a double row.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stillroom.errors import StillroomError, one_line
+from stillroom.errors import DataError, StillroomError, one_line
 from stillroom.log import warn
 from stillroom.storage.paths import Location, create_file, matching, modified, write_text_atomic
 
@@ -79,12 +80,16 @@ class Leases:
         self._others: list[WorkerState] = []
         self._state = WorkerState(worker=worker, host=socket.gethostname(), pid=os.getpid(), started_at=time.time())
         self._reported_s: float | None = None
+        # The storage's clock minus the monotonic one, which no correction of this machine's time moves.
         self._storage_offset_s = 0.0
+        self._beat_s: float | None = None
+        self._trusted_s = 0.0
         self._ended = threading.Event()
         # A daemon: a worker that dies of an error must not seem to live on.
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
+        self._require_exclusion()
         self._beat()
         self._thread.start()
         return self
@@ -127,7 +132,8 @@ class Leases:
             if not self._is_alive(holder):
                 self._bury(holder)
         path = self.folder / f"{part}.{epoch:06d}.lease"
-        if not create_file(path, self.worker.encode()):
+        # A store whose first answer was lost refuses its client's second attempt: the file may be this worker's own.
+        if not create_file(path, self.worker.encode()) and self._holder_of(path) != self.worker:
             # Another worker was faster: what was listed is out of date.
             self._listed_s = -LIST_S
             return False
@@ -151,6 +157,19 @@ class Leases:
         for path in {own, *listed}.difference(self._files[part]):
             path.unlink(missing_ok=True)
 
+    def bury_dead(self) -> None:
+        """Declares every silent worker dead, also one that holds nothing anybody still needs."""
+        self._list()
+        for worker in [one for one in self._silent_s if not self._is_alive(one)]:
+            self._bury(worker)
+
+    def sweep(self) -> None:
+        """Removes what dead workers left. For the end of a run: of parts that are left, some would be done twice."""
+        self.bury_dead()
+        for path in itertools.chain.from_iterable(self._files.values()):
+            if not self._is_alive(self._holder_of(path)):
+                path.unlink(missing_ok=True)
+
     def report(self, **state: Any) -> None:
         """What the next heartbeat says; also shows that this worker does not hang."""
         # One assignment of a frozen state: the heartbeat's thread reads the old one or the new one, never a mixture.
@@ -159,7 +178,7 @@ class Leases:
     def _list(self) -> None:
         # One request: the engine waits for it.
         self._files, self._silent_s = {}, {}
-        now_s = time.time() + self._storage_offset_s
+        now_s = time.monotonic() + self._storage_offset_s
         for path, modified_s in modified(self.folder).items():
             match = _LEASE.match(path.name)
             if match is not None:
@@ -181,7 +200,9 @@ class Leases:
 
     def _is_alive(self, worker: str) -> bool:
         # Without a heartbeat a worker has left, or somebody has declared it dead.
-        return worker == self.worker or self._silent_s.get(worker, EXPIRY_S) < EXPIRY_S
+        if worker == self.worker or worker not in self._silent_s:
+            return worker == self.worker
+        return self._silent_s[worker] < EXPIRY_S or time.monotonic() < self._trusted_s
 
     def _bury(self, worker: str) -> None:
         if worker and worker in self._silent_s:
@@ -190,12 +211,26 @@ class Leases:
             # Several parts of one dead worker are taken over one by one; `on_takeover` is for the first.
             del self._silent_s[worker]
 
+    def _require_exclusion(self) -> None:
+        probe = self.folder / f"{self.worker}.probe"
+        try:
+            create_file(probe, b"")
+            if create_file(probe, b""):
+                raise DataError(
+                    f"{self.folder}: this storage creates the same file twice (it ignores the condition of a put), so "
+                    "workers would overwrite each other's commits: use a shared folder, or a store with conditional "
+                    "puts (S3, Google Cloud Storage, Azure, MinIO, SeaweedFS)"
+                )
+        finally:
+            probe.unlink(missing_ok=True)
+
     def _beat_on(self) -> None:
         has_warned = False
         while True:
             # Here rather than in `_list`: a request for each worker, at every heartbeat of theirs.
             with contextlib.suppress(OSError, StillroomError):
-                self._others = self._read_others()
+                alive = living_workers(self.folder, time.monotonic() + self._storage_offset_s)
+                self._others = [one for one in alive if one.worker != self.worker]
             if self._ended.wait(HEARTBEAT_S):
                 return
             if self._reported_s is not None and time.monotonic() - self._reported_s > STALL_S:
@@ -215,30 +250,29 @@ class Leases:
     def _beat(self) -> None:
         path = self._heartbeat_path(self.worker)
         write_text_atomic(path, self._state.model_dump_json() + "\n")
-        self._storage_offset_s = path.stat().st_mtime - time.time()
-
-    def _read_others(self) -> list[WorkerState]:
-        now_s = time.time() + self._storage_offset_s
-        states = [
-            _read_state(path)
-            for path, modified_s in modified(self.folder).items()
-            if path.name.endswith(".json") and path.stem != self.worker and now_s - modified_s < EXPIRY_S
-        ]
-        return [one for one in states if one is not None]
+        beat_s, now_s = path.stat().st_mtime, time.monotonic()
+        if self._beat_s is not None and beat_s - self._beat_s >= EXPIRY_S:
+            # Storage that was gone, or a machine that slept, silenced the others too: they get time to speak again.
+            self._trusted_s = now_s + EXPIRY_S
+        self._beat_s, self._storage_offset_s = beat_s, beat_s - now_s
 
     def _heartbeat_path(self, worker: str) -> Location:
         return self.folder / f"{worker}.json"
 
 
 def workers_of(cache: Location) -> list[WorkerState]:
-    """Workers of all runs whose heartbeat is fresh, by this machine's clock. Writes nothing."""
-    found = []
-    for folder in matching(cache / "runs", "*.leases"):
-        for path, modified_s in modified(folder).items():
-            is_fresh = path.name.endswith(".json") and time.time() - modified_s < EXPIRY_S
-            if is_fresh and (state := _read_state(path)) is not None:
-                found.append(state)
-    return found
+    """Living workers of all runs, by this machine's clock. Writes nothing."""
+    return [one for folder in matching(cache / "runs", "*.leases") for one in living_workers(folder, time.time())]
+
+
+def living_workers(folder: Location, now_s: float) -> list[WorkerState]:
+    """Workers of a run whose heartbeat is fresh; `now_s` is by the storage's clock."""
+    states = [
+        _read_state(path)
+        for path, modified_s in modified(folder).items()
+        if path.name.endswith(".json") and now_s - modified_s < EXPIRY_S
+    ]
+    return [one for one in states if one is not None]
 
 
 def _read_state(path: Location) -> WorkerState | None:

@@ -1,5 +1,7 @@
 """Workers that join a build: parts by lease, each done once, and those of the dead taken over."""
 
+import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,9 +10,10 @@ from typing import Any
 import pytest
 
 from stillroom.cache.catalog import Catalog
-from stillroom.errors import ConfigError
+from stillroom.errors import ConfigError, DataError
 from stillroom.storage.paths import create_file
 from teacher_cache.building import Build
+from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.joining import WAIT, JoinedWork, rows_of_builds
 from teacher_cache.maintenance.verify import verify_cache
@@ -20,8 +23,11 @@ from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.leases import Leases, leases_folder
 from tests.helpers.caches import make_cache, visible_ids
 from tests.helpers.fake_builds import (
+    EOS_ID,
     EXPIRY_S,
     IMPATIENCE,
+    VOCAB_SIZE,
+    K,
     join_build,
     make_config,
     make_engine,
@@ -104,6 +110,42 @@ def test_who_was_only_slow_is_not_declared_dead_again(tmp_path: Path, dead: list
     assert dead == ["ja", "jb"]
 
 
+def test_after_an_outage_of_the_storage_nobody_is_dead_at_once(tmp_path: Path, dead: list[str]) -> None:
+    """It silenced everybody, and the first one that reaches it again must not take all parts."""
+    first, other = Leases(tmp_path, "ja", dead.append), Leases(tmp_path, "jb", dead.append)
+    first._beat()
+    other._beat()
+    assert other.claim("0-a")
+    for name in ("ja", "jb"):
+        os.utime(tmp_path / f"{name}.json", (time.time() - 2 * EXPIRY_S,) * 2)
+    assert first._beat_s is not None
+    first._beat_s -= 2 * EXPIRY_S
+    first._beat()
+    assert not first.claim("0-a")
+    first._trusted_s = 0.0
+    assert first.claim("0-a")
+    assert dead == ["jb"]
+
+
+def test_a_lease_is_held_although_the_storage_lost_its_answer(
+    tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client asks again, and the storage refuses, because the file is there."""
+    with Leases(tmp_path, "ja", dead.append) as one:
+        monkeypatch.setattr(leases, "create_file", lambda *given: create_file(*given) and False)
+        assert one.claim("0-a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_that_creates_a_file_twice_is_refused(
+    tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "create_file", lambda *_: True)
+    with pytest.raises(DataError, match="creates the same file twice"), Leases(tmp_path, "ja", dead.append):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_worker_that_hangs_falls_silent(tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "STALL_S", 0.3)
     with Leases(tmp_path, "ja", dead.append) as hanging, Leases(tmp_path, "jb", dead.append) as other:
@@ -131,6 +173,29 @@ def test_joined_workers_do_everything_once(tmp_path: Path) -> None:
     assert list((cache / "runs").glob("*.lock")) == []
 
 
+@pytest.mark.parametrize("slow", ["to start", "to end"])
+def test_nobody_waits_for_the_engine_of_another_worker(tmp_path: Path, slow: str) -> None:
+    cache, requests = tmp_path / "c", make_requests(40)
+    is_starting, others_are_done = threading.Event(), threading.Event()
+
+    class SlowToEnd(FakeEngine):
+        def close(self) -> None:
+            assert slow == "to start" or others_are_done.wait(30)
+
+    def start_slow() -> FakeEngine:
+        is_starting.set()
+        assert slow == "to end" or others_are_done.wait(30)
+        return SlowToEnd(VOCAB_SIZE, K, mean_tokens=40, eos_id=EOS_ID, step_s=0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(join_build, make_config(cache), requests, start_slow)
+        assert is_starting.wait(30)
+        join_build(make_config(cache), requests, lambda: make_engine(0.02))
+        others_are_done.set()
+        assert (other.result().recorded.num_chains > 0) == (slow == "to end")
+    assert len(visible_ids(cache)) == 40
+
+
 def test_what_a_killed_worker_held_is_taken_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cache, requests = tmp_path / "c", make_requests(60)
     victim = Program(["tests.helpers.fake_builds", str(cache), "join", "60", "0.5"])
@@ -143,7 +208,7 @@ def test_what_a_killed_worker_held_is_taken_over(tmp_path: Path, capfd: pytest.C
     assert result.recorded.num_chains == 60
     assert visible_ids(cache) == sorted(request.sample_id for request in requests)
     assert "has been silent" in capfd.readouterr().err
-    assert list(cache.glob("runs/*.leases/*")) == []
+    assert list(cache.glob("runs/*.leases/*")) == list(cache.glob("runs/*.lock")) == []
 
 
 def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path) -> None:
@@ -173,6 +238,8 @@ def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path)
     assert asked == []
     assert len(visible_ids(cache)) == 16
     assert file.exists()
+    # Also leases on parts that were found done.
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("last_call", ["states.sets.constants_of", "writer.commit.Table.commit"])
@@ -186,7 +253,7 @@ def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path
         with pytest.raises(RuntimeError, match="killed"):
             add_features(cache.root, None)
     held = list(cache.root.glob("runs/*.leases/*.lease"))
-    assert len(held) > 1
+    assert held
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: add_features(cache.root, None, step_s=0.05), range(2))
     table = cache.catalog.features
@@ -198,8 +265,7 @@ def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path
     assert first.num_chains + second.num_chains + num_adopted == 24
     assert min(first.num_chains, second.num_chains) > 0
     assert verify_cache(cache.root).ok
-    # Leases on what was found done stay: nobody needs them.
-    assert set(cache.root.glob("runs/*.leases/*.lease")) <= set(held)
+    assert list(cache.root.glob("runs/*.leases/*")) == []
 
 
 def test_workers_that_are_alive_are_in_stats(tmp_path: Path) -> None:

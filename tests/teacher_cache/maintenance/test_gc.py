@@ -1,6 +1,7 @@
 """What crashes leave is adopted or swept, a worker at work is left alone, dropped runs stay readable until deleted."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from teacher_cache.cli import app
 from teacher_cache.maintenance.gc import GcReport, gc_cache, gc_lines
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import lock_path, read_sample_ids, worker_lock
+from teacher_cache.writer.leases import Leases, leases_folder
 from tests.helpers.caches import make_cache, visible_ids
 from tests.helpers.fake_builds import killed_before_commit, make_config, make_requests, run_build
 
@@ -67,6 +69,34 @@ def test_young_files_and_those_of_a_running_worker_stay(crashed: Path) -> None:
     assert [item.why for item in working.kept] == ["its worker is running"] * 2
     after = contents(crashed)
     assert {name for name in before if before[name] != after.get(name)} == {f"runs/.{run_id}.json.12ab34cd.tmp"}
+
+
+def test_what_dead_workers_that_had_joined_left_is_swept(tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    run_build(make_config(root), make_requests(3))
+    runs = root / "runs"
+    (run_id,) = Catalog(root).runs()
+    folder = leases_folder(root, run_id)
+    names = {
+        f"{run_id}.j0123abcd.lock",
+        "build-12ab.fleet",
+        f"{folder.name}/0-a.000000.lease",
+        f"{folder.name}/jx.json",
+    }
+    left = {f"runs/{name}" for name in names}
+    with Leases(folder, "jalive", lambda _: None):
+        for name in names:
+            (runs / name).write_text("jx")
+        # A fleet at work keeps its mark, and its own run keeps everything.
+        assert {item.file for item in gc(root).swept} == {f"runs/{run_id}.j0123abcd.lock"}
+        with pytest.raises(CacheConflict, match=r"is being built \(jalive on "):
+            gc(root, drop_runs=[run_id])
+    for path in folder.glob("*.json"):
+        os.utime(path, (0, 0))
+    assert {item.file for item in gc(root, grace_s=3600.0).swept} == {f"runs/{folder.name}/jx.json"}
+    gc(root)
+    assert left.isdisjoint(contents(root))
+    assert verify_cache(root).ok
 
 
 def test_age_is_by_the_clock_of_the_file_system(crashed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
 from stillroom.errors import CacheConflict, CorruptError
 from stillroom.storage.paths import Location
 from teacher_cache.building import Build
+from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, remove_files, worker_lock
 from tests.helpers.fake_builds import killed_before_commit, make_config, make_requests, make_teacher, run_build
 
@@ -92,6 +94,31 @@ def test_a_commit_that_only_seemed_to_fail_keeps_its_file(tmp_path: Path, monkey
     monkeypatch.setattr(Table, "commit", ambiguous)
     assert run_build(make_config(tmp_path / "c"), make_requests(20)).recorded.num_committed == 20
     assert len(_visible(tmp_path / "c")) == 20
+
+
+def test_a_worker_whose_file_is_adopted_while_it_commits_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without locks, as on an object store: it was taken for dead after it had lost a race for some of its rows."""
+    config, requests = make_config(tmp_path / "c"), make_requests(20)
+    commit, rewrite = Table.commit, Committer._rewrite
+
+    def late(self: Table, *given: Any) -> None:
+        monkeypatch.setattr(Table, "commit", commit)
+        run_build(config, requests[:12], worker="w1")
+        commit(self, *given)
+
+    def adopted(self: Committer, path: Location) -> DataFile:
+        monkeypatch.setattr(Committer, "_rewrite", rewrite)
+        table = Catalog(tmp_path / "c").chains
+        assert Committer(table, VisibleSamples(table), path.parent.name, "w0").recover() == 8
+        return rewrite(self, path)
+
+    monkeypatch.setattr(Table, "commit", late)
+    monkeypatch.setattr(Committer, "_rewrite", adopted)
+    assert run_build(config, requests).stopped is None
+    assert sorted(_visible(tmp_path / "c")) == sorted(request.sample_id for request in requests)
+    assert verify_cache(tmp_path / "c").orphans == []
 
 
 def test_chains_that_another_process_removes_are_not_done(tmp_path: Path) -> None:
