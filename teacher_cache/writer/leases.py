@@ -87,11 +87,14 @@ class Leases:
         self._ended = threading.Event()
         # A daemon: a worker that dies of an error must not seem to live on.
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        # Apart from the heartbeat: of many workers on a slow store, reading all takes longer than EXPIRY_S.
+        self._watcher = threading.Thread(target=self._watch_others, name="other workers", daemon=True)
 
     def __enter__(self) -> Self:
         self._require_exclusion()
         self._beat()
         self._thread.start()
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -100,6 +103,7 @@ class Leases:
         self._ended.set()
         # Joined before the heartbeat is removed: a late beat would write it again.
         self._thread.join()
+        self._watcher.join(HEARTBEAT_S)
         # What cannot be given back expires.
         with contextlib.suppress(OSError, StillroomError):
             for part in list(self._own):
@@ -113,7 +117,7 @@ class Leases:
 
     @property
     def others(self) -> Sequence[WorkerState]:
-        """Other workers that are alive, as of this worker's last heartbeat."""
+        """Other workers that are alive, as of the last look, every HEARTBEAT_S."""
         return self._others
 
     @property
@@ -226,13 +230,7 @@ class Leases:
 
     def _beat_on(self) -> None:
         has_warned = False
-        while True:
-            # Here rather than in `_list`: a request for each worker, at every heartbeat of theirs.
-            with contextlib.suppress(OSError, StillroomError):
-                alive = living_workers(self.folder, time.monotonic() + self._storage_offset_s)
-                self._others = [one for one in alive if one.worker != self.worker]
-            if self._ended.wait(HEARTBEAT_S):
-                return
+        while not self._ended.wait(HEARTBEAT_S):
             if self._reported_s is not None and time.monotonic() - self._reported_s > STALL_S:
                 if not has_warned:
                     warn(f"no progress for {STALL_S / 60:.0f} minutes: other workers take over the parts of this one")
@@ -246,6 +244,15 @@ class Leases:
                 if not has_warned:
                     warn(f"the heartbeat cannot be written, so others may repeat this work: {one_line(error)}")
                     has_warned = True
+
+    def _watch_others(self) -> None:
+        while True:
+            # Here rather than in `_list`: a request for each worker, at every heartbeat of theirs.
+            with contextlib.suppress(OSError, StillroomError):
+                alive = living_workers(self.folder, time.monotonic() + self._storage_offset_s)
+                self._others = [one for one in alive if one.worker != self.worker]
+            if self._ended.wait(HEARTBEAT_S):
+                return
 
     def _beat(self) -> None:
         path = self._heartbeat_path(self.worker)
