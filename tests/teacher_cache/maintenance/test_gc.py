@@ -91,7 +91,7 @@ def test_what_dead_workers_that_had_joined_left_is_swept(tmp_path: Path) -> None
         assert {item.file for item in gc(root).swept} == {f"runs/{run_id}.j0123abcd.lock"}
         with pytest.raises(CacheConflict, match=r"is being built \(jalive on "):
             gc(root, drop_runs=[run_id])
-    for path in folder.glob("*.json"):
+    for path in runs.glob("*.leases/*.json"):
         os.utime(path, (0, 0))
     assert {item.file for item in gc(root, grace_s=3600.0).swept} == {f"runs/{folder.name}/jx.json"}
     gc(root)
