@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stillroom.cache.catalog import SHARD_NAME, Catalog
 from stillroom.cache.shards import open_shard
@@ -27,7 +28,7 @@ from teacher_cache.engine.api import Engine, EngineInfo, Failure, Outcome, Reque
 from teacher_cache.engine.shared import SharedEngine
 from teacher_cache.engine.switches import note_unknown
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
-from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, rows_of_builds
+from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
 from teacher_cache.judging import require_judges
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import (
@@ -45,7 +46,14 @@ from teacher_cache.prompts.prompts import (
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.counts import counted, total_of
 from teacher_cache.scrub.rows import Scrubber
-from teacher_cache.until import UntilRight, judge_what_is_left, own_prompts, require_judged, right_samples
+from teacher_cache.until import (
+    JoinedPrompts,
+    UntilRight,
+    judge_what_is_left,
+    own_prompts,
+    require_judged,
+    right_samples,
+)
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
 from teacher_cache.writer.leases import new_worker_name
 from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder, explained
@@ -84,11 +92,6 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
 
     Raises StillroomError for everything a user can fix.
     """
-    if config.sampling.until is not None and share is None:
-        raise ConfigError(
-            "sampling.until needs all verdicts on a prompt in one worker, but --join spreads a prompt's chains over "
-            "workers: use --worker I/N instead, which splits by prompt"
-        )
     scrubber = scrubber_of(config)
     loaded = load_prompts(config.prompts, scrubber)
     _note_loaded(loaded)
@@ -128,6 +131,9 @@ def build_loaded(
             start = functools.partial(_start_engine, config, teacher, tokens_left)
             return start() if shared is None else shared.start(start)
 
+        if config.sampling.until is not None and share is None:
+            joined = JoinedPrompts(config, build.catalog, loaded.prompts, failures, teacher)
+            return build.join_prompts(joined, start_engine, retry_failures=retry_failures)
         if config.sampling.until is not None:
             assert share is not None
             until = build.until(loaded.prompts, share, retry_failures=retry_failures)
@@ -183,7 +189,7 @@ class Build:
         scrub = config.scrub
         self._check = None if scrub is None or scrubber is None else ChainCheck(scrub, scrubber.recognisers)
         self.run_id = run_id_of(config, teacher.record)
-        self._joined: JoinedWork[Request | Failure] | None = None
+        self._joined: JoinedWork[Any] | None = None
         self._until: UntilRight | None = None
         with contextlib.ExitStack() as locks:
             try:
@@ -209,13 +215,37 @@ class Build:
         retry_failures: bool,
     ) -> BuildResult:
         """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever."""
+        visible = rows_of_builds(self.catalog)
+        joined = JoinedWork[Request | Failure](self.catalog.root, self.run_id, self.worker, visible, is_in(visible))
+        return self._join(joined, joined.items(parts), num_total, start_engine, retry_failures=retry_failures)
+
+    def join_prompts(
+        self, prompts: JoinedPrompts, start_engine: Callable[[], Engine], *, retry_failures: bool
+    ) -> BuildResult:
+        """The same where verdicts decide how many chains a prompt gets."""
+        joined = JoinedWork[Prompt | Failure](
+            self.catalog.root, self.run_id, self.worker, prompts.visible, prompts.is_done, on_look=prompts.look
+        )
+        wanted = prompts.requests(joined.parts(prompts.parts))
+        return self._join(
+            joined, wanted, prompts.num_total, start_engine, retry_failures=retry_failures, until=prompts.until
+        )
+
+    def _join(
+        self,
+        joined: JoinedWork[Any],
+        requests: Iterable[Request | Failure | Wait],
+        num_total: int,
+        start_engine: Callable[[], Engine],
+        *,
+        retry_failures: bool,
+        until: UntilRight | None = None,
+    ) -> BuildResult:
         if retry_failures:
             raise ConfigError("every worker that joins would retry each failure: retry them with one that does not")
-        visible = rows_of_builds(self.catalog)
-        joined: JoinedWork[Request | Failure] = JoinedWork(self.catalog.root, self.run_id, self.worker, visible)
         with joined:
             self._joined = joined
-            return self.run(joined.items(parts), num_total, start_engine)
+            return self.run(requests, num_total, start_engine, until=until)
 
     def until(self, prompts: Sequence[Prompt], share: WorkerShare, *, retry_failures: bool) -> UntilRight:
         """The requests of `sampling.until`, by the verdicts that the cache has."""
@@ -272,6 +302,9 @@ class Build:
         self._locks.close()
 
     def _is_done(self, sample_id: str, *, retry_failures: bool) -> bool:
+        if self._joined is not None and self._until is not None:
+            # What another worker commits just now, without a lease by then, would be waited for here in vain.
+            return False
         return sample_id in self._chains or (not retry_failures and sample_id in self._failures)
 
     def _generate(self, engine: Engine, pending: "_Pending", num_total: int, stop: StopRequest) -> BuildResult:
@@ -324,11 +357,11 @@ class Build:
 
     def _num_done(self, pending: "_Pending", recorded: Recorded) -> int:
         """Chains and failures so far: of this worker's share, or of all workers that joined."""
+        spared = 0 if self._until is None else self._until.num_spared
         if self._joined is None:
-            spared = 0 if self._until is None else self._until.num_spared
             return pending.num_skipped + recorded.num_chains + recorded.num_failures + spared
         others = sum(one.num_uncommitted for one in self._joined.leases.others)
-        return self._joined.num_visible + others + _num_uncommitted(recorded)
+        return self._joined.num_visible + others + _num_uncommitted(recorded) + spared
 
     def _notes(self, recorded: Recorded) -> dict[str, str]:
         size = {} if recorded.bytes_per_token is None else {"": f"{recorded.bytes_per_token:.0f} B/token"}

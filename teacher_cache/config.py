@@ -250,7 +250,7 @@ SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
 
 class UntilConfig(StrictModel):
     """Generates further chains of a prompt until enough are judged right. Needs a source with a judge that runs during
-    a build. Split the work with `--worker I/N`; `--join` is refused."""
+    a build."""
 
     right: int = Field(ge=1)
     """Right chains at which a prompt is done."""

@@ -45,13 +45,18 @@ def rows_of_builds(catalog: Catalog) -> list[VisibleSamples]:
 
 
 class Sampled(Protocol):
-    """What a part consists of."""
+    """What is done once its row is visible."""
 
     @property
     def sample_id(self) -> str: ...
 
 
-T = TypeVar("T", bound=Sampled)
+def is_in(visible: Sequence[VisibleSamples]) -> Callable[[Sampled], bool]:
+    """Whether a sample is visible in one of the tables."""
+    return lambda one: any(one.sample_id in samples for samples in visible)
+
+
+T = TypeVar("T")
 Leasable = tuple[str, Callable[[], Sequence[T]]]
 """A part's name, which depends on nothing but what is in it, and its contents, made on demand."""
 
@@ -65,17 +70,21 @@ class JoinedWork(Generic[T]):
         run_id: str,
         worker: str,
         visible: Sequence[VisibleSamples],
+        is_done: Callable[[T], bool],
         on_adopted: Callable[[], None] = lambda: None,
+        on_look: Callable[[], None] = lambda: None,
     ) -> None:
-        """`visible` must be this object's own: tables are not thread-safe. `on_adopted` is called after rows of a dead
-        worker became visible.
+        """`visible` must be this object's own: tables are not thread-safe. `is_done` says of one thing in a part
+        whether it is done, by what was visible at the last look; `on_look` is called at each look. `on_adopted` is
+        called after rows of a dead worker became visible.
         """
         self.leases = Leases(leases_folder(root, run_id), worker, self._adopt)
         self.num_visible = 0
         """Rows of the run in the Delta log, as of the last look."""
         self._root, self._run_id = root, run_id
-        self._visible, self._on_adopted = visible, on_adopted
-        self._ids: dict[str, Sequence[str]] = {}
+        self._visible, self._is_done = visible, is_done
+        self._on_adopted, self._on_look = on_adopted, on_look
+        self._held: dict[str, Sequence[T]] = {}
         self._looked_s = 0.0
 
     def __enter__(self) -> Self:
@@ -129,7 +138,7 @@ class JoinedWork(Generic[T]):
                     settled.add(name)
                 elif self.leases.claim(name):
                     settled.add(name)
-                    self._ids[name] = [one.sample_id for one in made]
+                    self._held[name] = made
                     # Whoever had the part before may have finished it since the last look.
                     self._look()
                     yield name, self._undone(made)
@@ -154,23 +163,21 @@ class JoinedWork(Generic[T]):
             self._look()
 
     def _undone(self, items: Sequence[T]) -> list[T]:
-        return [one for one in items if not self._is_done(one.sample_id)]
-
-    def _is_done(self, sample_id: str) -> bool:
-        return any(sample_id in visible for visible in self._visible)
+        return [one for one in items if not self._is_done(one)]
 
     def _look(self) -> None:
         """Reads what is new in the log, and gives back the parts that are done."""
         for visible in self._visible:
             visible.refresh()
+        self._on_look()
         own = f"{self._run_id}/"
         self.num_visible = sum(
             file.num_rows for one in self._visible for file in one.table.files() if file.path.startswith(own)
         )
         for name in self.leases.own:
-            if all(map(self._is_done, self._ids[name])):
+            if all(map(self._is_done, self._held[name])):
                 self.leases.release(name)
-                del self._ids[name]
+                del self._held[name]
         self._looked_s = time.monotonic()
 
     def _adopt(self, worker: str) -> None:

@@ -28,7 +28,7 @@ from stillroom.storage.paths import Location, matching, relative_name
 from teacher_cache.building import OWN_LOCK_WAIT_S, worker_name
 from teacher_cache.config import EmbeddedConfig
 from teacher_cache.engine.teacher import identify_teacher
-from teacher_cache.joining import WAIT, WAIT_S, JoinedWork, Wait
+from teacher_cache.joining import WAIT, WAIT_S, JoinedWork, Wait, is_in
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.prompts.prompts import WorkerShare, part_name
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
@@ -138,7 +138,9 @@ class FeaturesPass:
             return self._run((work for work in rest if work[1]), num_total, num_before, start_engine)
         # A table of its own, as JoinedWork demands.
         visible = VisibleSamples(Catalog(self.config.cache).create_features(), self.set_id)
-        with JoinedWork[Place](self.config.cache, self.set_id, self.worker, [visible], self._drop_chainless) as joined:
+        with JoinedWork[Place](
+            self.config.cache, self.set_id, self.worker, [visible], is_in([visible]), self._drop_chainless
+        ) as joined:
             self._joined = joined
             return self._run(self._leased(joined), num_total, num_before, start_engine)
 

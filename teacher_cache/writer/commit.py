@@ -291,13 +291,18 @@ def next_sequence(table: Table, application: str) -> int:
 
 def read_sample_ids(path: Location) -> list[str]:
     """The `sample_id` column of a file of any table. Raises CorruptError if it cannot be read."""
+    ids: list[str] = read_columns(path, ["sample_id"]).column(0).to_pylist()
+    return ids
+
+
+def read_columns(path: Location, names: Sequence[str]) -> pa.Table:
+    """Some columns of a file of any table. Raises CorruptError if it cannot be read."""
     try:
         with open_parquet(path) as file:
-            ids: list[str] = file.read(columns=["sample_id"], use_threads=False).column(0).to_pylist()
+            return file.read(columns=list(names), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         problem = f"{path} cannot be read, `teacher-cache verify` lists what is wrong: {str(error).splitlines()[0]}"
         raise (StillroomError if is_store_error(error) else CorruptError)(problem) from error
-    return ids
 
 
 def lock_path(cache: Location, run_id: str, worker: str) -> Location:

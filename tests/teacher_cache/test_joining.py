@@ -15,7 +15,7 @@ from stillroom.storage.paths import create_file
 from teacher_cache.building import Build
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.inspect.stats import cache_stats, stats_text
-from teacher_cache.joining import WAIT, JoinedWork, rows_of_builds
+from teacher_cache.joining import WAIT, JoinedWork, is_in, rows_of_builds
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import own_share
 from teacher_cache.writer import leases
@@ -226,7 +226,8 @@ def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path)
     dead = Leases(folder, "jdead", lambda _: None)
     dead._beat()
     assert all(dead.claim(name) for name, _ in parts_of(requests))
-    work: JoinedWork[Any] = JoinedWork(cache, build.run_id, "jnew", rows_of_builds(Catalog(cache)))
+    visible = rows_of_builds(Catalog(cache))
+    work: JoinedWork[Any] = JoinedWork(cache, build.run_id, "jnew", visible, is_in(visible))
     with work:
         offered = work.items(lambda: parts_of(requests))
         asked = []

@@ -1,8 +1,10 @@
 """`sampling.until`: no chain too many, none too few, whatever interrupts the build."""
 
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Message, Prompt, prompt_id_of, stable_hash
 from stillroom.sql.session import Session
-from teacher_cache.building import Build, BuildResult, build_cache, run_id_of
+from teacher_cache.building import Build, BuildResult, run_id_of
 from teacher_cache.config import BuildConfig
-from teacher_cache.engine.api import Engine, Outcome, Request
+from teacher_cache.engine.api import Engine, Failure, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
+from teacher_cache.joining import JoinedWork
 from teacher_cache.plan import plan_build, plan_lines
 from teacher_cache.prompts.prompts import LoadedPrompts, parse_worker
-from teacher_cache.until import require_judged
+from teacher_cache.until import JoinedPrompts, require_judged
+from teacher_cache.writer.leases import new_worker_name
 from tests.helpers.caches import visible_ids
-from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K, make_config, make_teacher
+from tests.helpers.fake_builds import EOS_ID, IMPATIENCE, VOCAB_SIZE, K, make_config, make_teacher
 
 RIGHT, MOST, NUM_PROMPTS = 2, 6, 24
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -77,6 +81,21 @@ class DyingEngine(FakeEngine):
         return super().step()
 
 
+class NarrowEngine(DyingEngine):
+    """Takes few chains at a time, so that none gets all parts."""
+
+    def has_room(self) -> bool:
+        return self.num_unfinished < 6
+
+    def step(self) -> list[Outcome]:
+        time.sleep(0.03)
+        return super().step()
+
+
+def _dies(*_: object) -> None:
+    raise StillroomError("the worker died")
+
+
 def build(
     config: BuildConfig,
     asked: list[Prompt],
@@ -89,6 +108,18 @@ def build(
     try:
         until = job.until(asked, parse_worker(worker), retry_failures=False)
         return job.run(until.requests(), until.num_total, start_engine, until=until)
+    finally:
+        job.close()
+
+
+def join(config: BuildConfig, asked: list[Prompt], start_engine: Callable[[], Engine]) -> BuildResult:
+    teacher = make_teacher()
+    teacher.tokenizer.chat_template = TEMPLATE
+    job = Build(config, teacher, new_worker_name())
+    try:
+        malformed = [Failure("bad", "", "fake", 0, "malformed", "line 1 is no JSON")]
+        prompts = JoinedPrompts(config, job.catalog, asked, malformed, teacher)
+        return job.join_prompts(prompts, start_engine, retry_failures=False)
     finally:
         job.close()
 
@@ -137,6 +168,35 @@ def test_an_interrupted_build_ends_with_the_same_chains(
     for worker in ("0/2", "1/2"):
         build(config, prompts(), worker=worker)
     assert visible_ids(tmp_path / "c") == visible_ids(whole[0])
+
+
+@pytest.mark.parametrize("death", ["while it generates", "before the commit"])
+def test_workers_join_and_take_over_from_the_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, BuildResult], death: str
+) -> None:
+    """A dead one leaves chains without verdicts, or a file that nobody has registered."""
+    for name, value in {**IMPATIENCE, "teacher_cache.until.PART_PROMPTS": 4}.items():
+        monkeypatch.setattr(name, value)
+    config = config_of(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        # It gives nothing back and only falls silent.
+        patch.setattr(JoinedWork, "__exit__", lambda work, *_: work.leases._ended.set())
+        if death == "while it generates":
+            patch.setattr(teacher_cache.writer.recorder, "commit_verdicts", lambda *_: None)
+        else:
+            patch.setattr("stillroom.cache.catalog.Table.commit", _dies)
+        with pytest.raises(StillroomError, match="died"):
+            join(config, prompts(), lambda: NarrowEngine(12))
+    assert list((tmp_path / "c").glob("runs/*.leases/*.lease"))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: join(config, prompts(), lambda: NarrowEngine(10**6)), range(2)))
+    ids = visible_ids(tmp_path / "c")
+    assert ids == visible_ids(whole[0])
+    assert [one.num_total for one in results] == [len(ids) + 1] * 2
+    assert min(one.recorded.num_chains for one in results) > 0
+    assert sum(file.num_rows for file in Catalog(tmp_path / "c").failures.files()) == 1
+    assert list((tmp_path / "c").glob("runs/*.leases/*")) == []
+    assert join(config, prompts(), lambda: pytest.fail("nothing is left to generate")).num_total == len(ids) + 1
 
 
 def test_a_failed_sample_is_not_a_right_one(tmp_path: Path) -> None:
@@ -190,10 +250,8 @@ def test_settings_without_effect_are_refused(tmp_path: Path, sampling: dict[str,
         make_config(tmp_path, sampling=sampling)
 
 
-def test_runs_keep_their_ids_and_joining_is_refused(tmp_path: Path) -> None:
+def test_runs_keep_their_ids(tmp_path: Path) -> None:
     teacher = make_teacher().record
     plain = make_config(tmp_path, sampling={"max_tokens": 60})
     assert "until" not in plain.sampling.model_dump()
     assert run_id_of(plain, teacher) == run_id_of(config_of(tmp_path), teacher)
-    with pytest.raises(ConfigError, match="use --worker I/N instead"):
-        build_cache(config_of(tmp_path), None, retry_failures=False)
