@@ -28,9 +28,10 @@ from student_train.data.prepared import render_prompts, template_arguments
 from student_train.data.selection import Selection, load_selection
 from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, write_behaviour
+from student_train.estimate import plan_run
 from student_train.evaluation import student_metrics
 from student_train.model.student import load_student
-from student_train.plan import plan_run, prepare
+from student_train.plan import prepare
 from student_train.runtime import start as start_module
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks
 from student_train.runtime.run_folder import RunFolder
