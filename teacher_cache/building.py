@@ -29,7 +29,7 @@ from teacher_cache.engine.shared import SharedEngine
 from teacher_cache.engine.switches import note_unknown
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
-from teacher_cache.judging import require_judges
+from teacher_cache.judge_queue import require_judges
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import (
     WHOLE,

@@ -1,71 +1,37 @@
-"""Judges answers during a build (JudgeQueue) and on demand (`teacher-cache judge`), and commits the verdicts.
+"""Judges the chains of a cache: `teacher-cache judge`, by the judges that prompts name or by a language model.
 
-In: answers and references. Out: rows of the verdicts table, which is small and separate from the shards, so judging
-again neither generates nor rewrites anything. Rows are only added, and the latest verdict of a sample counts; hence an
-undecided verdict is not written over a decided one.
-
-A program that hangs keeps a judge busy for tens of seconds, so a build never waits for one: answers queue up, and
-finished verdicts are committed whenever a shard closes. Answers that do not fit into the queue, or are not judged when
-the build is interrupted, have no verdict, which is how `teacher-cache judge` finds them.
+In: answers and references, chosen by SQL. Out: verdicts, committed as they come.
 """
 
-import datetime
-import itertools
 import json
-import queue
-import secrets
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from collections import Counter
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from stillroom.cache.catalog import Catalog, Table, publish
-from stillroom.errors import CacheConflict, ConfigError, StillroomError, one_line
+from stillroom.cache.catalog import Catalog
+from stillroom.errors import ConfigError
 from stillroom.judging.answers import Verdict
-from stillroom.judging.judges import KINDS, NEEDS, check_kind, require_judge
+from stillroom.judging.judges import KINDS, NEEDS, check_kind
 from stillroom.judging.opinion import question_of
-from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress, format_plural
-from stillroom.schema.records import Prompt
-from stillroom.schema.tables import JUDGE_METADATA_KEY, VERDICT_SCHEMA
 from stillroom.sql.conditions import check_condition, in_brackets, run_with
 from stillroom.sql.session import Session, open_session
-from stillroom.storage.paths import TEMP_SUFFIX, Location, spool
+from stillroom.storage.paths import Location
 from teacher_cache.config import LlmJudgeConfig
-from teacher_cache.writer.commit import lock_path, next_sequence, until_first, worker_lock
+from teacher_cache.judge_queue import LLM, Judges
+from teacher_cache.writer.verdicts import JudgedSample, UncommittedVerdicts, lock_own_name
 
-COMMIT_ROWS = 20_000
-"""Verdicts committed at once, which is how many are judged again after a crash at most."""
 COMMIT_OPINIONS = 500
-"""The same for a language model's verdicts, which cost more."""
-JUDGE_RUN = "judge"
-"""Takes the run's place in the file names of `teacher-cache judge`."""
-MAX_WAITING = 10_000
-"""Answers that may wait during a build: tens of MB of text."""
-POLL_S = 0.2
+"""A language model's verdicts committed at once: fewer than others, because they cost more."""
 MAX_REASONS = 3
 """Reasons of undecided verdicts that a summary lists."""
 
-LLM = "llm"
-"""Judge of prompts whose chains wait for a language model; which one is named on the command line."""
 _OWN_JUDGE = f"nullif(json_extract_string(metadata, '$.judge'), '{LLM}')"
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedSample:
-    """One row to be added to the verdicts table."""
-
-    sample_id: str
-    judge: str
-    verdict: Verdict
 
 
 @dataclass(slots=True)
@@ -118,20 +84,6 @@ class JudgeReport:
         ]
 
 
-def judge_of(prompt: Prompt) -> str | None:
-    """The kind of judge that the prompt's source asks for and a build can run."""
-    kind = prompt.metadata.get("judge")
-    return None if kind is None or kind == LLM else str(kind)
-
-
-def require_judges(prompts: Iterable[Prompt]) -> None:
-    """Raises StillroomError, before anything is generated, if a judge that prompts name cannot work here."""
-    kinds = {kind for prompt in prompts if (kind := judge_of(prompt)) is not None}
-    for kind in sorted(kinds):
-        check_kind(kind)
-        require_judge(kind)
-
-
 def judge_cache(
     root: Location, kind: str | None = None, where: str | None = None, again: bool = False, num_processes: int = 1
 ) -> JudgeReport:
@@ -151,7 +103,7 @@ def judge_cache(
         kinds, total = _count_pending(session, kind, where, again, report)
         if not total:
             return report
-        judges = stack.enter_context(closing(_Judges(num_processes)))
+        judges = stack.enter_context(closing(Judges(num_processes)))
         judges.prepare(kinds)
         progress = stack.enter_context(Progress("judge", total, "chains"))
         worker = lock_own_name(root, stack)
@@ -220,263 +172,7 @@ def ask_about_cache(
     return report
 
 
-def commit_verdicts(
-    table: Table,
-    samples: Sequence[JudgedSample],
-    run_id: str,
-    worker: str,
-    after: datetime.datetime | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> None:
-    """Makes the verdicts visible, all or none, with a time later than `after`; `record` becomes the file's metadata.
-
-    Raises CacheConflict if others keep committing.
-    """
-    if not samples:
-        return
-    now = datetime.datetime.now(datetime.UTC)
-    if after is not None and now <= after:
-        # Clocks differ or were set back, but the newest verdict must have the latest time.
-        now = after + datetime.timedelta(microseconds=1)
-    columns: dict[str, list[Any]] = {
-        "sample_id": [sample.sample_id for sample in samples],
-        "judge": [sample.judge for sample in samples],
-        "correct": [sample.verdict.correct for sample in samples],
-        "score": [sample.verdict.score for sample in samples],
-        "judged_at": [now] * len(samples),
-        "rule": [sample.verdict.rule for sample in samples],
-        "compared": [sample.verdict.compared for sample in samples],
-    }
-    table.add_columns(VERDICT_SCHEMA)
-    temp = verdict_temp(table, worker)
-    schema = (
-        VERDICT_SCHEMA if record is None else VERDICT_SCHEMA.with_metadata({JUDGE_METADATA_KEY: json.dumps(record)})
-    )
-    verdicts = pa.Table.from_pydict(columns, schema=schema)
-    try:
-        pq.write_table(verdicts, temp, compression="zstd", write_page_checksum=True)
-    except OSError as error:
-        with suppress(OSError):
-            temp.unlink(missing_ok=True)
-        problem = f"{table.folder} cannot be written: {one_line(error)}"
-        raise StillroomError(f"{problem}: fix that and judge again") from error
-    commit_verdict_file(table, temp, len(samples), run_id, worker)
-
-
-def verdict_temp(table: Table, worker: str) -> Path:
-    """Temporary path of a file of verdicts."""
-    return spool(table.folder) / f".{worker}-0.{secrets.token_hex(4)}{TEMP_SUFFIX}"
-
-
-def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, worker: str) -> None:
-    """Makes a finished file of verdicts visible. Raises CacheConflict if others keep committing."""
-    application = f"stillroom/{run_id}/{worker}"
-    table.refresh()
-    try:
-        file = publish(temp, table.folder, f"{run_id}/{worker}-{next_sequence(table, application):06d}", num_rows)
-    finally:
-        temp.unlink(missing_ok=True)
-
-    def attempt() -> None:
-        table.refresh()
-        # Verdicts never exclude each other, so nothing has to be dropped after another commit.
-        if file not in table.files():
-            table.commit([file], application, next_sequence(table, application))
-
-    until_first(table, attempt)
-
-
-class JudgeQueue:
-    """Judges of one build. `put`, `finished` and `wait` are for one thread, `hurry` and `close` for any."""
-
-    def __init__(
-        self,
-        num_processes: int,
-        max_waiting: int = MAX_WAITING,
-        on_verdict: Callable[[str, bool], None] | None = None,
-    ) -> None:
-        """Starts no process before the first answer arrives. `on_verdict` hears at once, in a judge's thread, whether
-        an answer is right; False also if nobody could tell.
-        """
-        self.num_left = 0
-        """Answers left to `teacher-cache judge`."""
-        self._max_waiting = max_waiting
-        self._judges = _Judges(num_processes)
-        self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="judge")
-        self._pending: dict[Future[JudgedSample | None], None] = {}
-        self._done: deque[Future[JudgedSample | None]] = deque()
-        self._hurried = False
-        self._on_verdict = on_verdict or (lambda _sample_id, _correct: None)
-
-    def put(self, sample_id: str, prompt: Prompt, answer: str | None, truncated: bool = False) -> None:
-        """Queues an answer; does nothing for a prompt without a judge."""
-        kind = judge_of(prompt)
-        if kind is None:
-            return
-        if len(self._pending) >= self._max_waiting:
-            # Finished verdicts that wait for their shard to close take no room.
-            self._settle()
-        if self._hurried or len(self._pending) >= self._max_waiting:
-            self.num_left += 1
-            self._on_verdict(sample_id, False)
-            return
-        future = self._threads.submit(
-            self._judge, sample_id, kind, answer, prompt.reference, prompt.metadata, truncated
-        )
-        self._pending[future] = None
-
-    def finished(self) -> list[JudgedSample]:
-        """New verdicts since the last call. Raises StillroomError if a judge cannot work."""
-        judged: list[JudgedSample] = []
-        self._settle()
-        while self._done:
-            error = self._done[0].exception()
-            if error is not None and judged:
-                # Hand over the good verdicts first; the next call raises the error.
-                break
-            future = self._done.popleft()
-            if error is not None:
-                raise error
-            verdict = future.result()
-            self.num_left += verdict is None
-            judged += [] if verdict is None else [verdict]
-        return judged
-
-    def wait(self) -> None:
-        """Waits until everything is judged or `hurry` is called; the rest is left to `teacher-cache judge`."""
-        while self._pending and not self._hurried and not all(future.done() for future in self._pending):
-            time.sleep(POLL_S)
-        for future in [future for future in self._pending if not future.done()]:
-            future.cancel()
-            del self._pending[future]
-            self.num_left += 1
-
-    def hurry(self) -> None:
-        """Leaves answers that are not judged yet to `teacher-cache judge`."""
-        self._hurried = True
-
-    def close(self) -> None:
-        """Ends the processes, even in the middle of a check."""
-        self._hurried = True
-        # Threads wait for their processes: killed in between, they need not finish their checks.
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._judges.kill()
-        self._threads.shutdown(wait=True)
-        self._judges.close()
-
-    def _settle(self) -> None:
-        for future in [future for future in self._pending if future.done()]:
-            del self._pending[future]
-            self._done.append(future)
-
-    def _judge(
-        self,
-        sample_id: str,
-        kind: str,
-        answer: str | None,
-        reference: str | None,
-        metadata: Mapping[str, Any],
-        truncated: bool,
-    ) -> JudgedSample | None:
-        if self._hurried:
-            return None
-        correct = None
-        try:
-            verdict = self._judges.judge(kind, answer, reference, metadata, truncated)
-            correct = verdict.correct
-        finally:
-            # Also of a judge that broke: `finished` raises its error later.
-            self._on_verdict(sample_id, correct is True)
-        return JudgedSample(sample_id, kind, verdict)
-
-
-class _Judges:
-    """Judge processes that threads share. Processes, because math checks keep their time limit with SIGALRM, which
-    needs a main thread, and a regular expression can backtrack forever.
-    """
-
-    def __init__(self, num_processes: int) -> None:
-        self._all = [JudgeProcess() for _ in range(num_processes)]
-        self._free: queue.SimpleQueue[JudgeProcess] = queue.SimpleQueue()
-        for judge in self._all:
-            self._free.put(judge)
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def prepare(self, kinds: Sequence[str]) -> None:
-        for judge in self._all:
-            judge.prepare(kinds)
-
-    def judge(
-        self, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any], truncated: bool
-    ) -> Verdict:
-        judge = self._free.get()
-        try:
-            return judge.judge(kind, answer, reference, metadata, truncated)
-        finally:
-            self._free.put(judge)
-
-    def kill(self) -> None:
-        """Ends running checks; their callers get an undecided verdict."""
-        for judge in self._all:
-            judge.kill()
-
-    def close(self) -> None:
-        for judge in self._all:
-            judge.close()
-
-
-class UncommittedVerdicts:
-    """Verdicts to be committed: every `max_rows`, and on exit however that happens."""
-
-    def __init__(
-        self,
-        table: Table,
-        after: datetime.datetime | None,
-        worker: str,
-        max_rows: int = COMMIT_ROWS,
-        record: Mapping[str, Any] | None = None,
-    ) -> None:
-        """`record` is kept in the files' metadata: what the judge was."""
-        self._table, self._after, self._worker, self._max_rows, self._record = table, after, worker, max_rows, record
-        self._samples: list[JudgedSample] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._commit()
-
-    def add(self, sample: JudgedSample) -> None:
-        self._samples.append(sample)
-        if len(self._samples) >= self._max_rows:
-            self._commit()
-
-    def _commit(self) -> None:
-        samples, self._samples = self._samples, []
-        commit_verdicts(self._table, samples, JUDGE_RUN, self._worker, self._after, self._record)
-
-
-def lock_own_name(root: Location, stack: ExitStack) -> str:
-    """The first free worker name, locked until the stack unwinds: `gc` then leaves this process's files alone, and
-    several processes may judge at once.
-    """
-    for number in itertools.count():
-        name = f"j{number}"
-        try:
-            stack.enter_context(worker_lock(lock_path(root, JUDGE_RUN, name), 0.0))
-        except CacheConflict:
-            continue
-        except OSError as error:
-            raise StillroomError(f"{root} cannot be written: {one_line(error)}: fix that and judge again") from error
-        return name
-    raise AssertionError
-
-
-def _judged(session: Session, query: str, judges: _Judges) -> Iterator[tuple[JudgedSample, bool]]:
+def _judged(session: Session, query: str, judges: Judges) -> Iterator[tuple[JudgedSample, bool]]:
     """Verdicts in the order of the rows, `len(judges)` checks at a time, with one batch of rows in memory; and whether
     the chain had a decided verdict before.
     """

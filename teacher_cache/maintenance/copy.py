@@ -40,11 +40,11 @@ from stillroom.storage.paths import (
     relative_name,
     sha256_of,
 )
-from teacher_cache.judging import commit_verdict_file, verdict_temp
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import lost_commits
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, read_sample_ids, rewrite, worker_lock
 from teacher_cache.writer.shard import parquet_options
+from teacher_cache.writer.verdicts import commit_verdict_file, verdict_temp
 
 COPIER = "copied"
 """Takes the worker's place in the names of copied files; rows keep their own worker."""

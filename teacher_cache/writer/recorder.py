@@ -33,12 +33,13 @@ from stillroom.schema.tables import FAILURE_SCHEMA
 from stillroom.storage.paths import Location, spool
 from teacher_cache.config import JudgingConfig, ShardConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome
-from teacher_cache.judging import JudgeQueue, commit_verdicts
+from teacher_cache.judge_queue import JudgeQueue
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.until import UntilRight
 from teacher_cache.writer.commit import Committer, VisibleSamples
 from teacher_cache.writer.rows import RowMaker
 from teacher_cache.writer.shard import ShardFile
+from teacher_cache.writer.verdicts import commit_verdicts
 from teacher_cache.writer.watch import SampleWatch
 
 MAX_QUEUED_TOKENS = 1 << 18

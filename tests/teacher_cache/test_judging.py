@@ -23,10 +23,11 @@ from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.tables import VERDICT_SCHEMA
 from stillroom.sql.session import open_session
-from teacher_cache.judging import JudgedSample, commit_verdict_file, commit_verdicts, judge_cache, verdict_temp
+from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import lock_path, worker_lock
+from teacher_cache.writer.verdicts import JudgedSample, commit_verdict_file, commit_verdicts, verdict_temp
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.fake_builds import make_config, make_requests, run_build
 

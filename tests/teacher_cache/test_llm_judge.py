@@ -19,7 +19,8 @@ from teacher_cache.cli import main
 from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
-from teacher_cache.judging import JudgeReport, ask_about_cache, judge_cache, judge_of, require_judges
+from teacher_cache.judge_queue import judge_of, require_judges
+from teacher_cache.judging import JudgeReport, ask_about_cache, judge_cache
 from teacher_cache.llm_judge import llm_judge_name
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import SyntheticCache, make_cache
@@ -162,7 +163,7 @@ def test_chains_wait_for_their_own_judge_first(
     for request, kind in zip(requests, ("code", "llm", None), strict=True):
         request.prompt.metadata["judge"] = kind  # type: ignore[index]
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_cache.judging.JudgeQueue.put", lambda *_: None)
+        patched.setattr("teacher_cache.judge_queue.JudgeQueue.put", lambda *_: None)
         run_build(make_config(tmp_path / "c"), requests)
     report = ask_about_cache(tmp_path / "c", make_judge(server))
     assert (report.num_not_judged, only(report).num_chains) == (1, 2)
