@@ -24,7 +24,7 @@ class Vocabulary:
 
     def bytes_by_id(self) -> list[bytes]:
         """The text of every token as bytes, from id 0 to the highest; b"" for ids without a token."""
-        # SentencePiece has a token <0x41> for each byte. In byte-level vocabularies only bytes that are no characters
+        # SentencePiece has a token <0x41> for each byte. In byte-level vocabularies only bytes that are not characters
         # by themselves are shown like this, so there <0x41> is text.
         texts = set(self.pieces.values())
         has_byte_tokens = all(f"<0x{byte:02X}>" in texts for byte in range(0x20))

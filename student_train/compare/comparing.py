@@ -147,7 +147,7 @@ def _answered(side: Side, prompts: Sequence[AskedPrompt], config: GenerateConfig
         if sum(failures.values()) == len(replies):
             raise StillroomError(f"{side.name} ({side.address}) answered none of {len(replies)} requests: {reason}")
         warn(f"{side.name}: {sum(failures.values())} of {len(replies)} requests failed, {count} with: {reason}")
-    # After the clock: judging is no part of the side's time.
+    # After the clock: judging is not part of the side's time.
     with JudgeProcess() as judge:
         judge.prepare(sorted({prompt.judge for prompt in prompts}))
         verdicts = [

@@ -25,7 +25,7 @@ from student_train.data.selection import Selection
 
 @dataclass(frozen=True, slots=True)
 class CompletionText:
-    """`text`, in which each byte that is no part of a character is one lone surrogate.
+    """`text`, in which each byte that is not part of a character is one lone surrogate.
 
     byte_C int64 [C+1]: the byte that each character begins at; byte_T int64 [T+1]: the same of tokens.
     """

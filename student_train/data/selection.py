@@ -275,7 +275,7 @@ def keys_of(sample_ids: pa.ChunkedArray, where: str) -> UInt64:
     start = fixed.offset * ID_CHARS
     text_R32 = np.frombuffer(fixed.buffers()[1], np.uint8)[start : start + len(array) * ID_CHARS]
     nibbles_R16 = _NIBBLE[text_R32.reshape(len(array), ID_CHARS)[:, :KEY_CHARS]]
-    # _NIBBLE is 255 for all bytes that are no lower-case hex digit.
+    # _NIBBLE is 255 for all bytes that are not a lower-case hex digit.
     if int(nibbles_R16.max()) > 15:
         raise CorruptError(f"{where}: a sample_id holds characters that are not hex digits")
     bytes_R8 = nibbles_R16[:, 0::2] << 4 | nibbles_R16[:, 1::2]

@@ -90,7 +90,7 @@ def with_examples(path: Path, selection: Selection) -> Selection:
         raise CorruptError(f"{path} cannot be read: {error}: delete it to rebuild it") from error
     if found.ndim != 2 or len(found) != 4 or not _covers(found, selection):
         raise CorruptError(f"{path} does not hold the steps of the selected chains: delete it to rebuild it")
-    # A position in these packs is no position in those of whole chains.
+    # A position in these packs means nothing in those of whole chains.
     header = selection.header.model_copy(update={"hash": stable_hash(selection.header.hash, path.stem)})
     return replace(selection, examples=Examples(*found), header=header)
 

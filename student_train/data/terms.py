@@ -124,7 +124,7 @@ class _Found:
         self._rows.setdefault(term, set()).add(row)
         if term not in self._examples:
             around = text.text[max(match.start() - SHOWN_AROUND, 0) : match.end() + SHOWN_AROUND]
-            # Bytes that are no character are not JSON.
+            # Bytes that are not a character are not JSON.
             self._examples[term] = " ".join(around.encode("utf-8", "replace").decode().split())
 
     def summary(self, asked: set[str]) -> Json:

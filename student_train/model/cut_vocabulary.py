@@ -30,7 +30,7 @@ from student_train.data.selection import Selection, SelectionRequest, open_selec
 def cut_vocabulary(model: Any, tokenizer: Any, data: DataConfig, keep: str) -> tuple[Any, KeptIds]:
     """Cuts the model in place; returns its tokenizer and what was kept of the cache's ids.
 
-    Raises ConfigError where the tokenizer is not the caches', or is no BPE.
+    Raises ConfigError where the tokenizer is not the caches', or not BPE.
     """
     with tempfile.TemporaryDirectory(prefix="student-train-init-") as temp:
         request = SelectionRequest(sources_of(data), None, None, None, key="student.init.vocabulary")
@@ -71,7 +71,7 @@ def _used_ids(selection: Selection) -> tuple[Int32, Int32]:
 
 
 def _closed(backend: Json, used: Iterable[int]) -> list[int]:
-    """Ids to keep, ascending. Raises ConfigError for a tokenizer that is no plain BPE."""
+    """Ids to keep, ascending. Raises ConfigError for a tokenizer that is not plain BPE."""
     model = backend["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ConfigError(

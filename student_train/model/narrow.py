@@ -25,7 +25,7 @@ FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 """Embeddings times sqrt(H), and norms that multiply by 1 + weight."""
 HEADS_DIVIDE_HIDDEN = ("gemma2", "gemma3_text", "llama")
-"""transformers refuses a configuration whose hidden size is no multiple of its heads."""
+"""transformers refuses a configuration whose hidden size is not a multiple of its heads."""
 HEAD_DIM_IS_DERIVED = ("qwen2",)
 """vLLM takes hidden size / heads for the size of a head, whatever `head_dim` says."""
 MULTIPLE = 32

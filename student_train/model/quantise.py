@@ -31,7 +31,7 @@ class QuantisedLinear(torch.nn.Linear):
 
     @staticmethod
     def sharing(linear: torch.nn.Linear, config: QuantiseConfig) -> QuantisedLinear:
-        """Raises ConfigError if the inputs are no multiple of the group size."""
+        """Raises ConfigError if the inputs are not a multiple of the group size."""
         # On the meta device: the weight is replaced at once.
         made = QuantisedLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         made.weight = linear.weight

@@ -482,7 +482,7 @@ def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) 
     """A row of another cache. Reasoning markers are part of its text unless they are special tokens there."""
     where, index, text = chain["sample_id"], chain["sample_index"], chain["text"]
     messages = tuple(Message(one["role"], one["content"]) for one in chain["messages"])
-    # Its ids are no texts: their digits may look like a card's.
+    # Its ids are not texts: their digits may look like a card's.
     own = {name: value for name, value in chain["metadata"].items() if name != ORIGIN_KEY}
     draft = Draft(where, messages, chain["reference"], own)
     original = None if scrubber is None else messages

@@ -208,7 +208,7 @@ def _result(answer: str | None) -> str | None:
     text = plain(candidates[0].text).strip().removesuffix(".")
     found = QUANTITY.fullmatch(text)
     if found is None or (found[3] is not None and int(found[3]) == 0):
-        # An unmarked text is no result, only what was said.
+        # An unmarked text is not a result, only something the teacher said on the way.
         return " ".join(text.casefold().split()) or None if candidates[0].mark != "whole" else None
     value = Fraction(found[2].replace(",", "")) / int(found[3] or 1)
     return f"{found[1]}{value}{'%' if found[4] == '%' else ''}"

@@ -25,7 +25,7 @@ NUM_ERRORS = 8.0
 nats below, is noticed within 100.
 """
 MARGIN_NATS = 0.1
-"""More than any rounding of stored numbers; less is no noise."""
+"""More than any rounding of stored numbers; smaller differences are rounding."""
 MIN_NATS = -50.0
 """Bounds d: a token without probability in float32 has -inf."""
 BLOCK_TOKENS = 1 << 16

@@ -134,7 +134,7 @@ def meaning_of_rounds(config: RoundsConfig) -> Json:
 
 def _seed(sampling: Json, number: int) -> Json:
     seed = sampling.get("seed", 0)
-    # What is no number is left for the command's own configuration to refuse.
+    # What is not a number is left for the command's own configuration to refuse.
     return {"seed": seed + number - 1} if isinstance(seed, int) else {}
 
 
