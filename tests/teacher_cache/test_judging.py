@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import teacher_cache.judge_queue
 import teacher_cache.judging
 import teacher_cache.writer.commit
+import teacher_cache.writer.verdicts
 from stillroom.cache.catalog import Catalog, Table
 from stillroom.errors import CacheConflict, ConfigError, StillroomError
 from stillroom.judging.answers import Verdict
@@ -182,7 +184,7 @@ def test_ctrl_c_does_not_wait_for_a_check(cache: SyntheticCache, monkeypatch: py
         def kill(self) -> None:
             self.was_killed.set()
 
-    monkeypatch.setattr(teacher_cache.judging, "JudgeProcess", Hanging)
+    monkeypatch.setattr(teacher_cache.judge_queue, "JudgeProcess", Hanging)
     with pytest.raises(KeyboardInterrupt):
         judge_cache(cache.root, kind="exact")
     assert Hanging.ended == [True]
@@ -259,7 +261,7 @@ def test_a_cache_that_takes_no_verdicts_is_one_line(cache: SyntheticCache, monke
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(teacher_cache.judging, "worker_lock", refused)
+    monkeypatch.setattr(teacher_cache.writer.verdicts, "worker_lock", refused)
     with pytest.raises(StillroomError, match=r"cannot be written: .*Permission denied: fix that and judge again"):
         judge_cache(cache.root, kind="exact")
     assert judge_cache(cache.root).num_without_judge == 24
