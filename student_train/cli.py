@@ -19,7 +19,7 @@ import typer
 from stillroom.children import follow_parent
 from stillroom.errors import ConfigError
 from stillroom.log import note
-from stillroom.program import AsJson, new_program, print_result, run_program
+from stillroom.program import AsJson, StopRequest, new_program, print_result, run_program
 from student_train.result_lines import (
     bench_lines,
     compare_lines,
@@ -87,7 +87,8 @@ def init(
             assert asked is not None
             return init_calibration(config, asked)
 
-        record = init_student(asked, Path(config.student.model), calibrate, config.data)
+        with StopRequest(at_once=True):
+            record = init_student(asked, Path(config.student.model), calibrate, config.data)
     else:
         if teacher is None or (layers is None) == (parameters is None) or out is None:
             raise ConfigError(
@@ -96,7 +97,8 @@ def init(
         if overrides:
             raise ConfigError("--set has no effect without CONFIG")
         given = {"teacher": teacher, "layers": layers, "parameters": parameters}
-        record = init_student(validate_config(given, InitConfig, "init"), out)
+        with StopRequest(at_once=True):
+            record = init_student(validate_config(given, InitConfig, "init"), out)
 
     print_result(record, init_lines(record), as_json)
 
@@ -142,7 +144,6 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train, or resume from the run's last checkpoint."""
-    from stillroom.program import StopRequest
     from student_train.runtime.run_folder import summary_if_finished
 
     if hosts is not None or HOST_VARIABLE in os.environ:
@@ -374,21 +375,23 @@ def export(
     check = Check(check_chains or Check.max_chains, Check.min_agreement, allow_disagreement)
     if min_agreement is not None:
         check = replace(check, min_agreement=min_agreement)
-    if config_path is None:
-        if model is None or not cache:
-            raise ConfigError("pass a CONFIG, or --model, --cache and --format")
-        if checkpoint != "last" or overrides or tokenizer is not None:
-            raise ConfigError("--checkpoint, --set and --tokenizer need a CONFIG")
-        result = export_folder(model, cache, where, out, format_name, check)
-    else:
-        if (model, cache, where) != (None, None, None):
-            raise ConfigError("CONFIG already names model and caches: remove it, or --model, --cache and --where")
-        config = _config(config_path, overrides)
-        state = find_state(RunFolder(config.run).checkpoints, checkpoint)
-        if format_name == "hf":
-            result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
+    # Before anything is written, and ended at once: temporary folders and foreign tools go with it.
+    with StopRequest(at_once=True):
+        if config_path is None:
+            if model is None or not cache:
+                raise ConfigError("pass a CONFIG, or --model, --cache and --format")
+            if checkpoint != "last" or overrides or tokenizer is not None:
+                raise ConfigError("--checkpoint, --set and --tokenizer need a CONFIG")
+            result = export_folder(model, cache, where, out, format_name, check)
         else:
-            result = export_run(config, state, out, format_name, check, tokenizer)
+            if (model, cache, where) != (None, None, None):
+                raise ConfigError("CONFIG already names model and caches: remove it, or --model, --cache and --where")
+            config = _config(config_path, overrides)
+            state = find_state(RunFolder(config.run).checkpoints, checkpoint)
+            if format_name == "hf":
+                result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
+            else:
+                result = export_run(config, state, out, format_name, check, tokenizer)
     print_result(result, export_lines(result) if format_name == "hf" else format_lines(result), as_json)
 
 
@@ -423,7 +426,8 @@ def bench_formats(
         check_out("--out", out)
     if min_agreement is not None and max_ms is None:
         raise ConfigError("--min-agreement has no effect without --max-ms")
-    result = bench([contestant(one) for one in folders], Load(prompt_tokens, new_tokens, rounds, threads, eager))
+    with StopRequest(at_once=True):
+        result = bench([contestant(one) for one in folders], Load(prompt_tokens, new_tokens, rounds, threads, eager))
     if max_ms is not None:
         least = 0.9 if min_agreement is None else min_agreement
         result |= {"max_ms": max_ms, "chosen": choose(result, max_ms, least)}

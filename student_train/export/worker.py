@@ -31,7 +31,10 @@ NOTE_EVERY_S = 10.0
 class Worker:
     """A running script, as a context manager. Requests raise StillroomError with what the script answered."""
 
-    def __init__(self, script: str, environment: str, threads: int | None = None) -> None:
+    def __init__(
+        self, script: str, environment: str, threads: int | None = None, temp_folder: str | None = None
+    ) -> None:
+        """`temp_folder` takes its temporary files, which a process that is killed leaves behind."""
         self._script = script
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed on exit
         # Warnings of foreign tools are theirs; their progress bars would hide ours.
@@ -40,6 +43,8 @@ class Worker:
         environ.pop("PYTHONPATH", None)
         if threads is not None:
             environ["OMP_NUM_THREADS"] = str(threads)
+        if temp_folder is not None:
+            environ["TMPDIR"] = temp_folder
         answers, their_end = os.pipe()
         self._answers = os.fdopen(answers, encoding="utf-8")
         try:

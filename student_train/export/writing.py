@@ -175,7 +175,7 @@ def _write(source: Source, out: Path, made: Format) -> dict[str, str]:
     """Versions of the tools that wrote the format into `out`."""
     with (
         tempfile.TemporaryDirectory(prefix="student-train-export-") as temp,
-        Worker(made.writer, made.environment) as writer,
+        Worker(made.writer, made.environment, temp_folder=temp) as writer,
     ):
         chains = None
         if made.is_calibrated:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import Json
-from stillroom.errors import ConfigError, one_line
+from stillroom.errors import ConfigError, StillroomError, one_line
 from stillroom.log import warn
 from stillroom.storage.paths import TEMP_SUFFIX, sync_file, sync_folder
 
@@ -23,8 +23,11 @@ version 5 reads them too and misses its own settings."""
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill, then flushes and renames it to `path`; removes it on error.
 
-    Raises ConfigError if `path` exists and is not empty.
+    Raises ConfigError if `path` exists and is not empty, StillroomError if weights cannot be written (a full disk).
     """
+    # Here, as torch is: other commands import this module for its folders alone.
+    from safetensors import SafetensorError
+
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
@@ -40,6 +43,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temp.replace(path)
         # The rename is durable only once the folder above is flushed.
         sync_folder(path.parent)
+    except SafetensorError as error:
+        # Not an OSError, whatever the system refused.
+        raise StillroomError(f"{path}: weights cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 

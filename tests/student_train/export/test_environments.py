@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import ConfigError, StillroomError
+from stillroom.program import StopRequest
 from student_train.export import environments
 from student_train.export.environments import REQUIREMENTS, folder_of, python_of
 
@@ -14,7 +15,8 @@ FAKE_UV = """#!/bin/sh
 echo "$@" >> "$UV_LOG"
 case "$1" in
   venv) for last; do :; done; mkdir -p "$last/bin"; ln -s "$UV_PYTHON" "$last/bin/python" ;;
-  pip) [ -z "$UV_FAILS" ] || { echo "error: no route to host" >&2; exit 1; } ;;
+  pip) [ "$UV_FAILS" != signal ] || { kill -TERM $PPID; exec sleep 60; }
+       [ -z "$UV_FAILS" ] || { echo "error: no route to host" >&2; exit 1; } ;;
 esac
 """
 
@@ -61,6 +63,29 @@ def test_without_network_nothing_is_left(uv_log: Path, monkeypatch: pytest.Monke
     assert [path.suffix for path in folder_of("gguf").parent.iterdir()] == [".lock"]
     monkeypatch.setenv("UV_FAILS", "")
     assert python_of("gguf").exists()
+
+
+def test_a_signal_leaves_no_half_environment(uv_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_FAILS", "signal")
+    with StopRequest(at_once=True), pytest.raises(KeyboardInterrupt):
+        python_of("gguf")
+    assert [path.suffix for path in folder_of("gguf").parent.iterdir()] == [".lock"]
+
+
+def test_a_real_uv_that_reaches_no_index_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environments.FOLDER_VARIABLE, str(tmp_path / "environments"))
+    for name, value in {
+        "UV_DEFAULT_INDEX": (tmp_path / "none").as_uri(),
+        "UV_EXTRA_INDEX_URL": (tmp_path / "none").as_uri(),
+        "UV_FIND_LINKS": str(tmp_path),
+        "UV_CACHE_DIR": str(tmp_path / "cache"),
+        "UV_OFFLINE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StillroomError, match=r"the environment could not be made: .*point UV_FIND_LINKS at") as raised:
+        python_of("gguf")
+    assert "\n" not in str(raised.value)
+    assert [path.suffix for path in (tmp_path / "environments").iterdir()] == [".lock"]
 
 
 def test_without_uv_the_message_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,20 +1,26 @@
 """Exports in other formats: written, run, compared, described; refused by name; chosen by latency."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, Disagreement, StillroomError
+from student_train import cli
 from student_train.export import worker, writing
 from student_train.export.bench import Load, bench, choose, contestant
 from student_train.export.bench_page import write_bench_page
 from student_train.export.energy import EnergyMeter
 from student_train.export.formats import FORMATS, REFUSED, RUNTIMES, find_format
 from student_train.export.writing import Check, export_folder
+from student_train.model.folder import atomic_folder
 from student_train.result_lines import bench_lines, format_lines
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student
@@ -136,6 +142,58 @@ def test_failures_of_tools_are_one_line_and_leave_nothing(
     )
     with pytest.raises(StillroomError, match="ended during load: killed by SIGKILL: it may need more memory"):
         export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["workers"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_the_tool_and_leaves_nothing(
+    fakes: Path,
+    student: Path,
+    cache: SyntheticCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    for name in ("temporary", "exports"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (fakes / "write_compressed.py").write_text(
+        "import os, tempfile, time\nfrom pathlib import Path\nfrom protocol import serve\n\n"
+        "def write(folder, out, precision, chains):\n"
+        "    Path(out, 'half.safetensors').write_text('half')\n"
+        "    Path(tempfile.mkdtemp(), 'pid').write_text(str(os.getpid()))\n"
+        f"    Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        f"    os.kill(os.getppid(), {int(number)})\n    time.sleep(60)\n\nserve({{'write': write}})\n"
+    )
+    arguments = ["--model", str(student), "--cache", str(cache.root), "--format", "w8a8"]
+    monkeypatch.setattr(sys, "argv", ["student-train", "export", *arguments, "--out", str(tmp_path / "exports" / "a")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert list((tmp_path / "exports").iterdir()) == list((tmp_path / "temporary").iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
+    (fakes / "write_compressed.py").write_text(
+        WRITER.replace("shutil.copy(Path", "raise OSError(28, 'No space left on device')\n    shutil.copy(Path")
+    )
+    with pytest.raises(StillroomError, match=r"write failed: OSError: \[Errno 28\] No space left on device$"):
+        export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
+    # safetensors has an error of its own for what the system refuses.
+    with pytest.raises(StillroomError, match="/out: weights cannot be written: I/O error: No space left"):  # noqa: SIM117
+        with atomic_folder(tmp_path / "out"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
     assert [path.name for path in tmp_path.iterdir()] == ["workers"]
 
 
