@@ -9,11 +9,9 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
 from typing import IO, Any, Self
 
 from rich.cells import cell_len, set_cell_size
@@ -67,9 +65,7 @@ class Progress:
         self._task = self._bar.add_task(self._label, total=max(self._total, 1), completed=self._done, line="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._show()
         self._bar.stop()
         self.print_now()
@@ -157,11 +153,6 @@ def note(message: str) -> None:
     """Prints one line on stderr, with control characters escaped: it may contain text from a cache."""
     report(note=message)
     console.print(harmless(message), markup=False, soft_wrap=True)
-
-
-def is_terminal() -> bool:
-    """Whether results on stdout go to a person rather than a program."""
-    return sys.stdout.isatty()
 
 
 def format_count(number: float) -> str:

@@ -20,7 +20,6 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from types import TracebackType
 from typing import IO, Any, Self
 
 from stillroom.children import follow_parent
@@ -50,9 +49,7 @@ class JudgeProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def prepare(self, kinds: Iterable[str]) -> None:
