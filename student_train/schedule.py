@@ -28,6 +28,7 @@ def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
     num_warmup = round(stage.warmup_frac * num_steps)
     if step < num_warmup:
         return stage.learning_rate * (step + 1) / num_warmup
+    # + 1: the step after the warm-up is already below the peak, and the last one reaches the minimum.
     progress = (step + 1 - num_warmup) / max(1, num_steps - num_warmup)
     if stage.lr_schedule == "constant":
         share = 1.0
@@ -35,6 +36,7 @@ def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
         share = 1.0 - progress
     else:
         share = (1.0 + math.cos(math.pi * progress)) / 2.0
+    # The share of a constant schedule is 1 everywhere, so its minimum must not count.
     low = stage.min_lr_frac if stage.lr_schedule != "constant" else 0.0
     return stage.learning_rate * (low + (1.0 - low) * share)
 
@@ -46,6 +48,7 @@ def scheduled(value: float | ScheduleConfig, step: int, num_steps: int, remainin
     """
     if not isinstance(value, ScheduleConfig):
         return value
+    # A factor sets the decay per step, so it has no end to reach and the length of the stage does not matter.
     if value.factor is not None:
         return value.start * _power(value.factor, step)
     assert value.end is not None
@@ -56,6 +59,7 @@ def scheduled(value: float | ScheduleConfig, step: int, num_steps: int, remainin
         return value.start + (value.end - value.start) * progress
     if value.kind == "cosine":
         return value.end + (value.start - value.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
+    # Geometric: the ratio of neighbouring steps is constant.
     return float(value.start * (value.end / value.start) ** progress)
 
 
@@ -96,6 +100,7 @@ def target_view(
     stage: StageConfig, stored: Sequence[float], mix: LossMix, step: int, num_steps: int, *, has_draws: bool
 ) -> TargetView:
     """What the losses read of the targets at one step; `stored` are the temperatures that the cache holds."""
+    # Exact losses compute their own softmax at any temperature and need no stored log-partition.
     temperature = temperature_at(stage, None if mix.is_exact else stored, step, num_steps)
     partition = None if temperature == 1.0 or mix.is_exact else list(stored).index(temperature)
     return TargetView(has_draws and mix.reads_draws, temperature, partition, mix.reads_chunks, mix.reads_pairs)

@@ -84,6 +84,7 @@ class JudgeQueue:
         judged: list[JudgedSample] = []
         self._settle()
         while self._done:
+            # Looked at before it is taken: an error must stay in the queue for the next call.
             error = self._done[0].exception()
             if error is not None and judged:
                 # Hand over the good verdicts first; the next call raises the error.
@@ -100,6 +101,7 @@ class JudgeQueue:
         """Waits until everything is judged or `hurry` is called; the rest is left to `teacher-cache judge`."""
         while self._pending and not self._hurried and not all(future.done() for future in self._pending):
             time.sleep(POLL_S)
+        # Those that are being checked cannot be cancelled: `close` kills their processes.
         for future in [future for future in self._pending if not future.done()]:
             future.cancel()
             del self._pending[future]
@@ -165,6 +167,7 @@ class Judges:
     def judge(
         self, kind: str, answer: str | None, reference: str | None, metadata: Mapping[str, Any], truncated: bool
     ) -> Verdict:
+        # Blocks until a process is free.
         judge = self._free.get()
         try:
             return judge.judge(kind, answer, reference, metadata, truncated)

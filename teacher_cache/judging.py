@@ -198,6 +198,7 @@ def _count_pending(
     """The judges that are needed, and the number of chains to judge."""
     check_condition(session, "--where", where)
     query = f"SELECT judge, count(*) AS n FROM ({_pending_query('sample_id', kind, where, again)}) GROUP BY judge"
+    # Counted before the first check: the progress bar needs a total, and unknown judges are refused before any work.
     counts = Counter({row["judge"]: row["n"] for row in _select(session, where, query).to_pylist()})
     if kind is None:
         condition = "true" if where is None else in_brackets(where)

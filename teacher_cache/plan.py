@@ -354,12 +354,14 @@ def _count_chains(
                 plan.num_duplicates += 1
                 continue
             seen.add(request.sample_id)
+            # A template refuses a prompt for all of its samples: one example of each is enough.
             if isinstance(request, Failure) and request.reason == "chat_template":
                 refused.setdefault(request.prompt_id, request.message)
             one = sources[request.source if isinstance(request, Failure) else request.prompt.source]
             one.num_chains += 1
             if request.sample_id in visible:
                 one.num_done += 1
+            # After `visible`: a sample that failed and succeeded on a retry is done.
             elif request.sample_id in failed:
                 one.num_failed += 1
             elif (num_tokens := _tokens_of(request, one, max_model_len)) is None:
@@ -367,6 +369,7 @@ def _count_chains(
             else:
                 one.num_left += 1
                 one.tokens_left += num_tokens
+                # Every sample pays for its prompt: APIs bill it per request.
                 num_prompt_tokens += len(request.prompt_token_ids) if isinstance(request, Request) else 0
     for one in plan.sources:
         plan.num_chains += one.num_chains
@@ -395,6 +398,7 @@ def _until_right(
     right = set() if catalog is None else right_samples(config)
     maker = RequestMaker(config, prompts, teacher.tokenizer, teacher.record.fingerprint)
     chains, failures = (_visible_samples(catalog, name) for name in ("chains", "failures"))
+    # The real schedule of the build with the worst luck: the bound cannot drift from what the build does.
     until = UntilRight(config, prompts, maker, chains, failures, right, assume_wrong=True)
     return (one for one in until.requests() if not isinstance(one, Wait)), until.num_total
 
@@ -405,6 +409,7 @@ def _tokens_of(request: Request | Failure, source: SourcePlan, max_model_len: in
         return None
     room = float("inf") if max_model_len is None else max_model_len - len(request.prompt_token_ids)
     if request.completion_token_ids is not None:
+        # To score is to read exactly these tokens; there is no length to guess.
         return request.max_tokens if 0 < request.max_tokens <= room else None
     if room < 1:
         return None
@@ -427,6 +432,7 @@ def _measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalo
         tokens = session.arrow(f"SELECT sum(num_tokens)::BIGINT AS n FROM chains WHERE run_id = '{plan.run_id}'")
     num_tokens = tokens.column("n").to_pylist()[0]
     if num_tokens:
+        # Only this run's shards: another capture stores other numbers of entries per token.
         own = [file for file in catalog.chains.files() if file.path.startswith(f"{plan.run_id}/")]
         plan.bytes_per_token = sum(file.size_bytes for file in own) / num_tokens
         plan.bytes_per_token_measured = True
@@ -450,7 +456,9 @@ def _predict(plan: BuildPlan, config: RunConfig, *, has_cache: bool) -> None:
         plan.bytes_per_token += BYTES_PER_TEMPERATURE * len(capture.temperatures)
     plan.gb_left = plan.tokens_left * plan.bytes_per_token / 1e9
     if isinstance(config.cache, Path):
-        plan.disk_free_gb = shutil.disk_usage(_existing(config.cache)).free / 1e9
+        # The build creates the cache's folder; until then the disk is that of the nearest one that exists.
+        folder = next(one for one in (config.cache.absolute(), *config.cache.absolute().parents) if one.exists())
+        plan.disk_free_gb = shutil.disk_usage(folder).free / 1e9
         plan.fits = plan.gb_left < plan.disk_free_gb
     plan.tokens_per_s = _last_speed(config.cache, plan.run_id) if has_cache else None
     if plan.tokens_per_s:
@@ -467,12 +475,6 @@ def _last_speed(cache: Location, run_id: str) -> float | None:
     together = [last["tokens_per_s"] for last in lasts if newest_s - last["time"] < METRICS_FRESH_S]
     # Workers run side by side, so their rates add up; those of earlier runs do not count.
     return float(sum(together)) or None
-
-
-def _existing(path: Path) -> Path:
-    """The path, or its nearest parent that exists."""
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)
 
 
 def _cost_lines(plan: BuildPlan) -> list[str]:

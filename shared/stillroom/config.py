@@ -62,6 +62,7 @@ class StrictModel(BaseModel):
         for name, field in cls.model_fields.items():
             # The annotation itself, or what a list or an optional block is of.
             for block in (field.annotation, *get_args(field.annotation)):
+                # Blocks of blocks are not searched: a key so far away is more likely a typo.
                 if isinstance(block, type) and issubclass(block, StrictModel) and key in block.model_fields:
                     return name
         return None
@@ -159,6 +160,7 @@ def validate_config(data: Mapping[str, Any], model: type[Model], where: str) -> 
     except ValidationError as error:
         problems = _of_the_meant_kind(error.errors())
         text = "; ".join(_problem(one, data) for one in problems[:3])
+        # One mistake often makes several: the first lines name its cause.
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ConfigError(f"{where}: {text}{more}") from error
 

@@ -55,6 +55,7 @@ class Progress:
             TextColumn("{task.fields[line]}", markup=False),
             console=console,
             transient=False,
+            # A log file gets whole lines from print_now instead of a bar that redraws itself.
             disable=not self._live,
             refresh_per_second=4,
         )
@@ -109,6 +110,7 @@ class Progress:
         first_s, first_tokens = self._window[0]
         last_s, last_tokens = self._window[-1]
         now_rate = (last_tokens - first_tokens) / (last_s - first_s) if last_s > first_s else 0.0
+        # By this process's own work: what was there at the start took no time now.
         new = self._done - self._done_before
         eta = format_duration(elapsed_s / new * left) if new > 0 else "?"
         share = f"{100 * self._done / self._total:.0f}%" if self._total else "100%"

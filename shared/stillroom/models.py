@@ -149,6 +149,7 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
             # SentencePiece writes a space as U+2581; decode would drop the one before a first token.
             pieces[token_id] = token.replace("▁", " ")
         else:
+            # Slow, a call per token, but right for any other tokenizer.
             pieces[token_id] = tokenizer.decode([token_id])
     return pieces
 
@@ -194,6 +195,7 @@ def end_id_of(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> int | None:
     """
     special = {*tokenizer.all_special_ids, *(one for one, t in tokenizer.added_tokens_decoder.items() if t.special)}
     behind = _behind_answer(tokenizer, template_kwargs) if tokenizer.chat_template else ""
+    # Templates end a turn with a token and a line break, some with a line break before it.
     ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if behind else []
     found: int | None = ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
     return found
@@ -257,6 +259,7 @@ def compare_vocab(cached: Location, tokenizer: Any, pieces: Mapping[int, str] | 
     ordinary: list[tuple[int, str | None, str | None]] = []
     special: list[tuple[int, str | None, str | None]] = []
     for token_id in sorted(mine.keys() | theirs.keys()):
+        # An id that one side lacks counts as special there, so the other side decides.
         one, other = mine.get(token_id, (None, True)), theirs.get(token_id, (None, True))
         if one[0] != other[0]:
             (special if one[1] and other[1] else ordinary).append((token_id, one[0], other[0]))
@@ -294,6 +297,7 @@ def fingerprint_folder(folder: Path) -> str:
     weights = _weight_files(folder)
     if not weights:
         raise DataError(f"{folder} holds no weights: use a Hugging Face model folder")
+    # Names count: two shards of a model that were swapped are another model.
     return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
 
 
@@ -421,6 +425,7 @@ def _behind_answer(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
+    # all_special_ids holds those with a role, such as bos and eos; markers such as <think> have none.
     special = set(tokenizer.all_special_ids)
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special or MARKER.match(token.content):

@@ -64,6 +64,7 @@ def new_program(name: str, text: str) -> typer.Typer:
 
 def obey_parent() -> None:
     """What a program does first where another one of ours has started it: end with that one, and report to it."""
+    # pop: programs that this one starts have another parent.
     if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
         follow_parent(int(parent))
     if (descriptor := os.environ.pop(REPORT_VARIABLE, None)) is not None:
@@ -72,6 +73,7 @@ def obey_parent() -> None:
 
 def print_result(result: "Json", lines: list[str], as_json: bool) -> None:
     """A command's result on stdout: one JSON object for programs, or lines for people."""
+    # To the program that started this one, which must not parse what is printed for people.
     report(result=result)
     print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
 

@@ -61,6 +61,7 @@ class StageFeatures:
 
     def read(self, cache: int, sample_ids: Sequence[str]) -> list[StoredRow | None]:
         """Rows of these chains of a cache; None for chains without features. Raises CorruptError."""
+        # Scales and bases are a set's own, so a row must be decoded by the set of the cache that it comes from.
         features = self.sets[cache]
         if features is None:
             return [None] * len(sample_ids)
@@ -204,6 +205,7 @@ def stage_features(mix: LossMix, selection: Selection, sets: Sequence[FeatureSet
             "data.mixture and dpo from this stage's run"
         )
     known = [one for one in sets if one is not None]
+    # One pack may hold chains of several caches, whose features are stacked to one array.
     manifests = {_meaning(one) for one in known}
     if len(manifests) > 1:
         raise ConfigError(
@@ -239,8 +241,10 @@ def with_layers(
             what = "the attention" if is_attention else "middle layers"
             raise ConfigError(f"{term.name} needs {what} of the teacher, which {_stored(features)}")
         pairs = _checked(term, stored, features.manifest.num_layers, num_layers, first=0 if is_attention else 1)
+        # Named once, here: plan, loss and student then read the same pairs.
         update: dict[str, object] = {"layers": dict(pairs)}
         if isinstance(term, ProjectedLoss):
+            # Between equal widths a projection would only add weights to learn.
             same_width = hidden_size == features.hidden_size
             if term.project is False and not same_width:
                 raise ConfigError(

@@ -19,9 +19,9 @@ import pyarrow as pa
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.schema.manifest import ShardHeader
-from stillroom.schema.records import Int32, Int64
+from stillroom.schema.records import Int64
 from stillroom.storage.paths import Location
-from student_train.data.selection import Selection, UInt64, keys_of
+from student_train.data.selection import Selection, UInt64, changes, keys_of
 
 KEPT_GROUPS = 8
 """Row groups in memory: a cache that scored another has its order, so few are wanted at a time."""
@@ -86,7 +86,7 @@ class ChainIndex:
         file_R, group_R = self._file_A[at], self._group_A[at]
         # By file and row group, so that each row group is read once in a call.
         order = np.lexsort((group_R, file_R))
-        starts = np.flatnonzero(_changes(file_R[order]) | _changes(group_R[order]))
+        starts = np.flatnonzero(changes(file_R[order]) | changes(group_R[order]))
         for part in np.split(order, starts[1:]) if len(order) else []:
             file, group = int(file_R[part[0]]), int(group_R[part[0]])
             table = self._group(file, group, tuple(columns(self._headers[file])))
@@ -119,15 +119,10 @@ def _row_keys(selection: Selection, column: str) -> UInt64:
     keys_R = np.zeros(selection.num_chains, np.uint64)
     for group in range(len(selection.file_G)):
         path = selection.path_of(group)
+        # One read of the column serves all selected rows of a group.
         rows = np.flatnonzero(selection.group_R == group)
         shard, _ = open_shard(path)
         with shard:
             table = read_row_group(shard, int(selection.row_group_G[group]), [column], str(path))
         keys_R[rows] = keys_of(table.column(column), selection.where(group))[selection.row_in_group_R[rows]]
     return keys_R
-
-
-def _changes(numbers: Int32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    changes = np.ones(len(numbers), bool)
-    changes[1:] = numbers[1:] != numbers[:-1]
-    return changes

@@ -67,6 +67,7 @@ def train_request(data: DataConfig, number: int, stage: StageConfig) -> Selectio
     key = "data.where" if stage.where is None else f"{stage_key(number, stage.name)}: where"
     where = stage.where or data.where
     if stage.negatives is not None and where is not None:
+        # One selection for both kinds: they share an order and packs, and a mask says which chains are wrong.
         where = f"{in_brackets(where)} OR {in_brackets(stage.negatives.where)}"
         key = f"{key} or negatives.where"
     return SelectionRequest(sources_of(data), where, data.weight, data.max_chains, key=key)
@@ -83,6 +84,7 @@ def right_request(data: DataConfig, config: EvalConfig, number: int, stage: Stag
     """The held-out chains whose likelihood must not fall in a stage with wrong chains."""
     assert stage.negatives is not None
     key = f"{stage_key(number, stage.name)}: eval.where and negatives.right"
+    # Held-out chains: how likely right answers are must be measured where the stage does not push them up itself.
     where = f"{in_brackets(config.where)} AND {in_brackets(stage.negatives.right)}"
     return SelectionRequest(_unweighted(data), where, None, config.max_chains, key=key)
 
@@ -102,6 +104,7 @@ def at_versions_of(request: SelectionRequest, other: Selection) -> SelectionRequ
 
 
 def _unweighted(data: DataConfig) -> list[CacheSource]:
+    # A chain read twice for its weight would count twice in a mean over held-out chains.
     return [CacheSource(one.root, 1.0, one.chains_version, one.verdicts_version) for one in sources_of(data)]
 
 
@@ -131,6 +134,7 @@ def open_data(
     with naming("student.model"):
         tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
         width = vocab_size_of(student.model, student.revision, student.trust_remote_code)
+    # The width of the logits, not the length of the tokenizer: embeddings are often padded beyond it.
     text = HuggingFaceText(tokenizer, width)
     if data.kind == "text":
         return _of_kind(path, open_text_selection(path, request, text, data.text), data)
@@ -143,6 +147,7 @@ def _of_kind(path: Path, selection: Selection, data: DataConfig) -> Selection:
     """`selection`. Raises ConfigError where it was frozen with another `data.kind`, and then kept."""
     if data.kind != "text":
         _require_distributions(selection, data)
+    # The kind is not part of a request, so a folder frozen for another kind would be found and read as this one.
     found = "text" if selection.is_text else "projected" if selection.is_projected else "distributions"
     if found != data.kind:
         raise ConfigError(f"{path} was frozen with data.kind {found}, now it is {data.kind}: choose another run folder")
@@ -261,6 +266,8 @@ def check_temperature(mix: "LossMix", selection: Selection, stage: StageConfig) 
     if mix.is_exact:
         return
     asked = stage.temperature
+    # At another temperature p^(1/T) needs its own normaliser over the whole vocabulary, and of the teacher only a part
+    # of it is stored.
     held = selection.header.temperatures
     if asked == 1.0 or (isinstance(asked, float) and asked in held):
         return
@@ -296,6 +303,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
         return Vocabulary(width, [], same_tokenizer=True)
     if selection.header.kept_ids is not None:
         return _cut_vocabulary(student, selection)
+    # Embeddings of one family are padded differently: Qwen2.5 has 151936 rows at 1.5B, 152064 at 7B.
     num_ids = max(width, selection.header.vocab_size)
     notes = []
     if width < num_ids:
@@ -304,6 +312,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
             f"{num_ids - width} rows are added, each the mean of the others"
         )
     cached = selection.header.tokenizer_fingerprints[0]
+    # Reading two JSON files takes milliseconds, importing transformers to load the tokenizer seconds.
     found = fingerprints_from_files(student.model)
     if found is None or found[0] != cached:
         with naming("student.model"):
@@ -366,6 +375,7 @@ def is_answered(path: Path, request: SelectionRequest) -> bool:
     if not path.exists():
         return False
     header = load_selection(path, [source.root for source in request.sources]).header
+    # Versions are left out: a cache that grew since is no reason to evaluate on other chains.
     return (header.where, header.max_chains) == (request.where, request.max_chains)
 
 
@@ -380,6 +390,8 @@ def before_and_after(evals: Sequence[Json]) -> tuple[Json | None, Json | None]:
         return None, None
     first, last = evals[0], evals[-1]
     is_start = (first["stage_number"], first["step"]) == (0, 0)
+    # A run that was resumed with another `eval` has its first evaluation on other chains: no progress can be read off
+    # that.
     return (first if is_start and first.get("selection") == last.get("selection") else None), last
 
 

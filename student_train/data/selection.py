@@ -223,6 +223,7 @@ def totals_of(rows: pa.Table) -> dict[str, int]:
 def write_selection(path: Path, rows: pa.Table, header: SelectionHeader) -> Selection:
     """Writes rows (SCHEMA, ordered by cache, file, row group, row) and header, hash filled in, to `path`."""
     rows = rows.cast(SCHEMA)
+    # Hashed over what a reader holds in memory, so that the check on loading covers decoding too.
     selection = _selection(path, rows.column, header, None)
     selection = replace(selection, header=header.model_copy(update={"hash": _hash(selection)}))
     table = rows.replace_schema_metadata({METADATA_KEY: selection.header.model_dump_json().encode()})
@@ -294,8 +295,8 @@ def _selection(
     # Chunks of a dictionary column may number the same file differently.
     names = _array(column("file").cast(pa.dictionary(pa.int32(), pa.string())).unify_dictionaries())
     # Rows come ordered by file and row group, so one begins wherever a number changes.
-    file_changes_R = _changes(cache_R) | _changes(names.indices.to_numpy())
-    changes_R = file_changes_R | _changes(row_group_R)
+    file_changes_R = changes(cache_R) | changes(names.indices.to_numpy())
+    changes_R = file_changes_R | changes(row_group_R)
     starts_G = np.flatnonzero(changes_R)
     return Selection(
         header=header,
@@ -313,7 +314,8 @@ def _selection(
     )
 
 
-def _changes(numbers_R: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def changes(numbers_R: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """bool [R]: whether a number differs from the one before it; the first does."""
     changes_R = np.ones(len(numbers_R), bool)
     changes_R[1:] = numbers_R[1:] != numbers_R[:-1]
     return changes_R
@@ -402,6 +404,7 @@ def check_filter_columns(catalog: Catalog, condition: str) -> dict[str, ShardFoo
 
     files = catalog.chains.files()
     with ThreadPoolExecutor(CHECKED_TOGETHER) as pool:
+        # Verdicts decide about `correct` and are small: whole files are hashed instead of single columns.
         verdicts = pool.map(check_hash, map(catalog.verdicts.path_of, catalog.verdicts.files()))
         footers = dict(zip([file.path for file in files], pool.map(check_shard, files), strict=True))
         # A list, so that the first error is raised here.
@@ -481,6 +484,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
         raise ConfigError(_empty_message(catalogs, request))
     weights = rows.column("weight").to_numpy()
     _check_weights(weights, request.weight)
+    # A loss needs a token to predict, and a first token something that it follows from.
     usable = (rows.column("num_tokens").to_numpy() > 0) & (rows.column("num_prompt_tokens").to_numpy() > 0)
     # After the check of weights, so that no row that is left out hides a bad one.
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)

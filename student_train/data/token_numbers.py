@@ -72,6 +72,7 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
     left_R = np.ones(len(keys_R), bool)
     with atomic_path(path) as temp, Progress("match behaviour", len(keys_R), "chains") as progress:
         values_T = new_numbers(temp, np.float32, int(offsets_R[-1]))
+        # nan, not 0: a log probability of 0 would say that the writer was certain.
         values_T[:] = np.nan
         for root in caches:
             catalog = Catalog(root)
@@ -82,6 +83,7 @@ def write_behaviour(path: Path, selection: Selection, caches: Sequence[Location]
                     column = found.table.column("sampled_logprob").combine_chunks()
                     for row, logprobs_T in zip(rows[found.rows].tolist(), column, strict=True):
                         _place(values_T, offsets_R, row, logprobs_T.values.to_numpy(), found.where)
+                    # The first cache that holds a chain wins: a later one may be another student's.
                     left_R[rows[found.rows]] = False
                     progress.update(int((~left_R).sum()), 0)
         if left_R.all():

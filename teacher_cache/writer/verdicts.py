@@ -66,6 +66,7 @@ def commit_verdicts(
         "rule": [sample.verdict.rule for sample in samples],
         "compared": [sample.verdict.compared for sample in samples],
     }
+    # A cache of an older version lacks `rule` and `compared`.
     table.add_columns(VERDICT_SCHEMA)
     temp = verdict_temp(table, worker)
     schema = (
@@ -99,6 +100,7 @@ def commit_verdict_file(table: Table, temp: Path, num_rows: int, run_id: str, wo
     def attempt() -> None:
         table.refresh()
         # Verdicts never exclude each other, so nothing has to be dropped after another commit.
+        # The commit of an earlier attempt may have gone through although its answer was lost.
         if file not in table.files():
             table.commit([file], application, next_sequence(table, application))
 
@@ -132,6 +134,7 @@ class UncommittedVerdicts:
             self._commit()
 
     def _commit(self) -> None:
+        # Emptied first: if the commit fails, __exit__ must not try the same rows again.
         samples, self._samples = self._samples, []
         commit_verdicts(self._table, samples, JUDGE_RUN, self._worker, self._after, self._record)
 

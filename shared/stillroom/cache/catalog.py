@@ -76,6 +76,7 @@ class Table:
         self.folder = folder
         try:
             self._delta: DeltaTable = DeltaTable(str(folder), storage_options=delta_options(folder))
+            # Read before the older version is loaded, which would then be the latest that this handle knows.
             latest = self._delta.version()
             if version is not None and not 0 <= version <= latest:
                 raise DataError(f"{folder} has no version {version}: the latest is {latest}")
@@ -113,6 +114,7 @@ class Table:
         from deltalake import Field, Schema
         from deltalake.exceptions import DeltaError
 
+        # By name alone: the format never changes a column's type.
         known = {one.name for one in self._delta.schema().fields}
         missing = [one for one in schema if one.name not in known]
         if not missing:
@@ -191,7 +193,11 @@ class Table:
         )
         try:
             self._delta.create_write_transaction(
-                actions, mode="append", schema=self._delta.schema(), commit_properties=properties
+                # The table's own schema: ours may be older than the one that another program has extended.
+                actions,
+                mode="append",
+                schema=self._delta.schema(),
+                commit_properties=properties,
             )
         except CommitFailedError as error:
             raise CacheConflict(f"another commit to {self.folder} came first: {first_line(error)}") from error
@@ -206,6 +212,7 @@ class Table:
     def _add_action(self, file: DataFile) -> Any:
         from deltalake.transaction import AddAction
 
+        # A file that was cut by a full disk or a broken upload must not become visible.
         size_bytes = self.path_of(file).stat().st_size
         if size_bytes != file.size_bytes:
             raise CorruptError(f"{self.path_of(file)} has {size_bytes} bytes, {file.size_bytes} were written")

@@ -85,6 +85,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     values, row_offsets = _read_values(table, header, where)
     n_T, ids_E = values["topk_n"].astype(np.int32), values["topk_ids"]
     # Shards of version 1 have no draw_n.
+    # Without draws in the header the column holds zeros only, and to look for draws would cost a pass.
     draw_n_T = values["draw_n"].astype(np.int32) if header.draws and "draw_n" in values else None
     drawn_E = None if draw_n_T is None else _drawn(n_T, draw_n_T)
     if "topk_codes" in values:

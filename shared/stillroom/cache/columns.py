@@ -41,6 +41,7 @@ def list_column(values: Array, lengths_R: Int64) -> pa.Array:
             f"a chain has {ends_R[-1]:,} candidates and draws, but a row group holds {MAX_LIST_ELEMENTS:,}: lower "
             "capture.max_support or draws"
         )
+    # Checked above: int32 would wrap around silently.
     offsets = pa.array(np.concatenate([[0], ends_R]).astype(np.int32))
     array = pa.array(values)
     return pa.ListArray.from_arrays(offsets, array, type=list_of(array.type))

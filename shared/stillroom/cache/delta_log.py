@@ -39,6 +39,7 @@ def log_problems(log: Location) -> list[str]:
     entries, checkpoints = _versions(log)
     if not entries and not checkpoints:
         return ["has no entry: files of this table cannot be distinguished from orphans"]
+    # A checkpoint proves that its version existed even if its entry is gone.
     last, bridged = max(entries | checkpoints), max(checkpoints, default=-1)
     # From 0, also below a checkpoint: tables are created without log cleanup, so no entry may be missing.
     missing = [version for version in range(last + 1) if version not in entries]

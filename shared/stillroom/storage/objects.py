@@ -303,6 +303,7 @@ def _s3_endpoint() -> str | None:
 
 def _facts() -> tuple[str | None, ...]:
     """What the constructors below take from the environment."""
+    # pyarrow finds the keys of S3 and Google by itself.
     names = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
     return (_s3_endpoint(), *(os.environ.get(name) for name in names))
 
