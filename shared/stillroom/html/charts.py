@@ -127,7 +127,6 @@ def line_chart(
     x_label: str,
     y_label: str,
     *,
-    log_y: bool = False,
     from_zero: bool = False,
     marks: Sequence[Mark] = (),
 ) -> Drawing:
@@ -141,14 +140,11 @@ def line_chart(
             # Bands of many lines would hide one another.
             if len(lines) <= MAX_BANDS and line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
-        if log_y:
-            axes.set_yscale("log")
-        elif from_zero:
+        if from_zero:
             axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         _label(axes, x_label, y_label)
-        if not log_y:
-            _plain_ticks(axes.yaxis)
+        _plain_ticks(axes.yaxis)
         if marks:
             for mark in marks:
                 axes.axvline(mark.x, color=_SENTINELS[MUTED], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
