@@ -97,10 +97,12 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     num_stages = [len(run.config().stages) for run in runs]
     found = {}
     for key in dict.fromkeys(key for config in configs for key in config):
+        # A run with fewer stages differs in their number, not in every key of those that it lacks.
         stage = _STAGE_KEY.match(key)
         having = [
             config for config, num in zip(configs, num_stages, strict=True) if stage is None or int(stage[1]) < num
         ]
+        # As JSON, because values may be lists, which a set cannot hold.
         if len({json.dumps(config.get(key)) for config in having}) > 1:
             found[key] = [config.get(key) if config in having else NO_STAGE for config in configs]
     return found
@@ -214,6 +216,7 @@ def _heldout_change(run: Run) -> list[Piece]:
     for measure in MEASURES:
         first, last = before.get(measure.name), after.get(measure.name)
         if first is not None and last is not None:
+            # A percentage of a percentage would be read as percentage points.
             change = f"{100 * (last - first) / first:+.0f}%" if first and measure.unit != "%" else "-"
             rows.append([measure.words, measure.shown(first), measure.shown(last), change])
     note = "Means over held-out tokens. Lower is better, except for agreement."
@@ -264,6 +267,7 @@ def _terms(run: Run) -> list[Piece]:
 
 def _losses(runs: Sequence[Run]) -> list[Piece]:
     """One chart for each part of the loss, and for one run with one loss the sum."""
+    # By number, so that a run has one colour on all charts, whichever of them it is on.
     runs_by_number = {number: run for number, run in enumerate(runs) if run.steps}
     if not runs_by_number:
         return []

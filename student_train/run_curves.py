@@ -123,6 +123,7 @@ class Run:
         }
         before, points = 0.0, []
         for one in self.evals:
+            # Before the first step of a stage no step has these numbers: it stands where the stage before ended.
             before = done.get((one["stage_number"], one["step"]), before)
             if one.get(name) is not None and one.get("selection") == self.evals[-1].get("selection"):
                 points.append((before, one[name]))
@@ -158,6 +159,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         if not steps and not evals:
             raise DataError(f"{folder} has no metrics.jsonl with at least one step: use a run folder")
         name = folder.resolve().name
+        # The runs of a sweep often have one name in folders of their own.
         if sum(other.resolve().name == name for other in folders) > 1:
             name = f"{folder.resolve().parent.name}/{name}"
         runs.append(Run(name, run, steps, evals))

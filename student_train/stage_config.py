@@ -181,6 +181,7 @@ class PruneConfig(StrictModel):
     @property
     def axes(self) -> list[str]:
         """All axes that are cut."""
+        # In the order of PRUNED_AXES, whatever order the file has: plans and records of equal cuts are equal.
         named = [axis for axis in PRUNED_AXES if self.number_of(axis) is not None]
         return [*named, *(axis for axis in self.along_axes if axis not in named)]
 
@@ -307,6 +308,7 @@ class StageConfig(StrictModel):
     def _weights_alone(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        # `forward_kl: 0.9` is short for `forward_kl: {weight: 0.9}`.
         return {name: {"weight": one} if isinstance(one, int | float) else one for name, one in value.items()}
 
     @model_validator(mode="after")
@@ -324,6 +326,7 @@ class StageConfig(StrictModel):
         tau = self.temperature
         if isinstance(tau, ScheduleConfig) and tau.kind == "elastic":
             raise ValueError("temperature cannot be elastic: give it a linear, cosine or exponential schedule")
+        # Schedules are monotonic, so their ends bound them.
         low = tau if isinstance(tau, float) else min(one for one in (tau.start, tau.end) if one is not None)
         if low <= 0:
             raise ValueError(f"temperature {low} must be above 0")

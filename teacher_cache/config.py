@@ -532,6 +532,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | No
         raise ConfigError(f"{path} names prompts, for which chains are generated: teacher-cache build {path}")
     for override in overrides:
         apply_override(data, override)
+    # With neither block the command decides which one is reported missing.
     scores = command == "score" or "completions" in data
     config = validate_config(data, ScoreConfig, str(path)) if scores else validate_config(data, BuildConfig, str(path))
     if isinstance(config.engine, EmbeddedConfig):

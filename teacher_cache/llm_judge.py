@@ -80,6 +80,7 @@ def opinions(config: LlmJudgeConfig, questions: Iterable[Question]) -> Generator
             if verdict is None:
                 yield one
             else:
+                # Handed over between replies: whoever reads the questions gets nothing for these.
                 settled.append(Opinion(one.key, verdict))
 
     found = _of_engine(config, to_ask()) if config.endpoint is None else _of_endpoint(config, to_ask())
@@ -162,6 +163,7 @@ def _of_endpoint(config: LlmJudgeConfig, questions: Iterator[Question]) -> Gener
 
 async def _give_up(http: Any, tasks: "set[asyncio.Task[Opinion]]") -> None:
     for task in tasks:
+        # Cancelled and awaited before the client closes, or their requests would fail without anyone to hear it.
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await http.__aexit__(None, None, None)
@@ -265,6 +267,7 @@ def _of_outcome(config: LlmJudgeConfig, tokenizer: Any, one: Question, outcome: 
     if not isinstance(outcome, Finished):
         return Opinion(one.key, undecided(f"refused: {outcome.message}"), was_refused=True)
     ids = outcome.capture.token_ids_T.tolist()
+    # The token that ends the turn is not part of the reply.
     if outcome.finish_reason == "stop" and ids[-1] in tokenizer.all_special_ids:
         ids = ids[:-1]
     # Special tokens stay: </think> may be one.

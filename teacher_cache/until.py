@@ -145,6 +145,7 @@ class UntilRight:
         sample_id = request.sample_id
         if sample_id in self._chains:
             one.num_right += sample_id in self._right_samples
+        # No verdict will come of these, and none of them is right.
         elif isinstance(request, Failure) or sample_id in self._failures or self._assume_wrong:
             pass
         elif one.is_judged:
@@ -155,6 +156,7 @@ class UntilRight:
     def _schedule(self, one: _Prompt) -> None:
         """Decides on the prompt's next sample: now, after a verdict, or never."""
         if one.next_index < one.most:
+            # Open answers count as right: another sample is drawn only when one of them turns out wrong.
             if one.next_index < one.least or one.num_right + one.num_open < self._right:
                 self._ready.append(one)
                 return

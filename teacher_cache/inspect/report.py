@@ -71,6 +71,7 @@ def sample_signals(catalog: Catalog, max_tokens: int = MAX_TOKENS) -> SignalSamp
     if not files:
         return None
     step = max(1, -(-len(files) // MAX_SHARDS))
+    # Files are in the order of their paths, so every nth one spreads the sample over runs and workers.
     chosen = files[::step]
     parts: list[dict[str, np.ndarray]] = []
     num_tokens, max_support, entropy, is_whole = 0, 0, "exact", len(chosen) == len(files)
@@ -79,6 +80,7 @@ def sample_signals(catalog: Catalog, max_tokens: int = MAX_TOKENS) -> SignalSamp
         shard, header = open_shard(path)
         max_support = max(max_support, header.max_support)
         entropy = header.entropy if header.entropy != "exact" else entropy
+        # A share for each shard, so that the first ones do not use up all of it.
         budget = max_tokens * (number + 1) // len(chosen)
         with shard:
             for group in range(shard.num_row_groups):
@@ -141,7 +143,7 @@ def _overview(stats: CacheStats) -> Piece:
             Number("answers right", _percent(stats.pass_rate), judged),
             Number(
                 "truncated",
-                _percent(_ratio(stats.num_truncated, stats.num_chains)),
+                _percent(stats.num_truncated / stats.num_chains if stats.num_chains else None),
                 format_plural(stats.num_truncated, "chain"),
             ),
             Number("mean entropy", _unit(stats.mean_entropy, "", 2), "nats per token"),
@@ -446,10 +448,6 @@ def _examples(session: Session, catalog: Catalog) -> list[Piece]:
     columns = ["chain", "sample", "source", "verdict", "tokens", "entropy (nats)", "prompt"]
     note = f"Read one token by token: teacher-cache show {catalog.root} {rows[0][1]} --html chain.html"
     return [Table("Extremes", columns, rows, note, right=frozenset({4, 5}), long=frozenset({6}))]
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 def _percent(share: float | None, digits: int = 0) -> str:

@@ -258,6 +258,7 @@ def _usage(session: Session, catalog: Catalog) -> Usage:
 
 def _cost(usage: Usage, whole: dict[str, Any], price_per_hour: float) -> Cost:
     cost = usage.worker_seconds / 3600 * price_per_hour
+    # The average of judged chains times their number: whole again but for rounding.
     num_right = round((whole["pass_rate"] or 0) * whole["num_judged"])
     return Cost(
         price_per_hour=price_per_hour,

@@ -66,6 +66,7 @@ def head_of(head: "nn.Module", config: Mapping[str, Any], norm: "nn.Module | Non
     scale = 1.0
     # Cohere and Falcon-H1 multiply logits, Granite divides them, Gemma caps them.
     scale *= float(config.get("logit_scale") or 1.0) * float(config.get("lm_head_multiplier") or 1.0)
+    # `or`: a key that is there with null means the same as none.
     scale /= float(config.get("logits_scaling") or 1.0)
     softcap = config.get("final_logit_softcapping")
     facts: dict[str, Any] = {}
@@ -77,6 +78,7 @@ def head_of(head: "nn.Module", config: Mapping[str, Any], norm: "nn.Module | Non
 
 def final_norm(decoder: "nn.Module") -> "nn.Module | None":
     """The norm between the last decoder layer and the head: the decoder's own child of that name, if there is one."""
+    # GPT-2 calls it ln_f, most others norm. The last one: some decoders also norm their embeddings.
     names = [name for name, _ in decoder.named_children() if "norm" in name or name.startswith("ln_f")]
     return decoder.get_submodule(names[-1]) if names else None
 

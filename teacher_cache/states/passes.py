@@ -202,6 +202,7 @@ class FeaturesPass:
 
     def _create_set(self, engine: StatesEngine) -> OpenSet:
         """Calibrates on the first chains by hash, whichever worker has them."""
+        # By hash over all shards: the chains of one shard may be of one source.
         chains = sorted((place.sample_id, unit, place) for unit in self.units for place in unit.places)
         chosen: dict[tuple[str, int], list[Place]] = {}
         units: dict[tuple[str, int], Unit] = {}

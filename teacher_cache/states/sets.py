@@ -69,6 +69,7 @@ class OpenSet:
             )
         if self.manifest.attention is not None:
             heads = self.manifest.attention.heads
+            # Only the heads that were chosen at calibration; the engine returns all of a layer.
             keys_PHM = np.stack([states.attention[layer].keys_PHM[:, head] for layer, head in heads], axis=1)
             weights_PHM = np.stack([states.attention[layer].weights_PHM[:, head] for layer, head in heads], axis=1)
             attention = encode_attention(keys_PHM, weights_PHM, chain.num_context)
@@ -149,6 +150,7 @@ def create_set(
         note(f"fitting the set {set_id} on {format_count(num_tokens)} tokens of {len(calibration)} chains")
         head = engine.head() if wanted.hidden else None
         error = None
+        # Invented states reproduce nothing.
         if head is not None and engine.is_teacher:
             error = _check_states(head, calibration, states)
         stored, codecs = _fit_vectors(config, wanted, head, states)
@@ -234,6 +236,7 @@ def _choose_heads(config: FeaturesConfig, wanted: Wanted, states: Sequence[State
         num_heads = len(entropy_H)
         # Of equal entropies the lower head, so that two workers would choose alike.
         order_H = np.argsort(-entropy_H if attention.entropy == "high" else entropy_H, kind="stable")
+        # - 1e-9: 0.28 of 25 heads is 7.000000000000001 as a float, and would be 8.
         kept = np.sort(order_H[: max(1, int(np.ceil(attention.keep_frac * len(entropy_H) - 1e-9)))])
         heads += [(layer, int(head)) for head in kept]
         entropies += [float(entropy_H[head]) for head in kept]

@@ -163,6 +163,7 @@ class Recorder:
                 outcome = self._queue.get(WAKE_S)
                 if outcome is not None:
                     self._record(outcome)
+                # A flush waits until the queue is empty: what is in it still fits the same shard.
                 if self._is_due() or (outcome is None and self._is_flushing.is_set()):
                     self._is_flushing.clear()
                     self._close_shard()
@@ -255,6 +256,7 @@ class MetricsLog:
     def __init__(self, path: Location) -> None:
         self._path, self._local = path, spool(path.parent) / path.name
         if not isinstance(path, Path) and path.exists():
+            # An upload replaces the whole object, so it must begin with what earlier processes wrote.
             self._local.write_text(path.read_text(), encoding="utf-8")
         self._stream = self._local.open("a", encoding="utf-8")
         if not _ends_whole(self._local):
@@ -309,6 +311,7 @@ class MetricsLog:
 
 def last_metrics(path: Location) -> dict[str, Any] | None:
     """The newest complete line of a log, None if there is none."""
+    # From the end, and on after a broken line: a kill may have cut the last one short.
     for line in reversed(path.read_bytes().splitlines()):
         with contextlib.suppress(ValueError):
             found = json.loads(line)

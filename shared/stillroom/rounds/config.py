@@ -121,6 +121,7 @@ def train_config(config: RoundsConfig, number: int) -> Json:
 def off_policy_caches(config: RoundsConfig) -> list[Any]:
     """Entries of train.data.caches: paths, or mappings with a path."""
     caches = _block(config.train, "data").get("caches") or []
+    # What is not a list is left for the training configuration to refuse by its key.
     return list(caches) if isinstance(caches, list) else [caches]
 
 
