@@ -58,6 +58,7 @@ def reference() -> str:
     for commands, root in PROGRAMS:
         parts.append(f"## {commands}\n")
         for path, model in _blocks(root):
+            # A block of several programs is described once; a root always has its section.
             if path and model in seen:
                 continue
             seen.add(model)
@@ -72,6 +73,7 @@ def fields_without_text() -> list[str]:
         for _, root in PROGRAMS
         for _, model in _blocks(root)
         for name, field in model.model_fields.items()
+        # The only value of `kind` is in its type.
         if not field.description and name != "kind" and not _models(field.annotation)
     ]
 
@@ -135,6 +137,7 @@ def _type_words(annotation: Any) -> str:
     if origin is list:
         return f"list of {_type_words(parts[0])}"
     if origin is dict:
+        # Any as value: whatever another library understands, such as options of vLLM.
         keys = "numbers" if parts[0] is int else "names"
         return "mapping" if parts[1] is Any else f"mapping of {keys} to {_type_words(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -147,6 +150,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True, validated_data={})
+    # A block's defaults are in its own table.
     if value is PydanticUndefined or isinstance(value, BaseModel):
         return ""
     if isinstance(value, dict):

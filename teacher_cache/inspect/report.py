@@ -385,11 +385,11 @@ def _failures(session: Session, stats: CacheStats) -> list[Piece]:
 
 def _scrubbed(stats: CacheStats) -> list[Piece]:
     """Personal data in prompts, by kind."""
+    if not stats.scrubbed:
+        return []
     rows = [[kind, f"{num:,}"] for kind, num in stats.scrubbed.items()]
     note = "" if stats.scrubbed_sample is None else f"As in: {_first_line(stats.scrubbed_sample)}"
-    return [Table("Personal data replaced in prompts", ["kind", "times"], rows, note, right=frozenset({1}))] * bool(
-        rows
-    )
+    return [Table("Personal data replaced in prompts", ["kind", "times"], rows, note, right=frozenset({1}))]
 
 
 def _storage(session: Session, stats: CacheStats) -> list[Piece]:

@@ -46,6 +46,7 @@ def print_chain(sample: Sample) -> None:
     for message in sample.messages:
         _heading(console, f"prompt, {one_line(message['role'])}")
         console.print(harmless(message["content"]), markup=False)
+    # Not each piece by itself: a character may be spread over several tokens.
     texts = readable(sample.pieces_T)
     levels_T = levels_of(top1_prob_of(sample))
     for name, start, stop in parts_of(sample):
@@ -138,6 +139,7 @@ def draws_of(sample: Sample, position: int) -> str | None:
 def top1_prob_of(sample: Sample) -> Float32:
     """Probability of the first choice of each token, [T] float32."""
     n_T = sample.signals.topk_n_T
+    # Candidates are stored from the most probable one on.
     starts_T = np.cumsum(n_T, dtype=np.int64) - n_T
     probs_T: Float32 = np.exp(sample.signals.topk_logprobs_N[starts_T])
     return probs_T
@@ -250,6 +252,7 @@ def _data(sample: Sample) -> dict[str, Any]:
             {
                 "sampled": number_of(int(sample.token_ids_T[at])),
                 "rank": int(signals.sampled_rank_T[at]),
+                # Rounded: a chain of 32,000 tokens has 640,000 numbers here, and the page has to open at once.
                 "prob": round(float(np.exp(signals.sampled_logprob_T[at])), 6),
                 "entropy": round(float(signals.entropy_T[at]), 4),
                 "ids": [number_of(token) for token in signals.topk_ids_N[shown].tolist()],

@@ -144,6 +144,7 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
     (whole,) = session.arrow(f"SELECT {_COUNTS} FROM chains").to_pylist()
     files = catalog.chains.files()
     shard_bytes = sum(file.size_bytes for file in files)
+    # From the footers, as written: compressed sizes of columns are not in the log.
     listed = ", ".join(quote(name) for name in SIGNAL_COLUMNS)
     (signals,) = session.arrow(
         f"SELECT coalesce(sum(bytes), 0)::BIGINT AS bytes FROM storage WHERE column_name IN ({listed})"
@@ -155,6 +156,7 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
     num_tokens = whole["num_tokens"]
     usage = _usage(session, catalog)
     scrubbed = session.arrow(
+        # Once a prompt: every chain of it carries the same counts.
         "SELECT key AS kind, sum(try_cast(value AS BIGINT))::BIGINT AS num, any_value(prompt) AS prompt FROM"
         " (SELECT DISTINCT ON (prompt_id) prompt_id, prompt, json_extract(metadata, '$.scrubbed') AS counts"
         f"  FROM chains WHERE {WAS_SCRUBBED}), json_each(counts)"

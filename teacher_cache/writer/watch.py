@@ -50,6 +50,7 @@ class SampleWatch:
         excess_T = np.maximum(logprob_T + entropy_T, MIN_NATS)
         self._num_chains += 1
         self._num_tokens += len(excess_T)
+        # Bounded as the excess is, or one token of -inf would make the printed mean -inf.
         self._logprob += float(np.maximum(logprob_T, MIN_NATS).sum())
         self._entropy += float(entropy_T.sum())
         self._excess += float(excess_T.sum())
@@ -75,6 +76,7 @@ class SampleWatch:
 
 def is_watched(finished: Finished) -> bool:
     """Whether the chain was generated in a way that cannot lower the mean log probability."""
+    # Each of the others can prefer improbable tokens without anything being wrong.
     sampling = finished.request.sampling
     return (
         finished.request.completion_token_ids is None
@@ -92,5 +94,6 @@ def max_entropy(capture: Capture, vocab_size: int) -> npt.NDArray[np.float64]:
     logprobs_TK = capture.topk_logprobs_TK.astype(np.float64)
     probs_TK = np.exp(logprobs_TK)
     known_T = -(probs_TK * np.maximum(logprobs_TK, MIN_NATS)).sum(axis=1)
+    # Rounded probabilities may add up to more than 1, and the logarithm of nothing is not a number.
     tail_T = np.clip(1.0 - probs_TK.sum(axis=1), 1e-12, 1.0)
     return np.asarray(known_T + tail_T * np.log(max(1, vocab_size - probs_TK.shape[1]) / tail_T))
