@@ -14,7 +14,17 @@ import typer
 
 from stillroom.errors import ConfigError, StillroomError, one_line
 from stillroom.log import note, warn
-from stillroom.program import DAMAGED, FAILED, INTERRUPTED, AsJson, StopRequest, new_program, print_result, run_program
+from stillroom.program import (
+    DAMAGED,
+    FAILED,
+    INTERRUPTED,
+    AsJson,
+    StopRequest,
+    new_program,
+    print_result,
+    run_and_leave,
+    run_program,
+)
 
 if TYPE_CHECKING:
     from teacher_cache.building import BuildResult
@@ -569,8 +579,13 @@ def gc(
     print_result({**asdict(report), "freed_bytes": report.freed_bytes}, gc_lines(report), as_json)
 
 
-def main() -> None:
+def program() -> None:
     """Entry point."""
+    run_and_leave(main)
+
+
+def main() -> None:
+    """The program, for callers that go on."""
     # torch reads it when it is loaded, which tokenizers do long before the engine starts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run_program(app, "teacher-cache", ("build", "augment", "score", "features", "rounds", "copy"))
@@ -625,4 +640,4 @@ def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_
 
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -70,3 +71,12 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert end.value.code == 1
     said = "program: out.csv: No space left on device\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_program_leaves_with_its_code_once_it_has_cleaned_up() -> None:
+    script = (
+        "import atexit, sys; from stillroom.program import run_and_leave;"
+        "atexit.register(print, 'cleaned', end=''); run_and_leave(lambda: sys.exit(3))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "cleaned", "")
