@@ -167,10 +167,18 @@ class _FusedLoss(torch.autograd.Function):
         # In place, or the weight's gradient would exist twice; a second backward (retain_graph) is then refused by
         # autograd's version check. The product comes before the cast, so that fp16 loss scales do not overflow.
         gradients = [
-            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+            None if gradient is None else _times(gradient, grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None, None, None, None
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    # On a GPU, reading the factor would wait for it.
+    if factor.is_cpu and factor.item() == 1.0:
+        torch.autograd.graph.increment_version(gradient)
+        return gradient
+    return gradient.mul_(factor)
 
 
 def _forward(

@@ -75,8 +75,7 @@ def test_only_the_gradients_asked_for_are_computed(trains_hidden: bool, trains_w
     with Allocations() as recorded:
         sums = fused_loss(hidden_NH, weight_VH, sparse(dense_NV), DEFAULT_MIX, chunk_tokens=N)
         sums.loss_sum.backward()
-    assert count("mm", recorded) == 1 + trains_hidden
-    assert count("addmm_", recorded) == trains_weight
+    assert count("mm", recorded) == 1 + trains_hidden + trains_weight
     assert (hidden_NH.grad is not None, weight_VH.grad is not None) == (trains_hidden, trains_weight)
 
 
