@@ -121,6 +121,7 @@ def heldout_prompts(
         raise ConfigError(
             f"--generate: no prompt of the chains with {where!r} names a judge, so no answer can be judged"
         )
+    # Before anything is generated: a judge that is not installed would show after an hour.
     for judge in {prompt.judge for prompt in chosen[:num_prompts]}:
         require_judge(judge)
     return chosen[:num_prompts]
@@ -142,6 +143,7 @@ def generate_and_judge(
         num_correct=num_correct,
         num_wrong=num_wrong,
         num_undecided=len(given) - num_correct - num_wrong,
+        # Undecided answers say nothing about the student: a check timed out, or there is no reference.
         accuracy=num_correct / (num_correct + num_wrong) if num_correct + num_wrong else None,
         teacher_accuracy=sum(known) / len(known) if known else None,
         truncated_frac=sum(one.is_cut for one in given) / len(given),
@@ -186,6 +188,7 @@ class ChosenLogprobs:
     def __call__(self, ids_BL: Tensor, logits_BV: Tensor) -> Tensor:
         """Called before each token is chosen, with the tokens so far. Leaves the logits as they are."""
         self.chose(ids_BL[:, -1:])
+        # Kept until the next call, which shows what was chosen from it.
         self._before_BV = logits_BV.float().log_softmax(dim=-1)
         return logits_BV
 
@@ -214,6 +217,7 @@ def generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_ids(model)
+    # Many models have no padding token. The mask hides these positions, so any id will do.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids_BL = torch.full((len(prompts), longest), padding, dtype=torch.int64)
@@ -270,6 +274,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int], first: int | None) -> str | Non
 def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render | None) -> Iterator[AskedPrompt]:
     catalog = Catalog(location(cache.root), cache.chains_version, cache.verdicts_version)
     query = (
+        # All chains of a prompt have the same messages and reference, so any value is the value.
         "SELECT a.prompt_id, any_value(s.messages) AS messages, any_value(s.prompt_token_ids) AS ids, "
         "any_value(s.reference) AS reference, any_value(s.metadata) AS metadata, any_value(s.run_id) AS run_id, "
         "any_value(s.source) AS source, "

@@ -55,6 +55,7 @@ def plan_run(config: TrainConfig, num_ranks: int) -> Json:
             folder,
             num_ranks,
             is_first=True,
+            # A plan is one process, whatever the number of ranks it is for.
             barrier=lambda: None,
             spare=Path(temp) if folder == config.run else None,
         )
@@ -80,6 +81,7 @@ def _folder_of_plan(config: TrainConfig, run: RunFolder, temp: Path, held: conte
     """
     if config.data.kind == "distributions":
         return temp
+    # Projecting a large cache takes hours: the run must find what its plan has made.
     try:
         held.enter_context(run.lock())
     except (CacheConflict, OSError):
@@ -122,6 +124,7 @@ def _stage(stage: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: in
         "pack_fill": packed_tokens / (packs * config.data.pack_tokens) if packs else None,
         "packs_per_step": stage.packs_per_step,
         "accumulation": stage.accumulation,
+        # The last step of an epoch is counted whole, although the next epoch fills it.
         "steps_per_epoch": -(-packs // stage.packs_per_step),
         "num_steps": stage.num_steps,
         "losses": {term.name: _targets_of(term, header, stage.features) for term in stage.mix.all},
@@ -145,6 +148,7 @@ def _temperatures(stage: StagePlan) -> list[tuple[int, float]]:
     """(first step, temperature) of each run of equal temperatures; both ends of a schedule that is followed exactly."""
     if not stage.mix.is_exact:
         return temperature_steps(stage.config, stage.selection.header.temperatures, stage.num_steps)
+    # Exact losses take every temperature of a schedule, another one at each step.
     found = temperature_steps(stage.config, None, stage.num_steps)
     return found if len(found) <= 2 else [found[0], found[-1]]
 
@@ -201,6 +205,7 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
         "body": shape.num_parameters - num_ends,
         "lora": _lora_size(stage, shape.linear_widths),
     }[stage.trainable]
+    # Adapters are weights besides the model; all other choices train what is there.
     extra = trained if stage.trainable == "lora" else 0
     num_projected = _num_projected(planned, shape)
     trained, extra = trained + num_projected, extra + num_projected

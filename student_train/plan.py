@@ -260,6 +260,7 @@ def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
     if not is_paired(stage):
         request = negatives_request(data, plan.index, stage)
         negatives = shared.opened(run.negatives_path(stage.name), request, _open_plain)
+        # By key: this selection holds right chains too, so its row numbers are others.
         is_negative_R = np.isin(selection.key_R, negatives.key_R)
         if not is_negative_R.any():
             raise ConfigError(f"{request.key} {request.where!r} selects none of the chains that data.max_chains leaves")
@@ -306,6 +307,7 @@ def _check_prunes(config: TrainConfig) -> None:
             require_layers(model)
             if stage.prune.rank_layers == "importance" and config.data.kind == "text":
                 raise ConfigError("prune.rank_layers: importance needs distributions, and data.kind: text has none")
+            # The next cut starts from what this one leaves.
             if set(stage.prune.axes) - {"layers"} or stage.prune.parameters is not None:
                 layout, first = layout_of(model)
                 sizes = planned_sizes(layout, replace(sizes or first, layers=num_layers), stage.prune)
@@ -337,6 +339,7 @@ def _check_balance(config: TrainConfig) -> None:
 def _require_lora_targets(layers: list[str], lora: LoraConfig) -> None:
     """Raises ConfigError for a target that is the name, or the end of the dotted name, of no layer that peft adapts."""
     for target in lora.targets or []:
+        # peft adapts every layer whose dotted name ends so.
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
             raise ConfigError(f"lora.targets: the student has no linear layer {target!r}: there are {known}")
@@ -346,6 +349,7 @@ def _require_one_teacher_vocabulary(selections: list[Selection]) -> None:
     found = {
         (*selection.header.tokenizer_fingerprints, str(selection.header.vocab_size))
         for selection in selections
+        # A selection of text has the ids of the student, not of a teacher.
         if not selection.is_text
     }
     if len(found) > 1:
@@ -380,6 +384,7 @@ def _stage_plan(
 ) -> StagePlan:
     stage, features = config.stages[index], None
     spec = plan_spec(config, index)
+    # Neither given: one epoch. max_steps alone reads as many epochs as it needs.
     num_epochs = stage.epochs if stage.epochs is not None or stage.max_steps is not None else 1
     with _naming_stage(index, stage):
         num_steps = _num_steps(selection, spec, num_epochs, stage, config.data)

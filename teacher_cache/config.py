@@ -302,6 +302,7 @@ class SamplingConfig(StrictModel):
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and isinstance(data.get("preset"), str):
+            # An unknown preset is refused by its type afterwards, with the names that there are.
             return {**SAMPLING_PRESETS.get(data["preset"], {}), **data}
         return data
 
@@ -359,6 +360,7 @@ class CaptureConfig(StrictModel):
             raise ValueError(f"{bad[0]:g} is out of range: use temperatures from 0.05 to 100 other than 1")
         if len(set(value)) < len(value):
             raise ValueError("a temperature is listed twice")
+        # The order is part of the run id: equal sets must be equal runs.
         return sorted(value)
 
 
@@ -431,6 +433,7 @@ class BuildConfig(RunConfig):
     def _greedy_source_repeats(self) -> Self:
         for source in self.prompts.sources:
             temperature = self.sampling.temperature if source.temperature is None else source.temperature
+            # Again by source: each may override what the block above has checked.
             until, samples = self.sampling.until, source.samples or self.sampling.samples
             if temperature == 0 and (samples > 1 or until is not None):
                 asked = "samples > 1" if samples > 1 else "sampling.until"
@@ -504,6 +507,7 @@ class LlmJudgeConfig(StrictModel):
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Self:
         of_endpoint, of_engine = {"api_key_env", "max_in_flight", "max_attempts", "timeout_s"}, {"engine", "revision"}
+        # By what was written, not by value: a setting without effect is refused even at its default.
         unused, how = (of_endpoint, "without") if self.endpoint is None else (of_engine, "with an")
         if idle := sorted(unused & self.model_fields_set):
             raise ValueError(f"{idle[0]} has no effect {how} endpoint")
@@ -548,6 +552,7 @@ def api_address(value: str) -> str:
         raise ValueError(f"the address of {value.rpartition('@')[2]} holds a password: use api_key_env")
     if not _is_server_address(value):
         raise ValueError(f"{value!r} is not a server address: expected a form like http://host:8000/v1")
+    # Documentation of APIs often gives the address of the request instead of the base.
     address = value.rstrip("/").removesuffix("/chat/completions")
     return address if urlsplit(address).path else f"{address}/v1"
 

@@ -91,6 +91,7 @@ def main() -> int:
     if arguments.here is not None:
         check = next(one for one in CHECKS if one.name == arguments.here)
         with tempfile.TemporaryDirectory(prefix="stillroom-gpu-") as folder:
+            # On a line of its own: libraries may have left one unfinished.
             print("\n" + json.dumps(check.run(device, Path(folder), arguments.model)))
         return 0
     results: dict[str, Json] = {}
@@ -127,6 +128,7 @@ def run_check(check: Check, device: str, model: Path | None) -> Json:
     seconds = round(time.monotonic() - started_s, 1)
     if ran.returncode != 0:
         return {"problems": [f"ended with {ran.returncode}: {' '.join(ran.stderr.split())[-400:]}"], "seconds": seconds}
+    # The last line: libraries print before it.
     found: Json = json.loads(ran.stdout.rstrip().rpartition("\n")[2])
     return {**found, "seconds": seconds}
 
@@ -290,6 +292,7 @@ def check_loss(device: str, _folder: Path, _model: Path | None) -> Json:
     for dtype, limit in ((torch.float32, 3e-4), (torch.bfloat16, 5e-2)):
         worst = 0.0
         for loss in ONE_OF_EACH:
+            # It compares chunks of text, which dense distributions do not have.
             if loss.name == "chunk_likelihood":
                 continue
             # The reference starts from the rounded tensors: their rounding is no error of the loss.
@@ -305,6 +308,7 @@ def check_loss(device: str, _folder: Path, _model: Path | None) -> Json:
             for own, dense in pairs:
                 error = float((own.double().cpu() - dense).norm() / dense.norm())
                 worst = max(worst, error)
+                # `not <=`: nan fails too.
                 if not error <= limit:
                     problems.append(f"{loss.name} in {str(dtype).removeprefix('torch.')}: relative error {error:.1e}")
         found[f"worst relative error, {str(dtype).removeprefix('torch.')}"] = f"{worst:.1e}"
@@ -367,6 +371,7 @@ def check_training(device: str, folder: Path, _model: Path | None) -> Json:
     for name, (first, last) in losses.items():
         if not last < first:
             problems.append(f"{name}: the loss does not fall: {first:.4f} to {last:.4f}")
+        # Nothing to compare with where the run in float32 failed.
         for kind, own, wanted in zip(("first", "last"), (first, last), losses.get("float32", ()), strict=False):
             if not abs(own - wanted) <= 0.02 * wanted:
                 problems.append(f"{name}: {kind} loss {own:.4f}, {wanted:.4f} in float32")

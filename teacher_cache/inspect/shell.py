@@ -76,6 +76,7 @@ class SqlShell:
             history=_history(),
             lexer=PygmentsLexer(SqlLexer),
             completer=WordCompleter(self._words(), ignore_case=True, match_middle=False),
+            # On Tab only: caches have dozens of columns, and a menu of them would hide what is above.
             complete_while_typing=False,
             # Asked at every Enter, when `prompt` is bound.
             multiline=Condition(lambda: not is_complete(prompt.default_buffer.text)),
@@ -87,6 +88,7 @@ class SqlShell:
         while True:
             try:
                 text = prompt.prompt().strip()
+            # At the prompt Ctrl-C drops the line, as in any shell.
             except KeyboardInterrupt:
                 continue
             except EOFError:
@@ -123,6 +125,7 @@ class SqlShell:
         elif name == ".tables":
             self._tables()
         elif name == ".schema":
+            # Of an attached cache: `r1.chains`.
             _, _, view = argument.rpartition(".")
             if view not in VIEWS:
                 raise ConfigError(f".schema {argument}: choose one of {', '.join(VIEWS)}")

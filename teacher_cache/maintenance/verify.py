@@ -79,6 +79,7 @@ def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport
     has_features = (root / "features" / "_delta_log").is_dir()
     for name in (*TABLES, *(["features"] if has_features else [])):
         log = root / name / "_delta_log"
+        # An entry that is missing explains whatever else cannot be read.
         problems = log_problems(log) or broken_entries(log)
         report.problems += [Problem(f"{name}/_delta_log", text) for text in problems]
     # Without a whole log nobody can tell which files should exist.
@@ -233,6 +234,7 @@ def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | N
 
 def _has_columns(found: pa.Schema, schema: pa.Schema) -> bool:
     """Whether a file has its table's columns; nullable ones that later versions added may be missing at the end."""
+    # Files are never rewritten when a column is added to the format.
     missing = schema.names[len(found) :]
     return found.equals(pa.schema(list(schema)[: len(found)])) and all(schema.field(name).nullable for name in missing)
 
@@ -261,6 +263,7 @@ def _problem_of(run_id: str, path: Location, headers: Sequence[ShardHeader]) -> 
         run = RunManifest.model_validate(content)
     except ValueError as error:
         return f"is not a run manifest ({manifest_problem(error)})"
+    # A changed name of a key would otherwise pass as an optional key that is absent.
     unknown = [*_unknown(content, RunManifest.model_fields), *_unknown(content["teacher"], Teacher.model_fields)]
     if unknown and run.format_version <= FORMAT_VERSION:
         return f"has the unknown key {unknown[0]!r}"
@@ -268,6 +271,7 @@ def _problem_of(run_id: str, path: Location, headers: Sequence[ShardHeader]) -> 
         return f"is that of run {run.run_id}"
     settings = (run.sampling, run.capture, run.reasoning, run.chat_template_kwargs)
     meant = run_id_for(run.name, run.kind, run.teacher.fingerprint, *settings)
+    # The id is a hash of the settings, so it also tells whether they were edited later.
     if FORMED_ID.fullmatch(run_id) and run.format_version <= FORMAT_VERSION and meant != run_id:
         return f"was changed: its name, teacher and settings make the run id {meant}, not {run_id}"
     return _difference(run.teacher, headers)

@@ -141,6 +141,7 @@ def most_attended(weights_PHK: Float32, num_keys: int) -> tuple[Int32, Float32]:
     """keys_PHM and weights_PHM by falling weight; with fewer keys than M the rest is 0."""
     num_all = weights_PHK.shape[-1]
     kept = min(num_keys, num_all)
+    # Stable: of equal weights the first keys are kept, on every machine.
     keys_PHM = np.argsort(-weights_PHK, axis=-1, kind="stable")[..., :kept]
     best_PHM = np.take_along_axis(weights_PHK, keys_PHM, axis=-1)
     pad = ((0, 0), (0, 0), (0, num_keys - kept))
@@ -175,6 +176,7 @@ class FakeStates:
         shape, wanted = self._shape, self._wanted
 
         def vectors(layer: int) -> Float32:
+            # Seeded by the tokens, so that a chain has the same states in any batch and on any worker.
             rng = np.random.default_rng([layer, *chain.token_ids.tolist()])
             all_TD = rng.standard_normal((len(chain.token_ids), shape.hidden_size), np.float32)
             all_TD[:, 0] *= 100

@@ -110,6 +110,7 @@ def plan_units(
                 tokens_left += num
                 left += size
     num_chains = sum(len(unit.places) for unit in units)
+    # One row group a unit: pages and footer cost the same however few rows they hold.
     overhead = GROUP_BYTES * len(units)
     constants = _constant_bytes(catalog, config, wanted, shape, set_id)
     left += overhead * (num_chains - num_done) / num_chains + constants
