@@ -168,6 +168,7 @@ class TermsConfig(StrictModel):
     def _has_effect(self) -> "TermsConfig":
         if not self.words and self.file is None and self.sql is None:
             raise ValueError("names no terms: set words, file or sql")
+        # A factor of 1 is what all other tokens have.
         if self.weight == 1:
             raise ValueError("weight 1 has no effect: set another, or leave terms out")
         return self
@@ -191,6 +192,7 @@ class StepsConfig(StrictModel):
     @model_validator(mode="after")
     def _compiles(self) -> "StepsConfig":
         try:
+            # Here, so that a typo is reported before the caches are opened.
             re.compile(self.pattern or "")
         except re.error as error:
             raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from error

@@ -47,6 +47,7 @@ def main() -> None:
 def check_machine() -> None:
     """Refuse, in one line, a machine on which a later step would fail."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # Debian ships both apart from Python.
     if find_spec("venv") is None or find_spec("ensurepip") is None:
         fail(f"this Python has no venv: install python{version}-venv (Debian, Ubuntu), or name another with PYTHON=")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -59,6 +60,7 @@ def check_machine() -> None:
 def lock_project() -> None:
     """Hold the project's folder until this process and all that it starts have ended: one set-up at a time."""
     folder = os.open(ROOT, os.O_RDONLY)
+    # A compiler that outlives a killed set-up still writes, so it must still hold the lock.
     os.set_inheritable(folder, True)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,6 +71,7 @@ def lock_project() -> None:
 
 def make_venv(venv_dir: Path) -> None:
     """A virtual environment with pip and uv in it. A half-made one is made again; one not ours is left alone."""
+    # Tells an environment that this program began from a folder that the user happens to have there.
     state = venv_dir / ".setup-state"
     python = venv_dir / "bin" / "python"
     if venv_dir.exists() and not state.exists():
@@ -98,6 +101,7 @@ def install_deepspeed(venv_dir: Path, environ: Mapping[str, str], target: list[s
     built = venv_dir / ".deepspeed-op"
     uv_install(venv_dir, environ, [*OP_BUILD_REQUIREMENTS, *target])
     versions = " ".join(f"{name}=={installed_version(venv_dir, name)}" for name in ("deepspeed", "torch"))
+    # Another torch needs another build: the operator links against it.
     if built.exists() and built.read_text() == versions:
         return
     say("compiling DeepSpeed's communication operator (about a minute)")
@@ -125,6 +129,7 @@ def install_teacher_weights(venv_dir: Path, environ: Mapping[str, str]) -> None:
     unpacked = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unpacked, ignore_errors=True)
     uv_install(venv_dir, environ, ["--no-deps", "--target", str(unpacked), TEACHER_WEIGHTS])
+    # Renamed when whole: a folder that is there is never half a download.
     unpacked.rename(folder)
 
 

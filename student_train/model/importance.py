@@ -57,6 +57,7 @@ def calibration_of(selection: Selection, spec: PlanSpec, num_tokens: int, num_id
     with PackStream(selection, spec, packs_per_step=1, num_epochs=1) as stream:
         for pack in stream:
             packs.append(to_torch(pack, _device(), view))
+            # Whole packs: their order is shuffled already, so the first ones are a sample.
             if sum(one.input_ids_1L.shape[1] for one in packs) >= num_tokens:
                 break
     return Calibration(packs, num_ids, has_teacher=not selection.is_text)
@@ -64,6 +65,7 @@ def calibration_of(selection: Selection, spec: PlanSpec, num_tokens: int, num_id
 
 def init_calibration(config: TrainConfig, asked: InitConfig) -> Calibration:
     """Of the first stage's chains, before there is a run. Raises ConfigError, DataError, CorruptError."""
+    # The student's folder does not exist yet: its tokenizer is the teacher's.
     teacher = config.student.model_copy(update={"model": asked.teacher, "init": None})
     request = train_request(config.data, 0, config.stages[0])
     with tempfile.TemporaryDirectory(prefix="student-train-init-") as temp:
@@ -92,6 +94,7 @@ def _running(model: Any, calibration: Calibration) -> Iterator[Callable[[TorchPa
     try:
         yield metrics_of
     finally:
+        # What follows cuts and saves it from the memory of the CPU.
         model.to("cpu")
         # Student may have switched to an attention function that only packs can use.
         model.set_attn_implementation(attention)
@@ -110,6 +113,7 @@ def least_needed_layers(model: Any, calibration: Calibration, num_kept: int) -> 
     # With n layers left each round tries n removals.
     num_passes = len(calibration.packs) * sum(range(num_kept + 1, len(layers) + 1))
     with _running(model, calibration) as metrics_of, Progress("rank layers", num_passes, "passes") as progress:
+        # Not 0 before any cut: the model may not be the teacher that wrote the chains.
         course = [sum(float(metrics_of(pack).forward_kl_N.sum()) for pack in calibration.packs) / num_tokens]
         num_done = 0
         while len(layers) - len(left_out) > num_kept:
@@ -142,6 +146,7 @@ def _inputs_of_layers(
     found: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[[Any, tuple[Any, ...]], None]:
+        # A function of its own: a lambda in the loop would see the last number only.
         return lambda _, inputs: found.__setitem__(number, inputs[0])
 
     hooks = [layers[number].register_forward_pre_hook(keep(number)) for number in present]
@@ -211,6 +216,7 @@ def scores_by_weights(model: Any, layout: Layout) -> WidthScores:
         by_dim: dict[str, Tensor] = {}
         for name, dims in LINEARS.items():
             for axis, dim in enumerate(dims):
+                # A channel of the rows is made by its row; one of the columns is read by its column.
                 l1 = weights[name].abs().sum(dim=1 - axis)
                 if dim == "hidden":
                     # As shares of their matrix: large matrices would decide alone.
@@ -221,6 +227,7 @@ def scores_by_weights(model: Any, layout: Layout) -> WidthScores:
                 energy_H += weights[name].square().sum(dim=1)
         mlp.append(by_dim["mlp"])
         size = layout.head_dim
+        # A group leaves as a whole, so its heads count together.
         groups.append(
             by_dim["key"].unflatten(0, (-1, size)).sum(dim=1)
             + by_dim["query"].unflatten(0, (-1, size * layout.queries_per_group)).sum(dim=1)
@@ -239,6 +246,7 @@ class _Sums:
     by_name: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor) -> None:
+        # float32 loses small terms once the sum is 10^7 times as large.
         total = values.double().sum(dim=tuple(range(values.dim() - 1))).cpu()
         self.by_name[name] = self.by_name.get(name, 0) + total
 
@@ -291,4 +299,5 @@ def _column_squares(linear: torch.nn.Linear) -> Tensor:
 
 def best_of(scores: Tensor, num_kept: int) -> Tensor:
     """Numbers of the largest scores, ascending."""
+    # Ascending: channels that stay keep their order, and attention heads their group.
     return torch.sort(torch.topk(scores, num_kept).indices).values

@@ -144,6 +144,7 @@ def _layer_dims(layer: Any, name: str, head_dim: int) -> list[tuple[Dim | int, .
     for tensor, parameter in layer.named_parameters():
         module, _, kind = tensor.rpartition(".")
         if module in LINEARS and kind in ("weight", "bias"):
+            # A bias has an entry for each row.
             found.append(LINEARS[module] if kind == "weight" else LINEARS[module][:1])
         elif module in HEAD_NORMS and tuple(parameter.shape) == (head_dim,):
             found.append((head_dim,))
@@ -211,6 +212,7 @@ def _scaled(layout: Layout, sizes: Sizes, asked: PruneConfig, ratio: float) -> S
 def _hidden_step(layout: Layout, sizes: Sizes, groups: int) -> int:
     if layout.model_type not in HEADS_DIVIDE_HIDDEN:
         return MULTIPLE
+    # Of the groups that remain: their number decides what divides the hidden size.
     heads = groups * layout.queries_per_group
     # SmolLM2 has 9 heads and 576 channels: steps of 288 would be too coarse, so it gets steps of 72.
     step = math.lcm(MULTIPLE, heads)
@@ -250,6 +252,7 @@ def narrow(model: Any, layout: Layout, kept: Kept) -> None:
             "query": _spread(groups, layout.head_dim * layout.queries_per_group),
         }
         modules = dict(layer.named_modules())
+        # Each layer keeps channels of its own: the MLP and the heads of one layer are private to it.
         for name, (rows, columns) in LINEARS.items():
             _narrow_linear(modules[name], kept_of[rows], kept_of[columns])
     if kept.hidden is not None:

@@ -92,6 +92,7 @@ def unit_tests_of(reference: str, metadata: Mapping[str, Any] | None = None) -> 
     entry = _entry_of(metadata or {})
     try:
         data = json.loads(reference)
+    # What is not JSON is taken for Python source.
     except ValueError:
         return _python_tests(reference, entry)
     return _tests_of_data(data, entry)
@@ -128,6 +129,7 @@ def prelude_for(source: str, *others: str) -> str:
         loaded, defined = _names(one)
         free |= loaded
         bound |= defined
+    # A name that any of the sources binds is not ours to provide.
     free -= bound | set(dir(builtins))
     lines = [
         f"from {module} import {name}" for module, names in PRELUDE.items() for name in names.split() if name in free
@@ -153,6 +155,7 @@ def _close(expected: str, output: str) -> bool:
         a, b = float(expected), float(output)
     except ValueError:
         return False
+    # Absolutely as well: 1e-17 and 0 are the same result.
     return abs(a - b) <= max(1e-6 * max(abs(a), abs(b)), 1e-9)
 
 
@@ -213,6 +216,7 @@ def _pair(given: Any, wanted: Any, entry: str | None, is_call: bool) -> UnitTest
     # APPS wraps a result in a list of one, LiveCodeBench writes it as JSON.
     accepted += [wanted[0]] if isinstance(wanted, list) and len(wanted) == 1 else []
     if isinstance(wanted, str):
+        # The text itself stays accepted: a function may return text that happens to be JSON.
         accepted += [value for value in _json_lines(wanted)[:1] if value != wanted]
     return UnitTest(entry=entry, call=(arguments, accepted))
 
@@ -225,6 +229,7 @@ def _json_lines(text: str) -> list[Any]:
                 values.append(json.loads(line))
             except ValueError:
                 try:
+                    # Older sets wrote Python literals: True, single quotes, tuples.
                     values.append(ast.literal_eval(line.strip()))
                 except (ValueError, SyntaxError):
                     values.append(line)
@@ -278,6 +283,7 @@ def _python_tests(source: str, entry: str | None) -> list[UnitTest]:
 
 def _runs_of_class(node: ast.ClassDef) -> list[tuple[str, str]]:
     methods = [one.name for one in node.body if isinstance(one, ast.FunctionDef) and one.name.startswith("test")]
+    # By name: bases are not resolved, and `unittest.TestCase` is imported in many ways.
     if any("TestCase" in ast.unparse(base) for base in node.bases):
         return [("case", f"{node.name}.{name}") for name in methods]
     return [("method", f"{node.name}.{name}") for name in methods] if node.name.startswith("Test") else []
@@ -341,6 +347,7 @@ def _bare_program(answer: str) -> str:
         return code
     # Prose before and behind a program: the longest run of lines that is Python and defines or prints something.
     starts = [i for i, line in enumerate(lines) if CODE_LINE.match(line)]
+    # Only from the first line that looks like code: every start times every end would be quadratic.
     for start in starts[:1]:
         # The longest first, so that the whole program is found before a part of it.
         for end in range(len(lines), start, -1):
@@ -357,6 +364,7 @@ def _joined(bodies: Sequence[str], needed: set[str]) -> str:
         last = defining[-1] if defining else last
     chosen = [last]
     missing = _free(bodies[last])
+    # From the nearest block back: of two definitions of a name the later one counts.
     for index in range(last - 1, -1, -1):
         defined = _names(bodies[index])[1]
         if missing & defined and not (_names(bodies[last])[1] & defined):
@@ -409,6 +417,7 @@ def _names(source: str) -> tuple[set[str], set[str]]:
             bound.add(node.name)
         elif isinstance(node, ast.arg):
             bound.add(node.arg)
+        # `import os.path` binds `os`.
         elif isinstance(node, ast.alias):
             bound.add((node.asname or node.name).partition(".")[0])
         elif isinstance(node, ast.ExceptHandler) and node.name:

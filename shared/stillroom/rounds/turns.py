@@ -132,6 +132,7 @@ def _do(config: RoundsConfig, part: Part, folder: RoundsFolder, children: "_Chil
         note(f"{part.title}:")
         folder.begin(part)
     for command in commands:
+        # Exports refuse a folder that exists; the other commands see themselves what is done.
         if command.unless is None or not command.unless.exists():
             try:
                 result = children.run(command)
@@ -139,6 +140,7 @@ def _do(config: RoundsConfig, part: Part, folder: RoundsFolder, children: "_Chil
                 how = "interrupted" if isinstance(end, KeyboardInterrupt) else f"failed with exit code {end.exit_code}"
                 folder.stop(time.monotonic() - started_s, how)
                 raise
+            # state.json is read by both sides at every poll: it stays small.
             results.append({key: result[key] for key in KEPT if result.get(key) is not None})
     folder.finish(part, time.monotonic() - started_s, results)
 
@@ -166,6 +168,7 @@ class _Waiting:
         is_begun = running is not None and (running.round, running.part) == (part.round, part.part)
         if running is not None and is_begun and running.stopped is not None:
             return f"{part.title}: {part.by} on {running.host} {running.stopped}: start it again; waiting"
+        # Its lock, not its last words: a program that was killed says nothing.
         if not self._folder.is_held(part.by):
             return f"{part.title}: `{part.by} rounds` is not running: start it where it can see the folder; waiting"
         if running is not None and is_begun:
@@ -206,6 +209,7 @@ class _Children:
         if child.returncode == INTERRUPTED or self._is_asked:
             raise KeyboardInterrupt
         if child.returncode != 0:
+            # A negative return code is a signal, which is no exit code.
             code = child.returncode if child.returncode > 0 else 1
             how = f"exit code {child.returncode}" if child.returncode > 0 else signal.Signals(-child.returncode).name
             raise PartFailed(f"{command.program} {' '.join(command.arguments)} ended with {how}", code)
@@ -226,6 +230,7 @@ def _signals_to_child() -> Iterator[_Children]:
 
 def check_other(program: str, arguments: Sequence[str]) -> None:
     """Runs `program rounds ... --plan`, so that its mistakes are known before the first part. Raises PartFailed."""
+    # Its stderr goes to the user: the reason stands there.
     done = subprocess.run([*launcher(program), *arguments, "--plan", "--json"], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise PartFailed(f"{program} rounds refuses this configuration", done.returncode)
