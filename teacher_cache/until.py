@@ -103,7 +103,8 @@ class UntilRight:
                 if given is None and not self._num_waiting:
                     return
                 if given is None or isinstance(given, Wait):
-                    yield Wait.VERDICTS if self._num_waiting else Wait.WAIT
+                    nothing = Wait.VERDICTS if self._num_waiting else Wait.WAIT
+                    yield given if given is Wait.READY else nothing
                     continue
                 self._ready.extend(self._new(one) for one in given if isinstance(one, Prompt))
                 yield from (one for one in given if isinstance(one, Failure))
