@@ -95,6 +95,7 @@ def load_config(path: Path, overrides: Sequence[str], model: type[Model]) -> Mod
 
     Raises ConfigError naming the file, the key, the value and the rule.
     """
+    # Before validation, so that an override may also supply what the file lacks.
     data = read_yaml(path)
     for override in overrides:
         apply_override(data, override)
@@ -115,6 +116,7 @@ def read_yaml(path: Path) -> Json:
         data = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from error
+    # An empty file: the model then names what is required.
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -126,6 +128,7 @@ def read_yaml(path: Path) -> Json:
 
 def apply_override(data: Json, override: str) -> None:
     """Sets one dotted key in place; list items are numbered (`stages.0.epochs=2`)."""
+    # The first =, because SQL conditions hold further ones.
     dotted, equals, raw = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"--set {override!r} is not of the form key=value, for example sampling.temperature=0.6")
@@ -207,6 +210,7 @@ def _problem(error: Any, data: Mapping[str, Any]) -> str:
     named = f"{key}: " if key else ""
     message = _rule(error)
     if error["type"] == "union_tag_invalid":
+        # pydantic's message lists the kinds without saying which one is near.
         context = error["ctx"]
         tag, name = context["tag"], context["discriminator"].strip("'")
         known = context["expected_tags"].replace("'", "").split(", ")
@@ -257,6 +261,7 @@ def _rule(error: Any) -> str:
     if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERN_WORDS:
         return _PATTERN_WORDS[context["pattern"]]
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    # What follows is about pydantic's parser.
     return message.partition(", unable to ")[0]
 
 

@@ -54,6 +54,7 @@ class MarkedTerms:
             self.found: Json = json.loads(_found_path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CorruptError(f"{_found_path(path)} cannot be read: {error}: delete {path} to rebuild both") from error
+        # A file that is gone is no change: runs resume on other machines.
         if config.file is not None and config.file.exists() and self.found["hash"] != _hash(config):
             raise ConfigError(
                 f"data.terms.file: {config.file} has changed since the run marked its terms: restore it, or choose "
@@ -152,6 +153,7 @@ def _common_terms(config: TermsConfig) -> list[str]:
     lines: list[str] = []
     if config.file is not None:
         try:
+            # Editors on Windows begin UTF-8 with a byte order mark, which would belong to the first term.
             lines = config.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"data.terms.file: {config.file} cannot be read as UTF-8: {one_line(error)}") from error
@@ -160,6 +162,7 @@ def _common_terms(config: TermsConfig) -> list[str]:
 
 
 def _checked(terms: Iterable[str]) -> list[str]:
+    # In the order given, each once; what is blank is no term.
     kept = list(dict.fromkeys(term for term in (" ".join(one.split()) for one in terms) if term))
     for term in kept:
         if len(term) > MAX_CHARS:
@@ -175,6 +178,7 @@ def _own_terms(selection: Selection, sql: str) -> dict[int, tuple[str, ...]]:
         with open_session(catalog) as session:
             query = f"SELECT sample_id, CAST({in_brackets(sql)} AS VARCHAR[]) AS terms FROM chains"
             table = run_with(session, "data.terms.sql", sql, query)
+        # By key: selections hold no sample ids.
         keys = keys_of(table.column("sample_id"), str(catalog.root)).tolist()
         for key, terms in zip(keys, table.column("terms").to_pylist(), strict=True):
             if terms:
@@ -198,6 +202,7 @@ def _pattern_of(terms: tuple[str, ...], match_case: bool, whole_words: bool) -> 
         node = trie
         for char in _plain(term, match_case):
             node = node.setdefault(char, {})
+        # Marks the end of a term, which may go on as a longer one.
         node[""] = {}
     edge = EDGE if whole_words else ""
     return re.compile(f"{edge}{_alternatives(trie)}{edge}", 0 if match_case else re.IGNORECASE)
@@ -211,4 +216,5 @@ def _alternatives(node: Mapping[str, "_Trie"]) -> str:
     if not branches:
         return ""
     body = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+    # Greedy, so that of two terms with one beginning the longer one is found.
     return f"{body}?" if "" in node else body

@@ -76,6 +76,7 @@ class PolicyGradient(HeadLoss):
         beyond_N = (log_ratio_N - math.log(self.max_ratio)).clamp(min=0.0)
         ratio_N = (log_ratio_N - beyond_N).exp() + self.max_ratio * beyond_N
         clipped_N = ratio_N.clamp(1.0 - self.clip, 1.0 + self.clip)
+        # The minimum is the lower of two estimates: a step never gains by leaving the clipped range.
         return -(ratio_N * advantage_N).minimum(clipped_N * advantage_N).where(is_own_N, 0.0)
 
 
@@ -183,6 +184,7 @@ class TAID(Divergence):
             raise ConfigError(f"{self.name}.interpolation={self.interpolation} must be between 0 and 1")
 
     def between(self, teacher_NB: Tensor, student_NB: Tensor) -> Tensor:
+        # Geometric: a mean of log probabilities, normalised below.
         mixed_NB = (1.0 - self.interpolation) * student_NB.detach() + self.interpolation * teacher_NB
         return kl(mixed_NB - mixed_NB.logsumexp(dim=1, keepdim=True), student_NB)
 

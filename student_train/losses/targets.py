@@ -180,6 +180,7 @@ class SparseTargets:
     @staticmethod
     def text_alone(ids_N: Tensor, weights_N: Tensor | None = None) -> SparseTargets:
         """Targets that hold nothing but the next token, int64 `ids_N`, for cross-entropy."""
+        # Width 0 instead of None: all shapes below stay two-dimensional.
         empty_N0 = torch.empty(ids_N.shape[0], 0, device=ids_N.device)
         tail_N = torch.zeros(ids_N.shape[0], device=ids_N.device)
         return SparseTargets(empty_N0.long(), empty_N0, tail_N, ids_N, weights_N)
@@ -254,6 +255,7 @@ def draws_at_temperature(targets: SparseTargets, draws: TailDraws, dtype: torch.
 
 def distinct_draws(targets: SparseTargets, draws: TailDraws) -> Tensor:
     """bool [N, M]: the first draw of each id, which is a further entry of the support; padding and repeats are not."""
+    # Padding repeats a valid id, so equality alone would take it for a stored one.
     stored_NKM = (targets.ids_NK.unsqueeze(2) == draws.ids_NM.unsqueeze(1)) & in_support(targets).unsqueeze(2)
     is_real_NM = (draws.weights_NM > 0.0) & ~stored_NKM.any(dim=1)
     # Padding and stored ids become -1, which no real id equals and `is_first_NM` leaves out.
@@ -269,6 +271,7 @@ def split_tail(teacher_NB: Tensor, drawn_logprobs_NM: Tensor) -> Tensor:
     `drawn_logprobs_NM` is NO_MASS where `distinct_draws` is False. Stored codes round each entry by up to a twentieth,
     so that drawn ids may seem to hold more than the tail: then a MIN_LEFT_FRAC of it is left.
     """
+    # float64: what is left is a small difference of nearly equal masses.
     tail_N1 = teacher_NB[:, -1:].double().exp()
     left_N1 = tail_N1 - drawn_logprobs_NM.double().exp().sum(dim=1, keepdim=True)
     left_N1 = torch.maximum(left_N1, MIN_LEFT_FRAC * tail_N1).log().clamp(min=NO_MASS)

@@ -77,6 +77,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
     check_reachable(dest)
     if dest.exists() and not dest.is_dir():
         raise DataError(f"{dest} is a file: use a cache or a new folder")
+    # A mistyped destination must not be filled with the folders of a cache.
     others = {path.name for path in dest.iterdir()} - CACHE_FOLDERS if dest.exists() else set()
     if others and not (dest / "chains" / "_delta_log").is_dir():
         raise DataError(f"{dest} holds other files ({min(others)}): use a cache or a new folder")
@@ -88,6 +89,7 @@ def copy_caches(sources: Sequence[Location], dest: Location, *, rounded: bool = 
         for run_id in sorted({one for source in catalogs for one in (*source.runs(), *read_sets(source.root))}):
             # One copy per run and destination: two would publish under the same worker's name.
             stack.enter_context(worker_lock(lock_path(dest, run_id, COPIER), 0.0))
+        # Between files: what was copied so far is a cache that can be used and resumed.
         stop = stack.enter_context(StopRequest())
         progress = stack.enter_context(Progress("copy", total, "chains"))
         for source in catalogs:
@@ -187,6 +189,7 @@ def _warn_of_space(sources: Sequence[Catalog], target: Catalog) -> None:
         if table is not None
         for file in table.files()
     )
+    # Nothing says how much an object store still takes.
     if not isinstance(target.root, Path):
         return
     free_bytes = shutil.disk_usage(target.root).free
@@ -216,6 +219,7 @@ def _copy_companions(source: Catalog, target: Catalog) -> None:
 
 def _copy_one(source: Catalog, target: Catalog, report: CopyReport, *, rounded: bool) -> Iterator[None]:
     """Yields after every file, so that the caller can show progress or stop."""
+    # Chains before their verdicts and features, which refer to them.
     yield from _copy_rows(source.failures, target.failures, report, rounded=False)
     yield from _copy_rows(source.chains, target.chains, report, rounded=rounded)
     _copy_verdicts(source, target, report)
@@ -341,8 +345,10 @@ def _round(copied: Path, temp: Path) -> Path:
     """Replaces the copy of an exact shard with a `topk-u8` one at `temp`; returns the path of the file to commit."""
     file, old = open_shard(copied)
     with file:
+        # Coded already: to code it again would round twice.
         if old.codec != "topk-f32":
             return copied
+        # The columns are written as this version writes them, whatever version the source had.
         new = old.model_copy(update={"codec": "topk-u8", "format_version": FORMAT_VERSION})
         schema = chain_schema(new.codec).with_metadata({SHARD_METADATA_KEY: new.model_dump_json()})
         plain = [field.name for field in CHAIN_FIELDS if field not in TOKEN_FIELDS]

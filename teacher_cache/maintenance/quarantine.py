@@ -45,6 +45,7 @@ def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantin
 
     Raises CacheConflict if others keep committing, OSError if the cache cannot be written.
     """
+    # A build may have committed since the check began.
     catalog.chains.refresh()
     quarantined = [_quarantine(catalog, damage) for damage in report.damages]
     if any(damage.table == "chains" for damage in report.damages):
@@ -53,6 +54,7 @@ def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantin
             quarantined.append(Quarantined(file, num_rows, 0, ("rows whose chains were quarantined",)))
         for file, num_rows in drop_chainless_verdicts(catalog).items():
             quarantined.append(Quarantined(file, num_rows, 0, ("verdicts on chains that were quarantined",)))
+    # The rest cannot be mended by removing a file: it stays reported.
     names = {one.file for one in quarantined}
     report.problems = [problem for problem in report.problems if problem.file not in names]
     report.damages = []
@@ -106,6 +108,7 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     table = next(one for one in catalog.tables() if one.folder.name == damage.table)
     note = catalog.root / "quarantine" / damage.table / f"{damage.file.path}.json"
     name = f"{damage.table}/{damage.file.path}"
+    # A shard without problems of its own may still repeat rows of others.
     problems = list(damage.problems) or [f"{len(damage.repeated)} samples are also visible in other files"]
     content = {
         "file": name,
@@ -120,6 +123,7 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
     if damage.table == "features":
         groups = frozenset(damage.good_groups)
         num_kept = keep_rows(catalog.root, table, damage.file, _all_rows if groups else None, groups)
+    # Otherwise one commit has replaced the shard by its sound rows.
     elif not num_kept:
         remove_files(table, lambda file: file.path == damage.file.path)
     write_text_atomic(note, json.dumps({**content, "num_kept": num_kept}, indent=2) + "\n")

@@ -95,6 +95,7 @@ def verify_shard(table: Table, file: DataFile) -> ShardFindings:
     findings = ShardFindings(file)
     path = table.path_of(file)
     try:
+        # Besides the hash: a file that was cut short is told apart from one with a flipped bit.
         size_bytes = path.stat().st_size if path.exists() else None
         if size_bytes is not None and size_bytes != file.size_bytes:
             findings.problems.append(f"has {size_bytes} bytes, but {file.size_bytes} were registered")
@@ -146,6 +147,7 @@ def _read_shard(path: Location, findings: ShardFindings) -> None:
         if parquet.metadata.num_rows != findings.file.num_rows:
             num_rows, num_registered = parquet.metadata.num_rows, findings.file.num_rows
             findings.problems.append(f"has {num_rows} rows, but {num_registered} were registered")
+        # Not before: a file of another schema has no row group that could be kept.
         findings.num_groups = parquet.num_row_groups
         for index in range(parquet.num_row_groups):
             try:
@@ -200,6 +202,7 @@ def _check_plain(rows: Sequence[Row], header: ShardHeader) -> Iterator[str]:
         ),
     ]
     for column, problem, fits in checks:
+        # One example is enough: damage usually hits all rows of a group.
         number = next((number for number, row in enumerate(rows) if not fits(row)), None)
         if number is not None:
             yield f"row {number}, column {column} {problem}"
@@ -215,6 +218,7 @@ def _check_tokens(
     tolerance_T = _logprob_tolerance(sampled_T, header.codec)
     token_N = np.repeat(np.arange(len(n_T)), n_T)
     starts_T = np.cumsum(n_T, dtype=np.int64) - n_T
+    # The stored probability of the token that came, where it is among the candidates.
     hit_N = signals.topk_ids_N == token_ids_T[token_N]
     stored_T = np.full(len(n_T), np.nan)
     stored_T[token_N[hit_N]] = signals.topk_logprobs_N[hit_N]

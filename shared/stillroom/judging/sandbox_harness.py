@@ -15,6 +15,7 @@ CANNOT_RUN = 98
 
 def load_solution(prelude: str, program: str) -> types.ModuleType:
     module = types.ModuleType("solution")
+    # Tests may import it.
     sys.modules["solution"] = module
     namespace = module.__dict__
     exec(compile(prelude, "prelude.py", "exec"), namespace)
@@ -31,6 +32,7 @@ def load_solution(prelude: str, program: str) -> types.ModuleType:
         code = compile(ast.Module([node], []), "program.py", "exec", flags=flags, dont_inherit=True)
         try:
             exec(code, namespace)
+        # A program that ends itself must not end the tests.
         except (Exception, SystemExit):  # noqa: BLE001 - of programs that nobody has read
             continue
     return module
@@ -46,6 +48,7 @@ def find_entry(module: types.ModuleType, name: str | None) -> Any:
     if solution is not None:
         methods = [one for one in vars(solution) if not one.startswith("_") and callable(getattr(solution, one))]
         if methods:
+            # The last one: helpers are usually defined before the method that uses them.
             return getattr(solution(), name if name and name in methods else methods[-1])
     if name:
         raise NameError(name)
@@ -65,6 +68,7 @@ def run_source(module: types.ModuleType, source: str, run: tuple[str, str] | Non
         setattr(unittest, "main", lambda *arguments, **options: None)  # noqa: B010 - a class in its type stubs
     try:
         exec(compile(source, "tests.py", "exec"), namespace)
+    # The test lacks a package on this machine, which says nothing about the program.
     except ModuleNotFoundError:
         sys.exit(CANNOT_RUN)
     if run is None:
@@ -85,6 +89,7 @@ def run_method(owner: Any, method: str, kind: str) -> None:
 
         result = unittest.TestResult()
         unittest.TestSuite([owner(method)]).run(result)
+        # A test that did not run has shown nothing.
         if result.skipped or not result.testsRun:
             sys.exit(CANNOT_RUN)
         if not result.wasSuccessful():
@@ -159,6 +164,7 @@ def same_value(result: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict):
         if not isinstance(result, dict) or len(result) != len(wanted):
             return False
+        # Keys of JSON are text, those of Python may be numbers.
         keyed = {str(key): value for key, value in result.items()}
         return all(str(key) in keyed and same_value(keyed[str(key)], value) for key, value in wanted.items())
     if isinstance(result, float) or isinstance(wanted, float):
