@@ -375,7 +375,7 @@ def export(
     check = Check(check_chains or Check.max_chains, Check.min_agreement, allow_disagreement)
     if min_agreement is not None:
         check = replace(check, min_agreement=min_agreement)
-    # Before anything is written, and ended at once: temporary folders and foreign tools go with it.
+    # A signal would end Python in the middle: this way temporary folders are removed and foreign tools end too.
     with StopRequest(at_once=True):
         if config_path is None:
             if model is None or not cache:

@@ -32,8 +32,10 @@ from student_train.schedule import temperature_steps
 
 GIB = 2**30
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ADAM_BYTES = 12
-"""A trained weight's float32 copy and its two moments."""
+COPY_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
+"""Per trained weight: the optimizer's float32 copy, its two moments, and the float32 gradient of its step."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce_bucket_size: ZeRO's buffer of gradients to reduce has this size for the smallest model too."""
 ACTIVATIONS_PER_LAYER = 34
 """Values of hidden width that a layer keeps a token for its backward pass (arXiv 2205.05198, table 2)."""
 
@@ -195,7 +197,9 @@ def _layers_of(loss: FeatureLoss, features: StageFeatures) -> str:
 
 
 def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_ids: int, num_ranks: int) -> Json:
-    """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk, teacher's head."""
+    """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk, teacher's head,
+    ZeRO's bucket, and what the optimizer's step needs beyond the room of these four. `offloaded` lies in CPU memory.
+    """
     stage, engine = planned.config, config.engine
     width = WEIGHT_BYTES[engine.precision]
     num_ends = shape.num_head * (1 if shape.has_tied_head else 2)
@@ -212,18 +216,48 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
     kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
     # A frozen decoder keeps no activations; a tied head trains the embeddings, so gradients pass all layers.
     layers = 1 if stage.trainable == "head" and not shape.has_tied_head else shape.num_layers
-    parts = {
+    lasting = {
         "weights": (shape.num_parameters + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
         "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
-        "optimizer": trained * ADAM_BYTES / (num_ranks if engine.zero_stage >= 1 else 1),
+    }
+    passing = {
         "activations": config.data.pack_tokens * shape.hidden_size * width * kept * layers,
         # float32, and a second buffer for half precision, capped logits or another temperature (head_chunks.py).
         "logits": _chunk_tokens(engine) * num_ids * 4 * 2,
     }
     if planned.features is not None and planned.features.with_hidden:
         # Its head, and the gradient of a chunk besides the buffers above.
-        parts["teacher"] = num_ids * (planned.features.first.hidden_size * width + _chunk_tokens(engine) * 4)
-    return {**{name: size / GIB for name, size in parts.items()}, "total": sum(parts.values()) / GIB}
+        passing["teacher"] = num_ids * (planned.features.first.hidden_size * width + _chunk_tokens(engine) * 4)
+    if engine.zero_stage >= 1:
+        # Of a CPU's memory only what is written counts.
+        num_bucket = min(trained, BUCKET_ELEMENTS) if shutil.which("nvidia-smi") is None else BUCKET_ELEMENTS
+        passing["bucket"] = num_bucket * width
+    optimizer, step = optimizer_bytes(engine, trained, num_ranks)
+    offloaded = 0.0
+    if engine.offload_parameters:
+        offloaded += lasting.pop("weights")
+    if engine.offload_optimizer:
+        offloaded += optimizer + trained * GRADIENT_BYTES / num_ranks
+    else:
+        # The step comes when the backward pass has freed its own.
+        lasting |= {"optimizer": optimizer, "step": max(0.0, step - sum(passing.values()))}
+    parts = lasting | passing
+    sizes = {**parts, "total": sum(parts.values())} | ({"offloaded": offloaded} if offloaded else {})
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def optimizer_bytes(engine: EngineConfig, num_trained: int, num_ranks: int) -> tuple[float, float]:
+    """What AdamW keeps on a rank, and what its step adds to the gradients."""
+    if engine.zero_stage == 0:
+        # In float32 it steps on the weights and their gradients themselves.
+        kept, added = (
+            (MOMENT_BYTES, 0) if engine.precision == "float32" else (COPY_BYTES + MOMENT_BYTES, GRADIENT_BYTES)
+        )
+        return num_trained * kept, num_trained * added
+    # ZeRO frees the gradients of the backward pass before it steps on the shard's float32 ones.
+    freed = WEIGHT_BYTES[engine.precision] / (1 if engine.zero_stage == 1 else num_ranks)
+    added_bytes = max(0.0, GRADIENT_BYTES / num_ranks - freed)
+    return num_trained * (COPY_BYTES + MOMENT_BYTES) / num_ranks, num_trained * added_bytes
 
 
 def _num_projected(planned: StagePlan, shape: ModelShape) -> int:

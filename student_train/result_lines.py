@@ -189,7 +189,8 @@ def _agreement(result: Result) -> str:
 
 def _stage_lines(stage: Result) -> list[str]:
     memory = stage["memory_gib_per_rank"]
-    parts = ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if name != "total")
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if name not in ("total", "offloaded"))
+    beside = f", and {memory['offloaded']:.1f} GiB of the CPU's" if "offloaded" in memory else ""
     long = [f"{stage[f'num_{what}']} {what}" for what in ("truncated", "skipped", "split") if stage[f"num_{what}"]]
     cut = f"; long chains: {', '.join(long)}, {format_count(stage['num_tokens_lost'])} tokens lost" if long else ""
     fill = f", {stage['pack_fill']:.0%} full" if stage["pack_fill"] is not None else ""
@@ -214,7 +215,7 @@ def _stage_lines(stage: Result) -> list[str]:
         *_feature_lines(stage),
         *_adversarial_lines(stage),
         *_temperature_lines(stage["temperatures"]),
-        f"memory     about {memory['total']:.1f} GiB per rank ({parts})",
+        f"memory     about {memory['total']:.1f} GiB per rank ({parts}){beside}",
     ]
 
 

@@ -1,6 +1,7 @@
 """`student-train` as a user meets it: help without torch, results on stdout, mistakes in one line."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -108,8 +109,9 @@ def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: S
     assert "batch      1 pack: 1 per rank\n" in out
     assert "1 step in all\n" in out
     assert "is tied to its embeddings" not in out
-    code, out, _ = call("plan", config, "--set", "stages.0.trainable=head")
+    code, out, _ = call("plan", config, "--set", "stages.0.trainable=head", "--set", "engine.offload_optimizer=true")
     assert "is tied to its embeddings: stage distill trains both" in out
+    assert re.search(r"^memory .*bucket 0\.0\), and 0\.0 GiB of the CPU's$", out, re.MULTILINE)
 
 
 def test_plan_says_what_each_loss_makes_of_draws(call: Cli, tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""Memory of a planned run, as DeepSpeed's tensors were counted at each ZeRO stage."""
+
+import pytest
+
+from student_train.config import EngineConfig
+from student_train.estimate import optimizer_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "num_ranks", "kept", "step"),
+    [
+        # AdamW on the weights themselves.
+        ("float32", 0, 2, 8, 0),
+        # A float32 copy, of a float32 model too.
+        ("float32", 1, 1, 12, 0),
+        ("bfloat16", 0, 2, 12, 4),
+        ("bfloat16", 2, 1, 12, 2),
+        ("bfloat16", 1, 2, 6, 0),
+        ("bfloat16", 3, 4, 3, 0.5),
+    ],
+)
+def test_bytes_of_the_optimizer_per_weight(
+    precision: str, zero_stage: int, num_ranks: int, kept: float, step: float
+) -> None:
+    engine = EngineConfig.model_validate({"precision": precision, "zero_stage": zero_stage})
+    assert optimizer_bytes(engine, 100, num_ranks) == (100 * kept, 100 * step)
