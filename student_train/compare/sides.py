@@ -8,7 +8,7 @@ The only file of the student side that imports httpx2.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +142,21 @@ class Endpoint:
                     text = response.read().decode("utf-8", errors="replace")
                     return Reply(error=f"status {response.status_code}: {_message(text)}")
                 if response.headers.get("content-type", "").startswith("text/event-stream"):
-                    return _streamed(response.iter_lines(), started_s)
+                    return _streamed(_lines(response.iter_bytes()), started_s)
                 return _whole(response.read(), started_s)
         except self._http.RequestError as error:
             return Reply(error=first_line(error)[:MAX_ERROR_CHARS] or type(error).__name__)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             return Reply(error=f"not an answer of chat completions ({first_line(error)[:MAX_ERROR_CHARS]})")
+
+
+def _lines(parts: Iterable[bytes]) -> Iterator[str]:
+    """Lines that end with a newline. httpx2's iter_lines also splits at U+2028 and others, which JSON may hold."""
+    rest = b""
+    for part in parts:
+        *whole, rest = (rest + part).split(b"\n")
+        yield from (line.decode("utf-8", errors="replace") for line in whole)
+    yield rest.decode("utf-8", errors="replace")
 
 
 def _streamed(lines: Iterator[str], started_s: float) -> Reply:

@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
             deltas.insert(0, {"delta": {"reasoning_content": message["reasoning_content"]}})
         last = {"delta": {}, "finish_reason": choice["finish_reason"]}
         for event in [*({"choices": [delta]} for delta in deltas), {"choices": [last]}]:
-            self.wfile.write(EVENT.format(json.dumps(event)).encode())
+            self.wfile.write(EVENT.format(json.dumps(event, ensure_ascii=False)).encode())
         usage = {"prompt_tokens": 7, "completion_tokens": len(words)}
         self.wfile.write(EVENT.format(json.dumps({"choices": [], "usage": usage})).encode())
         self.wfile.write(b"data: [DONE]\n\n")

@@ -31,7 +31,8 @@ PROMPTS = [_prompt(number) for number in range(12)]
 @pytest.fixture
 def servers() -> Iterator[tuple[FakeServer, FakeServer]]:
     def answer(message: str) -> str:
-        return f"<answer>{message.split()[0][1:]}</answer>"
+        # A line break that ends no line of a stream.
+        return f"So:\u2028<answer>{message.split()[0][1:]}</answer>"
 
     def answer_if_even(message: str) -> Any:
         number = int(message.split()[0][1:])
@@ -74,7 +75,7 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     assert [(one["source"], one["wins_a"]) for one in pair["by_source"]] == [("even", 0), ("odd", 5)]
     assert pair["tokens_difference"]["mean"] > 0
     assert result["answers"][5]["correct"] == {"good": 1.0, "poor": 0.0}
-    assert result["answers"][5]["text"] == {"good": "<answer>5</answer>", "poor": "<answer>no idea</answer>"}
+    assert result["answers"][5]["text"] == {"good": "So:\u2028<answer>5</answer>", "poor": "<answer>no idea</answer>"}
     asked = [body["messages"] for body in good.behaviour.seen]
     assert len(asked) == 12
     assert all([*prompt.messages] in asked for prompt in PROMPTS)

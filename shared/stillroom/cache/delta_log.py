@@ -168,6 +168,7 @@ def _hinted_checkpoint(log: Location) -> int | None:
 
 def _actions(entry: Location) -> list[dict[str, dict[str, str]]]:
     try:
-        return [json.loads(line) for line in entry.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines: JSON strings may hold other line breaks, such as U+2028.
+        return [json.loads(line) for line in entry.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise CorruptError(f"{entry} cannot be read: {' '.join(str(error).split())}") from error

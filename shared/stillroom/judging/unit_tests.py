@@ -223,7 +223,8 @@ def _pair(given: Any, wanted: Any, entry: str | None, is_call: bool) -> UnitTest
 
 def _json_lines(text: str) -> list[Any]:
     values = []
-    for line in text.splitlines():
+    # Not splitlines: JSON strings may hold other line breaks, such as U+2028.
+    for line in text.replace("\r\n", "\n").split("\n"):
         if line.strip():
             try:
                 values.append(json.loads(line))

@@ -51,7 +51,7 @@ def _reason(said: str, given: str) -> str:
     place = EXCERPT.search(text)
     text = EXCERPT.sub("", text).removesuffix(" Candidate functions:")
     # The user's text begins in line 2 of the query; an error after its last line is at our own parenthesis.
-    if text.startswith("Parser Error") and place and int(place[1]) > 1 + len(given.splitlines()):
+    if text.startswith("Parser Error") and place and int(place[1]) > 2 + given.rstrip("\n").count("\n"):
         return "it ends too early, or its brackets do not match"
     unknown = UNKNOWN_COLUMN.fullmatch(text)
     if unknown:
