@@ -28,8 +28,8 @@ from benchmarks.quality.students import quiet
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from stillroom.storage.paths import write_text_atomic
+from student_train.assess.evaluating import evaluate_config
 from student_train.config import InitConfig, QuantiseConfig, TrainConfig
-from student_train.evaluation import evaluate_config
 from student_train.exporting import export
 from student_train.model.importance import init_calibration
 from student_train.model.prune import init_student

@@ -50,7 +50,7 @@ def evaluate(
     `where` is a SQL condition over `chains` (default: split = 'heldout'); `checkpoint` is last, best, initial (the
     student before training) or a checkpoint's name.
     """
-    from student_train.evaluation import evaluate_config
+    from student_train.assess.evaluating import evaluate_config
 
     return evaluate_config(_load(config, overrides), where, checkpoint)
 

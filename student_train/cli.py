@@ -9,10 +9,9 @@ result_lines has the results as lines for a person; `--json` prints the same as 
 import math
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,10 +19,17 @@ from stillroom.children import follow_parent
 from stillroom.errors import ConfigError
 from stillroom.log import note
 from stillroom.program import AsJson, StopRequest, new_program, print_result, run_program
+from student_train.command_options import (
+    ConfigPath,
+    OptionalConfigPath,
+    Overrides,
+    WhichCheckpoint,
+    load_train_config,
+)
+from student_train.eval_command import evaluate
 from student_train.result_lines import (
     bench_lines,
     compare_lines,
-    eval_lines,
     export_lines,
     format_lines,
     init_lines,
@@ -33,7 +39,6 @@ from student_train.result_lines import (
 
 if TYPE_CHECKING:
     from student_train.compare.comparing import Price
-    from student_train.config import TrainConfig
     from student_train.model.importance import Calibration
 
 
@@ -43,14 +48,6 @@ STUDENT_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors",
 """Not in the base install: who only reads caches has none of them."""
 
 app = new_program("student-train", "Train students from a cache of a teacher's token distributions.")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
-OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. stages.0.epochs=2. Repeatable."),
-]
-WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or a checkpoint's name.")]
 
 
 @app.command()
@@ -76,7 +73,7 @@ def init(
                 "CONFIG already sets teacher, sizes and folder: remove it, or --teacher, --layers, --parameters and "
                 "--out"
             )
-        config = _config(config_path, overrides)
+        config = load_train_config(config_path, overrides)
         asked = config.student.init
         if asked is None:
             raise ConfigError(f"{config_path}: student.init is not set: it names the teacher and what to keep")
@@ -113,7 +110,7 @@ def plan(
     """Show data, steps and memory of a run. Makes the run's checks without loading weights."""
     from student_train.estimate import plan_run
 
-    planned = plan_run(_config(config_path, overrides), nproc)
+    planned = plan_run(load_train_config(config_path, overrides), nproc)
     print_result(planned, plan_lines(planned), as_json)
 
 
@@ -160,7 +157,7 @@ def run(
             follow_parent(int(parent))
     # From here on, before seconds of imports: Ctrl-C ends at once until there are steps to save.
     with StopRequest(at_once=True) as stop:
-        config = _config(config_path, overrides)
+        config = load_train_config(config_path, overrides)
         summary = None if is_rank or from_step is not None else summary_if_finished(config)
         is_first = True
         if summary is None:
@@ -208,121 +205,7 @@ def rounds(
     print_result(state.model_dump(mode="json"), state_lines(config, state), as_json)
 
 
-@app.command("eval")
-def evaluate(
-    config_path: OptionalConfigPath = None,
-    overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to evaluate.")] = None,
-    cache: Annotated[list[Path] | None, typer.Option(help="Cache to evaluate on. Repeatable.")] = None,
-    where: Annotated[str | None, typer.Option(help="SQL condition on chains; default: split = 'heldout'.")] = None,
-    initial: Annotated[bool, typer.Option("--initial", help="Evaluate the student before training.")] = False,
-    checkpoint: WhichCheckpoint = "last",
-    kind: Annotated[
-        Literal["distributions", "projected", "text"] | None,
-        typer.Option(help="With --model: projected or text for a student of another vocabulary than the cache's."),
-    ] = None,
-    max_chains: Annotated[int | None, typer.Option(min=1, help="With --model: maximum chains. Default: 512.")] = None,
-    pack_tokens: Annotated[
-        int | None, typer.Option(min=16, help="With --model: tokens per pack. Default: 4096.")
-    ] = None,
-    quantise: Annotated[
-        Literal["w8a8", "w4a16"] | None,
-        typer.Option(
-            help="Round weights (and activations) as a quantised export would. Default: as the stage trained."
-        ),
-    ] = None,
-    generate: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Also generate answers to N held-out prompts and judge them.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="With --generate: maximum tokens per answer. Default: 1024.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="With --generate: sampling temperature. Default: 0 (greedy).")
-    ] = None,
-    robust: Annotated[
-        bool,
-        typer.Option(
-            "--robustness",
-            help="With --generate: repeat with typing noise, an irrelevant sentence, and reordered options.",
-        ),
-    ] = False,
-    price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="With --generate: price of this machine's hour, for cost per answer.")
-    ] = None,
-    second: Annotated[
-        str | None,
-        typer.Option(
-            "--forgetting", metavar="PATH", help="Second held-out set, before and after: a cache, .txt or .jsonl."
-        ),
-    ] = None,
-    before: Annotated[
-        str | None, typer.Option(help="With --model and --forgetting: the student before its training.")
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--lm-eval", metavar="TASKS", help="Also run these lm-eval tasks, comma-separated.")
-    ] = None,
-    tasks_path: Annotated[
-        Path | None, typer.Option("--lm-eval-path", help="With --lm-eval: folder with tasks of your own.")
-    ] = None,
-    tasks_limit: Annotated[
-        int | None, typer.Option("--lm-eval-limit", min=1, help="With --lm-eval: documents per task. Default: all.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Evaluate a student against its teacher on held-out chains. With --generate, also judge its own answers."""
-    from stillroom.storage.paths import check_out
-    from student_train.answers import DEFAULT_NEW_TOKENS, GenerateConfig
-    from student_train.assess.harness import HarnessConfig
-    from student_train.assess.page import write_eval_page
-    from student_train.config import QuantiseConfig
-    from student_train.evaluation import DEFAULT_CHAINS, DEFAULT_PACK_TOKENS, More, evaluate_config, evaluate_model
-
-    if out is not None:
-        check_out("--out", out)
-    generation: dict[str, object] = {"--max-new-tokens": max_new_tokens, "--temperature": temperature}
-    generation |= {"--robustness": robust or None, "--price-per-hour": price_per_hour}
-    _refuse(generation, "without --generate", generate is None)
-    _refuse({"--lm-eval-path": tasks_path, "--lm-eval-limit": tasks_limit}, "without --lm-eval", tasks is None)
-    _refuse({"--quantise": quantise}, "on --lm-eval", tasks is not None)
-    answers = None
-    if generate is not None:
-        answers = GenerateConfig(generate, max_new_tokens or DEFAULT_NEW_TOKENS, temperature or 0.0)
-    harness = None if tasks is None else HarnessConfig(tasks.split(","), tasks_path, tasks_limit)
-    more = More(robust, second, before, harness, price_per_hour)
-    rounding = None if quantise is None else QuantiseConfig(format=quantise)
-    if config_path is not None:
-        if (model, cache, before) != (None, None, None):
-            raise ConfigError("CONFIG already names model and caches: remove it, or --model, --cache and --before")
-        if kind is not None:
-            raise ConfigError("--kind needs --model: with a CONFIG use --set data.kind=KIND")
-        if (max_chains, pack_tokens) != (None, None):
-            raise ConfigError("--max-chains and --pack-tokens need --model: with a CONFIG use --set eval.max_chains=N")
-        if initial and checkpoint != "last":
-            raise ConfigError("--checkpoint has no effect with --initial: remove one")
-        config = _config(config_path, overrides)
-        result = evaluate_config(config, where, "initial" if initial else checkpoint, answers, rounding, more)
-    else:
-        if model is None or not cache:
-            raise ConfigError("pass a CONFIG, or --model and --cache")
-        if initial or checkpoint != "last" or overrides:
-            raise ConfigError("--initial, --checkpoint and --set need a CONFIG")
-        result = evaluate_model(
-            model,
-            cache,
-            where,
-            kind=kind or "distributions",
-            max_chains=max_chains or DEFAULT_CHAINS,
-            pack_tokens=pack_tokens or DEFAULT_PACK_TOKENS,
-            generate=answers,
-            quantise=rounding,
-            more=more,
-        )
-    if out is not None:
-        result["page"] = str(out)
-        write_eval_page(result, out)
-    print_result(result, eval_lines(result), as_json)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -386,7 +269,7 @@ def export(
         else:
             if (model, cache, where) != (None, None, None):
                 raise ConfigError("CONFIG already names model and caches: remove it, or --model, --cache and --where")
-            config = _config(config_path, overrides)
+            config = load_train_config(config_path, overrides)
             state = find_state(RunFolder(config.run).checkpoints, checkpoint)
             if format_name == "hf":
                 result = export_checkpoint(config, state, out, adapter_only=adapter_only, tokenizer=tokenizer)
@@ -538,14 +421,6 @@ def main() -> None:
         sys.exit(ConfigError.exit_code)
 
 
-def _refuse(options: Mapping[str, object], where: str, is_so: bool) -> None:
-    """Raises ConfigError for options that are given and have no effect there."""
-    given = [name for name, value in options.items() if value is not None]
-    if is_so and given:
-        have = "has" if len(given) == 1 else "have"
-        raise ConfigError(f"{' and '.join(given)} {have} no effect {where}")
-
-
 def _prices(of_tokens: list[str], of_hours: list[str]) -> "dict[str, Price]":
     """Raises ConfigError for anything but NAME=IN/OUT and NAME=PRICE."""
     from student_train.compare.comparing import Price
@@ -568,13 +443,6 @@ _PRICE_HELP = {
     "--price": "write NAME=IN/OUT, prices of a million tokens, e.g. int8=0.1/0.4",
     "--price-per-hour": "write NAME=PRICE, e.g. int8=2.5",
 }
-
-
-def _config(path: Path, overrides: list[str] | None) -> "TrainConfig":
-    from stillroom.config import load_config
-    from student_train.config import TrainConfig
-
-    return load_config(path, overrides or [], TrainConfig)
 
 
 def _run_on_hosts(hosts: str | None, nproc: int | None) -> int:

@@ -1,4 +1,4 @@
-"""How close a student is to its teacher on held-out chains: during training, and as `student-train eval`.
+"""How close a student is to its teacher on held-out chains: during training, and in assess/evaluating.py.
 
 In: a function from a pack to token metrics, a frozen selection. Out: means over all loss tokens of all ranks. Every
 token counts equally, whatever its chain's weight. Where the cache holds draws from the tail, KL and JSD are unbiased
@@ -11,58 +11,26 @@ Bits per byte compare students of different vocabularies: the bits of all loss t
 
 import contextlib
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from stillroom.config import Json
-from stillroom.errors import ConfigError
-from stillroom.log import Progress, warn
-from stillroom.models import cached_pieces, load_tokenizer
+from stillroom.log import Progress
+from stillroom.models import cached_pieces
 from stillroom.pieces import Vocabulary
-from stillroom.sql.conditions import in_brackets
-from stillroom.storage.paths import Location
-from student_train.answers import GenerateConfig, Given, Render, generate_and_judge, heldout_prompts
-from student_train.assess import forgetting
-from student_train.assess.answered import answer_groups
-from student_train.assess.breakdown import Breakdown, retention_of, sources_of_rows
-from student_train.assess.harness import HarnessConfig, require_harness, run_harness
-from student_train.assess.robustness import as_json, robustness
-from student_train.config import (
-    HELDOUT,
-    CacheConfig,
-    DataConfig,
-    EvalConfig,
-    QuantiseConfig,
-    StudentConfig,
-    TrainConfig,
-)
+from student_train.assess.breakdown import Breakdown
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.kept_ids import ids_of
-from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data, sources_of
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
-from student_train.data.prepared import render_prompts, template_arguments
 from student_train.data.retokenised import has_leading_space, vocab_path_of
-from student_train.data.selection import Selection, SelectionRequest
+from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
-from student_train.data.text import HuggingFaceText
-from student_train.data.vocabulary.freeze import freeze_source
 from student_train.data.vocabulary.pieces import lengths_of
-from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
-from student_train.losses.fused_head import fuse_head
 from student_train.losses.metrics import TokenMetrics
-from student_train.model.quantise import quantise_layers
-from student_train.model.student import Student, load_causal, widen_vocab
-from student_train.runtime.checkpoint import find_state
-from student_train.runtime.cost import device_kind
-from student_train.runtime.ranks import Ranks, memory_advice
-from student_train.runtime.run_folder import RunFolder
+from student_train.model.student import Student
+from student_train.runtime.ranks import Ranks
 
 
 class EvalResult(BaseModel):
@@ -249,285 +217,3 @@ def _result(
         confidence_minus_accuracy=mean["confidence_N"] - mean["correct_N"],
         entropy=mean["entropy_N"],
     )
-
-
-DEFAULT_CHAINS = 512
-DEFAULT_PACK_TOKENS = 4096
-MEMORY_ADVICE = "Lower data.pack_tokens or engine.chunk_tokens; with --model, --pack-tokens"
-
-
-@dataclass(frozen=True)
-class More:
-    """What else to measure. `before` is the folder from before the training, where no run says which it was."""
-
-    is_robustness: bool = False
-    forgetting: str | None = None
-    """A second held-out set: a cache or a text file."""
-    before: str | None = None
-    harness: HarnessConfig | None = None
-    price_per_hour: float | None = None
-
-
-NOTHING_MORE = More()
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A loaded student, how it is evaluated, and how the one from before it is loaded."""
-
-    model: Any
-    student: StudentConfig
-    data: DataConfig
-    wanted: EvalConfig
-    precision: str
-    kept: Path | None = None
-    trained: Path | None = None
-    chunk_tokens: int | None = None
-    quantise: QuantiseConfig | None = None
-    before: StudentConfig | None = None
-
-
-def evaluate_config(
-    config: TrainConfig,
-    where: str | None,
-    which: str,
-    generate: GenerateConfig | None = None,
-    quantise: QuantiseConfig | None = None,
-    more: More = NOTHING_MORE,
-) -> Json:
-    """Evaluates checkpoint `which` of a run, or the untrained student (`initial`).
-
-    Without `where`, on the run's held-out selection; with `generate`, also by its answers to prompts. `quantise` rounds
-    the forward pass, as a checkpoint of a stage that quantises always is.
-
-    Raises ConfigError, DataError, CorruptError.
-    """
-    if config.eval is None and where is None:
-        raise ConfigError("the configuration has no eval block: add one, or pass --where")
-    if which == "initial" and more.forgetting is not None:
-        raise ConfigError("--forgetting compares with the student before the run: remove it, or --initial")
-    run = RunFolder(config.run)
-    asked = config.eval or EvalConfig()
-    state = None if which == "initial" else find_state(run.checkpoints, which)
-    if state is None:
-        model = load_causal(config.student.model, config.student, config.engine.precision)
-    else:
-        model = trained_model(config, state, merged=True)
-        quantise = quantise or config.stages[state.stage].quantise
-    subject = _Subject(
-        model,
-        config.student,
-        config.data,
-        asked if where is None else asked.updated(where=where),
-        config.engine.precision,
-        kept=run.heldout_path if where is None else None,
-        trained=run.selection_path(config.stages[0].name),
-        chunk_tokens=config.engine.chunk_tokens,
-        quantise=quantise,
-        before=config.student,
-    )
-    result = {"model": config.student.model if state is None else state.tag, **_evaluate(subject, generate, more)}
-    if more.harness is None:
-        return result
-    if state is None:
-        return {**result, "lm_eval": run_harness(config.student.model, more.harness, config.engine.precision)}
-    with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp:
-        folder = Path(temp) / "student"
-        export(config, state, folder, adapter_only=False, tokenizer=None)
-        return {**result, "lm_eval": run_harness(folder, more.harness, config.engine.precision)}
-
-
-def evaluate_model(
-    model: str,
-    caches: Sequence[Path],
-    where: str | None,
-    *,
-    kind: Literal["distributions", "projected", "text"] = "distributions",
-    max_chains: int | None = DEFAULT_CHAINS,
-    pack_tokens: int = DEFAULT_PACK_TOKENS,
-    generate: GenerateConfig | None = None,
-    quantise: QuantiseConfig | None = None,
-    more: More = NOTHING_MORE,
-) -> Json:
-    """Evaluates a Hugging Face folder or hub id; `kind` is that of DataConfig, `quantise` rounds the forward pass.
-
-    Raises ConfigError, DataError, CorruptError.
-    """
-    for folder in filter(None, (model, more.before)):
-        if (Path(folder) / "adapter_config.json").exists():
-            raise ConfigError(
-                f"{folder} is a LoRA adapter without its model: export it merged (`student-train export` without "
-                "--adapter-only) and pass that folder"
-            )
-    if (more.forgetting is None) != (more.before is None):
-        raise ConfigError("with --model, --forgetting needs --before, the student before its training, and vice versa")
-    precision: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    student = StudentConfig(model=model)
-    subject = _Subject(
-        load_causal(model, student, precision),
-        student,
-        DataConfig(caches=[CacheConfig(path=path) for path in caches], kind=kind, pack_tokens=pack_tokens),
-        EvalConfig(where=where or HELDOUT, max_chains=max_chains),
-        precision,
-        quantise=quantise,
-        before=None if more.before is None else StudentConfig(model=more.before),
-    )
-    result = {"model": model, **_evaluate(subject, generate, more)}
-    return result if more.harness is None else {**result, "lm_eval": run_harness(model, more.harness, precision)}
-
-
-def _evaluate(subject: _Subject, generate: GenerateConfig | None, more: More) -> Json:
-    data, wanted = subject.data, subject.wanted
-    # Before hours of evaluation.
-    second = None if more.forgetting is None else forgetting.second_set(more.forgetting)
-    if more.harness is not None:
-        require_harness()
-    with tempfile.TemporaryDirectory(prefix="student-train-eval-") as temp, memory_advice(MEMORY_ADVICE):
-        request = eval_request(data, wanted)
-        path = Path(temp) / "heldout.selection.parquet"
-        if subject.kept is not None:
-            path = kept_or_temporary(subject.kept, request, Path(temp))
-        trained = subject.trained
-        if trained is None and data.kind == "projected":
-            trained = _other_chains(Path(temp), data, wanted)
-        selection = open_data(path, request, data, subject.student, counted=trained)
-        metrics_of = _metrics_of(subject.model, subject, selection)
-        breakdown = Breakdown(selection, sources_of_rows(selection, [cache.path for cache in data.caches]))
-        result = evaluate(metrics_of, selection, eval_spec(data), _alone(), breakdown)
-        forgotten = None if second is None else _forgotten(subject, second, Path(temp))
-        answers = None if generate is None else _answers(subject, selection, generate, more)
-    return {
-        "where": wanted.where,
-        "quantise": None if subject.quantise is None else subject.quantise.format,
-        "device": device_kind(),
-        **result.model_dump(),
-        "retention": None if result.js is None else retention_of(result.js),
-        **breakdown.result(),
-        "generation": answers,
-        "forgetting": forgotten,
-        "lm_eval": None,
-    }
-
-
-def _alone() -> Ranks:
-    return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _metrics_of(model: Any, subject: _Subject, selection: Selection) -> Callable[[TorchPack], TokenMetrics]:
-    """The model on this machine's device, ready for packs of the selection."""
-    vocabulary = check_vocabulary(subject.student, selection, [cache.path for cache in subject.data.caches])
-    widen_vocab(model, vocabulary.num_ids)
-    fuse_head(model)
-    # Rounded once: a second selection finds the layers as they are.
-    if subject.quantise is not None and model is subject.model:
-        quantise_layers(model, subject.quantise)
-    return student_metrics(Student(model, subject.chunk_tokens).to(_alone().device))
-
-
-def _other_chains(folder: Path, data: DataConfig, wanted: EvalConfig) -> Path | None:
-    """A selection of what is not evaluated, whose chains say how the evaluated ones are projected; None if empty."""
-    path = folder / "others.selection.parquet"
-    with contextlib.suppress(ConfigError):
-        freeze_source(path, SelectionRequest(sources_of(data), f"NOT {in_brackets(wanted.where)}"))
-        return path
-    return None
-
-
-def _forgotten(subject: _Subject, second: Location, folder: Path) -> Json:
-    """The second set before and after the training; both models stand on the device together."""
-    assert subject.before is not None
-    before = load_causal(subject.before.model, subject.before, subject.precision)
-    models = {"after": subject.model, "before": before}
-    if isinstance(second, Path) and second.is_file():
-        # Special tokens may differ from the cache's, and a text has none.
-        tokenizer = load_tokenizer(subject.student.model, subject.student.revision, subject.student.trust_remote_code)
-        pieces = forgetting.windows(second, tokenizer, forgetting.window_size(before, subject.data.pack_tokens))
-        for model in models.values():
-            model.set_attn_implementation(subject.student.attention)
-            model.to(_alone().device).eval()
-        widen_vocab(before, max(map(max, pieces)) + 1)
-        found = {name: forgetting.text_loss(model, pieces, f"{name} the run") for name, model in models.items()}
-        return forgetting.change("text", str(second), subject.before.model, found["before"], found["after"])
-    data = subject.data.updated(caches=[CacheConfig(path=second)])
-    wanted = EvalConfig(max_chains=subject.wanted.max_chains)
-    path, request = folder / "second.selection.parquet", eval_request(data, wanted)
-    # Projected as the run's own held-out chains are: by the counts of what it trained on.
-    other = open_data(path, request, data, subject.student, counted=subject.trained)
-    subjects = {"after": subject, "before": replace(subject, student=subject.before)}
-    found = {}
-    for name, model in models.items():
-        metrics_of = _metrics_of(model, replace(subjects[name], data=data, quantise=None), other)
-        result = evaluate(metrics_of, other, eval_spec(data), _alone())
-        retention = None if result.js is None else retention_of(result.js)
-        found[name] = {**result.model_dump(), "retention": retention}
-    return forgetting.change("cache", str(second), subject.before.model, found["before"], found["after"])
-
-
-def _answers(subject: _Subject, selection: Selection, config: GenerateConfig, more: More) -> Json:
-    model, data = subject.model, subject.data
-    # Evaluation on packs may have replaced the attention.
-    model.set_attn_implementation(subject.student.attention)
-    tokenizer = cache_tokenizer(subject.student, selection, None)
-    adopt_tokens(model, tokenizer)
-    render = _render_of(tokenizer, data, selection)
-    pinned = [
-        cache.model_copy(update={"root": str(source.path)})
-        for cache, source in zip(selection.header.caches, data.caches, strict=True)
-    ]
-    prompts = heldout_prompts(pinned, subject.wanted.where, config.num_prompts, render)
-    result, given = generate_and_judge(model, tokenizer, prompts, config)
-    cost = None if more.price_per_hour is None else result.seconds / 3600 * more.price_per_hour
-    return {
-        **result.model_dump(),
-        "cost": cost,
-        "cost_per_correct": cost / result.num_correct if cost is not None and result.num_correct else None,
-        **answer_groups(given),
-        "robustness": _robustness(model, tokenizer, selection, given, config, render) if more.is_robustness else None,
-    }
-
-
-def _robustness(
-    model: Any,
-    tokenizer: Any,
-    selection: Selection,
-    given: Sequence[Given],
-    config: GenerateConfig,
-    render: Render | None,
-) -> Json:
-    """Raises ConfigError where changed prompts cannot be written as the clean ones were."""
-    write = render or _rendered_as_cached(tokenizer, selection)
-    alike = [one for one in given if list(one.prompt.token_ids) == write(one.prompt.messages, one.prompt.run_id)]
-    if not alike:
-        raise ConfigError(
-            "--robustness: the student's chat template reproduces none of the cached prompts, so changed prompts would "
-            "also differ in their template: remove it"
-        )
-    if len(alike) < len(given):
-        warn(f"--robustness skips {len(given) - len(alike)} of {len(given)} prompts: their chat template differs")
-    return as_json(robustness(model, tokenizer, alike, config, lambda one: write(one.messages, one.run_id)))
-
-
-def _rendered_as_cached(tokenizer: Any, selection: Selection) -> Render:
-    """As the teacher read a conversation."""
-    arguments = template_arguments(selection)
-
-    def render(messages: Sequence[Mapping[str, str]], run_id: str) -> list[int]:
-        given = arguments.get(run_id, {})
-        ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False, **given
-        )
-        return ids
-
-    return render
-
-
-def _render_of(tokenizer: Any, data: DataConfig, selection: Selection) -> Render | None:
-    """How the student reads a conversation where it is not as the teacher did."""
-    changes = data.prompt
-    if changes is not None:
-        given = template_arguments(selection)
-        return lambda messages, run_id: render_prompts(tokenizer, changes, [messages], given.get(run_id, {}))[0]
-    if not selection.is_retokenised and selection.header.kept_ids is None:
-        return None
-    text = HuggingFaceText(tokenizer, selection.header.vocab_size)
-    return lambda messages, _: text.encode_prompts([text.render(messages)])[0]

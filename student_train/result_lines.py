@@ -86,8 +86,9 @@ def eval_lines(result: Result) -> list[str]:
             f"undecided {answers['num_undecided']}  truncated {answers['truncated_frac']:.1%}  "
             f"{answers['mean_tokens']:.0f} tokens per answer  {answers['tokens_per_s']:.0f} tok/s"
         )
-        if answers["cost"] is not None and answers["num_correct"]:
-            lines.append(f"cost {answers['cost']:.4f}, {answers['cost_per_correct']:.6f} per right answer")
+        if answers["cost"] is not None:
+            each = answers["cost_per_correct"]
+            lines.append(f"cost {answers['cost']:.4f}, {'no' if each is None else f'{each:.6f} per'} right answer")
     return [*lines, *_more_lines(result), *([str(result["page"])] if result.get("page") else [])]
 
 
@@ -101,21 +102,26 @@ def _more_lines(result: Result) -> list[str]:
     if result["calibration"] is not None:
         lines.append(f"calibration error {result['calibration']['ece']:.1%} of tokens")
     for kind, one in ((result["generation"] or {}).get("robustness") or {}).items():
+        if not one["num_prompts"]:
+            lines.append(f"{kind:10} applies to none of these prompts")
+            continue
         lines.append(
             f"{kind:10} {_share(one['accuracy'])} correct (clean {_share(one['accuracy_clean'])}), same answer "
             f"{_share(one['agreement'])} of {format_plural(one['num_prompts'], 'prompt')}"
         )
     if (found := result["forgetting"]) is not None:
-        name = "cross_entropy" if found["before"].get("forward_kl") is None else "forward_kl"
-        label = "cross-entropy" if name == "cross_entropy" else "KL"
+        labels = {"forward_kl": "KL", "cross_entropy": "cross-entropy", "bits_per_byte": "bits per byte"}
+        name = next(one for one in labels if one in found["change"])
         lines.append(
-            f"forgetting {found['path']}: {label} {found['before'][name]:.4f} before the run, "
+            f"forgetting {found['path']}: {labels[name]} {found['before'][name]:.4f} before the run, "
             f"{found['after'][name]:.4f} after ({found['change'][name]:+.4f})"
+            + ("" if found["same_tokens"] else "; per byte because their vocabularies differ")
         )
     for task, metrics in (result["lm_eval"] or {}).get("tasks", {}).items():
         shown = [f"{one['metric']} ({one['filter']}) {one['value']:.4f}" for one in metrics]
         lines.append(f"lm-eval {task}: {', '.join(shown)}")
-    return lines
+    lines += [f"not measured: {one['part']}: {one['reason']}" for one in result["failed"]]
+    return [*lines, *(f"not measured: {part}: interrupted" for part in result["pending"])]
 
 
 def export_lines(result: Result) -> list[str]:

@@ -7,33 +7,36 @@ data; tasks of one's own (`include_path`) need no network.
 import json
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, StillroomError
-from stillroom.log import format_duration, note, one_line
+from stillroom.log import note
 from student_train.compare.statistics import SHARE, constant_interval
 from student_train.export.environments import python_of
+from student_train.export.processes import Ended, run_noting
+from student_train.export.worker import WORKERS
 
 ENVIRONMENT = "lm_eval"
-NOTE_EVERY_S = 10.0
 BATCH_SIZE = 8
-MAX_SHOWN = 400
 NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
 class HarnessConfig:
-    """What to run. `limit` is documents a task, None all; `include_path` holds tasks of one's own."""
+    """What to run. `limit` is documents a task, None all; `include_path` holds tasks of one's own; `chat` says whether
+    prompts are written by the chat template, None where the tokenizer has one.
+    """
 
     tasks: Sequence[str]
     include_path: Path | None = None
     limit: int | None = None
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         bad = [name for name in self.tasks if not re.fullmatch(r"[\w.*/+-]+", name)]
@@ -42,13 +45,31 @@ class HarnessConfig:
         if self.include_path is not None and not self.include_path.is_dir():
             raise ConfigError(f"--lm-eval-path {self.include_path} is not a folder: name one with YAML task files")
 
+    def uses_chat(self, tokenizer: Any) -> bool:
+        """Raises ConfigError where a template is asked for that the tokenizer does not have."""
+        has_template = tokenizer.chat_template is not None
+        if self.chat and not has_template:
+            raise ConfigError("--lm-eval-chat: the student's tokenizer has no chat template: remove it")
+        return has_template if self.chat is None else self.chat
 
-def require_harness() -> None:
-    """Makes lm-eval's environment where there is none. Raises ConfigError, StillroomError where it cannot be made."""
-    python_of(ENVIRONMENT)
+
+def require_tasks(config: HarnessConfig, model: str) -> None:
+    """Loads the tasks and their data for a tokenizer like that of `model`, in an environment that is made if there is
+    none: minutes, before hours of evaluation. Raises ConfigError, StillroomError where this fails.
+    """
+    python = python_of(ENVIRONMENT)
+    names = ",".join(config.tasks)
+    command = [str(python), str(WORKERS / "load_lm_eval.py"), model, names]
+    command += [] if config.include_path is None else [str(config.include_path)]
+    ended = _run(command, "lm-eval: loading tasks")
+    if ended.code != 0:
+        raise ConfigError(
+            f"--lm-eval {names}: {ended.why()}: check the names (your own tasks need --lm-eval-path FOLDER) and, for "
+            "tasks of the hub, the network"
+        )
 
 
-def run_harness(folder: Path | str, config: HarnessConfig, precision: str) -> Json:
+def run_harness(folder: Path | str, config: HarnessConfig, precision: str, *, is_chat: bool) -> Json:
     """The metrics of each task. Raises StillroomError with lm-eval's last words where it fails."""
     import torch
 
@@ -57,12 +78,15 @@ def run_harness(folder: Path | str, config: HarnessConfig, precision: str) -> Js
         command = [str(python), "-m", "lm_eval", "run", "--model", "hf"]
         command += ["--model_args", f"pretrained={folder},dtype={precision}", "--tasks", ",".join(config.tasks)]
         command += ["--device", "cuda:0" if torch.cuda.is_available() else "cpu", "--batch_size", str(BATCH_SIZE)]
-        command += ["--output_path", temp, "--apply_chat_template"]
+        command += ["--output_path", temp]
+        command += ["--apply_chat_template"] if is_chat else []
         command += [] if config.include_path is None else ["--include_path", str(config.include_path)]
         command += [] if config.limit is None else ["--limit", str(config.limit)]
         note(f"lm-eval: {', '.join(config.tasks)}")
         started_s = time.monotonic()
-        _run(command)
+        ended = _run(command, "lm-eval: running")
+        if ended.code != 0:
+            raise StillroomError(f"lm-eval failed: {ended.why()}")
         files = sorted(Path(temp).rglob("results_*.json"))
         if not files:
             raise StillroomError("lm-eval ended without results: run it by hand with the same tasks")
@@ -71,6 +95,7 @@ def run_harness(folder: Path | str, config: HarnessConfig, precision: str) -> Js
     return {
         "version": found.get("lm_eval_version"),
         "limit": config.limit,
+        "chat_template": is_chat,
         "seconds": time.monotonic() - started_s,
         "tasks": {name: _metrics(values, nums.get(name)) for name, values in found["results"].items()},
         "num_samples": nums,
@@ -101,27 +126,8 @@ def _interval(value: float, error: float | None, num: int | None) -> tuple[float
     return value - NORMAL_95 * error, value + NORMAL_95 * error
 
 
-def _run(command: list[str]) -> None:
-    """Runs lm-eval, and says every NOTE_EVERY_S that it still does."""
+def _run(command: list[str], doing: str) -> Ended:
     environ = {**os.environ, "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
     # Packages on our path would come before those of lm-eval's environment.
     environ.pop("PYTHONPATH", None)
-    started_s = time.monotonic()
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ) as process,
-    ):
-        try:
-            while process.poll() is None:
-                try:
-                    process.wait(NOTE_EVERY_S)
-                except subprocess.TimeoutExpired:
-                    note(f"lm-eval: running for {format_duration(time.monotonic() - started_s)}")
-        except BaseException:
-            process.kill()
-            raise
-        if process.returncode != 0:
-            log.seek(0)
-            lines = [line for line in log.read().splitlines() if line.strip()]
-            why = one_line(lines[-1])[:MAX_SHOWN] if lines else f"exit code {process.returncode}"
-            raise StillroomError(f"lm-eval failed: {why}")
+    return run_noting(command, environ, doing)

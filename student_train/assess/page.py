@@ -26,6 +26,12 @@ CHANGES = {
     "distractor": "an irrelevant sentence",
     "options": "options in another order",
 }
+PARTS = {
+    "generation": "answers",
+    "robustness": "robustness",
+    "forgetting": "forgetting",
+    "lm_eval": "public tasks (lm-eval)",
+}
 CHARTED = ("tokens", "position", "part")
 TOKENS, ANSWERS = 0, 1
 """Colours of the two kinds of calibration."""
@@ -58,7 +64,8 @@ def eval_sections(result: Json, named: str = "") -> list[Section]:
         Section("Answers", [] if answers is None else _answers(answers)),
         Section("Robustness", [] if answers is None else _robustness(answers["robustness"])),
         Section("Forgetting", _forgetting(result["forgetting"])),
-        Section("Public tasks", _tasks(result["lm_eval"])),
+        Section("Public tasks", _tasks(result["lm_eval"], result["quantise"])),
+        Section("Not measured", _not_measured(result)),
     ]
     return [Section(f"{named}{one.title}", one.pieces, one.intro) for one in sections]
 
@@ -234,7 +241,7 @@ def _robustness(found: Json | None) -> list[Piece]:
                 interval,
                 f"{one['p_value']:.3g}" if one["num_judged"] else "-",
                 percent(one["agreement"]),
-                _shortened(one["example"]),
+                _shortened(one["example"]) if one["num_prompts"] else "applies to none of these prompts",
             ]
         )
     columns = ["change", "prompts", "clean", "changed", "difference", "95% interval", "p", "same answer", "example"]
@@ -254,6 +261,7 @@ def _forgetting(found: Json | None) -> list[Piece]:
         return []
     words = {
         "cross_entropy": "cross-entropy (nats)",
+        "bits_per_byte": "bits per byte",
         "forward_kl": "KL (nats)",
         "js": "JS (nats)",
         "retention": "retention",
@@ -266,11 +274,13 @@ def _forgetting(found: Json | None) -> list[Piece]:
         rows.append([words[name], before, after, format(change, f"+{form}")])
     what = "held-out chains of another cache" if found["kind"] == "cache" else "a text"
     note = f"{found['path']}: {what}, {found['after']['num_tokens']:,} tokens; before: {found['before_model']}."
+    if not found.get("same_tokens", True):
+        note += " The two read it by different vocabularies, so only bits per byte of text can be compared."
     columns = ["", "before the run", "after", "change"]
     return [Table("A second held-out set", columns, rows, note, right=frozenset({1, 2, 3}))]
 
 
-def _tasks(found: Json | None) -> list[Piece]:
+def _tasks(found: Json | None, quantise: str | None) -> list[Piece]:
     if found is None:
         return []
     rows = [
@@ -286,9 +296,20 @@ def _tasks(found: Json | None) -> list[Piece]:
         for row in metrics
     ]
     note = f"lm-eval {found['version']}, in {format_span(found['seconds'])}"
+    note += "" if quantise is None else f", of the float weights (not rounded to {quantise})"
+    # Results of earlier versions do not say.
+    if "chat_template" in found:
+        note += f", prompts {'written by the chat template' if found['chat_template'] else 'as plain text'}"
     note += "." if found["limit"] is None else f", the first {found['limit']} documents of each task."
     columns = ["task", "metric", "filter", "value", "95% interval", "documents"]
     return [Table("lm-eval", columns, rows, note, right=frozenset({3, 4, 5}))]
+
+
+def _not_measured(result: Json) -> list[Piece]:
+    """Parts that failed or are still to come; results of earlier versions name none."""
+    rows = [[PARTS[one["part"]], one["reason"]] for one in result.get("failed", ())]
+    rows += [[PARTS[part], "not finished when this page was written"] for part in result.get("pending", ())]
+    return [Table("Parts without a result", ["part", "why"], rows, long=frozenset({1}))] if rows else []
 
 
 def titles(results: Sequence[Json]) -> list[str]:

@@ -22,10 +22,10 @@ from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import format_duration, note
 from stillroom.storage.paths import TEMP_SUFFIX
 from student_train.export.formats import PROJECT
+from student_train.export.processes import run_noting
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
 FOLDER_VARIABLE = "STILLROOM_ENVIRONMENTS"
-NOTE_EVERY_S = 10.0
 # A build for CUDA beside a torch for CPU breaks transformers, and text needs none of them.
 OVERRIDES = "".join(f"{name}; sys_platform == 'never'\n" for name in ("torchaudio", "torchcodec", "torchvision"))
 
@@ -94,22 +94,9 @@ def _uv() -> str:
 
 
 def _run(command: list[str], environ: dict[str, str]) -> None:
-    """Runs uv, and says every NOTE_EVERY_S that it still does."""
-    started_s = time.monotonic()
-    with subprocess.Popen(
-        command, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        while True:
-            try:
-                _, stderr = process.communicate(timeout=NOTE_EVERY_S)
-                break
-            except subprocess.TimeoutExpired:
-                note(f"installing, {format_duration(time.monotonic() - started_s)} so far")
-            except BaseException:
-                process.kill()
-                raise
-    if process.returncode != 0:
-        why = " ".join(stderr.split())[-400:]
+    ended = run_noting(command, environ, "installing")
+    if ended.code != 0:
+        why = " ".join(" ".join(ended.lines).split())[-400:]
         raise StillroomError(
             f"the environment could not be made: {why}. It needs the package index once: check the network, or point "
             "UV_FIND_LINKS at a folder of wheels, and run the same command again"

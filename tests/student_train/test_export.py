@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.models import fingerprint_template, fingerprint_tokenizer
+from student_train.assess.evaluating import More, evaluate_config, evaluate_model
 from student_train.config import TrainConfig
 from student_train.data.selection import Selection, load_selection
-from student_train.evaluation import More, evaluate_config, evaluate_model
 from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
 from student_train.result_lines import export_lines
 from student_train.runtime.checkpoint import CheckpointState, find_state
@@ -91,7 +91,7 @@ def test_adapter_alone_gives_the_merged_logits(
     with pytest.raises(ConfigError, match="is a LoRA adapter without its model: export it merged"):
         evaluate_model(str(tmp_path / "adapter"), [cache.root], None)
     with monkeypatch.context() as patch:
-        patch.setattr("student_train.evaluation.evaluate", _out_of_memory)
+        patch.setattr("student_train.assess.evaluating.evaluate", _out_of_memory)
         with pytest.raises(StillroomError, match=r"CUDA out of memory\. Lower data"):
             evaluate_config(config, None, "last")
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), str(tmp_path / "adapter"))

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json
 from stillroom.errors import ConfigError
+from student_train.assess.evaluating import evaluate_config, evaluate_model
 from student_train.data.rows import read_rows
 from student_train.data.selection import Selection, load_selection
 from student_train.estimate import plan_run
-from student_train.evaluation import evaluate_config, evaluate_model
 from student_train.exporting import export
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.run_folder import RunFolder

@@ -12,24 +12,28 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, StillroomError
-from student_train import evaluation
 from student_train.answers import AskedPrompt, GenerateConfig, answer_and_judge
-from student_train.assess import harness
+from student_train.assess import evaluating, harness
+from student_train.assess import page as page_module
 from student_train.assess.breakdown import doubling_name, doublings
 from student_train.assess.calibration import CalibrationSums
-from student_train.assess.forgetting import documents
-from student_train.assess.harness import HarnessConfig, run_harness
+from student_train.assess.evaluating import More, evaluate_model
+from student_train.assess.forgetting import documents, windows
+from student_train.assess.harness import HarnessConfig, require_tasks, run_harness
 from student_train.assess.page import eval_sections, read_result, write_eval_page
 from student_train.assess.robustness import robustness
+from student_train.cli import app
 from student_train.config import TrainConfig
-from student_train.evaluation import More, evaluate_model
+from student_train.model.student import load_causal
 from student_train.report import write_student_report
 from student_train.result_lines import eval_lines
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache
+from tests.helpers.students import make_student, make_tokenizer
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS
 
 pytestmark = [IGNORE_LIBRARY_WARNINGS, pytest.mark.filterwarnings("ignore:::transformers")]
@@ -89,12 +93,33 @@ def test_text_is_measured_before_and_after(cache: SyntheticCache, student: Path,
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
     assert found["after"]["num_tokens"] == 6
     assert found["after"]["cross_entropy"] == pytest.approx(total / 6, rel=1e-5)
-    assert found["change"] == {"cross_entropy": 0.0}
+    # Each byte of the texts but the first word of each.
+    assert found["after"]["num_bytes"] == len(" w6 w7 w8 w9") + len(" w31 w32")
+    assert found["change"] == {"cross_entropy": 0.0, "bits_per_byte": 0.0}
     path.write_text('{"words": 1}\n')
     with pytest.raises(DataError, match=r"second\.jsonl: line 1 has no \"text\""):
         evaluate_model(str(student), [cache.root], None, max_chains=1, pack_tokens=64, more=more)
     with pytest.raises(ConfigError, match="neither a cache nor a"):
         evaluate_model(str(student), [cache.root], None, more=replace(more, forgetting=str(tmp_path / "gone.txt")))
+
+
+def test_models_of_two_vocabularies_are_compared_by_bytes(cache: SyntheticCache, student: Path, tmp_path: Path) -> None:
+    path = tmp_path / "second.txt"
+    path.write_text("w5 w6 w7 w8 w9")
+    other = make_student(tmp_path / "other", tokenizer=make_tokenizer(first_ordinary="v"))
+    more = More(forgetting=str(path), before=str(other))
+    found = evaluate_model(str(student), [cache.root], None, max_chains=1, pack_tokens=64, more=more)
+    assert set(found["forgetting"]["change"]) == {"bits_per_byte"}
+    assert eval_lines(found)[-1].endswith("per byte because their vocabularies differ")
+    with pytest.raises(ConfigError, match=r"--before \S+ has another vocabulary .* pass a \.txt or \.jsonl file"):
+        evaluate_model(str(student), [cache.root], None, more=replace(more, forgetting=str(cache.root)))
+
+
+def test_long_texts_are_scored_token_by_token_once() -> None:
+    found = windows(["w5 w6 w7 w8 w9", "w5", ""], make_tokenizer(), 3)
+    assert [len(piece) for piece in found.pieces] == [3, 3]
+    assert found.pieces[0][-1] == found.pieces[1][0]
+    assert found.num_bytes == 12
 
 
 def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
@@ -171,6 +196,8 @@ def test_confidence_is_the_probability_of_what_was_said(student: Path, temperatu
 FAKE_LM_EVAL = """#!{python}
 import json, pathlib, sys
 arguments = sys.argv[1:]
+if arguments[0].endswith("load_lm_eval.py"):
+    sys.exit("ValueError: Tasks not found: gone" if arguments[2] == "gone" else 0)
 value = lambda name: arguments[arguments.index(name) + 1]
 if value("--tasks") == "broken":
     sys.exit("KeyError: no such task")
@@ -199,7 +226,7 @@ def approximate(low: float, high: float) -> Json:
 
 @pytest.mark.usefixtures("fake_lm_eval")
 def test_lm_evals_results_are_rows(tmp_path: Path) -> None:
-    found = run_harness(tmp_path, HarnessConfig(["sums"], tmp_path, 4), "float32")
+    found = run_harness(tmp_path, HarnessConfig(["sums"], tmp_path, 4), "float32", is_chat=False)
     assert found["tasks"] == {
         "sums": [
             {"metric": "exact_match", "filter": "last", "value": 0.25, "stderr": 0.1, **approximate(0.054, 0.446)},
@@ -210,11 +237,63 @@ def test_lm_evals_results_are_rows(tmp_path: Path) -> None:
     }
     assert (found["num_samples"], found["version"], found["limit"]) == ({"sums": 4}, "0.4.13", 4)
     with pytest.raises(StillroomError, match="lm-eval failed: KeyError: no such task"):
-        run_harness(tmp_path, HarnessConfig(["broken"]), "float32")
+        run_harness(tmp_path, HarnessConfig(["broken"]), "float32", is_chat=True)
     with pytest.raises(ConfigError, match="--lm-eval a b: write task names"):
         HarnessConfig(["a b"])
     with pytest.raises(ConfigError, match="is not a folder"):
         HarnessConfig(["sums"], tmp_path / "gone")
+    with pytest.raises(ConfigError, match="--lm-eval gone: ValueError: Tasks not found: gone: check the names"):
+        require_tasks(HarnessConfig(["gone"]), "student")
+
+
+def test_chat_templates_are_used_where_there_is_one() -> None:
+    tokenizer = make_tokenizer()
+    assert HarnessConfig(["sums"]).uses_chat(tokenizer)
+    assert not HarnessConfig(["sums"], chat=False).uses_chat(tokenizer)
+    tokenizer.chat_template = None
+    assert not HarnessConfig(["sums"]).uses_chat(tokenizer)
+    with pytest.raises(ConfigError, match="--lm-eval-chat: the student's tokenizer has no chat template"):
+        HarnessConfig(["sums"], chat=True).uses_chat(tokenizer)
+
+
+@pytest.mark.usefixtures("fake_lm_eval")
+def test_a_part_that_fails_leaves_the_others(
+    cache: SyntheticCache, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, page = tmp_path / "second.txt", tmp_path / "page.html"
+    pages: list[str] = []
+    held: list[Any] = []
+    path.write_text("w5 w6 w7")
+    write, run, load = page_module.write_eval_page, run_harness, load_causal
+    models: list[Any] = []
+
+    def load_kept(*given: Any) -> Any:
+        models.append(load(*given))
+        return models[-1]
+
+    def record(result: Json, out: Path) -> None:
+        write(result, out)
+        pages.append(out.read_text())
+
+    def run_freed(*given: Any, **named: Any) -> Json:
+        held.extend(one for one in models[0].parameters() if not one.is_meta)
+        return run(*given, **named)
+
+    monkeypatch.setattr(page_module, "write_eval_page", record)
+    monkeypatch.setattr(evaluating, "run_harness", run_freed)
+    monkeypatch.setattr(evaluating, "load_causal", load_kept)
+    given = ["--model", str(student), "--cache", str(cache.root), "--forgetting", str(path), "--before", str(student)]
+    ended = CliRunner().invoke(app, ["eval", *given, "--lm-eval", "broken", "--out", str(page), "--json"])
+    assert ended.exit_code == 1
+    found = json.loads(ended.stdout)
+    reason = "lm-eval failed: KeyError: no such task"
+    assert found["failed"] == [{"part": "lm_eval", "reason": reason, "exit_code": 1}]
+    assert found["pending"] == []
+    assert found["forgetting"]["change"] == {"cross_entropy": 0.0, "bits_per_byte": 0.0}
+    # After the held-out chains, the second set and lm-eval.
+    assert [text.count("not finished when") for text in pages] == [2, 1, 0]
+    assert reason in pages[-1]
+    assert not held
 
 
 def test_a_machine_that_cannot_run_lm_eval_says_so_before_evaluating(
@@ -224,7 +303,7 @@ def test_a_machine_that_cannot_run_lm_eval_says_so_before_evaluating(
         raise ConfigError(f"no {name}")
 
     monkeypatch.setattr(harness, "python_of", missing)
-    monkeypatch.setattr(evaluation, "evaluate", None)
+    monkeypatch.setattr(evaluating, "evaluate", None)
     with pytest.raises(ConfigError, match="no lm_eval"):
         evaluate_model(str(student), [cache.root], None, more=More(harness=HarnessConfig(["sums"])))
 
@@ -248,7 +327,8 @@ def test_the_page_and_the_lines_show_the_result(result: Json, tmp_path: Path) ->
         "calibration": None,
         "robustness": None,
     }
-    whole = {**result, "generation": answers, "lm_eval": run_harness(tmp_path, HarnessConfig(["sums"]), "float32")}
+    tasks = run_harness(tmp_path, HarnessConfig(["sums"]), "float32", is_chat=True)
+    whole = {**result, "generation": answers, "lm_eval": tasks}
     path = tmp_path / "result.json"
     path.write_text(json.dumps(whole))
     write_eval_page(whole, tmp_path / "page.html")
