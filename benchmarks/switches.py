@@ -1,8 +1,9 @@
 """Which of vLLM's switches keep the capture right: `python -m benchmarks.switches [NAME ...]` prints one line per case.
 
 Every case starts the embedded engine with a tiny teacher, `engine.vllm` and `sampling.vllm`, generates chains, and
-compares each token's log probability, rank and entropy with a dense computation by transformers. A line says whether
-all agree, whether the tokens are those without the switch, and how chains ended. docs/switches.md holds the verdicts.
+compares each token's log probability, rank and entropy with a dense computation by transformers. Cases named `adapter`
+have a random LoRA adapter of q_proj and v_proj, which peft merges for the dense computation. A line says whether all
+agree, whether the tokens are those without the switch, and how chains ended. docs/switches.md holds the verdicts.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from stillroom.errors import StillroomError
 from stillroom.schema.records import Message, Prompt, prompt_id_of
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome, Request
-from tests.helpers.tiny import make_tiny_teacher
+from tests.helpers.tiny import make_tiny_adapter, make_tiny_teacher, merged
 
 NUM_CHAINS = 12
 MAX_TOKENS = 48
@@ -64,6 +65,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
             "shutdown_timeout": 5,
         }.items()
     },
+    "adapter": ({}, {}, 0.8),
+    "adapter_greedy": ({}, {}, 0.0),
+    "adapter_lora_dtype": ({"lora_dtype": "auto"}, {}, 0.8),
+    "adapter_fully_sharded_loras": ({"fully_sharded_loras": True}, {}, 0.8),
+    "adapter_specialize_active_lora": ({"specialize_active_lora": True}, {}, 0.8),
     "prefix_caching_off": ({"enable_prefix_caching": False}, {}, 0.8),
     "ngram_greedy": (NGRAM, {}, 0.0),
     "ngram_random": (NGRAM, {}, 0.8),
@@ -108,7 +114,8 @@ def run_cases(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         _, extra, temperature = CASES[name]
         extras = {"vllm": extra} if extra else {}
         sampling[name] = {"temperature": temperature, "top_p": 0.95, "max_tokens": MAX_TOKENS, **extras}
-    teacher = TeacherConfig(model=str(folder / "teacher"))
+    adapter = _adapter_of(folder, names[0])
+    teacher = TeacherConfig(model=str(folder / "teacher"), adapter=None if adapter is None else str(adapter))
     engine = EmbeddedEngine(teacher, config, CaptureConfig(max_support=8, draws=4), sampling=[*sampling.values()])
     outcomes: dict[str, list[Outcome]] = {}
     try:
@@ -121,7 +128,12 @@ def run_cases(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
                 outcomes[name] += engine.step()
     finally:
         engine.close()
-    return {name: _judged(folder, sorted(found, key=lambda one: one.sample_id)) for name, found in outcomes.items()}
+    model = merged(folder / "teacher", adapter)
+    return {name: _judged(model, sorted(found, key=lambda one: one.sample_id)) for name, found in outcomes.items()}
+
+
+def _adapter_of(folder: Path, name: str) -> Path | None:
+    return folder / "adapter" if name.startswith("adapter") else None
 
 
 def _requests(sampling: dict[str, Any]) -> list[Request]:
@@ -135,11 +147,9 @@ def _requests(sampling: dict[str, Any]) -> list[Request]:
     ]
 
 
-def _judged(folder: Path, outcomes: list[Outcome]) -> dict[str, Any]:
+def _judged(model: Any, outcomes: list[Outcome]) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
     worst, tokens = 0.0, []
     for one in outcomes:
         if not isinstance(one, Finished):
@@ -172,9 +182,11 @@ def main() -> None:
     for module in ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as name:
-        make_tiny_teacher(Path(name) / "teacher")
+        make_tiny_adapter(Path(name) / "adapter", make_tiny_teacher(Path(name) / "teacher"))
         plain: dict[float, list[list[int]]] = {}
-        for _, group in itertools.groupby(["nothing", "greedy", *names], key=lambda case: CASES[case][0]):
+        for _, group in itertools.groupby(
+            ["nothing", "greedy", *names], key=lambda case: (CASES[case][0], case.startswith("adapter"))
+        ):
             cases = list(dict.fromkeys(group))
             found = _run(name, cases)
             for case in cases:

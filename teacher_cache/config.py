@@ -27,6 +27,11 @@ def _is_empty(value: Mapping[str, Any]) -> bool:
     return not value
 
 
+def _require_no_lora(engine: "EmbeddedConfig") -> None:
+    if idle := sorted(switches.LORA & engine.vllm.keys()):
+        raise ValueError(f"engine.vllm.{idle[0]} has no effect without teacher.adapter")
+
+
 def _not_refused(block: str, given: dict[str, Any]) -> dict[str, Any]:
     if (problem := switches.refused(block, given)) is not None:
         raise ValueError(problem)
@@ -226,6 +231,9 @@ class ModelConfig(StrictModel):
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Only for models that you trust as much as your own code."""
+    adapter: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Folder of a LoRA adapter by peft that is applied to the model. Its content is part of the teacher's identity
+    (docs/switches.md)."""
 
 
 class TeacherConfig(ModelConfig):
@@ -407,6 +415,16 @@ class RunConfig(StrictModel):
     failures: FailureConfig = FailureConfig()
 
     @model_validator(mode="after")
+    def _adapter_is_applied(self) -> Self:
+        if isinstance(self.engine, OpenAIConfig) and self.teacher.adapter is not None:
+            raise ValueError("teacher.adapter has no effect with engine.kind openai: remove it")
+        if isinstance(self.engine, ServerConfig) and self.teacher.adapter is not None and self.engine.model is None:
+            raise ValueError("teacher.adapter: set engine.model to the name under which the server serves the adapter")
+        if isinstance(self.engine, EmbeddedConfig) and self.teacher.adapter is None:
+            _require_no_lora(self.engine)
+        return self
+
+    @model_validator(mode="after")
     def _api_gives_it(self) -> Self:
         if not isinstance(self.engine, OpenAIConfig):
             return self
@@ -514,6 +532,7 @@ class LlmJudgeConfig(StrictModel):
         if taken := sorted({"model", "messages", "stream", "n"} & self.parameters.keys()):
             raise ValueError(f"parameters.{taken[0]} is set by the judge itself: remove it")
         if self.endpoint is None:
+            _require_no_lora(self.engine)
             if unknown := sorted(self.parameters.keys() - EMBEDDED_PARAMETERS):
                 raise ValueError(f"parameters.{unknown[0]} has no effect without endpoint")
             if not isinstance(self.parameters.get("max_tokens"), int):

@@ -114,6 +114,7 @@ def _check_config(config: BuildConfig | ScoreConfig) -> list[Check]:
     except StillroomError as error:
         return [Check("teacher", "missing", str(error))]
     name = f"{config.teacher.model}, vocabulary {teacher.record.vocab_size}, {teacher.record.fingerprint[:8]}"
+    name += "" if teacher.record.adapter is None else f", LoRA adapter {teacher.record.shown_adapter}"
     checks = [Check("teacher", "ok", name)]
     if isinstance(config.engine, ServerConfig):
         from teacher_cache.engine.http.server import check_endpoints

@@ -91,6 +91,8 @@ class BuildPlan:
 
     run_id: str
     cache: str
+    adapter: str | None = None
+    """LoRA adapter of the teacher, with the start of its fingerprint."""
     num_prompts: int = 0
     num_heldout: int = 0
     num_malformed: int = 0
@@ -183,6 +185,7 @@ def plan_lines(plan: BuildPlan) -> list[str]:
     ]
     lines.append(f"prompts  {plan.num_prompts:,}{heldout}; {', '.join(skipped)}")
     lines += [f"         {example}" for example in plan.examples]
+    lines += [] if plan.adapter is None else [f"adapter  {plan.adapter}"]
     lines += [f"scrubbed {counted(plan.scrubbed)}"] if plan.scrubbed else []
     lines += [f"         {flat(one)}" for one in plan.scrubbed_samples]
     if plan.num_variants or plan.num_unanswered:
@@ -254,6 +257,7 @@ def _shown(request: Request, tokenizer: Any) -> ShownPrompt:
 def _new_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, sources: Sequence[str]) -> BuildPlan:
     """A plan that counts nothing yet, with the state of a server engine's endpoints."""
     plan = BuildPlan(run_id_of(config, teacher.record), str(config.cache), sources=[SourcePlan(one) for one in sources])
+    plan.adapter = teacher.record.shown_adapter
     if isinstance(config.engine, ServerConfig):
         from teacher_cache.engine.http.server import check_endpoints
 

@@ -41,6 +41,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 NUM_BLOCKS = 8
 BLOCK_BYTES = 1 << 20
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
+VOLATILE_ADAPTER_KEYS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
@@ -299,6 +300,19 @@ def fingerprint_folder(folder: Path) -> str:
         raise DataError(f"{folder} holds no weights: use a Hugging Face model folder")
     # Names count: two shards of a model that were swapped are another model.
     return stable_hash("folder", kept, [[path.name, path.stat().st_size, _sampled_hash(path)] for path in weights])
+
+
+def fingerprint_adapter(folder: Path) -> str:
+    """Fingerprint of a peft adapter's folder, independent of its path and of where its base model was."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # peft writes sets of names in any order.
+    settings = {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+        for key, value in config.items()
+        if key not in VOLATILE_ADAPTER_KEYS
+    }
+    weights = folder / "adapter_model.safetensors"
+    return stable_hash("adapter", settings, weights.stat().st_size, _sampled_hash(weights))
 
 
 def fingerprint_served(folder: Path, served_name: str) -> str:

@@ -52,11 +52,8 @@ ENGINE_REFUSED: Mapping[str, str] = {
         NO_EFFECT + "chains come out whole, in this process",
     ),
     **dict.fromkeys(
-        (
-            *("enable_lora", "max_loras", "max_lora_rank", "default_mm_loras", "fully_sharded_loras", "max_cpu_loras"),
-            *("lora_dtype", "lora_target_modules", "specialize_active_lora"),
-        ),
-        "no chain would use the adapter: merge it into the model's folder first (peft: merge_and_unload)",
+        ("enable_lora", "max_loras", "max_lora_rank", "default_mm_loras", "max_cpu_loras", "lora_target_modules"),
+        "use teacher.adapter, which every chain then uses",
     ),
     **dict.fromkeys(
         (
@@ -67,6 +64,13 @@ ENGINE_REFUSED: Mapping[str, str] = {
         REPLICAS,
     ),
 }
+LORA = frozenset(
+    {
+        *("fully_sharded_loras", "lora_dtype", "specialize_active_lora", "enable_tower_connector_lora"),
+        *("enable_mixed_moe_lora_format", "enable_moe_shared_loras", "max_lora_cls_labels"),
+    }
+)
+"""Engine arguments without effect where there is no adapter."""
 SAMPLING_REFUSED: Mapping[str, str] = {
     **{
         name: f"use sampling.{name}"
@@ -113,6 +117,7 @@ ENGINE_SAFE = frozenset(
         *("scheduling_policy", "async_scheduling", "max_num_scheduled_tokens", "scheduler_reserve_full_isl"),
         *("disable_cascade_attn", "skip_tokenizer_init", "load_format", "reasoning_config", "speculative_config"),
         *("optimization_level", "use_fp64_gumbel", "max_num_active_seqs", "additional_config"),
+        *("lora_dtype", "fully_sharded_loras", "specialize_active_lora"),
     }
 )
 SAMPLING_SAFE = frozenset(
@@ -150,6 +155,7 @@ ENGINE_KEEPS = frozenset(
         *("prefill_context_parallel_size", "decode_context_parallel_size", "distributed_timeout_seconds"),
         *("cpu_distributed_timeout_seconds", "enable_sleep_mode", "shutdown_timeout", "skip_tokenizer_init"),
         *("tokenizer_mode", "aggregate_engine_logging", "additional_config", "enable_dbo", "ubatch_size"),
+        *("fully_sharded_loras", "specialize_active_lora"),
     }
 )
 """They decide where and how fast tokens are computed. All others are part of run and sample ids."""

@@ -23,6 +23,7 @@ from stillroom.models import (
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import stable_hash
 from teacher_cache.config import EmbeddedConfig, EngineConfig, OpenAIConfig, ServerConfig, TeacherConfig
+from teacher_cache.engine.adapter import identify_adapter
 
 SET_HERE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 """What apply_chat_template takes besides variables of the template."""
@@ -38,29 +39,35 @@ class IdentifiedTeacher:
     tokenizer: Any
 
 
-@naming("teacher.model")
 def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfig()) -> IdentifiedTeacher:  # noqa: B008
     """Raises DataError if the folder or hub id lacks a tokenizer, config.json, or weights that are loaded here;
-    ConfigError for arguments that the chat template does not mention.
+    ConfigError for arguments that the chat template does not mention, or an adapter that does not fit.
 
     With a server engine the weights may be elsewhere. If they are in the folder or on the hub all the same, the
     identity is that of the embedded engine, so that both may fill one cache; otherwise the name under which the model
     is served replaces the weights.
     """
-    weights, revision = _weights(config, engine)
-    # At the resolved commit, as all that follows: a branch that moves meanwhile would mix two models.
-    tokenizer = load_tokenizer(config.model, revision, config.trust_remote_code)
+    with naming("teacher.model"):
+        weights, revision = _weights(config, engine)
+        # At the resolved commit, as all that follows: a branch that moves meanwhile would mix two models.
+        tokenizer = load_tokenizer(config.model, revision, config.trust_remote_code)
+        vocab_size = vocab_size_of(config.model, revision, config.trust_remote_code)
     check_template_kwargs(str(tokenizer.chat_template or ""), config.chat_template_kwargs)
     tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
     template = fingerprint_template(tokenizer)
+    adapter = None if config.adapter is None else identify_adapter(config.adapter, config.model, tokenizer)
+    # Nothing in its place where there is none: teachers without one keep their fingerprints.
+    adapters = [] if adapter is None else [adapter]
     record = Teacher(
         model=config.model,
         revision=revision,
-        fingerprint=stable_hash("teacher", weights, tokenizer_fingerprint, template),
+        fingerprint=stable_hash("teacher", weights, tokenizer_fingerprint, template, *adapters),
         weights_fingerprint=weights,
         tokenizer_fingerprint=tokenizer_fingerprint,
         template_fingerprint=template,
-        vocab_size=vocab_size_of(config.model, revision, config.trust_remote_code),
+        vocab_size=vocab_size,
+        adapter=config.adapter,
+        adapter_fingerprint=adapter,
     )
     return IdentifiedTeacher(record, tokenizer)
 

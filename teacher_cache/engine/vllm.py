@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
@@ -17,19 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stillroom.cache.tensors import read_header
 from stillroom.children import tie_children
 from stillroom.cores import CoreSharing
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.log import format_count, format_duration, note, warn
 from stillroom.schema.records import stable_hash
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
+from teacher_cache.engine.adapter import MERGE, WEIGHTS
 from teacher_cache.engine.api import FINISH_REASONS, EngineInfo, Finished, Outcome, Request, refusal, seed_of_draws
 from teacher_cache.engine.row_layout import Layout, is_marked
 from teacher_cache.engine.switches import note_unknown
-from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit, source_folder
+from teacher_cache.engine.vllm_fit import ADAPTER, ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit, source_folder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
 
     from teacher_cache.engine.vllm_arrays import ArrayLogprobs
 
@@ -131,7 +135,7 @@ class EmbeddedEngine:
         # Before the engine is made, so that workers forked from this process are prepared.
         unfit = register()
         self._typed_sampling: dict[str, dict[str, Any]] = {}
-        arguments = engine_args(teacher, config, capture, on_cpu)
+        arguments = engine_args(teacher, config, capture, on_cpu) | _adapter_args(teacher.adapter, scores)
         for one in sampling:
             self._extra_params(one)
         _check_switches(config, sampling, on_cpu=on_cpu, scores=scores)
@@ -148,6 +152,7 @@ class EmbeddedEngine:
             if unfit is not None:
                 _require_no_plugin(capture, f"it does not fit vllm {vllm.__version__}: {unfit}: {HOW_TO_FIT}")
             self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+        self._adapter = None if teacher.adapter is None else self._loaded_adapter(teacher.adapter)
         if marker is not None:
             # Only now: an interrupted compilation is not saved. Where vLLM is told to save none there is no folder.
             with contextlib.suppress(OSError):
@@ -212,7 +217,7 @@ class EmbeddedEngine:
         try:
             # Tokens rather than text: vLLM must see exactly the ids whose hash is the sample's.
             prompt = tokens_input([*request.prompt_token_ids, *(request.completion_token_ids or ())[:-1]])
-            self._engine.add_request(request_id, prompt, self._sampling_params(request))
+            self._engine.add_request(request_id, prompt, self._sampling_params(request), lora_request=self._adapter)
         except (VLLMValidationError, ValueError) as error:
             self._refused.append(request.failure("refused", _one_line(error)))
         else:
@@ -250,6 +255,19 @@ class EmbeddedEngine:
             del self._engine
             cleanup_dist_env_and_memory()
 
+    def _loaded_adapter(self, path: str) -> "LoRARequest":
+        """The adapter, loaded now: with the first chain, every one would fail."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest("adapter", 1, str(Path(path).absolute()))
+        try:
+            self._engine.add_lora(request)
+        except Exception as error:
+            # From another process it comes as a plain Exception.
+            self._engine.engine_core.shutdown()
+            raise ConfigError(f"teacher.adapter: vLLM rejects {path}: {_one_line(error)}") from error
+        return request
+
     def _working_layout(self, capture: CaptureConfig) -> Layout | None:
         """The plugin's row layout where the workers, perhaps in other processes, answer a probe with it."""
         layout = Layout(self._k, capture.draws, tuple(capture.temperatures))
@@ -266,7 +284,7 @@ class EmbeddedEngine:
         from teacher_cache.engine.vllm_capture import rows_of
 
         params = self._params(layout, {"temperature": 0.0}, seed=0, max_tokens=1)
-        self._engine.add_request("probe", tokens_input([0]), params)
+        self._engine.add_request("probe", tokens_input([0]), params, lora_request=self._adapter)
         outputs: list[Any] = []
         while self._engine.has_unfinished_requests():
             outputs += self._engine.step()
@@ -328,7 +346,7 @@ class EmbeddedEngine:
                 continue
             try:
                 params = self._params(self._layout, one, seed=0, max_tokens=int(one["max_tokens"]))
-                self._engine.add_request(f"check{number}", tokens_input([0]), params)
+                self._engine.add_request(f"check{number}", tokens_input([0]), params, lora_request=self._adapter)
             except ValueError as error:
                 self._engine.engine_core.shutdown()
                 raise ConfigError(f"vLLM rejects sampling.vllm: {_one_line(error)}") from error
@@ -463,6 +481,30 @@ def engine_args(teacher: TeacherConfig, config: EmbeddedConfig, capture: Capture
     }
 
 
+def _adapter_args(path: str | None, scores: bool) -> dict[str, Any]:
+    """Room for one adapter. Raises ConfigError, before weights are loaded, for one that vLLM cannot apply."""
+    if path is None:
+        return {}
+    if (lacking := misfit(ADAPTER)) is not None:
+        raise ConfigError(f"teacher.adapter does not fit this vLLM: {lacking}: {HOW_TO_FIT}")
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.lora.peft_helper import PEFTHelper
+
+    ranks = sorted(typing.get_args(MaxLoRARanks))
+    try:
+        helper = PEFTHelper.from_local_dir(path, None)
+        rank = max([helper.r, *helper.rank_pattern.values()])
+        # vLLM allocates one of these ranks; matrices of a smaller one are padded with zeros.
+        max_rank = next((one for one in ranks if one >= rank), ranks[-1])
+        helper.validate_legal(LoRAConfig(max_lora_rank=max_rank))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"teacher.adapter: vLLM cannot apply {path} ({_one_line(error)}): {MERGE}") from error
+    names = sorted(read_header(Path(path) / WEIGHTS))
+    if scores and any("lm_head" in name for name in names):
+        raise ConfigError(f"teacher.adapter: vLLM does not score with an adapter of lm_head ({path}): {MERGE}")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank, "lora_target_modules": names}
+
+
 def _typed_switches(config: EmbeddedConfig) -> dict[str, Any]:
     if not config.vllm:
         return {}
@@ -508,7 +550,28 @@ def cpu_start(
 def _vllm_config(arguments: Mapping[str, Any]) -> "VllmConfig":
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(**arguments).create_engine_config()
+    vllm_config = EngineArgs(**arguments).create_engine_config()
+    if (lora := vllm_config.lora_config) is not None:
+        lora.target_modules = _adapted_modules(vllm_config, lora.target_modules or ())
+    return vllm_config
+
+
+def _adapted_modules(vllm_config: "VllmConfig", names: Sequence[str]) -> list[str]:
+    """Modules of the adapter by the names that vLLM's model gives them, in place of the names of its matrices.
+
+    Left to itself vLLM adapts the output head too, and its path for that counts on one row per chain: while it scores,
+    which takes a row per token, it crashes on a CPU.
+    """
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    # As vLLM renames the adapter's matrices when it loads them.
+    mapper = getattr(get_model_cls(vllm_config.model_config), "hf_to_vllm_mapper", None)
+    renames = None if mapper is None else mapper.get_rename_mapper()
+    modules = {parse_fine_tuned_lora_name(name, renames)[0] for name in names}
+    # All experts are one module.
+    experts = {"experts"} if any(".experts" in name for name in modules) else set()
+    return sorted(experts | {name.rpartition(".")[2] for name in modules})
 
 
 def _cpu_config(

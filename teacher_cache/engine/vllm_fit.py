@@ -74,6 +74,21 @@ ARRAYS = (
 )
 """What vllm_arrays replaces: without it log probabilities come as vLLM's flat lists."""
 
+ADAPTER = (
+    Fact("v1.engine.llm_engine", "LLMEngine.add_request", takes=("lora_request",)),
+    Fact("v1.engine.llm_engine", "LLMEngine.add_lora", takes=("lora_request",)),
+    Fact("lora.request", "LoRARequest", begins=("lora_name", "lora_int_id", "lora_path")),
+    Fact("lora.peft_helper", "PEFTHelper.from_local_dir", takes=("lora_path", "max_position_embeddings")),
+    Fact("lora.peft_helper", "PEFTHelper.validate_legal", takes=("lora_config",)),
+    Fact("lora.peft_helper", "PEFTHelper", fields=("r", "rank_pattern")),
+    Fact("config.lora", "LoRAConfig", fields=("max_lora_rank", "target_modules"), mentions=("MaxLoRARanks",)),
+    Fact("engine.arg_utils", "EngineArgs", fields=("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules")),
+    Fact("lora.utils", "parse_fine_tuned_lora_name", takes=("name", "weights_mapper")),
+    Fact("model_executor.model_loader.utils", "get_model_cls", takes=("model_config",)),
+    Fact("model_executor.models.utils", "WeightsMapper.get_rename_mapper"),
+)
+"""What teacher.adapter uses."""
+
 WORKER = (
     Fact("v1.worker.worker_base", "WorkerWrapperBase.init_device", parameters=("self",)),
     Fact("v1.outputs", "LogprobsTensors", begins=("logprob_token_ids", "logprobs", "selected_token_ranks")),
@@ -286,7 +301,8 @@ def _names(node: ast.AST) -> set[str]:
 def main() -> None:
     """`python -m teacher_cache.engine.vllm_fit [FOLDER]`: what does not fit; exit code 1 if anything does not."""
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    parts = {"engine": ENGINE, "arrays": ARRAYS, "plugin": WORKER, "runner 1": RUNNER_1, "runner 2": RUNNER_2}
+    plugin = {"plugin": WORKER, "runner 1": RUNNER_1, "runner 2": RUNNER_2}
+    parts = {"engine": ENGINE, "arrays": ARRAYS, "adapter": ADAPTER, **plugin}
     found = {part: misfit(facts, source) for part, facts in parts.items()}
     print("\n".join(f"{part:9} {reason or 'fits'}" for part, reason in found.items()))
     sys.exit(any(found.values()))

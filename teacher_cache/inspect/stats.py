@@ -120,6 +120,7 @@ class CacheStats(Counts):
     failures: dict[str, int] = Field(description="the same by reason")
     scrubbed: dict[str, int] = Field(description="personal data replaced in prompts, by kind")
     scrubbed_sample: str | None = Field(description="what a prompt has in its place")
+    adapters: dict[str, str] = Field(description="LoRA adapter of the teacher, by run that has one")
     features: dict[str, FeatureCounts] = Field(description="by feature set")
     usage: Usage
     cost: Cost | None = Field(default=None, description="at the price that was given")
@@ -176,6 +177,9 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
         failures={row["reason"]: row["num"] for row in failures},
         scrubbed={row["kind"]: row["num"] for row in scrubbed},
         scrubbed_sample=sample_of(row["prompt"] for row in scrubbed),
+        adapters={
+            run_id: shown for run_id, run in catalog.runs().items() if (shown := run.teacher.shown_adapter) is not None
+        },
         features=_features(session, catalog),
         usage=usage,
         cost=None if price_per_hour is None else _cost(usage, whole, price_per_hour),
@@ -228,6 +232,7 @@ def stats_text(stats: CacheStats) -> str:
     if stats.scrubbed:
         sample = "" if stats.scrubbed_sample is None else f", as in: {one_line(stats.scrubbed_sample)}"
         lines.append(f"replaced in prompts: {counted(stats.scrubbed)}{sample}")
+    lines += [f"run {run_id}: LoRA adapter {one_line(adapter)}" for run_id, adapter in stats.adapters.items()]
     for name, counts in stats.features.items():
         size = format_bytes(counts.size_bytes)
         per_token = counts.size_bytes / max(counts.num_tokens, 1)

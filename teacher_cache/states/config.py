@@ -156,6 +156,8 @@ class FeaturesConfig(StrictModel):
     def _stores_something(self) -> Self:
         if self.last_hidden is None and self.layers is None and self.attention is None:
             raise ValueError("nothing to store: set last_hidden, layers or attention")
+        if self.teacher.adapter is not None and isinstance(self.engine, VllmConfig):
+            raise ValueError("teacher.adapter needs engine.kind: transformers")
         if self.attention is not None and isinstance(self.engine, VllmConfig):
             raise ValueError(
                 "attention needs engine.kind: transformers, because vLLM's kernels never form attention weights"

@@ -44,6 +44,8 @@ class TransformersStates:
                 dtype=config.dtype,
                 attn_implementation=attention,
             )
+            if teacher.adapter is not None:
+                model = _merged(model, teacher.adapter)
             self._model: nn.Module = model.to(self._device).eval()
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise DataError(f"transformers cannot load {teacher.model}: {one_line(error)}") from error
@@ -178,6 +180,15 @@ def _attended(weights_HLK: "torch.Tensor", chain: ChainTokens, num_keys: int) ->
         np.pad(best.values.cpu().numpy(), pad),
         relative_PH.mean(dim=0).cpu().numpy(),
     )
+
+
+def _merged(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError("teacher.adapter needs peft here: pip install peft") from error
+    # Merged rather than beside the weights: the head that is stored must be the one that belongs to the states.
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def _device(name: str | None) -> "torch.device":

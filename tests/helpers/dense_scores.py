@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from stillroom.schema.records import Capture, Message, Prompt, prompt_id_of, scored_sample_id_of
 from teacher_cache.building import Build
 from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher
-from tests.helpers.tiny import MAX_POSITIONS, VOCAB_SIZE, make_tiny_teacher
+from tests.helpers.tiny import MAX_POSITIONS, VOCAB_SIZE, make_tiny_adapter, make_tiny_teacher, merged
 
 K = 8
 
@@ -60,15 +60,21 @@ class DenseScores:
         self._queue.clear()
 
 
-def make_scored_cache(folder: Path, num_chains: int = 12) -> tuple[Path, LlamaForCausalLM]:
-    """Writes `teacher` and `cache` below `folder`; returns the teacher's folder and the model in float32."""
+def make_scored_cache(
+    folder: Path, num_chains: int = 12, *, has_adapter: bool = False
+) -> tuple[Path, LlamaForCausalLM]:
+    """Writes `teacher`, `cache` and perhaps `adapter` below `folder`; returns the teacher's folder and the model in
+    float32.
+    """
     teacher = make_tiny_teacher(folder / "teacher")
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, attn_implementation="eager").eval()
+    adapter = make_tiny_adapter(folder / "adapter", teacher) if has_adapter else None
+    model = merged(teacher, adapter).eval()
+    model.set_attn_implementation("eager")
     config = ScoreConfig.model_validate(
         {
             "cache": folder / "cache",
             "run": "dense",
-            "teacher": {"model": str(teacher)},
+            "teacher": {"model": str(teacher), "adapter": None if adapter is None else str(adapter)},
             "completions": {"sources": [{"kind": "cache", "name": "none", "path": folder / "none"}]},
             "capture": {"codec": "topk-f32", "max_support": K, "draws": 0, "nucleus": None},
             "shard": {"row_group_tokens": 100},

@@ -68,6 +68,8 @@ class Behaviour:
     nan_seeds: set[int] = field(default_factory=set)
     """Chains whose logits are NaN."""
     model: str = "tiny"
+    parent: str | None = None
+    """The model of which `model` is a LoRA adapter."""
     max_model_len: int | None = 256
     max_logprobs: int = 20
     vocab_size: int = VOCAB_SIZE
@@ -140,11 +142,14 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        model = {"id": self.setup_of.model, "max_model_len": self.setup_of.max_model_len}
+        setup = self.setup_of
+        models = [{"id": setup.parent or setup.model, "max_model_len": setup.max_model_len}]
+        # vLLM gives an adapter no length.
+        models += [] if setup.parent is None else [{"id": setup.model, "parent": setup.parent, "max_model_len": None}]
         if not self._has_key():
             self._send(401, {"error": "Unauthorized"})
         elif self.path == "/v1/models":
-            self._send(200, {"object": "list", "data": [model]})
+            self._send(200, {"object": "list", "data": models})
         elif self.path == "/version":
             self._send(200, {"version": "0.32.0"})
         elif self.path == "/openapi.json" and self.setup_of.lists_parameters:

@@ -3,6 +3,7 @@ tiny_tokenizer. Its distributions are skewed enough to look like a model's.
 """
 
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.tiny_tokenizer import byte_level, save
 
@@ -44,3 +45,36 @@ def make_tiny_teacher(folder: Path, seed: int = 0, layers: int = 2) -> Path:
             model.lm_head.weight[tokenizer.convert_tokens_to_ids(token)] *= 1.5
     model.save_pretrained(folder)
     return folder
+
+
+def make_tiny_adapter(folder: Path, teacher: Path, seed: int = 1, **settings: Any) -> Path:
+    """Writes a random LoRA adapter of the teacher, by peft. Returns the folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    # Two ranks: all are applied, padded to the largest.
+    usual = {"r": 4, "rank_pattern": {"v_proj": 9}, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(base, LoraConfig(**{**usual, **settings}))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                # peft begins with zeros, with which the adapter changes nothing.
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def merged(teacher: Path, adapter: Path | None) -> Any:
+    """The teacher as transformers computes it, in float32, with the adapter in its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

@@ -17,7 +17,7 @@ from stillroom.schema.records import Capture, Message, Prompt, prompt_id_of
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from tests.helpers.programs import program_with_vllm
-from tests.helpers.tiny import VOCAB_SIZE, make_tiny_teacher
+from tests.helpers.tiny import VOCAB_SIZE, make_tiny_adapter, make_tiny_teacher
 
 K = 12
 CAPTURE = CaptureConfig(max_support=K, draws=6, temperatures=[0.5, 2.0])
@@ -29,7 +29,7 @@ MAX_MODEL_LEN = 128
 class Session:
     """`arrays` and `flat` map sample ids to what came back; `dicts` to vLLM's default: a list of {id: (lp, rank)}.
     `scores` and `flat_scores` are of the same chains, given as completions, and of those that `make_scored` adds.
-    `switched` are chains with parameters of vLLM's own.
+    `switched` are chains with parameters of vLLM's own, `adapted` those of the teacher with an adapter.
     """
 
     teacher: Path
@@ -42,17 +42,21 @@ class Session:
     num_tokens: int
     num_scored_tokens: int
     switched: dict[str, Outcome]
+    adapted: dict[str, Outcome]
+    adapted_scores: dict[str, Outcome]
     stdout: str
+
+    @property
+    def adapter(self) -> Path:
+        return self.teacher.parent / "adapter"
 
 
 def run_session(folder: Path) -> Session:
     """Starts vLLM, generates, ends it."""
-    make_tiny_teacher(folder / "teacher")
+    make_tiny_adapter(folder / "adapter", make_tiny_teacher(folder / "teacher"))
     stdout, _ = _run(folder, "session")
     results = pickle.loads((folder / "session.pickle").read_bytes())
-    info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens, switched = results
-    outcomes = (arrays, flat, dicts, scores, flat_scores)
-    return Session(folder / "teacher", info, *outcomes, num_tokens, num_scored_tokens, switched, stdout)
+    return Session(teacher=folder / "teacher", **results, stdout=stdout)
 
 
 def run_start(folder: Path) -> dict[str, Any]:
@@ -179,9 +183,27 @@ def _session(folder: Path) -> None:
     flat_scores = _generate(engine, make_scored(finished(arrays)))
     dicts = _default_path(engine)
     install_arrays()
+    info = engine.info
     engine.close()
     engine.close()
-    results = (engine.info, arrays, flat, dicts, scores, flat_scores, num_tokens, num_scored_tokens, switched)
+    teacher = TeacherConfig(model=str(folder / "teacher"), adapter=str(folder / "adapter"))
+    engine = EmbeddedEngine(teacher, config.updated(vllm={"lora_dtype": "auto"}), CAPTURE)
+    adapted = _generate(engine, make_requests())
+    adapted_scores = _generate(engine, make_scored(finished(adapted)))
+    engine.close()
+    results = {
+        "info": info,
+        "arrays": arrays,
+        "flat": flat,
+        "dicts": dicts,
+        "scores": scores,
+        "flat_scores": flat_scores,
+        "num_tokens": num_tokens,
+        "num_scored_tokens": num_scored_tokens,
+        "switched": switched,
+        "adapted": adapted,
+        "adapted_scores": adapted_scores,
+    }
     (folder / "session.pickle").write_bytes(pickle.dumps(results))
 
 

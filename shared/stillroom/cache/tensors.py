@@ -7,6 +7,7 @@ A file is an 8-byte little-endian length, a JSON object of name -> {dtype, shape
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,19 @@ def read_tensors(path: Location) -> dict[str, Array]:
     except FileNotFoundError as error:
         raise CorruptError(f"{path} is missing: restore it from a copy") from error
     except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
+
+
+def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
+    """dtype, shape and offsets of every tensor by name. Raises CorruptError if the file is not safetensors."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if not 0 < size <= MAX_HEADER_BYTES:
+                raise ValueError("it has no safetensors header")
+            header = json.loads(stream.read(size))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, AttributeError) as error:
         raise CorruptError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
 
 

@@ -15,6 +15,7 @@ FINGERPRINTS = {
     "tokenizer_fingerprint": "tokenizer",
     "template_fingerprint": "chat template",
     "weights_fingerprint": "weights",
+    "adapter_fingerprint": "adapter",
 }
 
 

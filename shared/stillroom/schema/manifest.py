@@ -22,11 +22,19 @@ class Teacher(_Record):
 
     model: str
     revision: str | None = None
-    fingerprint: str = Field(description="hash of the weights', tokenizer's and chat template's fingerprints")
+    fingerprint: str = Field(description="hash of the other fingerprints, the adapter's among them where there is one")
     weights_fingerprint: str
     tokenizer_fingerprint: str
     template_fingerprint: str
     vocab_size: int = Field(description="width of the teacher's logits; every stored id is below it")
+    # Left out where there is none: manifests without one stay as they were.
+    adapter: str | None = Field(default=None, exclude_if=lambda value: value is None, description="LoRA adapter")
+    adapter_fingerprint: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @property
+    def shown_adapter(self) -> str | None:
+        """The adapter for a person: its folder may hold another one by now."""
+        return None if self.adapter_fingerprint is None else f"{self.adapter} ({self.adapter_fingerprint[:8]})"
 
 
 class ShardHeader(_Record):

@@ -54,6 +54,7 @@ KEY_STATUS = {401, 403}
 class Expected:
     """What an endpoint must serve: k candidates per token of a model with this tokenizer and vocabulary, `draws` from
     the rest and log-partitions at `temperatures`. `entropy` None accepts either kind. `extra` is sampling.vllm.
+    `is_adapter` says whether `model` must be a LoRA adapter there; None if the name alone identifies the teacher.
     """
 
     model: str | None
@@ -66,6 +67,7 @@ class Expected:
     tokenizer: Any
     entropy: Entropy | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    is_adapter: bool | None = False
 
     @property
     def plain(self) -> Form:
@@ -274,7 +276,20 @@ async def _model(http: HttpClient, expected: Expected) -> tuple[str, int]:
     name = expected.model or next(iter(served))
     if name not in served:
         raise ConfigError(f"{http.url} serves {', '.join(served)} but not engine.model={name}")
-    max_model_len = served[name].get("max_model_len")
+    # An adapter's entry names its base model, whose length is its own.
+    base = served[name].get("parent")
+    if base is not None and expected.is_adapter is False:
+        raise ConfigError(
+            f"{http.url} serves {name} as a LoRA adapter of {base}, and chains would be stored as {base}'s own: set "
+            "teacher.adapter to the adapter's folder"
+        )
+    if base is None and expected.is_adapter:
+        adapters = [one for one, entry in served.items() if entry.get("parent") is not None]
+        raise ConfigError(
+            f"{http.url} serves {name} without an adapter: start it with --enable-lora --lora-modules NAME=FOLDER and "
+            f"set engine.model to that name (served: {', '.join(adapters) or 'no adapter'})"
+        )
+    max_model_len = served.get(base or name, {}).get("max_model_len")
     if max_model_len is None:
         raise ConfigError(f"{http.url} is not a vLLM server: it does not report max_model_len of {name}")
     if expected.max_model_len is not None and max_model_len < expected.max_model_len:

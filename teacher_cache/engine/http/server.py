@@ -9,9 +9,11 @@ import resource
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stillroom.errors import ConfigError
+from stillroom.models import has_weights
 from stillroom.schema.manifest import Teacher
 from teacher_cache.config import CaptureConfig, ServerConfig
 from teacher_cache.engine.api import EngineInfo, Outcome, Request, refusal
@@ -179,7 +181,16 @@ def _expected_of(
         vocab_size=teacher.vocab_size,
         tokenizer=tokenizer,
         extra=extra,
+        is_adapter=_is_adapter(teacher),
     )
+
+
+def _is_adapter(teacher: Teacher) -> bool | None:
+    if teacher.adapter is not None:
+        return True
+    folder = Path(teacher.model)
+    # Without weights the served name is the teacher's identity, whatever it stands for.
+    return None if folder.is_dir() and not has_weights(folder) else False
 
 
 def _allow_connections(config: ServerConfig) -> None:

@@ -13,7 +13,7 @@ from stillroom.schema.records import Capture
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.api import Failure
 from teacher_cache.engine.row_layout import Layout
-from tests.helpers.tiny import VOCAB_SIZE, make_tiny_teacher
+from tests.helpers.tiny import VOCAB_SIZE, make_tiny_teacher, merged
 from tests.helpers.vllm_session import (
     CAPTURE,
     MAX_MODEL_LEN,
@@ -58,6 +58,28 @@ def test_captured_distributions_are_the_teachers_own(session: Session) -> None:
         high_T = (dense_TV >= sampled_T[:, None] - 1e-4).sum(axis=1)
         assert ((low_T <= capture.sampled_rank_T) & (capture.sampled_rank_T <= high_T)).all()
         assert (low_T == high_T).mean() > 0.95, "ties are rare, so that ranks are really compared"
+
+
+def test_an_adapter_is_part_of_the_teacher(session: Session) -> None:
+    """What is generated and what is scored agree with transformers and peft at every token."""
+    import torch
+
+    model = merged(session.teacher, session.adapter)
+    chains, scores, plain = finished(session.adapted), finished(session.adapted_scores), finished(session.arrays)
+    assert len(chains) == NUM_CHAINS
+    for name, chain in chains.items():
+        prompt, tokens = list(chain.request.prompt_token_ids), chain.capture.token_ids_T
+        assert tokens.tolist() != plain[name].capture.token_ids_T.tolist()
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([prompt + tokens.tolist()])).logits[0, len(prompt) - 1 : -1]
+        dense_TV = torch.log_softmax(logits_TV.double(), dim=-1).numpy()
+        entropy_T = -(np.exp(dense_TV) * dense_TV).sum(axis=1)
+        for capture in (chain.capture, scores[name].capture):
+            np.testing.assert_array_equal(capture.token_ids_T, tokens)
+            np.testing.assert_allclose(capture.sampled_logprob_T, dense_TV[range(len(tokens)), tokens], atol=1e-3)
+            np.testing.assert_allclose(capture.topk_logprobs_TK, -np.sort(-dense_TV, axis=1)[:, :K], atol=1e-3)
+            assert capture.entropy_T is not None
+            np.testing.assert_allclose(capture.entropy_T, entropy_T, atol=1e-3)
 
 
 def test_what_only_the_sampler_sees_agrees_with_a_dense_computation(session: Session) -> None:

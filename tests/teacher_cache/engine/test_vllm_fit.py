@@ -11,7 +11,7 @@ from teacher_cache.engine import vllm_fit
 from teacher_cache.engine.vllm_fit import Fact
 from tests.helpers import ROOT
 
-PARTS = {name: getattr(vllm_fit, name) for name in ("ENGINE", "ARRAYS", "WORKER", "RUNNER_1", "RUNNER_2")}
+PARTS = {name: getattr(vllm_fit, name) for name in ("ENGINE", "ARRAYS", "ADAPTER", "WORKER", "RUNNER_1", "RUNNER_2")}
 
 
 def changed(tmp_path: Path, module: str, edit: Callable[[str], str]) -> Path:

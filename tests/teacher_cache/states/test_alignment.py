@@ -83,6 +83,25 @@ def test_each_state_is_that_of_the_token_it_predicts(scored: tuple[Path, LlamaFo
     engine.close()
 
 
+def test_an_adapter_is_in_the_states_and_the_head(tmp_path: Path) -> None:
+    make_scored_cache(tmp_path, 3, has_adapter=True)
+    teacher = {"model": str(tmp_path / "teacher"), "adapter": str(tmp_path / "adapter")}
+    with pytest.raises(ConfigError, match="wrote no chain of"):
+        chains_of(tmp_path)
+    config, catalog = config_of(tmp_path, last_hidden={}, teacher=teacher), Catalog(tmp_path / "cache")
+    record = identify_teacher(config.teacher.as_teacher).record
+    engine = TransformersStates(record, False, TransformersConfig(kind="transformers", dtype="float32"), WANTED)
+    (unit,) = choose(catalog, config.chains, record)
+    chains = list(read_unit(catalog, unit, unit.places, 0.5))
+    for chain, states in zip(chains, engine.run(chains), strict=True):
+        assert states.hidden_PD is not None
+        ids_P = chain.token_ids[chain.positions_P]
+        found_P = logprobs(states.hidden_PD, head_array(engine.head()), ids_P)
+        assert np.abs(found_P - chain.sampled_logprob_P).max() < 1e-3
+    with pytest.raises(ValueError, match=r"teacher.adapter needs engine.kind: transformers"):
+        config_of(tmp_path, last_hidden={}, teacher=teacher, engine={"kind": "vllm"})
+
+
 def test_the_stored_set_gives_the_distributions_of_the_cache(scored: tuple[Path, LlamaForCausalLM]) -> None:
     folder, model = scored
     config = config_of(folder, last_hidden={}, attention={"layers": [1], "keep_frac": 0.5, "keys": 4})
