@@ -2,6 +2,7 @@
 
     python -m benchmarks.train [--json] [--steps N] [--rounds N] [--vocab V] [--hidden H] [--layers L] ...
     python -m benchmarks.train --before CHECKOUT ...
+    python -m benchmarks.train --busy ...
 
 Each side is a real run of student_train on the same synthetic chains, in a fresh process; sides take turns.
 
@@ -10,6 +11,7 @@ Each side is a real run of student_train on the same synthetic chains, in a fres
     online   kd with targets computed by a teacher in the same process: forward pass, logits by chunks, exact top 64
              and tail (the cheapest online distillation that loses as little)
     before   kd by the code of CHECKOUT; only this and kd run
+    busy     kd beside two endless loops; only this and kd run, and 1 / kd_vs_busy is the speed that is kept
 
 Speed is student tokens over the time of a step, median of all steps but the first; `..._cpu` counts CPU seconds of the
 process, which other load disturbs less. `online_promise` is what arithmetic says of kd_vs_online: a student costs 6
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -84,7 +87,7 @@ def main() -> None:
         print(json.dumps(run_side(arguments.side, setting, arguments.folder)))
         return
     log = sys.stderr if arguments.json else sys.stdout
-    sides = SIDES if arguments.before is None else ("before", "kd")
+    sides = ("before", "kd") if arguments.before is not None else ("busy", "kd") if arguments.busy else SIDES
     with tempfile.TemporaryDirectory(prefix="stillroom-train-") as name:
         root = Path(name)
         sizes = prepare(root, setting)
@@ -237,16 +240,28 @@ def ratios(rounds: list[dict[str, Json]], sizes: dict[str, int]) -> Json:
 
 def _measure(side: str, setting: Setting, root: Path, before: Path | None) -> Json:
     options = [word for name, value in asdict(setting).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    ran, checkout = ("kd", before) if side == "before" else (side, None)
+    ran = "kd" if side in ("before", "busy") else side
+    checkout = before if side == "before" else None
     command = [sys.executable, "-m", "benchmarks.train", "--side", ran, "--folder", str(root), *options]
     path = {} if checkout is None else {"PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'shared'}"}
-    ended = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=checkout, env={**os.environ, **path}
-    )
+    with _busy_loops(2 if side == "busy" else 0):
+        ended = subprocess.run(
+            command, check=False, capture_output=True, text=True, cwd=checkout, env={**os.environ, **path}
+        )
     if ended.returncode:
         sys.exit(f"benchmarks.train: {side} failed:\n{ended.stderr[-2000:]}")
     measured: Json = json.loads(ended.stdout.splitlines()[-1])
     return measured
+
+
+@contextlib.contextmanager
+def _busy_loops(count: int) -> Iterator[None]:
+    loops = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
 
 
 def _config(side: str, setting: Setting, root: Path) -> TrainConfig:
@@ -296,6 +311,7 @@ def _write_model(folder: Path, vocab: int, hidden: int, layers: int) -> int:
 def _arguments() -> tuple[Setting, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", action="store_true", help="print only the JSON object on stdout")
+    parser.add_argument("--busy", action="store_true", help="compare with a run beside two endless loops")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with the code of another checkout")
     for name, value in asdict(Setting()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")

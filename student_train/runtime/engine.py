@@ -32,6 +32,7 @@ from student_train.losses.fused_head import LossSums, TokenSlots
 from student_train.losses.metrics import TokenMetrics
 from student_train.model.adversarial import disturb
 from student_train.model.student import Student
+from student_train.runtime.one_rank import OneRank
 from student_train.runtime.ranks import Ranks
 
 ADAM_EPS = 1e-8
@@ -66,7 +67,7 @@ class Engine:
         self._has_parted_weights = config.zero_stage == 3
         # There DeepSpeed neither computes a gradient norm nor skips a step that is not finite: both are done here.
         self._is_plain = config.zero_stage == 0 and config.precision == "float32"
-        self._plain_norm: Tensor | None = None
+        self._own_norm: Tensor | None = None
         with _quiet():
             import deepspeed
 
@@ -90,9 +91,15 @@ class Engine:
         if config.zero_stage == 0 and config.precision != "float32":
             # DeepSpeed creates Adam's moments with a step on zero gradients, which bias correction would count.
             self._deepspeed.optimizer.optimizer.state.clear()
+        self._one_rank: OneRank | None = None
+        self._divisor = 1.0
+        if _needs_no_zero(config, ranks):
+            self._one_rank = OneRank(self._deepspeed.optimizer, self._adam, stage.clip_norm)
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
         """Sums of one pack's losses, with gradient."""
+        if self._one_rank is not None:
+            return LossSums(*self._student(pack, mix))
         return LossSums(*self._deepspeed(pack, mix))
 
     def disturbed(self, pack: TorchPack, mix: LossMix, config: AdversarialConfig) -> tuple[TorchPack, Tensor]:
@@ -122,7 +129,14 @@ class Engine:
         return TokenSlots(*values)
 
     def backward(self, loss_sum: Tensor, total_weight: float, *, is_last: bool) -> None:
-        """Adds the gradient of loss_sum / total_weight; `is_last` marks the last micro-step before `step`."""
+        """Adds the gradient of loss_sum / total_weight, which is the same for all micro-steps before a `step`;
+        `is_last` marks the last of them.
+        """
+        if self._one_rank is not None:
+            # Divided in `step`, with the factor that clips.
+            self._divisor = total_weight
+            loss_sum.backward()
+            return
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed takes the mean over ranks; times their number it is the sum.
         self._deepspeed.backward(loss_sum * (self._ranks.num_ranks / total_weight), scale_wrt_gas=False)
@@ -137,9 +151,12 @@ class Engine:
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._one_rank is not None:
+            self._own_norm = self._one_rank.step(self._divisor)
+            return bool(self._own_norm.isfinite())
         skipped_before = int(self._deepspeed.skipped_steps)
-        self._plain_norm = self._norm_without_zero()
-        self._adam.overflow = self._plain_norm is not None and not bool(self._plain_norm.isfinite())
+        self._own_norm = self._norm_without_zero()
+        self._adam.overflow = self._own_norm is not None and not bool(self._own_norm.isfinite())
         try:
             self._deepspeed.step()
         except Exception as error:
@@ -167,7 +184,7 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
-        return float(self._deepspeed.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
+        return float(self._deepspeed.get_global_grad_norm() if self._own_norm is None else self._own_norm)
 
     def _norm_without_zero(self) -> Tensor | None:
         """Gradient norm under ZeRO 0 in float32, where DeepSpeed computes none."""
@@ -193,6 +210,17 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's memory; the engine cannot be used afterwards."""
         self._deepspeed.destroy()
+
+
+def _needs_no_zero(config: EngineConfig, ranks: Ranks) -> bool:
+    """Whether ZeRO would shard nothing, nor convert anything: not for half precision, which needs float32 copies."""
+    return (
+        ranks.num_ranks == 1
+        and ranks.device.type == "cpu"
+        and config.precision == "float32"
+        and config.zero_stage in (1, 2)
+        and not config.offload_optimizer
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

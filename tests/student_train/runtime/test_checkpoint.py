@@ -100,6 +100,21 @@ def test_two_ranks_give_the_losses_of_one_and_one_resumes_from_two(trainer: Trai
     assert losses_of(trainer.run(config)) == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+def test_one_rank_steps_like_zero_and_each_resumes_the_other(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    """A run that changes after three steps between DeepSpeed's steps and those of OneRank, against OneRank alone."""
+    stage: Json = {"clip_norm": 0.05, "weight_decay": 0.1}
+    whole = trainer.reference(stage, eval=None)
+    config = trainer.config("run", stage, eval=None)
+    for needs_no_zero, stop_after in ((is_first, 3), (not is_first, None)):
+        monkeypatch.setattr("student_train.runtime.engine._needs_no_zero", lambda *_, own=needs_no_zero: own)
+        records = trainer.run(config, stop_after)
+    assert losses_of(records) == pytest.approx(losses_of(whole), rel=1e-5)
+    assert [one["grad_norm"] for one in records] == pytest.approx([one["grad_norm"] for one in whole], rel=1e-3)
+
+
 def test_ranks_of_deepspeeds_launcher_give_the_losses_of_one(trainer: Trainer) -> None:
     stage: Json = {"max_steps": 2, "losses": {"forward_kl": 0.8, "chunk_likelihood": 0.1, "cross_entropy": 0.1}}
     whole = losses_of(trainer.reference(stage, eval=None))
