@@ -117,7 +117,7 @@ ENGINE_SAFE = frozenset(
         *("scheduling_policy", "async_scheduling", "max_num_scheduled_tokens", "scheduler_reserve_full_isl"),
         *("disable_cascade_attn", "skip_tokenizer_init", "load_format", "reasoning_config", "speculative_config"),
         *("optimization_level", "use_fp64_gumbel", "max_num_active_seqs", "additional_config"),
-        *("lora_dtype", "fully_sharded_loras", "specialize_active_lora"),
+        *("lora_dtype", "fully_sharded_loras"),
     }
 )
 SAMPLING_SAFE = frozenset(
