@@ -111,7 +111,8 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    # Temporary folders, pools of processes, logs.
+    # Python's own order: wait for threads and what their pools still hold, then temporary folders, processes, logs.
+    threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

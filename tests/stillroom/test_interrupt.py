@@ -74,9 +74,15 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_program_leaves_with_its_code_once_it_has_cleaned_up() -> None:
-    script = (
-        "import atexit, sys; from stillroom.program import run_and_leave;"
-        "atexit.register(print, 'cleaned', end=''); run_and_leave(lambda: sys.exit(3))"
-    )
+    script = """
+import atexit, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from stillroom.program import run_and_leave
+atexit.register(print, "cleaned", end="")
+def main():
+    ThreadPoolExecutor().submit(lambda: time.sleep(0.2) or print("written, ", end=""))
+    sys.exit(3)
+run_and_leave(main)
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "cleaned", "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "written, cleaned", "")
