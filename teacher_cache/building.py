@@ -30,6 +30,7 @@ from teacher_cache.engine.switches import note_unknown
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.joining import PART_CHAINS, WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
 from teacher_cache.judge_queue import require_judges
+from teacher_cache.judging import judge_cache
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import (
     WHOLE,
@@ -190,6 +191,7 @@ class Build:
         self._check = None if scrub is None or scrubber is None else ChainCheck(scrub, scrubber.recognisers)
         self.run_id = run_id_of(config, teacher.record)
         self._joined: JoinedWork[Any] | None = None
+        self._is_adopted = False
         self._until: UntilRight | None = None
         with contextlib.ExitStack() as locks:
             try:
@@ -198,6 +200,7 @@ class Build:
                 self._chains = VisibleSamples(self.catalog.chains)
                 self._failures = VisibleSamples(self.catalog.failures)
                 self.num_adopted = self._recover(own_abandoned_s)
+                self._is_adopted = self.num_adopted > 0
                 # After recovery, so that adopted rows count as done.
                 self._chains.refresh()
                 self._failures.refresh()
@@ -216,7 +219,9 @@ class Build:
     ) -> BuildResult:
         """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever."""
         visible = rows_of_builds(self.catalog)
-        joined = JoinedWork[Request | Failure](self.catalog.root, self.run_id, self.worker, visible, is_in(visible))
+        joined = JoinedWork[Request | Failure](
+            self.catalog.root, self.run_id, self.worker, visible, is_in(visible), self._adopted
+        )
         return self._join(joined, joined.items(parts), num_total, start_engine, retry_failures=retry_failures)
 
     def join_prompts(
@@ -224,7 +229,7 @@ class Build:
     ) -> BuildResult:
         """The same where verdicts decide how many chains a prompt gets."""
         joined = JoinedWork[Prompt | Failure](
-            self.catalog.root, self.run_id, self.worker, prompts.visible, prompts.is_done, on_look=prompts.look
+            self.catalog.root, self.run_id, self.worker, prompts.visible, prompts.is_done, self._adopted, prompts.look
         )
         wanted = prompts.requests(joined.parts(prompts.parts))
         return self._join(
@@ -272,7 +277,7 @@ class Build:
         Raises StillroomError, after making finished chains visible, when the engine dies or after
         `failures.max_consecutive` consecutive failures.
         """
-        self._until = until
+        self._until, config = until, self.config
         pending = _Pending(requests, functools.partial(self._is_done, retry_failures=retry_failures))
         if pending.is_waiting():
             note("other workers hold all that is left: waiting, in case one of them dies")
@@ -282,13 +287,21 @@ class Build:
             pending.pop()
         if pending.is_empty():
             self._restore_description()
-            return self._result(num_total, pending, Recorded(), 0.0, None)
-        engine = start_engine()
-        try:
-            with StopRequest() as stop:
-                return self._generate(engine, pending, num_total, stop)
-        finally:
-            engine.close()
+            result = self._result(num_total, pending, Recorded(), 0.0, None)
+        else:
+            engine = start_engine()
+            try:
+                with StopRequest() as stop:
+                    result = self._generate(engine, pending, num_total, stop)
+            finally:
+                engine.close()
+        if self._is_adopted and result.stopped is None:
+            # Verdicts on a dead worker's last rows died with it.
+            judge_cache(self.catalog.root, where=f"run_id = '{self.run_id}'", num_processes=config.judging.processes)
+        return result
+
+    def _adopted(self) -> None:
+        self._is_adopted = True
 
     def num_left(self, num_total: int) -> int:
         """Roughly how many chains are left: exact where this worker wrote all that is there of the run."""

@@ -134,7 +134,7 @@ def gc_lines(report: GcReport) -> list[str]:
             if report.num_adopted
             else format_plural(len(report.adoptable), "file")
         )
-        lines.append(f"adopted  {rows} written but not registered")
+        lines.append(f"adopted  {rows} written but not registered; `teacher-cache judge` gives chains their verdicts")
     for label, items in (("swept", report.swept), ("deleted", report.deleted), ("kept", report.kept)):
         lines += [f"{label:8} {item.file} ({format_bytes(item.size_bytes)}): {item.why}" for item in items]
     if report.removed:

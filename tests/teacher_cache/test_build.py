@@ -30,7 +30,15 @@ from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.recorder import MetricsLog, Recorder
 from tests.helpers.caches import on_disk, visible_ids
-from tests.helpers.fake_builds import EOS_ID, make_config, make_engine, make_requests, make_teacher, run_build
+from tests.helpers.fake_builds import (
+    EOS_ID,
+    killed_before_commit,
+    make_config,
+    make_engine,
+    make_requests,
+    make_teacher,
+    run_build,
+)
 from tests.helpers.programs import Program
 
 
@@ -305,6 +313,19 @@ def test_every_judged_chain_has_its_verdict_at_the_end(tmp_path: Path) -> None:
     assert result.recorded.num_unjudged == 0
     table = Catalog(tmp_path / "c").verdicts
     assert sorted(one for file in table.files() for one in read_sample_ids(table.path_of(file))) == sorted(
+        visible_ids(tmp_path / "c")
+    )
+
+
+def test_adopted_chains_get_the_verdicts_that_died_with_their_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, requests = make_config(tmp_path / "c"), judged_requests(20)
+    with killed_before_commit(monkeypatch):
+        run_build(config, requests)
+    assert run_build(config, requests).num_adopted > 0
+    table = Catalog(tmp_path / "c").verdicts
+    assert {one for file in table.files() for one in read_sample_ids(table.path_of(file))} == set(
         visible_ids(tmp_path / "c")
     )
 
