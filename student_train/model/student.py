@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,7 +202,17 @@ def use_cpu_where_there_is_no_gpu() -> None:
         return
     # DeepSpeed, which transformers may import, would guess and print what it found.
     os.environ["DS_ACCELERATOR"] = "cpu"
+    _use_huge_pages()
     _keep_freed_memory()
+
+
+def _use_huge_pages() -> None:
+    """Makes torch ask for pages of 2 MiB, which take fewer faults and fewer lookups, where the kernel offers them."""
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    # Where it does not, torch would warn.
+    if offered.exists() and "[never]" not in offered.read_text(encoding="ascii"):
+        # Read at the first tensor.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _keep_freed_memory() -> None:
