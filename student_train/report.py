@@ -15,7 +15,7 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.html.charts import Line, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
-from stillroom.log import format_count, format_plural
+from stillroom.log import format_count, format_plural, format_price
 from student_train.assess.page import eval_sections, read_result, titles
 from student_train.config import meaning_of
 from student_train.data.open import before_and_after
@@ -152,7 +152,7 @@ def _costs(runs: Sequence[Run], costs: Sequence[Json | None]) -> list[Piece]:
             devices = ", ".join(
                 f"{format_span(3600 * hours)} of {kind}" for kind, hours in found["device_hours"].items()
             )
-            cost = [] if found["cost"] is None else [f"{found['cost']:,.2f}"]
+            cost = [] if found["cost"] is None else [format_price(found["cost"])]
             tokens = format_count(found["num_tokens"])
             rows.append([run.name, devices, format_plural(found["num_calls"], "call"), tokens, *cost])
     if not rows:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stillroom.log import format_bytes, format_count, format_duration, format_plural
+from stillroom.log import format_bytes, format_count, format_duration, format_plural, format_price
 from student_train.runtime.metrics_log import short_name
 
 Result = Mapping[str, Any]
@@ -88,7 +88,8 @@ def eval_lines(result: Result) -> list[str]:
         )
         if answers["cost"] is not None:
             each = answers["cost_per_correct"]
-            lines.append(f"cost {answers['cost']:.4f}, {'no' if each is None else f'{each:.6f} per'} right answer")
+            right = "no" if each is None else f"{format_price(each)} per"
+            lines.append(f"cost {format_price(answers['cost'])}, {right} right answer")
     return [*lines, *_more_lines(result), *([str(result["page"])] if result.get("page") else [])]
 
 
@@ -177,8 +178,12 @@ def compare_lines(result: Result) -> list[str]:
         parts += [f"first token p50 {first['p50']:.3f} s"] if first else []
         parts += [f"{side['tokens_per_answer']:.0f} tokens per answer"] if side["tokens_per_answer"] is not None else []
         if side["cost"] is not None:
-            each = "" if side["cost_per_correct"] is None else f" ({side['cost_per_correct']:.6f} per right answer)"
-            parts.append(f"cost {side['cost']:.4f}{each}")
+            each = (
+                ""
+                if side["cost_per_correct"] is None
+                else f" ({format_price(side['cost_per_correct'])} per right answer)"
+            )
+            parts.append(f"cost {format_price(side['cost'])}{each}")
         lines.append(f"{side['name']:10} {', '.join(parts)}")
     pairs = [f"{difference_words(pair)}. {verdict_words(pair)}" for pair in result["pairs"]]
     return [*lines, *pairs, str(result["page"])]

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from stillroom.cache.catalog import Catalog
 from stillroom.judging.answers import reference_problem
-from stillroom.log import Progress, cut, format_bytes, format_count, format_duration, format_plural, harmless
+from stillroom.log import (
+    Progress,
+    cut,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_plural,
+    format_price,
+    harmless,
+)
 from stillroom.log import one_line as flat
 from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
@@ -489,7 +498,7 @@ def _cost_lines(plan: BuildPlan) -> list[str]:
     if plan.disk_free_gb is not None:
         lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
     if plan.cost_left is not None:
-        lines.append(f"cost     {bound}{plan.cost_left:,.2f} at engine.price, in tokens of teacher.model")
+        lines.append(f"cost     {bound}{format_price(plan.cost_left)} at engine.price, in tokens of teacher.model")
     if plan.hours_left is None:
         lines.append("time     unknown until this run has generated chains: start the build, stop it and plan again")
     else:

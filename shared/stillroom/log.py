@@ -7,6 +7,7 @@ Text from a cache must not control the terminal: what a model wrote may not move
 
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -168,6 +169,12 @@ def format_count(number: float) -> str:
 def format_plural(number: int, noun: str) -> str:
     """1 and "pack" as 1 pack, 2000 as 2,000 packs."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_price(price: float) -> str:
+    """12.345 as 12.35, 0.0006071 as 0.00061: a small price keeps two digits."""
+    decimals = 2 if price == 0 else max(2, 1 - math.floor(math.log10(abs(price))))
+    return f"{price:,.{decimals}f}"
 
 
 def format_bytes(size_bytes: float) -> str:

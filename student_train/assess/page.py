@@ -11,7 +11,7 @@ from stillroom.config import Json
 from stillroom.errors import DataError
 from stillroom.html.charts import Line, bars, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
-from stillroom.log import format_count
+from stillroom.log import format_count, format_price
 
 GROUPS = {
     "source": "source",
@@ -109,8 +109,12 @@ def _overview(result: Json) -> Piece:
         teacher = f"teacher {percent(answers['teacher_accuracy'])}; {answers['num_prompts']} prompts"
         numbers.append(Number("answers correct", percent(answers["accuracy"]), teacher))
         if answers["cost"] is not None:
-            each = "-" if answers["cost_per_correct"] is None else f"{answers['cost_per_correct']:.6f} per right answer"
-            numbers.append(Number("cost of answers", f"{answers['cost']:.4f}", each))
+            each = (
+                "-"
+                if answers["cost_per_correct"] is None
+                else f"{format_price(answers['cost_per_correct'])} per right answer"
+            )
+            numbers.append(Number("cost of answers", format_price(answers["cost"]), each))
     return Numbers(numbers)
 
 

@@ -12,7 +12,16 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillroom.cache.catalog import Catalog
-from stillroom.log import format_bytes, format_count, format_duration, format_plural, one_line, pad, width_of
+from stillroom.log import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_plural,
+    format_price,
+    one_line,
+    pad,
+    width_of,
+)
 from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
 from stillroom.sql.session import Session, open_session
 from stillroom.sql.views import quote
@@ -225,10 +234,10 @@ def stats_text(stats: CacheStats) -> str:
         lines.append(f"{took} of {workers}{named}, without pauses")
     if stats.cost is not None:
         each = stats.cost.per_right_answer
-        right = "" if each is None else f", {each:.6f} per right answer"
-        lines.append(f"cost {stats.cost.cost:,.2f} at {stats.cost.price_per_hour:g} a worker-hour{right}")
+        right = "" if each is None else f", {format_price(each)} per right answer"
+        lines.append(f"cost {format_price(stats.cost.cost)} at {stats.cost.price_per_hour:g} a worker-hour{right}")
     if stats.api_cost is not None:
-        lines.append(f"cost {stats.api_cost:,.2f} of APIs at engine.price, in tokens of teacher.model")
+        lines.append(f"cost {format_price(stats.api_cost)} of APIs at engine.price, in tokens of teacher.model")
     if stats.scrubbed:
         sample = "" if stats.scrubbed_sample is None else f", as in: {one_line(stats.scrubbed_sample)}"
         lines.append(f"replaced in prompts: {counted(stats.scrubbed)}{sample}")
@@ -338,7 +347,8 @@ def _aligned(title: str, groups: dict[str, Counts]) -> list[str]:
                 _share(counts.num_truncated, counts.num_chains),
                 "-" if counts.loop_frac is None else f"{counts.loop_frac:.1%}",
                 "-" if counts.pass_rate is None else f"{counts.pass_rate:.1%}",
-                f"{counts.mean_entropy:.3f}",
+                # Chains of text alone have one candidate a token, and entropies that mean nothing.
+                "-" if counts.mean_support == 1 else f"{counts.mean_entropy:.3f}",
             ]
         )
     return _columns(rows)

@@ -333,12 +333,12 @@ def test_the_page_and_the_lines_show_the_result(result: Json, tmp_path: Path) ->
     path.write_text(json.dumps(whole))
     write_eval_page(whole, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    for shown in ("Knowledge retention", "stories", "33 to 64", "Confidence against accuracy", "exact_match", "2.5000"):
+    for shown in ("Knowledge retention", "stories", "33 to 64", "Confidence against accuracy", "exact_match", "2.50"):
         assert shown in page
     titles = [section.title for section in eval_sections(read_result(path)) if section.pieces]
     assert titles[-2:] == ["Forgetting", "Public tasks"]
     lines = eval_lines(whole)
-    assert "cost 2.5000, 2.500000 per right answer" in lines
+    assert "cost 2.50, 2.50 per right answer" in lines
     assert any(line.startswith("lm-eval sums: exact_match (last) 0.2500") for line in lines)
     run = RunFolder(tmp_path / "run")
     given = {"run": run.root, "student": {"model": "m"}, "data": {"caches": ["c"]}, "stages": [{"learning_rate": 1}]}
