@@ -47,6 +47,12 @@ from teacher_cache.prompts.prompts import (
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.counts import counted, total_of
 from teacher_cache.scrub.rows import Scrubber
+from teacher_cache.scrub.settings import (
+    manifest_entries,
+    require_clean_settings,
+    unscrubbed_chains,
+    unscrubbed_problem,
+)
 from teacher_cache.until import (
     JoinedPrompts,
     UntilRight,
@@ -278,6 +284,8 @@ class Build:
         `failures.max_consecutive` consecutive failures.
         """
         self._until, config = until, self.config
+        if config.scrub is not None and (old := unscrubbed_chains(self.catalog, config.scrub)):
+            warn(unscrubbed_problem(old, config.cache))
         pending = _Pending(requests, functools.partial(self._is_done, retry_failures=retry_failures))
         if pending.is_waiting():
             note("other workers hold all that is left: waiting, in case one of them dies")
@@ -345,7 +353,7 @@ class Build:
             MetricsLog(config.cache / "runs" / f"{self.run_id}.{self.worker}.metrics.jsonl") as metrics,
         ):
             recorded = recorder.recorded
-            loop = _Loop(engine, pending, recorder, config.failures.max_consecutive, stop)
+            loop = _Loop(engine, pending, recorder, config.failures.max_consecutive, stop, self._check)
             for _ in loop:
                 done = self._num_done(pending, recorded)
                 progress.update(min(done, num_total), engine.num_tokens, self._notes(recorded))
@@ -447,7 +455,7 @@ class Build:
                 engine={**plain(config.engine), **info.settings},
                 prompts={
                     **plain(config.prompts if isinstance(config, BuildConfig) else config.completions),
-                    **({} if config.scrub is None else {"scrub": plain(config.scrub)}),
+                    **manifest_entries(known, config.scrub),
                 },
                 reasoning=plain(config.reasoning),
                 chat_template_kwargs=plain(config.teacher)["chat_template_kwargs"],
@@ -603,9 +611,16 @@ class _Loop:
     """Keeps the engine full and records its outcomes; `stopped` says why it ended early."""
 
     def __init__(
-        self, engine: Engine, pending: _Pending, recorder: Recorder, max_consecutive: int | None, stop: StopRequest
+        self,
+        engine: Engine,
+        pending: _Pending,
+        recorder: Recorder,
+        max_consecutive: int | None,
+        stop: StopRequest,
+        check: ChainCheck | None = None,
     ) -> None:
         self.stopped: str | None = None
+        self._check = check
         self._engine, self._pending, self._recorder = engine, pending, recorder
         self._max_consecutive, self._stop = max_consecutive, stop
         self._consecutive = 0
@@ -622,6 +637,8 @@ class _Loop:
                     self._recorder.flush()
                 time.sleep(VERDICT_WAIT_S if self._pending.waits_for_verdicts() else WAIT_S)
             for outcome in self._step():
+                if isinstance(outcome, Failure) and self._check is not None:
+                    outcome = self._check.failure(outcome)
                 self._count(outcome)
                 self._recorder.put(outcome)
             if time.monotonic() - shown_s >= SHOW_INTERVAL_S:
@@ -666,8 +683,12 @@ class _Loop:
 
 
 def scrubber_of(config: BuildConfig | ScoreConfig) -> Scrubber | None:
-    """Raises ConfigError if a recogniser that the configuration asks for is not installed."""
-    return None if config.scrub is None else Scrubber(config.scrub)
+    """Raises ConfigError if a recogniser is not installed, or if the configuration itself contains personal data."""
+    if config.scrub is None:
+        return None
+    scrubber = Scrubber(config.scrub)
+    require_clean_settings(config, scrubber.recognisers)
+    return scrubber
 
 
 def _kind(config: BuildConfig | ScoreConfig) -> str:
@@ -724,24 +745,26 @@ def _start_engine(
             note("engine.signals: none stores text without distributions: students train on it with data.kind: text")
         template_kwargs = config.teacher.chat_template_kwargs
         chat = OpenAIChat(engine, teacher, config.capture, config.reasoning, template_kwargs)
-        return OpenAIEngine(engine, teacher.record.vocab_size, chat)
+        return OpenAIEngine(engine, teacher.record.vocab_size, chat, _samplings(config))
     from teacher_cache.engine.vllm import EmbeddedEngine
 
     # Load the commit that was fingerprinted, even if the branch has moved on since.
     pinned = config.teacher.updated(revision=teacher.record.revision)
-    sampling = (
-        []
-        if isinstance(config, ScoreConfig)
-        else [sampling_of(config.sampling, source) for source in config.prompts.sources]
-    )
     return EmbeddedEngine(
         pinned,
         engine,
         config.capture,
         scores=isinstance(config, ScoreConfig),
-        sampling=sampling,
+        sampling=_samplings(config),
         tokens_left=tokens_left,
     )
+
+
+def _samplings(config: BuildConfig | ScoreConfig) -> list[Json]:
+    """Sampling parameters of each source."""
+    if isinstance(config, ScoreConfig):
+        return []
+    return [sampling_of(config.sampling, source) for source in config.prompts.sources]
 
 
 def _note_loaded(loaded: LoadedPrompts) -> None:

@@ -157,6 +157,14 @@ class PriceConfig(StrictModel):
     """Per million completion tokens, reasoning included."""
 
 
+SET_ELSEWHERE = {
+    **{name: f"sampling.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **{name: f"sampling.{name}" for name in ("seed", "max_tokens")},
+    "chat_template_kwargs": "teacher.chat_template_kwargs",
+}
+"""Fields of a request, and the setting that each comes from."""
+
+
 class OpenAIConfig(StrictModel):
     """A teacher behind an OpenAI-compatible API (chat completions). `teacher.model` then names the folder or hub id of
     its tokenizer; `score` needs another engine."""
@@ -181,9 +189,12 @@ class OpenAIConfig(StrictModel):
     max_in_flight: int = Field(default=32, ge=1)
     """Concurrent requests."""
     max_attempts: int = Field(default=8, ge=1)
-    """Attempts per chain, with increasing pauses. Busy responses (429, 503) do not count."""
+    """Attempts per chain, with increasing pauses. Busy responses (429, 503) do not count, nor do attempts while the API
+    answers nobody."""
     stall_s: float = Field(default=3600.0, gt=0)
     """Retry a chain whose answer has not arrived after this many seconds. Answers are not streamed."""
+    give_up_minutes: float = Field(default=10.0, gt=0)
+    """Stop after this many minutes in which the API answered nobody."""
 
     @property
     def switches(self) -> dict[str, Any]:
@@ -200,6 +211,9 @@ class OpenAIConfig(StrictModel):
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted({"model", "messages", "stream", "n", "logprobs", "top_logprobs"} & value.keys()):
             raise ValueError(f"{taken[0]} is set by teacher-cache: remove it")
+        for name, setting in SET_ELSEWHERE.items():
+            if value.get(name) is not None:
+                raise ValueError(f"{name} is set by {setting}, which run and chains are named after: remove it here")
         return value
 
 
@@ -445,6 +459,13 @@ class BuildConfig(RunConfig):
     def _parameters_reach_vllm(self) -> Self:
         if isinstance(self.engine, OpenAIConfig) and self.sampling.vllm:
             raise ValueError("sampling.vllm is for vLLM: an API takes further fields in engine.parameters")
+        if isinstance(self.engine, OpenAIConfig) and "temperature" in self.engine.parameters:
+            given = (self.sampling.temperature, *(one.temperature for one in self.prompts.sources))
+            if other := [one for one in given if one is not None and one != 1]:
+                raise ValueError(
+                    f"engine.parameters removes temperature, so the API samples at 1 and not at {other[0]:g}: set "
+                    "sampling.temperature: 1"
+                )
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from stillroom.log import (
     format_plural,
     format_price,
     harmless,
+    warn,
 )
 from stillroom.log import one_line as flat
 from stillroom.schema.records import Prompt
@@ -34,10 +35,12 @@ from teacher_cache.building import run_id_of, scrubber_of
 from teacher_cache.config import BuildConfig, OpenAIConfig, RunConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
+from teacher_cache.inspect.stats import BILLED
 from teacher_cache.joining import Wait
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import LoadedPrompts, RequestMaker, load_prompts, num_requests, requests
 from teacher_cache.scrub.counts import counted, sample_of, total_of
+from teacher_cache.scrub.settings import unscrubbed_chains, unscrubbed_problem
 from teacher_cache.until import UntilRight, require_judged, right_samples
 from teacher_cache.writer.commit import VisibleSamples
 from teacher_cache.writer.recorder import last_metrics
@@ -112,6 +115,8 @@ class BuildPlan:
     """Personal data replaced in prompts, by kind."""
     scrubbed_samples: list[str] = field(default_factory=list)
     """What a few prompts have in its place."""
+    num_unscrubbed: int = 0
+    """Chains of the cache that were stored without this `scrub` setting."""
     num_variants: int = 0
     """Variants among the prompts, and those for which the teacher must be asked first."""
     num_unanswered: int = 0
@@ -129,6 +134,8 @@ class BuildPlan:
     gb_left: float = 0.0
     tokens_per_s: float | None = None
     hours_left: float | None = None
+    billed_ratio: float = 1.0
+    """Completion tokens that an API counted for each one that it returned, measured on this run's chains."""
     cost_left: float | None = None
     """In the currency of `engine.price`; None without one."""
     disk_free_gb: float | None = None
@@ -352,6 +359,9 @@ def _count_chains(
     sources = {one.source: one for one in plan.sources}
     if catalog is not None:
         _measure(plan, sources, catalog, teacher.record.fingerprint)
+        if config.scrub is not None and (old := unscrubbed_chains(catalog, config.scrub)):
+            plan.num_unscrubbed = old.total()
+            warn(unscrubbed_problem(old, config.cache))
     visible, failed = (_visible_samples(catalog, name) for name in ("chains", "failures"))
     # The shortest server decides, as in the build.
     limits = [one.max_model_len for one in plan.endpoints if one.max_model_len is not None]
@@ -393,7 +403,7 @@ def _count_chains(
         plan.tokens_left += one.tokens_left
     plan.examples += _examples("refused", list(refused.values()))
     if isinstance(config.engine, OpenAIConfig) and (price := config.engine.price) is not None:
-        plan.cost_left = (num_prompt_tokens * price.input + plan.tokens_left * price.output) / 1e6
+        plan.cost_left = (num_prompt_tokens * price.input + plan.billed_ratio * plan.tokens_left * price.output) / 1e6
     _predict(plan, config, has_cache=catalog is not None)
 
 
@@ -438,6 +448,11 @@ def _measure(plan: BuildPlan, sources: Mapping[str, SourcePlan], catalog: Catalo
         " WHERE r.teacher_fingerprint = '{teacher}' GROUP BY ALL ORDER BY own"
     )
     with open_session(catalog) as session:
+        billed = session.arrow(
+            f"SELECT sum({BILLED.format('completion_tokens', 'num_tokens')}) / sum(num_tokens) AS ratio FROM chains"
+            f" WHERE run_id = '{plan.run_id}'"
+        )
+        plan.billed_ratio = billed.column("ratio").to_pylist()[0] or 1.0
         # Rows of this run come last and win.
         for row in session.arrow(query.format(run=plan.run_id, teacher=teacher)).to_pylist():
             if row["source"] in sources:
@@ -498,7 +513,7 @@ def _cost_lines(plan: BuildPlan) -> list[str]:
     if plan.disk_free_gb is not None:
         lines.append(f"         {format_bytes(1e9 * plan.disk_free_gb)} free at {plan.cache}")
     if plan.cost_left is not None:
-        lines.append(f"cost     {bound}{format_price(plan.cost_left)} at engine.price, in tokens of teacher.model")
+        lines.append(f"cost     {bound}{format_price(plan.cost_left)} at engine.price")
     if plan.hours_left is None:
         lines.append("time     unknown until this run has generated chains: start the build, stop it and plan again")
     else:

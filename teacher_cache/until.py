@@ -295,7 +295,7 @@ class SeenVerdicts:
 def require_judged(prompts: Sequence[Prompt]) -> None:
     """Raises ConfigError if no answer can be judged during a build, and notes prompts whose answers cannot."""
     unjudged = sum(judge_of(one) is None for one in prompts)
-    if unjudged == len(prompts):
+    if prompts and unjudged == len(prompts):
         raise ConfigError(
             "sampling.until needs answers that a build can judge: set judge (math, exact, regex or code) and "
             "reference_field for a source, or remove it"

@@ -47,6 +47,8 @@ _COUNTS = """
 
 WAS_SCRUBBED = """contains(metadata, '"scrubbed":') AND json_type(metadata, '$.scrubbed') = 'OBJECT'"""
 """The text first: JSON is parsed for what remains. A row may have a field of this name itself."""
+BILLED = "coalesce(json_extract(metadata, '$.api_usage.{}')::BIGINT, {})"
+"""Tokens as the API counted them, where it said so: with the reasoning that it hides."""
 LOOP_FRAC = 0.5
 """A chain with more than this `repeated_frac` is a loop: most of its windows of 16 tokens occurred before in it."""
 LOOP_TOKENS = 50_000_000
@@ -133,7 +135,9 @@ class CacheStats(Counts):
     features: dict[str, FeatureCounts] = Field(description="by feature set")
     usage: Usage
     cost: Cost | None = Field(default=None, description="at the price that was given")
-    api_cost: float | None = Field(default=None, description="of chains of APIs, by engine.price and the tokens here")
+    api_cost: float | None = Field(
+        default=None, description="of chains of APIs, by engine.price and the tokens that they counted"
+    )
     workers: list[WorkerCounts] = Field(description="workers with --join that are alive")
     by_source: dict[str, Counts]
     by_split: dict[str, Counts]
@@ -237,7 +241,7 @@ def stats_text(stats: CacheStats) -> str:
         right = "" if each is None else f", {format_price(each)} per right answer"
         lines.append(f"cost {format_price(stats.cost.cost)} at {stats.cost.price_per_hour:g} a worker-hour{right}")
     if stats.api_cost is not None:
-        lines.append(f"cost {format_price(stats.api_cost)} of APIs at engine.price, in tokens of teacher.model")
+        lines.append(f"cost {format_price(stats.api_cost)} of APIs at engine.price, in the tokens that they counted")
     if stats.scrubbed:
         sample = "" if stats.scrubbed_sample is None else f", as in: {one_line(stats.scrubbed_sample)}"
         lines.append(f"replaced in prompts: {counted(stats.scrubbed)}{sample}")
@@ -289,7 +293,8 @@ def _api_cost(session: Session, catalog: Catalog) -> float | None:
     if not priced:
         return None
     rows = session.arrow(
-        "SELECT run_id, sum(num_prompt_tokens)::BIGINT AS given, sum(num_tokens)::BIGINT AS made FROM chains GROUP BY 1"
+        f"SELECT run_id, sum({BILLED.format('prompt_tokens', 'num_prompt_tokens')})::BIGINT AS given,"
+        f" sum({BILLED.format('completion_tokens', 'num_tokens')})::BIGINT AS made FROM chains GROUP BY 1"
     ).to_pylist()
     costs = [
         row["given"] * priced[row["run_id"]]["input"] + row["made"] * priced[row["run_id"]]["output"]

@@ -22,7 +22,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -60,6 +60,7 @@ from teacher_cache.prompts.sources import (
     reference_of,
     require_encodable,
 )
+from teacher_cache.scrub.counts import is_made_up
 from teacher_cache.scrub.rows import Scrubber
 
 COLUMNS = (
@@ -87,6 +88,9 @@ class Completion:
     append_eos: bool = False
     sample_index: int = 0
     original: tuple[Message, ...] | None = None
+
+
+_Reader = Callable[[Scrubber | None], Sequence[Completion | Failure]]
 
 
 class Completions:
@@ -144,18 +148,30 @@ class Completions:
     def parts(self, size: int) -> Iterator[Part]:
         """The same requests in parts of `size` rows each, which are tokenised on demand. Reads the sources again."""
         for source in self._config.completions.sources:
-            rows = self._rows(source, WHOLE, self._scrubber)
+            rows = ((read, place, row) for read in self._readers(source, WHOLE) for place, row in enumerate(read(None)))
             for number in itertools.count():
                 batch = list(itertools.islice(rows, size))
                 if not batch:
                     break
-                yield (
-                    part_name(number, [source.name, *map(_id_of, batch)]),
-                    functools.partial(self._part, batch, source),
-                )
+                names = [self._name_of(row) for _, _, row in batch]
+                yield part_name(number, [source.name, *names]), functools.partial(self._part, batch, source)
 
-    def _part(self, batch: Sequence[Completion | Failure], source: CompletionSource) -> Sequence[Request | Failure]:
-        return [*self._tokenized([row for row in batch if not self._is_contaminated(row, source)])]
+    def _part(
+        self, batch: Sequence[tuple[_Reader, int, Completion | Failure]], source: CompletionSource
+    ) -> Sequence[Request | Failure]:
+        if self._scrubber is None:
+            rows = [row for _, _, row in batch]
+        else:
+            # Only now, when the part is leased: finding personal data takes longer than all else here.
+            own = {id(read): read(self._scrubber) for read, _, _ in batch}
+            rows = [own[id(read)][place] for read, place, _ in batch]
+        return [*self._tokenized([row for row in rows if not self._is_contaminated(row, source)])]
+
+    def _name_of(self, row: Completion | Failure) -> str:
+        if isinstance(row, Failure):
+            return row.sample_id
+        # A part's name is a file's name, and the id of a text with personal data could be guessed back to it.
+        return row.where if self._scrubber is not None else f"{row.prompt.prompt_id} {row.where}"
 
     def _num_rows(self, source: CompletionSource, share: WorkerShare) -> int:
         if isinstance(source, CacheCompletions):
@@ -169,11 +185,18 @@ class Completions:
     def _rows(
         self, source: CompletionSource, share: WorkerShare, scrubber: Scrubber | None = None
     ) -> Iterator[Completion | Failure]:
+        for read in self._readers(source, share):
+            yield from read(scrubber)
+
+    def _readers(self, source: CompletionSource, share: WorkerShare) -> Iterator[_Reader]:
+        """A row's completions each, with personal data or without."""
         if isinstance(source, CacheCompletions):
-            yield from (_of_chain(chain, source, scrubber) for chain in self._caches[source.name].chains(share))
+            for chain in self._caches[source.name].chains(share):
+                yield functools.partial(_of_chain, chain, source)
             return
+        heldout_frac, tokenizer = self._config.completions.heldout_frac, self._teacher.tokenizer
         for row in itertools.islice(read_rows(source), share.index, source.limit, share.count):
-            yield from _of_row(source, row, self._config.completions.heldout_frac, self._teacher.tokenizer, scrubber)
+            yield functools.partial(_of_row, source, row, heldout_frac, tokenizer)
 
     def _is_contaminated(self, row: Completion | Failure, source: CompletionSource) -> bool:
         if self._evaluation is None or isinstance(row, Failure):
@@ -340,25 +363,20 @@ class _OtherCache:
                 )
 
 
-def _id_of(row: Completion | Failure) -> str:
-    return row.sample_id if isinstance(row, Failure) else f"{row.prompt.prompt_id} {row.where}"
-
-
 def _are_tokens(source: CompletionSource) -> bool:
     return source.are_ids if isinstance(source, CompletionFields) else not source.retokenise
 
 
 def _of_row(
     source: FileCompletions, row: Row, heldout_frac: float, tokenizer: Any, scrubber: Scrubber | None
-) -> Iterator[Completion | Failure]:
+) -> list[Completion | Failure]:
     """The row's completions: one, or one per assistant turn. A row with a bad turn is one failure."""
 
     def failed(message: str) -> Failure:
         return malformed(source.name, row.where, message if scrubber is None else scrubber.text(message))
 
     if isinstance(row.values, str):
-        yield failed(row.values)
-        return
+        return [failed(row.values)]
     try:
         prompt_ids = None if source.prompt_ids_field is None else _ids(row.values, source.prompt_ids_field)
         turns = _turns(source, row.values, prompt_ids, tokenizer)
@@ -366,26 +384,28 @@ def _of_row(
         for draft, (_, completion) in zip(drafts, turns, strict=True):
             require_encodable(draft, completion if isinstance(completion, str) else "")
     except (ValueError, RecursionError) as error:
-        yield failed(str(error))
-        return
+        return [failed(str(error))]
     originals = [None if scrubber is None else one.messages for one in drafts]
     if scrubber is not None:
         if source.are_ids:
             problem = scrubber.problem(drafts[0], *(str(tokenizer.decode(one)) for one in (prompt_ids, turns[0][1])))
             if problem is not None:
-                yield _with_personal_data(source.name, row.where, problem)
-                return
+                return [_with_personal_data(source.name, row.where, problem)]
         else:
             pairs = [scrubber.completion(draft, str(text)) for draft, (_, text) in zip(drafts, turns, strict=True)]
             drafts, turns = [draft for draft, _ in pairs], [([], text) for _, text in pairs]
     prompts = [prompt_of(one, source.name, source.system, source.instruction, heldout_frac) for one in drafts]
+    completions: list[Completion | Failure] = []
     unit = "turn" if source.turns == "all" else "item" if _is_list(source, row.values) else None
     for place, (prompt, (_, completion)) in enumerate(zip(prompts, turns, strict=True)):
         # One split for the whole conversation: later turns quote earlier ones.
         prompt = replace(prompt, split=prompts[0].split)
         where = row.where if unit is None else f"{row.where} {unit} {place}"
         index = place if unit == "item" else 0
-        yield Completion(where, prompt, completion, prompt_ids, source.append_eos, index, originals[place])
+        completions.append(
+            Completion(where, prompt, completion, prompt_ids, source.append_eos, index, originals[place])
+        )
+    return completions
 
 
 def _with_personal_data(source: str, where: str, problem: str) -> Failure:
@@ -478,22 +498,27 @@ def _ids(values: Json, name: str) -> list[int]:
     return ids
 
 
-def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) -> Completion | Failure:
+def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) -> list[Completion | Failure]:
     """A row of another cache. Reasoning markers are part of its text unless they are special tokens there."""
     where, index, text = chain["sample_id"], chain["sample_index"], chain["text"]
     messages = tuple(Message(one["role"], one["content"]) for one in chain["messages"])
     # Its ids are not texts: their digits may look like a card's.
     own = {name: value for name, value in chain["metadata"].items() if name != ORIGIN_KEY}
-    draft = Draft(where, messages, chain["reference"], own)
+    draft, origin = Draft(where, messages, chain["reference"], own), chain["metadata"][ORIGIN_KEY]
     original = None if scrubber is None else messages
-    if scrubber is not None:
+    if scrubber is not None and not is_made_up(own):
         if source.retokenise:
-            draft, text = scrubber.completion(draft, text)
+            scrubbed, text = scrubber.completion(draft, text)
+            if scrubbed is not draft:
+                # An id that was made of the original text could be guessed back to it.
+                origin = {name: value for name, value in origin.items() if name != "sample_id"}
+            draft = scrubbed
         elif (problem := scrubber.problem(draft, text)) is not None:
-            return _with_personal_data(source.name, where, f"{problem}; retokenise: true replaces it in the text")
-    prompt_id = prompt_id_of(draft.messages)
-    metadata = {**draft.metadata, ORIGIN_KEY: chain["metadata"][ORIGIN_KEY]}
-    prompt = Prompt(prompt_id, draft.messages, source.name, chain["split"], draft.reference, metadata)
+            return [_with_personal_data(source.name, where, f"{problem}; retokenise: true replaces it in the text")]
+    metadata = {**draft.metadata, ORIGIN_KEY: origin}
+    prompt = Prompt(
+        prompt_id_of(draft.messages), draft.messages, source.name, chain["split"], draft.reference, metadata
+    )
     if source.retokenise:
-        return Completion(where, prompt, text, None, chain["stopped"], index, original)
-    return Completion(where, prompt, chain["token_ids"], chain["prompt_token_ids"], False, index, original)
+        return [Completion(where, prompt, text, None, chain["stopped"], index, original)]
+    return [Completion(where, prompt, chain["token_ids"], chain["prompt_token_ids"], False, index, original)]

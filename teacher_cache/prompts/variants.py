@@ -35,7 +35,7 @@ from teacher_cache.prompts.variant_config import (
     SynonymEdit,
     WordEdit,
 )
-from teacher_cache.scrub.counts import METADATA_KEY
+from teacher_cache.scrub.counts import METADATA_KEY, PLACEHOLDER
 
 Answers = Mapping[str, Mapping[int, str | None]]
 """By prompt and sample what the teacher answered; None where it was cut off or failed."""
@@ -191,6 +191,8 @@ def _accepted(question: str, answer: str | None) -> str:
     text = (answer or "").strip().strip('"“”').strip()
     if not text:
         raise _Unusable("no complete answer")
+    if sorted(PLACEHOLDER.findall(text)) != sorted(PLACEHOLDER.findall(question)):
+        raise _Unusable("other placeholders")
     if numbers_in(text) != numbers_in(question):
         raise _Unusable("other numbers")
     if not MIN_LENGTH_RATIO <= len(text) / len(question) <= MAX_LENGTH_RATIO:

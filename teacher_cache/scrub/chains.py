@@ -13,7 +13,7 @@ from stillroom.schema.records import Capture
 from teacher_cache.engine.api import Failure, Finished
 from teacher_cache.scrub.config import ScrubConfig
 from teacher_cache.scrub.counts import counted, is_made_up
-from teacher_cache.scrub.recognisers import Recognisers
+from teacher_cache.scrub.recognisers import Recognisers, TooSlow
 from teacher_cache.writer.rows import ChainRow, RowMaker
 
 REASON = "personal_data"
@@ -31,7 +31,11 @@ class ChainCheck:
         row, prompt = rows.row(finished), finished.request.prompt
         # Generated tasks name persons, and answers repeat them.
         known = " ".join(one.content for one in prompt.messages) if is_made_up(prompt.metadata) else ""
-        (found,) = self._recognisers.find([row.text], self._config.kinds_of_chains)
+        try:
+            (found,) = self._recognisers.find([row.text], self._config.kinds_of_chains)
+        except TooSlow as error:
+            # Not an error of the build, which would generate the same chain again.
+            return finished.request.failure(REASON, str(error))
         found = [one for one in found if row.text[one.start : one.stop] not in known]
         if not found:
             return row
@@ -43,6 +47,15 @@ class ChainCheck:
         metadata = {**prompt.metadata, CUT_KEY: dict(sorted(counts.items()))}
         request = dataclasses.replace(finished.request, prompt=dataclasses.replace(prompt, metadata=metadata))
         return rows.row(Finished(request, _first(finished.capture, num_kept), "length"))
+
+    def failure(self, failure: Failure) -> Failure:
+        """The failure without personal data: engines quote tokens of a chain, and servers what they were sent."""
+        (found,) = self._recognisers.find([failure.message], self._config.kinds)
+        message, place = "", 0
+        for one in found:
+            message += f"{failure.message[place : one.start]}<{one.kind.upper()}>"
+            place = one.stop
+        return dataclasses.replace(failure, message=message + failure.message[place:])
 
 
 def _num_before(row: ChainRow, start: int, rows: RowMaker) -> int:

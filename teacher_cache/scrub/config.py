@@ -34,7 +34,16 @@ class ScrubConfig(StrictModel):
     chain_kinds: list[Kind] | None = None
     """Kinds to find in generated chains. None: `kinds`."""
     allowed: list[str] = Field(default=[])
-    """Texts to keep, such as names of public figures. Case is ignored."""
+    """Texts to keep, such as names of public figures, where each stands as a whole: `Anna` keeps neither `Anna Müller`
+    nor does `Anna Müller` keep `Anna` alone. Case is ignored."""
+
+    @field_validator("allowed")
+    @classmethod
+    def _not_blank(cls, value: list[str]) -> list[str]:
+        if any(not one.strip() for one in value):
+            raise ValueError("an allowed text is blank")
+        return value
+
     phone_regions: list[str] = Field(default=[*PHONE_REGIONS], min_length=1)
     """Countries (ISO 3166) whose phone numbers are also found without a country code."""
     english_model: str = ENGLISH_MODEL

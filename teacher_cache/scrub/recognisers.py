@@ -6,12 +6,13 @@ addresses). Names and Chinese addresses take models: a spaCy pipeline and LAC, w
 Recognisers are called one by one: presidio's engine would load a spaCy pipeline for every kind.
 """
 
+import bisect
 import contextlib
 import importlib
-import logging
 import re
 import sys
 import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,25 @@ NUMBERS: set[Kind] = {"email", "phone", "id", "bank"}
 """Kinds found by patterns, in any language."""
 MAX_PIECE_CHARS = 2000
 """Longest text that a model reads at once; longer lines are cut at spaces."""
+OVERLAP_CHARS = 120
+"""What two parts of a line share, so that a name or address at the cut is in one of them as a whole."""
+TIMEOUT_S = 60.0
+"""For one pattern on one text."""
+
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+CLUSTER = re.compile(".[\u0300-\u036f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]*", re.DOTALL)
+"""A character with the accents and invisible characters behind it."""
+# Characters that stand for one of ASCII in a number or address: full-width ones, spaces, hyphens, digits of any script.
+_SAME = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF20, 0xFF3B), *range(0xFF41, 0xFF5B))}
+_SAME |= dict(zip(map(ord, "（）＋－．／＿\u3000\u00a0\u2007\u2009\u202f"), map(ord, "()+-./_     "), strict=True))
+_SAME |= dict.fromkeys((*range(0x2010, 0x2016), 0x2212), ord("-"))
+
+_LETTER = "A-Za-z0-9À-ɏͰ-ϿЀ-ӿ"
+LOCAL_PART = re.compile(rf"[{_LETTER}][{_LETTER}!#$%&'*+\-/=?^_`{{|}}~.]*$")
+DOMAIN = re.compile(rf"[{_LETTER}_]+(?:-+[{_LETTER}_]+)*(?:\.[{_LETTER}_]+(?:-+[{_LETTER}_]+)*)+")
+MAX_LOCAL_CHARS, MAX_DOMAIN_CHARS = 64, 255
+PRIVATE_DOMAINS = ("local", "localdomain", "internal", "intranet", "intern", "lan", "corp", "home", "private")
+"""Last parts of domains that no public list has."""
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 PARAGRAPH = re.compile(r"(?:[^\n]+\n?)+|\n")
@@ -70,6 +90,8 @@ phoenix ping precious price prince princess ray rich robin rod roman rose royal 
 savannah see sky sol song soon spring star sterling summer sun sunday sunny sydney tiny trinity troy tuesday val
 van velvet victoria vienna virginia walker washington will winter young
 """
+WRAPPED = re.compile(rf"^[^\n]*\b({_WORD})[ \t\r]*\n[ \t>|*#]*({_WORD})[^\n]*", re.MULTILINE)
+"""Two lines whose break may lie in a name."""
 CAPITALISED = re.compile(rf"\b{_WORD}(?: (?:{_WORD}|[A-Z]\.|(?:{_PARTICLE}) {_WORD}))*")
 WORDS = re.compile(r"[\w'’.\-]+")
 TITLED = re.compile(rf"\b(?:Dr|Mr|Mrs|Ms|Miss|Mx|Prof|Professor|Sir|Dame|Rev|Madam)\.? ({_WORD}(?: {_WORD}){{0,2}})")
@@ -84,6 +106,8 @@ HAN_CALLED = re.compile(
 HAN_EPONYM = re.compile(r"(?:大|小|不等|求和|恒等|判别|基本)?(?:定理|公式|定律|引理|方程|不?等式|数列|法则|积分|分布|"
                         r"变换|消元|函数|常数|三角|算法|级数|假设|猜想|原理|法)")  # fmt: skip
 
+SPACE_OR_CHAR = re.compile(r"(?P<comma>\s*(?:,\s*)+|[^\S\n]*\n\s*(?:,\s*)*)|\s+|.", re.DOTALL)
+DASHES = "‐‑‒–—―"
 HOUSE_AND_STREET = re.compile(r"\d[\w\-/]*[,.]? +(?:[NSEW]\.? )?[A-Z][a-z]|[Bb]ox \d")
 # The libraries' patterns want a town and a state too.
 STREET = re.compile(
@@ -108,6 +132,10 @@ class Finding:
     kind: Kind
 
 
+class TooSlow(StillroomError):
+    """A text that could not be searched in time, which says nothing about what it holds."""
+
+
 _Finder = Callable[[Sequence[str]], list[list[Finding]]]
 
 
@@ -116,8 +144,12 @@ class Recognisers:
 
     def __init__(self, config: ScrubConfig) -> None:
         """Raises ConfigError naming a package or model that is missing."""
+        self.kinds = config.kinds
         kinds = {*config.kinds, *config.kinds_of_chains}
-        self._allowed = {one.casefold() for one in config.allowed}
+        # Longest first, so that of two that begin alike the longer one counts.
+        texts = "|".join(re.escape(one) for one in sorted(config.allowed, key=len, reverse=True))
+        edge = _LETTER
+        self._allowed = re.compile(rf"(?<![{edge}])(?:{texts})(?![{edge}])", re.IGNORECASE) if texts else None
         self._finders: list[tuple[set[Kind], _Finder]] = []
         # Pipelines keep what they work on in themselves, and chains are read beside prompts.
         self._lock = threading.Lock()
@@ -133,22 +165,34 @@ class Recognisers:
 
     def find(self, texts: Sequence[str], kinds: Sequence[Kind]) -> list[list[Finding]]:
         """Findings of each text, apart from one another, in order. Raises StillroomError if a text took too long."""
-        with self._lock, _no_text_skipped():
-            found = [find(texts) for own, find in self._finders if own & {*kinds}]
+        plain = [_plain(text) for text in texts]
+        with self._lock:
+            found = [find([one for one, _ in plain]) for own, find in self._finders if own & {*kinds}]
         return [
-            self._apart(text, [one for own in found for one in own[number] if one.kind in kinds])
-            for number, text in enumerate(texts)
+            self._apart(text, [_placed(one, places) for own in found for one in own[number] if one.kind in kinds])
+            for number, (text, (_, places)) in enumerate(zip(texts, plain, strict=True))
         ]
+
+    def allowed_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where texts of `allowed` stand as whole words, in order."""
+        return [] if self._allowed is None else [one.span() for one in self._allowed.finditer(text)]
 
     def _apart(self, text: str, findings: list[Finding]) -> list[Finding]:
         """The longest of findings that overlap, without placeholders and what is allowed."""
-        taken = [Finding(one.start(), one.end(), "id") for one in PLACEHOLDER.finditer(text)]
-        num_placeholders = len(taken)
-        for one in sorted(findings, key=lambda one: one.start - one.stop):
-            is_apart = all(one.stop <= other.start or other.stop <= one.start for other in taken)
-            if is_apart and text[one.start : one.stop].casefold() not in self._allowed:
-                taken.append(one)
-        return sorted(taken[num_placeholders:])
+        allowed = self.allowed_spans(text)
+        taken = [Finding(*one.span(), "id") for one in PLACEHOLDER.finditer(text)]
+        kept = []
+        for one in sorted(findings, key=lambda one: (one.start - one.stop, one)):
+            # What is taken does not overlap: only the neighbours in order can be in the way.
+            place = bisect.bisect_left(taken, one)
+            before, behind = taken[max(place - 1, 0) : place], taken[place : place + 1]
+            is_apart = all(other.stop <= one.start for other in before) and all(
+                one.stop <= other.start for other in behind
+            )
+            if is_apart and not is_within(one, allowed):
+                taken.insert(place, one)
+                kept.append(one)
+        return sorted(kept)
 
 
 class _Patterns:
@@ -161,7 +205,6 @@ class _Patterns:
         from presidio_analyzer import Pattern, PatternRecognizer
         from presidio_analyzer.predefined_recognizers import (
             CreditCardRecognizer,
-            EmailRecognizer,
             IbanRecognizer,
             UsItinRecognizer,
             UsSsnRecognizer,
@@ -173,11 +216,7 @@ class _Patterns:
         if unknown := {*config.phone_regions} - {*phonenumbers.SUPPORTED_REGIONS}:
             raise ConfigError(f"scrub.phone_regions names {min(unknown)}, which phonenumbers does not know")
         # The library's default asks the network for the list of domains first.
-        domains = tldextract.TLDExtract(suffix_list_urls=())
-
-        class Email(EmailRecognizer):  # type: ignore[misc, unused-ignore]
-            def validate_result(self, pattern_text: str) -> bool:
-                return bool(domains(pattern_text).fqdn)
+        self._domains = tldextract.TLDExtract(suffix_list_urls=())
 
         class ChineseId(PatternRecognizer):  # type: ignore[misc, unused-ignore]
             def validate_result(self, pattern_text: str) -> bool | None:
@@ -200,10 +239,10 @@ class _Patterns:
         digits = Pattern("resident", r"(?<!\d)\d{6}[ -]?\d{4}[ -]?\d{4}[ -]?\d{3}[\dXx](?![\dA-Za-z])", 0.1)
         card = Pattern("card", r"(?<![\d.])\d(?:[ -]?\d){11,18}(?!\.?\d)", 0.1)
         self._regions, self._kinds, self._phonenumbers = config.phone_regions, kinds, phonenumbers
-        # Presidio's \w and \b take Chinese characters beside a mail address or number for parts of it.
-        self._flags = regex.DOTALL | regex.MULTILINE | regex.IGNORECASE | regex.ASCII
-        self._recognisers: dict[Kind, list[Any]] = {
-            "email": [Email()],
+        self._same = {
+            code: ord(str(unicodedata.decimal(chr(code)))) for code in range(0x660, 0x1FBFA) if chr(code).isdecimal()
+        } | _SAME
+        recognisers: dict[Kind, list[Any]] = {
             "id": [
                 ChineseId("ID", name="ChineseId", patterns=[digits], context=["身份证", "证件", "identity"]),
                 UsSsnRecognizer(),
@@ -219,34 +258,80 @@ class _Patterns:
                 IbanRecognizer(),
             ],
         }
+        # Presidio's \w and \b take Chinese characters beside a number for parts of it.
+        flags = regex.DOTALL | regex.MULTILINE | regex.ASCII
+        self._patterns = [
+            (kind, one, pattern, regex.compile(pattern.regex, flags | (0 if _is_iban(one) else regex.IGNORECASE)))
+            for kind, own in recognisers.items()
+            if kind in kinds
+            for one in own
+            for pattern in one.patterns
+        ]
 
     def find(self, text: str) -> Iterator[Finding]:
-        has_number = NUMBER.search(text) is not None
-        for kind, recognisers in self._recognisers.items():
-            # Most texts of a mathematical data set hold neither, and patterns are the slower the longer the text.
-            if kind in self._kinds and ("@" in text if kind == "email" else has_number):
-                for one in recognisers:
-                    yield from self._by_pattern(text, one, kind)
-        if "phone" in self._kinds and has_number:
-            yield from self._phones(text)
+        text = text.translate(self._same) if not text.isascii() else text
+        if "email" in self._kinds:
+            yield from self._emails(text)
+        # Most texts of a mathematical data set hold none, and patterns are the slower the longer the text.
+        if NUMBER.search(text) is not None:
+            yield from self._by_patterns(text)
+            if "phone" in self._kinds:
+                yield from self._phones(text)
 
-    def _by_pattern(self, text: str, recogniser: Any, kind: Kind) -> Iterator[Finding]:
-        options = {} if recogniser.name == "IbanRecognizer" else {"regex_flags": self._flags}
-        for one in recogniser.analyze(text, recogniser.supported_entities, **options):
-            before = text[max(0, one.start - CONTEXT_CHARS) : one.start].casefold()
-            if one.score >= MIN_SCORE or any(word in before for word in recogniser.context or ()):
-                yield Finding(one.start, one.end, kind)
+    def _emails(self, text: str) -> Iterator[Finding]:
+        for found in re.finditer("@", text):
+            local = LOCAL_PART.search(text, max(0, found.start() - MAX_LOCAL_CHARS), found.start())
+            domain = DOMAIN.match(text, found.end(), found.end() + MAX_DOMAIN_CHARS)
+            if local is None or domain is None:
+                continue
+            labels = domain.group().split(".")
+            # "k@example.com.Then": the next sentence is no part of it.
+            while len(labels) > 1 and not self._is_domain(labels):
+                labels.pop()
+            if len(labels) > 1:
+                yield Finding(local.start(), found.end() + len(".".join(labels)), "email")
+
+    def _is_domain(self, labels: Sequence[str]) -> bool:
+        return labels[-1].casefold() in PRIVATE_DOMAINS or bool(self._domains(".".join(labels)).fqdn)
+
+    def _by_patterns(self, text: str) -> Iterator[Finding]:
+        """As presidio's recognisers do, which log a pattern that timed out, go on, and call the text clean."""
+        for kind, recogniser, pattern, compiled in self._patterns:
+            try:
+                for found in compiled.finditer(text, timeout=TIMEOUT_S):
+                    # The last groups of an account number may be the next words.
+                    ends = (
+                        [found.end(group) for group in (3, 2, 1) if found.end(group) > 0]
+                        if _is_iban(recogniser)
+                        else [found.end()]
+                    )
+                    for stop in ends:
+                        is_valid = recogniser.validate_result(text[found.start() : stop])
+                        if is_valid is False or recogniser.invalidate_result(text[found.start() : stop]):
+                            continue
+                        before = text[max(0, found.start() - CONTEXT_CHARS) : found.start()].casefold()
+                        is_sure = is_valid or pattern.score >= MIN_SCORE
+                        if is_sure or any(word in before for word in recogniser.context or ()):
+                            yield Finding(found.start(), stop, kind)
+                        break
+            except TimeoutError as error:
+                raise TooSlow(
+                    f"scrub: a text of {len(text):,} characters could not be searched for the kind {kind} within "
+                    f"{TIMEOUT_S:.0f} s and is not stored: remove the row or split it"
+                ) from error
 
     def _phones(self, text: str) -> Iterator[Finding]:
         leniency = self._phonenumbers.Leniency.STRICT_GROUPING
-        for region in self._regions:
-            for one in self._phonenumbers.PhoneNumberMatcher(text, region, leniency=leniency):
-                before = text[max(0, one.start - CONTEXT_CHARS) : one.start]
-                # Ten digits are more often a number of a problem than a phone number.
-                number = one.raw_string.removeprefix("+ ")
-                is_written_so = not number.isdigit() or CN_MOBILE.fullmatch(number)
-                if is_written_so or PHONE_CONTEXT.search(before):
-                    yield Finding(one.start, one.end, "phone")
+        for place, line in _pieces(text, NUMBER):
+            for region in self._regions:
+                # By default the library gives up, without a word, after 65,535 numbers that are none.
+                for one in self._phonenumbers.PhoneNumberMatcher(line, region, leniency, sys.maxsize):
+                    start, stop = place + one.start, place + one.end
+                    # Ten digits are more often a number of a problem than a phone number.
+                    number = one.raw_string.removeprefix("+ ")
+                    is_written_so = not number.isdigit() or CN_MOBILE.fullmatch(number)
+                    if is_written_so or PHONE_CONTEXT.search(text, max(0, start - CONTEXT_CHARS), start):
+                        yield Finding(start, stop, "phone")
         for found in CN_MOBILE.finditer(text) if "CN" in self._regions else ():
             # Ranges that were given out after the library's last update.
             if PHONE_CONTEXT.search(text, max(0, found.start() - CONTEXT_CHARS), found.start()):
@@ -269,7 +354,10 @@ class _EnglishAddresses:
 
     def find(self, text: str) -> Iterator[Finding]:
         for start, line in _pieces(text, HOUSE_AND_STREET, PARAGRAPH):
-            spans = [(one.match_start, one.match_end) for parser in self._parsers for one in parser.parse(line)]
+            # The parsers normalise white space, and their places are those of the normalised text.
+            clean, places = _with_single_spaces(line)
+            found = [one for parser in self._parsers for one in parser.parse(clean)]
+            spans = [(places[one.match_start], places[one.match_end]) for one in found]
             for begin, stop in (*spans, *(one.span() for one in STREET.finditer(line))):
                 inner = line[begin:stop]
                 # Matches take the space or comma before them too.
@@ -306,6 +394,8 @@ class _EnglishNames:
             for start, piece in _pieces(text, LATIN_WORD)
             if self._may_name(piece)
         ]
+        for number, text in enumerate(texts):
+            found[number] += self._over_line_breaks(text)
         documents = self._pipeline.pipe(piece for _, _, piece in pieces)
         for (number, start, piece), document in zip(pieces, documents, strict=True):
             entities = [one for one in document.ents if one.label_ == "PERSON"]
@@ -318,6 +408,20 @@ class _EnglishNames:
                 if one[1].split()[0].casefold() in self._given:
                     found[number].append(Finding(start + one.start(1), start + one.end(1), "person"))
         return found
+
+    def _over_line_breaks(self, text: str) -> Iterator[Finding]:
+        """Names that a line break divides, as in mails: "Kimberly" at the end of one line and "Thornton" in the next.
+        The pipeline decides, because the next line may begin with any capital letter.
+        """
+        place = 0
+        while (one := WRAPPED.search(text, place)) is not None:
+            place = one.end(1)
+            if one[1].casefold() in self._given and one[2].casefold() in self._surnames:
+                before, behind = text[one.start() : place][-MAX_PIECE_CHARS:], text[one.start(2) : one.end()]
+                for entity in self._pipeline(f"{before} {behind[:MAX_PIECE_CHARS]}").ents:
+                    begin, stop = entity.start_char - len(before), entity.end_char - len(before) - 1
+                    if entity.label_ == "PERSON" and begin < 0 < stop:
+                        yield Finding(place + begin, one.start(2) + stop, "person")
 
     def _may_name(self, piece: str) -> bool:
         """Whether a finding in the piece could be accepted. The pipeline reads 30,000 characters a second, and most
@@ -420,11 +524,54 @@ def _pieces(text: str, wanted: re.Pattern[str], unit: re.Pattern[str] = LINE) ->
         while begin < len(line):
             stop = min(begin + MAX_PIECE_CHARS, len(line))
             if stop < len(line):
-                stop = max(line.rfind(" ", begin + 1, stop), line.rfind("。", begin + 1, stop)) + 1 or stop
+                stop = max(line.rfind(sign, begin + MAX_PIECE_CHARS // 2, stop) for sign in " 。") + 1 or stop
             if wanted.search(line, begin, stop):
                 yield start + begin, line[begin:stop]
+            if stop < len(line):
+                shared = stop - OVERLAP_CHARS
+                stop = line.find(" ", shared, stop - 1) + 1 or shared
             begin = stop
         start += len(line)
+
+
+def _plain(text: str) -> tuple[str, list[tuple[int, int]] | None]:
+    """The text without invisible characters and with composed letters, and the place in the original of each character
+    if that is another one.
+    """
+    if text.isascii() or (INVISIBLE.search(text) is None and unicodedata.is_normalized("NFC", text)):
+        return text, None
+    parts, places = [], []
+    for cluster in CLUSTER.finditer(text):
+        new = unicodedata.normalize("NFC", INVISIBLE.sub("", cluster.group()))
+        parts.append(new)
+        places += [cluster.span()] * len(new)
+    return "".join(parts), places
+
+
+def _placed(one: Finding, places: Sequence[tuple[int, int]] | None) -> Finding:
+    return one if places is None else Finding(places[one.start][0], places[one.stop - 1][1], one.kind)
+
+
+def _with_single_spaces(line: str) -> tuple[str, list[int]]:
+    """As pyap normalises texts: line breaks as commas, white space as one space; and the place of each character."""
+    parts: list[str] = []
+    places: list[int] = []
+    for one in SPACE_OR_CHAR.finditer(line):
+        text = one.group()
+        new = ", " if one["comma"] else " " if text.isspace() else "-" if text in DASHES else text
+        parts.append(new)
+        places += [one.start()] * len(new)
+    return "".join(parts), [*places, len(line)]
+
+
+def is_within(one: Finding, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether one of the spans, which are in order and apart, holds the whole finding."""
+    place = bisect.bisect_right(spans, one.start, key=lambda span: span[0])
+    return place > 0 and one.stop <= spans[place - 1][1]
+
+
+def _is_iban(recogniser: Any) -> bool:
+    return bool(recogniser.name == "IbanRecognizer")
 
 
 @contextlib.contextmanager
@@ -433,30 +580,6 @@ def _packages() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ConfigError(f"scrub needs the package {error.name}: {INSTALL}") from error
-
-
-class _TimedOut(logging.Handler):
-    """Counts what presidio only warns of: a pattern that took too long, whose findings are left out."""
-
-    num = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.num += "timed out" in str(record.msg)
-
-
-@contextlib.contextmanager
-def _no_text_skipped() -> Iterator[None]:
-    logger, handler = logging.getLogger("presidio-analyzer"), _TimedOut(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-    if handler.num:
-        raise StillroomError(
-            "scrub: a recogniser timed out on a text, which is therefore not stored: raise the variable "
-            "REGEX_TIMEOUT_SECONDS, or remove the row"
-        )
 
 
 def _listed(path: str) -> frozenset[str]:

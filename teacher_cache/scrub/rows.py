@@ -7,17 +7,18 @@ original beyond its row.
 
 import itertools
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from stillroom.errors import DataError
 from stillroom.schema.records import Message
 from teacher_cache.engine.api import Failure
 from teacher_cache.prompts.sources import Draft
 from teacher_cache.scrub.config import KINDS, Kind, ScrubConfig
-from teacher_cache.scrub.counts import METADATA_KEY, PLACEHOLDER, counted, is_made_up
-from teacher_cache.scrub.recognisers import Finding, Recognisers, is_word
+from teacher_cache.scrub.counts import METADATA_KEY, PLACEHOLDER, counted
+from teacher_cache.scrub.recognisers import Finding, Recognisers, is_within, is_word
 
 BATCH = 256
 """Rows whose texts the recognisers read together."""
@@ -38,12 +39,19 @@ class Scrubber:
     def drafts(self, rows: Iterable[Draft | Failure]) -> Iterator[Draft | Failure]:
         """The rows with placeholders, in their order; messages about rows too, which may quote them."""
         rows = iter(rows)
-        while batch := list(itertools.islice(rows, BATCH)):
+        while batch := self._batch(rows):
             texts = [_texts_of(one) for one in batch]
             scrubbed = iter(self.rows(texts))
             for one, own in zip(batch, texts, strict=True):
                 new, counts = next(scrubbed)
                 yield one if new == own else _with_texts(one, new, counts)
+
+    def _batch(self, rows: Iterator[Draft | Failure]) -> list[Draft | Failure]:
+        try:
+            return list(itertools.islice(rows, BATCH))
+        except DataError as error:
+            # Libraries quote the value that they cannot convert.
+            raise DataError(self.text(str(error))) from None
 
     def text(self, text: str) -> str:
         """One text on its own."""
@@ -52,17 +60,12 @@ class Scrubber:
 
     def completion(self, draft: Draft, text: str) -> tuple[Draft, str]:
         """A prompt and the completion that follows it, which share their placeholders."""
-        if is_made_up(draft.metadata):
-            # Placeholders would not fit the prompt. What the completion adds to it is for the check of chains.
-            return draft, text
         own = _texts_of(draft)
         ((new, counts),) = self.rows([[*own, text]])
         return (draft if new[:-1] == own else _prompt_with(draft, new, counts)), new[-1]
 
     def problem(self, draft: Draft, *texts: str) -> str | None:
         """What texts hold whose tokens cannot be replaced, for a person; None if there is nothing."""
-        if is_made_up(draft.metadata):
-            return None
         found = self.recognisers.find([*_texts_of(draft), *texts], self.config.kinds)
         counts = Counter(one.kind for own in found for one in own)
         return counted(counts) if counts else None
@@ -71,7 +74,7 @@ class Scrubber:
         """The texts of each row with placeholders, and how many of each kind."""
         findings = iter(self.recognisers.find([text for row in rows for text in row], self.config.kinds))
         for row in rows:
-            yield _replaced(row, [next(findings) for _ in row])
+            yield _replaced(row, [next(findings) for _ in row], self.recognisers)
 
 
 @dataclass(slots=True)
@@ -79,30 +82,35 @@ class _Names:
     """Placeholders of one row by what they stand for."""
 
     numbers: Counter[Kind]
-    known: dict[tuple[Kind, str], str]
+    known: dict[tuple[Kind, str], str] = field(default_factory=dict)
+    _by_word: defaultdict[str, list[tuple[frozenset[str], str]]] = field(default_factory=lambda: defaultdict(list))
+    """Full names of persons, and their placeholders, by each word of the name."""
 
     def of(self, kind: Kind, original: str) -> str:
         key = (kind, _key(kind, original))
         if key not in self.known:
-            self.known[key] = self._of_same_person(key) or self._new(kind)
+            self.known[key] = name = self._of_same_person(key) or self._new(kind)
+            words = frozenset(key[1].split()) if kind == "person" else frozenset()
+            for word in words if len(words) > 1 else ():
+                self._by_word[word].append((words, name))
         return self.known[key]
 
     def _of_same_person(self, key: tuple[Kind, str]) -> str | None:
         """The placeholder of "Smith" after "John Smith"."""
-        kind, text = key
-        if kind != "person":
+        kind, words = key[0], {*key[1].split()}
+        if kind != "person" or not words:
             return None
-        words = {*text.split()}
-        return next(
-            (name for (other, full), name in self.known.items() if other == kind and words < {*full.split()}), None
-        )
+        rarest = min((self._by_word.get(word, []) for word in words), key=len)
+        return next((name for full, name in rarest if words < full), None)
 
     def _new(self, kind: Kind) -> str:
         self.numbers[kind] += 1
         return f"<{kind.upper()}_{self.numbers[kind]}>"
 
 
-def _replaced(texts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> tuple[list[str], Counter[Kind]]:
+def _replaced(
+    texts: Sequence[str], findings: Sequence[Sequence[Finding]], recognisers: Recognisers
+) -> tuple[list[str], Counter[Kind]]:
     counts: Counter[Kind] = Counter()
     if not any(findings):
         return list(texts), counts
@@ -111,18 +119,18 @@ def _replaced(texts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> tu
     for kind, number in ((kind, number) for name, number in placeholders for kind in KINDS if kind.upper() == name):
         # A row that was scrubbed before keeps its placeholders, and new ones get other numbers.
         numbers[kind] = max(numbers[kind], int(number))
-    names = _Names(numbers, {})
-    originals: dict[str, Kind] = {}
+    names = _Names(numbers)
+    elsewhere = _Elsewhere()
     for text, own in zip(texts, findings, strict=True):
         for one in own:
             original = text[one.start : one.stop]
             names.of(one.kind, original)
-            for part in (original, *_parts_of_name(original, one.kind)):
-                originals.setdefault(part, one.kind)
-    elsewhere = _occurrences(originals)
+            elsewhere.add(one.kind, original)
+    elsewhere.compile()
     new = []
     for text, own in zip(texts, findings, strict=True):
-        spans = _apart([*own, *_elsewhere(text, elsewhere)])
+        allowed = recognisers.allowed_spans(text)
+        spans = _apart([*own, *(one for one in elsewhere.find(text) if not is_within(one, allowed))])
         parts, place = [], 0
         for one in spans:
             parts += [text[place : one.start], names.of(one.kind, text[one.start : one.stop])]
@@ -132,38 +140,58 @@ def _replaced(texts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> tu
     return new, counts
 
 
-def _occurrences(originals: Mapping[str, Kind]) -> re.Pattern[str] | None:
-    """What was found once in a row is personal data in all of it, where no recogniser saw it too. Numbers count
-    however their digits are grouped.
+class _Elsewhere:
+    """What was found once in a row is personal data in all of it, where no recogniser saw it too. Numbers count however
+    their digits are grouped.
     """
-    longest_first = sorted(originals, key=len, reverse=True)
-    texts = [one for one in longest_first if len(one) >= MIN_LATIN_CHARS or not one.isascii()]
-    by_kind = {kind: [one for one in texts if originals[one] == kind] for kind in KINDS}
-    groups = [
-        f"(?P<{kind}>{'|'.join(_grouped_freely(one) if kind in NUMBER_KINDS else re.escape(one) for one in own)})"
-        for kind, own in by_kind.items()
-        if own
-    ]
-    return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(groups)})(?![A-Za-z0-9])") if groups else None
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Kind] = {}
+        self._pattern: re.Pattern[str] | None = None
+
+    def add(self, kind: Kind, original: str) -> None:
+        parts = (original, *_parts_of_name(original, kind))
+        forms = [*parts, *(one.upper() for one in parts)] if kind in ("person", "email") else parts
+        for part in (*forms, original.lower()) if " " in original or kind == "email" else forms:
+            if len(part) >= MIN_LATIN_CHARS or not part.isascii():
+                self._kinds.setdefault(_digits(part) if kind in NUMBER_KINDS else part, kind)
+
+    def compile(self) -> None:
+        """Once everything is added."""
+        numbers = sorted(one for one, kind in self._kinds.items() if kind in NUMBER_KINDS and one)
+        texts = sorted(one for one, kind in self._kinds.items() if kind not in NUMBER_KINDS)
+        # As trees of common beginnings: trying thousands of names one by one at every place would take minutes.
+        groups = [_tree(own, between) for own, between in ((texts, ""), (numbers, r"[ ().\-/]*")) if own]
+        if groups:
+            self._pattern = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(groups)})(?![A-Za-z0-9])")
+
+    def find(self, text: str) -> Iterator[Finding]:
+        for one in self._pattern.finditer(text) if self._pattern is not None else ():
+            found = one.group()
+            yield Finding(*one.span(), self._kinds[found] if found in self._kinds else self._kinds[_digits(found)])
+
+
+def _tree(texts: Sequence[str], between: str) -> str:
+    """A pattern of all texts, which are sorted, longer ones first. `between` may stand between two characters."""
+    pairs = zip(texts[0], texts[-1], strict=False)
+    start = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    rest = [one[len(start) :] for one in texts if len(one) > len(start)]
+    written = between.join(map(re.escape, start))
+    if not rest:
+        return written
+    branches = [_tree([*own], between) for _, own in itertools.groupby(rest, key=lambda one: one[0])]
+    joint = between if start else ""
+    return f"{written}(?:{joint}(?:{'|'.join(branches)})){'?' if len(rest) < len(texts) else ''}"
+
+
+def _digits(number: str) -> str:
+    return "".join(one for one in number if one.isalnum())
 
 
 def _parts_of_name(original: str, kind: Kind) -> list[str]:
     """What a row may call "Kimberly Thornton" elsewhere."""
     words = original.split() if kind == "person" else []
     return [one for one in {*words[:1], *words[1:][-1:]} if len(one) > MIN_LATIN_CHARS and not is_word(one)]
-
-
-def _grouped_freely(number: str) -> str:
-    """A pattern of "(415) 555-2671" that finds "4155552671"."""
-    return r"[ ().\-/]*".join(re.escape(one) for one in number if one.isalnum())
-
-
-def _elsewhere(text: str, pattern: re.Pattern[str] | None) -> list[Finding]:
-    if pattern is None:
-        return []
-    return [
-        Finding(*one.span(), next(kind for kind in KINDS if kind == one.lastgroup)) for one in pattern.finditer(text)
-    ]
 
 
 def _apart(findings: Iterable[Finding]) -> list[Finding]:
@@ -192,9 +220,9 @@ def _texts_of(row: Draft | Failure) -> list[str]:
     """Every text of a row that would be stored, in an order that `_with_texts` follows."""
     if isinstance(row, Failure):
         return [row.message]
-    if is_made_up(row.metadata):
-        return []
-    return [*(one.content for one in row.messages), row.reference or "", *_strings(row.metadata)]
+    # A role is "user" or the like, and in chat logs the name of whoever speaks.
+    spoken = (text for one in row.messages for text in (one.role, one.content))
+    return [*spoken, row.reference or "", *_strings(row.metadata)]
 
 
 def _with_texts(row: Draft | Failure, texts: Sequence[str], counts: Counter[Kind]) -> Draft | Failure:
@@ -203,7 +231,7 @@ def _with_texts(row: Draft | Failure, texts: Sequence[str], counts: Counter[Kind
 
 def _prompt_with(row: Draft, texts: Sequence[str], counts: Counter[Kind]) -> Draft:
     left = iter(texts)
-    messages = tuple(Message(one.role, next(left)) for one in row.messages)
+    messages = tuple(Message(next(left), next(left)) for _ in row.messages)
     reference = next(left)
     metadata = _replace_strings(row.metadata, left)
     return replace(
@@ -214,21 +242,31 @@ def _prompt_with(row: Draft, texts: Sequence[str], counts: Counter[Kind]) -> Dra
     )
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Texts and numbers in JSON, keys left out: they are the data set's own names."""
+def _strings(value: Any, depth: int = 0) -> Iterator[str]:
+    """Texts and numbers in JSON, and keys of objects in it; the outermost keys are the data set's own names."""
     if isinstance(value, dict):
-        yield from (text for one in value.values() for text in _strings(one))
+        for key, one in value.items():
+            if depth:
+                yield key
+            yield from _strings(one, depth + 1)
     elif isinstance(value, list):
-        yield from (text for one in value for text in _strings(one))
+        yield from (text for one in value for text in _strings(one, depth + 1))
     elif (text := _text_of(value)) is not None:
         yield text
 
 
-def _replace_strings(value: Any, texts: Iterator[str]) -> Any:
+def _replace_strings(value: Any, texts: Iterator[str], depth: int = 0) -> Any:
     if isinstance(value, dict):
-        return {name: _replace_strings(one, texts) for name, one in value.items()}
+        new: dict[str, Any] = {}
+        for key, one in value.items():
+            name = next(texts) if depth else key
+            # Two keys may name one person.
+            while name in new:
+                name += "'"
+            new[name] = _replace_strings(one, texts, depth + 1)
+        return new
     if isinstance(value, list):
-        return [_replace_strings(one, texts) for one in value]
+        return [_replace_strings(one, texts, depth + 1) for one in value]
     if (before := _text_of(value)) is not None:
         text = next(texts)
         # A number that is no personal data stays a number.

@@ -79,7 +79,8 @@ class Behaviour:
     lists_parameters: bool = True
     delay_s: float = 0.0
     chat: Callable[[str], Any] = lambda message: None
-    """The reply of /v1/chat/completions to a message: a text, or a whole choice."""
+    """The reply of /v1/chat/completions to a message: a text, a choice (with `model` and `usage` of the answer), or
+    a body with an `error`."""
     seen: list[Json] = field(default_factory=list)
     most_at_once: int = 0
     now: int = 0
@@ -202,12 +203,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(int(trouble), {"error": {"message": f"status {trouble} on demand"}})
             return
         reply = self.setup_of.chat(body["messages"][0]["content"])
+        if isinstance(reply, dict) and "error" in reply and "message" not in reply:
+            self._send(200, reply)
+            return
         choice = reply if isinstance(reply, dict) else {"message": {"content": reply}, "finish_reason": "stop"}
         if body.get("stream"):
             self._stream_chat(choice)
             return
-        model = choice.pop("model", None)
-        self._send(200, {"choices": [choice]} | ({} if model is None else {"model": model}))
+        beside = {key: choice.pop(key) for key in ("model", "usage") if key in choice}
+        self._send(200, {"choices": [choice], **beside})
 
     def _stream_chat(self, choice: Json) -> None:
         """Word by word; each word is a token."""

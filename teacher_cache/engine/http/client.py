@@ -1,9 +1,11 @@
-"""HTTP to one vLLM server: JSON requests, JSON or streamed answers, and two errors for every way to fail.
+"""HTTP to one vLLM server or API: JSON requests, JSON or streamed answers, and two errors for every way to fail.
 
 Unavailable is a problem of the server (gone, overloaded, broken off) that may pass; Refused is its answer to this
 request, which will not change.
 """
 
+import datetime
+import email.utils
 import os
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
@@ -16,7 +18,7 @@ from stillroom.errors import ConfigError
 try:
     import httpx2
 except ModuleNotFoundError as missing:
-    raise ConfigError("engine.kind: server needs httpx2: pip install 'stillroom[teacher-server]'") from missing
+    raise ConfigError("servers and APIs need the package httpx2: pip install 'stillroom[teacher-server]'") from missing
 
 CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 2.0
@@ -36,12 +38,14 @@ Json = Mapping[str, Any]
 
 class Unavailable(Exception):
     """The server cannot be used now. `was_sent`: it may have worked on the request; `status` is None if there was no
-    answer; `retry_after_s` is the pause that it asks for.
+    answer; `retry_after_s` is the pause that it asks for; `code` its own name of the error.
     """
 
-    def __init__(self, message: str, *, was_sent: bool, status: int | None = None, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self, message: str, *, was_sent: bool, status: int | None = None, retry_after_s: float = 0.0, code: str = ""
+    ) -> None:
         super().__init__(message)
-        self.was_sent, self.status, self.retry_after_s = was_sent, status, retry_after_s
+        self.was_sent, self.status, self.retry_after_s, self.code = was_sent, status, retry_after_s, code
 
     def after(self, num_tokens: int, seconds: float) -> "Unavailable":
         """The same for a chain that broke off after `num_tokens` tokens and `seconds`."""
@@ -50,6 +54,7 @@ class Unavailable(Exception):
             was_sent=self.was_sent,
             status=self.status,
             retry_after_s=self.retry_after_s,
+            code=self.code,
         )
 
     @property
@@ -183,15 +188,51 @@ def _checked(event: Json) -> Json:
 def _answer(response: httpx2.Response, content: bytes) -> Json:
     status = response.status_code
     if status == httpx2.codes.OK:
-        return _parsed(content)
+        answer = _parsed(content)
+        if not answer.get("error"):
+            return answer
+        # Gateways pass on the errors of others with status 200, and their status as a code.
+        status = _status_in(answer["error"]) or httpx2.codes.INTERNAL_SERVER_ERROR
     message = _message_of(content)
     if status in REFUSING_STATUS:
         raise Refused(message or f"refused with status {status}")
     problem = f"answers {status}: {message}" if message else f"answers {status}"
-    # In seconds; the header's other form, a date, is rare.
-    pause = response.headers.get("retry-after", "")
-    retry_after_s = float(pause) if pause.isascii() and pause.isdecimal() else 0.0
-    raise Unavailable(problem, was_sent=True, status=status, retry_after_s=retry_after_s)
+    retry_after_s = _seconds_of(response.headers.get("retry-after", ""))
+    raise Unavailable(problem, was_sent=True, status=status, retry_after_s=retry_after_s, code=_code_of(content))
+
+
+def failed_choice(choice: Json) -> Unavailable | None:
+    """The error that a gateway puts into a choice, beside what it got of the answer; None without one."""
+    error = choice.get("error")
+    if not error:
+        return None
+    message = _one_line(str(error.get("message", error) if isinstance(error, Mapping) else error))
+    return Unavailable(f"failed in the middle of an answer: {message}", was_sent=True, status=_status_in(error) or 500)
+
+
+def _status_in(error: Any) -> int | None:
+    code = str(error.get("code", "")) if isinstance(error, Mapping) else ""
+    return int(code) if code.isascii() and code.isdecimal() and 400 <= int(code) < 600 else None
+
+
+def _code_of(content: bytes) -> str:
+    try:
+        error = from_json(content)["error"]
+        return str(error.get("code") or error.get("type") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def _seconds_of(pause: str) -> float:
+    """The header Retry-After: seconds, or a date."""
+    if pause.isascii() and pause.isdecimal():
+        return float(pause)
+    try:
+        date = email.utils.parsedate_to_datetime(pause)
+    except ValueError:
+        return 0.0
+    now = datetime.datetime.now(datetime.UTC)
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or datetime.UTC) - now).total_seconds())
 
 
 def _parsed(content: bytes) -> Json:

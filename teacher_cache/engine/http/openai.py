@@ -15,8 +15,9 @@ import itertools
 import queue
 import random
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,9 @@ from stillroom.pieces import vocabulary_of
 from stillroom.schema.records import Capture, Message, Prompt
 from teacher_cache.config import CaptureConfig, OpenAIConfig, ReasoningConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal
-from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable, read_api_key
+from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable, failed_choice, read_api_key
 from teacher_cache.engine.http.handshake import KEY_STATUS, NO_ENDPOINT_STATUS
-from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
+from teacher_cache.engine.http.pool import pause_s
 from teacher_cache.engine.teacher import IdentifiedTeacher
 
 PATH = "/chat/completions"
@@ -44,6 +45,18 @@ LEAST_NATS = -100.0
 REPLACEMENT = "\ufffd".encode()
 """What decoders write for a part of a character."""
 REASONING_KEYS = ("reasoning_content", "reasoning")
+FINISHES = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+}
+"""Names of the two ways in which an answer may end."""
+USAGE_KEY = "api_usage"
+"""Of a row's metadata: the tokens that the API counted, hidden reasoning among them."""
+MAX_PAUSE_S = 3600.0
+"""Longest pause that an API may ask for: a limit per hour is over by then."""
+NO_CREDIT_STATUS = 402
+NO_CREDIT_CODES = ("insufficient_quota", "billing_hard_limit_reached")
+"""Sent with 429, and no pause helps."""
 LEFT_OUT = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
 """Parameters that are sent only where they have an effect: not every API knows them."""
 
@@ -68,14 +81,18 @@ class Answer:
 class OpenAIEngine:
     """Implements teacher_cache.engine.api.Engine."""
 
-    def __init__(self, config: OpenAIConfig, vocab_size: int, chat: "OpenAIChat") -> None:
-        """Asks one short question. Raises ConfigError if its answer shows that the endpoint does not fit,
-        StillroomError if there is none.
+    def __init__(
+        self, config: OpenAIConfig, vocab_size: int, chat: "OpenAIChat", sampling: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Asks one short question with the parameters of each kind of `sampling`. Raises ConfigError if an answer shows
+        that the endpoint does not fit, StillroomError if there is none.
         """
         self._config, self._chat = config, chat
         self._http = HttpClient(config.endpoint, read_api_key(config.api_key_env, "engine.api_key_env"), config.stall_s)
         self._answers: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self._num_open = self._num_tokens = 0
+        self._answered_s = time.monotonic()
+        """When the API last answered anything but an error."""
         self._error: BaseException | None = None
         self._closed = self._has_noted_busy = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,9 +102,12 @@ class OpenAIEngine:
         limit = config.max_model_len or NO_LIMIT
         settings = {"max_model_len": config.max_model_len, "signals": config.signals}
         self.info = EngineInfo(vocab_size, limit, "support", {}, settings)
+        probe = asyncio.run_coroutine_threadsafe(self._probe(sampling), self._loop)
         try:
-            asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
+            probe.result()
         except BaseException:
+            # Also Ctrl-C, while the API lets it wait.
+            probe.cancel()
             self.close()
             raise
 
@@ -157,11 +177,13 @@ class OpenAIEngine:
             self._answers.put(error)
 
     async def _ask(self, request: Request) -> Outcome:
-        num_attempts = 0
+        num_attempts, started_s = 0, time.monotonic()
         for number in itertools.count(1):
             try:
                 answer = await self._http.post(PATH, self._chat.body(request))
-                return self._chat.outcome(request, answer)
+                outcome = self._chat.outcome(request, answer)
+                self._answered_s = time.monotonic()
+                return outcome
             except Refused as error:
                 return request.failure("refused", str(error))
             except Unusable as error:
@@ -172,33 +194,73 @@ class OpenAIEngine:
                 num_attempts += not error.is_busy
                 self._note_busy(error)
                 if num_attempts >= self._config.max_attempts:
-                    return request.failure(
-                        "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
-                    )
-                pause = max(pause_s(number, random.Random()), min(error.retry_after_s, MAX_BACKOFF_S))
-                await asyncio.sleep(pause)
+                    if await self._answers_others(request, started_s):
+                        return request.failure(
+                            "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
+                        )
+                    # Nobody is answered: no fault of the chain either.
+                    self._give_up_if_long(error)
+                    num_attempts = 0
+                await self._pause(number, error)
         raise AssertionError
 
-    async def _probe(self) -> None:
+    async def _answers_others(self, request: Request, started_s: float) -> bool:
+        """Whether the API has answered since, or answers a short question."""
+        if self._answered_s > started_s:
+            return True
+        try:
+            await self._http.post(PATH, self._chat.body(_probe_of(request.sampling)))
+        except Unavailable:
+            return False
+        except Refused:
+            return True
+        self._answered_s = time.monotonic()
+        return True
+
+    def _give_up_if_long(self, error: Unavailable) -> None:
+        minutes = self._config.give_up_minutes
+        if time.monotonic() - self._answered_s > 60 * minutes:
+            raise StillroomError(
+                f"{self._config.endpoint} {error}, for {minutes:g} minutes (engine.give_up_minutes): run the same "
+                "command again to resume"
+            ) from error
+
+    async def _pause(self, number: int, error: Unavailable) -> None:
+        await asyncio.sleep(max(pause_s(number, random.Random()), min(error.retry_after_s, MAX_PAUSE_S)))
+
+    async def _probe(self, samplings: Sequence[Mapping[str, Any]]) -> None:
         """Raises ConfigError if no build could use the answers."""
         where = self._config.endpoint
-        message = Prompt("probe", (Message("user", PROBE),), "probe", "train")
-        request = Request(message, [0], 0, 0, {"temperature": 0.0}, PROBE_TOKENS, "probe")
+        # Exactly what builds send: some models take no temperature but 1, and some no top_p.
+        requests = {str(self._chat.body(one)): one for one in map(_probe_of, samplings)}
+        for request in requests.values():
+            answer = await self._probed(request)
+            try:
+                self._chat.outcome(request, answer, is_probe=True)
+            except Unusable as error:
+                raise ConfigError(f"{where} {error}") from error
+        self._answered_s = time.monotonic()
+
+    async def _probed(self, request: Request) -> Json:
+        where = self._config.endpoint
         for number in itertools.count(1):
             try:
                 answer = await self._http.post(PATH, self._chat.body(request))
-                break
+                if (failed := failed_choice(_choice_of(answer))) is None:
+                    return answer
+                raise failed
             except Refused as error:
-                raise ConfigError(f"{where} rejects a request that builds need: {error}") from error
+                raise ConfigError(
+                    f"{where} rejects a request that builds need: {error} (sampling sets temperature, top_p and the "
+                    "like; engine.parameters removes a field with null)"
+                ) from error
             except Unavailable as error:
                 self._raise_if_final(error)
                 if number >= self._config.max_attempts:
                     raise StillroomError(f"{where} {error}, {number} times in a row: try again later") from error
-                await asyncio.sleep(max(pause_s(number, random.Random()), min(error.retry_after_s, MAX_BACKOFF_S)))
-        try:
-            self._chat.outcome(request, answer, is_probe=True)
-        except Unusable as error:
-            raise ConfigError(f"{where} {error}") from error
+                self._note_busy(error)
+                await self._pause(number, error)
+        raise AssertionError
 
     def _note_busy(self, error: Unavailable) -> None:
         # Once: it may come and go with every chain.
@@ -209,6 +271,8 @@ class OpenAIEngine:
 
     def _raise_if_final(self, error: Unavailable) -> None:
         where = self._config.endpoint
+        if error.status == NO_CREDIT_STATUS or error.code in NO_CREDIT_CODES:
+            raise StillroomError(f"{where} {error}: add credit there, then run the same command again to resume")
         if error.status in KEY_STATUS:
             variable = self._config.api_key_env
             remedy = "set engine.api_key_env to the variable that holds it" if variable is None else f"check {variable}"
@@ -261,10 +325,12 @@ class OpenAIChat:
         return {key: value for key, value in {**body, **config.parameters}.items() if value is not None}
 
     def outcome(self, request: Request, answer: Json, *, is_probe: bool = False) -> Outcome:
-        """The chain. Raises Unusable if the answer cannot become one."""
+        """The chain. Raises Unusable if the answer cannot become one, Unavailable if it says that it failed."""
         try:
             self._require_model(answer)
-            read = _read(answer["choices"][0])
+            if (failed := failed_choice(_choice_of(answer))) is not None:
+                raise failed
+            read = _read(_choice_of(answer))
             if self._config.signals == "top_logprobs":
                 capture = self._with_logprobs(read)
             else:
@@ -279,7 +345,7 @@ class OpenAIChat:
             return request.failure("probe", "")
         if not len(capture.token_ids_T):
             return request.failure("engine_error", f"the answer is empty (finish_reason {read.finish_reason!r})")
-        return Finished(request, capture, read.finish_reason)
+        return Finished(_with_usage(request, answer), capture, read.finish_reason)
 
     def _require_model(self, answer: Json) -> None:
         model, wanted = str(answer.get("model") or self._config.model), self._config.model
@@ -316,17 +382,23 @@ class OpenAIChat:
                     f"gives {len(candidates)} top log probabilities, {self._k} were requested: lower "
                     "capture.max_support"
                 )
-            if _bytes_of(entry) == REPLACEMENT and REPLACEMENT.decode() not in read.text:
-                # vLLM's API: another token's id would stand for them.
+            if REPLACEMENT in _bytes_of(entry):
                 raise Unusable("gives parts of characters without their bytes: set engine.signals: none")
             own = self._id_of(entry)
+            # Parts of a character that come without their bytes are left out: their mass is in the tail.
+            known = [one for one in candidates if REPLACEMENT not in _bytes_of(one)]
+            row = {self._id_of(one): _logprob(one) for one in reversed(known)}
+            row = dict(sorted(row.items(), key=lambda one: -one[1]))
             ids.append(own)
             logprobs.append(_logprob(entry))
-            row = [self._id_of(one) for one in candidates]
-            top_ids.append(row)
-            top_logprobs.append([_logprob(one) for one in candidates])
             # Outside the candidates the rank is unknown: at least the next.
-            ranks.append(row.index(own) + 1 if own in row else self._k + 1)
+            ranks.append([*row].index(own) + 1 if own in row else self._k + 1)
+            # Rows are of one width: any other ids, with next to no probability.
+            row |= dict.fromkeys(
+                itertools.islice((one for one in itertools.count() if one not in row), self._k - len(row)), LEAST_NATS
+            )
+            top_ids.append([*row])
+            top_logprobs.append([*row.values()])
         if read.finish_reason == "stop" and self._end_id is not None and ids and ids[-1] != self._end_id:
             ids.append(self._end_id)
             logprobs.append(0.0)
@@ -354,13 +426,47 @@ class OpenAIChat:
         return found
 
 
+def _probe_of(sampling: Mapping[str, Any]) -> Request:
+    message = Prompt("probe", (Message("user", PROBE),), "probe", "train")
+    return Request(message, [0], 0, 0, sampling, PROBE_TOKENS, "probe")
+
+
+def _choice_of(answer: Json) -> Json:
+    choices = answer.get("choices")
+    if not choices:
+        raise Unusable("does not answer like an OpenAI-compatible API (no choices)")
+    choice: Json = choices[0]
+    return choice
+
+
 def _read(choice: Json) -> Answer:
     message, reason = choice["message"], choice["finish_reason"]
-    if reason not in ("stop", "length"):
+    if reason not in FINISHES:
         raise Unusable(f"ended the answer with {reason!r}")
-    thoughts = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    if message.get("refusal"):
+        raise Unusable("declines to answer")
+    texts, thoughts = _parts_of(message.get("content") or "")
+    thoughts = next((message[key] for key in REASONING_KEYS if message.get(key)), None) or thoughts
     logprobs = choice.get("logprobs")
-    return Answer(message.get("content") or "", thoughts, reason, None if logprobs is None else logprobs.get("content"))
+    return Answer(texts, thoughts, FINISHES[reason], None if logprobs is None else logprobs.get("content"))
+
+
+def _parts_of(content: str | Sequence[Json]) -> tuple[str, str | None]:
+    """Text and reasoning of a message's content, which some APIs give in parts."""
+    if isinstance(content, str):
+        return content, None
+    texts = "".join(one["text"] for one in content if one["type"] == "text")
+    thoughts = "".join(_parts_of(one["thinking"])[0] for one in content if one["type"] == "thinking")
+    return texts, thoughts or None
+
+
+def _with_usage(request: Request, answer: Json) -> Request:
+    usage = answer.get("usage") or {}
+    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    if not all(isinstance(one, int) for one in counts.values()):
+        return request
+    metadata = {**request.prompt.metadata, USAGE_KEY: counts}
+    return replace(request, prompt=replace(request.prompt, metadata=metadata))
 
 
 def _bytes_of(entry: Json) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from stillroom.config import validate_config
 from stillroom.schema.records import Message
 from teacher_cache.prompts.config import DedupeConfig, PromptsConfig
-from teacher_cache.prompts.dedupe import NearDuplicates, _num_bands
+from teacher_cache.prompts.dedupe import NUM_PERMUTATIONS, Compared, _num_bands, near_duplicates
 from teacher_cache.prompts.prompts import LoadedPrompts, load_prompts
 
 SHOP = "A shop sells pens for 3 euros each and gives every tenth pen away. What do 25 pens cost in the shop today?"
@@ -58,16 +59,42 @@ def test_tasks_and_templates_are_alike_on_purpose(tmp_path: Path) -> None:
 @pytest.mark.parametrize("similarity", [0.2, 0.5, 0.8, 0.9, 1.0])
 def test_pairs_at_the_threshold_are_hardly_missed(similarity: float) -> None:
     bands = _num_bands(similarity)
-    assert (1 - similarity ** (128 // bands)) ** bands <= 0.005
+    assert (1 - similarity ** (NUM_PERMUTATIONS // bands)) ** bands <= 0.005
 
 
 def test_every_pair_above_the_threshold_is_found() -> None:
     rng = random.Random(0)
-    index = NearDuplicates(DedupeConfig(similarity=0.6, ngram=1))
+    prompts = []
     for number in range(300):
         words = [f"w{rng.randrange(10**6)}" for _ in range(40)]
-        assert index.find(f"first {number}", [Message("user", " ".join(words))]) is None
-        words[: rng.randrange(1, 9)] = ["other"]
-        found = index.find("second", [Message("user", " ".join(words))])
-        assert found is not None
-        assert found.kept == f"first {number}"
+        for name in ("first", "second"):
+            prompts.append(Compared(f"{name} {number}", [Message("user", " ".join(words))]))
+            words[: rng.randrange(1, 9)] = ["other"]
+    found = [*near_duplicates(DedupeConfig(similarity=0.6, ngram=1), prompts)]
+    assert [None if one is None else one.kept for one in found] == [
+        None if one.where.startswith("first") else one.where.replace("second", "first") for one in prompts
+    ]
+
+
+def test_prompts_with_other_system_messages_are_none(tmp_path: Path) -> None:
+    systems = ["Be brief.", "Be brief.", "Explain.", None]
+    rows = [{"q": SHOP + " " * number, "s": system} for number, system in enumerate(systems)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    source = {"kind": "jsonl", "path": str(tmp_path / "q.jsonl"), "prompt_field": "q"}
+    own = [
+        {**source, "name": "rows", "system_field": "s"},
+        {**source, "name": "others", "system": "Explain.", "ignored_fields": ["s"], "limit": 1},
+    ]
+    loaded = load_prompts(validate_config({"sources": own, "dedupe": {}}, PromptsConfig, "test"))
+    assert [one.where.rpartition(":")[2] for one in loaded.near_duplicates] == ["2", "1"]
+
+
+def test_thousands_that_resemble_each_other_take_seconds() -> None:
+    rng = random.Random(0)
+    texts = [SHOP.replace("25", str(n)).replace("3 euros", f"{rng.randrange(9**9)} euros {n}") for n in range(4000)]
+    started_s = time.process_time()
+    found = [
+        *near_duplicates(DedupeConfig(), [Compared(str(n), [Message("user", one)]) for n, one in enumerate(texts)])
+    ]
+    assert not any(found)
+    assert time.process_time() - started_s < 15, "it takes 2 s"

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import logging
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,31 @@ from transformers import AutoTokenizer
 
 import teacher_cache.building
 import teacher_cache.plan
+import teacher_cache.scrub.recognisers
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
-from stillroom.errors import ConfigError, StillroomError
-from stillroom.schema.records import Message, prompt_id_of
+from stillroom.errors import ConfigError
+from stillroom.schema.records import Message, Prompt, prompt_id_of
 from teacher_cache.building import build_cache, score_cache
-from teacher_cache.config import BuildConfig, ScoreConfig
-from teacher_cache.engine.api import Finished, Outcome, Request
+from teacher_cache.config import BuildConfig, CaptureConfig, ReasoningConfig, ScoreConfig
+from teacher_cache.engine.api import Failure, Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
+from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.inspect.report import write_cache_report
 from teacher_cache.inspect.stats import cache_stats, stats_text
+from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.plan import plan_build, plan_lines, plan_score, shown_lines
-from teacher_cache.prompts.prompts import WHOLE
+from teacher_cache.prompts.completions import Completions
+from teacher_cache.prompts.prompts import WHOLE, load_prompts, part_name
 from teacher_cache.prompts.sources import Draft
+from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.config import ScrubConfig
 from teacher_cache.scrub.counts import total_of
-from teacher_cache.scrub.recognisers import Finding, Recognisers
+from teacher_cache.scrub.recognisers import Finding, Recognisers, TooSlow
 from teacher_cache.scrub.rows import Scrubber
+from teacher_cache.scrub.settings import require_clean_settings
+from teacher_cache.writer.rows import RowMaker
 from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K
 from tests.helpers.tiny_tokenizer import byte_level, save
 
@@ -235,6 +242,19 @@ CASES = {
     "收件人李雷，广东省深圳市南山区科技园南路12号A座302室": "收件人<PERSON_1>，<ADDRESS_1>",
     "北京市的人口是多少？": None,
     "卡号6222021234567890128": "卡号<BANK_1>",
+    # Places of what is found are those of the text as it is written.
+    "Ship to:\n\n12  Elm Street,\nSpringfield, IL 62704\nThanks": "Ship to:\n\n<ADDRESS_1>\nThanks",
+    "Regards,\nKimberly\nThornton": "Regards,\n<PERSON_1>",
+    "Anna Mu\u0308ller wrote.": "<PERSON_1> wrote.",
+    "call 138\u200b1234\u200b5678": "call <PHONE_1>",
+    "身份证１１０１０５１９４９１２３１００２Ｘ，手机１３８１２３４５６７８": "身份证<ID_1>，手机<PHONE_1>",
+    "müller@example.com, anna@müller.de, x@host.local": "<EMAIL_1>, <EMAIL_2>, <EMAIL_3>",
+    "Mail k.olsen@example.com.Then wait.": "Mail <EMAIL_1>.Then wait.",
+    # What looks like a placeholder is none of ours.
+    "<PHONE_4155552671>": "<PHONE_<PHONE_1>>",
+    # Found once, replaced in every case.
+    "Kimberly Olsen. KIMBERLY OLSEN, kimberly olsen": "<PERSON_1>. <PERSON_1>, <PERSON_1>",
+    "x" * 1990 + " Kimberly Thornton lives here": "x" * 1990 + " <PERSON_1> lives here",
 }
 
 
@@ -248,6 +268,14 @@ def test_settings_of_what_is_looked_for(recognisers: Recognisers) -> None:
     assert Scrubber(allowing, Recognisers(allowing)).text("13812345678, 13912345678") == "13812345678, <PHONE_1>"
     indian = ScrubConfig(kinds=["phone"], phone_regions=["IN"])
     assert Scrubber(indian, Recognisers(indian)).text("call 098765 43210") == "call <PHONE_1>"
+    anna = ScrubConfig(kinds=["person"], languages=["en"], allowed=["Anna"])
+    assert (
+        Scrubber(anna, Recognisers(anna)).text("Anna Müller, anna, Anna. Müller")
+        == "<PERSON_1>, anna, Anna. <PERSON_1>"
+    )
+    full = ScrubConfig(kinds=["person"], languages=["en"], allowed=["Anna Müller"])
+    text = "Anna Müller met Anna and Anna Müller-Schmidt"
+    assert Scrubber(full, Recognisers(full)).text(text) == "Anna Müller met <PERSON_1> and <PERSON_2>"
     # Chains are searched for other kinds than prompts with the same recognisers.
     assert recognisers.find(["Ms. Olsen, call 4155552671"], ["phone"])[0][0].kind == "phone"
 
@@ -259,31 +287,143 @@ def test_numbers_that_a_data_frame_made_floats_are_replaced(recognisers: Recogni
     assert {**scrubbed.metadata, "scrubbed": None} == {"phone": "<PHONE_1>", "weight": 2.0, "scrubbed": None}
 
 
-def test_completions_of_generated_tasks_are_left_alone(recognisers: Recognisers) -> None:
-    scrubber, text = Scrubber(ScrubConfig(), recognisers), "Kimberly Olsen has 3."
-    messages = (Message("user", "How many has Kimberly Olsen?"),)
-    made_up = Draft("1", messages, "3", {"judge": "reasoning_gym", "task": "sums"})
-    assert scrubber.completion(made_up, text) == (made_up, text)
-    assert scrubber.problem(made_up, text) is None
-    asked = dataclasses.replace(made_up, metadata={"task": "sums"})
-    assert scrubber.completion(asked, text)[1] == "<PERSON_1> has 3."
-    assert scrubber.problem(asked, text) == "2 person"
+def test_generated_tasks_are_left_alone_and_rows_that_only_say_so_are_not(folder: Path) -> None:
+    rows = [{"q": "Ask Kimberly Olsen.", "judge": "reasoning_gym"}]
+    (folder / "secret.jsonl").write_text("".join(json.dumps(one) for one in rows))
+    config = config_of(folder)
+    gym = {"kind": "reasoning_gym", "name": "gym", "task": "family_relationships", "size": 2}
+    source = config.prompts.sources[0].updated(metadata_fields=["judge"], reference_field=None, judge=None)
+    prompts = validate_config({"sources": [gym]}, type(config.prompts), "test")
+    loaded = load_prompts(
+        prompts.updated(sources=[*prompts.sources, source]), teacher_cache.building.scrubber_of(config)
+    )
+    texts = {one.source: one.messages[0].content for one in loaded.prompts}
+    assert texts["mail"] == "Ask <PERSON_1>."
+    assert "<PERSON" not in texts["gym"]
+
+
+def test_names_of_speakers_and_keys_inside_metadata_are_replaced(recognisers: Recognisers) -> None:
+    messages = (Message("Kimberly Olsen", "Hi."), Message("user", "Hi Kimberly."))
+    draft = Draft("1", messages, None, {"votes": {"Kimberly Olsen": 1, "KIMBERLY OLSEN": 2}})
+    (scrubbed,) = Scrubber(ScrubConfig(), recognisers).drafts([draft])
+    assert isinstance(scrubbed, Draft)
+    assert scrubbed.messages == (Message("<PERSON_1>", "Hi."), Message("user", "Hi <PERSON_1>."))
+    assert scrubbed.metadata["votes"] == {"<PERSON_1>": 1, "<PERSON_1>'": 2}
+
+
+def test_a_row_of_thousands_of_lines_takes_seconds(recognisers: Recognisers) -> None:
+    mails = [f"user{number}@example.com, call 1381234{number:04d}" for number in range(3000)]
+    started_s = time.process_time()
+    text = Scrubber(ScrubConfig(), recognisers).text("\n".join([*mails, "x" * 100_000 + "@", *mails]))
+    assert text.count("<EMAIL_2999>") == 2
+    assert "example" not in text
+    assert "1381234" not in text
+    assert time.process_time() - started_s < 20, "it takes 4 s"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"prompts": {"system": "You help Kimberly Olsen."}},
+            "prompts.sources[0].system contains personal data (1 person",
+        ),
+        (
+            {"teacher": {"chat_template_kwargs": {"user": "k@example.com"}}},
+            "teacher.chat_template_kwargs.user contains",
+        ),
+    ],
+)
+def test_texts_of_the_configuration_are_refused_and_not_quoted(
+    folder: Path, recognisers: Recognisers, change: dict[str, Any], problem: str
+) -> None:
+    config = config_of(folder)
+    source = config.prompts.sources[0].updated(**change.get("prompts", {}))
+    config = config.updated(
+        prompts=config.prompts.updated(sources=[source]), teacher=config.teacher.updated(**change.get("teacher", {}))
+    )
+    with pytest.raises(ConfigError) as caught:
+        require_clean_settings(config, recognisers)
+    assert problem in str(caught.value)
+    assert not re.search("Kimberly|k@example", str(caught.value))
+    require_clean_settings(config_of(folder), recognisers)
+
+
+def test_chains_that_were_stored_without_scrub_are_pointed_out_until_they_are_removed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = config_of(folder).updated(scrub=None), config_of(folder)
+    build_cache(before, WHOLE, retry_failures=False)
+    for _ in range(2):
+        capsys.readouterr()
+        build_cache(after, WHOLE, retry_failures=False)
+        assert "holds 4 chains stored without this scrub setting" in capsys.readouterr().err
+    assert plan_build(after).num_unscrubbed == 4
+    catalog = Catalog(folder / "cache")
+    (run_id,) = catalog.runs()
+    gc_cache(folder / "cache", dry_run=False, grace_s=0, drop_runs=[run_id], delete_removed=True)
+    capsys.readouterr()
+    build_cache(after, WHOLE, retry_failures=False)
+    assert "stored without" not in capsys.readouterr().err
+    found = everything_in(folder / "cache", tokenizer_of(folder).decode)
+    assert not [one for ones in ORIGINALS.values() for one in ones if one in found]
+
+
+def test_failures_of_engines_are_stored_without_what_they_quote(recognisers: Recognisers) -> None:
+    failure = Failure("id", "p", "s", 0, "engine_error", "answers with the token b'Kimberly', not 13812345678 in call")
+    message = ChainCheck(ScrubConfig(), recognisers).failure(failure).message
+    assert "Kimberly" not in message
+    assert "13812345678" not in message
+
+
+def test_only_leased_parts_are_searched_and_their_names_do_not_tell_their_texts(
+    folder: Path, recognisers: Recognisers
+) -> None:
+    config = score_config_of(folder)
+    sources = [config.completions.sources[0]]
+    config = config.updated(completions=config.completions.updated(sources=sources))
+    searched: list[int] = []
+
+    class Counting(Scrubber):
+        def completion(self, draft: Draft, text: str) -> tuple[Draft, str]:
+            searched.append(1)
+            return super().completion(draft, text)
+
+    teacher = identify_teacher(config.teacher, config.engine)
+    with Completions(config, teacher, Counting(ScrubConfig(), recognisers)) as completions:
+        parts = [*completions.parts(64)]
+        assert not searched
+        made = [one.sample_id for _, make in parts for one in make()]
+        assert made == [one.sample_id for one in completions.requests()]
+    path = str(folder / "scored.jsonl")
+    assert [name for name, _ in parts] == [part_name(0, ["texts", f"{path}:1"])]
 
 
 def test_a_field_of_the_same_name_is_no_count() -> None:
     assert total_of([{"scrubbed": True}, {"scrubbed": {"phone": 2, "by": "us"}}, {}]) == {"phone": 2}
 
 
-def test_a_text_that_a_recogniser_skipped_is_not_taken_for_clean(
-    recognisers: Recognisers, monkeypatch: pytest.MonkeyPatch
+def test_a_text_that_cannot_be_searched_in_time_is_not_taken_for_clean(
+    recognisers: Recognisers, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def skipping(texts: Sequence[str]) -> list[list[Finding]]:
-        logging.getLogger("presidio-analyzer").warning("Regex pattern timed out, skipping")
-        return [[] for _ in texts]
+    monkeypatch.setattr(teacher_cache.scrub.recognisers, "TIMEOUT_S", 1e-9)
+    with pytest.raises(TooSlow, match="could not be searched for the kind id"):
+        recognisers.find(["123456789 " * 10_000], ["id"])
+    # A chain is left out: an error would end the build, which would generate the same chain again.
+    monkeypatch.setattr(recognisers, "find", lambda texts, kinds: _too_slow(texts))
+    check = ChainCheck(ScrubConfig(), recognisers)
+    finished = Telling(tokenizer_of(folder))._outcome(
+        Request(Prompt("p", (Message("user", "Say hello."),), "s", "train"), [1], 0, 0, {}, 100, "id")
+    )
+    maker = RowMaker(tokenizer_of(folder), CaptureConfig(max_support=K, draws=0), ReasoningConfig(), "r", "w0")
+    assert isinstance(finished, Finished)
+    failure = check.row(finished, maker)
+    assert isinstance(failure, Failure)
+    assert failure.reason == "personal_data"
 
-    monkeypatch.setattr(recognisers, "_finders", [({"phone"}, skipping)])
-    with pytest.raises(StillroomError, match="timed out on a text"):
-        recognisers.find(["text"], ["phone"])
+
+def _too_slow(texts: Sequence[str]) -> list[list[Finding]]:
+    raise TooSlow(f"slow: {len(texts)}")
 
 
 @pytest.mark.parametrize(

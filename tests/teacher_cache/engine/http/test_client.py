@@ -1,5 +1,8 @@
 """What an answer of HTTP means: to come back later, never, or at once."""
 
+import datetime
+import email.utils
+
 import httpx2
 import pytest
 
@@ -30,3 +33,19 @@ def test_a_pause_that_is_asked_for_is_kept(header: str, pause_s: float) -> None:
 def test_what_is_refused_is_not_asked_again(status: int) -> None:
     with pytest.raises(Refused, match=f"refused with status {status}|no"):
         _answer(httpx2.Response(status), b'{"detail": "no"}')
+
+
+def test_a_pause_until_a_date_is_kept() -> None:
+    date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90)
+    with pytest.raises(Unavailable) as caught:
+        _answer(httpx2.Response(429, headers={"retry-after": email.utils.format_datetime(date, usegmt=True)}), b"")
+    assert 80 < caught.value.retry_after_s <= 90
+
+
+@pytest.mark.parametrize(("code", "status"), [("429", 429), ("502", 502), ('"server_error"', 500), ("null", 500)])
+def test_an_error_with_status_200_is_the_error_that_it_names(code: str, status: int) -> None:
+    with pytest.raises(Unavailable, match=f"answers {status}: no room") as caught:
+        _answer(httpx2.Response(200), f'{{"error": {{"message": "no room", "code": {code}}}}}'.encode())
+    assert caught.value.status == status
+    with pytest.raises(Refused, match="too long"):
+        _answer(httpx2.Response(200), b'{"error": {"message": "too long", "code": 400}}')

@@ -1,7 +1,11 @@
 """A teacher behind an OpenAI-compatible API: its text and log probabilities as chains, and answers that do not fit."""
 
 import json
+import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,6 +240,10 @@ def test_pauses_stay_bounded_however_long_an_api_is_busy() -> None:
         ({"draws": 8}, {"signals": "none"}, "neither draws nor log-partitions"),
         ({}, {"parameters": {"logprobs": 5}}, "logprobs is set by teacher-cache"),
         ({}, {"endpoint": "ftp://x"}, "is not a server address"),
+        ({}, {"parameters": {"temperature": 1}}, "temperature is set by sampling.temperature"),
+        ({}, {"parameters": {"seed": 5}}, "seed is set by sampling.seed"),
+        ({}, {"parameters": {"max_tokens": 9}}, "max_tokens is set by sampling.max_tokens"),
+        ({}, {"parameters": {"temperature": None}}, "samples at 1 and not at 0.6"),
     ],
 )
 def test_settings_that_no_api_can_serve_are_refused(
@@ -256,3 +264,115 @@ def test_an_api_cannot_score() -> None:
     }
     with pytest.raises(ConfigError, match="do not score texts"):
         validate_config(config, ScoreConfig, "test")
+
+
+def build(config: BuildConfig) -> tuple[int, int]:
+    """Chains and failures."""
+    recorded = build_cache(config, WHOLE, retry_failures=False).recorded
+    return recorded.num_chains, recorded.num_failures
+
+
+def messages_of_failures(cache: Path) -> list[str]:
+    return [one["message"] for one in pq.read_table(cache / "failures").to_pylist()]
+
+
+def test_answers_of_gateways(model: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors with status 200, errors in a choice, filtered answers, reasoning in parts."""
+    monkeypatch.setattr("teacher_cache.engine.http.openai.pause_s", lambda *_: 0.01)
+    seen: list[str] = []
+    thinking = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "5"}]
+
+    def chat(message: str) -> Any:
+        seen.append(message)
+        is_first = seen.count(message) == 1
+        choice = {"message": {"content": thinking}, "finish_reason": "end_turn"}
+        if message == "question 0" and is_first:
+            return {"error": {"message": "slow down", "code": 429}}
+        if message == "question 1" and is_first:
+            return {"message": {"content": "1 is"}, "finish_reason": "error", "error": {"code": 502, "message": "gone"}}
+        return choice | ({"finish_reason": "content_filter"} if message == "question 2" else {})
+
+    server.behaviour.chat = chat
+    assert build(config_of(model, server, tmp_path / "c", {}, signals="none")) == (3, 1)
+    assert {(row["reasoning"], row["answer"]) for row in rows_of(tmp_path / "c")} == {("hm", "5")}
+    assert messages_of_failures(tmp_path / "c") == ["ended the answer with 'content_filter'"]
+    server.behaviour.chat = lambda message: {"error": {"message": "no credit", "code": "insufficient_quota"}}
+    with pytest.raises(StillroomError, match="no credit: add credit there"):
+        build(config_of(model, server, tmp_path / "d", {}, signals="none"))
+
+
+def test_the_first_question_is_asked_as_builds_ask(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    server.behaviour.trouble = lambda body: "400" if body["temperature"] != 1 or "top_p" in body else None
+    config = config_of(model, server, tmp_path / "c", {}, signals="none")
+    with pytest.raises(ConfigError, match="rejects a request that builds need: status 400 on demand"):
+        build(config)
+    only_one = config.updated(sampling=config.sampling.updated(temperature=1.0, top_p=1.0))
+    assert build(only_one) == (4, 0)
+
+
+def test_candidates_that_are_parts_of_characters_are_left_out(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    choice = with_logprobs(model, "The answer")
+    for entry in choice["logprobs"]["content"]:
+        entry["top_logprobs"][1] = {"token": "\ufffd", "bytes": None, "logprob": -2.5}
+    server.behaviour.chat = lambda message: json.loads(json.dumps(choice))
+    assert build(config_of(model, server, tmp_path / "c", {"max_support": K, "codec": "topk-f32"})) == (4, 0)
+    row = rows_of(tmp_path / "c")[0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    assert row["topk_ids"][:2] == [row["token_ids"][0], *tokenizer.convert_tokens_to_ids(["B"])]
+    assert row["topk_logprobs"][:3] == pytest.approx([-0.1, -4.0, -100.0])
+    assert verify_cache(tmp_path / "c").problems == []
+
+
+def test_costs_are_those_of_the_tokens_that_the_api_counted(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 1000}
+    server.behaviour.chat = lambda message: {"message": {"content": ANSWER}, "finish_reason": "stop", "usage": usage}
+    config = config_of(model, server, tmp_path / "c", {}, signals="none", price={"input": 1e6, "output": 2e6})
+    assert build(config) == (4, 0)
+    assert cache_stats(Catalog(tmp_path / "c")).api_cost == 4 * (10 + 2 * 1000)
+    plan = plan_build(config.updated(sampling=config.sampling.updated(samples=2)))
+    assert plan.cost_left == pytest.approx(rows_of(tmp_path / "c")[0]["num_prompt_tokens"] * 4 + 2 * 4 * 1000)
+
+
+def test_an_outage_is_no_fault_of_the_chains(
+    model: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher_cache.engine.http.openai.pause_s", lambda *_: 0.01)
+    num_seen = 0
+
+    def trouble(body: dict[str, Any]) -> str | None:
+        nonlocal num_seen
+        num_seen += 1
+        return "502" if 1 < num_seen < 40 else None
+
+    server.behaviour.trouble = trouble
+    config = config_of(model, server, tmp_path / "c", {}, signals="none", max_attempts=2)
+    assert build(config) == (4, 0)
+    server.behaviour.trouble = lambda body: "502" if "question" in body["messages"][0]["content"] else None
+    impatient = config_of(model, server, tmp_path / "d", {}, signals="none", max_attempts=2, give_up_minutes=0.001)
+    assert build(impatient) == (0, 4), "the API answers, but not these"
+
+    def dies(body: dict[str, Any]) -> str | None:
+        return None if len(server.behaviour.seen) == first else "502"
+
+    first = len(server.behaviour.seen) + 1
+    server.behaviour.trouble = dies
+    config = config_of(model, server, tmp_path / "e", {}, signals="none", max_attempts=2, give_up_minutes=0.001)
+    with pytest.raises(StillroomError, match="run the same command again to resume"):
+        build(config)
+    assert not (tmp_path / "e" / "failures").exists() or messages_of_failures(tmp_path / "e") == []
+
+
+def test_an_interrupted_first_question_leaves_nothing_running(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    released = threading.Event()
+    server.behaviour.chat = lambda message: str(released.wait(20))
+
+    def interrupt() -> None:
+        while not server.behaviour.seen:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        build(config_of(model, server, tmp_path / "c", {}, signals="none"))
+    released.set()
+    assert not [one for one in threading.enumerate() if one.name == "api engine"]
