@@ -416,7 +416,7 @@ class _EnglishNames:
         place = 0
         while (one := WRAPPED.search(text, place)) is not None:
             place = one.end(1)
-            if one[1].casefold() in self._given and one[2].casefold() in self._surnames:
+            if _bare(one[1]) in self._given and _bare(one[2]) in self._surnames:
                 before, behind = text[one.start() : place][-MAX_PIECE_CHARS:], text[one.start(2) : one.end()]
                 for entity in self._pipeline(f"{before} {behind[:MAX_PIECE_CHARS]}").ents:
                     begin, stop = entity.start_char - len(before), entity.end_char - len(before) - 1
@@ -436,14 +436,15 @@ class _EnglishNames:
             return True
         before = piece[:begin].rstrip()
         begins = not before or not (before[-1].isalnum() or before[-1] in ",;&(")
-        return text.casefold() in self._given or (not begins and text.casefold() in self._surnames)
+        name = _bare(text)
+        return name in self._given or (not begins and name in self._surnames)
 
     def _by_words(self, piece: str) -> Iterator[tuple[int, int]]:
         for one in TITLED.finditer(piece):
             yield one.span(1)
         for one in CAPITALISED.finditer(piece):
             words = [*WORDS.finditer(piece, *one.span())]
-            first = next((place for place, word in enumerate(words) if word.group().casefold() in self._given), None)
+            first = next((place for place, word in enumerate(words) if _bare(word.group()) in self._given), None)
             if first is not None:
                 yield words[first].start(), words[min(first + 3, len(words) - 1)].end()
 
@@ -492,6 +493,11 @@ def _continues(line: str, words: Sequence[tuple[int, int, str]], number: int) ->
     # A name of houses, or a space, between two places: 幸福小区 6 栋.
     following = words[number + 1][2] if number + 1 < len(words) else ""
     return following in ("LOC", "ORG", "m") and (tag in ("n", "nz", "nw", "xc") or not line[begin:stop].strip())
+
+
+def _bare(word: str) -> str:
+    """A name without what patterns of words take along: "Kimberly's", and the quote of 'Kimberly'."""
+    return re.sub(r"(?:['’]s|['’.\-])+$", "", word).casefold()
 
 
 def is_word(name: str) -> bool:

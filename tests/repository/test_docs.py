@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from stillroom.config import StrictModel, validate_config
 from student_train.cli import app as student_app
@@ -96,6 +97,27 @@ def test_recipes_are_valid(page: str, body: str) -> None:
     found = yaml.safe_load(body)
     (model,) = [model for key, model in MODELS.items() if key in found]
     assert validate_config(found, model, page).model_dump()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_some_keys_alone_are_valid(page: Path) -> None:
+    for body in blocks(page, "yaml"):
+        found = yaml.safe_load(body)
+        if not isinstance(found, dict) or "run" in found:
+            continue
+        for key, value in found.items():
+            types = [one.model_fields[key].annotation for one in MODELS.values() if key in one.model_fields]
+            problems = [problems_of(one, value) for one in types]
+            assert not problems or [] in problems, (key, problems)
+
+
+def problems_of(kind: Any, value: Any) -> list[Any]:
+    """What is wrong with a value besides keys that are not shown."""
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        return [one for one in error.errors() if one["type"] != "missing"]
+    return []
 
 
 def test_there_are_recipes_and_commands() -> None:

@@ -229,7 +229,7 @@ def _seconds_of(pause: str) -> float:
         return float(pause)
     try:
         date = email.utils.parsedate_to_datetime(pause)
-    except ValueError:
+    except (ValueError, TypeError):
         return 0.0
     now = datetime.datetime.now(datetime.UTC)
     return max(0.0, (date.replace(tzinfo=date.tzinfo or datetime.UTC) - now).total_seconds())

@@ -230,25 +230,21 @@ class OpenAIEngine:
 
     async def _probe(self, samplings: Sequence[Mapping[str, Any]]) -> None:
         """Raises ConfigError if no build could use the answers."""
-        where = self._config.endpoint
         # Exactly what builds send: some models take no temperature but 1, and some no top_p.
         requests = {str(self._chat.body(one)): one for one in map(_probe_of, samplings)}
         for request in requests.values():
-            answer = await self._probed(request)
-            try:
-                self._chat.outcome(request, answer, is_probe=True)
-            except Unusable as error:
-                raise ConfigError(f"{where} {error}") from error
+            await self._probe_with(request)
         self._answered_s = time.monotonic()
 
-    async def _probed(self, request: Request) -> Json:
+    async def _probe_with(self, request: Request) -> None:
         where = self._config.endpoint
         for number in itertools.count(1):
             try:
                 answer = await self._http.post(PATH, self._chat.body(request))
-                if (failed := failed_choice(_choice_of(answer))) is None:
-                    return answer
-                raise failed
+                self._chat.outcome(request, answer, is_probe=True)
+                return
+            except Unusable as error:
+                raise ConfigError(f"{where} {error}") from error
             except Refused as error:
                 raise ConfigError(
                     f"{where} rejects a request that builds need: {error} (sampling sets temperature, top_p and the "
@@ -260,7 +256,6 @@ class OpenAIEngine:
                     raise StillroomError(f"{where} {error}, {number} times in a row: try again later") from error
                 self._note_busy(error)
                 await self._pause(number, error)
-        raise AssertionError
 
     def _note_busy(self, error: Unavailable) -> None:
         # Once: it may come and go with every chain.

@@ -99,7 +99,7 @@ def folder(tmp_path: Path, recognisers: Recognisers, monkeypatch: pytest.MonkeyP
     lines = [*(json.dumps(row) for row in ROWS), json.dumps({"q": ["not", "messages of Kimberly Thornton"]})]
     (tmp_path / "secret.jsonl").write_text("\n".join(lines))
     # Loading the models takes seconds.
-    loaded = lambda config: Scrubber(config.scrub, recognisers)  # noqa: E731
+    loaded = lambda config: config.scrub and Scrubber(config.scrub, recognisers)  # noqa: E731
     monkeypatch.setattr(teacher_cache.building, "scrubber_of", loaded)
     monkeypatch.setattr(teacher_cache.plan, "scrubber_of", loaded)
     monkeypatch.setattr(
@@ -252,6 +252,7 @@ CASES = {
     "Mail k.olsen@example.com.Then wait.": "Mail <EMAIL_1>.Then wait.",
     # What looks like a placeholder is none of ours.
     "<PHONE_4155552671>": "<PHONE_<PHONE_1>>",
+    "'Kimberly' took Kimberly's pen.": "'<PERSON_1>' took <PERSON_1>'s pen.",
     # Found once, replaced in every case.
     "Kimberly Olsen. KIMBERLY OLSEN, kimberly olsen": "<PERSON_1>. <PERSON_1>, <PERSON_1>",
     "x" * 1990 + " Kimberly Thornton lives here": "x" * 1990 + " <PERSON_1> lives here",
@@ -312,13 +313,13 @@ def test_names_of_speakers_and_keys_inside_metadata_are_replaced(recognisers: Re
 
 
 def test_a_row_of_thousands_of_lines_takes_seconds(recognisers: Recognisers) -> None:
-    mails = [f"user{number}@example.com, call 1381234{number:04d}" for number in range(3000)]
+    mails = [f"user{number}@example.com, call 1381234{number:04d}" for number in range(1000)]
     started_s = time.process_time()
     text = Scrubber(ScrubConfig(), recognisers).text("\n".join([*mails, "x" * 100_000 + "@", *mails]))
-    assert text.count("<EMAIL_2999>") == 2
+    assert text.count("<EMAIL_999>") == 2
     assert "example" not in text
     assert "1381234" not in text
-    assert time.process_time() - started_s < 20, "it takes 4 s"
+    assert time.process_time() - started_s < 15, "it takes 2 s"
 
 
 @pytest.mark.parametrize(
