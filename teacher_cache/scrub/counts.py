@@ -8,7 +8,7 @@ from typing import Any
 from teacher_cache.scrub.config import Kind
 
 PLACEHOLDER = re.compile(r"<(PERSON|EMAIL|PHONE|ID|BANK|ADDRESS)_(\d{1,4})>")
-"""No longer number: "<PHONE_4155552671>" is none of ours."""
+"""No longer number: "<PHONE_4155552671>" is not one of ours."""
 METADATA_KEY = "scrubbed"
 """Key in a row's metadata: replacements in its prompt, {kind: times}."""
 SAMPLE_CHARS = 40

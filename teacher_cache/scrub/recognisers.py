@@ -285,7 +285,7 @@ class _Patterns:
             if local is None or domain is None:
                 continue
             labels = domain.group().split(".")
-            # "k@example.com.Then": the next sentence is no part of it.
+            # "k@example.com.Then": the next sentence is not part of it.
             while len(labels) > 1 and not self._is_domain(labels):
                 labels.pop()
             if len(labels) > 1:
@@ -324,7 +324,7 @@ class _Patterns:
         leniency = self._phonenumbers.Leniency.STRICT_GROUPING
         for place, line in _pieces(text, NUMBER):
             for region in self._regions:
-                # By default the library gives up, without a word, after 65,535 numbers that are none.
+                # By default the library silently gives up after 65,535 numbers that are not phone numbers.
                 for one in self._phonenumbers.PhoneNumberMatcher(line, region, leniency, sys.maxsize):
                     start, stop = place + one.start, place + one.end
                     # Ten digits are more often a number of a problem than a phone number.

@@ -190,7 +190,7 @@ class OpenAIEngine:
                 return request.failure("engine_error", str(error))
             except Unavailable as error:
                 self._raise_if_final(error)
-                # A busy API did no work: it may stay so for hours, which is no fault of the chain.
+                # A busy API did no work: it may stay so for hours, which is not the chain's fault.
                 num_attempts += not error.is_busy
                 self._note_busy(error)
                 if num_attempts >= self._config.max_attempts:

@@ -250,7 +250,7 @@ CASES = {
     "身份证１１０１０５１９４９１２３１００２Ｘ，手机１３８１２３４５６７８": "身份证<ID_1>，手机<PHONE_1>",
     "müller@example.com, anna@müller.de, x@host.local": "<EMAIL_1>, <EMAIL_2>, <EMAIL_3>",
     "Mail k.olsen@example.com.Then wait.": "Mail <EMAIL_1>.Then wait.",
-    # What looks like a placeholder is none of ours.
+    # It looks like a placeholder but is not one of ours.
     "<PHONE_4155552671>": "<PHONE_<PHONE_1>>",
     "'Kimberly' took Kimberly's pen.": "'<PERSON_1>' took <PERSON_1>'s pen.",
     # Found once, replaced in every case.
