@@ -198,7 +198,7 @@ class OpenAIEngine:
                         return request.failure(
                             "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
                         )
-                    # Nobody is answered: no fault of the chain either.
+                    # Nobody is answered, which is not the fault of this chain either.
                     self._give_up_if_long(error)
                     num_attempts = 0
                 await self._pause(number, error)
