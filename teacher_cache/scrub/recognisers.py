@@ -142,6 +142,8 @@ _Finder = Callable[[Sequence[str]], list[list[Finding]]]
 class Recognisers:
     """Everything that prompts and chains need, loaded once. May be used by several threads."""
 
+    _allowed: re.Pattern[str] | None = None
+
     def __init__(self, config: ScrubConfig) -> None:
         """Raises ConfigError naming a package or model that is missing."""
         self.kinds = config.kinds
