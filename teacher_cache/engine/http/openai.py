@@ -179,6 +179,7 @@ class OpenAIEngine:
     async def _ask(self, request: Request) -> Outcome:
         num_attempts, started_s = 0, time.monotonic()
         for number in itertools.count(1):
+            begun_s = time.monotonic()
             try:
                 answer = await self._http.post(PATH, self._chat.body(request))
                 outcome = self._chat.outcome(request, answer)
@@ -194,26 +195,26 @@ class OpenAIEngine:
                 num_attempts += not error.is_busy
                 self._note_busy(error)
                 if num_attempts >= self._config.max_attempts:
-                    if await self._answers_others(request, started_s):
+                    # Others were answered between these attempts.
+                    if started_s < self._answered_s < begun_s:
                         return request.failure(
                             "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
                         )
-                    # Nobody is answered, which is not the fault of this chain either.
-                    self._give_up_if_long(error)
-                    num_attempts = 0
+                    # Otherwise the API may be down, which is not the fault of this chain.
+                    num_attempts, started_s = 0, time.monotonic()
+                    if not await self._answers(request):
+                        self._give_up_if_long(error)
                 await self._pause(number, error)
         raise AssertionError
 
-    async def _answers_others(self, request: Request, started_s: float) -> bool:
-        """Whether the API has answered since, or answers a short question."""
-        if self._answered_s > started_s:
-            return True
+    async def _answers(self, request: Request) -> bool:
+        """Whether the API answers a short question."""
         try:
             await self._http.post(PATH, self._chat.body(_probe_of(request.sampling)))
         except Unavailable:
             return False
         except Refused:
-            return True
+            pass
         self._answered_s = time.monotonic()
         return True
 

@@ -104,7 +104,7 @@ def test_a_build_needs_neither_vllm_nor_torch_nor_weights(tmp_path: Path, folder
 def test_without_httpx_the_remedy_is_named() -> None:
     ended = run_without({"httpx2"}, "from stillroom.errors import ConfigError\nimport teacher_cache.engine.http.server")
     assert ended.returncode == 1
-    assert ended.stderr.rstrip().endswith("server needs httpx2: pip install 'stillroom[teacher-server]'")
+    assert ended.stderr.rstrip().endswith("need the package httpx2: pip install 'stillroom[teacher-server]'")
 
 
 def test_remote_weights_are_identified_by_their_served_name(folder: Path) -> None:

@@ -219,7 +219,8 @@ def test_busy_and_broken_answers_are_tried_again(
     config = config_of(model, server, tmp_path / "c", {}, signals="none", max_attempts=2)
     result = build_cache(config, WHOLE, retry_failures=False)
     assert (result.recorded.num_chains, result.recorded.num_failures) == (3, 1)
-    assert (seen["question 0"], seen["question 1"]) == (4, 2)
+    assert seen["question 0"] == 4
+    assert seen["question 1"] in (2, 4), "twice as often if nothing else was answered in between"
     assert capsys.readouterr().err.count("overloaded, sending requests more slowly") == 1
     server.behaviour.trouble = lambda body: "401"
     with pytest.raises(ConfigError, match="rejects the API key"):
