@@ -42,6 +42,7 @@ Answers = Mapping[str, Mapping[int, str | None]]
 
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.4, 2.5
 """A rewritten question that is much shorter or longer is another question, or has remarks around it."""
+ASKS = re.compile("[?？؟]")
 NUMERIC = re.compile(r"-?\d+(?:/\d+)?%?")
 QUANTITY = re.compile(r"[$€£¥]?\s?(-?)[$€£¥]?\s?(\d[\d,]*(?:\.\d+)?)(?:\s?/\s?(\d+))?\s?(%|[A-Za-z]+)?")
 
@@ -195,6 +196,11 @@ def _accepted(question: str, answer: str | None) -> str:
         raise _Unusable("other placeholders")
     if numbers_in(text) != numbers_in(question):
         raise _Unusable("other numbers")
+    # Small teachers reply with what they make of the question: "A farm has 29 animals, and 7 of them are cows."
+    if ASKS.search(question) is not None and ASKS.search(text) is None:
+        raise _Unusable("no question")
+    if text.count("\n\n") > question.count("\n\n"):
+        raise _Unusable("remarks around it")
     if not MIN_LENGTH_RATIO <= len(text) / len(question) <= MAX_LENGTH_RATIO:
         raise _Unusable("much shorter or longer")
     if text.split() == question.split():

@@ -25,7 +25,7 @@ from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.edits import change_numbers, insert_synonyms, numbers_in, replace_synonyms
 from teacher_cache.prompts.lexicon import Lexicon
 from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, load_prompts
-from teacher_cache.prompts.variants import _result
+from teacher_cache.prompts.variants import _accepted, _result, _Unusable
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K, make_teacher
 
@@ -204,6 +204,25 @@ def test_answers_that_must_differ_need_a_temperature(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"numbers needs answers that differ.*--set sampling\.temperature=0\.6"):
         augment(validate_config(data, BuildConfig, "test"))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("A farm has 29 cows. Of its animals, 7 are sheep.", "no question"),
+        ("Sure, here it is:\n\nA farm has 29 cows and 7 sheep. How many are there?", "remarks around it"),
+        ("How many animals has <PERSON_2>, with 29 cows and 7 sheep?", "other placeholders"),
+        ("How many animals do 29 cows and 8 sheep make?", "other numbers"),
+        ("How many animals do 29 cows and 7 sheep make?", None),
+    ],
+)
+def test_what_is_not_a_paraphrase(said: str, reason: str | None) -> None:
+    question = "A farm has 29 cows and 7 sheep. How many animals live there?"
+    if reason is None:
+        assert _accepted(question, said) == said
+    else:
+        with pytest.raises(_Unusable, match=reason):
+            _accepted(question, said)
 
 
 class TalkingEngine(FakeEngine):
