@@ -202,12 +202,12 @@ class OpenAIEngine:
                         )
                     # Otherwise the API may be down, which is not the fault of this chain.
                     num_attempts, started_s = 0, time.monotonic()
-                    if not await self._answers(request):
+                    if not await self._is_up(request):
                         self._give_up_if_long(error)
                 await self._pause(number, error)
         raise AssertionError
 
-    async def _answers(self, request: Request) -> bool:
+    async def _is_up(self, request: Request) -> bool:
         """Whether the API answers a short question."""
         try:
             await self._http.post(PATH, self._chat.body(_probe_of(request.sampling)))
