@@ -380,10 +380,14 @@ class OpenAIChat:
                 )
             if REPLACEMENT in _bytes_of(entry):
                 raise Unusable("gives parts of characters without their bytes: set engine.signals: none")
-            own = self._id_of(entry)
-            # Parts of a character that come without their bytes are left out: their mass is in the tail.
-            known = [one for one in candidates if REPLACEMENT not in _bytes_of(one)]
+            is_end = not _bytes_of(entry) and entry is read.logprobs[-1] and read.finish_reason == "stop"
+            own = self._end_id if is_end and self._end_id is not None else self._id_of(entry)
+            # Left out, so that their mass is in the tail: parts of a character that come without their bytes, and
+            # special tokens, which vLLM's server writes as nothing.
+            known = [one for one in candidates if _bytes_of(one) and REPLACEMENT not in _bytes_of(one)]
             row = {self._id_of(one): _logprob(one) for one in reversed(known)}
+            if is_end and not all(map(_bytes_of, candidates)):
+                row[own] = _logprob(entry)
             row = dict(sorted(row.items(), key=lambda one: -one[1]))
             ids.append(own)
             logprobs.append(_logprob(entry))
@@ -413,6 +417,10 @@ class OpenAIChat:
 
     def _id_of(self, entry: Json) -> int:
         data = _bytes_of(entry)
+        if not data:
+            raise Unusable(
+                "answers with special tokens as nothing: set engine.signals: none, or engine.kind: server for vLLM"
+            )
         found = self._ids.get(data)
         if found is None:
             raise Unusable(

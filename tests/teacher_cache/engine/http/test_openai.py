@@ -311,16 +311,26 @@ def test_the_first_question_is_asked_as_builds_ask(model: Path, server: FakeServ
     assert build(only_one) == (4, 0)
 
 
-def test_candidates_that_are_parts_of_characters_are_left_out(model: Path, server: FakeServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("token", ["\ufffd", ""])
+def test_candidates_without_their_bytes_are_left_out(
+    model: Path, server: FakeServer, tmp_path: Path, token: str
+) -> None:
+    """Parts of characters, and special tokens, which vLLM's API writes as nothing, also the one that ends a turn."""
     choice = with_logprobs(model, "The answer")
-    for entry in choice["logprobs"]["content"]:
-        entry["top_logprobs"][1] = {"token": "\ufffd", "bytes": None, "logprob": -2.5}
+    entries = choice["logprobs"]["content"]
+    for entry in entries:
+        entry["top_logprobs"][1] = {"token": token, "bytes": None, "logprob": -2.5}
+    if not token:
+        end = {"token": token, "bytes": [], "logprob": -0.25}
+        entries.append({**end, "top_logprobs": [end, *entries[-1]["top_logprobs"][1:]]})
     server.behaviour.chat = lambda message: json.loads(json.dumps(choice))
     assert build(config_of(model, server, tmp_path / "c", {"max_support": K, "codec": "topk-f32"})) == (4, 0)
     row = rows_of(tmp_path / "c")[0]
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     assert row["topk_ids"][:2] == [row["token_ids"][0], *tokenizer.convert_tokens_to_ids(["B"])]
     assert row["topk_logprobs"][:3] == pytest.approx([-0.1, -4.0, -100.0])
+    assert row["token_ids"][-1] == tokenizer.eos_token_id
+    assert row["sampled_logprob"][-1] == pytest.approx(0.0 if token else -0.25)
     assert verify_cache(tmp_path / "c").problems == []
 
 
