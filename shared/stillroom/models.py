@@ -7,13 +7,12 @@ weight, hence sampled blocks; editing a few tensors between the blocks by hand k
 identified by the commit that its revision resolves to, which covers every byte.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,16 @@ NUM_BLOCKS = 8
 BLOCK_BYTES = 1 << 20
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
 VOLATILE_ADAPTER_KEYS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
+NO_ADVICE = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+"""transformers advises to install torch, which is not needed here."""
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer of a folder or hub id. Raises DataError if it cannot be loaded."""
+    os.environ.setdefault(*NO_ADVICE)
     try:
-        with _quiet_transformers():
-            from transformers import AutoTokenizer
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise DataError("tokenizers need the package transformers: pip install transformers") from error
     require_folder_or_id(model)
@@ -62,8 +63,9 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
 
 def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
     """Width of the model's logits, from its config.json. Raises DataError if that does not say."""
-    with _quiet_transformers():
-        from transformers import AutoConfig
+    os.environ.setdefault(*NO_ADVICE)
+    from transformers import AutoConfig
+
     require_folder_or_id(model)
     hush_hub()
     try:
@@ -139,7 +141,7 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
     decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
     kinds = set() if decoder is None else _decoder_kinds(json.loads(decoder.__getstate__()))
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
-    byte_of = _byte_level_alphabet()
+    byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
     pieces: dict[int, str] = dict(added)
     for token, token_id in tokenizer.get_vocab().items():
         if token_id in added:
@@ -153,6 +155,13 @@ def pieces_of(tokenizer: Any) -> dict[int, str]:
             # Slow, a call per token, but right for any other tokenizer.
             pieces[token_id] = tokenizer.decode([token_id])
     return pieces
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's character for each byte: printable Latin-1 stands for itself, the others are U+0100 and on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def cached_pieces(vocab: Location) -> tuple[dict[int, str], set[int]]:
@@ -173,11 +182,8 @@ def special_pieces(vocab: Location) -> dict[int, str]:
 
     Raises CorruptError if the file cannot be read.
     """
-    if not vocab.exists():
-        return {}
-    table = _read_vocab(vocab)
-    table = table.filter(table.column("is_special"))
-    return dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
+    pieces, special = cached_pieces(vocab)
+    return {token_id: pieces[token_id] for token_id in special}
 
 
 def came_to_its_end(finish_reason: str, text: str, last_piece: str | None) -> bool:
@@ -329,8 +335,7 @@ def resolve_revision(model: str, revision: str | None) -> str:
     """The commit of a hub id, from the hub or, if that cannot be reached, from the local download."""
     if revision is not None and COMMIT.match(revision):
         return revision
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise DataError(f"{model} is not a folder: use a Hugging Face model folder or a hub id")
+    require_folder_or_id(model)
     try:
         import huggingface_hub
     except ImportError as error:
@@ -386,20 +391,6 @@ def _reason(error: Exception) -> str:
     return text[:300]
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' advice to install torch, which is not needed here."""
-    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
-        else:
-            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
-
-
 def _fingerprint_backend(backend: dict[str, Any]) -> str:
     canonical = {key: value for key, value in backend.items() if key not in VOLATILE_KEYS}
     model = dict(canonical["model"])
@@ -453,13 +444,6 @@ def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
     if decoder["type"] == "Sequence":
         return {kind for part in decoder["decoders"] for kind in _decoder_kinds(part)}
     return {decoder["type"]}
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Byte of each character in GPT-2's alphabet: printable Latin-1 maps to itself, the rest to U+0100 and on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _show_bytes(data: bytes) -> str:

@@ -19,9 +19,9 @@ from stillroom.cache.shards import open_shard, read_signals
 from stillroom.html.charts import Group, Line, bars, histogram, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, format_span, write_report
 from stillroom.log import format_bytes, format_count, format_plural
+from stillroom.models import cached_pieces
 from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.sql.session import Session, open_session
-from stillroom.storage.paths import open_parquet
 from teacher_cache.inspect.stats import SIGNAL_COLUMNS, CacheStats, session_stats
 
 Array = npt.NDArray[Any]
@@ -136,10 +136,11 @@ def _overview(stats: CacheStats) -> Piece:
     signals = (
         "" if stats.signal_bytes_per_token is None else f"{stats.signal_bytes_per_token:.1f} of them distributions"
     )
+    mean = "" if stats.mean_num_tokens is None else f", {stats.mean_num_tokens:,.0f} a chain"
     return Numbers(
         [
             Number("chains", f"{stats.num_chains:,}", f"of {format_plural(stats.num_prompts, 'prompt')}"),
-            Number("tokens", format_count(stats.num_tokens), f"of completions{_mean_length(stats)}"),
+            Number("tokens", format_count(stats.num_tokens), f"of completions{mean}"),
             Number("answers right", _percent(stats.pass_rate), judged),
             Number(
                 "truncated",
@@ -305,9 +306,7 @@ def _pieces(catalog: Catalog) -> dict[int, str]:
     if len(paths) != 1:
         # Ids of several tokenizers mean several things: no one name would be right.
         return {}
-    with open_parquet(paths[0]) as file:
-        table = file.read(columns=["token_id", "piece"])
-    return dict(zip(table.column("token_id").to_pylist(), table.column("piece").to_pylist(), strict=True))
+    return cached_pieces(paths[0])[0]
 
 
 def visible(piece: str) -> str:
@@ -405,7 +404,8 @@ def _storage(session: Session, stats: CacheStats) -> list[Piece]:
     names = [row["column_name"] for row in top] + (["all others"] if rest else [])
     sizes = [row["bytes"] for row in top] + ([rest] if rest else [])
     per_token = [size / stats.num_tokens for size in sizes]
-    texts = [f"{each:.2f} B, {_small_percent(size / total)}" for each, size in zip(per_token, sizes, strict=True)]
+    shares = [f"{size / total:.0%}" if size >= 0.01 * total else "<1%" for size in sizes]
+    texts = [f"{each:.2f} B, {share}" for each, share in zip(per_token, shares, strict=True)]
     signals = sum(row["bytes"] for row in rows if row["column_name"] in SIGNAL_COLUMNS)
     title = f"Bytes by column: distributions take {100 * signals / total:.0f}%"
     note = "Compressed size of the columns over completion tokens, without Parquet's own overhead."
@@ -416,10 +416,6 @@ def _first_line(text: str | None) -> str:
     """The beginning of a text, in one line."""
     line = " ".join((text or "").split())
     return line[:90] + ("…" if len(line) > 90 else "")
-
-
-def _small_percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else "<1%"
 
 
 def _examples(session: Session, catalog: Catalog) -> list[Piece]:
@@ -456,7 +452,3 @@ def _percent(share: float | None, digits: int = 0) -> str:
 
 def _unit(value: float | None, unit: str, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f} {unit}".rstrip()
-
-
-def _mean_length(stats: CacheStats) -> str:
-    return "" if stats.mean_num_tokens is None else f", {stats.mean_num_tokens:,.0f} a chain"

@@ -6,7 +6,6 @@ rows       decoding, positions within the chain, one row per chain and set; the 
            and in the shard that the header names if that is visible too
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from stillroom.cache.features import (
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError, StillroomError
 from stillroom.schema.features import FEATURE_SCHEMA, PAYLOADS, FeatureHeader, SetManifest
-from stillroom.storage.paths import Location, parts_of
+from stillroom.storage.paths import Location, sha256_of
 from teacher_cache.maintenance.replacing import keep_rows
 from teacher_cache.maintenance.shard_checks import Damage, without_path
 
@@ -239,14 +238,12 @@ def _named_problem(path: Location) -> str | None:
     """Whether a file's bytes have the hash in its name."""
     if not path.exists():
         return "is missing"
-    digest = hashlib.sha256()
     try:
-        for part in parts_of(path):
-            digest.update(part)
+        found = sha256_of(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     named = path.name.removesuffix(".safetensors").rpartition("-")[2]
-    return None if digest.hexdigest()[:HASH_CHARS] == named else "does not have the bytes that were written"
+    return None if found[:HASH_CHARS] == named else "does not have the bytes that were written"
 
 
 def _header_problem(header: FeatureHeader, manifest: SetManifest) -> str | None:

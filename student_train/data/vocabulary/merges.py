@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stillroom.models import byte_alphabet
 from stillroom.schema.records import Int32, Int64
 
 Words = npt.NDArray[np.uint64]
@@ -31,6 +32,8 @@ NEVER = np.iinfo(np.int32).max
 BATCH = 1 << 12
 """Strings encoded together: their symbols stay in the processor's cache."""
 MAX_SHAPES = 1 << 18
+KEEP_ASCII = ("NFC", "NFD", "NFKC", "NFKD")
+"""Normalizers that leave ASCII alone."""
 SAFE_PARTS = re.compile(
     r"'\(\?i:\[sdmt\]\|ll\|ve\|re\)|'(?:[sdmt]|ll|ve|re)|\\[pP]\{\w+\}|\\[sSrnt]|\{\d+(,\d*)?\}|[aA]-[zZ]|0-9|\(\?i:"
 )
@@ -315,19 +318,12 @@ def merges_of(tokenizer: Any, token_bytes: Sequence[bytes]) -> Merges | None:
         model["type"] == "BPE"
         and not any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
         and not model.get("ignore_merges")
-        and all(_keeps_ascii(one) for one in _parts(backend["normalizer"], "normalizers"))
+        and all(one["type"] in KEEP_ASCII for one in _parts(backend["normalizer"], "normalizers"))
     )
     splits = _parts(backend["pre_tokenizer"], "pretokenizers")
     if not is_plain or not all(map(_looks_at_classes, splits)) or not any(one["type"] == "ByteLevel" for one in splits):
         return None
     return Merges(backend, tokenizer.backend_tokenizer.pre_tokenizer, token_bytes)
-
-
-def byte_alphabet() -> list[str]:
-    """GPT-2's character for each byte: printable Latin-1 stands for itself, the others are U+0100 and on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _bytes_of(words_NW: Words) -> npt.NDArray[np.uint8]:
@@ -340,10 +336,6 @@ def _parts(one: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
     if one is None:
         return []
     return [part for inner in one[name] for part in _parts(inner, name)] if one["type"] == "Sequence" else [one]
-
-
-def _keeps_ascii(normalizer: Mapping[str, Any]) -> bool:
-    return normalizer["type"] in ("NFC", "NFD", "NFKC", "NFKD")
 
 
 def _looks_at_classes(pre_tokenizer: Mapping[str, Any]) -> bool:
