@@ -592,10 +592,12 @@ def main() -> None:
 
 
 def _plan_features(config: "FeaturesConfig", as_json: bool) -> None:
-    from teacher_cache.states.plan import plan_features, plan_json, plan_lines, plan_warning
+    from dataclasses import asdict
+
+    from teacher_cache.states.plan import plan_features, plan_lines, plan_warning
 
     planned = plan_features(config)
-    print_result(plan_json(planned), plan_lines(planned), as_json)
+    print_result({**asdict(planned), "fits": planned.fits}, plan_lines(planned), as_json)
     warning = plan_warning(planned)
     if warning is not None:
         warn(warning)

@@ -136,7 +136,8 @@ def run_query(
     reader = session.batches(query)
     if out is None:
         shown = Shown()
-        _print(_text(reader, chosen, max_rows, _terminal_width(), shown))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        _print(_text(reader, chosen, max_rows, width, shown))
         if chosen == "table" and not shown.num_rows:
             note("0 rows")
         _say_rest(shown, in_session)
@@ -484,7 +485,3 @@ def _write_arrow(reader: pa.RecordBatchReader, out: Path) -> int:
             writer.write_batch(batch)
             num_rows += batch.num_rows
     return num_rows
-
-
-def _terminal_width() -> int | None:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

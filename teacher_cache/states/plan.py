@@ -7,13 +7,12 @@ positions of chains are estimated.
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.feature_codec import attention_token_bytes
 from stillroom.cache.features import SETS_FOLDER, read_sets, set_folder, vector_token_bytes
-from stillroom.config import Json
 from stillroom.log import format_bytes, format_count, format_plural
 from stillroom.storage.paths import matching
 from teacher_cache.config import EmbeddedConfig
@@ -162,11 +161,6 @@ def plan_warning(plan: FeaturesPlan) -> str | None:
     if not plan.fits:
         return f"{plan.cache} has not enough space: choose a larger disk, or store fewer chains, tokens or layers"
     return None
-
-
-def plan_json(plan: FeaturesPlan) -> Json:
-    """The plan for programs."""
-    return {**asdict(plan), "fits": plan.fits}
 
 
 def _written_bytes(catalog: Catalog, set_id: str) -> float:

@@ -106,8 +106,9 @@ def rows_to_table(codec: str, rows: Sequence[ChainRow], schema: pa.Schema) -> pa
 
 def parquet_options(schema: pa.Schema, vocab_size: int) -> dict[str, Any]:
     """Options for pq.ParquetWriter: column encodings as FORMAT.md specifies them."""
-    floats = [_path(field) for field in schema if pa.types.is_list(field.type) and _is_float(field)]
-    integers = [_path(field) for field in schema if pa.types.is_list(field.type) and _is_integer(field)]
+    lists = [field for field in schema if pa.types.is_list(field.type)]
+    floats = [_path(field) for field in lists if pa.types.is_floating(field.type.value_type)]
+    integers = [_path(field) for field in lists if pa.types.is_integer(field.type.value_type)]
     return {
         "compression": "zstd",
         "compression_level": {
@@ -143,11 +144,3 @@ def _path(field: pa.Field) -> str:
 
 def _leaf(name: str) -> str:
     return f"{name}.list.element"
-
-
-def _is_float(field: pa.Field) -> bool:
-    return bool(pa.types.is_floating(field.type.value_type))
-
-
-def _is_integer(field: pa.Field) -> bool:
-    return bool(pa.types.is_integer(field.type.value_type))
