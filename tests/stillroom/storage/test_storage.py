@@ -251,7 +251,7 @@ def test_features_in_the_store_are_the_local_ones(store: ObjectPath, tmp_path: P
 
 def test_one_of_many_creates_an_object(store: ObjectPath) -> None:
     with ThreadPoolExecutor(16) as pool:
-        created = list(pool.map(lambda number: create_file(store / "lease", b"%d" % number), range(64)))
+        created = list(pool.map(lambda number: create_file(store / "lease", b"%d" % number), range(24)))
     assert created.count(True) == 1
     assert (store / "lease").read_bytes() == b"%d" % created.index(True)
 
