@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stillroom.cache.columns import logprobs_of
+from stillroom.cache.columns import drawn, logprobs_of
 from stillroom.errors import CorruptError, DataError
 from stillroom.schema.records import Float32, Int32, Int64
 
@@ -139,7 +139,8 @@ def read_pieces(root: Any) -> Pieces:
     """The vocabularies of a cache, a folder or s3://, gs:// or az://BUCKET/PREFIX. Raises DataError if it is none."""
     # Here, because workers of other programs decode without the base install.
     from stillroom.cache.catalog import Catalog
-    from stillroom.storage.paths import location, open_parquet
+    from stillroom.models import cached_pieces
+    from stillroom.storage.paths import location
 
     catalog = Catalog(location(root))
     texts: list[str | None] = []
@@ -149,11 +150,8 @@ def read_pieces(root: Any) -> Pieces:
         tokenizer = manifest.teacher.tokenizer_fingerprint
         path = catalog.vocab_path(tokenizer)
         if tokenizer not in found and path.exists():
-            with open_parquet(path) as file:
-                ids, pieces = file.read(columns=["token_id", "piece"]).to_pydict().values()
-            known: list[str | None] = [None] * (max(ids, default=-1) + 1)
-            for token_id, piece in zip(ids, pieces, strict=True):
-                known[token_id] = piece
+            pieces, _ = cached_pieces(path)
+            known = [pieces.get(token_id) for token_id in range(max(pieces, default=-1) + 1)]
             found[tokenizer] = (len(texts), len(known))
             texts += known
         vocabulary_of[run_id] = found.get(tokenizer, (0, 0))
@@ -230,7 +228,7 @@ def _decode(table: pa.Table, rows_R: Int64, pair: tuple[str, str]) -> _Decoded:
         raise CorruptError("topk_n holds a token without candidates")
     if pair == CODED:
         codes_E, codes_T = entries.values.astype(np.int64), tails.values.astype(np.int64)
-        logprobs_E, tail_T = logprobs_of(codes_E, codes_T, n_T + draw_n_T, _drawn(n_T, draw_n_T))
+        logprobs_E, tail_T = logprobs_of(codes_E, codes_T, n_T + draw_n_T, drawn(n_T, draw_n_T))
     else:
         logprobs_E, tail_T = entries.values.astype(np.float32), tails.values.astype(np.float32)
     ids_E = ids.values.astype(np.int32)
@@ -239,7 +237,7 @@ def _decode(table: pa.Table, rows_R: Int64, pair: tuple[str, str]) -> _Decoded:
 
 def _candidates(one: _Decoded, pieces: Pieces | None) -> pa.Table:
     entry_n_T = one.entry_n_T
-    drawn_E = _drawn(one.n_T, one.draw_n_T)
+    drawn_E = drawn(one.n_T, one.draw_n_T)
     prob_E = np.exp(one.logprobs_E, dtype=np.float64)
     # Tokens without draws have no entry that uses their share; 1 only avoids a division by zero.
     share_T = np.exp(one.tail_T, dtype=np.float64) / np.maximum(one.draw_n_T, 1)
@@ -309,11 +307,6 @@ def _streamed(decode: Decoder, batches: Iterable[Chains], pieces: Pieces | None)
             num_entries += num
         # Also for no rows: a missing column is an error whatever the number.
         yield from decode(table.slice(start), pieces).to_batches()
-
-
-def _drawn(n_T: Int32, draw_n_T: Int32) -> npt.NDArray[np.bool_]:
-    """Marks the draws, which follow the support of each token."""
-    return np.repeat(np.tile([False, True], len(n_T)), np.stack([n_T, draw_n_T], axis=1).reshape(-1))
 
 
 def _draw_counts(table: pa.Table, tokens_R: Int64) -> Int32:

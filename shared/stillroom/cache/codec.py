@@ -28,6 +28,7 @@ from stillroom.cache.columns import (
     PARTITION_MANTISSA_BITS,
     SCALAR_MANTISSA_BITS,
     codes_of,
+    drawn,
     list_column,
     logprobs_of,
     read_lists,
@@ -87,7 +88,7 @@ def decode(table: pa.Table, header: ShardHeader, where: str) -> tuple[Signals, I
     # Shards of version 1 have no draw_n.
     # Without draws in the header the column holds zeros only, and to look for draws would cost a pass.
     draw_n_T = values["draw_n"].astype(np.int32) if header.draws and "draw_n" in values else None
-    drawn_E = None if draw_n_T is None else _drawn(n_T, draw_n_T)
+    drawn_E = None if draw_n_T is None else drawn(n_T, draw_n_T)
     if "topk_codes" in values:
         entry_n_T = n_T if draw_n_T is None else n_T + draw_n_T
         logprobs_E, tail_T = logprobs_of(values["topk_codes"], values["tail_codes"], entry_n_T, drawn_E)
@@ -198,16 +199,9 @@ def _concat_draws(rows: Sequence[Signals]) -> Draws | None:
     return Draws.concat([row.draws or Draws.none(len(row.topk_n_T)) for row in rows])
 
 
-def _drawn(n_T: Int32, draw_n_T: Int32) -> npt.NDArray[np.bool_]:
-    """Marks entries that are draws: each token has n_T entries of its support, then draw_n_T draws."""
-    # Example: n_T [2, 1] and draw_n_T [1, 0] give [False, False, True, False].
-    kinds_2T = np.tile([False, True], len(n_T))
-    return np.repeat(kinds_2T, np.stack([n_T, draw_n_T], axis=1).reshape(-1))
-
-
 def _interleave(n_T: Int32, draws: Draws, *pairs: tuple[Array, Array]) -> list[Array]:
     """Merges each pair (support [N], draws [D]) into one array [E], token by token."""
-    drawn_E = _drawn(n_T, draws.n_T)
+    drawn_E = drawn(n_T, draws.n_T)
     merged = []
     for support_N, draws_D in pairs:
         both_E = np.zeros(len(drawn_E), support_N.dtype)

@@ -103,6 +103,15 @@ def tail_codes_of(logmass: Float32) -> npt.NDArray[np.int16]:
     return codes.astype(np.int16)
 
 
+def drawn(n_T: Int32, draw_n_T: Int32) -> npt.NDArray[np.bool_]:
+    """Marks entries that are draws: each token has n_T entries of its support, then draw_n_T draws.
+
+    Example: n_T [2, 1] and draw_n_T [1, 0] give [False, False, True, False].
+    """
+    kinds_2T = np.tile([False, True], len(n_T))
+    return np.repeat(kinds_2T, np.stack([n_T, draw_n_T], axis=1).reshape(-1))
+
+
 def logprobs_of(
     codes_E: npt.NDArray[np.integer],
     tails_T: npt.NDArray[np.integer],

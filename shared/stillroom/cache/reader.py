@@ -27,6 +27,7 @@ from stillroom.cache.features import FeatureSet
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.config import nearest_name
 from stillroom.errors import ConfigError, DataError, StillroomError
+from stillroom.models import cached_pieces
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import CUT_REASONS, Float32, Int32, Int64, Signals
 from stillroom.schema.tables import CHAIN_FIELDS, TOKEN_FIELDS, table_schema
@@ -34,7 +35,7 @@ from stillroom.sql.conditions import check_condition, in_brackets
 from stillroom.sql.session import Session
 from stillroom.sql.views import WINDOW_TOKENS, quote
 from stillroom.storage.objects import ObjectPath
-from stillroom.storage.paths import location, open_parquet
+from stillroom.storage.paths import location
 
 if TYPE_CHECKING:
     import pandas
@@ -247,13 +248,8 @@ class Cache:
     def _pieces_of(self, tokenizer_fingerprint: str) -> dict[int, str]:
         """The text of every token; `<id>` for one that the cache's vocabulary does not have."""
         if tokenizer_fingerprint not in self._pieces:
-            pieces = _Pieces()
-            path = self.catalog.vocab_path(tokenizer_fingerprint)
-            if path.exists():
-                with open_parquet(path) as file:
-                    table = file.read(columns=["token_id", "piece"])
-                pieces.update(zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True))
-            self._pieces[tokenizer_fingerprint] = pieces
+            pieces, _ = cached_pieces(self.catalog.vocab_path(tokenizer_fingerprint))
+            self._pieces[tokenizer_fingerprint] = _Pieces(pieces)
         return self._pieces[tokenizer_fingerprint]
 
     def _find(self, prefix: str) -> str:
