@@ -52,6 +52,12 @@ class CacheConflict(StillroomError):
     """Another process holds or changed what this one needs."""
 
 
+def require_version(where: str, found: int, known: int) -> None:
+    """Raises DataError for a file of a newer format: its columns may mean something else, so guessing is no option."""
+    if found > known:
+        raise DataError(f"{where} has format version {found}, this program reads up to {known}: upgrade it")
+
+
 @contextmanager
 def naming(key: str) -> Iterator[None]:
     """Prefixes a DataError with the configuration key that named the input."""

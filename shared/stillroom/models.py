@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.errors import ConfigError, CorruptError, DataError, one_line
+from stillroom.errors import ConfigError, CorruptError, DataError, first_line, one_line
 from stillroom.log import note
 from stillroom.schema.records import stable_hash
 from stillroom.schema.tables import VOCAB_SCHEMA
@@ -413,7 +413,7 @@ def _read_vocab(cached: Location) -> pa.Table:
         with local_copy(cached) as path:
             return pq.read_table(path, schema=VOCAB_SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{cached} is not a readable vocabulary: {str(error).splitlines()[0]}") from error
+        raise CorruptError(f"{cached} is not a readable vocabulary: {first_line(error)}") from error
 
 
 def _behind_answer(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:

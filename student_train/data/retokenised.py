@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from stillroom.cache.codec import signal_columns
 from stillroom.cache.shards import open_shard, read_row_group
-from stillroom.errors import ConfigError, CorruptError
+from stillroom.errors import ConfigError, CorruptError, first_line
 from stillroom.log import Progress
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Int64, stable_hash
@@ -286,8 +286,7 @@ def _metadata_of(target: Path) -> dict[bytes, bytes]:
 
 
 def _unreadable(target: Path, error: Exception) -> CorruptError:
-    reason = str(error).splitlines()[0]
-    return CorruptError(f"{target} cannot be read: {reason}: delete it to rebuild it")
+    return CorruptError(f"{target} cannot be read: {first_line(error)}: delete it to rebuild it")
 
 
 def _groups_by_file(source: Selection) -> list[Int64]:

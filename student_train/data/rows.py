@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from stillroom.cache.codec import decode, signal_columns
 from stillroom.cache.features import StoredRow
 from stillroom.cache.shards import open_shard, read_row_group
-from stillroom.errors import CorruptError
+from stillroom.errors import CorruptError, first_line
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
 from student_train.data.features import StageFeatures
@@ -225,7 +225,7 @@ def _open_text(selection: Selection, group: int) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CorruptError(f"{path} cannot be read: {reason} (delete it and the selection to rebuild both)") from error
 
 

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stillroom.cache.catalog import Catalog, DataFile, check_hash
 from stillroom.cache.shards import open_shard, read_row_group
-from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.errors import ConfigError, CorruptError, DataError, first_line, require_version
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.schema.tables import CHAIN_FIELDS
@@ -243,10 +243,7 @@ def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selec
         # `file` as a dictionary: one path stands in very many rows.
         with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["file"]) as file:
             header = SelectionHeader.model_validate_json((file.schema_arrow.metadata or {})[METADATA_KEY])
-            if header.format_version > SELECTION_FORMAT:
-                raise DataError(
-                    f"{path} has format {header.format_version}, above {SELECTION_FORMAT}: upgrade this program"
-                )
+            require_version(str(path), header.format_version, SELECTION_FORMAT)
             if roots is not None and len(roots) != len(header.caches):
                 raise ConfigError(f"{path} selects from {len(header.caches)} caches, {len(roots)} were given")
 
@@ -256,7 +253,7 @@ def load_selection(path: Path, roots: Sequence[Location] | None = None) -> Selec
 
             selection = _selection(path, column, header, roots)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise CorruptError(f"{path} is not a readable selection: {str(error).strip().splitlines()[0]}") from error
+        raise CorruptError(f"{path} is not a readable selection: {first_line(error)}") from error
     if _hash(selection) != header.hash:
         raise CorruptError(f"{path} does not match the hash in its header: it was changed after it was frozen")
     return selection

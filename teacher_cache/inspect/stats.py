@@ -311,7 +311,7 @@ def _features(session: Session, catalog: Catalog) -> dict[str, FeatureCounts]:
     ).to_pylist()
     sizes: Counter[str] = Counter()
     for file in catalog.features.files() if catalog.features is not None else []:
-        sizes[file.path.partition("/")[0]] += file.size_bytes
+        sizes[file.owner] += file.size_bytes
     return {set_id: FeatureCounts(size_bytes=sizes[set_id], **row) for row in rows if (set_id := row.pop("set_id"))}
 
 

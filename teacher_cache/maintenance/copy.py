@@ -23,7 +23,7 @@ from stillroom.cache.codec import encode
 from stillroom.cache.delta_log import log_problems
 from stillroom.cache.features import SETS_FOLDER, read_sets
 from stillroom.cache.shards import open_shard, read_signals
-from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.errors import ConfigError, CorruptError, DataError, require_version
 from stillroom.log import Progress, format_bytes, format_plural, warn
 from stillroom.program import StopRequest
 from stillroom.schema import FORMAT_VERSION
@@ -131,12 +131,8 @@ def _open_source(root: Location) -> Catalog:
         if problems:
             raise CorruptError(f"{table.folder}/_delta_log: {problems[0]}: a copy would lack chains")
     for run in catalog.runs().values():
-        if run.format_version > FORMAT_VERSION:
-            raise DataError(
-                f"run {run.run_id} of {root} has format version {run.format_version}, this program reads up to "
-                f"{FORMAT_VERSION}: upgrade it"
-            )
-    missing = {_run_of(file) for file in catalog.chains.files()} - set(catalog.runs())
+        require_version(f"run {run.run_id} of {root}", run.format_version, FORMAT_VERSION)
+    missing = {file.owner for file in catalog.chains.files()} - set(catalog.runs())
     if missing:
         raise CorruptError(
             f"{root}/runs/{min(missing)}.json is missing, so its chains cannot be identified: restore it from a copy, "
@@ -236,7 +232,7 @@ def _copy_rows(source: Table, target: Table, report: CopyReport, *, rounded: boo
     of_run: dict[str | None, VisibleSamples] = {}
     kind = target.folder.name
     for file in source.files():
-        run_id = _run_of(file)
+        run_id = file.owner
         # A sample has features once per set.
         within = run_id if kind == "features" else None
         visible = of_run.setdefault(within, VisibleSamples(target, within))
@@ -287,7 +283,7 @@ def _copy_verdicts(source: Catalog, target: Catalog, report: CopyReport) -> None
         if not num_rows or sha256_of(temp)[:HASH_CHARS] in known:
             temp.unlink()
             continue
-        commit_verdict_file(target.verdicts, temp, num_rows, _run_of(file), COPIER)
+        commit_verdict_file(target.verdicts, temp, num_rows, file.owner, COPIER)
         report.num_verdicts += num_rows
 
 
@@ -330,10 +326,6 @@ def _copy_checked(path: Location, temp: Path) -> None:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-
-
-def _run_of(file: DataFile) -> str:
-    return file.path.partition("/")[0]
 
 
 def _hash_of(file: DataFile) -> str:

@@ -91,8 +91,8 @@ def verify_features(catalog: Catalog, chains: Chains | None) -> Iterator[tuple[s
     seen: dict[str, set[str]] = {}
     shards = frozenset(one.file for one in chains.values()) if chains is not None else frozenset()
     for file in table.files():
-        set_id = file.path.partition("/")[0]
-        checker = _FileChecker(catalog, table, file, sets.get(set_id), chains, shards, seen.setdefault(set_id, set()))
+        in_set = seen.setdefault(file.owner, set())
+        checker = _FileChecker(catalog, table, file, sets.get(file.owner), chains, shards, in_set)
         checker.check()
         if checker.problems:
             damage = Damage("features", file, tuple(checker.problems), sorted(checker.sound_groups))

@@ -167,7 +167,7 @@ def _runs_named(catalog: Catalog, names: Sequence[str]) -> list[str]:
 
 def _drop_run(catalog: Catalog, run_id: str, now_s: float, dry_run: bool) -> Dropped:
     def is_of_run(file: DataFile) -> bool:
-        return file.path.startswith(f"{run_id}/")
+        return file.owner == run_id
 
     with contextlib.ExitStack() as locks:
         for path in matching(catalog.root / "runs", f"{run_id}.*.lock"):
@@ -268,7 +268,7 @@ class _Collector:
         files = [(root / one.file, one.size_bytes) for one in removed]
         if report.dry_run:
             # Files of runs that would be dropped are still visible.
-            doomed = [file for file in table.files() if file.path.partition("/")[0] in self._dropped]
+            doomed = [file for file in table.files() if file.owner in self._dropped]
             files += [(table.path_of(file), file.size_bytes) for file in doomed]
         spans: list[Span] = []
         for path, size_bytes in files:

@@ -132,7 +132,7 @@ def _quarantine(catalog: Catalog, damage: Damage) -> Quarantined:
 
 def _keep_sound_rows(catalog: Catalog, damage: Damage) -> int:
     """Replaces the damaged shard with one that holds the rows of its sound row groups; returns their number."""
-    table, run_id = catalog.chains, damage.file.path.partition("/")[0]
+    table, run_id = catalog.chains, damage.file.owner
     if not _header_is_right(table, damage, catalog.runs().get(run_id)):
         return 0
     left = Counter(damage.repeated)

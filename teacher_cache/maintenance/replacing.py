@@ -46,10 +46,9 @@ def replace_rows(
 
     Without any, or if `file` left the table meanwhile, nothing is replaced and the result is 0.
     """
-    folder = file.path.partition("/")[0]
-    committer = Committer(table, VisibleSamples(table), folder, REPAIR_WORKER)
+    committer = Committer(table, VisibleSamples(table), file.owner, REPAIR_WORKER)
     # Without the lock, a process that starts now would take the new file for an orphan without new rows and delete it.
-    with worker_lock(lock_path(root, folder, REPAIR_WORKER), LOCK_WAIT_S):
+    with worker_lock(lock_path(root, file.owner, REPAIR_WORKER), LOCK_WAIT_S):
         temp = committer.temp_path()
         try:
             num_rows = rewrite(table.path_of(file), temp, keep, groups)

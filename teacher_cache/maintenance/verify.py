@@ -224,7 +224,7 @@ def _small_problem(path: Location, file: DataFile, schema: pa.Schema) -> str | N
         with open_parquet(path) as opened:
             content = opened.read()
     except (pa.ArrowException, OSError) as error:
-        return f"is not a readable Parquet file: {str(error).splitlines()[0]}"
+        return f"is not a readable Parquet file: {first_line(error)}"
     if not _has_columns(content.schema, schema):
         return "schema does not match the table"
     if content.num_rows != file.num_rows:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from stillroom.cache.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
 from stillroom.cache.shards import header_of
-from stillroom.errors import CacheConflict, CorruptError, StillroomError
+from stillroom.errors import CacheConflict, CorruptError, StillroomError, first_line
 from stillroom.log import warn
 from stillroom.schema.features import FEATURES_METADATA_KEY
 from stillroom.schema.manifest import SHARD_METADATA_KEY
@@ -114,7 +114,8 @@ class Committer:
 
     def publish(self, temp: Path, num_rows: int) -> DataFile:
         """Gives a finished file its final name; it becomes visible only with a commit."""
-        return publish(temp, self._table.folder, self._stem(), num_rows)
+        stem = f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
+        return publish(temp, self._table.folder, stem, num_rows)
 
     def recover(self, abandoned_s: float = 0.0) -> int:
         """Adopts published files of this worker and removes its temporary ones; returns the number of adopted rows.
@@ -165,9 +166,6 @@ class Committer:
     @property
     def _folder(self) -> Location:
         return self._table.folder / self._run_id
-
-    def _stem(self) -> str:
-        return f"{self._run_id}/{self._worker}-{self.next_sequence:06d}"
 
     def _commit(self, file: DataFile, sample_ids: Sequence[str]) -> int:
         def attempt() -> int:
@@ -301,7 +299,7 @@ def read_columns(path: Location, names: Sequence[str]) -> pa.Table:
         with open_parquet(path) as file:
             return file.read(columns=list(names), use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        problem = f"{path} cannot be read, `teacher-cache verify` lists what is wrong: {str(error).splitlines()[0]}"
+        problem = f"{path} cannot be read, `teacher-cache verify` lists what is wrong: {first_line(error)}"
         raise (StillroomError if is_store_error(error) else CorruptError)(problem) from error
 
 

@@ -123,13 +123,13 @@ class Recorder:
         self._judges.close()
         # Otherwise the error under way is the one to report.
         if error is None:
-            self._raise()
+            self.check()
 
     def put(self, outcome: Outcome) -> None:
         """Queues one outcome; blocks while too many tokens are queued. Raises the error that ended the thread."""
         # Returns at once when the thread has ended, so its error is raised here and not at the end of the build.
         self._queue.put(outcome)
-        self._raise()
+        self.check()
 
     def finish(self, stop: StopRequest) -> None:
         """Waits until everything is visible and judged; once `stop` is set, pending answers are left to
@@ -147,9 +147,6 @@ class Recorder:
 
     def check(self) -> None:
         """Raises the error that ended the thread."""
-        self._raise()
-
-    def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 

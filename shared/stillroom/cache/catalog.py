@@ -64,6 +64,11 @@ class DataFile:
     size_bytes: int
     num_rows: int
 
+    @property
+    def owner(self) -> str:
+        """The run that wrote it, or the feature set that it belongs to: the first folder of its path."""
+        return self.path.partition("/")[0]
+
 
 class Table:
     """One Delta log and its folder of Parquet files. Shows one version until `refresh`."""

@@ -30,7 +30,7 @@ from stillroom.cache.feature_codec import (
     decode_attention,
 )
 from stillroom.cache.shards import open_registered, read_row_group
-from stillroom.errors import CorruptError, DataError
+from stillroom.errors import CorruptError, DataError, require_version
 from stillroom.schema.features import (
     FEATURE_SCHEMA,
     FEATURES_METADATA_KEY,
@@ -250,7 +250,7 @@ class FeatureSet:
             raise DataError(f"{catalog.root} has no features: `teacher-cache features CONFIG` adds them")
         found = [one for one in sets.values() if set_id in (None, one.set_id, one.name)]
         # A dropped set leaves its manifest until its files are deleted.
-        held = {file.path.partition("/")[0] for file in table.files()}
+        held = {file.owner for file in table.files()}
         found = [one for one in found if one.set_id in held] or found
         if len(found) != 1:
             problem = f"no feature set {set_id!r}" if not found else "several feature sets"
@@ -392,11 +392,7 @@ def read_sets(root: Location) -> dict[str, SetManifest]:
             manifest = SetManifest.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CorruptError(f"{path} is not the manifest of a feature set: {manifest_problem(error)}") from error
-        if manifest.format_version > FEATURES_VERSION:
-            raise DataError(
-                f"{path} has format version {manifest.format_version}, this program reads up to {FEATURES_VERSION}: "
-                "upgrade it"
-            )
+        require_version(str(path), manifest.format_version, FEATURES_VERSION)
         found[manifest.set_id] = manifest
     return found
 
@@ -409,15 +405,13 @@ def open_features(path: Location) -> tuple[pq.ParquetFile, FeatureHeader]:
     raw = (file.schema_arrow.metadata or {}).get(FEATURES_METADATA_KEY)
     try:
         header = FeatureHeader.model_validate_json(raw or b"")
+        require_version(str(path), header.format_version, FEATURES_VERSION)
     except ValueError as error:
         file.close()
         raise CorruptError(f"{path} has no header of features that can be read") from error
-    if header.format_version > FEATURES_VERSION:
+    except DataError:
         file.close()
-        raise DataError(
-            f"{path} has format version {header.format_version}, this program reads up to {FEATURES_VERSION}: "
-            "upgrade it"
-        )
+        raise
     return file, header
 
 
@@ -436,14 +430,10 @@ def codecs_of(manifest: SetManifest, read: Mapping[str, tensors.Array], where: s
     """The codecs that constants make. Raises CorruptError if one is missing."""
     found = {}
     for stored in stored_vectors(manifest):
-        parts = [read.get(f"{stored.name}.{part}") for part in ("mean", "vectors", "encode")]
-        mean_D, vectors_RD, encode_DR = parts
-        has_basis = mean_D is not None and vectors_RD is not None and encode_DR is not None
-        if f"{stored.name}.scale" not in read or has_basis != (stored.rank is not None):
+        parts = [read[key] for part in ("mean", "vectors", "encode") if (key := f"{stored.name}.{part}") in read]
+        basis = Basis(*parts) if len(parts) == 3 else None
+        if f"{stored.name}.scale" not in read or (basis is None) != (stored.rank is None):
             raise CorruptError(f"{where} lacks the scales or the basis of {stored.name}: restore it from a copy")
-        basis = (
-            None if mean_D is None or vectors_RD is None or encode_DR is None else Basis(mean_D, vectors_RD, encode_DR)
-        )
         found[stored.name] = VectorCodec(stored.bits, read[f"{stored.name}.scale"], basis)
     return found
 

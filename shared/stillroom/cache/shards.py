@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache.codec import decode, signal_columns
-from stillroom.errors import CorruptError, DataError, StillroomError
+from stillroom.errors import CorruptError, DataError, StillroomError, first_line, require_version
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
 from stillroom.schema.records import Int64, Signals
@@ -28,7 +28,7 @@ def open_registered(path: Location) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise CorruptError(f"{path} is registered but missing: `teacher-cache verify` lists what is wrong") from error
     except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise CorruptError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
 def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
@@ -39,12 +39,8 @@ def header_of(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
     try:
         header = ShardHeader.model_validate_json(raw)
     except ValueError as error:
-        raise CorruptError(f"{where} has a header that cannot be read: {str(error).splitlines()[0]}") from error
-    # A newer version may store the same columns with another meaning, so guessing is not an option.
-    if header.format_version > FORMAT_VERSION:
-        raise DataError(
-            f"{where} has format version {header.format_version}, this program reads up to {FORMAT_VERSION}: upgrade it"
-        )
+        raise CorruptError(f"{where} has a header that cannot be read: {first_line(error)}") from error
+    require_version(where, header.format_version, FORMAT_VERSION)
     if header.codec not in SIGNAL_FIELDS:
         raise DataError(f"{where} has codec {header.codec!r}, unknown to this program: upgrade it")
     return header
@@ -59,7 +55,7 @@ def read_row_group(file: pq.ParquetFile, index: int, columns: Sequence[str], whe
         # One thread: the training stream reads several row groups at once and needs the other cores.
         return file.read_row_group(index, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        problem = f"{where}: row group {index} cannot be read: {str(error).splitlines()[0]}"
+        problem = f"{where}: row group {index} cannot be read: {first_line(error)}"
         raise (StillroomError if is_store_error(error) else CorruptError)(problem) from error
 
 

@@ -193,7 +193,7 @@ def visible_files(catalog: Catalog) -> CacheFiles:
     codecs: dict[str, set[str]] = {}
     for layout, files in _alike(catalog):
         by_layout.setdefault(layout, []).extend(str(catalog.chains.path_of(file).absolute()) for file in files)
-        codecs.setdefault(_run_of(files[0]), set()).add(layout[0])
+        codecs.setdefault(files[0].owner, set()).add(layout[0])
     return CacheFiles(
         chains=by_layout,
         verdicts=visible(catalog.verdicts),
@@ -261,15 +261,11 @@ def _alike(catalog: Catalog) -> list[tuple[Layout, list[DataFile]]]:
     alike: dict[str, list[DataFile]] = {}
     for file in catalog.chains.files():
         is_rewritten = file.path.rpartition("/")[2].startswith(REWRITTEN)
-        alike.setdefault(file.path if is_rewritten else _run_of(file), []).append(file)
+        alike.setdefault(file.path if is_rewritten else file.owner, []).append(file)
     firsts = [catalog.chains.path_of(files[0]) for files in alike.values()]
     with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
         layouts = list(pool.map(_layout_of, firsts))
     return list(zip(layouts, alike.values(), strict=True))
-
-
-def _run_of(file: DataFile) -> str:
-    return file.path.partition("/")[0]
 
 
 def _layout_of(path: Location) -> Layout:
