@@ -71,7 +71,7 @@ class JoinedWork(Generic[T]):
         worker: str,
         visible: Sequence[VisibleSamples],
         is_done: Callable[[T], bool],
-        on_adopted: Callable[[], None] = lambda: None,
+        on_adopted: Callable[[], object] = lambda: None,
         on_look: Callable[[], None] = lambda: None,
     ) -> None:
         """`visible` must be this object's own: tables are not thread-safe. `is_done` says of one thing in a part

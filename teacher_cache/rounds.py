@@ -34,18 +34,17 @@ def plan_rounds(config: RoundsConfig) -> Json:
     student = identify_teacher(build.teacher, build.engine).record
     planned = plan_build(build)
     require_heldout(config, planned.num_heldout)
-    seconds = seconds_of(state, TEACHER_CACHE)
-    left = config.rounds if part is None else config.rounds - part.round + 1
+    seconds, left = seconds_of(state, TEACHER_CACHE), 0 if part is None else config.rounds - part.round + 1
     return {
         "rounds": config.rounds,
-        "rounds_left": left if part is not None else 0,
+        "rounds_left": left,
         "teacher": teacher.model,
         "same_tokenizer": teacher.tokenizer_fingerprint == student.tokenizer_fingerprint,
         "num_prompts": planned.num_prompts,
         "num_chains": planned.num_chains,
         "tokens_per_round": _tokens(planned.num_done, planned.num_chains, planned.tokens_left, build.cache),
         "tokens_measured": planned.tokens_left_measured,
-        "hours_left": None if seconds is None else seconds * left / 3600 if part is not None else 0.0,
+        "hours_left": None if seconds is None else seconds * left / 3600,
         "state": state.model_dump(mode="json"),
         "build": {key: value for key, value in asdict(planned).items() if key in ("num_left", "gb_left", "fits")},
     }

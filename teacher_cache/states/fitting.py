@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillroom.cache.feature_codec import Basis, VectorCodec
+from stillroom.cache.features import Head
 from stillroom.schema.records import Float32
 
 Float64 = npt.NDArray[np.float64]
@@ -51,44 +52,29 @@ def error_frac(codec: VectorCodec, states_ND: Float32) -> float:
     return _relative(decoded_ND - states_ND, states_ND - states_ND.mean(axis=0))
 
 
-def head_metric(
-    states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None, bias_V: Float32 | None = None
-) -> Float64:
+def head_metric(states_ND: Float32, head: Head) -> Float64:
     """Mean Fisher information of a state: x' F x / 2 is the KL divergence that an error of x causes, to second order.
 
     F = scale^2 mean_n W' S_n (diag(p_n) - p_n p_n') S_n W, where S_n is the slope of the cap at each logit.
     """
     states_ND = states_ND[:: max(1, len(states_ND) // METRIC_TOKENS)]
-    sum_V, means_ND = np.zeros(len(weight_VD)), []
+    sum_V, means_ND = np.zeros(len(head.weight_VD)), []
     # In pieces: the logits of a thousand tokens over a large vocabulary are half a gigabyte.
     for first in range(0, len(states_ND), 64):
-        logits_NV = logits_of(states_ND[first : first + 64], weight_VD, logit_scale, softcap, bias_V)
+        logits_NV = head.logits(states_ND[first : first + 64])
         probs_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True))
         probs_NV /= probs_NV.sum(axis=1, keepdims=True)
         # The slope 1 - tanh^2, read off logits that are cap tanh(z / cap).
-        slope_NV = 1.0 if softcap is None else 1.0 - np.square(logits_NV / np.float32(softcap))
+        slope_NV = 1.0 if head.softcap is None else 1.0 - np.square(logits_NV / np.float32(head.softcap))
         sum_V += (probs_NV * np.square(slope_NV)).sum(axis=0)
-        means_ND.append((probs_NV * slope_NV) @ weight_VD)
+        means_ND.append((probs_NV * slope_NV) @ head.weight_VD)
     expected_ND = np.concatenate(means_ND).astype(np.float64)
     # Ids that nobody predicts carry no information, and V x D products are what this costs.
     used_V = sum_V > 1e-9 * sum_V.sum()
-    used_UD = weight_VD[used_V].astype(np.float64)
+    used_UD = head.weight_VD[used_V].astype(np.float64)
     second_DD = (used_UD * (sum_V[used_V] / len(states_ND))[:, None]).T @ used_UD
-    metric_DD: Float64 = logit_scale**2 * (second_DD - expected_ND.T @ expected_ND / len(states_ND))
+    metric_DD: Float64 = head.logit_scale**2 * (second_DD - expected_ND.T @ expected_ND / len(states_ND))
     return metric_DD
-
-
-def logits_of(
-    states_ND: Float32, weight_VD: Float32, logit_scale: float, softcap: float | None, bias_V: Float32 | None = None
-) -> Float32:
-    """Logits [N, V] of states after the final norm."""
-    logits_NV: Float32 = states_ND @ weight_VD.T
-    if bias_V is not None:
-        logits_NV += bias_V
-    logits_NV *= np.float32(logit_scale)
-    if softcap is not None:
-        logits_NV = np.float32(softcap) * np.tanh(logits_NV / np.float32(softcap))
-    return logits_NV
 
 
 def _typical(coefficients_NR: Float32) -> Float32:

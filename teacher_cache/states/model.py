@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stillroom.cache.features import Head
 from stillroom.cache.tensors import bfloat16_bits
 from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.schema.manifest import Teacher
@@ -164,7 +165,11 @@ def _safetensors_of(teacher: Teacher) -> list[Path]:
     return found
 
 
-def head_array(weights: HeadWeights, name: str = "weight") -> Any:
-    """A tensor of the head as float32."""
-    tensor = weights.tensors[name]
-    return (tensor.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
+def float_head(weights: HeadWeights) -> Head:
+    """The head in float32."""
+    arrays = {
+        # bfloat16 is the upper half of a float32, kept in uint16.
+        name: (one.astype(np.uint32) << 16).view(np.float32) if one.dtype == np.uint16 else one.astype(np.float32)
+        for name, one in weights.tensors.items()
+    }
+    return Head(arrays["weight"], arrays.get("bias"), weights.logit_scale, weights.softcap)

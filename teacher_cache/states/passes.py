@@ -138,8 +138,10 @@ class FeaturesPass:
             return self._run((work for work in rest if work[1]), num_total, num_before, start_engine)
         # A table of its own, as JoinedWork demands.
         visible = VisibleSamples(Catalog(self.config.cache).create_features(), self.set_id)
+        # The chains of rows that a dead worker wrote may have been dropped since.
+        drop_gone = functools.partial(drop_chainless, self.catalog)
         with JoinedWork[Place](
-            self.config.cache, self.set_id, self.worker, [visible], is_in([visible]), self._drop_chainless
+            self.config.cache, self.set_id, self.worker, [visible], is_in([visible]), drop_gone
         ) as joined:
             self._joined = joined
             return self._run(self._leased(joined), num_total, num_before, start_engine)
@@ -195,10 +197,6 @@ class FeaturesPass:
 
     def _is_done(self, place: Place) -> bool:
         return place.sample_id in self._visible
-
-    def _drop_chainless(self) -> None:
-        """Their chains may have been dropped since the rows were written."""
-        drop_chainless(self.catalog)
 
     def _create_set(self, engine: StatesEngine) -> OpenSet:
         """Calibrates on the first chains by hash, whichever worker has them."""
@@ -320,7 +318,7 @@ class FeaturesPass:
                         continue
                 num_rows += Committer(self.table, self._visible, self.set_id, worker).recover(abandoned_s)
         if num_rows:
-            self._drop_chainless()
+            drop_chainless(self.catalog)
             note(f"adopted {format_plural(num_rows, 'row')} that an interrupted pass had written but not registered")
         return num_rows
 

@@ -33,8 +33,8 @@ from teacher_cache.states.engine import (
     Wanted,
     batches,
 )
-from teacher_cache.states.fitting import error_frac, fit_codec, head_metric, logits_of
-from teacher_cache.states.model import head_array
+from teacher_cache.states.fitting import error_frac, fit_codec, head_metric
+from teacher_cache.states.model import float_head
 from teacher_cache.writer.commit import is_locked, lock_path, worker_lock
 from teacher_cache.writer.feature_file import FeatureValues
 
@@ -194,7 +194,7 @@ def _fit_vectors(
         metric = None
         if rank_of(config.last_hidden, hidden_ND.shape[1]) is not None:
             # The metric of the head: what the distributions do not show may be lost.
-            metric = head_metric(hidden_ND, *_head_arguments(head))
+            metric = head_metric(hidden_ND, float_head(head))
         bits, rank = config.last_hidden.bits, rank_of(config.last_hidden, hidden_ND.shape[1])
         stored.append(_fit("hidden", None, hidden_ND, bits, rank, metric, codecs))
     if config.layers is not None:
@@ -251,12 +251,12 @@ def _mean_entropy(parts: Sequence[AttendedKeys]) -> Float32:
 
 def _check_states(head: HeadWeights, chains: Sequence[ChainTokens], states: Sequence[States]) -> float:
     """Median difference of head x state from the cache. Raises StillroomError if the two do not belong together."""
-    arguments, differences, left = _head_arguments(head), [], CHECKED_POSITIONS
+    loaded, differences, left = float_head(head), [], CHECKED_POSITIONS
     for chain, one in zip(chains, states, strict=True):
         if not left or one.hidden_PD is None:
             break
         # Not all of a long chain: its logits would be tens of gigabytes.
-        logits_PV = logits_of(one.hidden_PD[:left], *arguments)
+        logits_PV = loaded.logits(one.hidden_PD[:left])
         top_P1 = logits_PV.max(axis=1, keepdims=True)
         log_sum_P = top_P1[:, 0] + np.log(np.exp(logits_PV - top_P1).sum(axis=1))
         picked_P = logits_PV[np.arange(len(logits_PV)), chain.token_ids[chain.positions_P[:left]]]
@@ -271,12 +271,6 @@ def _check_states(head: HeadWeights, chains: Sequence[ChainTokens], states: Sequ
             "way that is not known here. Nothing was written"
         )
     return error
-
-
-def _head_arguments(head: HeadWeights) -> tuple[Float32, float, float | None, Float32 | None]:
-    """What `logits_of` and `head_metric` take of a head."""
-    bias_V = head_array(head, "bias") if "bias" in head.tensors else None
-    return head_array(head), head.logit_scale, head.softcap, bias_V
 
 
 def _write_head(catalog: Catalog, head: HeadWeights, shape: Shape) -> Head:

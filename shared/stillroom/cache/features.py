@@ -208,9 +208,12 @@ class Head:
         """Logits [P, V] at temperature 1."""
         logits_PV: Float32 = hidden_PD @ self.weight_VD.T
         if self.bias_V is not None:
-            logits_PV = logits_PV + self.bias_V
-        logits_PV = logits_PV * np.float32(self.logit_scale)
-        return logits_PV if self.softcap is None else np.float32(self.softcap) * np.tanh(logits_PV / self.softcap)
+            logits_PV += self.bias_V
+        # In place: of a large vocabulary each copy is gigabytes.
+        logits_PV *= np.float32(self.logit_scale)
+        if self.softcap is not None:
+            logits_PV = np.float32(self.softcap) * np.tanh(logits_PV / np.float32(self.softcap))
+        return logits_PV
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from stillroom.cache.feature_codec import VectorCodec, attention_token_bytes, decode_attention, encode_attention
-from stillroom.cache.features import FeatureParts, FeatureSet
+from stillroom.cache.features import FeatureParts, FeatureSet, Head
 from stillroom.cache.shards import read_row_group
 from stillroom.errors import CorruptError, DataError
 from stillroom.schema.records import Float32
 from teacher_cache.states.engine import Wanted
-from teacher_cache.states.fitting import error_frac, fit_codec, head_metric, logits_of
+from teacher_cache.states.fitting import error_frac, fit_codec, head_metric
 from tests.helpers.caches import make_cache
 from tests.helpers.feature_sets import add_features, expected
 
@@ -89,14 +89,12 @@ def test_the_metric_is_the_second_derivative_of_the_divergence() -> None:
     """With bias, scale and cap; and no metric at all, where the teacher is certain, still makes a basis."""
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((1, 6)).astype(np.float32), rng.standard_normal((9, 6)).astype(np.float32)
-    head = (weight, 1.5, 2.0, rng.standard_normal(9).astype(np.float32))
-    metric = head_metric(x, *head)
+    head = Head(weight, rng.standard_normal(9).astype(np.float32), 1.5, 2.0)
+    metric = head_metric(x, head)
     step = 1e-2 * rng.standard_normal(6).astype(np.float32)
-    log_p, log_q = (
-        z - np.log(np.exp(z).sum()) for z in (logits_of(one, *head)[0].astype(float) for one in (x, x + step))
-    )
+    log_p, log_q = (z - np.log(np.exp(z).sum()) for z in (head.logits(one)[0].astype(float) for one in (x, x + step)))
     assert step @ metric @ step / 2 == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(), rel=0.05)
-    certain = head_metric(np.ones((40, 6), np.float32), 1e4 * weight, 1.0, None)
+    certain = head_metric(np.ones((40, 6), np.float32), Head(1e4 * weight, None, 1.0, None))
     codec, _ = fit_codec(states(width=6), 8, 3, certain)
     assert np.isfinite(codec.decode(codec.encode(states(width=6)), 400)).all()
 

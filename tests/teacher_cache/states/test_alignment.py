@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from stillroom.cache.catalog import Catalog
-from stillroom.cache.features import FeatureSet
+from stillroom.cache.features import FeatureSet, Head
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Float32, Int32
 from teacher_cache.engine.teacher import identify_teacher
@@ -17,8 +17,7 @@ from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.states import sets
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
 from teacher_cache.states.engine import ChainTokens, HeadWeights, States, Wanted
-from teacher_cache.states.fitting import logits_of
-from teacher_cache.states.model import head_array, load_outer
+from teacher_cache.states.model import float_head, load_outer
 from teacher_cache.states.passes import features_of_cache
 from teacher_cache.states.selection import choose, read_unit
 from teacher_cache.states.transformers import TransformersStates
@@ -64,7 +63,7 @@ def test_each_state_is_that_of_the_token_it_predicts(scored: tuple[Path, LlamaFo
     chains = chains_of(folder)
     teacher = identify_teacher(config_of(folder, last_hidden={}).teacher.as_teacher).record
     engine = TransformersStates(teacher, False, TransformersConfig(kind="transformers", dtype="float32"), WANTED)
-    weight_VD = head_array(engine.head())
+    weight_VD = float_head(engine.head()).weight_VD
     for chain, states in zip(chains, engine.run(chains), strict=True):
         assert states.hidden_PD is not None
         ids_P = chain.token_ids[chain.positions_P]
@@ -96,7 +95,7 @@ def test_an_adapter_is_in_the_states_and_the_head(tmp_path: Path) -> None:
     for chain, states in zip(chains, engine.run(chains), strict=True):
         assert states.hidden_PD is not None
         ids_P = chain.token_ids[chain.positions_P]
-        found_P = logprobs(states.hidden_PD, head_array(engine.head()), ids_P)
+        found_P = logprobs(states.hidden_PD, float_head(engine.head()).weight_VD, ids_P)
         assert np.abs(found_P - chain.sampled_logprob_P).max() < 1e-3
     with pytest.raises(ValueError, match=r"teacher.adapter needs engine.kind: transformers"):
         config_of(tmp_path, last_hidden={}, teacher=teacher, engine={"kind": "vllm"})
@@ -149,11 +148,13 @@ def test_a_long_chain_is_checked_at_its_first_positions(
     monkeypatch.setattr(sets, "CHECKED_POSITIONS", 3)
     sizes: list[int] = []
 
-    def noted(states_PD: Float32, *head: Any) -> Float32:
-        sizes.append(len(states_PD))
-        return logits_of(states_PD, *head)
+    logits_of = Head.logits
 
-    monkeypatch.setattr("teacher_cache.states.sets.logits_of", noted)
+    def noted(head: Head, states_PD: Float32) -> Float32:
+        sizes.append(len(states_PD))
+        return logits_of(head, states_PD)
+
+    monkeypatch.setattr(Head, "logits", noted)
     chains = chains_of(scored[0])
     rng, head = np.random.default_rng(0), HeadWeights({"weight": np.zeros((400, 8), np.float32)}, 1.0, None, {})
     states = [States(rng.standard_normal((len(one.positions_P), 8)).astype(np.float32)) for one in chains]
