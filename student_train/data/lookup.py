@@ -9,7 +9,7 @@ row groups are read when a chain of theirs is asked for, the last few are kept.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +68,7 @@ class ChainIndex:
         self._file_A, self._group_A, self._row_A = (
             np.concatenate([np.zeros(0, np.int32), *parts])[order] for parts in (files, groups, rows)
         )
-        self._open_groups: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._group = functools.lru_cache(KEPT_GROUPS)(self._read_group)
 
     def find(self, keys_R: UInt64) -> Int64:
         """int64 [R]: the place of each chain in this index, -1 where the cache does not hold it."""
@@ -93,16 +93,10 @@ class ChainIndex:
             rows = table.take(pa.array(self._row_A[at[part]]))
             yield Found(asked[part], rows, self._headers[file], f"{self._paths[file]}: row group {group}")
 
-    def _group(self, file: int, group: int, names: tuple[str, ...]) -> pa.Table:
-        key = file, group, names
-        if key not in self._open_groups:
-            shard, _ = open_shard(self._paths[file])
-            with shard:
-                self._open_groups[key] = read_row_group(shard, group, list(names), str(self._paths[file]))
-        self._open_groups.move_to_end(key)
-        while len(self._open_groups) > KEPT_GROUPS:
-            self._open_groups.popitem(last=False)
-        return self._open_groups[key]
+    def _read_group(self, file: int, group: int, names: tuple[str, ...]) -> pa.Table:
+        shard, _ = open_shard(self._paths[file])
+        with shard:
+            return read_row_group(shard, group, names, str(self._paths[file]))
 
 
 def chain_keys(selection: Selection) -> UInt64:

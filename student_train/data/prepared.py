@@ -12,7 +12,7 @@ R chains of a row group, T tokens of one chain
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +168,7 @@ class PreparedRows:
         self.limits = own if self._mixture is None else self._mixture.limits(own)
         self._partner_of = {} if pairing is None else _partners(source, pairing.negatives)
         # Partners lie in other row groups, of which the last few stay decoded.
-        self._decoded: OrderedDict[int, dict[int, _Chain | None]] = OrderedDict()
+        self._decoded = functools.lru_cache(KEPT_GROUPS)(self._decode)
 
     def prepare(self) -> None:
         """Nothing: what all chains need is known."""
@@ -249,20 +249,18 @@ class PreparedRows:
 
     def _chain(self, row: int) -> _Chain | None:
         """Chain number `row` of the source."""
-        group = int(self._source.group_R[row])
-        if group not in self._decoded:
-            shard, header = open_shard(self._source.path_of(group))
-            shard.close()
-            columns = list(dict.fromkeys([*COLUMNS, *signal_columns(header)]))
-            ((_, table),) = read_groups(self._source, [group], columns)
-            ignored: Counts = dict.fromkeys(("mixed", "reached", "rewritten"), 0)
-            chains = self._chains(table, header, self._source.where(group), ignored)
-            rows = np.flatnonzero(self._source.group_R == group).tolist()
-            self._decoded[group] = dict(zip(rows, chains, strict=True))
-        self._decoded.move_to_end(group)
-        while len(self._decoded) > KEPT_GROUPS:
-            self._decoded.popitem(last=False)
-        return self._decoded[group][row]
+        return self._decoded(int(self._source.group_R[row]))[row]
+
+    def _decode(self, group: int) -> dict[int, _Chain | None]:
+        """The chains of a row group, by number in the source."""
+        shard, header = open_shard(self._source.path_of(group))
+        shard.close()
+        columns = list(dict.fromkeys([*COLUMNS, *signal_columns(header)]))
+        ((_, table),) = read_groups(self._source, [group], columns)
+        ignored: Counts = dict.fromkeys(("mixed", "reached", "rewritten"), 0)
+        chains = self._chains(table, header, self._source.where(group), ignored)
+        rows = np.flatnonzero(self._source.group_R == group).tolist()
+        return dict(zip(rows, chains, strict=True))
 
 
 class _Mixture:

@@ -9,8 +9,8 @@ Needs numpy and pyarrow only. Rows are found by sample_id: chains may move to ot
 Shape legend: P stored positions of a chain, D channels, R coefficients, V vocabulary, M keys per query.
 """
 
+import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,7 +235,8 @@ class FeatureSet:
         self._files = [file for file in table.files() if file.path.startswith(f"{self.set_id}/")]
         self._decoder = RowDecoder(manifest, read_codecs(catalog.root, manifest))
         self._places: dict[str, _Place] | None = None
-        self._groups: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        # It calls _read_group without a lock, or the reads of a distant store would wait for each other.
+        self._group = functools.lru_cache(NUM_KEPT_GROUPS)(self._read_group)
         self._lock = threading.Lock()
 
     @classmethod
@@ -351,21 +352,10 @@ class FeatureSet:
                 self._places = places
             return self._places
 
-    def _group(self, number: int, group: int, columns: tuple[str, ...]) -> pa.Table:
-        key = (number, group, columns)
-        with self._lock:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-                return self._groups[key]
-        # Without the lock, or the reads of a distant store would wait for each other.
+    def _read_group(self, number: int, group: int, columns: tuple[str, ...]) -> pa.Table:
         file = self._files[number]
         with self._opened(file) as parquet:
-            table = read_row_group(parquet, group, columns, file.path)
-        with self._lock:
-            self._groups[key] = table
-            while len(self._groups) > NUM_KEPT_GROUPS:
-                self._groups.popitem(last=False)
-        return table
+            return read_row_group(parquet, group, columns, file.path)
 
     def _opened(self, file: DataFile) -> pq.ParquetFile:
         parquet, header = open_features(self._table.path_of(file))
