@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stillroom.cache.columns import offsets_of
 from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import cached_pieces
@@ -48,8 +49,7 @@ class CompletionText:
 
 def spell(parts: Sequence[bytes]) -> CompletionText:
     """The text of tokens that stand for these bytes."""
-    byte_T = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([len(part) for part in parts], out=byte_T[1:])
+    byte_T = offsets_of(np.array([len(part) for part in parts], np.int64))
     data = b"".join(parts)
     text = data.decode("utf-8", errors="surrogateescape")
     if len(text) == len(data):
@@ -58,9 +58,7 @@ def spell(parts: Sequence[bytes]) -> CompletionText:
     width_C = 1 + (code_C > 0x7F) + (code_C > 0x7FF) + (code_C > 0xFFFF)
     # Only bytes without a character become surrogates, one each.
     width_C[(code_C >= 0xD800) & (code_C < 0xE000)] = 1
-    byte_C = np.zeros(len(text) + 1, np.int64)
-    np.cumsum(width_C, out=byte_C[1:])
-    return CompletionText(text, byte_C, byte_T)
+    return CompletionText(text, offsets_of(width_C), byte_T)
 
 
 class CompletionTexts:

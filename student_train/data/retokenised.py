@@ -30,6 +30,7 @@ from student_train.data.selection import (
     SCHEMA,
     Selection,
     SelectionHeader,
+    changes,
     keys_of,
     totals_of,
     write_selection,
@@ -292,6 +293,5 @@ def _unreadable(target: Path, error: Exception) -> CorruptError:
 def _groups_by_file(source: Selection) -> list[Int64]:
     """The groups of each file that the selection reads."""
     # Row groups of a file stand together, and files of two caches may have equal numbers.
-    changes_G = np.ones(len(source.file_G), bool)
-    changes_G[1:] = (np.diff(source.file_G) != 0) | (np.diff(source.cache_G) != 0)
+    changes_G = changes(source.file_G) | changes(source.cache_G)
     return np.split(np.arange(len(changes_G)), np.flatnonzero(changes_G)[1:])

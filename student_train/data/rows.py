@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache.codec import decode, signal_columns
+from stillroom.cache.columns import offsets_of, read_lists
 from stillroom.cache.features import StoredRow
 from stillroom.cache.shards import open_shard, read_row_group
 from stillroom.errors import CorruptError, first_line
@@ -122,23 +123,20 @@ def read_rows(
     # By key, not only by position: another chain in this place would be trained on without an error.
     same_R = keys_of(table.column("sample_id"), where) == selection.key_R[rows_R]
     _require(bool(same_R.all()), where, "holds a different chain than was selected (sample_id differs)")
-    prompt_ids, prompt_offsets = _lists(table, "prompt_token_ids", where)
-    token_ids_T, token_offsets = _lists(table, "token_ids", where)
-    for offsets, lengths_R in (
-        (prompt_offsets, selection.num_prompt_R[rows_R]),
-        (token_offsets, selection.num_tokens_R[rows_R]),
-    ):
-        _require(
-            bool((np.diff(offsets) == lengths_R).all()), where, "holds a chain of a different length than was selected"
-        )
+    ids, lengths = read_lists(table, ["prompt_token_ids", "token_ids"], where)
+    prompt_ids, token_ids_T = ids["prompt_token_ids"], ids["token_ids"]
+    same_R = (lengths["prompt_token_ids"] == selection.num_prompt_R[rows_R]) & (
+        lengths["token_ids"] == selection.num_tokens_R[rows_R]
+    )
+    _require(bool(same_R.all()), where, "holds a chain of a different length than was selected")
     signals = decode_signals(table) if decode_signals is not None else None
     if (kept := selection.header.kept_ids) is not None:
         prompt_ids, token_ids_T = map_text(kept, prompt_ids, where), map_text(kept, token_ids_T, where)
         signals = None if signals is None else map_signals(kept, signals)
     entry_offsets_T = draw_offsets_T = None
     if signals is not None:
-        entry_offsets_T = _offsets(signals.topk_n_T)
-        draw_offsets_T = None if signals.draws is None else _offsets(signals.draws.n_T)
+        entry_offsets_T = offsets_of(signals.topk_n_T)
+        draw_offsets_T = None if signals.draws is None else offsets_of(signals.draws.n_T)
     is_common_T = chunk_logprob_T = None
     if signals is not None and selection.is_projected:
         is_common_T = table.column(IS_COMMON).combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -152,9 +150,9 @@ def read_rows(
     return RowBlock(
         rows_R,
         prompt_ids,
-        prompt_offsets,
+        offsets_of(lengths["prompt_token_ids"]),
         token_ids_T,
-        token_offsets,
+        offsets_of(lengths["token_ids"]),
         signals,
         entry_offsets_T,
         draw_offsets_T,
@@ -214,12 +212,6 @@ def _num_bytes(value: Any) -> int:
     return sum(_num_bytes(getattr(value, one.name)) for one in fields(value)) if is_dataclass(value) else 0
 
 
-def _offsets(n_T: Int32) -> Int64:
-    offsets_T = np.zeros(len(n_T) + 1, np.int64)
-    np.cumsum(n_T, out=offsets_T[1:])
-    return offsets_T
-
-
 def _open_text(selection: Selection, group: int) -> pq.ParquetFile:
     path = selection.path_of(group)
     try:
@@ -227,16 +219,6 @@ def _open_text(selection: Selection, group: int) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         reason = first_line(error)
         raise CorruptError(f"{path} cannot be read: {reason} (delete it and the selection to rebuild both)") from error
-
-
-def _lists(table: pa.Table, name: str, where: str) -> tuple[Int32, Int64]:
-    column = table.column(name).combine_chunks()
-    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    flat = array.flatten()
-    _require(array.null_count == 0 and flat.null_count == 0, where, f"holds nulls in {name}, which the format forbids")
-    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return flat.to_numpy(zero_copy_only=False), offsets
 
 
 def _require(good: bool, where: str, problem: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache.catalog import Catalog
+from stillroom.cache.columns import offsets_of
 from stillroom.errors import ConfigError, CorruptError, StillroomError, one_line
 from stillroom.log import Progress, warn
 from stillroom.schema.records import Float32, Int32, Int64
@@ -54,7 +55,7 @@ class TokenNumbers:
 
 def token_offsets(selection: Selection) -> Int64:
     """int64 [R+1]: where the tokens of each chain begin among those of all."""
-    return np.concatenate([[0], np.cumsum(selection.num_tokens_R, dtype=np.int64)])
+    return offsets_of(selection.num_tokens_R)
 
 
 def numbers_path(folder: Path, stage: str, kind: str, selection: Selection) -> Path:

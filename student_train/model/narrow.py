@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stillroom.errors import ConfigError
 from student_train.config import PRUNED_AXES, PruneConfig
+from student_train.stage_config import Axis
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types whose forward has no other use for these sizes; others may scale by them without a word."""
@@ -31,7 +32,6 @@ HEAD_DIM_IS_DERIVED = ("qwen2",)
 MULTIPLE = 32
 """Sizes chosen here are multiples of it where they can be: kernels and groups of 32 weights need that."""
 
-Axis = Literal["layers", "mlp_channels", "kv_groups", "hidden_size"]
 Dim = Literal["mlp", "query", "key", "hidden"]
 LINEARS: dict[str, tuple[Dim, Dim]] = {
     "self_attn.q_proj": ("query", "hidden"),
@@ -56,12 +56,7 @@ class Sizes:
     hidden_size: int
 
     def of(self, axis: Axis) -> int:
-        return {
-            "layers": self.layers,
-            "mlp_channels": self.mlp_channels,
-            "kv_groups": self.kv_groups,
-            "hidden_size": self.hidden_size,
-        }[axis]
+        return int(asdict(self)[axis])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from student_train.model.folder import atomic_folder, refuse_existing, save_mode
 
 if TYPE_CHECKING:
     from student_train.model.importance import Calibration, WidthScores
-    from student_train.model.narrow import Axis, Kept, Sizes
+    from student_train.model.narrow import Kept, Sizes
+    from student_train.stage_config import Axis
 
 RECORD = "init.json"
 ASKED_KEYS = tuple(PruneConfig.model_fields)

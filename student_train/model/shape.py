@@ -7,6 +7,7 @@ here) is built by transformers on the meta device, which costs ten seconds of im
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,8 @@ def _from_files(student: StudentConfig, shapes: Mapping[str, tuple[int, ...]]) -
     if not all(name.startswith("model.layers.") and "expert" not in name for name in linears):
         return None
     return ModelShape(
-        num_parameters=sum(_size(shape) for shape in shapes.values()),
-        num_head=_size(shapes[f"{EMBEDDING if is_tied else HEAD}.weight"]),
+        num_parameters=sum(map(math.prod, shapes.values())),
+        num_head=math.prod(shapes[f"{EMBEDDING if is_tied else HEAD}.weight"]),
         linear_widths={name.removeprefix("model."): sum(shape) for name, shape in linears.items()},
         adaptable=[EMBEDDING, *linears, HEAD],
         num_layers=config["num_hidden_layers"],
@@ -112,13 +113,6 @@ def _tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} is missing, damaged or cut short: copy it again ({first_line(error)})") from error
     return shapes
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for width in shape:
-        size *= width
-    return size
 
 
 def _from_meta(student: StudentConfig) -> ModelShape:

@@ -31,6 +31,7 @@ from stillroom.cache.columns import (
     drawn,
     list_column,
     logprobs_of,
+    offsets_of,
     read_lists,
     require_rows,
     require_values,
@@ -123,7 +124,7 @@ def _read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
     for name in lengths:
         if name not in (*PER_ENTRY, "log_partitions"):
             require_rows(lengths[name] == tokens_R, where, name, "does not have one entry per token of token_ids")
-    row_offsets = np.concatenate([[0], np.cumsum(tokens_R)]).astype(np.int64)
+    row_offsets = offsets_of(tokens_R)
     _check_counts(values, lengths, header, row_offsets, where)
     if "log_partitions" in values:
         num = len(header.temperatures)
@@ -137,7 +138,7 @@ def _read_values(table: pa.Table, header: ShardHeader, where: str) -> tuple[dict
         raise CorruptError(f"{where}: row {row}, column topk_ids: id outside the vocabulary of {header.vocab_size}")
     if "topk_codes" in values:
         codes_E, tails_T = values["topk_codes"], values["tail_codes"]
-        entry_offsets = np.concatenate([[0], np.cumsum(lengths["topk_codes"])]).astype(np.int64)
+        entry_offsets = offsets_of(lengths["topk_codes"])
         require_values((codes_E >= 0) & (codes_E <= MAX_CODE), entry_offsets, where, "topk_codes", "is outside 0..255")
         require_values((tails_T >= 0) & (tails_T <= MAX_CODE), row_offsets, where, "tail_codes", "is outside 0..255")
     return values, row_offsets
@@ -155,7 +156,7 @@ def _check_counts(
         good_T = (draw_n_T >= 0) & (draw_n_T <= header.draws)
         require_values(good_T, row_offsets, where, "draw_n", f"is outside 0..{header.draws}, the header's draws")
         entry_n_T += draw_n_T
-    total_T = np.concatenate([[0], np.cumsum(entry_n_T)])
+    total_T = offsets_of(entry_n_T)
     entries_R = total_T[row_offsets[1:]] - total_T[row_offsets[:-1]]
     for name in PER_ENTRY:
         if name in lengths:

@@ -35,16 +35,20 @@ def list_column(values: Array, lengths_R: Int64) -> pa.Array:
 
     Raises StillroomError for more than MAX_LIST_ELEMENTS.
     """
-    ends_R = np.cumsum(lengths_R, dtype=np.int64)
-    if len(ends_R) and ends_R[-1] > MAX_LIST_ELEMENTS:
+    offsets_R = offsets_of(lengths_R)
+    if offsets_R[-1] > MAX_LIST_ELEMENTS:
         raise StillroomError(
-            f"a chain has {ends_R[-1]:,} candidates and draws, but a row group holds {MAX_LIST_ELEMENTS:,}: lower "
+            f"a chain has {offsets_R[-1]:,} candidates and draws, but a row group holds {MAX_LIST_ELEMENTS:,}: lower "
             "capture.max_support or draws"
         )
     # Checked above: int32 would wrap around silently.
-    offsets = pa.array(np.concatenate([[0], ends_R]).astype(np.int32))
     array = pa.array(values)
-    return pa.ListArray.from_arrays(offsets, array, type=list_of(array.type))
+    return pa.ListArray.from_arrays(pa.array(offsets_R.astype(np.int32)), array, type=list_of(array.type))
+
+
+def offsets_of(lengths: npt.NDArray[np.integer]) -> Int64:
+    """Where lists of these lengths begin in the flat values, and where the last one ends: int64, one entry more."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def read_lists(table: pa.Table, names: Sequence[str], where: str) -> tuple[dict[str, Array], dict[str, Int64]]:
