@@ -42,7 +42,7 @@ def plan_rounds(config: RoundsConfig) -> Json:
         "same_tokenizer": teacher.tokenizer_fingerprint == student.tokenizer_fingerprint,
         "num_prompts": planned.num_prompts,
         "num_chains": planned.num_chains,
-        "tokens_per_round": _tokens(planned.num_done, planned.num_chains, planned.tokens_left, build.cache),
+        "tokens_per_round": _tokens(planned.num_done, planned.tokens_left, build.cache),
         "tokens_measured": planned.tokens_left_measured,
         "hours_left": None if seconds is None else seconds * left / 3600,
         "state": state.model_dump(mode="json"),
@@ -80,7 +80,7 @@ def require_heldout(config: RoundsConfig, num_heldout: int) -> None:
         )
 
 
-def _tokens(num_done: int, num_chains: int, tokens_left: float, cache: Location) -> float:
+def _tokens(num_done: int, tokens_left: float, cache: Location) -> float:
     """Tokens of a whole round, from what is there and what is left of it."""
     if not num_done:
         return tokens_left

@@ -51,8 +51,6 @@ class Vocabulary:
     num_ids: int
     """Rows that the student's embeddings must have."""
     notes: list[str]
-    same_tokenizer: bool
-    """Whether tokenizer and chat template of the student's folder are the cache's own."""
 
 
 def sources_of(data: DataConfig) -> list[CacheSource]:
@@ -300,7 +298,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
             else int(config["vocab_size"])
         )
     if selection.is_retokenised:
-        return Vocabulary(width, [], same_tokenizer=True)
+        return Vocabulary(width, [])
     if selection.header.kept_ids is not None:
         return _cut_vocabulary(student, selection)
     # Embeddings of one family are padded differently: Qwen2.5 has 151936 rows at 1.5B, 152064 at 7B.
@@ -318,11 +316,10 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
         with naming("student.model"):
             tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code)
         found = fingerprint_tokenizer(tokenizer), fingerprint_template(tokenizer)
-    same_template = selection.header.template_fingerprints == [found[1]]
     if found[0] == cached:
-        if not same_template:
+        if selection.header.template_fingerprints != [found[1]]:
             notes.append("the student's chat template differs from the cache's: the student learns the cache's")
-        return Vocabulary(num_ids, notes, same_tokenizer=same_template)
+        return Vocabulary(num_ids, notes)
     difference = compare_vocab(_vocab_path(caches, cached), tokenizer)
     require_same_vocab(difference, student.model)
     notes.append(
@@ -330,7 +327,7 @@ def check_vocabulary(student: StudentConfig, selection: Selection, caches: Seque
         + "".join(f"; id {i}: {mine!r} for {other!r}" for i, mine, other in difference.special[:SHOWN_DIFFERENCES])
         + (", ..." if len(difference.special) > SHOWN_DIFFERENCES else "")
     )
-    return Vocabulary(num_ids, notes, same_tokenizer=False)
+    return Vocabulary(num_ids, notes)
 
 
 def _cut_vocabulary(student: StudentConfig, selection: Selection) -> Vocabulary:
@@ -344,7 +341,7 @@ def _cut_vocabulary(student: StudentConfig, selection: Selection) -> Vocabulary:
         raise ConfigError(f"{student.model} was cut for a cache of another tokenizer: train it from that cache")
     num_ids = len(ids_of(kept.packed))
     tail = "" if kept.has_all_stored else "; the others' mass in distributions counts as tail"
-    return Vocabulary(num_ids, [f"the student keeps {num_ids} of the cache's ids{tail}"], same_tokenizer=True)
+    return Vocabulary(num_ids, [f"the student keeps {num_ids} of the cache's ids{tail}"])
 
 
 def _vocab_path(caches: Sequence[Location], fingerprint: str) -> Location:

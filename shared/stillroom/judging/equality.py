@@ -8,12 +8,13 @@ r"""Compares two typed answers as wholes, by the rules of their types.
 Two different texts that do not parse whole are undecided.
 """
 
+import datetime
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from stillroom.judging.expressions import as_float, same_expression
-from stillroom.judging.texts import Date, same_text
+from stillroom.judging.texts import same_text
 from stillroom.judging.values import Clock, Expression, Group, Numeral, Ratio, Raw, Relation, Value, Words, squeezed
 
 MIN_SIGNIFICANT_DIGITS = 4
@@ -61,7 +62,7 @@ def _same_words(reference: Value, given: Value) -> bool | None:
 
 def _same_special(reference: Value, given: Value) -> bool | None:
     match reference, given:
-        case Date(), _:
+        case datetime.date(), _:
             return reference == given
         case Clock(), Clock():
             return _same_clock(reference, given)

@@ -81,7 +81,6 @@ PLAIN = [
 PLAIN_COMPILED = [(re.compile(pattern), put) for pattern, put in PLAIN]
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 DIGIT_GROUP = re.compile(r"(?<=\d)(?:(?<!\\)\\,|\\!\s*,?|,\\!|\{,\}|(?<!\\)\\[;: ]|~|(?<=\d)[    ])(?=\d{3}(?!\d))")
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 CURRENCY = re.compile(r"(?:US|USD|HK|A|C)?\\?\$|[€£¥₹]|\b(?:USD|EUR|GBP|Rs\.?|RMB|INR)(?=\s*[\d-])")
 
 

@@ -5,7 +5,6 @@ import functools
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from stillroom.judging.marked import DECORATION, plain
@@ -24,15 +23,6 @@ AMOUNT = re.compile(
     r"(?:[^\W\d_][\w./ ]*\^?\{?[23]?\}?|°\s*[CF]?|€|¥|元|个)?",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Date:
-    """A calendar day."""
-
-    year: int
-    month: int
-    day: int
 
 
 def same_text(reference: str, given: str) -> bool:
@@ -100,7 +90,7 @@ def number_of(text: str) -> tuple[Decimal, bool, bool] | None:
     return number, match[4] is not None, bare is None
 
 
-def date_of(text: str) -> Date | None:
+def date_of(text: str) -> datetime.date | None:
     """A day in one of the forms that leave no doubt: 2024-05-01, May 1, 2024, 1 May 2024."""
     text = plain(text).lower()
     if match := re.fullmatch(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})", text):
@@ -117,12 +107,11 @@ def date_of(text: str) -> Date | None:
     return None
 
 
-def _date(year: int, month: int, day: int) -> Date | None:
+def _date(year: int, month: int, day: int) -> datetime.date | None:
     try:
-        datetime.date(year, month, day)
+        return datetime.date(year, month, day)
     except ValueError:
         return None
-    return Date(year, month, day)
 
 
 def _month(name: str) -> int:

@@ -4,6 +4,7 @@ In: text as a model or data set writes it. Out: a `Value`, parsed whole or not a
 latex2sympy2_extended; what does not parse whole is `Raw`, never one of the numbers in it.
 """
 
+import datetime
 import functools
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillroom.judging.latex import WORD, has_words, split_top, tidy, words_of
-from stillroom.judging.texts import Date, date_of
+from stillroom.judging.texts import date_of
 
 MAX_DIGITS = 20_000
 RELATION = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\approx|\\in(?![a-z])|\\to(?![a-z])|<|>|=")
@@ -19,7 +20,6 @@ NAME = re.compile(
     r"\\frac\{d[^{}]*\}\{d[^{}]*\}|\\?[A-Za-z]+(?:_(?:\{\w+\}|\w))?'*(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
 )
 CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*([ap]\.?\s*m\.?)?", re.IGNORECASE)
-RATIO = re.compile(r"(.+?):(.+?)(?::(.+?))?")
 NUMERAL = re.compile(r"([0-9A-Fa-f]+)_\{?\s*(\d+|two|eight|ten|sixteen)\s*\}?")
 BASES = {"two": 2, "eight": 8, "ten": 10, "sixteen": 16}
 MIXED = re.compile(r"(-?)\s*(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(-?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")
@@ -90,7 +90,7 @@ class Raw:
     text: str
 
 
-Value = Expression | Group | Relation | Clock | Ratio | Numeral | Words | Raw | Date
+Value = Expression | Group | Relation | Clock | Ratio | Numeral | Words | Raw | datetime.date
 
 
 def parse_value(text: str) -> Value | None:
@@ -193,8 +193,8 @@ def _as_bracketed(text: str) -> Value | None:
         if re.search(r"\||:", inner):
             condition = re.match(r"[a-z]\s*(?:\\in\s*\\mathbb\{R\})?\s*[|:](.+)", inner)
             return _typed(condition[1].strip()) if condition else None
-        return Group("set", _items(inner)) if _closes_last(text, r"\{", r"\}") else None
-    if not (text[:1] in ("(", "[") and text[-1:] in (")", "]")) or not _closes_last(text, text[0], text[-1]):
+        return Group("set", _items(inner)) if _closes_last(text) else None
+    if not (text[:1] in ("(", "[") and text[-1:] in (")", "]")) or not _closes_last(text):
         return None
     items = _items(text[1:-1])
     brackets = text[0] + text[-1]
@@ -214,7 +214,7 @@ def _items(text: str) -> tuple[Value, ...]:
     return tuple(flat)
 
 
-def _closes_last(text: str, opening: str, closing: str) -> bool:
+def _closes_last(text: str) -> bool:
     """Whether the bracket that opens the text is closed by its last one; half-open intervals mix brackets."""
     depth = 0
     place = 0
