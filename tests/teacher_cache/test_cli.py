@@ -124,7 +124,7 @@ def test_sql_answers(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert result.code == 2
     assert result.err.startswith("teacher-cache: query: ")
     result = run(capsys, monkeypatch, "sql", cache, "DELETE FROM chains")
-    assert result.code == 2
+    assert (result.code, result.err.count("\n"), "read-only" in result.err) == (2, 1, True)
     for arguments in (["sql", cache, ".tables\n"], ["sql", cache, "-"], ["sql", cache]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("  .tables\nSELECT 1"))
         result = run(capsys, monkeypatch, *arguments)
@@ -134,7 +134,7 @@ def test_sql_answers(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 @pytest.mark.parametrize(
     "arguments",
-    [["stats"], ["stats", "--json"], ["show", "SAMPLE"], ["sql", "FROM chains", "--format", "csv"]],
+    [["stats"], ["show", "SAMPLE"]],
 )
 def test_a_closed_pipe_is_not_an_error(cache: Path, arguments: list[str]) -> None:
     sample = next(iter(pq.read_table(next(cache.rglob("w0*.parquet")), columns=["sample_id"]).column(0))).as_py()

@@ -3,10 +3,11 @@
 import gzip
 import math
 import os
+import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -132,8 +133,6 @@ def test_prompts_have_pass_rates_and_lengths(cache: SyntheticCache, session: Ses
 
 
 def test_chain_rows_says_where_each_chain_lies(cache: SyntheticCache, session: Session) -> None:
-    import pyarrow.parquet as pq
-
     located = rows(session, "SELECT sample_id, file, row_group, row_in_group FROM internal.chain_rows")
     assert len(located) == len(cache.chains)
     for row in located:
@@ -143,8 +142,6 @@ def test_chain_rows_says_where_each_chain_lies(cache: SyntheticCache, session: S
 
 
 def test_storage_adds_up_to_the_columns_of_the_footers(cache: SyntheticCache, session: Session) -> None:
-    import pyarrow.parquet as pq
-
     expected: Counter[str] = Counter()
     for file in (cache.root / "chains").rglob("*.parquet"):
         metadata = pq.read_metadata(file)
@@ -171,36 +168,6 @@ def test_an_empty_cache_has_all_views_and_no_rows(tmp_path: Path) -> None:
     with open_session(Catalog.create(tmp_path / "empty")) as session:
         for view in (*VIEWS, "internal.chain_rows"):
             assert rows(session, f"SELECT count(*) AS n FROM {view}") == [{"n": 0}]
-
-
-def test_the_latest_verdict_counts(tmp_path: Path) -> None:
-    import datetime
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from stillroom.cache.catalog import publish
-    from stillroom.schema.tables import VERDICT_SCHEMA
-    from tests.helpers.caches import CREATED_AT
-
-    cache = make_cache(tmp_path / "cache", num_chains=4, unfinished_frac=0.0)
-    chain = cache.chains[0]
-    later = CREATED_AT + datetime.timedelta(days=1)
-    row = {
-        "sample_id": chain.sample_id,
-        "judge": "math",
-        "correct": not chain.correct,
-        "score": 0.5,
-        "judged_at": later,
-    }
-    table = cache.catalog.verdicts
-    temp = on_disk(table.folder / ".again.tmp")
-    pq.write_table(pa.Table.from_pylist([row], schema=VERDICT_SCHEMA), temp)
-    table.commit([publish(temp, table.folder, "judge/w0-000002", 1)], "again", 1)
-    with open_session(Catalog(cache.root)) as session:
-        query = f"SELECT correct, judge FROM chains WHERE sample_id = '{chain.sample_id}'"
-        assert rows(session, query) == [{"correct": not chain.correct, "judge": "math"}]
-        assert rows(session, f"SELECT count(*) AS n FROM verdicts WHERE sample_id = '{chain.sample_id}'") == [{"n": 2}]
 
 
 @pytest.mark.parametrize(
@@ -451,25 +418,6 @@ def test_paths_with_quotes_are_quoted(tmp_path: Path) -> None:
         ]
 
 
-def test_damage_is_distinguished_from_a_wrong_query(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "cache", num_chains=40)
-    shards = sorted((cache.root / "chains").rglob("*.parquet"))
-    shards[1].unlink()
-    with pytest.raises(CorruptError, match="verify"), open_session(cache.catalog) as session:
-        session.arrow("SELECT sum(mean_entropy) FROM chains")
-    shards[0].write_bytes(b"")
-    with pytest.raises(CorruptError):
-        open_session(cache.catalog)
-
-
-def test_a_damaged_page_is_reported(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "cache", num_chains=12)
-    # The last byte: the magic of the footer.
-    damage(next((cache.root / "chains").rglob("*.parquet")), 0.99999)
-    with pytest.raises(CorruptError), open_session(cache.catalog) as session:
-        session.arrow("SELECT * FROM chains")
-
-
 def test_exported_views_open_in_plain_duckdb(cache: SyntheticCache, tmp_path: Path) -> None:
     path = tmp_path / "views.duckdb"
     export_views({"main": cache.catalog, "again": cache.catalog}, path)
@@ -504,32 +452,34 @@ def test_a_folder_named_like_a_column_changes_nothing(tmp_path: Path) -> None:
     assert {row["split"] for row in rows} <= {"train", "heldout"}
 
 
-@pytest.mark.parametrize("table", ["chains", "verdicts"])
-def test_a_missing_file_is_named_with_its_remedy(tmp_path: Path, table: str) -> None:
+@pytest.mark.parametrize(
+    ("table", "change", "problem"),
+    [
+        ("chains", Path.unlink, "is registered but missing"),
+        ("verdicts", Path.unlink, "is registered but missing"),
+        ("chains", lambda path: path.write_bytes(path.read_bytes() + b"x"), r"has \d+ bytes, \d+ were registered"),
+        ("chains", lambda path: path.write_bytes(b""), r"has 0 bytes, \d+ were registered"),
+        ("verdicts", lambda path: damage(path, 0.1), ".*differs from the one in its name"),
+    ],
+)
+def test_damage_is_named_with_its_remedy_before_a_query(
+    tmp_path: Path, table: str, change: Callable[[Path], object], problem: str
+) -> None:
     catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
     files = {"chains": catalog.chains, "verdicts": catalog.verdicts}[table]
     path = on_disk(files.path_of(files.files()[-1]))
-    path.unlink()
-    with pytest.raises(CorruptError) as caught:
-        open_session(catalog)
-    assert str(caught.value) == (
-        f"{path} is registered but missing: teacher-cache verify {tmp_path / 'cache'} --quarantine"
-    )
-
-
-def test_a_shard_of_another_size_is_named(tmp_path: Path) -> None:
-    catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
-    path = on_disk(catalog.chains.path_of(catalog.chains.files()[-1]))
-    path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(CorruptError, match=r"bytes, \d+ were registered: teacher-cache verify .* --quarantine"):
+    change(path)
+    remedy = f"teacher-cache verify {tmp_path / 'cache'} --quarantine"
+    with pytest.raises(CorruptError, match=f"^{re.escape(str(path))} {problem}: {re.escape(remedy)}$"):
         open_session(catalog)
 
 
-def test_a_changed_byte_of_a_verdict_file_is_found_before_a_query(tmp_path: Path) -> None:
-    catalog = make_cache(tmp_path / "cache", num_chains=30).catalog
-    damage(catalog.verdicts.path_of(catalog.verdicts.files()[0]), 0.1)
-    with pytest.raises(CorruptError, match=r"differs from the one in its name: teacher-cache verify .* --quarantine"):
-        open_session(catalog)
+def test_a_damaged_footer_is_reported(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", num_chains=12)
+    # The last byte: the magic of the footer.
+    damage(next((cache.root / "chains").rglob("*.parquet")), 0.99999)
+    with pytest.raises(CorruptError), open_session(cache.catalog) as session:
+        session.arrow("SELECT * FROM chains")
 
 
 @pytest.mark.parametrize(

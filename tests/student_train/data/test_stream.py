@@ -87,7 +87,7 @@ def all_keys(frozen: Frozen, times: int = 1) -> Counter[tuple[int, int]]:
     return Counter({(row, token): times for row, length in enumerate(lengths) for token in range(length)})
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     world=st.sampled_from([1, 2, 3, 4, 7]),
     accumulation=st.integers(1, 3),
