@@ -131,11 +131,6 @@ def test_samples_are_found_by_how_they_begin(made: SyntheticCache, cache: Cache)
         cache.sample(common)
 
 
-def test_a_folder_without_a_cache_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a cache"):
-        open_cache(tmp_path)
-
-
 def test_a_folder_of_a_cache_names_the_cache(made: SyntheticCache) -> None:
     with pytest.raises(DataError, match=rf"did you mean {made.root}\?"):
         open_cache(made.root / "chains")
