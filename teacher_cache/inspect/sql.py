@@ -75,28 +75,28 @@ def open_caches(
 ) -> dict[str, Catalog]:
     """The cache as `main`, at the versions given, and those of `attach`, each `NAME=CACHE`, by their names."""
     catalogs = {"main": Catalog(cache, version, verdicts_version)}
-    for item in attach:
-        name, equals, folder = item.partition("=")
-        if not equals or not name or not folder:
-            raise ConfigError(f"--attach {item!r} is not of the form NAME=CACHE, for example r1=/data/r1-cache")
-        # SQL does not tell r1 from R1.
-        if name.lower() in map(str.lower, catalogs):
-            raise ConfigError(f"--attach {item!r}: the name {name!r} is taken, choose another")
-        catalogs[name] = Catalog(location(folder))
-    return catalogs
+    folders = _named(attach, "--attach", "NAME=CACHE, for example r1=/data/r1-cache", catalogs)
+    return catalogs | {name: Catalog(location(folder)) for name, folder in folders.items()}
 
 
 def own_files(items: Sequence[str]) -> dict[str, Path]:
     """The tables of `--with`, each `NAME=FILE`."""
-    files: dict[str, Path] = {}
+    named = _named(items, "--with", "NAME=FILE, for example mine=labels.csv", ())
+    return {name: Path(path) for name, path in named.items()}
+
+
+def _named(items: Sequence[str], option: str, form: str, taken: Iterable[str]) -> dict[str, str]:
+    """Each `NAME=VALUE` of a repeatable option, by name."""
+    named: dict[str, str] = {}
     for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"--with {item!r} is not of the form NAME=FILE, for example mine=labels.csv")
-        if name.lower() in map(str.lower, files):
-            raise ConfigError(f"--with {item!r}: the name {name!r} is taken, choose another")
-        files[name] = Path(path)
-    return files
+        name, _, value = item.partition("=")
+        if not name or not value:
+            raise ConfigError(f"{option} {item!r} is not of the form {form}")
+        # SQL does not tell r1 from R1.
+        if name.lower() in map(str.lower, [*taken, *named]):
+            raise ConfigError(f"{option} {item!r}: the name {name!r} is taken, choose another")
+        named[name] = value
+    return named
 
 
 def run_queries(
@@ -237,16 +237,11 @@ def csv_text(reader: pa.RecordBatchReader) -> Iterator[str]:
 
 def json_text(reader: pa.RecordBatchReader) -> Iterator[str]:
     """An array of objects, one a line. NaN and infinities, which JSON lacks, are null; times are ISO 8601."""
-    names = _distinct(reader.schema.names)
     yield "["
-    first = True
-    for batch in reader:
-        lines = [
-            json.dumps(dict(zip(names, map(_plain, row), strict=True)), ensure_ascii=False) for row in _rows(batch)
-        ]
-        if lines:
-            yield ("\n" if first else ",\n") + ",\n".join(lines)
-            first = False
+    before = "\n"
+    for line in json_lines_text(reader):
+        yield before + line.removesuffix("\n")
+        before = ",\n"
     yield "\n]\n"
 
 
