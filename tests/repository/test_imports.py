@@ -32,6 +32,11 @@ HOMES = {
     "deepspeed": {"student_train/runtime/engine.py"},
     "deltalake": {"shared/stillroom/cache/catalog.py"},
     "duckdb": {f"shared/stillroom/sql/{name}.py" for name in ("session", "statements", "user_files")},
+    "peft": {
+        *("student_train/model/student.py", "student_train/losses/fused_head.py", "student_train/exporting.py"),
+        # The one route of a teacher's adapter without vLLM; optional there.
+        "teacher_cache/states/transformers.py",
+    },
     "ray": {"teacher_cache/on_ray.py"},
     "httpx2": {"teacher_cache/engine/http/client.py", "student_train/compare/sides.py"},
 }
@@ -44,11 +49,11 @@ INSIDE_VLLM = HOMES["vllm"] | {
     "teacher_cache/engine/plugin/signals.py",
 }
 """Imported where vllm is, and therefore torch."""
-ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb", "ray"}
+ALWAYS_LAZY = {"deepspeed", "deltalake", "duckdb", "peft", "ray"}
 
 NEVER_IN = {
     "shared": {"torch", "vllm", "deepspeed", "peft"},
-    "teacher_cache": {"deepspeed", "peft"},
+    "teacher_cache": {"deepspeed"},
     "student_train": {"vllm"},
 }
 
