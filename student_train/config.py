@@ -55,6 +55,7 @@ __all__ = [
     "TrainConfig",
     "accumulation_of",
     "meaning_of",
+    "needs_no_zero",
     "packs_per_step",
     "stage_key",
 ]
@@ -371,6 +372,17 @@ class TrainConfig(StrictModel):
             if stage.negatives is not None and "dpo" in stage.losses and self.data.kind != "distributions":
                 raise ValueError(f"{key}: dpo needs data.kind: distributions")
         return self
+
+
+def needs_no_zero(engine: EngineConfig, num_ranks: int, *, on_cpu: bool) -> bool:
+    """Whether ZeRO would shard nothing, nor convert anything: not for half precision, which needs float32 copies."""
+    return (
+        num_ranks == 1
+        and on_cpu
+        and engine.precision == "float32"
+        and engine.zero_stage in (1, 2)
+        and not engine.offload_optimizer
+    )
 
 
 def packs_per_step(stage: StageConfig, data: DataConfig) -> int:

@@ -17,6 +17,7 @@ from student_train.config import (
     LoraConfig,
     StageConfig,
     TrainConfig,
+    needs_no_zero,
 )
 from student_train.data.features import StageFeatures
 from student_train.data.selection import SelectionHeader
@@ -200,7 +201,10 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
     """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk, teacher's head,
     ZeRO's bucket, and what the optimizer's step needs beyond the room of these four. `offloaded` lies in CPU memory.
     """
-    stage, engine = planned.config, config.engine
+    stage, engine, on_cpu = planned.config, config.engine, shutil.which("nvidia-smi") is None
+    if needs_no_zero(engine, num_ranks, on_cpu=on_cpu):
+        # OneRank steps on the weights and their gradients themselves, as without ZeRO.
+        engine = engine.updated(zero_stage=0)
     width = WEIGHT_BYTES[engine.precision]
     num_ends = shape.num_head * (1 if shape.has_tied_head else 2)
     trained = {
@@ -230,7 +234,7 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
         passing["teacher"] = num_ids * (planned.features.first.hidden_size * width + _chunk_tokens(engine) * 4)
     if engine.zero_stage >= 1:
         # Of a CPU's memory only what is written counts.
-        num_bucket = min(trained, BUCKET_ELEMENTS) if shutil.which("nvidia-smi") is None else BUCKET_ELEMENTS
+        num_bucket = min(trained, BUCKET_ELEMENTS) if on_cpu else BUCKET_ELEMENTS
         passing["bucket"] = num_bucket * width
     optimizer, step = optimizer_bytes(engine, trained, num_ranks)
     offloaded = 0.0

@@ -74,7 +74,7 @@ def _numbers(result: Json) -> Piece:
         Number(side["name"], percent(side["accuracy"] and side["accuracy"]["mean"]), _detail(side))
         for side in result["sides"]
     ]
-    return Numbers([*numbers, Number("teacher", percent(result["teacher_accuracy"]), "on the same prompts")])
+    return Numbers([*numbers, Number("cached teacher", percent(result["teacher_accuracy"]), "on the same prompts")])
 
 
 def _detail(side: Json) -> str:

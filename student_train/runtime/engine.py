@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import ConfigError, CorruptError, StillroomError, first_line
-from student_train.config import AdversarialConfig, EngineConfig, StageConfig
+from student_train.config import AdversarialConfig, EngineConfig, StageConfig, needs_no_zero
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE
 from student_train.losses.divergences import LossMix
@@ -65,6 +65,7 @@ class Engine:
         self._ranks = ranks
         self._student = student
         self._has_parted_weights = config.zero_stage == 3
+        self._clip_norm = stage.clip_norm
         # There DeepSpeed neither computes a gradient norm nor skips a step that is not finite: both are done here.
         self._is_plain = config.zero_stage == 0 and config.precision == "float32"
         self._own_norm: Tensor | None = None
@@ -93,7 +94,7 @@ class Engine:
             self._deepspeed.optimizer.optimizer.state.clear()
         self._one_rank: OneRank | None = None
         self._divisor = 1.0
-        if _needs_no_zero(config, ranks):
+        if needs_no_zero(config, ranks.num_ranks, on_cpu=ranks.device.type == "cpu"):
             self._one_rank = OneRank(self._deepspeed.optimizer, self._adam, stage.clip_norm)
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:
@@ -206,21 +207,12 @@ class Engine:
             # Not strict: frozen weights are not in the file.
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         assert path is not None
+        # DeepSpeed loads the saved limit too, but a run may resume with another.
+        self._deepspeed.optimizer.clip_grad = self._clip_norm or 0.0
 
     def close(self) -> None:
         """Frees DeepSpeed's memory; the engine cannot be used afterwards."""
         self._deepspeed.destroy()
-
-
-def _needs_no_zero(config: EngineConfig, ranks: Ranks) -> bool:
-    """Whether ZeRO would shard nothing, nor convert anything: not for half precision, which needs float32 copies."""
-    return (
-        ranks.num_ranks == 1
-        and ranks.device.type == "cpu"
-        and config.precision == "float32"
-        and config.zero_stage in (1, 2)
-        and not config.offload_optimizer
-    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -99,6 +99,10 @@ def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: S
     assert stage["num_tokens"] == sum(len(chain.token_ids) for chain in chains)
     assert stage["num_steps"] == -(-stage["packs_per_epoch"] // 4)
     assert planned["heldout_chains"] == len(cache.chains) - len(chains)
+    # One rank of a CPU needs no ZeRO: AdamW's moments only, and no bucket.
+    memory = stage["memory_gib_per_rank"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["weights"])
+    assert "bucket" not in memory
     assert not (tmp_path / "run").exists()
     code, out, _ = call("plan", config, "--set", "stages.0.epochs=3", "--nproc", "2")
     assert code == 0

@@ -471,6 +471,17 @@ def test_broken_weights_are_never_a_checkpoint_and_the_run_can_go_back(
     assert trainer.finish(slower)["num_steps"] == 7
 
 
+def test_another_clip_norm_counts_after_from_step(trainer: Trainer) -> None:
+    """In bfloat16, where DeepSpeed clips and would load the limit that it saved."""
+    stage: Json = {"max_steps": 3}
+    blocks: Json = {"eval": None, "checkpoint": {"every_steps": 1, "keep_last": 9}, "engine": {"precision": "bfloat16"}}
+    before = losses_of(trainer.run(trainer.config("run", stage, **blocks)))
+    train(trainer.config("run", {**stage, "clip_norm": 1e-9}, **blocks), trainer.ranks, StopRequest(), 1)
+    after = losses_of(RunFolder(trainer.folder / "run").read_metrics())
+    assert after[:2] == before[:2]
+    assert after[2] != before[2]
+
+
 def test_a_checkpoint_that_was_saved_broken_is_not_resumed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     config = trainer.config("run", {"max_steps": 3}, eval=None, checkpoint={"every_steps": 1, "keep_last": 9})
     trainer.run(config, stop_after=1)
