@@ -235,7 +235,9 @@ class Build:
     ) -> BuildResult:
         """The same where verdicts decide how many chains a prompt gets."""
         joined = JoinedWork[Prompt | Failure](
-            self.catalog.root, self.run_id, self.worker, prompts.visible, prompts.is_done, self._adopted, prompts.look
+            *(self.catalog.root, self.run_id, self.worker, prompts.visible, prompts.is_done, self._adopted),
+            on_look=prompts.look,
+            needs_engine=prompts.needs_engine,
         )
         wanted = prompts.requests(joined.parts(prompts.parts))
         return self._join(

@@ -27,7 +27,7 @@ WAIT_S = 0.5
 class Wait(enum.Enum):
     """Nothing to do at present: other workers hold all that is left, or it depends on verdicts to come.
 
-    READY comes once, before the first lease: there is work, for which an engine can be started.
+    READY comes once, before the first lease for which an engine has to be started.
     """
 
     WAIT = "wait"
@@ -73,17 +73,19 @@ class JoinedWork(Generic[T]):
         is_done: Callable[[T], bool],
         on_adopted: Callable[[], object] = lambda: None,
         on_look: Callable[[], None] = lambda: None,
+        needs_engine: Callable[[T], bool] = lambda _: True,
     ) -> None:
         """`visible` must be this object's own: tables are not thread-safe. `is_done` says of one thing in a part
         whether it is done, by what was visible at the last look; `on_look` is called at each look. `on_adopted` is
-        called after rows of a dead worker became visible.
+        called after rows of a dead worker became visible. `needs_engine` says of what is not done whether READY has to
+        come before it is leased.
         """
         self.leases = Leases(leases_folder(root, run_id), worker, self._adopt)
         self.num_visible = 0
         """Rows of the run in the Delta log, as of the last look."""
         self._root, self._run_id = root, run_id
         self._visible, self._is_done = visible, is_done
-        self._on_adopted, self._on_look = on_adopted, on_look
+        self._on_adopted, self._on_look, self._needs_engine = on_adopted, on_look, needs_engine
         self._held: dict[str, Sequence[T]] = {}
         self._looked_s = 0.0
 
@@ -124,7 +126,7 @@ class JoinedWork(Generic[T]):
                     # What they published needs no engine.
                     self.leases.bury_dead()
                     self._look()
-                    if self._undone(made):
+                    if any(map(self._needs_engine, self._undone(made))):
                         # Nothing is leased while an engine loads, perhaps for minutes: others can do it meanwhile.
                         is_ready = True
                         yield Wait.READY

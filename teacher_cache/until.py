@@ -220,15 +220,23 @@ class JoinedPrompts:
         if isinstance(one, Failure):
             return one.sample_id in self._failures
         for sample_id, counts in self.until.seen(one):
-            if sample_id not in self._chains:
-                if sample_id not in self._failures:
-                    return False
-            elif counts.is_judged and not self._verdicts.has(sample_id):
+            if self._lacks_chain(sample_id) or self._lacks_verdict(sample_id, counts):
                 return False
         if one.prompt_id not in self._own and one.prompt_id not in self._spared:
             self._spared.add(one.prompt_id)
             self.until.num_spared += counts.most - counts.next_index
         return True
+
+    def needs_engine(self, one: Prompt | Failure) -> bool:
+        """Whether it lacks a chain, and not only verdicts, which may spare it further chains."""
+        if isinstance(one, Failure):
+            return True
+        for sample_id, counts in self.until.seen(one):
+            if self._lacks_verdict(sample_id, counts):
+                return False
+            if self._lacks_chain(sample_id):
+                return True
+        return False
 
     def requests(
         self, offered: Iterator[tuple[str, Sequence[Prompt | Failure]] | Wait]
@@ -256,12 +264,18 @@ class JoinedPrompts:
             sample_id
             for prompt in prompts
             for sample_id, counts in self.until.seen(prompt)
-            if counts.is_judged and sample_id in self._chains and not self._verdicts.has(sample_id)
+            if self._lacks_verdict(sample_id, counts)
         ]
         if unjudged:
             where = f"sample_id IN ({', '.join(map(repr, unjudged))})"
             judge_cache(self._config.cache, where=where, num_processes=self._config.judging.processes)
             self._verdicts.refresh()
+
+    def _lacks_chain(self, sample_id: str) -> bool:
+        return sample_id not in self._chains and sample_id not in self._failures
+
+    def _lacks_verdict(self, sample_id: str, counts: _Prompt) -> bool:
+        return counts.is_judged and sample_id in self._chains and not self._verdicts.has(sample_id)
 
 
 class SeenVerdicts:

@@ -199,6 +199,16 @@ def test_workers_join_and_take_over_from_the_dead(
     assert join(config, prompts(), lambda: pytest.fail("nothing is left to generate")).num_total == len(ids) + 1
 
 
+def test_a_worker_that_only_judges_starts_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, BuildResult]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache.writer.recorder, "commit_verdicts", lambda *_: None)
+        join(config_of(tmp_path / "c"), prompts(), lambda: DyingEngine(10**6))
+    join(config_of(tmp_path / "c"), prompts(), lambda: pytest.fail("nothing is left to generate"))
+    assert right_by_prompt(tmp_path / "c") == right_by_prompt(whole[0])
+
+
 def test_a_failed_sample_is_not_a_right_one(tmp_path: Path) -> None:
     def refuse(request: Request) -> str | None:
         return "not this one" if request.prompt.messages[0].content.endswith("7") else None
