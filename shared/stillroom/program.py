@@ -114,9 +114,17 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
     # Python's own order: wait for threads and what their pools still hold, then temporary folders, processes, logs.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+    # A stream is None where its descriptor was closed: `>&-`.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
             stream.flush()
+        except BrokenPipeError:
+            code = code or 128 + signal.SIGPIPE
+        except OSError as error:
+            code = code or FAILED
+            # A full disk: the result is lost.
+            with contextlib.suppress(OSError):
+                note(f"{stream.name} cannot be written: {error.strerror}")
     os._exit(code)
 
 

@@ -86,3 +86,14 @@ run_and_leave(main)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "written, cleaned", "")
+
+
+@pytest.mark.parametrize(
+    ("stdout", "code", "said"),
+    [(">/dev/full", 1, "<stdout> cannot be written: No space left on device\n"), (">&-", 0, ""), ("| true", 0, "")],
+)
+def test_a_result_that_cannot_be_written_is_a_failure(stdout: str, code: int, said: str) -> None:
+    script = "import time; from stillroom.program import run_and_leave; run_and_leave(lambda: print(time.sleep(0.1)))"
+    command = f"env -u PYTHONUNBUFFERED {sys.executable} -c '{script}' {stdout}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
