@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ from teacher_cache.prompts.prompts import (
     num_requests,
     part_name,
     requests,
+    samples_by_source,
     sampling_of,
 )
 from teacher_cache.scrub.chains import ChainCheck
@@ -150,7 +151,9 @@ def build_loaded(
         if share is None:
             maker = RequestMaker(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint)
             parts = functools.partial(_parts, maker, failures)
-            return build.join(parts, num_total, start_engine, retry_failures=retry_failures)
+            samples = samples_by_source(config)
+            of_prompts = {prompt.prompt_id: samples[prompt.source] for prompt in loaded.prompts}
+            return build.join(parts, num_total, start_engine, of_prompts, retry_failures=retry_failures)
         wanted = requests(config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint, share)
         return build.run(itertools.chain(failures, wanted), num_total, start_engine, retry_failures=retry_failures)
 
@@ -220,11 +223,14 @@ class Build:
         parts: Callable[[], Iterable[Part]],
         num_total: int,
         start_engine: Callable[[], Engine],
+        wanted: Mapping[str, int] | None = None,
         *,
         retry_failures: bool,
     ) -> BuildResult:
-        """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever."""
-        visible = rows_of_builds(self.catalog)
+        """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever. Of a run with
+        more prompts, progress counts only those in `wanted`, the number of samples of each.
+        """
+        visible = rows_of_builds(self.catalog, wanted)
         joined = JoinedWork[Request | Failure](
             self.catalog.root, self.run_id, self.worker, visible, is_in(visible), self._adopted
         )
@@ -315,7 +321,9 @@ class Build:
 
     def num_left(self, num_total: int) -> int:
         """Roughly how many chains are left: exact where this worker wrote all that is there of the run."""
-        own = f"{self.run_id}/" if self._joined is not None else f"{self.run_id}/{self.worker}-"
+        if self._joined is not None:
+            return max(0, num_total - self._joined.num_done(0))
+        own = f"{self.run_id}/{self.worker}-"
         return max(
             0, num_total - sum(file.num_rows for file in self.catalog.chains.files() if file.path.startswith(own))
         )
@@ -383,8 +391,7 @@ class Build:
         spared = 0 if self._until is None else self._until.num_spared
         if self._joined is None:
             return pending.num_skipped + recorded.num_chains + recorded.num_failures + spared
-        others = sum(one.num_uncommitted for one in self._joined.leases.others)
-        return self._joined.num_visible + others + _num_uncommitted(recorded) + spared
+        return self._joined.num_done(_num_recorded(recorded)) + spared
 
     def _notes(self, recorded: Recorded) -> dict[str, str]:
         size = {} if recorded.bytes_per_token is None else {"": f"{recorded.bytes_per_token:.0f} B/token"}
@@ -395,13 +402,14 @@ class Build:
 
     def _report(self, num_tokens: int, seconds: float, recorded: Recorded) -> None:
         if self._joined is not None:
-            rate, num_uncommitted = num_tokens / max(seconds, 1e-9), _num_uncommitted(recorded)
-            self._joined.leases.report(num_tokens=num_tokens, tokens_per_s=rate, num_uncommitted=num_uncommitted)
+            rate, num_done = num_tokens / max(seconds, 1e-9), _num_recorded(recorded)
+            self._joined.leases.report(num_tokens=num_tokens, tokens_per_s=rate, num_done=num_done)
 
     def _result(
         self, num_total: int, pending: "_Pending", recorded: Recorded, seconds: float, stopped: str | None
     ) -> BuildResult:
-        num_done_before, num_adopted = pending.num_skipped, self.num_adopted
+        num_done_before = pending.num_skipped if self._joined is None else self._joined.num_before
+        num_adopted = self.num_adopted
         num_total -= 0 if self._until is None else self._until.num_spared
         return BuildResult(
             self.run_id, self.worker, num_total, num_done_before, num_adopted, recorded, seconds, stopped
@@ -716,8 +724,8 @@ def _warn_of_other_entropies(known: RunManifest, info: EngineInfo) -> None:
         )
 
 
-def _num_uncommitted(recorded: Recorded) -> int:
-    return recorded.num_chains - recorded.num_committed
+def _num_recorded(recorded: Recorded) -> int:
+    return recorded.num_chains + recorded.num_failures
 
 
 def _parts(maker: RequestMaker, failures: Sequence[Failure]) -> Iterator[Part]:

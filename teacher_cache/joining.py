@@ -7,11 +7,12 @@ WAIT while other workers hold what is left.
 import contextlib
 import enum
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Final, Generic, Protocol, Self, TypeVar
 
-from stillroom.cache.catalog import Catalog
+from stillroom.cache.catalog import SHARD_NAME, Catalog
 from stillroom.errors import CacheConflict, StillroomError
 from stillroom.log import format_plural, note
 from stillroom.storage.paths import Location
@@ -38,10 +39,12 @@ class Wait(enum.Enum):
 WAIT: Final = Wait.WAIT
 
 
-def rows_of_builds(catalog: Catalog) -> list[VisibleSamples]:
-    """What counts as done in a build: chains and failures, read with tables of their own."""
+def rows_of_builds(catalog: Catalog, wanted: Mapping[str, int] | None = None) -> list[VisibleSamples]:
+    """What counts as done in a build: chains and failures, read with tables of their own. `wanted` is the number of
+    samples of each prompt.
+    """
     own = Catalog(catalog.root)
-    return [VisibleSamples(own.chains), VisibleSamples(own.failures)]
+    return [VisibleSamples(table, wanted=wanted) for table in (own.chains, own.failures)]
 
 
 class Sampled(Protocol):
@@ -81,8 +84,10 @@ class JoinedWork(Generic[T]):
         come before it is leased.
         """
         self.leases = Leases(leases_folder(root, run_id), worker, self._adopt)
-        self.num_visible = 0
-        """Rows of the run in the Delta log, as of the last look."""
+        self.num_before = 0
+        """Chains and failures of all workers at the first look."""
+        self._num_visible: Counter[str] = Counter()
+        self._num_done = 0
         self._root, self._run_id = root, run_id
         self._visible, self._is_done = visible, is_done
         self._on_adopted, self._on_look, self._needs_engine = on_adopted, on_look, needs_engine
@@ -115,6 +120,7 @@ class JoinedWork(Generic[T]):
         `parts` is called again for those that other workers hold.
         """
         self._look()
+        self.num_before = self.num_done(0)
         settled: set[str] = set()
         is_ready = False
         while True:
@@ -158,6 +164,17 @@ class JoinedWork(Generic[T]):
                 yield WAIT
             self._look()
 
+    def num_done(self, num_own: int) -> int:
+        """Chains and failures of all workers, `num_own` of them finished by this one. Never less than before: what died
+        uncommitted is counted until it is done again.
+        """
+        # By worker, because the log and the heartbeats are read at different times: neither alone knows all, and a
+        # chain that was just committed is in both.
+        num = Counter({one.worker: one.num_done for one in self.leases.others}) | self._num_visible
+        num[self.leases.worker] = num_own
+        self._num_done = max(self._num_done, num.total())
+        return self._num_done
+
     def settle(self) -> None:
         """Gives back what is done, before an engine takes its time to end: others wait for these parts."""
         # What cannot be given back now is when this ends, or expires.
@@ -172,10 +189,12 @@ class JoinedWork(Generic[T]):
         for visible in self._visible:
             visible.refresh()
         self._on_look()
-        own = f"{self._run_id}/"
-        self.num_visible = sum(
-            file.num_rows for one in self._visible for file in one.table.files() if file.path.startswith(own)
-        )
+        self._num_visible = Counter()
+        for one in self._visible:
+            for file in one.table.files():
+                folder, _, name = file.path.rpartition("/")
+                if folder == self._run_id and (match := SHARD_NAME.match(name)) is not None:
+                    self._num_visible[match["worker"]] += one.num_wanted(file)
         for name in self.leases.own:
             if all(map(self._is_done, self._held[name])):
                 self.leases.release(name)

@@ -194,12 +194,14 @@ class JoinedPrompts:
     ) -> None:
         """`failures` are rows that became no prompt, a part of their own."""
         self._config, self._prompts, self._malformed = config, prompts, failures
-        self.visible = rows_of_builds(catalog)
+        wanted: dict[str, int] = {}
+        self.visible = rows_of_builds(catalog, wanted)
         self._chains, self._failures = self.visible
         self._verdicts = SeenVerdicts(Catalog(catalog.root).verdicts)
         maker = RequestMaker(config, prompts, teacher.tokenizer, teacher.record.fingerprint)
         self.until = UntilRight(config, (), maker, self._chains, self._failures, self._verdicts)
-        self.num_total = len(failures) + sum(map(self.until.most_of, prompts))
+        wanted.update((prompt.prompt_id, self.until.most_of(prompt)) for prompt in prompts)
+        self.num_total = len(failures) + sum(wanted.values())
         self._own: set[str] = set()
         self._spared: set[str] = set()
 

@@ -240,8 +240,8 @@ class FeaturesPass:
             show()
 
         def show() -> None:
-            self._report(done, out, time.monotonic() - started_s)
-            progress.update(self._num_done(num_before, num_total, done, out), done.num_tokens, self._notes(done))
+            self._report(done, time.monotonic() - started_s)
+            progress.update(self._num_done(num_before, num_total, done), done.num_tokens, self._notes(done))
 
         # Left in reverse: encoding saves its last batch into `out`, which then commits, and both show progress.
         with (
@@ -279,23 +279,21 @@ class FeaturesPass:
             for batch in batches(read_unit(self.catalog, unit, todo, frac), self.config.engine.batch_tokens):
                 yield unit, batch
 
-    def _num_done(self, num_before: int, num_total: int, done: "_Done", out: "_Output") -> int:
+    def _num_done(self, num_before: int, num_total: int, done: "_Done") -> int:
         """Chains so far: of this worker's share, or of all workers that joined."""
         if self._joined is None:
             return num_before + done.num_chains
-        others = sum(one.num_uncommitted for one in self._joined.leases.others)
         # The set may have more chains than were chosen.
-        return min(num_total, self._joined.num_visible + others + done.num_chains - out.num_committed)
+        return min(num_total, self._joined.num_done(done.num_chains))
 
     def _notes(self, done: "_Done") -> dict[str, str]:
         size = {"": f"{done.size_bytes / max(done.num_tokens, 1):.0f} B/token"}
         return size if self._joined is None else {**size, "others": self._joined.leases.pace_of_others}
 
-    def _report(self, done: "_Done", out: "_Output", seconds: float) -> None:
+    def _report(self, done: "_Done", seconds: float) -> None:
         if self._joined is not None:
             rate = done.num_tokens / max(seconds, 1e-9)
-            uncommitted = done.num_chains - out.num_committed
-            self._joined.leases.report(num_tokens=done.num_tokens, tokens_per_s=rate, num_uncommitted=uncommitted)
+            self._joined.leases.report(num_tokens=done.num_tokens, tokens_per_s=rate, num_done=done.num_chains)
 
     def _recover(self, own_abandoned_s: float) -> int:
         """Adopts files of this set that workers published but did not commit, except those of running workers."""
@@ -385,7 +383,6 @@ class _Output:
         self._unit: Unit | None = None
         self._opened_s = 0.0
         self.size_bytes = 0
-        self.num_committed = 0
 
     def __enter__(self) -> "_Output":
         return self
@@ -424,7 +421,6 @@ class _Output:
         try:
             file.close()
             self._features._committer.commit(file.temp, file.sample_ids)
-            self.num_committed += len(file.sample_ids)
             self._features.drop_if_gone(file.chains_file)
         except OSError as error:
             file.discard()

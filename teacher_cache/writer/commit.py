@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -45,12 +45,15 @@ T = TypeVar("T")
 class VisibleSamples:
     """Ids of a table's visible samples, updated file by file; about 100 bytes per sample.
 
-    With `within` only files of that folder count: a sample has features once per set.
+    With `within` only files of that folder count: a sample has features once per set. `wanted` holds the number of
+    samples of each prompt of a configuration, for `num_wanted`.
     """
 
-    def __init__(self, table: Table, within: str | None = None) -> None:
+    def __init__(self, table: Table, within: str | None = None, wanted: Mapping[str, int] | None = None) -> None:
         self.table = table
         self._prefix = "" if within is None else f"{within}/"
+        self._wanted = wanted
+        self._num_wanted: dict[str, int] = {}
         self._read: set[str] = set()
         self._ids: set[bytes] = set()
 
@@ -65,7 +68,25 @@ class VisibleSamples:
             self._ids.clear()
         for file in files:
             if file.path not in self._read and file.path.startswith(self._prefix):
-                self.add(file.path, read_sample_ids(self.table.path_of(file)))
+                self.add(file.path, self._sample_ids(file))
+
+    def num_wanted(self, file: DataFile) -> int:
+        """Rows of a visible file that are of wanted prompts, or all."""
+        return self._num_wanted.get(file.path, file.num_rows)
+
+    def _sample_ids(self, file: DataFile) -> list[str]:
+        path = self.table.path_of(file)
+        if self._wanted is None:
+            return read_sample_ids(path)
+        columns = read_columns(path, ["sample_id", "prompt_id", "sample_index"]).columns
+        ids: list[str] = columns[0].to_pylist()
+        prompts, indices = columns[1].to_pylist(), columns[2].to_pylist()
+        self._num_wanted[file.path] = sum(
+            # Malformed rows are failures without a prompt.
+            not prompt or index < self._wanted.get(prompt, 0)
+            for prompt, index in zip(prompts, indices, strict=True)
+        )
+        return ids
 
     def add(self, path: str, sample_ids: Iterable[str]) -> None:
         """Adds the ids of a visible file that are known without reading it."""

@@ -37,7 +37,7 @@ _LEASE = re.compile(r"^(?P<part>[0-9a-z-]+)\.(?P<epoch>\d{6})\.lease$")
 
 
 class WorkerState(BaseModel):
-    """A heartbeat. `num_uncommitted` chains and failures are finished and not yet in the Delta log."""
+    """A heartbeat. `num_done` chains and failures are finished, in the Delta log or not yet."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,7 +45,7 @@ class WorkerState(BaseModel):
     host: str
     pid: int
     started_at: float
-    num_uncommitted: int = 0
+    num_done: int = 0
     num_tokens: int = 0
     tokens_per_s: float = 0.0
 

@@ -121,7 +121,8 @@ def join_build(config: BuildConfig, requests: Sequence[Request], start_engine: C
     """One process' build of parts that no other one has."""
     build = Build(config, make_teacher(), new_worker_name())
     try:
-        return build.join(lambda: parts_of(requests), len(requests), start_engine, retry_failures=False)
+        wanted = {one.prompt.prompt_id: 1 for one in requests}
+        return build.join(lambda: parts_of(requests), len(requests), start_engine, wanted, retry_failures=False)
     finally:
         build.close()
 

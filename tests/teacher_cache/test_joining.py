@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, DataError
+from stillroom.log import Progress
 from stillroom.storage.paths import create_file
 from teacher_cache.building import Build
 from teacher_cache.engine.fake import FakeEngine
@@ -20,7 +22,7 @@ from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import own_share
 from teacher_cache.writer import leases
 from teacher_cache.writer.commit import read_sample_ids
-from teacher_cache.writer.leases import Leases, leases_folder
+from teacher_cache.writer.leases import Leases, WorkerState, leases_folder
 from tests.helpers.caches import make_cache, visible_ids
 from tests.helpers.fake_builds import (
     EOS_ID,
@@ -155,8 +157,10 @@ def test_a_worker_that_hangs_falls_silent(tmp_path: Path, dead: list[str], monke
         assert other.claim("0-a")
 
 
-def test_joined_workers_do_everything_once(tmp_path: Path) -> None:
+def test_joined_workers_do_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, requests = tmp_path / "c", make_requests(160)
+    shown: defaultdict[Progress, list[int]] = defaultdict(list)
+    monkeypatch.setattr(Progress, "update", lambda progress, done, *_: shown[progress].append(done))
     with ThreadPoolExecutor(3) as pool:
         results = list(
             pool.map(lambda _: join_build(make_config(cache), requests, lambda: make_engine(0.02)), range(3))
@@ -166,11 +170,38 @@ def test_joined_workers_do_everything_once(tmp_path: Path) -> None:
     # No chain was generated twice, and no worker sat idle.
     assert sum(done) == 160
     assert min(done) > 0
+    # Progress never goes back, and the last worker to end shows what is there.
+    assert all(counts == sorted(counts) for counts in shown.values())
+    assert max(counts[-1] for counts in shown.values()) == 160
     report = verify_cache(cache)
     assert (report.ok, report.orphans) == (True, [])
     run = Catalog(cache).chains.files()[0].path.partition("/")[0]
     assert list(leases_folder(cache, run).iterdir()) == []
     assert list((cache / "runs").glob("*.lock")) == []
+
+
+def test_chains_of_other_prompts_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, requests = tmp_path / "c", make_requests(40)
+    join_build(make_config(cache), requests[:20], make_engine)
+    shown: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda _, done, *__: shown.append(done))
+    result = join_build(make_config(cache), requests[15:], make_engine)
+    assert (result.num_done_before, result.recorded.num_chains, result.num_total) == (5, 20, 25)
+    assert (min(shown), shown[-1]) == (5, 25)
+
+
+def test_what_a_heartbeat_and_the_log_both_tell_counts_once(tmp_path: Path) -> None:
+    cache, requests = tmp_path / "c", make_requests(16)
+    first = join_build(make_config(cache), requests[:8], make_engine)
+    visible = rows_of_builds(Catalog(cache))
+    work: JoinedWork[Any] = JoinedWork(cache, first.run_id, "jnew", visible, is_in(visible))
+    states = work.leases._others = [WorkerState(worker=first.worker, host="", pid=1, started_at=0.0, num_done=11)]
+    assert work.num_done(2) == 13
+    work._look()
+    assert work.num_done(2) == 13
+    states.clear()
+    # It left, or died with three chains uncommitted: they count until they are done again.
+    assert (work.num_done(2), work.num_done(6)) == (13, 14)
 
 
 @pytest.mark.parametrize("slow", ["to start", "to end"])
