@@ -38,6 +38,7 @@ from teacher_cache.prompts.prompts import (
     Part,
     RequestMaker,
     WorkerShare,
+    heldout_problem,
     load_prompts,
     num_requests,
     part_name,
@@ -103,6 +104,8 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
     scrubber = scrubber_of(config)
     loaded = load_prompts(config.prompts, scrubber)
     _note_loaded(loaded)
+    if (problem := heldout_problem(config.prompts, loaded.prompts)) is not None:
+        note(problem)
     if loaded.unanswered:
         raise ConfigError(
             f"{format_plural(loaded.unanswered.total(), 'variant')} of prompts.augment still need the teacher: run "

@@ -32,13 +32,29 @@ from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
 from teacher_cache.building import run_id_of, scrubber_of
-from teacher_cache.config import BuildConfig, OpenAIConfig, RunConfig, ScoreConfig, ServerConfig, extra_sampling
+from teacher_cache.config import (
+    BuildConfig,
+    EmbeddedConfig,
+    OpenAIConfig,
+    RunConfig,
+    ScoreConfig,
+    ServerConfig,
+    extra_sampling,
+)
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.inspect.stats import BILLED
 from teacher_cache.joining import Wait
 from teacher_cache.prompts.completions import Completions
-from teacher_cache.prompts.prompts import LoadedPrompts, RequestMaker, load_prompts, num_requests, requests
+from teacher_cache.prompts.config import PromptsConfig
+from teacher_cache.prompts.prompts import (
+    LoadedPrompts,
+    RequestMaker,
+    heldout_problem,
+    load_prompts,
+    num_requests,
+    requests,
+)
 from teacher_cache.scrub.counts import counted, sample_of, total_of
 from teacher_cache.scrub.settings import unscrubbed_chains, unscrubbed_problem
 from teacher_cache.until import UntilRight, require_judged, right_samples
@@ -149,10 +165,11 @@ class BuildPlan:
 
 def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
     """Raises DataError or ConfigError as `build` would before it starts. `num_shown` prompts are in `shown`."""
+    _check_values(config)
     loaded = load_prompts(config.prompts, scrubber_of(config))
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.prompts.sources])
-    _count_prompts(plan, loaded)
+    _count_prompts(plan, loaded, config.prompts)
     if config.sampling.until is None:
         stream: Iterable[Request | Failure] = requests(
             config, loaded.prompts, teacher.tokenizer, teacher.record.fingerprint
@@ -170,6 +187,7 @@ def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
 
 def plan_score(config: ScoreConfig, num_shown: int = 0) -> BuildPlan:
     """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before it starts."""
+    _check_values(config)
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.completions.sources])
     with Completions(config, teacher, scrubber_of(config)) as completions:
@@ -270,6 +288,13 @@ def _shown(request: Request, tokenizer: Any) -> ShownPrompt:
     return ShownPrompt(prompt.source, prompt.prompt_id, len(ids), text(ids), completion, prompt.reference)
 
 
+def _check_values(config: BuildConfig | ScoreConfig) -> None:
+    if isinstance(config.engine, EmbeddedConfig):
+        from teacher_cache.engine.vllm import check_values
+
+        check_values(config.engine, extra_sampling(config))
+
+
 def _new_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, sources: Sequence[str]) -> BuildPlan:
     """A plan that counts nothing yet, with the state of a server engine's endpoints."""
     plan = BuildPlan(run_id_of(config, teacher.record), str(config.cache), sources=[SourcePlan(one) for one in sources])
@@ -281,7 +306,7 @@ def _new_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, sou
     return plan
 
 
-def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
+def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts, config: PromptsConfig) -> None:
     sources = {one.source: one for one in plan.sources}
     for prompt in loaded.prompts:
         sources[prompt.source].num_prompts += 1
@@ -300,6 +325,7 @@ def _count_prompts(plan: BuildPlan, loaded: LoadedPrompts) -> None:
         *_examples("contaminated", [f"{one.where} overlaps {one.against}" for one in loaded.contaminated]),
         *(f"no variant: {reason} ({num:,})" for reason, num in loaded.without_variant.most_common()),
         *_without_verdict(loaded),
+        *([] if (problem := heldout_problem(config, loaded.prompts)) is None else [problem]),
     ]
 
 

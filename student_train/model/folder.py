@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import Json
-from stillroom.errors import ConfigError, StillroomError, one_line
+from stillroom.errors import ConfigError, DataError, StillroomError, one_line
 from stillroom.log import warn
 from stillroom.storage.paths import TEMP_SUFFIX, sync_file, sync_folder
 
@@ -23,15 +23,18 @@ version 5 reads them too and misses its own settings."""
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill, then flushes and renames it to `path`; removes it on error.
 
-    Raises ConfigError if `path` exists and is not empty, StillroomError if weights cannot be written (a full disk).
+    Raises ConfigError if `path` exists and is not empty, DataError if its folder cannot be written, StillroomError if
+    weights cannot be (a full disk).
     """
     # Here, as torch is: other commands import this module for its folders alone.
     from safetensors import SafetensorError
 
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
-    temp.mkdir()
+    try:
+        temp.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}): use a folder you can write to") from error
     try:
         yield temp
         for file in temp.rglob("*"):

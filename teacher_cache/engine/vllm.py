@@ -505,6 +505,20 @@ def _adapter_args(path: str | None, scores: bool) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank, "lora_target_modules": names}
 
 
+def check_values(config: EmbeddedConfig, sampling: Mapping[str, Any]) -> None:
+    """Raises ConfigError for values of `engine.vllm` and `sampling.vllm` that this vLLM does not take. Checks nothing
+    where vLLM is not installed.
+    """
+    # The import takes seconds.
+    if source_folder() is None or not (config.vllm or sampling):
+        return
+    with quiet_start():
+        from teacher_cache.engine.vllm_switches import typed
+
+        typed("engine", config.vllm)
+        typed("sampling", sampling)
+
+
 def _typed_switches(config: EmbeddedConfig) -> dict[str, Any]:
     if not config.vllm:
         return {}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import ConfigError, DataError
-from stillroom.log import Progress
+from stillroom.log import Progress, format_plural
 from stillroom.schema.records import Prompt, sample_id_of, stable_hash
 from teacher_cache.config import BuildConfig, SamplingConfig
 from teacher_cache.engine.api import Failure, Request
@@ -141,6 +141,16 @@ def prompts_to_vary(config: PromptsConfig, scrubber: "Scrubber | None" = None) -
     """The prompts that variants are made of. Raises DataError as `load_prompts` does."""
     evaluation = None if config.decontaminate is None else EvaluationTexts(config.decontaminate)
     return [*_read_sources(config, evaluation, scrubber)[1].values()]
+
+
+def heldout_problem(config: PromptsConfig, prompts: Sequence[Prompt]) -> str | None:
+    """Says so if `heldout_frac` holds out none of the prompts."""
+    if not config.heldout_frac or any(prompt.split == "heldout" for prompt in prompts):
+        return None
+    return (
+        f"no prompt is held out: prompts.heldout_frac={config.heldout_frac:g} chooses by hash, and of "
+        f"{format_plural(len(prompts), 'prompt')} none was chosen: raise it or add prompts"
+    )
 
 
 def samples_by_source(config: BuildConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Capture, stable_hash
 from teacher_cache.building import Build, run_id_of
-from teacher_cache.config import BuildConfig
+from teacher_cache.config import BuildConfig, EmbeddedConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.plan import disk_warning, plan_build, plan_lines, shown_lines
@@ -207,6 +207,33 @@ def test_rows_left_out_are_counted_beyond_the_first_few(folder: Path) -> None:
     assert sum(line.startswith("malformed: ") for line in plan.examples) == 4
     plan.num_duplicates = 1
     assert "5 malformed, 1 duplicate, 0 contaminated" in "\n".join(plan_lines(plan))
+
+
+def test_values_of_switches_are_checked_before_prompts_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(engine: EmbeddedConfig, sampling: dict[str, Any]) -> None:
+        raise ConfigError(f"{engine.vllm} {sampling}")
+
+    monkeypatch.setattr("teacher_cache.engine.vllm.check_values", refuse)
+    monkeypatch.setattr("teacher_cache.plan.load_prompts", None)
+    config = config_of(folder, engine={"vllm": {"block_size": 64}}, sampling={"vllm": {"min_tokens": 2}})
+    with pytest.raises(ConfigError, match=r"\{'block_size': 64\} \{'min_tokens': 2\}"):
+        plan_build(config)
+
+
+def test_a_heldout_split_without_prompts_is_noted(folder: Path) -> None:
+    config = config_of(folder)
+    config = config.updated(prompts=config.prompts.updated(heldout_frac=1e-9))
+    assert "no prompt is held out: prompts.heldout_frac=1e-09" in "\n".join(plan_lines(plan_build(config)))
+
+
+def test_a_configuration_given_as_cache_names_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.yaml"
+    path.write_text("cache: runs/c")
+    with pytest.raises(DataError, match=r"teacher\.yaml is a configuration file: use the cache that it names, runs/c"):
+        Catalog(path)
+    path.write_text("a: [")
+    with pytest.raises(DataError, match=r"teacher\.yaml is a file: use the folder of a cache"):
+        Catalog(path)
 
 
 def test_a_file_is_refused_as_cache(folder: Path) -> None:

@@ -158,7 +158,14 @@ def check_reachable(root: Location) -> None:
 
 
 def require_cache(root: Location) -> None:
-    """Raises DataError if there is no cache at `root`, naming one up to two folders below or above it."""
+    """Raises DataError if there is no cache at `root`, naming one up to two folders below or above it, or the one that
+    a configuration names.
+    """
+    if isinstance(root, Path) and root.is_file():
+        named = _cache_named_in(root)
+        if named is None:
+            raise DataError(f"{root} is a file: use the folder of a cache")
+        raise DataError(f"{root} is a configuration file: use the cache that it names, {named}")
     if (root / "chains" / "_delta_log").is_dir():
         return
     problem = f"{root} is not a cache"
@@ -173,6 +180,19 @@ def require_cache(root: Location) -> None:
             if (parent / "chains" / "_delta_log").is_dir():
                 raise DataError(f"{problem}: did you mean {parent}?")
     raise DataError(f"{problem}: it has no chains/_delta_log (build one with `teacher-cache build`)")
+
+
+def _cache_named_in(path: Path) -> str | None:
+    import yaml
+
+    if path.suffix not in (".yaml", ".yml"):
+        return None
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    named = data.get("cache") if isinstance(data, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def open_parquet(path: Location, **options: Any) -> "pq.ParquetFile":
@@ -243,6 +263,13 @@ def check_out(flag: str, out: Path, caches: Sequence[Location] = ()) -> None:
     # Not created: a missing folder is more often a typo than intended.
     if not out.absolute().parent.is_dir():
         raise DataError(f"{flag} {out}: there is no folder {out.parent}: create it, or use an existing one")
+    # Tried, as the rights of a folder say nothing of /proc or of a read-only disk.
+    probe = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"{flag} {out} cannot be written ({error.strerror}): use a folder you can write to") from error
 
 
 def write_text_atomic(path: Location, text: str) -> None:

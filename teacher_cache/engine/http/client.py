@@ -264,6 +264,7 @@ def _broken(error: httpx2.RequestError) -> Unavailable:
         problem = f"does not answer within {CONNECT_TIMEOUT_S:.0f} s"
     else:
         problem = _one_line(str(error)) or type(error).__name__
+        problem += " (does a server run there?)" if never_sent else ""
     return Unavailable(problem, was_sent=not never_sent)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Mix
 
 from stillroom.errors import ConfigError, DataError
 from student_train.config import LoraConfig, StudentConfig
-from student_train.model.folder import save_model
+from student_train.model.folder import atomic_folder, save_model
 from student_train.model.shape import model_shape
 from student_train.model.student import add_lora, load_causal
 from tests.helpers.students import make_student, make_tokenizer
@@ -133,3 +133,8 @@ def test_lora_on_experts() -> None:
         adapted(LoraConfig(targets=["experts.down_proj"], dropout=0.1))
     with pytest.raises(ConfigError, match=r"lora.targets=\['nothing'\]: Target modules"):
         adapted(LoraConfig(targets=["nothing"]))
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(DataError, match=r"^/proc/ex cannot be written \("), atomic_folder(Path("/proc/ex")):
+        pass

@@ -183,6 +183,14 @@ slip = said("sampling", {"repetition_detection": {"max_patern_size": 2}})
 assert "unknown key 'max_patern_size': did you mean 'max_pattern_size'?" in slip
 assert "sampling.vllm.min_tokens: must be a valid integer" in said("sampling", {"min_tokens": "x"})
 assert said("sampling", {"logit_bias": {50: 1.0}, "stop": "x"}) is None
+from teacher_cache.config import EmbeddedConfig
+from teacher_cache.engine.vllm import check_values
+for engine, sampling in (({"block_size": [1]}, {}), ({}, {"min_tokens": "many"})):
+    try:
+        check_values(EmbeddedConfig.model_validate({"vllm": engine}), sampling)
+        raise AssertionError
+    except ConfigError as error:
+        assert "must be a valid integer" in str(error)
 ngram = {"speculative_config": {"method": "ngram"}}
 assert "ignores the temperature on a CPU" in cpu_problem(ngram, scores=False, is_random=True)
 assert cpu_problem(ngram, scores=False, is_random=False) is None
@@ -192,6 +200,7 @@ print("all good")
 
 
 def test_values_are_judged_by_vllms_own_types() -> None:
+    # `plan` and the build check them alike.
     assert run_with_vllm(["tests.helpers.vllm_script", VALUES]).endswith("all good\n")
 
 

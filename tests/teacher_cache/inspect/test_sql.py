@@ -149,6 +149,8 @@ def test_mistakes_about_files_and_formats_are_reported(session: Session, cache: 
         check_out("--out", cache.root / "chains" / "x.csv", [cache.root])
     with pytest.raises(DataError, match="there is no folder"):
         check_out("--out", tmp_path / "missing" / "x.csv", [cache.root])
+    with pytest.raises(DataError, match=r"--out /proc/x.csv cannot be written \("):
+        check_out("--out", Path("/proc/x.csv"))
     with pytest.raises(ConfigError, match="NAME=CACHE"):
         open_caches(cache.root, [str(cache.root)])
     with pytest.raises(ConfigError, match="taken"):

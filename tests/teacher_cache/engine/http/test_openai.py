@@ -228,6 +228,9 @@ def test_busy_and_broken_answers_are_tried_again(
     server.behaviour.trouble = lambda body: "500"
     with pytest.raises(StillroomError, match="2 times in a row"):
         build_cache(config, WHOLE, retry_failures=True)
+    nowhere = config.updated(engine=config.engine.updated(endpoint="http://127.0.0.1:1/v1", max_attempts=1))
+    with pytest.raises(StillroomError, match=r"does a server run there\?\), 1 times"):
+        build_cache(nowhere, WHOLE, retry_failures=True)
 
 
 def test_pauses_stay_bounded_however_long_an_api_is_busy() -> None:
