@@ -17,7 +17,7 @@ import yaml
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, CorruptError, DataError
-from stillroom.models import end_id_of, fingerprint_template, fingerprint_tokenizer, load_tokenizer
+from stillroom.models import end_id_of, fingerprint_template, fingerprint_tokenizer, load_tokenizer, public_name
 from stillroom.schema.manifest import RunManifest
 from stillroom.storage.paths import location, write_text_atomic
 from student_train.config import (
@@ -46,6 +46,8 @@ EVAL_ROWS = {
     "top1_agreement": "top-1 agreement",
     "confidence_minus_accuracy": "confidence - accuracy",
 }
+MODEL_KEYS, PATH_KEYS = ("model", "teacher"), ("run", "path", "file", "behaviour")
+"""Settings that a card shows without their folders."""
 
 
 def model_card(
@@ -61,12 +63,16 @@ def model_card(
     adapter alone belongs to.
     """
     # The name comes out of a cache: it stays text, on one line.
-    teachers = sorted({html.escape(" ".join(manifest.teacher.model.split())) for manifest in manifests})
+    names = {" ".join(public_name(manifest.teacher.model).split()) for manifest in manifests}
+    teachers = sorted(html.escape(name) for name in names)
     base = config.student.init.teacher if config.student.init is not None else config.student.model
+    set_here = yaml.safe_dump(
+        _without_folders(config.model_dump(mode="json", exclude_defaults=True)), sort_keys=False, allow_unicode=True
+    )
     head = {
         "library_name": "transformers" if adapter_of is None else "peft",
         "pipeline_tag": "text-generation",
-        "base_model": base if adapter_of is None else adapter_of,
+        "base_model": public_name(base if adapter_of is None else adapter_of),
         "tags": ["distillation"],
     }
     sections = [
@@ -74,9 +80,20 @@ def model_card(
         f"# {config.run.name}\n\nA student trained with stillroom on the cached token distributions of its teacher.",
         _provenance(config, state, selections, teachers),
         _evaluation(config, state),
-        f"## Configuration\n\n```yaml\n{yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)}```",
+        f"## Configuration\n\nWithout what is left at its default:\n\n```yaml\n{set_here}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _without_folders(value: Any, key: str = "") -> Any:
+    """Settings to publish: a model or path by its last name."""
+    if isinstance(value, dict):
+        return {name: _without_folders(one, name) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one, key) for one in value]
+    if not isinstance(value, str) or key not in MODEL_KEYS + PATH_KEYS:
+        return value
+    return public_name(value) if key in MODEL_KEYS else Path(value).name
 
 
 def _provenance(
@@ -87,9 +104,10 @@ def _provenance(
     cut = config.student.init
     lines = [
         f"Teacher: {', '.join(teachers) or 'unknown'} (fingerprint {', '.join(header.teacher_fingerprints)})",
-        f"Student before training: {config.student.model}"
-        + (f", cut to {cut_words(cut)} of {cut.teacher}" if cut is not None else ""),
-        "Caches: " + "; ".join(f"{one.root}, version {one.chains_version} of its chains" for one in header.caches),
+        f"Student before training: {public_name(config.student.model)}"
+        + (f", cut to {cut_words(cut)} of {public_name(cut.teacher)}" if cut is not None else ""),
+        "Caches: "
+        + "; ".join(f"{Path(one.root).name}, version {one.chains_version} of its chains" for one in header.caches),
         f"Checkpoint: {state.tag}, after {state.num_loss_tokens} loss tokens",
     ]
     lines += [
@@ -128,7 +146,7 @@ def _stage_line(stage: StageConfig, selection: Selection, data: DataConfig) -> s
     if stage.negatives is not None:
         parts.append(f"wrong chains `{stage.negatives.where}`")
     if data.mixture is not None:
-        parts.append("teachers mixed with " + ", ".join(str(one.path) for one in data.mixture.teachers))
+        parts.append("teachers mixed with " + ", ".join(one.path.name for one in data.mixture.teachers))
     if data.prompt is not None:
         parts.append("prompts changed: " + ", ".join(key for key, value in plain(data.prompt).items() if value))
     if data.weight is not None:

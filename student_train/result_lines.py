@@ -26,7 +26,8 @@ def init_lines(record: Result) -> list[str]:
     if record.get("vocabulary") is not None:
         lines.append(f"vocabulary {record['num_ids']} ids")
     if record.get("kl_by_removal") is not None:
-        first, *_, last = record["kl_by_removal"]
+        # The teacher against its own stored distributions: rounding can take that below 0.
+        first, *_, last = (max(0.0, kl) for kl in record["kl_by_removal"])
         lines.append(f"layers     KL to the cached teacher {first:.4f} with all of them, {last:.4f} with those kept")
     return lines
 
@@ -101,7 +102,7 @@ def _more_lines(result: Result) -> list[str]:
         parts = [f"{row['group']} {row['retention']:.1%}" for row in by_source]
         lines.append(f"retention {result['retention']:.1%}: {', '.join(parts)}")
     if result["calibration"] is not None:
-        lines.append(f"calibration error {result['calibration']['ece']:.1%} of tokens")
+        lines.append(f"calibration error {result['calibration']['ece']:.3f}: mean gap of confidence and accuracy")
     for kind, one in ((result["generation"] or {}).get("robustness") or {}).items():
         if not one["num_prompts"]:
             lines.append(f"{kind:10} applies to none of these prompts")
@@ -158,6 +159,8 @@ def bench_lines(result: Result) -> list[str]:
                 f"({speed['decode_ratio']:.2f}x)  first token {speed['first_token_ms']['median']:.0f} ms"
                 + ("" if energy is None else f"  {energy['median']:.2f} J/token")
             )
+    first = result["formats"][0]["name"]
+    lines.append(f"medians of {format_plural(result['rounds'], 'round')}; x is relative to the speed of {first}")
     if "chosen" in result:
         limit = f"{result['prompt_tokens']} + {result['new_tokens']} tokens within {result['max_ms']:g} ms"
         lines.append(f"{result['chosen'] or 'no format'} answers a request of {limit}")

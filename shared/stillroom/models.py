@@ -66,7 +66,7 @@ def vocab_size_of(model: str, revision: str | None = None, trust_remote_code: bo
     os.environ.setdefault(*NO_ADVICE)
     from transformers import AutoConfig
 
-    require_folder_or_id(model)
+    require_model_folder_or_id(model)
     hush_hub()
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -377,6 +377,19 @@ def require_folder_or_id(model: str) -> None:
         raise DataError(f"{model} is not a folder: use a Hugging Face model folder or a hub id")
 
 
+def require_model_folder_or_id(model: str) -> None:
+    """Raises DataError for a path that is no model's, which transformers would refuse in words of its own."""
+    require_folder_or_id(model)
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise DataError(f"{model} has no config.json: use a Hugging Face model folder")
+
+
+def public_name(model: str) -> str:
+    """A hub id as it is, a folder by its last name: what is published should name no path of this machine."""
+    is_id = not (Path(model).is_dir() or model.startswith(("/", ".", "~")) or model.count("/") > 1)
+    return model if is_id else Path(model).resolve().name
+
+
 def _unusable(model: str, what: str, error: Exception) -> str:
     if isinstance(error, OSError) and not Path(model).is_dir():
         return unreachable(model, error)
@@ -463,9 +476,8 @@ def _last(ids: npt.NDArray[Any], token_id: int | None) -> int:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """config.json without keys that do not describe the model."""
+    require_model_folder_or_id(str(folder))
     config = folder / "config.json"
-    if not config.exists():
-        raise DataError(f"{folder} holds no config.json: use a Hugging Face model folder")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -80,7 +80,9 @@ def write_terms(path: Path, selection: Selection, config: TermsConfig) -> None:
     Raises ConfigError for a file, SQL or term that cannot be used, and where no chain holds a term; CorruptError.
     """
     common = tuple(_common_terms(config))
-    known = {_plain(term, config.match_case) for term in common}
+    # As they were written, for whoever reads the counts.
+    spelled = {_plain(term, config.match_case): term for term in reversed(common)}
+    known = set(spelled)
     own = {
         key: tuple(term for term in terms if _plain(term, config.match_case) not in known)
         for key, terms in (_own_terms(selection, config.sql) if config.sql is not None else {}).items()
@@ -97,7 +99,7 @@ def write_terms(path: Path, selection: Selection, config: TermsConfig) -> None:
                     mine_T[text.tokens_of(*match.span())] = 1
                     found.add(_plain(match[0], config.match_case), row, text, match)
         marks_T.flush()
-        asked = known | {_plain(term, config.match_case) for terms in own.values() for term in terms}
+        asked = {_plain(term, config.match_case): term for terms in own.values() for term in terms} | spelled
         if not found.counts:
             raise ConfigError(
                 f"data.terms: none of {len(asked)} terms occurs in the {selection.num_chains} selected chains: check "
@@ -128,15 +130,21 @@ class _Found:
             # Bytes that are not a character are not JSON.
             self._examples[term] = " ".join(around.encode("utf-8", "replace").decode().split())
 
-    def summary(self, asked: set[str]) -> Json:
-        """Counts by term, the commonest first."""
+    def summary(self, asked: Mapping[str, str]) -> Json:
+        """Counts by term, the commonest first. `asked` are the terms as they were written, by how they are counted."""
         return {
             "num_chains": len(set().union(*self._rows.values())),
             "terms": [
-                {"term": term, "count": count, "num_chains": len(self._rows[term]), "example": self._examples[term]}
+                {
+                    # Ignoring case, re finds an s in a long s too, which lower() keeps.
+                    "term": asked.get(term, term),
+                    "count": count,
+                    "num_chains": len(self._rows[term]),
+                    "example": self._examples[term],
+                }
                 for term, count in sorted(self.counts.items(), key=lambda one: (-one[1], one[0]))
             ],
-            "unmatched": sorted(asked - self.counts.keys()),
+            "unmatched": sorted(written for term, written in asked.items() if term not in self.counts),
         }
 
 

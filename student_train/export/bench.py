@@ -2,7 +2,7 @@
 
 Rounds go in turns (A B C, A B C, ...), so that other programs' load falls on all alike. Each round generates once with
 one new token and once with all of them: the first time is the prefill and the first token, the difference the decoding.
-Figures are medians over rounds with their quartiles, ratios are those of the same round to the first folder's.
+Figures are medians over rounds with their quartiles, ratios are those of a median to the first folder's.
 
     B requests of a batch, P prompt tokens, G generated tokens
 """
@@ -176,14 +176,16 @@ def _turn(worker: RuntimeWorker, prompts: list[list[int]], num_new: int, meter: 
 
 
 def _summary(rounds: Sequence[dict[tuple[int, int], Sample]], place: int, batch: int) -> Json:
-    """Median and quartiles of each measure, and the median ratio to the first worker."""
-    own = [found[place, batch] for found in rounds]
-    first = [found[0, batch] for found in rounds]
-    summary: Json = {name: _spread(one[name] for one in own) for name in (*MEASURES, "energy_j_per_token")}
+    """Median and quartiles of each measure, and the ratio of its median to the first worker's."""
+    summary: Json = {
+        name: _spread(found[place, batch][name] for found in rounds) for name in (*MEASURES, "energy_j_per_token")
+    }
     for name in ("prefill", "decode"):
         key = f"{name}_tokens_per_s"
-        ratios = [mine[key] / theirs[key] for mine, theirs in zip(own, first, strict=True)]  # type: ignore[operator]
-        summary[f"{name}_ratio"] = statistics.median(ratios)
+        first = _spread(found[0, batch][key] for found in rounds)
+        assert first is not None
+        # Not the median of the rounds' own ratios, which is not what a reader finds who divides the figures shown.
+        summary[f"{name}_ratio"] = summary[key]["median"] / first["median"]
     return summary
 
 

@@ -23,7 +23,7 @@ def write_bench_page(path: Path, result: Json) -> None:
             f"Batch {batch}",
             COLUMNS,
             [_row(one, one["batches"][batch]) for one in formats],
-            "Medians with quartiles; × is the ratio to the first folder in the same rounds.",
+            f"Medians with quartiles. × is a median speed divided by that of {formats[0]['name']}; above 1 is faster.",
             right=frozenset(range(1, len(COLUMNS))),
         )
         for batch in ("1", "8")

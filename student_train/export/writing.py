@@ -18,6 +18,7 @@ import torch
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, Disagreement
 from stillroom.log import format_bytes, note
+from stillroom.models import public_name, require_model_folder_or_id
 from stillroom.storage.paths import write_text_atomic
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.open import check_vocabulary, eval_request, kept_or_temporary, open_data
@@ -86,8 +87,7 @@ def export_folder(model: Path, caches: Sequence[Path], where: str | None, out: P
 
     Raises ConfigError, DataError, CorruptError, Disagreement, StillroomError.
     """
-    if not (model / "config.json").exists():
-        raise DataError(f"--model {model} is not a Hugging Face folder: it has no config.json")
+    require_model_folder_or_id(str(model))
     if "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8")):
         raise DataError(f"--model {model} is quantised already: pass the float folder that it was made from")
     name, made = _prepared(out, name)
@@ -220,7 +220,7 @@ def _card(folder: Path, record: Json, made: Format) -> str:
     verdict = "" if record["is_same_student"] else " **It is not the same student.**"
     tools = ", ".join(f"{tool} {version}" for tool, version in record["versions"].items())
     return (
-        f"{head.rstrip()}\n\n## Format\n\n{made.label}, from {record['source']}. Run in {made.runtime} on "
+        f"{head.rstrip()}\n\n## Format\n\n{made.label}, from {public_name(record['source'])}. Run in {made.runtime} on "
         f"{found['num_tokens']} tokens of {found['num_chains']} held-out chains and compared with the float "
         f"student:{verdict}\n\n{table}\n\nWritten and run by {tools}.\n"
     )

@@ -128,7 +128,7 @@ def least_needed_layers(model: Any, calibration: Calibration, num_kept: int) -> 
                         with _passing_on(before), _answering(layers[number], inputs[number]):
                             kl[number] += float(metrics_of(pack).forward_kl_N.sum()) / num_tokens
                         num_done += 1
-                        progress.update(num_done, num_done * num_tokens, {"KL": f"{course[-1]:.3f}"})
+                        progress.update(num_done, num_done * num_tokens, _shown(course))
             # NaN compares false with everything: min would return whichever came first.
             best = min(present, key=lambda number: kl[number] if kl[number] == kl[number] else float("inf"))
             if kl[best] != kl[best]:
@@ -137,7 +137,13 @@ def least_needed_layers(model: Any, calibration: Calibration, num_kept: int) -> 
                 )
             left_out.append(best)
             course.append(kl[best])
+            progress.update(num_done, num_done * num_tokens, _shown(course))
     return left_out, course
+
+
+def _shown(course: Sequence[float]) -> dict[str, str]:
+    """The KL so far. A teacher's to itself is 0, and a little less after rounding."""
+    return {"KL": f"{max(0.0, course[-1]):.3f}"}
 
 
 def _inputs_of_layers(

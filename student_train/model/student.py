@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stillroom.errors import ConfigError, DataError, one_line
-from stillroom.models import hush_hub, require_folder_or_id
+from stillroom.models import hush_hub, require_model_folder_or_id
 from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import RouterBalance, find_balance
@@ -234,7 +234,7 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
 
     Raises DataError, and ConfigError for an attention that the model lacks.
     """
-    require_folder_or_id(folder)
+    require_model_folder_or_id(folder)
     use_cpu_where_there_is_no_gpu()
     import transformers
 
@@ -267,6 +267,7 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
 
 def meta_causal(student: StudentConfig) -> Any:
     """The student's modules and shapes without memory, from config.json alone. Raises DataError."""
+    require_model_folder_or_id(student.model)
     use_cpu_where_there_is_no_gpu()
     import transformers
 

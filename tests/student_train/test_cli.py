@@ -189,6 +189,7 @@ def test_a_folder_is_refused_as_a_configuration(call: Cli, tmp_path: Path) -> No
         ),
         ("stages.0.losses={forward: 1}", "loss 'forward' is unknown: did you mean 'forward_kl'?"),
         ("student.model=./nowhere", "student.model: ./nowhere is not a folder"),
+        ("student.model=.", ". has no config.json: use a Hugging Face model folder"),
         ("student={model: nowhere, init: {teacher: x, layers: 2}}", "nowhere does not exist yet"),
         ("stages.0.losses={}", "stages.0.losses: is empty: it needs at least 1 item"),
         ("stages.0.losses=[cross_entropy]", "stages.0.losses: must be a mapping of keys to values"),

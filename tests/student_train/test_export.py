@@ -58,8 +58,17 @@ def test_exported_folder_is_the_student_that_the_run_saw(
     assert {path.stat().st_mode for path in out.glob("*.safetensors")} == {(out / "config.json").stat().st_mode}
     assert AutoTokenizer.from_pretrained(out).chat_template == make_tokenizer().chat_template
     card = (out / "README.md").read_text()
-    for said in ("synthetic-teacher", "split = 'train'", "forward_kl", "KL(teacher, student)"):
+    for said in (
+        "synthetic-teacher",
+        "split = 'train'",
+        "forward_kl",
+        "KL(teacher, student)",
+        f"path: {cache.root.name}",
+    ):
         assert said in card
+    # It is published: neither this machine's folders nor pages of defaults.
+    assert str(tmp_path) not in card
+    assert "null" not in card
     seen = RunFolder(config.run).read_evals()[-1]
     tolerance = 1e-2 if engine.get("precision") == "bfloat16" else 1e-5
     assert evaluate_model(str(out), [cache.root], None)["forward_kl"] == pytest.approx(
@@ -84,7 +93,7 @@ def test_adapter_alone_gives_the_merged_logits(
     config = _trained(replace(trainer, student=Path(student.name)), {}, {"trainable": "lora"})
     result = export(config, _last(config), tmp_path / "adapter", adapter_only=True, tokenizer=None)
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
-    assert f"library_name: peft\npipeline_tag: text-generation\nbase_model: {student}\n" in (
+    assert f"library_name: peft\npipeline_tag: text-generation\nbase_model: {student.name}\n" in (
         (tmp_path / "adapter" / "README.md").read_text()
     )
     assert export_lines(result)[1] == f"base model: {student}"

@@ -217,7 +217,7 @@ def test_mistakes_in_the_configuration_are_named(
     result = run(capsys, monkeypatch, command, path)
     assert result.code == 2
     assert "teacher-cache: teacher.model: " in result.err
-    assert "holds no config.json: use a Hugging Face model folder" in result.err
+    assert "has no config.json: use a Hugging Face model folder" in result.err
     assert not (tmp_path / "cache").exists()
     if command == "build":
         assert "is not I/N" in run(capsys, monkeypatch, "build", path, "--worker", "4/4").err

@@ -207,10 +207,12 @@ def test_onnx_is_the_same_student_and_its_speed_is_compared(cache: SyntheticCach
     first, second = made["formats"]
     assert (first["name"], second["name"], second["runtime"]) == ("onnx-fp32", "onnx-fp32 in onnx", "onnx")
     assert first["batches"]["8"]["decode_ratio"] == 1.0
+    speeds = [one["batches"]["1"]["decode_tokens_per_s"]["median"] for one in (first, second)]
+    assert second["batches"]["1"]["decode_ratio"] == speeds[1] / speeds[0]
     assert second["peak_memory_bytes"] > 10 << 20
     write_bench_page(tmp_path / "bench.html", made)
     assert "onnx-fp32" in (tmp_path / "bench.html").read_text()
-    assert len(bench_lines({**made, "max_ms": 1e6, "chosen": "onnx-fp32"})) == 7
+    assert len(bench_lines({**made, "max_ms": 1e6, "chosen": "onnx-fp32"})) == 8
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -95,6 +95,8 @@ def test_weights_cut_short_are_one_line(tmp_path: Path) -> None:
         load_causal(str(folder), StudentConfig(model=str(folder)), None)
     with pytest.raises(DataError, match=r"/none is not a folder: use a Hugging Face model folder or a hub id$"):
         load_causal(f"{folder}/none", StudentConfig(model=str(folder)), None)
+    with pytest.raises(DataError, match=r"has no config\.json: use a Hugging Face model folder$"):
+        load_causal(str(tmp_path), StudentConfig(model=str(tmp_path)), None)
 
 
 def test_a_head_of_its_own_is_not_called_tied(tmp_path: Path) -> None:
