@@ -55,7 +55,6 @@ __all__ = [
     "TrainConfig",
     "accumulation_of",
     "meaning_of",
-    "needs_no_zero",
     "packs_per_step",
     "stage_key",
 ]
@@ -277,6 +276,11 @@ class EngineConfig(StrictModel):
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits are in memory at a time; None is 256 on a CPU and 1024 on a GPU."""
 
+    def needs_no_zero(self, num_ranks: int, *, is_cpu: bool) -> bool:
+        """Whether ZeRO would neither shard nor convert anything: half precision needs float32 copies."""
+        is_plain = self.precision == "float32" and self.zero_stage in (1, 2) and not self.offload_optimizer
+        return is_plain and num_ranks == 1 and is_cpu
+
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
@@ -372,17 +376,6 @@ class TrainConfig(StrictModel):
             if stage.negatives is not None and "dpo" in stage.losses and self.data.kind != "distributions":
                 raise ValueError(f"{key}: dpo needs data.kind: distributions")
         return self
-
-
-def needs_no_zero(engine: EngineConfig, num_ranks: int, *, on_cpu: bool) -> bool:
-    """Whether ZeRO would shard nothing, nor convert anything: not for half precision, which needs float32 copies."""
-    return (
-        num_ranks == 1
-        and on_cpu
-        and engine.precision == "float32"
-        and engine.zero_stage in (1, 2)
-        and not engine.offload_optimizer
-    )
 
 
 def packs_per_step(stage: StageConfig, data: DataConfig) -> int:

@@ -17,7 +17,6 @@ from student_train.config import (
     LoraConfig,
     StageConfig,
     TrainConfig,
-    needs_no_zero,
 )
 from student_train.data.features import StageFeatures
 from student_train.data.selection import SelectionHeader
@@ -37,6 +36,8 @@ COPY_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
 """Per trained weight: the optimizer's float32 copy, its two moments, and the float32 gradient of its step."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size: ZeRO's buffer of gradients to reduce has this size for the smallest model too."""
+LIBRARIES_BYTES = 0.75 * GIB
+"""Of a training process on a CPU: torch, transformers, DeepSpeed."""
 ACTIVATIONS_PER_LAYER = 34
 """Values of hidden width that a layer keeps a token for its backward pass (arXiv 2205.05198, table 2)."""
 
@@ -201,10 +202,7 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
     """Estimate by part: weights, gradients, optimizer, activations of one pack, logits of one chunk, teacher's head,
     ZeRO's bucket, and what the optimizer's step needs beyond the room of these four. `offloaded` lies in CPU memory.
     """
-    stage, engine, on_cpu = planned.config, config.engine, shutil.which("nvidia-smi") is None
-    if needs_no_zero(engine, num_ranks, on_cpu=on_cpu):
-        # OneRank steps on the weights and their gradients themselves, as without ZeRO.
-        engine = engine.updated(zero_stage=0)
+    stage, engine, is_cpu = planned.config, config.engine, _is_cpu()
     width = WEIGHT_BYTES[engine.precision]
     num_ends = shape.num_head * (1 if shape.has_tied_head else 2)
     trained = {
@@ -220,7 +218,8 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
     kept = 2 if engine.gradient_checkpointing else ACTIVATIONS_PER_LAYER
     # A frozen decoder keeps no activations; a tied head trains the embeddings, so gradients pass all layers.
     layers = 1 if stage.trainable == "head" and not shape.has_tied_head else shape.num_layers
-    lasting = {
+    # A run shows the memory of the whole process on a CPU, of tensors alone on a GPU.
+    lasting = ({"libraries": LIBRARIES_BYTES} if is_cpu else {}) | {
         "weights": (shape.num_parameters + extra) * width / (num_ranks if engine.zero_stage == 3 else 1),
         "gradients": trained * width / (num_ranks if engine.zero_stage >= 2 else 1),
     }
@@ -232,11 +231,11 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
     if planned.features is not None and planned.features.with_hidden:
         # Its head, and the gradient of a chunk besides the buffers above.
         passing["teacher"] = num_ids * (planned.features.first.hidden_size * width + _chunk_tokens(engine) * 4)
-    if engine.zero_stage >= 1:
+    if engine.zero_stage >= 1 and not engine.needs_no_zero(num_ranks, is_cpu=is_cpu):
         # Of a CPU's memory only what is written counts.
-        num_bucket = min(trained, BUCKET_ELEMENTS) if on_cpu else BUCKET_ELEMENTS
+        num_bucket = min(trained, BUCKET_ELEMENTS) if is_cpu else BUCKET_ELEMENTS
         passing["bucket"] = num_bucket * width
-    optimizer, step = optimizer_bytes(engine, trained, num_ranks)
+    optimizer, step = optimizer_bytes(engine, trained, num_ranks, is_cpu=is_cpu)
     offloaded = 0.0
     if engine.offload_parameters:
         offloaded += lasting.pop("weights")
@@ -250,9 +249,9 @@ def _memory_gib(planned: StagePlan, config: TrainConfig, shape: ModelShape, num_
     return {name: size / GIB for name, size in sizes.items()}
 
 
-def optimizer_bytes(engine: EngineConfig, num_trained: int, num_ranks: int) -> tuple[float, float]:
+def optimizer_bytes(engine: EngineConfig, num_trained: int, num_ranks: int, *, is_cpu: bool) -> tuple[float, float]:
     """What AdamW keeps on a rank, and what its step adds to the gradients."""
-    if engine.zero_stage == 0:
+    if engine.zero_stage == 0 or engine.needs_no_zero(num_ranks, is_cpu=is_cpu):
         # In float32 it steps on the weights and their gradients themselves.
         kept, added = (
             (MOMENT_BYTES, 0) if engine.precision == "float32" else (COPY_BYTES + MOMENT_BYTES, GRADIENT_BYTES)
@@ -292,8 +291,12 @@ def _notes_on_prunes(config: TrainConfig) -> list[str]:
 def _chunk_tokens(engine: EngineConfig) -> int:
     if engine.chunk_tokens is not None:
         return engine.chunk_tokens
+    return CPU_CHUNK_TOKENS if _is_cpu() else GPU_CHUNK_TOKENS
+
+
+def _is_cpu() -> bool:
     # torch would know, and take seconds to import.
-    return CPU_CHUNK_TOKENS if shutil.which("nvidia-smi") is None else GPU_CHUNK_TOKENS
+    return shutil.which("nvidia-smi") is None
 
 
 def _lora_size(stage: StageConfig, linears: dict[str, int]) -> int:

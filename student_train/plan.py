@@ -4,8 +4,10 @@ losses. All refusals that need no GPU happen here, for all stages at once.
 
 import contextlib
 import functools
+import hashlib
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
 from stillroom.errors import ConfigError
 from stillroom.log import note, warn
+from stillroom.storage.paths import atomic_path
 from student_train.config import (
     DataConfig,
     LoraConfig,
@@ -189,6 +192,8 @@ class _Shared:
     is_first: bool
     barrier: Callable[[], None]
     spare: Path | None
+    written_for: dict[tuple[str, str], Path] = field(default_factory=dict)
+    """Files by what they are and the chains that they are about."""
 
     def opened(self, path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
         """A selection."""
@@ -206,10 +211,21 @@ class _Shared:
             functools.partial(open_heldout, trained=trained),
         )
 
-    def written(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Any file."""
-        if self.is_first and not path.exists():
-            write(path)
+    def written(self, kind: str, path: Path, selection: Selection, write: Callable[[Path], None]) -> None:
+        """A file about each chain of a selection, and what lies beside it under the same stem. Stages often read the
+        same chains: these files are copied.
+        """
+        if self.is_first:
+            # Not the header's hash: once chains are split, it has the stage's name in it.
+            chains = hashlib.sha256(selection.key_R.tobytes()).hexdigest()
+            earlier = self.written_for.setdefault((kind, chains), path)
+            if not path.exists() and earlier == path:
+                write(path)
+            elif not path.exists():
+                # .json before .npy, whose presence means that both are whole.
+                for source in sorted(earlier.parent.glob(f"{earlier.stem}.*")):
+                    with atomic_path(path.with_suffix(source.suffix)) as temp:
+                        shutil.copyfile(source, temp)
         self.barrier()
 
 
@@ -238,7 +254,7 @@ def _in_steps(index: int, selection: Selection, shared: _Shared) -> Selection:
     if data.steps is None:
         return selection
     path = examples_path(shared.run.root, shared.config.stages[index].name, selection, data)
-    shared.written(path, lambda path: write_examples(path, selection, data))
+    shared.written("steps", path, selection, lambda path: write_examples(path, selection, data))
     return with_examples(path, selection)
 
 
@@ -249,11 +265,11 @@ def _own_words(plan: StagePlan, shared: _Shared) -> StagePlan:
     attached = NOTHING_ATTACHED
     if plan.mix.reads_behaviour:
         path = numbers_path(run.root, stage.name, "behaviour", selection)
-        shared.written(path, lambda path: write_behaviour(path, selection, data.behaviour))
+        shared.written("behaviour", path, selection, lambda path: write_behaviour(path, selection, data.behaviour))
         attached = Attached(behaviour=TokenNumbers(path, selection))
     if (terms := data.terms) is not None:
         path = terms_path(run.root, stage.name, selection, terms)
-        shared.written(path, lambda path: write_terms(path, selection, terms))
+        shared.written("terms", path, selection, lambda path: write_terms(path, selection, terms))
         attached = replace(attached, terms=MarkedTerms(path, selection, terms))
     if stage.negatives is None:
         return replace(plan, attached=attached)

@@ -44,7 +44,7 @@ from student_train.losses.fused_head import LossSums
 from student_train.model.adversarial import disturbed_packs
 from student_train.model.importance import calibration_of
 from student_train.model.prune import prune_folder
-from student_train.model.student import DTYPES, LossesBelow, load_student
+from student_train.model.student import DTYPES, LossesBelow, load_student, return_freed_memory
 from student_train.model.taps import load_teacher
 from student_train.plan import RunPlan, StagePlan, prepare
 from student_train.runtime import checkpoint
@@ -118,6 +118,7 @@ def _train_stages(
         state, is_stopped = train_stage(StageRun(config, plan, stage, state, ranks, session), stop)
         # DeepSpeed's objects hold each other: left alone, this stage's weights would lie beside the next one's.
         gc.collect()
+        return_freed_memory()
         # After the run's very last step nothing is left that a stop could prevent.
         if is_stopped and not (state.stage_is_done and stage is plan.stages[-1]):
             raise KeyboardInterrupt

@@ -229,6 +229,12 @@ def _keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def return_freed_memory() -> None:
+    """Gives the kernel what `_keep_freed_memory` keeps: after a stage, whose holes the next one's flat buffers miss."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def load_causal(folder: str, student: StudentConfig, precision: str | None) -> Any:
     """Loads a Hugging Face causal language model into CPU memory; precision None keeps the stored one.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import ConfigError, CorruptError, StillroomError, first_line
-from student_train.config import AdversarialConfig, EngineConfig, StageConfig, needs_no_zero
+from student_train.config import AdversarialConfig, EngineConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE
 from student_train.losses.divergences import LossMix
@@ -94,7 +94,7 @@ class Engine:
             self._deepspeed.optimizer.optimizer.state.clear()
         self._one_rank: OneRank | None = None
         self._divisor = 1.0
-        if needs_no_zero(config, ranks.num_ranks, on_cpu=ranks.device.type == "cpu"):
+        if config.needs_no_zero(ranks.num_ranks, is_cpu=ranks.device.type == "cpu"):
             self._one_rank = OneRank(self._deepspeed.optimizer, self._adam, stage.clip_norm)
 
     def loss(self, pack: TorchPack, mix: LossMix) -> LossSums:

@@ -548,7 +548,7 @@ def test_config_is_kept_with_the_run(trainer: Trainer) -> None:
 
 
 def test_steps_with_all_before_them_learn_what_whole_chains_do(
-    trainer: Trainer, dense_reference: DenseReference
+    trainer: Trainer, dense_reference: DenseReference, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = {"pattern": r"w\d*[37](?!\d)", "min_tokens": 4}
     stage: Json = {"epochs": 1, "batch_tokens": 32768, "clip_norm": None}
@@ -558,8 +558,13 @@ def test_steps_with_all_before_them_learn_what_whole_chains_do(
     assert record["loss"] == pytest.approx(loss, rel=1e-5)
     assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
     terms = {"words": ["w151"], "whole_words": False}
-    plan = plan_run(trainer.config("other", stage, data={"steps": steps, "terms": terms}), 1)
-    (planned,) = plan["stages"]
+    plan = plan_run(
+        trainer.config("other", stage, {**stage, "name": "again"}, data={"steps": steps, "terms": terms}), 1
+    )
+    planned, again = plan["stages"]
+    assert (again["num_examples"], again["terms"]) == (planned["num_examples"], planned["terms"])
+    # Stages of the same chains share what was found in them.
+    assert capsys.readouterr().err.count("mark terms") == 1
     assert planned["num_examples"] > 2 * planned["num_chains"]
     lines = "\n".join(plan_lines(plan))
     assert f"steps      {planned['num_examples']} examples, " in lines
