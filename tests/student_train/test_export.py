@@ -68,7 +68,7 @@ def test_exported_folder_is_the_student_that_the_run_saw(
         assert said in card
     # It is published: neither this machine's folders nor pages of defaults.
     assert str(tmp_path) not in card
-    assert "null" not in card
+    assert "lora: null" not in card
     seen = RunFolder(config.run).read_evals()[-1]
     tolerance = 1e-2 if engine.get("precision") == "bfloat16" else 1e-5
     assert evaluate_model(str(out), [cache.root], None)["forward_kl"] == pytest.approx(
