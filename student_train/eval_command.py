@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 
-from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.program import AsJson, print_result
 from student_train.command_options import (
@@ -21,6 +20,7 @@ from student_train.command_options import (
 from student_train.result_lines import eval_lines
 
 if TYPE_CHECKING:
+    from stillroom.config import Json
     from student_train.answers import GenerateConfig
     from student_train.assess.evaluating import More
     from student_train.assess.harness import HarnessConfig
@@ -154,7 +154,7 @@ class _Asked:
     generate: "GenerateConfig | None"
     quantise: Rounding | None
     more: "More"
-    save: Callable[[Json], None]
+    save: "Callable[[Json], None]"
 
     def rounding(self) -> "QuantiseConfig | None":
         from student_train.config import QuantiseConfig
@@ -169,7 +169,7 @@ class _Results:
         self._out, self._as_json = out, as_json
         self._result: Json | None = None
 
-    def save(self, result: Json) -> None:
+    def save(self, result: "Json") -> None:
         self._result = result
         if self._out is not None:
             from student_train.assess.page import write_eval_page
