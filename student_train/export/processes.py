@@ -39,6 +39,8 @@ def run_noting(command: Sequence[str], environ: Mapping[str, str], doing: str) -
                     note(f"{doing}, {format_duration(time.monotonic() - started_s)} so far")
         except BaseException:
             process.kill()
+            # Popen's own exit does not wait after a KeyboardInterrupt.
+            process.wait()
             raise
         log.seek(0)
         return Ended(process.returncode, [line for line in log.read().splitlines() if line.strip()])

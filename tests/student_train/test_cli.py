@@ -99,7 +99,8 @@ def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: S
     assert stage["num_tokens"] == sum(len(chain.token_ids) for chain in chains)
     assert stage["num_steps"] == -(-stage["packs_per_epoch"] // 4)
     assert planned["heldout_chains"] == len(cache.chains) - len(chains)
-    # One rank of a CPU needs no ZeRO: AdamW's moments only, and no bucket.
+    # One rank of a CPU needs no ZeRO in float32: AdamW's moments only, and no bucket.
+    (stage,) = json.loads(call("plan", config, "--set", "engine.precision=float32", "--json")[1])["stages"]
     memory = stage["memory_gib_per_rank"]
     assert memory["optimizer"] == pytest.approx(2 * memory["weights"])
     assert "bucket" not in memory

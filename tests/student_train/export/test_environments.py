@@ -15,7 +15,7 @@ FAKE_UV = """#!/bin/sh
 echo "$@" >> "$UV_LOG"
 case "$1" in
   venv) for last; do :; done; mkdir -p "$last/bin"; ln -s "$UV_PYTHON" "$last/bin/python" ;;
-  pip) [ "$UV_FAILS" != signal ] || { kill -TERM $PPID; exec sleep 60; }
+  pip) [ "$UV_FAILS" != signal ] || { sleep 0.2; kill -TERM $PPID; exec sleep 60; }
        [ -z "$UV_FAILS" ] || { echo "error: no route to host" >&2; exit 1; } ;;
 esac
 """
