@@ -151,7 +151,7 @@ def _run_part(part: str, options: argparse.Namespace) -> Result:
 
 def _memory(num_rows: int) -> Result:
     """Peak resident memory of a whole build of `num_rows` chains, whose requests come one by one as from a file."""
-    from teacher_cache.building import Build
+    from teacher_cache.building.build import Build
     from tests.helpers.fake_builds import make_config, make_engine, make_requests, make_teacher
 
     with tempfile.TemporaryDirectory(prefix="stillroom-memory-") as folder:
@@ -295,7 +295,7 @@ def _raw(engine: Any, wanted: Sequence[Request], mode: str) -> int:
 
 
 def _build(config: Any, teacher: Any, engine: Any, wanted: Sequence[Request]) -> Result:
-    from teacher_cache.building import Build
+    from teacher_cache.building.build import Build
 
     with contextlib.closing(Build(config, teacher, "w0")) as build:
         result = build.run(wanted, len(wanted), lambda: _Kept(engine))

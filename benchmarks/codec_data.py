@@ -71,7 +71,7 @@ def main() -> None:
 
 def write(folder: Path, teacher: Path, max_tokens: int, out: Path) -> int:
     """Generates in `folder` and writes `out`; completion tokens."""
-    from teacher_cache.building import build_cache
+    from teacher_cache.building.commands import build_cache
     from teacher_cache.config import BuildConfig
     from teacher_cache.prompts.prompts import parse_worker
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.engine.api import EngineInfo, Failure, Finished, Outcome, Request
 from teacher_cache.engine.plugin.signals import signal_rows

@@ -31,7 +31,7 @@ from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from stillroom.schema.tables import VERDICT_SCHEMA
 from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import spool
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.engine.api import Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from teacher_cache.building import BuildResult
+    from teacher_cache.building.result import BuildResult
     from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
     from teacher_cache.judging import JudgeReport
     from teacher_cache.states.config import FeaturesConfig
@@ -38,7 +38,7 @@ def build(
     early. Raises ConfigError or DataError for a mistake in the configuration or its inputs, CacheConflict if another
     process runs as this worker, StillroomError if the engine fails.
     """
-    from teacher_cache.building import build_cache
+    from teacher_cache.building.commands import build_cache
     from teacher_cache.config import BuildConfig, load_run_config
     from teacher_cache.prompts.prompts import own_share
 
@@ -59,7 +59,7 @@ def score(
 
     Arguments, result and errors are those of `build`.
     """
-    from teacher_cache.building import score_cache
+    from teacher_cache.building.commands import score_cache
     from teacher_cache.config import ScoreConfig, load_run_config
     from teacher_cache.prompts.prompts import own_share
 

@@ -12,7 +12,8 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.log import format_plural, note
 from stillroom.schema.records import Prompt, prompt_id_of
-from teacher_cache.building import BuildResult, build_loaded, scrubber_of
+from teacher_cache.building.commands import build_loaded
+from teacher_cache.building.result import BuildResult
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.shared import SharedEngine
 from teacher_cache.prompts.answers import read_answers
@@ -20,6 +21,7 @@ from teacher_cache.prompts.config import JsonlSource
 from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, prompts_to_vary
 from teacher_cache.prompts.variants import NoVariant, Question, Variant, variants
 from teacher_cache.scrub.rows import Scrubber
+from teacher_cache.scrub.settings import scrubber_of
 
 MAX_TURNS = 4
 """Out, back, solve, and the look that finds nothing open."""

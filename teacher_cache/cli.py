@@ -27,7 +27,7 @@ from stillroom.program import (
 )
 
 if TYPE_CHECKING:
-    from teacher_cache.building import BuildResult
+    from teacher_cache.building.result import BuildResult
     from teacher_cache.config import BuildConfig, ScoreConfig
     from teacher_cache.states.config import FeaturesConfig
 
@@ -613,7 +613,7 @@ def _run_on(
     num_cpus: int | None,
     as_json: bool,
 ) -> None:
-    from teacher_cache.building import result_lines
+    from teacher_cache.building.result import result_lines
     from teacher_cache.on_ray import joining_job, replica_size, run_on_ray
 
     if on is None:
@@ -633,7 +633,7 @@ def _run_on(
 
 
 def _print_build(config: "BuildConfig | ScoreConfig", result: "BuildResult", as_json: bool) -> None:
-    from teacher_cache.building import result_json, result_lines
+    from teacher_cache.building.result import result_json, result_lines
 
     printed = result_json(config, result)
     print_result(printed, result_lines(printed, str(config.cache)), as_json)

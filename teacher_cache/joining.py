@@ -16,8 +16,9 @@ from stillroom.cache.catalog import SHARD_NAME, Catalog
 from stillroom.errors import CacheConflict, StillroomError
 from stillroom.log import format_plural, note
 from stillroom.storage.paths import Location
+from teacher_cache.prompts.prompts import WorkerShare
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
-from teacher_cache.writer.leases import EXPIRY_S, LIST_S, Leases, leases_folder
+from teacher_cache.writer.leases import EXPIRY_S, LIST_S, Leases, leases_folder, new_worker_name
 
 PART_CHAINS = 64
 """Chains under one lease: minutes of work, so that no worker is left with much more than the others at the end."""
@@ -45,6 +46,15 @@ def rows_of_builds(catalog: Catalog, wanted: Mapping[str, int] | None = None) ->
     """
     own = Catalog(catalog.root)
     return [VisibleSamples(table, wanted=wanted) for table in (own.chains, own.failures)]
+
+
+def worker_name(share: WorkerShare | None) -> str:
+    """`w0` for a whole build, `w<I>of<N>` for a share, so that builds with different N never share file names, and a
+    new name for a worker that joins.
+    """
+    if share is None:
+        return new_worker_name()
+    return "w0" if share.count == 1 else f"w{share.index}of{share.count}"
 
 
 class Sampled(Protocol):

@@ -31,7 +31,8 @@ from stillroom.log import one_line as flat
 from stillroom.schema.records import Prompt
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, check_reachable, matching
-from teacher_cache.building import run_id_of, scrubber_of
+from teacher_cache.building.run_manifest import run_id_of
+from teacher_cache.building.until import UntilRight, require_judged, right_samples
 from teacher_cache.config import (
     BuildConfig,
     EmbeddedConfig,
@@ -56,8 +57,7 @@ from teacher_cache.prompts.prompts import (
     requests,
 )
 from teacher_cache.scrub.counts import counted, sample_of, total_of
-from teacher_cache.scrub.settings import unscrubbed_chains, unscrubbed_problem
-from teacher_cache.until import UntilRight, require_judged, right_samples
+from teacher_cache.scrub.settings import scrubber_of, unscrubbed_chains, unscrubbed_problem
 from teacher_cache.writer.commit import VisibleSamples
 from teacher_cache.writer.recorder import last_metrics
 

@@ -28,7 +28,7 @@ LINE_FILES = {
     "tests/teacher_cache/engine/test_engine.py",
     "tests/teacher_cache/engine/test_plugin.py",
     "tests/teacher_cache/states/test_vllm_states.py",
-    "tests/teacher_cache/test_score_vllm.py",
+    "tests/teacher_cache/building/test_score_vllm.py",
 }
 """They share the session fixtures below, which take a minute, or a process that has imported vLLM: all on one worker.
 """
@@ -36,7 +36,7 @@ LONGEST = (
     LINE,
     "tests/student_train/runtime/test_checkpoint.py",
     "tests/student_train/test_train.py",
-    "tests/teacher_cache/test_build.py",
+    "tests/teacher_cache/building/test_build.py",
 )
 """They start first, so that no worker is left alone with one of them at the end."""
 

@@ -19,6 +19,7 @@ from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.scrub.config import ScrubConfig
 from teacher_cache.scrub.counts import counted
 from teacher_cache.scrub.recognisers import Recognisers
+from teacher_cache.scrub.rows import Scrubber
 
 TEXTS = {"system", "instruction", "where", "prompt", "text", "choices"}
 """Keys of a configuration that hold texts a person wrote."""
@@ -26,6 +27,15 @@ FREE = {"chat_template_kwargs", "parameters", "vllm"}
 """Blocks of which every text counts."""
 KEY, SINCE = "scrub", "scrubbed_since"
 """In a manifest's `prompts`: the setting, and when it was switched on if the run had chains before."""
+
+
+def scrubber_of(config: BuildConfig | ScoreConfig) -> Scrubber | None:
+    """Raises ConfigError if a recogniser is not installed, or if the configuration itself contains personal data."""
+    if config.scrub is None:
+        return None
+    scrubber = Scrubber(config.scrub)
+    require_clean_settings(config, scrubber.recognisers)
+    return scrubber
 
 
 def require_clean_settings(config: BuildConfig | ScoreConfig, recognisers: Recognisers) -> None:

@@ -16,19 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Self
 
-from stillroom.cache.catalog import SHARD_NAME, Catalog
+from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import SETS_FOLDER
 from stillroom.config import Json
-from stillroom.errors import CacheConflict, ConfigError, DataError, one_line
+from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.log import Progress, format_bytes, format_count, format_duration, format_plural, note
 from stillroom.program import StopRequest
 from stillroom.schema.features import FeatureHeader
 from stillroom.schema.manifest import Teacher
-from stillroom.storage.paths import Location, matching, relative_name
-from teacher_cache.building import OWN_LOCK_WAIT_S, worker_name
+from stillroom.storage.paths import Location
 from teacher_cache.config import EmbeddedConfig
 from teacher_cache.engine.teacher import identify_teacher
-from teacher_cache.joining import WAIT, WAIT_S, JoinedWork, Wait, is_in
+from teacher_cache.joining import WAIT, WAIT_S, JoinedWork, Wait, is_in, worker_name
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.prompts.prompts import WorkerShare, part_name
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
@@ -37,7 +36,7 @@ from teacher_cache.states.model import shape_of, wanted_of
 from teacher_cache.states.plan import FeaturesPlan, plan_units
 from teacher_cache.states.selection import Place, Unit, choose, num_stored, read_unit
 from teacher_cache.states.sets import CREATOR, OpenSet, create_set, find_set, finite_states, set_id_of
-from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.commit import Committer, VisibleSamples, recovered_worker
 from teacher_cache.writer.feature_file import FeatureFile, FeatureValues
 from teacher_cache.writer.recorder import explained
 
@@ -111,12 +110,13 @@ class FeaturesPass:
                 planned = plan_units(self.catalog, config, self.wanted, self.shape, self.set_id, self.units)
                 _require_size(planned, config.max_bytes)
                 self.table = self.catalog.create_features()
-                path = lock_path(config.cache, self.set_id, self.worker)
-                own_abandoned_s = locks.enter_context(worker_lock(path, OWN_LOCK_WAIT_S))
                 self._visible = VisibleSamples(self.table, self.set_id)
                 self._committer = Committer(self.table, self._visible, self.set_id, self.worker)
-                self.num_adopted = self._recover(own_abandoned_s)
-                self._visible.refresh()
+                recovered = recovered_worker(config.cache, self.set_id, self.worker, [self._visible])
+                self.num_adopted = locks.enter_context(recovered)
+                if self.num_adopted:
+                    drop_chainless(self.catalog)
+                    self._visible.refresh()
             except OSError as error:
                 raise DataError(f"{config.cache} cannot be opened for writing: {one_line(error)}") from error
             self._locks = locks.pop_all()
@@ -294,31 +294,6 @@ class FeaturesPass:
         if self._joined is not None:
             rate = done.num_tokens / max(seconds, 1e-9)
             self._joined.leases.report(num_tokens=done.num_tokens, tokens_per_s=rate, num_done=done.num_chains)
-
-    def _recover(self, own_abandoned_s: float) -> int:
-        """Adopts files of this set that workers published but did not commit, except those of running workers."""
-        num_rows = 0
-        known = {file.path for file in self.table.files()}
-        found = {
-            name["worker"]
-            for path in matching(self.table.folder / self.set_id, "*.parquet")
-            if (name := SHARD_NAME.match(path.name)) and relative_name(path, self.table.folder) not in known
-        }
-        for worker in sorted({self.worker, *found}):
-            abandoned_s = own_abandoned_s
-            with contextlib.ExitStack() as stack:
-                if worker != self.worker:
-                    try:
-                        path = lock_path(self.config.cache, self.set_id, worker)
-                        abandoned_s = stack.enter_context(worker_lock(path, 0.0))
-                    except CacheConflict:
-                        # Its worker runs and will register them itself.
-                        continue
-                num_rows += Committer(self.table, self._visible, self.set_id, worker).recover(abandoned_s)
-        if num_rows:
-            drop_chainless(self.catalog)
-            note(f"adopted {format_plural(num_rows, 'row')} that an interrupted pass had written but not registered")
-        return num_rows
 
     def _result(
         self, num_total: int, num_before: int, done: "_Done", seconds: float, stopped: str | None

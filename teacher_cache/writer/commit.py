@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from stillroom.cache.catalog import SHARD_NAME, DataFile, Table, check_hash, publish
 from stillroom.cache.shards import header_of
 from stillroom.errors import CacheConflict, CorruptError, StillroomError, first_line
-from stillroom.log import warn
+from stillroom.log import format_plural, note, warn
 from stillroom.schema.features import FEATURES_METADATA_KEY
 from stillroom.schema.manifest import SHARD_METADATA_KEY
 from stillroom.storage.objects import is_store_error
@@ -38,6 +38,8 @@ MAX_ATTEMPTS = 200
 MAX_PAUSE_S = 0.5
 NO_LOCKS_GRACE_S = 86400.0
 """Age from which a worker's unfinished files count as abandoned if the file system has no locks."""
+OWN_LOCK_WAIT_S = 20.0
+"""Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
 
 T = TypeVar("T")
 
@@ -352,6 +354,33 @@ def worker_lock(path: Location, wait_s: float) -> Iterator[float]:
         yield abandoned_s if isinstance(path, Path) else NO_LOCKS_GRACE_S
 
 
+@contextlib.contextmanager
+def recovered_worker(cache: Location, run_id: str, worker: str, visible: Sequence[VisibleSamples]) -> Iterator[int]:
+    """Holds a worker's lock, after adopting what workers of this run or feature set published but did not commit.
+
+    Yields the number of adopted rows, which count as done in `visible`. Files of running workers are left to them.
+    """
+    with worker_lock(lock_path(cache, run_id, worker), OWN_LOCK_WAIT_S) as own_abandoned_s:
+        num_rows = 0
+        # Other workers too: the next build may run with another N, in which a dead worker never comes back.
+        for one in sorted({worker}.union(*(_workers_with_files(samples.table, run_id) for samples in visible))):
+            with contextlib.ExitStack() as stack:
+                abandoned_s = own_abandoned_s
+                if one != worker:
+                    try:
+                        abandoned_s = stack.enter_context(worker_lock(lock_path(cache, run_id, one), 0.0))
+                    except CacheConflict:
+                        continue
+                num_rows += sum(
+                    Committer(samples.table, samples, run_id, one).recover(abandoned_s) for samples in visible
+                )
+        if num_rows:
+            note(f"adopted {format_plural(num_rows, 'row')} that an interrupted run had written but not registered")
+        for samples in visible:
+            samples.refresh()
+        yield num_rows
+
+
 def is_locked(path: Location) -> bool:
     """Whether a process holds this lock. Writes nothing, so it works on a read-only cache."""
     try:
@@ -364,6 +393,16 @@ def is_locked(path: Location) -> bool:
         # There was never such a worker, or the file system has no locks.
         return False
     return False
+
+
+def _workers_with_files(table: Table, run_id: str) -> set[str]:
+    """Workers with published files that are not visible."""
+    known = {file.path for file in table.files()}
+    return {
+        name["worker"]
+        for path in matching(table.folder / run_id, "*.parquet")
+        if (name := SHARD_NAME.match(path.name)) and relative_name(path, table.folder) not in known
+    }
 
 
 def _options_of(schema: pa.Schema, path: Location) -> dict[str, Any]:

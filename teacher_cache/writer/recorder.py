@@ -31,11 +31,11 @@ from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import CUT_REASONS
 from stillroom.schema.tables import FAILURE_SCHEMA
 from stillroom.storage.paths import Location, spool
+from teacher_cache.building.until import UntilRight
 from teacher_cache.config import JudgingConfig, ShardConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome
 from teacher_cache.judge_queue import JudgeQueue
 from teacher_cache.scrub.chains import ChainCheck
-from teacher_cache.until import UntilRight
 from teacher_cache.writer.commit import Committer, VisibleSamples
 from teacher_cache.writer.rows import RowMaker
 from teacher_cache.writer.shard import ShardFile
@@ -65,6 +65,11 @@ class Recorded:
     committed_bytes: int = 0
     committed_tokens: int = 0
     num_unjudged: int = 0
+
+    @property
+    def num_outcomes(self) -> int:
+        """Chains and failures."""
+        return self.num_chains + self.num_failures
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from stillroom.schema.records import Capture, Message, Prompt, prompt_id_of, scored_sample_id_of
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher

@@ -19,7 +19,8 @@ from stillroom.program import obey_parent, print_result
 from stillroom.schema.manifest import Teacher
 from stillroom.schema.records import Message, Prompt, prompt_id_of, sample_id_of
 from stillroom.storage.paths import Location, location
-from teacher_cache.building import Build, BuildResult, result_json
+from teacher_cache.building.build import Build
+from teacher_cache.building.result import BuildResult, result_json
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Engine, Request
 from teacher_cache.engine.fake import FakeEngine
@@ -40,7 +41,8 @@ IMPATIENCE = {
     "teacher_cache.writer.leases.LIST_S": 0.1,
     "teacher_cache.joining.EXPIRY_S": EXPIRY_S,
     "teacher_cache.joining.LIST_S": 0.1,
-    "teacher_cache.building.WAIT_S": 0.05,
+    "teacher_cache.building.build.WAIT_S": 0.05,
+    "teacher_cache.building.loop.WAIT_S": 0.05,
     "teacher_cache.states.passes.WAIT_S": 0.05,
 }
 """With these a dead worker is dead after a second."""

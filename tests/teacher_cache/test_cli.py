@@ -237,7 +237,7 @@ def test_a_signal_while_the_model_loads_prints_the_command_that_resumes(
     def loading(*_: object, **__: object) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(f"teacher_cache.building.{command}_cache", loading)
+    monkeypatch.setattr(f"teacher_cache.building.commands.{command}_cache", loading)
     block, fields = ("prompts", "prompt_field: q") if command == "build" else ("completions", "messages_field: m")
     source = f"{{kind: jsonl, name: s, path: s.jsonl, {fields}}}"
     (tmp_path / "c.yaml").write_text(f"cache: c\nrun: r\nteacher: {{model: m}}\n{block}: {{sources: [{source}]}}\n")

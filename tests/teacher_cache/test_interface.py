@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import teacher_cache
-import teacher_cache.building
+import teacher_cache.building.commands
 from stillroom.errors import ConfigError
 from tests.helpers.fake_builds import make_config, make_engine, make_teacher
 
@@ -19,8 +19,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration of six prompts and six completions whose teacher is the fake engine."""
     teacher = make_teacher()
     teacher.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    monkeypatch.setattr(teacher_cache.building, "identify_teacher", lambda *_: teacher)
-    monkeypatch.setattr(teacher_cache.building, "_start_engine", lambda *_: make_engine())
+    monkeypatch.setattr(teacher_cache.building.commands, "identify_teacher", lambda *_: teacher)
+    monkeypatch.setattr(teacher_cache.building.commands, "start_engine", lambda *_: make_engine())
     rows = [{"q": f"question {number}", "a": "5", "c": f"answer {number}"} for number in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {"prompt_field": "q", "reference_field": "a", "judge": "exact"}

@@ -14,7 +14,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
 from stillroom.storage.paths import create_file
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.joining import WAIT, JoinedWork, is_in, rows_of_builds

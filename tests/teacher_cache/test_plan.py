@@ -15,7 +15,8 @@ from stillroom.config import plain as config_json
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Capture, stable_hash
-from teacher_cache.building import Build, run_id_of
+from teacher_cache.building.build import Build
+from teacher_cache.building.run_manifest import run_id_of
 from teacher_cache.config import BuildConfig, EmbeddedConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher

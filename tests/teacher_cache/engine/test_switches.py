@@ -12,7 +12,7 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError
 from stillroom.schema.manifest import run_id_for
 from stillroom.schema.records import stable_hash
-from teacher_cache.building import run_id_of
+from teacher_cache.building.run_manifest import run_id_of
 from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig, load_run_config
 from teacher_cache.engine import switches
 from teacher_cache.maintenance.verify import verify_cache

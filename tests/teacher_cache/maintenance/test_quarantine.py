@@ -14,7 +14,7 @@ from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.cli import app
 from teacher_cache.judging import judge_cache
 from teacher_cache.maintenance.gc import gc_cache

@@ -18,7 +18,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
 from stillroom.sql.session import open_session
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.fake import FakeEngine

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import teacher_cache.building
+import teacher_cache.building.commands
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError
 from stillroom.schema.records import Prompt
 from teacher_cache.augmenting import augment
-from teacher_cache.building import build_cache
+from teacher_cache.building.commands import build_cache
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Finished, Outcome
 from teacher_cache.engine.fake import FakeEngine
@@ -263,9 +263,9 @@ def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeyp
         asked.append(text)
         return reply(text, sample)
 
-    for module in ("building", "plan"):
+    for module in ("building.commands", "plan"):
         monkeypatch.setattr(f"teacher_cache.{module}.identify_teacher", lambda *_: teacher)
-    monkeypatch.setattr(teacher_cache.building, "_start_engine", lambda *_: TalkingEngine(teacher, count, 20))
+    monkeypatch.setattr(teacher_cache.building.commands, "start_engine", lambda *_: TalkingEngine(teacher, count, 20))
     edits = [
         {"kind": "paraphrase", "variants": 2},
         {"kind": "back_translation"},
@@ -295,7 +295,7 @@ def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeyp
         starts.append(TalkingEngine(teacher, count))
         return starts[-1]
 
-    monkeypatch.setattr(teacher_cache.building, "_start_engine", start)
+    monkeypatch.setattr(teacher_cache.building.commands, "start_engine", start)
     done = augment(config)
     assert len(starts) == 1
     assert len(asked) == len(visible_ids(tmp_path / "said")) == len(set(visible_ids(tmp_path / "said")))

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-import teacher_cache.building
+import teacher_cache.building.commands
 import teacher_cache.plan
 import teacher_cache.scrub.recognisers
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError
 from stillroom.schema.records import Message, Prompt, prompt_id_of
-from teacher_cache.building import build_cache, score_cache
+from teacher_cache.building.commands import build_cache, score_cache
 from teacher_cache.config import BuildConfig, CaptureConfig, ReasoningConfig, ScoreConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
@@ -100,10 +100,10 @@ def folder(tmp_path: Path, recognisers: Recognisers, monkeypatch: pytest.MonkeyP
     (tmp_path / "secret.jsonl").write_text("\n".join(lines))
     # Loading the models takes seconds.
     loaded = lambda config: config.scrub and Scrubber(config.scrub, recognisers)  # noqa: E731
-    monkeypatch.setattr(teacher_cache.building, "scrubber_of", loaded)
+    monkeypatch.setattr(teacher_cache.building.commands, "scrubber_of", loaded)
     monkeypatch.setattr(teacher_cache.plan, "scrubber_of", loaded)
     monkeypatch.setattr(
-        teacher_cache.building, "_start_engine", lambda _config, teacher, *_: Telling(teacher.tokenizer)
+        teacher_cache.building.commands, "start_engine", lambda _config, teacher, *_: Telling(teacher.tokenizer)
     )
     return tmp_path
 
@@ -296,7 +296,7 @@ def test_generated_tasks_are_left_alone_and_rows_that_only_say_so_are_not(folder
     source = config.prompts.sources[0].updated(metadata_fields=["judge"], reference_field=None, judge=None)
     prompts = validate_config({"sources": [gym]}, type(config.prompts), "test")
     loaded = load_prompts(
-        prompts.updated(sources=[*prompts.sources, source]), teacher_cache.building.scrubber_of(config)
+        prompts.updated(sources=[*prompts.sources, source]), teacher_cache.building.commands.scrubber_of(config)
     )
     texts = {one.source: one.messages[0].content for one in loaded.prompts}
     assert texts["mail"] == "Ask <PERSON_1>."

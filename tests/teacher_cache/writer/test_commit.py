@@ -9,7 +9,7 @@ import pytest
 from stillroom.cache.catalog import Catalog, DataFile, Table, check_hash
 from stillroom.errors import CacheConflict, CorruptError
 from stillroom.storage.paths import Location
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import Committer, VisibleSamples, read_sample_ids, remove_files, worker_lock
 from tests.helpers.fake_builds import killed_before_commit, make_config, make_requests, make_teacher, run_build

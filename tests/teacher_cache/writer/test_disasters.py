@@ -19,7 +19,7 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import CacheConflict, CorruptError, DataError, StillroomError
 from stillroom.sql.session import open_session
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import damage, make_cache, visible_ids
 from tests.helpers.fake_builds import make_config, make_requests, make_teacher, run_build
@@ -130,7 +130,7 @@ def test_a_lock_is_refused_to_a_second_process_while_the_first_lives(tmp_path: P
                 break
             time.sleep(0.05)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("teacher_cache.building.OWN_LOCK_WAIT_S", 0.0)
+            patch.setattr("teacher_cache.writer.commit.OWN_LOCK_WAIT_S", 0.0)
             with pytest.raises(CacheConflict, match="another process builds as this worker"):
                 Build(make_config(tmp_path / "c", shard=SHARDS), make_teacher(), "w0of1")
     finally:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, StillroomError
-from teacher_cache.building import build_cache
+from teacher_cache.building.commands import build_cache
 from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
 from teacher_cache.inspect.stats import cache_stats, stats_text

@@ -12,7 +12,7 @@ from stillroom.cache.shards import open_shard, read_signals
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError
 from stillroom.schema.records import Signals
-from teacher_cache.building import build_cache
+from teacher_cache.building.commands import build_cache
 from teacher_cache.config import BuildConfig, CaptureConfig
 from teacher_cache.engine.http import handshake
 from teacher_cache.engine.http.wire import Api, CompletionsApi, GenerateApi

@@ -22,7 +22,7 @@ from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Capture
 from stillroom.storage.paths import relative_name
-from teacher_cache.building import Build
+from teacher_cache.building.build import Build
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.judging import judge_cache
@@ -165,7 +165,7 @@ def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -
 
 
 def test_a_second_process_as_the_same_worker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.building.OWN_LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("teacher_cache.writer.commit.OWN_LOCK_WAIT_S", 0.0)
     build = Build(make_config(tmp_path / "c"), make_teacher(), "w0")
     with pytest.raises(CacheConflict, match="another process builds as this worker"):
         Build(make_config(tmp_path / "c"), make_teacher(), "w0")

@@ -8,7 +8,7 @@ import yaml
 
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
-from teacher_cache.building import score_cache
+from teacher_cache.building.commands import score_cache
 from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.http import handshake
 from teacher_cache.engine.http.wire import CompletionsApi

@@ -15,7 +15,8 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.schema.records import chain_id_of, scored_sample_id_of
 from stillroom.sql.session import open_session
-from teacher_cache.building import Build, BuildResult
+from teacher_cache.building.build import Build
+from teacher_cache.building.result import BuildResult
 from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher

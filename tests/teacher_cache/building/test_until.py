@@ -18,14 +18,16 @@ from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Message, Prompt, prompt_id_of, stable_hash
 from stillroom.sql.session import Session
-from teacher_cache.building import Build, BuildResult, run_id_of
+from teacher_cache.building.build import Build
+from teacher_cache.building.result import BuildResult
+from teacher_cache.building.run_manifest import run_id_of
+from teacher_cache.building.until import JoinedPrompts, require_judged
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Engine, Failure, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.joining import JoinedWork
 from teacher_cache.plan import plan_build, plan_lines
 from teacher_cache.prompts.prompts import LoadedPrompts, parse_worker
-from teacher_cache.until import JoinedPrompts, require_judged
 from teacher_cache.writer.leases import new_worker_name
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import EOS_ID, IMPATIENCE, VOCAB_SIZE, K, make_config, make_teacher
@@ -175,7 +177,7 @@ def test_workers_join_and_take_over_from_the_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, BuildResult], death: str
 ) -> None:
     """A dead one leaves chains without verdicts, or a file that nobody has registered."""
-    for name, value in {**IMPATIENCE, "teacher_cache.until.PART_PROMPTS": 4}.items():
+    for name, value in {**IMPATIENCE, "teacher_cache.building.until.PART_PROMPTS": 4}.items():
         monkeypatch.setattr(name, value)
     config = config_of(tmp_path / "c")
     with monkeypatch.context() as patch:

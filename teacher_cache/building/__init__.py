@@ -1,0 +1,1 @@
+"""Runs a build: requests through an engine into a cache."""
