@@ -288,16 +288,15 @@ def test_numbers_that_a_data_frame_made_floats_are_replaced(recognisers: Recogni
     assert {**scrubbed.metadata, "scrubbed": None} == {"phone": "<PHONE_1>", "weight": 2.0, "scrubbed": None}
 
 
-def test_generated_tasks_are_left_alone_and_rows_that_only_say_so_are_not(folder: Path) -> None:
+def test_generated_tasks_are_left_alone_unlike_rows_that_only_say_so(folder: Path, recognisers: Recognisers) -> None:
     rows = [{"q": "Ask Kimberly Olsen.", "judge": "reasoning_gym"}]
     (folder / "secret.jsonl").write_text("".join(json.dumps(one) for one in rows))
     config = config_of(folder)
     gym = {"kind": "reasoning_gym", "name": "gym", "task": "family_relationships", "size": 2}
     source = config.prompts.sources[0].updated(metadata_fields=["judge"], reference_field=None, judge=None)
     prompts = validate_config({"sources": [gym]}, type(config.prompts), "test")
-    loaded = load_prompts(
-        prompts.updated(sources=[*prompts.sources, source]), teacher_cache.building.commands.scrubber_of(config)
-    )
+    both = prompts.updated(sources=[*prompts.sources, source])
+    loaded = load_prompts(both, Scrubber(config.scrub or ScrubConfig(), recognisers))
     texts = {one.source: one.messages[0].content for one in loaded.prompts}
     assert texts["mail"] == "Ask <PERSON_1>."
     assert "<PERSON" not in texts["gym"]
