@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from stillroom.cache.catalog import Catalog
+from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.judging.answers import Verdict
 from stillroom.judging.judges import require_judge
@@ -118,9 +119,10 @@ def heldout_prompts(
     found = [prompt for cache in caches for prompt in _prompts_of(cache, where, num_prompts, render)]
     chosen = sorted({prompt.prompt_id: prompt for prompt in found}.values(), key=lambda one: one.prompt_id)
     if not chosen:
-        raise ConfigError(
-            f"--generate: no prompt of the chains with {where!r} names a judge, so no answer can be judged"
-        )
+        counted = f"SELECT count(*) AS num FROM chains WHERE {in_brackets(where)}"
+        if not any(_rows(cache, counted)[0]["num"] for cache in caches):
+            raise ConfigError(f"no chain fulfils {where!r}, so there is no prompt to ask")
+        raise ConfigError(f"no prompt of the chains with {where!r} names a judge, so no answer can be judged")
     # Before anything is generated: a judge that is not installed would show after an hour.
     for judge in {prompt.judge for prompt in chosen[:num_prompts]}:
         require_judge(judge)
@@ -271,8 +273,18 @@ def _decoded(tokenizer: Any, ids: Sequence[int], first: int | None) -> str | Non
     return str(tokenizer.decode(ids[first:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def _catalog(cache: PinnedCache) -> Catalog:
+    return Catalog(location(cache.root), cache.chains_version, cache.verdicts_version)
+
+
+def _rows(cache: PinnedCache, query: str) -> list[Json]:
+    with open_session(_catalog(cache)) as session:
+        rows: list[Json] = session.arrow(query).to_pylist()
+    return rows
+
+
 def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render | None) -> Iterator[AskedPrompt]:
-    catalog = Catalog(location(cache.root), cache.chains_version, cache.verdicts_version)
+    catalog = _catalog(cache)
     query = (
         # All chains of a prompt have the same messages and reference, so any value is the value.
         "SELECT a.prompt_id, any_value(s.messages) AS messages, any_value(s.prompt_token_ids) AS ids, "
@@ -284,10 +296,8 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
         "WHERE json_extract_string(s.metadata, '$.judge') IS NOT NULL "
         f"GROUP BY a.prompt_id ORDER BY a.prompt_id LIMIT {num_prompts}"
     )
-    with open_session(catalog) as session:
-        rows = session.arrow(query).to_pylist()
     runs = catalog.runs()
-    for row in rows:
+    for row in _rows(cache, query):
         metadata = json.loads(row["metadata"])
         markers = runs[row["run_id"]].reasoning
         yield AskedPrompt(

@@ -359,7 +359,7 @@ def compare_sides(
     from student_train.answers import GenerateConfig
     from student_train.compare.comparing import compare, prompts_of
     from student_train.compare.page import write_page
-    from student_train.compare.sides import open_side
+    from student_train.compare.sides import open_sides
 
     check_out("--out", out)
     if api_key_env is not None and api_key_env not in os.environ:
@@ -368,9 +368,8 @@ def compare_sides(
     prices = _prices(price or [], price_per_hour or [])
     config = GenerateConfig(prompts, max_new_tokens, temperature)
     asked = prompts_of(cache, where, prompts)
-    result, answered = compare(
-        [open_side(one, api_key, timeout_s) for one in sides], asked, config, concurrency, prices, against
-    )
+    opened = open_sides(sides, api_key, timeout_s)
+    result, answered = compare(opened, asked, config, concurrency, prices, against)
     write_page(result, answered, asked, out)
     print_result({**result, "page": str(out)}, compare_lines({**result, "page": str(out)}), as_json)
 

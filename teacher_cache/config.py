@@ -178,7 +178,8 @@ class OpenAIConfig(StrictModel):
     """Environment variable that holds the API key. The key itself is never written to disk."""
     signals: Literal["top_logprobs", "none"] = "top_logprobs"
     """What to store. `top_logprobs`: the API's log probabilities, at most 20 per token; its tokens must equal those of
-    teacher.model byte for byte. `none`: text only, for students with data.kind: text."""
+    teacher.model byte for byte. `none`: text only, for students with data.kind: text. Part of the
+    identity of run and chains."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Extra fields of each request, such as `reasoning_effort`. null removes a field that would otherwise be sent. Part
     of the identity of run and chains."""
@@ -198,8 +199,9 @@ class OpenAIConfig(StrictModel):
 
     @property
     def switches(self) -> dict[str, Any]:
-        """`parameters`, each of which may change tokens."""
-        return self.parameters
+        """`parameters`, each of which may change tokens, and whether distributions are missing."""
+        # Otherwise chains of text alone would count as done when distributions are asked for later.
+        return self.parameters if self.signals == "top_logprobs" else {**self.parameters, "signals": self.signals}
 
     @field_validator("endpoint")
     @classmethod

@@ -125,4 +125,13 @@ def _check_config(config: BuildConfig | ScoreConfig) -> list[Check]:
             return [*checks, Check("server", "missing", str(error))]
         for one in found:
             checks.append(Check("server", "missing" if one.max_model_len is None else "ok", f"{one.url} {one.summary}"))
+    elif isinstance(config.engine, OpenAIConfig):
+        from teacher_cache.engine.start import start_engine
+
+        try:
+            # One short question with each kind of sampling, as a build asks it first.
+            start_engine(config, teacher).close()
+        except StillroomError as error:
+            return [*checks, Check("api", "missing", str(error))]
+        checks.append(Check("api", "ok", f"{config.engine.endpoint} answers as {config.engine.model}"))
     return checks

@@ -532,7 +532,7 @@ def _last_speed(cache: Location, run_id: str) -> float | None:
 
 
 def _cost_lines(plan: BuildPlan) -> list[str]:
-    bound = "" if plan.tokens_left_measured else "at most, by max_tokens: "
+    bound = "" if plan.tokens_left_measured else "up to "
     lines = [f"tokens   {bound}{format_count(plan.tokens_left)}"]
     known = "as in this cache" if plan.bytes_per_token_measured else "assumed"
     lines.append(f"disk     {format_bytes(1e9 * plan.gb_left)} ({plan.bytes_per_token:.0f} B/token, {known})")

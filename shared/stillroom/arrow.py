@@ -197,6 +197,9 @@ class _Decoded:
 
 def _by_codec(chains: Chains, wanted: list[str], pieces: Pieces | None) -> list[_Decoded]:
     """The chains of each codec whose columns `chains` has."""
+    if not isinstance(chains, (pa.Table, pa.RecordBatch)):
+        kind = type(chains)
+        raise TypeError(f"chains must be a pyarrow Table or RecordBatch, not {kind.__module__}.{kind.__qualname__}")
     optional = {"draw_n", *CODED, *EXACT, *(("run_id",) if pieces is None else ())}
     missing = [name for name in wanted if name not in chains.schema.names and name not in optional]
     pairs = [pair for pair in (CODED, EXACT) if set(pair) <= set(chains.schema.names)]

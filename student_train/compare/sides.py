@@ -53,6 +53,14 @@ class Side(Protocol):
         """One reply to each prompt, in order; `done` is called as each comes."""
 
 
+def open_sides(given: Sequence[str], api_key: str | None, timeout_s: float) -> list[Side]:
+    """Raises ConfigError, also for fewer than two, DataError, StillroomError."""
+    # Before any of them is asked anything.
+    if len(given) < 2:
+        raise ConfigError(f"got only the side {given[0]}: name at least two, each [NAME=]URL or [NAME=]FOLDER")
+    return [open_side(one, api_key, timeout_s) for one in given]
+
+
 def open_side(given: str, api_key: str | None, timeout_s: float) -> Side:
     """`[NAME=]URL[#MODEL]` or `[NAME=]FOLDER`. Raises ConfigError, DataError, StillroomError."""
     # A name holds neither / nor :, which every address and most folders do.

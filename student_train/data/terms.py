@@ -163,8 +163,10 @@ def _common_terms(config: TermsConfig) -> list[str]:
         try:
             # Editors on Windows begin UTF-8 with a byte order mark, which would belong to the first term.
             lines = config.file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.terms.file: {config.file} cannot be read as UTF-8: {one_line(error)}") from error
+        except OSError as error:
+            raise ConfigError(f"data.terms.file: {config.file} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data.terms.file: {config.file} is not UTF-8 text: {one_line(error)}") from error
         lines = [line for line in lines if not line.lstrip().startswith("#")]
     return _checked([*config.words, *lines])
 

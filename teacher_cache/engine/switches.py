@@ -5,6 +5,7 @@ capture. A name counts as safe once its chains were compared with a dense comput
 unknown, which is said once at the start. Imports nothing of vLLM.
 """
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -199,7 +200,10 @@ def check_names(block: str, names: Iterable[str]) -> None:
     usable = [name for name in known if name not in table]
     for name in names if known else ():
         if name not in known:
-            raise ConfigError(f"{block}.vllm: the installed vLLM has no {name!r}{nearest_name(name, usable)}")
+            # One that belongs elsewhere may be what was meant: vllm.gpu_memory_utilisation.
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": {close[0]} cannot be set here: {table[close[0]]}" if close and close[0] in table else None
+            raise ConfigError(f"{block}.vllm: the installed vLLM has no {name!r}{hint or nearest_name(name, usable)}")
 
 
 def note_unknown(block: str, names: Iterable[str]) -> None:

@@ -33,16 +33,20 @@ SIGNAL_COLUMNS = tuple(
 )
 """Columns that exist for the distributions: what a cache of plain text would not have."""
 
-_COUNTS = """
+_MEASURED = "FILTER (mean_support > 1 OR mean_entropy > 0 OR mean_logprob < 0)"
+"""Chains of text alone have one candidate a token, which is certain: they say nothing of a distribution."""
+_MEANS = ", ".join(
+    f"sum({name} * num_tokens) {_MEASURED} / sum(num_tokens) {_MEASURED} AS {name}"
+    for name in ("mean_entropy", "mean_tail_mass", "mean_support")
+)
+_COUNTS = f"""
     count(*) AS num_chains, count(DISTINCT prompt_id) AS num_prompts,
     coalesce(sum(num_tokens), 0)::BIGINT AS num_tokens,
     coalesce(sum(num_prompt_tokens), 0)::BIGINT AS num_prompt_tokens,
     coalesce(sum(num_reasoning_tokens), 0)::BIGINT AS num_reasoning_tokens,
     avg(num_tokens) AS mean_num_tokens, count(*) FILTER (truncated) AS num_truncated, count(correct) AS num_judged,
     count(*) FILTER (correct IS NULL AND judge IS NOT NULL) AS num_undecided,
-    avg(correct::INTEGER) AS pass_rate, sum(mean_entropy * num_tokens) / sum(num_tokens) AS mean_entropy,
-    sum(mean_tail_mass * num_tokens) / sum(num_tokens) AS mean_tail_mass,
-    sum(mean_support * num_tokens) / sum(num_tokens) AS mean_support
+    avg(correct::INTEGER) AS pass_rate, {_MEANS}
 """
 
 WAS_SCRUBBED = """contains(metadata, '"scrubbed":') AND json_type(metadata, '$.scrubbed') = 'OBJECT'"""
@@ -57,6 +61,7 @@ LOOP_TOKENS = 50_000_000
 PAUSE_S = 600
 """A worker that finished no chain for longer was not running."""
 
+MAX_EXAMPLE = 200
 UNDECIDED = "no reference, or the check timed out: `teacher-cache judge` tries again, `--judge` another check"
 """What an undecided chain may lack, and what helps."""
 
@@ -129,6 +134,7 @@ class CacheStats(Counts):
     signal_bytes_per_token: float | None
     num_failed: int = Field(description="samples that failed and have not succeeded since")
     failures: dict[str, int] = Field(description="the same by reason")
+    failure_example: str | None = Field(description="a message of the most frequent reason")
     scrubbed: dict[str, int] = Field(description="personal data replaced in prompts, by kind")
     scrubbed_sample: str | None = Field(description="what a prompt has in its place")
     adapters: dict[str, str] = Field(description="LoRA adapter of the teacher, by run that has one")
@@ -164,7 +170,7 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
         f"SELECT coalesce(sum(bytes), 0)::BIGINT AS bytes FROM storage WHERE column_name IN ({listed})"
     ).to_pylist()
     failures = session.arrow(
-        "SELECT reason, count(DISTINCT sample_id) AS num FROM failures"
+        "SELECT reason, count(DISTINCT sample_id) AS num, arg_max(message, failed_at) AS message FROM failures"
         " WHERE sample_id NOT IN (SELECT sample_id FROM chains) GROUP BY reason ORDER BY num DESC, reason"
     ).to_pylist()
     num_tokens = whole["num_tokens"]
@@ -188,6 +194,7 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
         signal_bytes_per_token=signals["bytes"] / num_tokens if num_tokens else None,
         num_failed=sum(row["num"] for row in failures),
         failures={row["reason"]: row["num"] for row in failures},
+        failure_example=failures[0]["message"] if failures else None,
         scrubbed={row["kind"]: row["num"] for row in scrubbed},
         scrubbed_sample=sample_of(row["prompt"] for row in scrubbed),
         adapters={
@@ -210,6 +217,13 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
     )
 
 
+def failures_text(stats: CacheStats) -> str:
+    """Reasons with their counts, a message, and what to do about them."""
+    reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
+    example = one_line(stats.failure_example or "")
+    return f"{reasons} ({example[:MAX_EXAMPLE]}); build with --retry-failures asks again"
+
+
 def stats_text(stats: CacheStats) -> str:
     """The numbers as lines for a terminal."""
     reasoning = _share(stats.num_reasoning_tokens, stats.num_tokens)
@@ -230,8 +244,7 @@ def stats_text(stats: CacheStats) -> str:
     right = f", {stats.pass_rate:.1%} right" if stats.num_judged else ""
     undecided = f", {stats.num_undecided:,} undecided ({UNDECIDED})" if stats.num_undecided else ""
     lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
-    reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
-    lines.append(f"{stats.num_failed:,} failed" + (f": {reasons}" if reasons else ""))
+    lines.append(f"{stats.num_failed:,} failed" + (f": {failures_text(stats)}" if stats.num_failed else ""))
     if stats.usage.worker_seconds >= 1:
         named = f" ({', '.join(map(one_line, stats.usage.devices))})" if stats.usage.devices else ""
         took, workers = format_duration(stats.usage.worker_seconds), format_plural(stats.usage.num_workers, "worker")
@@ -352,8 +365,7 @@ def _aligned(title: str, groups: dict[str, Counts]) -> list[str]:
                 _share(counts.num_truncated, counts.num_chains),
                 "-" if counts.loop_frac is None else f"{counts.loop_frac:.1%}",
                 "-" if counts.pass_rate is None else f"{counts.pass_rate:.1%}",
-                # Chains of text alone have one candidate a token, and entropies that mean nothing.
-                "-" if counts.mean_support == 1 else f"{counts.mean_entropy:.3f}",
+                "-" if counts.mean_entropy is None else f"{counts.mean_entropy:.3f}",
             ]
         )
     return _columns(rows)

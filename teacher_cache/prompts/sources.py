@@ -14,6 +14,7 @@ from typing import Any
 from stillroom.config import nearest_name
 from stillroom.errors import DataError, one_line
 from stillroom.judging.gym_tasks import jsonable, make_entries
+from stillroom.models import hush_hub
 from stillroom.schema.records import Message, stable_hash
 from stillroom.storage.paths import Location
 from teacher_cache.engine.api import Failure
@@ -111,7 +112,9 @@ def huggingface_rows(
     try:
         rows = _load_dataset(source, streaming=limit is not None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, ConnectionError) as error:
-        raise DataError(f"{where} cannot be loaded: {one_line(error)}") from error
+        is_away = isinstance(error, ConnectionError) and not Path(source.dataset).exists()
+        remedy = ": check its id and the network, or name a local folder" if is_away else ""
+        raise DataError(f"{where} cannot be loaded: {one_line(error)}{remedy}") from error
     if rows.column_names is not None:
         columns = rows.column_names if rows.features is None else column_names(rows.features.arrow_schema)
         check_columns(fields, columns, source.dataset, name)
@@ -244,6 +247,7 @@ def _load_dataset(source: HuggingFaceDataset, *, streaming: bool) -> Any:
         if split not in loaded:
             raise ValueError(f"it has no split {split!r}{nearest_name(split, list(loaded))}")
         return loaded[split]
+    hush_hub()
     # Streaming fetches only the first rows of a hub dataset; a local folder is there anyway.
     streaming = streaming and not folder.exists()
     return datasets.load_dataset(

@@ -379,7 +379,8 @@ class _EnglishNames:
             self._pipeline = spacy.load(model, exclude=["parser", "tagger", "lemmatizer", "attribute_ruler", "senter"])
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"scrub.english_model: spaCy has no pipeline {model!r}: {INSTALL}, or name a folder that spaCy wrote"
+                f"scrub.english_model: spaCy has no pipeline {model!r}: install its package, or leave the key out for "
+                f"the one that comes with {INSTALL}"
             ) from error
         if "ner" not in self._pipeline.pipe_names:
             raise ConfigError(f"scrub.english_model: the pipeline {model} has no component ner, which finds names")

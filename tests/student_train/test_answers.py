@@ -117,6 +117,8 @@ def test_prompts_without_a_judge_cannot_be_judged(cache: SyntheticCache) -> None
     pinned = PinnedCache(root=str(cache.root), weight=1.0, chains_version=_version(cache), verdicts_version=0)
     with pytest.raises(ConfigError, match="no prompt of the chains with \"split = 'heldout'\" names a judge"):
         heldout_prompts([pinned], "split = 'heldout'", 4, None)
+    with pytest.raises(ConfigError, match="no chain fulfils \"split = 'held'\""):
+        heldout_prompts([pinned], "split = 'held'", 4, None)
 
 
 def test_numbers_that_mean_nothing_are_refused() -> None:

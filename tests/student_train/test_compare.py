@@ -11,7 +11,7 @@ from stillroom.errors import ConfigError, StillroomError
 from student_train.answers import AskedPrompt, GenerateConfig
 from student_train.compare.comparing import Price, answer_text, compare
 from student_train.compare.page import difference_words, interval_words, verdict_words, write_page
-from student_train.compare.sides import Reply, Side, open_side
+from student_train.compare.sides import Reply, Side, open_side, open_sides
 from student_train.compare.statistics import DIFFERENCE, holm, mean_interval, sign_test
 from student_train.result_lines import compare_lines
 from tests.helpers.fake_server import Behaviour, FakeServer
@@ -130,6 +130,8 @@ def test_what_cannot_be_compared_is_refused(servers: tuple[FakeServer, FakeServe
     with pytest.raises(ConfigError, match="holds a password: use --api-key-env"):
         open_side("http://me:secret@host/v1", None, 5)
     side: Side = open_side(f"a={poor.url}", None, 5)
+    with pytest.raises(ConfigError, match="got only the side http://nowhere: name at least two"):
+        open_sides(["http://nowhere"], None, 5)
     with pytest.raises(ConfigError, match="got the sides a, a: at least two with different names"):
         compare([side, side], PROMPTS, CONFIG, 1, {})
     with pytest.raises(ConfigError, match="--price c: no side has this name: choose one of a, b"):

@@ -120,7 +120,7 @@ def test_without_a_cache_everything_is_left_and_bounded(folder: Path) -> None:
     assert [(one.source, one.num_prompts, one.num_chains) for one in plan.sources] == [("sums", 6, 6), ("words", 4, 8)]
     assert not config.cache.exists()
     text = "\n".join(plan_lines(plan))
-    assert "at most, by max_tokens: 1.4k" in text
+    assert "up to 1.4k" in text
     assert f"malformed: {folder / 'sums.jsonl'}:8: not JSON" in text
     assert f"duplicate: sums {folder / 'sums.jsonl'}:7 repeats sums {folder / 'sums.jsonl'}:1" in text
 

@@ -93,7 +93,7 @@ def test_terms_weigh_the_tokens_that_say_them(selection: Selection, tmp_path: Pa
     ("given", "problem"),
     [
         ({"words": ["zzz"]}, "none of 1 terms occurs in the 20 selected chains"),
-        ({"file": "/nowhere/list.txt"}, "/nowhere/list.txt cannot be read as UTF-8"),
+        ({"file": "/nowhere/list.txt"}, "/nowhere/list.txt cannot be read: No such file"),
         ({"sql": "nothing"}, "data.terms.sql 'nothing': there is no column nothing"),
         ({"words": ["a" * 300]}, "has 300 characters, above 200"),
     ],

@@ -78,6 +78,10 @@ def test_what_cannot_be_set_is_named_with_the_remedy(blocks: dict[str, Any], sai
             "sampling.vllm.stop_tokens=[1]",
             "sampling.vllm: the installed vLLM has no 'stop_tokens': did you mean 'stop_",
         ),
+        (
+            "engine.vllm.gpu_memory_utilisation=0.5",
+            "gpu_memory_utilization cannot be set here: use engine.gpu_memory_utilization",
+        ),
     ],
 )
 def test_a_slip_in_a_name_is_noticed_before_anything_starts(tmp_path: Path, override: str, said: str) -> None:

@@ -18,7 +18,9 @@ from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, StillroomError
 from teacher_cache.building.commands import build_cache
+from teacher_cache.building.result import result_json, result_lines
 from teacher_cache.config import BuildConfig, ScoreConfig
+from teacher_cache.doctor import diagnose
 from teacher_cache.engine.http.pool import MAX_BACKOFF_S, pause_s
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.maintenance.verify import verify_cache
@@ -145,10 +147,18 @@ def test_a_chain_that_was_cut_in_its_reasoning_has_not_ended_it(
     assert (row["reasoning"], row["answer"], row["reasoning_end"]) == ("2 and 3 make", None, None)
 
 
-def test_other_parameters_are_other_chains(model: Path, server: FakeServer, tmp_path: Path) -> None:
+def test_other_parameters_or_signals_are_other_chains(model: Path, server: FakeServer, tmp_path: Path) -> None:
     for effort in ("low", "high"):
         config = config_of(model, server, tmp_path / "c", {}, signals="none", parameters={"reasoning_effort": effort})
         assert build_cache(config, WHOLE, retry_failures=False).recorded.num_chains == 4
+    assert cache_stats(Catalog(tmp_path / "c")).mean_entropy is None
+    server.behaviour.chat = lambda message: with_logprobs(model)
+    config = config_of(model, server, tmp_path / "c", {"max_support": K}, parameters={"reasoning_effort": "high"})
+    assert build_cache(config, WHOLE, retry_failures=False).recorded.num_chains == 4
+    runs = cache_stats(Catalog(tmp_path / "c")).by_run
+    assert [counts.mean_entropy is None for counts in runs.values()].count(True) == 2
+    # Four tokens with K candidates, and the certain end of the turn.
+    assert cache_stats(Catalog(tmp_path / "c")).mean_support == pytest.approx((4 * K + 1) / 5)
 
 
 Chat = Callable[[Path], Any]
@@ -192,9 +202,13 @@ def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
         return choice
 
     server.behaviour.chat = chat
-    result = build_cache(config_of(model, server, tmp_path / "c", {"max_support": K}), WHOLE, retry_failures=False)
+    config = config_of(model, server, tmp_path / "c", {"max_support": K})
+    result = build_cache(config, WHOLE, retry_failures=False)
     assert (result.recorded.num_chains, result.recorded.num_failures) == (3, 1)
     (failure,) = pq.read_table(tmp_path / "c" / "failures").to_pylist()
+    assert result_lines(result_json(config, result), "c")[-1] == (
+        f"failed  1 in this cache: engine_error 1 ({failure['message'][:200]}); build with --retry-failures asks again"
+    )
     assert "the token b'answerless', which the tokenizer of teacher.model lacks" in failure["message"]
 
 
@@ -310,6 +324,8 @@ def test_the_first_question_is_asked_as_builds_ask(model: Path, server: FakeServ
     config = config_of(model, server, tmp_path / "c", {}, signals="none")
     with pytest.raises(ConfigError, match="rejects a request that builds need: status 400 on demand"):
         build(config)
+    (check,) = [one for one in diagnose(config)["checks"] if one["name"] == "api"]
+    assert (check["state"], "status 400 on demand" in check["value"]) == ("missing", True)
     only_one = config.updated(sampling=config.sampling.updated(temperature=1.0, top_p=1.0))
     assert build(only_one) == (4, 0)
 
