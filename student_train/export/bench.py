@@ -24,6 +24,7 @@ from student_train.export.energy import EnergyMeter
 from student_train.export.formats import RUNTIMES
 from student_train.export.worker import RuntimeWorker
 from student_train.export.writing import RECORD, weight_bytes
+from student_train.model.shape import tensor_shapes
 
 BATCHES = (1, 8)
 MEASURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "first_token_ms", "request_ms")
@@ -68,6 +69,7 @@ def contestant(text: str) -> Contestant:
         runtime = ""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: use one that `student-train export` wrote")
+    tensor_shapes(folder)
     record = None
     if (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))

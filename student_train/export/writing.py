@@ -29,6 +29,7 @@ from student_train.export.formats import RUNTIMES, Format, find_format
 from student_train.export.worker import RuntimeWorker, Worker
 from student_train.exporting import export
 from student_train.model.folder import atomic_folder, refuse_existing
+from student_train.model.shape import tensor_shapes
 from student_train.runtime.checkpoint import CheckpointState
 from student_train.runtime.run_folder import RunFolder
 
@@ -88,6 +89,7 @@ def export_folder(model: Path, caches: Sequence[Path], where: str | None, out: P
     Raises ConfigError, DataError, CorruptError, Disagreement, StillroomError.
     """
     require_model_folder_or_id(str(model))
+    tensor_shapes(model)
     if "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8")):
         raise DataError(f"--model {model} is quantised already: pass the float folder that it was made from")
     name, made = _prepared(out, name)

@@ -41,7 +41,7 @@ class ModelShape:
 
 def model_shape(student: StudentConfig) -> ModelShape:
     """Raises DataError where transformers does not know the model, or its files are not whole."""
-    shapes = _tensor_shapes(Path(student.model))
+    shapes = tensor_shapes(Path(student.model))
     return _from_files(student, shapes) or _from_meta(student)
 
 
@@ -95,7 +95,7 @@ def _from_files(student: StudentConfig, shapes: Mapping[str, tuple[int, ...]]) -
     )
 
 
-def _tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
+def tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """By name, from the headers of a local folder's files. Raises DataError for one that is damaged or missing."""
     from safetensors import SafetensorError, safe_open
 

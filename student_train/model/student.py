@@ -31,7 +31,7 @@ from student_train.losses.features import feature_sums
 from student_train.losses.fused_head import LossSums, fuse_head, head_loss, head_metrics, head_slots
 from student_train.model.adversarial import shifted
 from student_train.model.packed_attention import Apart, hidden_states, keep_apart
-from student_train.model.shape import balance_weight_of
+from student_train.model.shape import balance_weight_of, tensor_shapes
 from student_train.model.taps import LayerTaps, make_projections
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -262,6 +262,8 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
         if "does not support an attention implementation" in str(error):
             # transformers' own advice names an argument that nobody can pass here.
             raise ConfigError(f"{folder} cannot use student.attention: {student.attention}: set it to eager") from error
+        # Names the file that is cut short, which transformers does not.
+        tensor_shapes(Path(folder))
         raise DataError(
             f"{folder} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Mix
 
 from stillroom.errors import ConfigError, DataError
 from student_train.config import LoraConfig, StudentConfig
+from student_train.export.bench import contestant
+from student_train.export.writing import Check, export_folder
 from student_train.model.folder import atomic_folder, save_model
 from student_train.model.shape import model_shape
 from student_train.model.student import add_lora, load_causal
@@ -91,8 +93,12 @@ def test_weights_cut_short_are_one_line(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"model\.safetensors is missing, damaged or cut short: copy it again"):
         model_shape(StudentConfig(model=str(folder)))
-    with pytest.raises(DataError, match="is not a model that transformers can load"):
+    with pytest.raises(DataError, match=r"model\.safetensors is missing, damaged or cut short: copy it again"):
         load_causal(str(folder), StudentConfig(model=str(folder)), None)
+    with pytest.raises(DataError, match=r"model\.safetensors is missing, damaged or cut short: copy it again"):
+        contestant(str(folder))
+    with pytest.raises(DataError, match=r"model\.safetensors is missing, damaged or cut short: copy it again"):
+        export_folder(folder, [], None, tmp_path / "out", "onnx", Check())
     with pytest.raises(DataError, match=r"/none is not a folder: use a Hugging Face model folder or a hub id$"):
         load_causal(f"{folder}/none", StudentConfig(model=str(folder)), None)
     with pytest.raises(DataError, match=r"has no config\.json: use a Hugging Face model folder$"):
