@@ -7,6 +7,7 @@ stop, the second one stops immediately.
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -38,6 +39,12 @@ PARENT_VARIABLE = "STILLROOM_PARENT"
 """In programs that another one of ours has started: its process id."""
 REPORT_VARIABLE = "STILLROOM_REPORT"
 """In programs that another one of ours watches: a file descriptor for progress, notes and the result."""
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some space and run the same command again"),
+    errno.EROFS: ": use a folder that you can write to",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), ": check your rights there, or use another folder"),
+}
+"""What to do about an error of the system."""
 TOGETHER_S = 1.0
 """Signals this close count once: a scheduler signals all processes of a job, and a launcher among them forwards it."""
 
@@ -92,7 +99,8 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         # A full disk, or a file that may not be written: the system says it best.
-        note(f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror or one_line(error)}")
+        where, remedy = f"{error.filename}: " if error.filename else "", REMEDIES.get(error.errno or 0, "")
+        note(f"{name}: {where}{error.strerror or one_line(error)}{remedy}")
         sys.exit(FAILED)
     except SystemExit as end:
         _leave_quietly(end)

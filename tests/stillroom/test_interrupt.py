@@ -69,7 +69,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit) as end:
         run_program(app, "program", ())
     assert end.value.code == 1
-    said = "program: out.csv: No space left on device\n"
+    said = "program: out.csv: No space left on device: free some space and run the same command again\n"
     assert capsys.readouterr().err == said
 
 
