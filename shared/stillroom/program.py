@@ -104,8 +104,9 @@ def run_program(app: typer.Typer, name: str, resumable: Sequence[str]) -> None:
         sys.exit(FAILED)
     except SystemExit as end:
         _leave_quietly(end)
-        if end.code == INTERRUPTED and sys.argv[1:2] and sys.argv[1] in resumable:
-            note(f"Interrupted. Resume with: {shlex.join([name, *sys.argv[1:]])}")
+        if end.code == INTERRUPTED:
+            is_resumable = sys.argv[1:2] and sys.argv[1] in resumable
+            note("Interrupted." + (f" Resume with: {shlex.join([name, *sys.argv[1:]])}" if is_resumable else ""))
         raise
 
 

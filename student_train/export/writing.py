@@ -201,8 +201,9 @@ def _carry_tokenizer(folder: Path, out: Path) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of a folder's files, without the card."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+    """Size of a folder's files, without the card and the record."""
+    own = {"README.md", RECORD}
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name not in own)
 
 
 def _card(folder: Path, record: Json, made: Format) -> str:

@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from stillroom.errors import ConfigError
-from stillroom.log import format_plural, note
+from stillroom.log import format_plural, note, warn
 from stillroom.schema.records import Prompt
+from stillroom.storage.paths import Location
 from teacher_cache.building.build import Build
 from teacher_cache.building.result import BuildResult
 from teacher_cache.building.until import JoinedPrompts, require_judged
@@ -35,6 +36,7 @@ from teacher_cache.prompts.prompts import (
 from teacher_cache.scrub.counts import counted, total_of
 from teacher_cache.scrub.rows import Scrubber
 from teacher_cache.scrub.settings import scrubber_of
+from teacher_cache.writer.leases import workers_of
 
 TYPICAL_LENGTH_FRAC = 0.5
 """Typical length of a chain as a fraction of max_tokens; the demo's chains have 0.48. Decides whether to compile."""
@@ -88,6 +90,7 @@ def build_loaded(
 
         if share is None:
             return _join(build, config, loaded.prompts, failures, num_total, start, retry_failures=retry_failures)
+        warn_of_joined(config.cache)
         until = None
         wanted: Iterable[Request | Failure | Wait]
         if config.sampling.until is None:
@@ -134,6 +137,7 @@ def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failure
                 parts = functools.partial(completions.parts, PART_CHAINS)
                 result = build.join(parts, num_total, start, retry_failures=retry_failures)
             else:
+                warn_of_joined(config.cache)
                 result = build.run(completions.requests(share), num_total, start, retry_failures=retry_failures)
         if completions.contaminated:
             num = format_plural(len(completions.contaminated), "completion")
@@ -173,3 +177,10 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
         note(f"{format_plural(len(loaded.contaminated), 'prompt')} skipped that overlap the evaluation set")
     for source, num in loaded.judgeless():
         note(f"{format_plural(num, 'prompt')} of {source} with a reference but no judge: the answers get no verdict")
+
+
+def warn_of_joined(cache: Location) -> None:
+    """Says that a build without --join shares no work with workers that have it."""
+    if alive := workers_of(cache):
+        others = format_plural(len(alive), "worker")
+        warn(f"{others} with --join may generate the same chains for this cache now: add --join to share the work")

@@ -15,6 +15,7 @@ from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
 from stillroom.storage.paths import create_file
 from teacher_cache.building.build import Build
+from teacher_cache.building.commands import warn_of_joined
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.joining import WAIT, JoinedWork, is_in, rows_of_builds
@@ -300,7 +301,7 @@ def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path
     assert list(cache.root.glob("runs/*.leases/*")) == []
 
 
-def test_workers_that_are_alive_are_in_stats(tmp_path: Path) -> None:
+def test_workers_that_are_alive_are_in_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "c"
     join_build(make_config(cache), make_requests(8), make_engine)
     catalog = Catalog(cache)
@@ -310,6 +311,8 @@ def test_workers_that_are_alive_are_in_stats(tmp_path: Path) -> None:
         held.report(tokens_per_s=12.0, num_tokens=34)
         held._beat()
         (worker,) = (stats := cache_stats(catalog)).workers
+        warn_of_joined(cache)
+    assert "1 worker with --join may generate the same chains" in capsys.readouterr().err
     assert (worker.worker, worker.num_tokens) == ("ja", 34)
     assert "1 worker at 12 tok/s: ja on " in stats_text(stats)
 
