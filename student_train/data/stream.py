@@ -37,8 +37,6 @@ from student_train.data.steps import planned
 THREAD_NAME = "pack-stream"
 WAIT_NOTE_S = 10.0
 """A consumer that waits says so this often."""
-POLL_S = 0.1
-"""How often a blocked reading thread checks whether the stream was closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +191,10 @@ class PackStream:
         if self._thread is None:
             return
         self._closing.set()
+        # The thread may be waiting for room, and puts no second item once the event is set.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
         # Joined, so that a later `_start` does not read beside it and fill a second buffer.
         self._thread.join()
         self._thread = None
@@ -230,13 +232,10 @@ class PackStream:
 
     def _put(self, item: _Item) -> bool:
         """False if the stream was closed meanwhile."""
-        while not self._closing.is_set():
-            try:
-                self._queue.put(item, timeout=POLL_S)
-            except queue.Full:
-                continue
-            return True
-        return False
+        if self._closing.is_set():
+            return False
+        self._queue.put(item)
+        return True
 
     def _loaders(self) -> contextlib.AbstractContextManager[Executor | None]:
         """Threads that read row groups ahead; exit waits for reads in flight."""
