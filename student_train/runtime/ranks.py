@@ -26,7 +26,7 @@ JOIN_TIMEOUT = datetime.timedelta(hours=24)
 TRAINING_ADVICE = (
     "Lower data.pack_tokens or engine.chunk_tokens, set engine.gradient_checkpointing, or raise engine.zero_stage"
 )
-RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+RANK_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
 
 
 class RanksLost(StillroomError):
@@ -143,6 +143,8 @@ def _join() -> Ranks:
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if use_cuda else "gloo"
+    # Without it DeepSpeed starts `numactl` in every backward pass of ZeRO 3 on a CPU.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if alone:
         # DeepSpeed reads the variables; a store in memory needs no port.
         os.environ.update(RANK_VARIABLES)
