@@ -200,7 +200,7 @@ def _run(argv: list[str], cwd: Path, environ: dict[str, str], streams: Path) -> 
     assert not {IMPORTS, VLLM_IMPORTS}.isdisjoint(sys.modules), "a module that fails to import is skipped in silence"
     if IMPORTS in sys.modules:
         for launcher in LAUNCHERS:
-            vars(sys.modules[launcher])["subprocess"] = SimpleNamespace(Popen=_ForkedPython)
+            vars(sys.modules[launcher])["subprocess"] = SimpleNamespace(Popen=ForkedPython)
     else:
         os.setsid()
         # As a new interpreter would.
@@ -219,7 +219,7 @@ def _become(argv: list[str], environ: Mapping[str, str]) -> None:
     importlib.import_module(PROGRAMS.get(argv[0], argv[0])).main()
 
 
-class _ForkedPython:
+class ForkedPython:
     """What the launchers need of subprocess.Popen, without the seconds that an interpreter spends on imports."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **streams: Any) -> None:

@@ -8,22 +8,26 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from stillroom.errors import CorruptError, StillroomError
 from stillroom.program import StopRequest
+from tests.helpers.programs import ForkedPython
 
 MESSAGE = "shard 7 is not what was written"
 
 
 def main() -> None:
     if "RANK" not in os.environ:
+        from student_train.runtime import launching
         from student_train.runtime.hosts import be_agent, given_meeting, run_on_hosts
-        from student_train.runtime.launching import launch
 
         command = [sys.executable, "-m", "tests.helpers.rank_program", sys.argv[1]]
         if (meeting := given_meeting()) is not None:
+            # It has imported torch to meet the others.
+            vars(launching)["subprocess"] = SimpleNamespace(Popen=ForkedPython)
             sys.exit(be_agent(meeting, command, by_ssh=True))
-        sys.exit(run_on_hosts(Path(sys.argv[2]), command[1:]) if sys.argv[2:] else launch(2, command))
+        sys.exit(run_on_hosts(Path(sys.argv[2]), command[1:]) if sys.argv[2:] else launching.launch(2, command))
     try:
         be_rank(sys.argv[1])
     except StillroomError as failure:

@@ -1,17 +1,22 @@
 """Training inside the test process: one world of one rank for all tests, tiny caches, students and configurations."""
 
 import functools
-import json
+import gc
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config import TrainConfig
+from student_train.data import selection
+from student_train.data.selection import SelectionRequest
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
@@ -41,7 +46,7 @@ class Trainer:
     cache: SyntheticCache
     student: Path
     ranks: Ranks
-    references: dict[str, list[Json]]
+    finished_runs: dict[str, TrainConfig]
 
     def config(self, name: str, /, *stages: Json, **blocks: Any) -> TrainConfig:
         """7 steps of 4 packs in float32 at ZeRO 2, in the folder `name`; stages and blocks override."""
@@ -72,18 +77,30 @@ class Trainer:
                 train(config, self.ranks, StopAfter(stop_after))
         return RunFolder(config.run).read_metrics()
 
+    def finished(self, *stages: Json, **blocks: Any) -> TrainConfig:
+        """A run from its start to its end, trained once for all tests that ask for it: they only read its folder."""
+        config = self.config(f"finished-{len(self.finished_runs)}", *stages, **blocks)
+        key = config.model_copy(update={"run": Path()}).model_dump_json()
+        if key not in self.finished_runs:
+            self.finish(config)
+            self.finished_runs[key] = config
+        return self.finished_runs[key]
+
     def reference(self, *stages: Json, **blocks: Any) -> list[Json]:
-        """The lines of metrics.jsonl of a run from its start to its end. Trained once for all tests that ask for it."""
-        key = json.dumps([stages, blocks], sort_keys=True)
-        if key not in self.references:
-            self.references[key] = self.run(self.config("reference", *stages, **blocks))
-        return self.references[key]
+        """The lines of metrics.jsonl of such a run."""
+        return RunFolder(self.finished(*stages, **blocks).run).read_metrics()
 
 
 @pytest.fixture(scope="session")
-def references() -> dict[str, list[Json]]:
-    """What `Trainer.reference` has trained already."""
+def references() -> dict[str, TrainConfig]:
+    """What `Trainer.finished` has trained already, by what was asked for."""
     return {}
+
+
+@pytest.fixture
+def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers what was asked of the same shards before from memory: a freeze takes a third of a second."""
+    monkeypatch.setattr(selection, "_query", _query_once)
 
 
 @pytest.fixture
@@ -91,14 +108,18 @@ def trainer(
     tmp_path: Path,
     cache: SyntheticCache,
     student: Path,
-    references: dict[str, list[Json]],
+    references: dict[str, TrainConfig],
     monkeypatch: pytest.MonkeyPatch,
-) -> Trainer:
+    asked_once: None,
+) -> Iterator[Trainer]:
     """In a world of one rank. DeepSpeed reads the variables, other tests must not see them."""
     world = _world()
     for name, value in RANK_VARIABLES.items():
         monkeypatch.setenv(name, value)
-    return Trainer(tmp_path, cache, student, world, references)
+    # ZeRO 3 replaces it for good by one that is slower.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+    yield Trainer(tmp_path, cache, student, world, references)
+    _leave_out_imported()
 
 
 class StopAfter(StopRequest):
@@ -122,6 +143,28 @@ class StopAfter(StopRequest):
 def losses_of(records: list[Json]) -> list[float]:
     """Loss of each step, exactly as it was logged."""
     return [record["loss"] for record in records]
+
+
+@functools.cache
+def _leave_out_imported() -> None:
+    """Leaves what the first training has imported out of the collections of garbage after every later stage."""
+    gc.collect()
+    gc.freeze()
+
+
+def _query_once(catalog: Catalog, number: int, request: SelectionRequest) -> Any:
+    """What `selection._query` answers, which depends on its arguments and the shards alone."""
+    files = [table.path_of(file) for table in (catalog.chains, catalog.verdicts) for file in table.files()]
+    stats = [(path, path.stat()) for path in files if isinstance(path, Path)]
+    shards = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+    key = (number, request.where, request.weight, request.key, len(files), shards)
+    if key not in _answers:
+        _answers[key] = _query(catalog, number, request)
+    return _answers[key]
+
+
+_query = selection._query
+_answers: dict[Any, Any] = {}
 
 
 @functools.cache

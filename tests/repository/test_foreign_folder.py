@@ -12,10 +12,19 @@ from stillroom.config import Json, plain
 from student_train.runtime.ranks import RANK_VARIABLES
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers import ROOT
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, cache, losses_of, references, student, trainer
+from tests.helpers.training import (
+    IGNORE_LIBRARY_WARNINGS,
+    Trainer,
+    asked_once,
+    cache,
+    losses_of,
+    references,
+    student,
+    trainer,
+)
 from tests.helpers.vocabularies import make_text_cache, student_folder, teacher_tokenizer
 
-__all__ = ["cache", "references", "student", "trainer"]
+__all__ = ["asked_once", "cache", "references", "student", "trainer"]
 
 HELP_OF_EVERY_COMMAND = """
 import sys

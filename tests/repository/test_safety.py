@@ -43,9 +43,17 @@ from tests.helpers import ROOT
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.fake_builds import make_config as make_build_config
 from tests.helpers.fake_builds import make_engine, make_requests, run_build
-from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, cache, references, student, trainer
+from tests.helpers.training import (
+    IGNORE_LIBRARY_WARNINGS,
+    Trainer,
+    asked_once,
+    cache,
+    references,
+    student,
+    trainer,
+)
 
-__all__ = ["cache", "references", "student", "trainer"]
+__all__ = ["asked_once", "cache", "references", "student", "trainer"]
 
 EXAMPLE = ROOT / "docs" / "examples" / "r1_distill_qwen_7b.yaml"
 PACKAGES = ("schemas", "shared", "teacher_cache", "student_train", "benchmarks", "tools")

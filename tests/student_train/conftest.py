@@ -1,5 +1,5 @@
 """Fixtures of the student's tests: a cache, a student, and trainings inside the test process."""
 
-from tests.helpers.training import cache, references, student, trainer
+from tests.helpers.training import asked_once, cache, references, student, trainer
 
-__all__ = ["cache", "references", "student", "trainer"]
+__all__ = ["asked_once", "cache", "references", "student", "trainer"]

@@ -61,31 +61,34 @@ def call(
     student: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    asked_once: None,
 ) -> Cli:
     return Cli(tmp_path, cache, student, monkeypatch, capsys)
 
 
-def run_alone(*arguments: str) -> tuple[str, set[str]]:
-    """stdout of a command in a process of its own, and the modules that it has loaded when it ends well."""
+def run_alone(*commands: list[str]) -> list[tuple[str, set[str]]]:
+    """stdout of each command, in one process of their own, and the modules that are loaded once it has ended well."""
     check = (
-        "import sys; from student_train import cli; sys.argv[0] = 'student-train'\n"
-        "try: cli.main()\n"
-        "except SystemExit as end: assert not end.code\n"
-        "print(*sys.modules, file=sys.stderr)"
+        "import json, sys; from student_train import cli\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['student-train', *command]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    print('\\0', *sys.modules, sep='\\n', end='\\0')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", check, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", check, json.dumps(commands)], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout, set(done.stderr.splitlines()[-1].split())
+    parts = done.stdout.split("\0")
+    return [(said, set(loaded.split())) for said, loaded in zip(parts[::2], parts[1::2], strict=False)]
 
 
 def test_help_and_plan_load_no_heavy_library(call: Cli) -> None:
-    heavy = {"torch", "transformers", "deepspeed", "pyarrow", "duckdb", "pydantic"}
-    said, loaded = run_alone("--help")
+    (said, by_help), (_, by_plan) = run_alone(["--help"], ["plan", call.config()])
     assert "export" in said
-    assert loaded & heavy == set()
-    assert run_alone("plan", call.config())[1] & {"deepspeed", "peft", "vllm"} == set()
+    assert by_help & {"torch", "transformers", "deepspeed", "pyarrow", "duckdb", "pydantic"} == set()
+    assert by_plan & {"deepspeed", "peft", "vllm"} == set()
 
 
 def test_plan_counts_without_leaving_a_trace(call: Cli, tmp_path: Path, cache: SyntheticCache) -> None:

@@ -67,7 +67,13 @@ def featured(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
 
 @pytest.fixture
 def own(trainer: Trainer, featured: SyntheticCache) -> Trainer:
-    return dataclasses.replace(trainer, cache=featured, references={})
+    return dataclasses.replace(trainer, cache=featured)
+
+
+@pytest.fixture(scope="module")
+def dense(featured: SyntheticCache, student: Path) -> tuple[dict[str, float], float, float]:
+    """See `_dense`."""
+    return _dense(featured, student)
 
 
 @pytest.fixture(scope="module")
@@ -137,23 +143,27 @@ def _packs(selection: Selection, spec: PlanSpec, wanted: StageFeatures) -> Itera
         ({"zero_stage": 3, "chunk_tokens": 7}, 128),
     ],
 )
-def test_step_equals_dense_means_over_tokens_with_features(own: Trainer, engine: Json, pack_tokens: int) -> None:
+def test_step_equals_dense_means_over_tokens_with_features(
+    own: Trainer, dense: tuple[dict[str, float], float, float], engine: Json, pack_tokens: int
+) -> None:
     """One step over everything: each loss, and the gradient of their sum, as of each chain alone."""
     stage = {"epochs": 1, "batch_tokens": 8192, "clip_norm": None, "losses": EVERY, "temperature": 1.0}
     (record,) = own.run(own.config("run", stage, data={"pack_tokens": pack_tokens}, engine=engine, eval=None))
-    parts, grad_norm = _dense(own)
+    parts, stored_kl_mean, grad_norm = dense
     for name, value in parts.items():
         assert record["parts"][name] == pytest.approx(value, rel=1e-4), name
     weights = {name: one["weight"] if isinstance(one, dict) else one for name, one in EVERY.items()}
     kl = record["parts"]["forward_kl"]
+    assert kl == pytest.approx(stored_kl_mean, rel=1e-4)
     assert record["loss"] == pytest.approx(0.5 * kl + sum(weights[name] * parts[name] for name in parts), rel=1e-4)
-    assert record["grad_norm"] == pytest.approx(grad_norm(0.5 * kl), rel=1e-3)
+    assert record["grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
 
 
-def _dense(own: Trainer) -> tuple[dict[str, float], Any]:
-    """Each loss by name without the stored KL, and the gradient's norm, from unpacked chains with whole matrices."""
-    features = FeatureSet.open(own.cache.root)
-    model = AutoModelForCausalLM.from_pretrained(own.student, attn_implementation="eager", dtype=torch.float32)
+def _dense(cache: SyntheticCache, student: Path) -> tuple[dict[str, float], float, float]:
+    """Each loss by name, the stored KL, and the norm of the gradient of them all: each chain alone, whole matrices."""
+    features = FeatureSet.open(cache.root)
+    rows = features.read(features.sample_ids())
+    model = AutoModelForCausalLM.from_pretrained(student, attn_implementation="eager", dtype=torch.float32)
     states: dict[int, torch.Tensor] = {}
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *given, n=number: states.__setitem__(n + 1, given[2]))
@@ -162,14 +172,14 @@ def _dense(own: Trainer) -> tuple[dict[str, float], Any]:
     projections = make_projections(losses, 32, 16, seed=0)
     head_VD = torch.from_numpy(features.head().weight_VD)
     sums, num_tokens, kl_sum, num_loss = dict.fromkeys(list(EVERY)[1:], torch.zeros(())), 0, torch.zeros(()), 0
-    for chain in own.cache.chains:
+    for chain in cache.chains:
         if chain.split != "train":
             continue
         ids = torch.tensor([*chain.prompt_ids, *chain.token_ids])
         out = model(ids[None], output_attentions=True)
         logprobs_TV = out.logits[0, len(chain.prompt_ids) - 1 : -1].log_softmax(dim=-1)
         kl_sum, num_loss = kl_sum + stored_kl(chain.signals, logprobs_TV).sum(), num_loss + len(chain.token_ids)
-        row = features.read([chain.sample_id]).get(chain.sample_id)
+        row = rows.get(chain.sample_id)
         if row is None:
             continue
         at = torch.tensor(row.positions_P).long()
@@ -193,14 +203,15 @@ def _dense(own: Trainer) -> tuple[dict[str, float], Any]:
     parts = {name: value / num_tokens for name, value in sums.items()}
     weights = {name: each["weight"] if isinstance(each, dict) else each for name, each in EVERY.items()}
 
-    def grad_norm(stored: float) -> float:
-        kl = kl_sum / num_loss
-        assert 0.5 * float(kl.detach()) == pytest.approx(stored, rel=1e-4)
-        (0.5 * kl + sum(weights[name] * part for name, part in parts.items())).backward()
-        trained = [*model.parameters(), *projections.parameters()]
-        return float(torch.stack([one.grad.norm() for one in trained if one.grad is not None]).norm())
-
-    return {name: float(part.detach()) for name, part in parts.items()}, grad_norm
+    kl = kl_sum / num_loss
+    (0.5 * kl + sum(weights[name] * part for name, part in parts.items())).backward()
+    trained = [*model.parameters(), *projections.parameters()]
+    norms = [one.grad.norm() for one in trained if one.grad is not None]
+    return (
+        {name: float(part.detach()) for name, part in parts.items()},
+        float(kl.detach()),
+        float(torch.stack(norms).norm()),
+    )
 
 
 def _dense_attention(row: Any, probs_ALL: torch.Tensor, query_P: torch.Tensor, heads: Any) -> torch.Tensor:

@@ -68,11 +68,11 @@ def rewritten(
     return write_chains(root, shape, made[::-1])
 
 
-@pytest.fixture
-def own(trainer: Trainer, tmp_path: Path) -> SyntheticCache:
+@pytest.fixture(scope="module")
+def own(cache: SyntheticCache, tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
     """The student's own cache: it wrote two thirds of the chains that the trainer's cache holds."""
-    chains = [chain for chain in trainer.cache.chains if chain.row % 3]
-    return rewritten(tmp_path / "own", chains, [said(chain, 1.0) for chain in chains])
+    chains = [chain for chain in cache.chains if chain.row % 3]
+    return rewritten(tmp_path_factory.mktemp("own") / "own", chains, [said(chain, 1.0) for chain in chains])
 
 
 def packs_of(selection: Selection, attached: Attached) -> list[Any]:
@@ -187,7 +187,7 @@ def test_a_run_on_own_chains_and_wrong_ones_resumes_bit_for_bit(
 
 def test_two_ranks_resume_from_one(trainer: Trainer, own: SyntheticCache) -> None:
     """With the weights spread too (ZeRO 3), through a stage on single chains and one on pairs."""
-    preference = {**PREFERENCE, "losses": {"dpo": 1.0, "cross_entropy": 0.1, "start_kl": 0.1}}
+    preference = {**PREFERENCE, "max_steps": 2, "losses": {"dpo": 1.0, "cross_entropy": 0.1, "start_kl": 0.1}}
     blocks: Json = {"data": {"behaviour": [str(own.root)]}, "engine": {"zero_stage": 3}}
     whole = trainer.run(trainer.config("whole", OWN_WORDS, preference, **blocks))
     config = trainer.config("run", OWN_WORDS, preference, **blocks)

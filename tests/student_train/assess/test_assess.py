@@ -36,7 +36,11 @@ from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student, make_tokenizer
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS
 
-pytestmark = [IGNORE_LIBRARY_WARNINGS, pytest.mark.filterwarnings("ignore:::transformers")]
+pytestmark = [
+    IGNORE_LIBRARY_WARNINGS,
+    pytest.mark.filterwarnings("ignore:::transformers"),
+    pytest.mark.usefixtures("asked_once"),
+]
 
 
 @pytest.fixture(scope="module")

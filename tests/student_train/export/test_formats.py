@@ -25,6 +25,8 @@ from student_train.result_lines import bench_lines, format_lines
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student
 
+pytestmark = pytest.mark.usefixtures("asked_once")
+
 WRITER = """
 import json, shutil
 from pathlib import Path

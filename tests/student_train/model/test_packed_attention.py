@@ -31,6 +31,17 @@ from stillroom.errors import ConfigError
 from student_train.model.packed_attention import NAME, Apart, hidden_states, keep_apart
 
 LENGTHS = (5, 1, 12, 7)
+EYES: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+}
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -88,7 +99,7 @@ def alone(model: Any) -> Tensor:
             Apart.BY_MASK,
         ),
         # Its windows stand in the configuration of its decoder.
-        (Gemma3ForConditionalGeneration, Gemma3Config, {"text_config": {**SIZES, **WINDOW}}, Apart.BY_MASK),
+        (Gemma3ForConditionalGeneration, Gemma3Config, {"text_config": {**SIZES, **WINDOW}, **EYES}, Apart.BY_MASK),
         # Takes keywords, and hands none on.
         (NemotronForCausalLM, NemotronConfig, {}, Apart.BY_MASK),
         # Makes no mask of positions.

@@ -31,7 +31,12 @@ from tests.helpers.vocabularies import (
 )
 from tests.student_train.data.vocabulary.test_alignment import fast, with_prefix_space
 
+pytestmark = pytest.mark.usefixtures("asked_once")
+
 PHRASE = "Ärger über"
+IN_FLOATS = pytest.mark.parametrize("cache", ["topk-f32"], indirect=True)
+IN_BYTES = pytest.mark.parametrize("cache", ["topk-u8"], indirect=True)
+"""Where the codec is not what is tested, one of them."""
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,7 @@ def test_every_chain_is_aligned_and_projected(
         assert (mine == own).sum() == (selection.group_R == 0).sum()
 
 
+@IN_BYTES
 def test_an_interrupted_projection_goes_on_and_is_read_again(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path
 ) -> None:
@@ -147,6 +153,7 @@ def test_an_interrupted_projection_goes_on_and_is_read_again(
         open_projected_selection(path, request(cache), students["pieces"])
 
 
+@IN_FLOATS
 def test_what_a_plan_or_a_stage_has_projected_is_not_projected_again(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +176,7 @@ def test_what_a_plan_or_a_stage_has_projected_is_not_projected_again(
     assert made.header.hash != planned.header.hash
 
 
+@IN_BYTES
 def test_held_out_chains_count_with_those_of_training(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +222,7 @@ def test_a_rare_end_outside_the_counted_chains_is_the_end(
     assert num_ended == sum(chain.finish_reason == "stop" for chain in chains)
 
 
+@IN_FLOATS
 def test_a_space_in_front_of_texts_is_no_byte_of_theirs(cache: SyntheticCache, tmp_path: Path) -> None:
     """Llama's tokenizer writes one: bits per byte do not count it, and no target stands at it."""
     student = fast(with_prefix_space())
@@ -230,6 +239,7 @@ def test_a_space_in_front_of_texts_is_no_byte_of_theirs(cache: SyntheticCache, t
     assert num_bytes == sum(map(len, said))
 
 
+@IN_FLOATS
 def test_packs_say_which_chunks_are_whole(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path
 ) -> None:
@@ -259,6 +269,7 @@ def test_packs_say_which_chunks_are_whole(
     assert min(seen.values()) > 50
 
 
+@IN_BYTES
 def test_chains_of_two_teachers_are_projected_each_by_its_own_vocabulary(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path
 ) -> None:
@@ -287,6 +298,7 @@ def test_chains_of_two_teachers_are_projected_each_by_its_own_vocabulary(
         np.testing.assert_array_equal(mine.signals.topk_logprobs_N, expected.signals.topk_logprobs_N)
 
 
+@IN_FLOATS
 def test_text_that_the_student_changes_is_refused(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], teacher: Any, tmp_path: Path
 ) -> None:
@@ -296,6 +308,7 @@ def test_text_that_the_student_changes_is_refused(
         open_projected_selection(tmp_path / "same.parquet", request(cache), HuggingFaceText(teacher, 400))
 
 
+@IN_FLOATS
 def test_chains_that_cannot_be_aligned_are_learnt_as_text(
     cache: SyntheticCache, students: dict[str, HuggingFaceText], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
