@@ -164,7 +164,7 @@ def test_every_precision_takes_the_same_steps(trainer: Trainer, monkeypatch: pyt
 def test_a_step_that_overflows_is_shown_and_learns_nothing(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
     # A weight of this size makes the scaled gradient of the first steps too large for float16.
-    stage: Json = {"epochs": 9, "max_steps": 25, "losses": {"cross_entropy": 50.0}}
+    stage: Json = {"batch_tokens": 128, "max_steps": 25, "losses": {"cross_entropy": 50.0}}
     config = trainer.config("run", stage, engine={"precision": "float16"}, eval=None)
     summary = trainer.finish(config)
     records = RunFolder(config.run).read_metrics()
@@ -228,11 +228,13 @@ def test_held_out_numbers_before_and_after_are_of_the_same_chains(trainer: Train
     ],
 )
 def test_interrupted_run_resumes_bit_for_bit(trainer: Trainer, engine: Json, stage: Json) -> None:
+    # The second epoch begins in the last step.
+    stage = {**stage, "max_steps": 4}
     whole = trainer.finished(stage, engine=engine)
     parted = trainer.config("parted", stage, engine=engine)
     records = RunFolder(whole.run).read_metrics()
     expected = losses_of(records)
-    assert losses_of(trainer.run(parted, stop_after=4)) == expected[:4]
+    assert losses_of(trainer.run(parted, stop_after=2)) == expected[:2]
     assert losses_of(trainer.run(parted)) == expected
     evals = [RunFolder(config.run).read_evals() for config in (whole, parted)]
     assert evals[0] == evals[1]
@@ -284,8 +286,8 @@ def test_keeps_the_last_checkpoints_and_the_best(trainer: Trainer) -> None:
 
 def test_stages_follow_each_other(trainer: Trainer, cache: SyntheticCache, student: Path) -> None:
     stages: list[Json] = [
-        {"name": "head", "trainable": "head", "max_steps": 2, "losses": {"cross_entropy": 1}},
-        {"name": "lora", "trainable": "lora", "max_steps": 3, "where": "split = 'train' AND source = 'sums'"},
+        {"name": "head", "trainable": "head", "max_steps": 1, "losses": {"cross_entropy": 1}},
+        {"name": "lora", "trainable": "lora", "max_steps": 2, "where": "split = 'train' AND source = 'sums'"},
         {
             "name": "all",
             "max_steps": 2,
@@ -299,10 +301,11 @@ def test_stages_follow_each_other(trainer: Trainer, cache: SyntheticCache, stude
     whole = trainer.config("whole", *stages, eval=every_chain)
     parted = trainer.config("parted", *stages, eval=every_chain)
     expected = trainer.run(whole)
-    trainer.run(parted, stop_after=4)
+    # It is also asked at the end of the first stage.
+    trainer.run(parted, stop_after=3)
     assert losses_of(trainer.run(parted)) == losses_of(expected)
-    assert [record["stage"] for record in expected] == ["head"] * 2 + ["lora"] * 3 + ["all"] * 2
-    assert [record["weights"]["jsd"] for record in expected[5:]] == [0.0, 0.5]
+    assert [record["stage"] for record in expected] == ["head"] + ["lora"] * 2 + ["all"] * 2
+    assert [record["weights"]["jsd"] for record in expected[3:]] == [0.0, 0.5]
     # Each stage's model is a folder of its own, with the adapter merged: evaluated alone it is what the run saw.
     for entry in RunFolder(whole.run).read_evals()[1:3]:
         folder = _with_tokenizer(RunFolder(whole.run).model_after(entry["stage"]), student)
@@ -450,34 +453,34 @@ def test_broken_weights_are_never_a_checkpoint_and_the_run_can_go_back(
         "engine": {"zero_stage": zero_stage},
         "eval": None,
     }
-    config = trainer.config("run", **blocks)
+    config = trainer.config("run", {"max_steps": 5}, **blocks)
     run = RunFolder(config.run)
-    before = trainer.run(config, stop_after=4)
+    before = trainer.run(config, stop_after=3)
     with monkeypatch.context() as patch:
         patch.setattr("student_train.training.learning_rate", lambda *_: 1e39)
         with pytest.raises(StillroomError) as caught:
             trainer.finish(config)
-    assert "weights or moments are not finite after step 5, so it is not saved: go back" in str(caught.value)
-    advice = f"student-train run {run.config_path} --from-step 4 --set stages.0.learning_rate=0.005 (checkpoints of"
+    assert "weights or moments are not finite after step 4, so it is not saved: go back" in str(caught.value)
+    advice = f"student-train run {run.config_path} --from-step 3 --set stages.0.learning_rate=0.005 (checkpoints of"
     assert advice in str(caught.value)
-    assert len(tags(run.checkpoints)) == 4
+    assert len(tags(run.checkpoints)) == 3
 
-    slower = trainer.config("run", {"learning_rate": 5e-3}, **blocks)
+    slower = trainer.config("run", {"learning_rate": 5e-3, "max_steps": 5}, **blocks)
     with pytest.raises(ConfigError, match="set it back to resume, resume from a checkpoint with --from-step, or"):
         trainer.finish(slower)
-    with pytest.raises(DataError, match="--from-step 6: stage distill has checkpoints of steps 1, 2, 3, 4"):
+    with pytest.raises(DataError, match="--from-step 6: stage distill has checkpoints of steps 1, 2, 3"):
         train(slower, trainer.ranks, StopRequest(), 6)
     with pytest.raises(ConfigError, match=r"started with seed=0, now it is 1: set"):
-        train(trainer.config("run", seed=1, **blocks), trainer.ranks, StopRequest(), 3)
-    train(slower, trainer.ranks, StopRequest(), 3)
+        train(trainer.config("run", {"max_steps": 5}, seed=1, **blocks), trainer.ranks, StopRequest(), 2)
+    train(slower, trainer.ranks, StopRequest(), 2)
     records = run.read_metrics()
-    assert [one["step"] for one in records] == [1, 2, 3, 4, 5, 6, 7]
-    assert losses_of(records)[:4] == losses_of(before)
-    assert records[3]["learning_rate"] == pytest.approx(before[3]["learning_rate"] / 2)
-    assert records[4]["loss"] != before[3]["loss"]
+    assert [one["step"] for one in records] == [1, 2, 3, 4, 5]
+    assert losses_of(records)[:3] == losses_of(before)
+    assert records[2]["learning_rate"] == pytest.approx(before[2]["learning_rate"] / 2)
+    assert records[3]["loss"] != before[2]["loss"]
     (change,) = run.read_changes()
-    assert (change["step"], change["keys"]) == (3, {"stages.0.learning_rate": [1e-2, 5e-3]})
-    assert trainer.finish(slower)["num_steps"] == 7
+    assert (change["step"], change["keys"]) == (2, {"stages.0.learning_rate": [1e-2, 5e-3]})
+    assert trainer.finish(slower)["num_steps"] == 5
 
 
 def test_another_clip_norm_counts_after_from_step(trainer: Trainer) -> None:
