@@ -243,10 +243,10 @@ def _dense_attention(row: Any, probs_ALL: torch.Tensor, query_P: torch.Tensor, h
     ids=["body", "lora", "bfloat16"],
 )
 def test_resumed_run_is_the_same_and_exports_without_projections(own: Trainer, stage: Json, engine: Json) -> None:
-    stage = {**stage, "max_steps": 4}
+    stage = {**stage, "max_steps": 3}
     whole = own.run(own.config("whole", stage, eval=None, engine=engine))
     config = own.config("run", stage, eval=None, engine=engine)
-    own.run(config, stop_after=2)
+    own.run(config, stop_after=1)
     assert losses_of(own.run(config)) == losses_of(whole)
     assert whole[-1]["parts"]["hidden_mse"] < whole[0]["parts"]["hidden_mse"]
     model = trained_model(config, find_state(RunFolder(config.run).checkpoints, "last"), merged=True)
@@ -398,11 +398,11 @@ def test_layers_are_evenly_spaced() -> None:
 
 def test_two_ranks_resume_from_one(own: Trainer) -> None:
     """With weights and projections spread by ZeRO 3, and packs without features on either rank."""
-    stage = {"losses": {**EVERY, "cross_entropy": 0.1}, "max_steps": 4}
+    stage = {"losses": {**EVERY, "cross_entropy": 0.1}, "max_steps": 3}
     engine: Json = {"zero_stage": 3}
     whole = own.run(own.config("whole", stage, eval=None, engine=engine))
     config = own.config("run", stage, eval=None, engine=engine)
-    own.run(config, stop_after=2)
+    own.run(config, stop_after=1)
     path = own.folder / "config.yaml"
     path.write_text(yaml.safe_dump(plain(config)))
     environ = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
