@@ -51,7 +51,7 @@ from student_train.data.open import (
     train_request,
 )
 from student_train.data.prepared import Pairing
-from student_train.data.selection import Selection, SelectionRequest, open_selection
+from student_train.data.selection import OpenCaches, Selection, SelectionRequest, open_selection
 from student_train.data.steps import examples_path, planned, with_examples, write_examples
 from student_train.data.stream import PackStream
 from student_train.data.terms import MarkedTerms, terms_path, write_terms
@@ -134,6 +134,19 @@ def prepare(
     With `spare`, held-out chains that `folder` keeps for another `eval` stay there: new ones go to `spare`. The first
     rank writes, the others read after the barrier. Raises ConfigError, DataError, CorruptError.
     """
+    with OpenCaches() as caches:
+        return _prepared(config, folder, num_ranks, is_first, barrier, spare, caches)
+
+
+def _prepared(
+    config: TrainConfig,
+    folder: Path,
+    num_ranks: int,
+    is_first: bool,
+    barrier: Callable[[], None],
+    spare: Path | None,
+    caches: OpenCaches,
+) -> RunPlan:
     for number, stage in enumerate(config.stages):
         with _naming_stage(number, stage):
             check_own_words(check_mixes(stage, 1), stage, config.data)
@@ -152,7 +165,7 @@ def prepare(
         sets = pin_features(run.features_path, config.data) if is_first else None
         barrier()
         sets = sets or reopen_features(run.features_path, config.data)
-    shared = _Shared(config, run, is_first, barrier, spare)
+    shared = _Shared(config, run, is_first, barrier, spare, caches)
     try:
         stages = [
             _own_words(
@@ -174,8 +187,8 @@ def prepare(
     if heldout is not None and is_first:
         _warn_of_seen(stages, heldout)
     _require_one_teacher_vocabulary([*(stage.selection for stage in stages), *([heldout] if heldout else [])])
-    caches = [cache.path for cache in config.data.caches]
-    vocabulary = check_vocabulary(config.student, stages[0].selection, caches)
+    roots = [cache.path for cache in config.data.caches]
+    vocabulary = check_vocabulary(config.student, stages[0].selection, roots)
     _check_lora_targets(config)
     if is_first:
         _check_prunes(config)
@@ -192,13 +205,15 @@ class _Shared:
     is_first: bool
     barrier: Callable[[], None]
     spare: Path | None
+    caches: OpenCaches
     written_for: dict[tuple[str, str], Path] = field(default_factory=dict)
     """Files by what they are and the chains that they are about."""
 
     def opened(self, path: Path, request: SelectionRequest, open_here: Opener = open_data) -> Selection:
         """A selection."""
         if self.is_first:
-            selection = open_here(path, request, self.config.data, self.config.student)
+            asked = replace(request, opened=self.caches)
+            selection = open_here(path, asked, self.config.data, self.config.student)
         self.barrier()
         return selection if self.is_first else reopen_data(path, request)
 

@@ -20,9 +20,9 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Float32, Int32, Int64
 from stillroom.schema.tables import CHAIN_FIELDS
 from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_with
-from stillroom.sql.session import open_session
+from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import Location, atomic_path, location
 from student_train.data.kept_ids import KeptIds, ids_of
 
@@ -379,16 +379,20 @@ class ShardFooter:
     first_rows_G: Int64
 
 
-def check_filter_columns(catalog: Catalog, condition: str) -> dict[str, ShardFooter]:
-    """Verifies what a SQL `condition` over `chains` can depend on: small columns, named large ones, verdicts.
+def filter_columns(condition: str) -> list[str]:
+    """Columns that a SQL `condition` over `chains` can depend on: small ones, and large ones that it names."""
+    words = set(re.findall(r"\w+", condition.lower()))
+    small = [field.name for field in CHAIN_FIELDS if not pa.types.is_list(field.type) and field.name not in LARGE]
+    # Words rather than a parse: a word too many only verifies a column too many.
+    return [*small, *(name for name, names in LARGE.items() if words.intersection(names))]
+
+
+def check_columns(catalog: Catalog, columns: Sequence[str]) -> dict[str, ShardFooter]:
+    """Verifies columns of all shards, and the verdicts.
 
     Returns the footers that were read for it, by the shard's path below `chains`. Raises CorruptError naming the shard
     and row group, or the file of verdicts, that is damaged.
     """
-    words = set(re.findall(r"\w+", condition.lower()))
-    small = [field.name for field in CHAIN_FIELDS if not pa.types.is_list(field.type) and field.name not in LARGE]
-    # Words rather than a parse: a word too many only verifies a column too many.
-    columns = [*small, *(name for name, names in LARGE.items() if words.intersection(names))]
 
     def check_shard(file: DataFile) -> ShardFooter:
         path = catalog.chains.path_of(file)
@@ -434,6 +438,41 @@ class SelectionRequest:
     """What `where` is called in the configuration, for messages."""
     kept_ids: KeptIds | None = None
     """Of a student whose vocabulary is cut."""
+    opened: "OpenCaches | None" = field(default=None, compare=False, repr=False)
+    """Where several selections ask the same caches."""
+
+
+class OpenCaches:
+    """Caches opened for SQL, whose columns are verified once for all selections that ask them; a context manager."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[tuple[str, int, int], Session] = {}
+        self._checked: dict[tuple[str, int, int], tuple[set[str], dict[str, ShardFooter]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    def session(self, catalog: Catalog) -> Session:
+        """Of the cache at the catalog's versions."""
+        key = _versions_of(catalog)
+        if key not in self._sessions:
+            self._sessions[key] = open_session(catalog)
+        return self._sessions[key]
+
+    def footers(self, catalog: Catalog, condition: str) -> dict[str, ShardFooter]:
+        """Those of all shards by path, once all is verified that `condition` can depend on. Raises CorruptError."""
+        key, columns = _versions_of(catalog), filter_columns(condition)
+        if key not in self._checked or not self._checked[key][0].issuperset(columns):
+            self._checked[key] = set(columns), check_columns(catalog, columns)
+        return self._checked[key][1]
+
+
+def _versions_of(catalog: Catalog) -> tuple[str, int, int]:
+    return str(catalog.root), catalog.chains.version, catalog.verdicts.version
 
 
 def open_selection(path: Path, request: SelectionRequest) -> Selection:
@@ -550,21 +589,24 @@ def _check_sources(sources: Sequence[CacheSource]) -> None:
 
 def _query(catalog: Catalog, number: int, request: SelectionRequest) -> tuple[pa.Table, dict[str, ShardFooter]]:
     """Places, lengths and weights of the chains that the condition picks, and the footers of all shards by path."""
+    if request.opened is None:
+        with OpenCaches() as caches:
+            return _query(catalog, number, replace(request, opened=caches))
     where, weight = request.where, request.weight
     condition = f"WHERE {in_brackets(where)}" if where is not None else ""
     expression = in_brackets(weight) if weight is not None else "1"
     # Before the query, which would read damaged columns without noticing.
-    footers = check_filter_columns(catalog, f"{where} {weight}")
-    with open_session(catalog) as session:
-        check_condition(session, request.key, where)
-        if weight is not None:
-            dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
-        query = (
-            f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
-            f"CAST({expression} AS FLOAT) AS weight FROM internal.chain_places {condition} ORDER BY file, row_in_file"
-        )
-        given = {name: sql for name, sql in ((request.key, where), ("data.weight", weight)) if sql is not None}
-        rows = run_with(session, " or ".join(given), " / ".join(given.values()), query)
+    footers = request.opened.footers(catalog, f"{where} {weight}")
+    session = request.opened.session(catalog)
+    check_condition(session, request.key, where)
+    if weight is not None:
+        dry_run(session, "data.weight", weight, f"SELECT CAST({expression} AS FLOAT) FROM chains LIMIT 0")
+    query = (
+        f"SELECT {number}::SMALLINT AS cache, file, row_in_file, sample_id, num_prompt_tokens, num_tokens, "
+        f"CAST({expression} AS FLOAT) AS weight FROM internal.chain_places {condition} ORDER BY file, row_in_file"
+    )
+    given = {name: sql for name, sql in ((request.key, where), ("data.weight", weight)) if sql is not None}
+    rows = run_with(session, " or ".join(given), " / ".join(given.values()), query)
     # A NULL weight reads as nan and is refused with the other bad weights.
     filled = rows.column("weight").fill_null(float("nan"))
     return rows.set_column(rows.schema.get_field_index("weight"), "weight", filled), footers

@@ -1,7 +1,9 @@
 """Selections: what a SQL condition picks, frozen at pinned versions, with refusals in one line."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.errors import ConfigError, CorruptError, DataError
+from student_train.data import selection as selection_module
 from student_train.data.selection import (
     CacheSource,
+    OpenCaches,
     Selection,
     SelectionRequest,
     freeze,
@@ -60,6 +64,22 @@ def test_a_selection_survives_the_disk(cache: SyntheticCache, tmp_path: Path) ->
     path = tmp_path / "selection.parquet"
     first = freeze(path, ask(cache, "split = 'train'", "1 + mean_entropy"))
     assert same(first, load_selection(path))
+
+
+def test_selections_of_one_cache_open_and_verify_it_once(
+    cache: SyntheticCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheres = ("split = 'train'", "split = 'heldout'", "split = 'train' AND text <> ''")
+    alone = [freeze(tmp_path / f"{number}.parquet", ask(cache, where)) for number, where in enumerate(wheres)]
+    opened, verified = Mock(wraps=selection_module.open_session), Mock(wraps=selection_module.check_columns)
+    monkeypatch.setattr(selection_module, "open_session", opened)
+    monkeypatch.setattr(selection_module, "check_columns", verified)
+    with OpenCaches() as caches:
+        asked = [replace(ask(cache, where), opened=caches) for where in wheres]
+        shared = [freeze(tmp_path / f"again-{number}.parquet", one) for number, one in enumerate(asked)]
+    assert all(map(same, shared, alone))
+    # Again for the text, which the others do not name.
+    assert (opened.call_count, verified.call_count) == (1, 2)
 
 
 def same(a: Selection, b: Selection) -> bool:
