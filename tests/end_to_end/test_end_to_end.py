@@ -14,7 +14,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard, read_signals
 from stillroom.schema.records import Signals
 from stillroom.sql.session import open_session
-from tests.helpers.line import Line
+from tests.helpers.line import NUM_CHAINS, Line
 from tests.helpers.programs import run_with_vllm
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::transformers")
@@ -63,17 +63,17 @@ def chains(line: Line) -> list[Chain]:
 
 
 def test_the_build_is_whole_and_a_second_one_adds_nothing(line: Line) -> None:
-    assert line.results["plan"]["num_left"] == 60
-    assert line.results["build"]["num_chains"] == 60
+    assert line.results["plan"]["num_left"] == NUM_CHAINS
+    assert line.results["build"]["num_chains"] == NUM_CHAINS
     assert line.results["build"]["num_failures"] == 0
     assert line.results["again"]["num_new_chains"] == 0
-    assert line.results["again"]["num_chains"] == 60
+    assert line.results["again"]["num_chains"] == NUM_CHAINS
     assert line.results["verify"]["ok"]
-    assert line.results["verify"]["num_chains"] == 60
+    assert line.results["verify"]["num_chains"] == NUM_CHAINS
 
 
 def test_cached_log_probabilities_are_the_teachers_own(chains: list[Chain]) -> None:
-    assert len(chains) == 60
+    assert len(chains) == NUM_CHAINS
     for chain in chains:
         ids_T = torch.tensor(chain.row["token_ids"])
         own_T = chain.dense_TV.gather(1, ids_T[:, None])[:, 0]
@@ -139,7 +139,7 @@ def test_the_interrupted_run_resumed_where_it_stopped(line: Line) -> None:
 def test_the_student_learns(line: Line) -> None:
     trained = line.results["train"]
     assert trained["heldout_after"]["forward_kl"] < 0.9 * trained["heldout_before"]["forward_kl"]
-    assert line.results["eval"]["forward_kl"] == pytest.approx(trained["heldout_after"]["forward_kl"], rel=1e-5)
+    assert line.results["answers"]["forward_kl"] == pytest.approx(trained["heldout_after"]["forward_kl"], rel=1e-5)
 
 
 def test_the_students_answers_are_judged_beside_the_teachers(line: Line) -> None:
@@ -169,7 +169,7 @@ def test_the_export_opens_in_transformers_and_is_the_trained_student(line: Line,
     evaluated = json.loads(
         line.program("student-train", "eval", "--model", str(folder), "--cache", "runs/demo/cache", "--json")
     )
-    assert evaluated["forward_kl"] == pytest.approx(line.results["eval"]["forward_kl"], rel=1e-4)
+    assert evaluated["forward_kl"] == pytest.approx(line.results["answers"]["forward_kl"], rel=1e-4)
     assert model.config.num_hidden_layers == 1
 
 
@@ -207,13 +207,13 @@ def test_sql_counts_what_was_built(line: Line, chains: list[Chain]) -> None:
             "SELECT count(*) AS chains, sum(num_tokens)::BIGINT AS tokens, count(correct) AS judged FROM chains"
         ).to_pylist()
         (tokens,) = session.arrow("SELECT count(*) AS n FROM tokens").column("n").to_pylist()
-    assert counts == {"chains": 60, "tokens": sum(len(chain.row["token_ids"]) for chain in chains), "judged": 60}
+    assert counts == {"chains": NUM_CHAINS, "tokens": sum(len(chain.row["token_ids"]) for chain in chains), "judged": NUM_CHAINS}
     assert tokens == counts["tokens"]
 
 
 def test_the_answer_to_a_question_goes_to_stdout_alone(line: Line) -> None:
     query = "SELECT count(*) AS n FROM chains"
-    assert line.program("teacher-cache", "sql", "runs/demo/cache", query, "--format", "csv").split() == ['"n"', "60"]
+    assert line.program("teacher-cache", "sql", "runs/demo/cache", query, "--format", "csv").split() == ['"n"', str(NUM_CHAINS)]
 
 
 def test_the_folder_holds_what_the_format_says(line: Line) -> None:

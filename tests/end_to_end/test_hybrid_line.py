@@ -15,7 +15,7 @@ from stillroom.sql.session import open_session
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.selection import CacheSource, SelectionRequest, freeze
 from student_train.data.stream import PackStream
-from tests.helpers.line import Line
+from tests.helpers.line import NUM_CHAINS, Line
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore:::deepspeed", "ignore:::transformers")
 
@@ -31,7 +31,7 @@ def hybrid(line: Line) -> Line:
     """The line's teacher, asked again for another capture."""
     overrides = ["--set", f"cache={CACHE}", "--set", f"capture={json.dumps(CAPTURE)}"]
     built = json.loads(line.program("teacher-cache", "build", "benchmarks/demo/teacher.yaml", *overrides, "--json"))
-    assert built["num_chains"] == 60
+    assert built["num_chains"] == NUM_CHAINS
     return line
 
 

@@ -1,7 +1,7 @@
 """Builds with the fake engine: the real path from requests to visible rows, without a model.
 
 As a program (`python -m tests.helpers.fake_builds CACHE I/N|join NUM_PROMPTS STEP_S [impatient]`) it is one worker, to
-be killed.
+be killed. Its steps take STEP_S until a file CACHE.hurry is there.
 """
 
 import contextlib
@@ -9,7 +9,9 @@ import functools
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +24,7 @@ from stillroom.storage.paths import Location, location
 from teacher_cache.building.build import Build
 from teacher_cache.building.result import BuildResult, result_json
 from teacher_cache.config import BuildConfig
-from teacher_cache.engine.api import Engine, Request
+from teacher_cache.engine.api import Engine, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.prompts import Part, part_name, seed_of
@@ -129,6 +131,12 @@ def join_build(config: BuildConfig, requests: Sequence[Request], start_engine: C
         build.close()
 
 
+def silence(folder: Path, worker: str = "*") -> None:
+    """Sets the heartbeats in a folder of leases so far back that their workers count as dead, instead of waiting."""
+    for heartbeat in folder.glob(f"{worker}.json"):
+        os.utime(heartbeat, (time.time() - 2 * EXPIRY_S,) * 2)
+
+
 @contextlib.contextmanager
 def killed_before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs inside ends between the rename of its first file and the commit, and must reach it."""
@@ -149,7 +157,19 @@ def main() -> None:
         module, _, attribute = name.rpartition(".")
         setattr(importlib.import_module(module), attribute, value)
     config = make_config(location(cache), shard={"row_group_tokens": 200, "max_mb": 0.01})
-    start_engine = functools.partial(make_engine, float(step_s))
+
+    def start_engine() -> FakeEngine:
+        engine = make_engine(float(step_s))
+        step = engine.step
+
+        def hurried() -> list[Outcome]:
+            if Path(f"{cache}.hurry").exists():
+                engine._step_s = 0.0
+            return step()
+
+        vars(engine)["step"] = hurried
+        return engine
+
     if share == "join":
         result = join_build(config, make_requests(int(num_prompts)), start_engine)
     else:

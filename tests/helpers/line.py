@@ -17,6 +17,8 @@ from tests.helpers.programs import TIMEOUT_S, Program, run_with_vllm
 from tests.helpers.tiny import make_tiny_teacher
 
 RUN_VLLM = ("build", "score", "features")
+NUM_CHAINS = 40
+"""In the cache: two of each prompt."""
 
 
 @dataclass
@@ -68,7 +70,6 @@ def run_line(folder: Path) -> Line:
     line.step("init", "student-train", "init", student)
     line.interrupt("student-train", "run", student, "--nproc", "2")
     line.step("train", "student-train", "run", student, "--nproc", "2")
-    line.step("eval", "student-train", "eval", student)
     more = ("--robustness", "--price-per-hour", "2", "--out", "answers.html")
     line.step("answers", "student-train", "eval", student, "--generate", "5", "--max-new-tokens", "8", *more)
     line.step("export", "student-train", "export", student, "--out", "runs/demo/export")
@@ -82,8 +83,8 @@ TEACHER: dict[str, Any] = {
     "prompts": {
         "heldout_frac": 0.25,
         "sources": [
-            {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": 16},
-            {"kind": "reasoning_gym", "name": "letters", "task": "letter_counting", "size": 16, "limit": 14},
+            {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": 12},
+            {"kind": "reasoning_gym", "name": "letters", "task": "letter_counting", "size": 12, "limit": 8},
         ],
     },
     "sampling": {"temperature": 0.7, "top_p": 0.9, "max_tokens": 24, "samples": 2},

@@ -8,10 +8,12 @@ import student_train
 import teacher_cache
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 
+# Of what is imported nothing is garbage.
+gc.disable()
 # DeepSpeed looks for an accelerator when it is imported.
 use_cpu_where_there_is_no_gpu()
 for name in (
-    *("datasets", "deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "peft", "reasoning_gym"),
+    *("datasets", "deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "peft"),
     "transformers.models.llama.modeling_llama",
 ):
     importlib.import_module(name)
@@ -21,3 +23,4 @@ for package in (student_train, teacher_cache):
             importlib.import_module(module.name)
 # Forked processes would go through all these objects, and copy their pages, whenever they collect garbage.
 gc.freeze()
+gc.enable()

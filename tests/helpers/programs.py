@@ -1,7 +1,7 @@
 """The programs, forked from a process that has imported torch, DeepSpeed and the like: seconds less than an interpreter
 each. All else is as in an interpreter of their own: arguments, environment, folder, streams, signals, exit code. The
 ranks of a training are forked in the same way from their launcher, ours or DeepSpeed's. vLLM reads its settings while
-it is imported, so what runs it is forked from another process, which has imported vLLM as well.
+it is imported, so what runs it is forked from another process, itself forked, which has imported vLLM as well.
 """
 
 import atexit
@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess, ForkServerProcess
 from pathlib import Path
@@ -51,10 +51,7 @@ class Program:
         if with_vllm:
             self.process = _ProcessWithVllm(*arguments)
             return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([IMPORTS])
-        self.process = context.Process(target=_run, args=arguments)
-        self.process.start()
+        self.process = _forked(_run, arguments)
 
     def poll(self) -> int | None:
         """The exit code once it has ended."""
@@ -104,9 +101,8 @@ class _VllmParent:
     """A process that has imported vLLM and forks; it ends when this one does."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, there = context.Pipe()
-        context.Process(target=_fork_with_vllm, args=(there,)).start()
+        self._connection, there = multiprocessing.Pipe()
+        _forked(_fork_with_vllm, (there,))
         there.close()
         self._exit_codes: dict[int, int | None] = {}
         # multiprocessing waits for its processes at exit, this one for the end of the connection.
@@ -153,6 +149,14 @@ class _ProcessWithVllm:
             os.killpg(self.pid, signal.SIGKILL)
 
 
+def _forked(target: Callable[..., None], arguments: tuple[Any, ...]) -> ForkServerProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([IMPORTS])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 @functools.cache
 def _vllm_parent() -> _VllmParent:
     return _VllmParent()
@@ -197,8 +201,8 @@ def _run(argv: list[str], cwd: Path, environ: dict[str, str], streams: Path) -> 
         opened = os.open(streams / name, os.O_WRONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
-    assert not {IMPORTS, VLLM_IMPORTS}.isdisjoint(sys.modules), "a module that fails to import is skipped in silence"
-    if IMPORTS in sys.modules:
+    assert IMPORTS in sys.modules, "a module that fails to import is skipped in silence"
+    if VLLM_IMPORTS not in sys.modules:
         for launcher in LAUNCHERS:
             vars(sys.modules[launcher])["subprocess"] = SimpleNamespace(Popen=ForkedPython)
     else:

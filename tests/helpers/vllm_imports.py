@@ -8,13 +8,15 @@ import pkgutil
 import teacher_cache
 from teacher_cache.engine.vllm import QUIET_ENVIRONMENT
 
+# As in program_imports.
+gc.disable()
 os.environ.update(QUIET_ENVIRONMENT)
 for name in (
-    *("datasets", "reasoning_gym", "transformers.models.llama.modeling_llama", "vllm.v1.engine.llm_engine"),
+    *("datasets", "transformers.models.llama.modeling_llama", "vllm.v1.engine.llm_engine"),
     *("vllm.entrypoints.openai.api_server", "vllm.entrypoints.cli.serve"),
     *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama", "vllm.model_executor.model_loader"),
     *(module.name for module in pkgutil.walk_packages(teacher_cache.__path__, f"{teacher_cache.__name__}.")),
 ):
     importlib.import_module(name)
-# As in program_imports.
 gc.freeze()
+gc.enable()

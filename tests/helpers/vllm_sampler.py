@@ -1,4 +1,4 @@
-"""The sampler plugin where vLLM makes it hard, in processes as a person would have them.
+"""The sampler plugin where vLLM makes it hard.
 
 vLLM's engine runs in a process of its own, which finds the plugin by its entry point alone; prompts are cut into
 chunks, draft tokens are guessed from the prompt and verified, and the key-value cache is too small for the batch, so
@@ -18,6 +18,7 @@ from teacher_cache.engine.row_layout import Layout
 from tests.helpers.environment import python_path
 from tests.helpers.programs import run_with_vllm
 from tests.helpers.tiny import make_tiny_teacher
+from tests.helpers.vllm_fork import fork_engines
 
 LAYOUT = Layout(8, 5, (2.0,))
 MAX_TOKENS = 40
@@ -42,9 +43,8 @@ def run(folder: Path) -> Answers:
     (site / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nstillroom = teacher_cache.engine.plugin.register:register\n"
     )
-    engine = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    plugin = {"VLLM_PLUGINS": "stillroom", **python_path(site.parent)}
-    run_with_vllm(["tests.helpers.vllm_sampler", str(folder)], environ={**engine, **plugin})
+    environ = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_PLUGINS": "stillroom", **python_path(site.parent)}
+    run_with_vllm(["tests.helpers.vllm_sampler", str(folder)], environ=environ)
     captures, scored = pickle.loads((folder / "answers.pickle").read_bytes())
     return Answers(folder / "teacher", captures, scored)
 
@@ -63,6 +63,7 @@ def main() -> None:
     from teacher_cache.engine.vllm_arrays import install_arrays
     from teacher_cache.engine.vllm_capture import capture_of, rows_of
 
+    fork_engines()
     folder = Path(sys.argv[1])
     arguments = EngineArgs(
         model=str(folder / "teacher"),

@@ -1,4 +1,4 @@
-"""A real `vllm serve` on a free port of the loopback."""
+"""A real `vllm serve` on a free port of the loopback. As a program it is that server."""
 
 import contextlib
 import importlib.metadata
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.helpers.environment import python_path
 from tests.helpers.programs import Program, program_with_vllm
+from tests.helpers.vllm_fork import fork_engines
 
 START_LIMIT_S = 300
 END_LIMIT_S = 20
@@ -44,11 +45,9 @@ def serve(model: Path, folder: Path, *flags: str, **environ: str) -> Iterator[Se
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The engine is forked from the server, which has imported all that it needs.
-    fast = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-    command = ["vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = ["tests.helpers.vllm_server", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     path = python_path(_distribution_named_vllm(folder))
-    program = program_with_vllm([*command, *FLAGS, *flags], environ={**fast, **path, **environ})
+    program = program_with_vllm([*command, *FLAGS, *flags], environ={"VLLM_NO_USAGE_STATS": "1", **path, **environ})
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url, program)
@@ -91,3 +90,8 @@ def _wait_for(url: str, program: Program) -> None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(0.2)
+
+
+def main() -> None:
+    fork_engines()
+    importlib.import_module("vllm.entrypoints.cli.main").main()

@@ -146,6 +146,8 @@ def _start(folder: Path) -> None:
     from teacher_cache.engine.vllm import EmbeddedEngine
 
     inductor.cpp.cxx = (None, str(folder / "g++"))
+    # Scalar kernels need not try out which vectors the processor has, and include less.
+    inductor.cpp.vec_isa_ok, inductor.cpp.simdlen = True, 1
     config = EmbeddedConfig(dtype="float32", max_num_seqs=4, max_model_len=MAX_MODEL_LEN)
     engine = EmbeddedEngine(TeacherConfig(model=str(folder / "teacher")), config, CAPTURE)
     chain = finished(_generate(engine, make_requests()[:1]))["good0"]

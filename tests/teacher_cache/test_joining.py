@@ -1,6 +1,5 @@
 """Workers that join a build: parts by lease, each done once, and those of the dead taken over."""
 
-import os
 import threading
 import time
 from collections import defaultdict
@@ -24,7 +23,7 @@ from teacher_cache.prompts.prompts import own_share
 from teacher_cache.writer import leases
 from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.leases import Leases, WorkerState, leases_folder
-from tests.helpers.caches import make_cache, visible_ids
+from tests.helpers.caches import make_cache, on_disk, visible_ids
 from tests.helpers.fake_builds import (
     EOS_ID,
     EXPIRY_S,
@@ -37,6 +36,7 @@ from tests.helpers.fake_builds import (
     make_requests,
     make_teacher,
     parts_of,
+    silence,
 )
 from tests.helpers.feature_sets import add_features
 from tests.helpers.programs import Program
@@ -85,7 +85,8 @@ def test_the_silent_are_declared_dead_once_and_what_they_held_is_free(tmp_path: 
     assert silent.claim("0-b")
     with Leases(tmp_path, "jb", dead.append) as other:
         assert not other.claim("0-a")
-        time.sleep(EXPIRY_S)
+        silence(tmp_path, "ja")
+        time.sleep(leases.LIST_S)
         assert other.claim("0-a")
         assert other.claim("0-b")
         assert dead == ["ja"]
@@ -103,10 +104,10 @@ def test_who_was_only_slow_is_not_declared_dead_again(tmp_path: Path, dead: list
     slow, second = Leases(tmp_path, "ja", dead.append), Leases(tmp_path, "jb", dead.append)
     slow._beat()
     assert slow.claim("0-a")
-    time.sleep(EXPIRY_S)
+    silence(tmp_path)
     second._beat()
     assert second.claim("0-a")
-    time.sleep(EXPIRY_S)
+    silence(tmp_path)
     slow._beat()
     with Leases(tmp_path, "jc", dead.append) as third:
         assert third.claim("0-a")
@@ -119,8 +120,7 @@ def test_after_an_outage_of_the_storage_nobody_is_dead_at_once(tmp_path: Path, d
     first._beat()
     other._beat()
     assert other.claim("0-a")
-    for name in ("ja", "jb"):
-        os.utime(tmp_path / f"{name}.json", (time.time() - 2 * EXPIRY_S,) * 2)
+    silence(tmp_path)
     assert first._beat_s is not None
     first._beat_s -= 2 * EXPIRY_S
     first._beat()
@@ -150,11 +150,13 @@ def test_storage_that_creates_a_file_twice_is_refused(
 
 
 def test_a_worker_that_hangs_falls_silent(tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "STALL_S", 0.3)
+    monkeypatch.setattr(leases, "STALL_S", 0.0)
     with Leases(tmp_path, "ja", dead.append) as hanging, Leases(tmp_path, "jb", dead.append) as other:
         hanging.report(num_tokens=1)
         assert hanging.claim("0-a")
-        time.sleep(0.3 + EXPIRY_S + 0.5)
+        silence(tmp_path, "ja")
+        # Another heartbeat would come meanwhile.
+        time.sleep(3 * leases.HEARTBEAT_S)
         assert other.claim("0-a")
 
 
@@ -236,6 +238,8 @@ def test_what_a_killed_worker_held_is_taken_over(tmp_path: Path, capfd: pytest.C
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     victim.kill()
+    for folder in cache.glob("runs/*.leases"):
+        silence(folder)
     result = join_build(make_config(cache), requests, make_engine)
     assert result.recorded.num_chains == 60
     assert visible_ids(cache) == sorted(request.sample_id for request in requests)
@@ -258,6 +262,7 @@ def test_what_a_dead_worker_published_is_adopted_at_the_takeover(tmp_path: Path)
     dead = Leases(folder, "jdead", lambda _: None)
     dead._beat()
     assert all(dead.claim(name) for name, _ in parts_of(requests))
+    silence(on_disk(folder))
     visible = rows_of_builds(Catalog(cache))
     work: JoinedWork[Any] = JoinedWork(cache, build.run_id, "jnew", visible, is_in(visible))
     with work:
@@ -287,6 +292,7 @@ def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path
             add_features(cache.root, None)
     held = list(cache.root.glob("runs/*.leases/*.lease"))
     assert held
+    silence(held[0].parent)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: add_features(cache.root, None, step_s=0.05), range(2))
     table = cache.catalog.features

@@ -39,6 +39,12 @@ def test_a_killed_actor_is_replaced_and_every_row_is_there_once(tmp_path: Path) 
     while Path(f"/proc/{victim}").exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+    # The two at the start, and the one in the restarted actor.
+    deadline_s = time.monotonic() + 60
+    while len(_committers(cache)) < 3:
+        assert time.monotonic() < deadline_s, fleet.stderr_so_far()
+        time.sleep(0.05)
+    cache.with_suffix(".hurry").touch()
     code, out, err = fleet.communicate()
     assert code == 0, err
     result = json.loads(out)
@@ -48,7 +54,6 @@ def test_a_killed_actor_is_replaced_and_every_row_is_there_once(tmp_path: Path) 
     assert visible_ids(cache) == sorted(request.sample_id for request in make_requests(NUM_PROMPTS))
     report = verify_cache(cache)
     assert (report.ok, report.orphans) == (True, [])
-    # The two at the start, and the one in the restarted actor.
     assert len(_committers(cache)) == 3
     assert list(cache.glob("runs/*.fleet")) == []
 

@@ -8,6 +8,7 @@ Two checkers cannot say no: game_of_life_halting accepts any text, puzzle24 any 
 of their own here.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from stillroom.judging.answers import Verdict, decided, shown, undecided
@@ -28,16 +30,35 @@ HASH_SEED = "0"
 REFUSED = re.compile(r"__|\b(?:eval|exec|open|compile|getattr|setattr|vars|globals|breakpoint|input)\s*\(")
 """Several checkers pass the answer to sympy.parse_expr, which evaluates it as Python: they never see such text."""
 
+PLOTTING = (
+    *("matplotlib", "matplotlib.animation", "matplotlib.collections", "matplotlib.pyplot"),
+    *("mpl_toolkits", "mpl_toolkits.mplot3d"),
+)
+
 SAID = re.compile(r"(?:answer|result|solution)\b[^\n]{0,20}?(?:\bis\b|:)[\s*]*([^\s*].*)", re.IGNORECASE | re.DOTALL)
 
 
 def import_reasoning_gym() -> Any:
     """The package, imported late: it takes seconds. Raises ImportError where it is not installed."""
-    with warnings.catch_warnings():
+    with _without_matplotlib(), warnings.catch_warnings():
         # cellpylib compares with `is` and a literal: Python says so once, when it first compiles the file.
         warnings.simplefilter("ignore", SyntaxWarning)
         import reasoning_gym
     return reasoning_gym
+
+
+@contextlib.contextmanager
+def _without_matplotlib() -> Iterator[None]:
+    """cellpylib imports it at once, for its plots, which nothing here draws: as long as all other imports together."""
+    stubs = {} if "matplotlib" in sys.modules else {name: ModuleType(name) for name in PLOTTING}
+    for stub in stubs.values():
+        vars(stub)["Axes3D"] = object
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]
 
 
 def task_names() -> list[str]:

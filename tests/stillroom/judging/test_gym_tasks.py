@@ -75,10 +75,9 @@ def test_text_that_would_be_run_reaches_no_checker(judge: JudgeProcess, tmp_path
 
 
 def test_tasks_are_the_same_in_every_process() -> None:
-    tasks = ["isomorphic_strings", "polynomial_multiplication", "ransom_note"]
     program = (
         "import json; from stillroom.judging.gym_tasks import make_entries;"
-        f"print(json.dumps([one['question'] for task in {tasks} for one in make_entries(task, 5, 2, {{}})]))"
+        "print(json.dumps([one['question'] for one in make_entries('ransom_note', 5, 2, {})]))"
     )
     # This process has another order of sets: its own hash seed is random, or set to something else.
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
@@ -89,4 +88,4 @@ def test_tasks_are_the_same_in_every_process() -> None:
         check=True,
         text=True,
     )
-    assert json.loads(there.stdout) == [one["question"] for task in tasks for one in make_entries(task, 5, 2, {})]
+    assert json.loads(there.stdout) == [one["question"] for one in make_entries("ransom_note", 5, 2, {})]

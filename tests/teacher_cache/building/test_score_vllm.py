@@ -13,7 +13,7 @@ from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.http import handshake
 from teacher_cache.engine.http.wire import CompletionsApi
 from teacher_cache.prompts.prompts import WHOLE
-from tests.helpers.line import SCORE, Line
+from tests.helpers.line import NUM_CHAINS, SCORE, Line
 from tests.teacher_cache.engine.http.test_server_vllm import (
     SETTINGS,
     SIGNALS,
@@ -29,7 +29,7 @@ from tests.teacher_cache.engine.http.test_server_vllm import (
 def num_chains(line: Line) -> int:
     """Different ones: two samples of a prompt that came out alike are one chain to be scored."""
     found = {row["chain_id"] for row, _ in chains_of(line.folder / "runs/demo/cache").values()}
-    assert len(found) > 30
+    assert len(found) > NUM_CHAINS // 2
     return len(found)
 
 
@@ -49,7 +49,7 @@ def test_the_command_scores_chains_of_another_cache(line: Line, num_chains: int,
     path = tmp_path / "score.yaml"
     path.write_text(yaml.safe_dump(config))
     planned = line.step("score plan", "teacher-cache", "plan", str(path))
-    assert (planned["num_left"], planned["num_duplicates"]) == (num_chains, 60 - num_chains)
+    assert (planned["num_left"], planned["num_duplicates"]) == (num_chains, NUM_CHAINS - num_chains)
     result = line.step("score", "teacher-cache", "score", str(path))
     assert (result["num_new_chains"], result["num_failures"]) == (num_chains, 0)
     assert_scored_alike(line.folder / "runs/demo/cache", tmp_path / "c")

@@ -17,7 +17,7 @@ from teacher_cache.config import BuildConfig, CaptureConfig
 from teacher_cache.engine.http import handshake
 from teacher_cache.engine.http.wire import Api, CompletionsApi, GenerateApi
 from teacher_cache.prompts.prompts import WHOLE
-from tests.helpers.line import TEACHER, Line
+from tests.helpers.line import NUM_CHAINS, TEACHER, Line
 
 SETTINGS = {"kind": "server", "max_in_flight": 16, "give_up_minutes": 1}
 WAYS = pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/completions"])
@@ -85,7 +85,7 @@ def fill(line: Line, url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, pat
     if path == CompletionsApi.path:
         monkeypatch.setattr(handshake, "_api", completions_alone)
     result = build_cache(served_config(line, url, cache, capture), WHOLE, retry_failures=False)
-    assert (result.recorded.num_chains, result.recorded.num_failures) == (60, 0)
+    assert (result.recorded.num_chains, result.recorded.num_failures) == (NUM_CHAINS, 0)
     catalog = Catalog(cache)
     (manifest,) = catalog.runs().values()
     assert manifest.software["vllm"].startswith("0.")
@@ -169,7 +169,7 @@ def test_the_command_asks_a_server(line: Line, vllm_server: str, tmp_path: Path)
     (tmp_path / "served.yaml").write_text(yaml.safe_dump(config))
     result = line.step("served", "teacher-cache", "build", str(tmp_path / "served.yaml"))
     assert (result["num_new_chains"], result["num_failures"], result["run_id"]) == (
-        60,
+        NUM_CHAINS,
         0,
         line.results["build"]["run_id"],
     )
