@@ -63,7 +63,6 @@ def _group_of(nodeid: str) -> str:
 def pytest_collection_finish() -> None:
     # Thousands of modules are imported by now. Each collection of garbage would go through all their objects again,
     # a quarter of a second: a fifth of the time of the trainings, which collect after every stage.
-    gc.collect()
     gc.freeze()
     gc.enable()
 

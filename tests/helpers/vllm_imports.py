@@ -7,6 +7,7 @@ import pkgutil
 
 import teacher_cache
 from teacher_cache.engine.vllm import QUIET_ENVIRONMENT
+from teacher_cache.engine.vllm_fit import ADAPTER, ARRAYS, ENGINE, misfit, plugin_misfit
 
 # As in program_imports.
 gc.disable()
@@ -18,5 +19,9 @@ for name in (
     *(module.name for module in pkgutil.walk_packages(teacher_cache.__path__, f"{teacher_cache.__name__}.")),
 ):
     importlib.import_module(name)
+# Their source is parsed once.
+for facts in (ENGINE, ARRAYS, ADAPTER):
+    misfit(facts)
+plugin_misfit()
 gc.freeze()
 gc.enable()

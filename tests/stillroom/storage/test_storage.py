@@ -240,18 +240,19 @@ def test_features_in_the_store_are_the_local_ones(store: ObjectPath, tmp_path: P
 
 
 def test_one_of_many_creates_an_object(store: ObjectPath) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        created = list(pool.map(lambda number: create_file(store / "lease", b"%d" % number), range(24)))
+    # More at once, and the client's pauses after a conflict grow.
+    with ThreadPoolExecutor(6) as pool:
+        created = list(pool.map(lambda number: create_file(store / "lease", b"%d" % number), range(12)))
     assert created.count(True) == 1
     assert (store / "lease").read_bytes() == b"%d" % created.index(True)
 
 
-def test_sixteen_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothing(
+def test_eight_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothing(
     local: SyntheticCache, store: ObjectPath, server: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(local.root, store)
-    requests = make_requests(16 * PART_CHAINS)
-    ended, all_have_a_part = threading.Event(), threading.Barrier(16)
+    requests = make_requests(8 * PART_CHAINS)
+    ended, all_have_a_part = threading.Event(), threading.Barrier(8)
     monkeypatch.setattr("teacher_cache.engine.fake.MAX_IN_FLIGHT", PART_CHAINS)
     monkeypatch.setattr("teacher_cache.joining.LIST_S", 2.0)
     monkeypatch.setattr("teacher_cache.writer.leases.LIST_S", 2.0)
@@ -269,19 +270,19 @@ def test_sixteen_workers_and_maintenance_in_a_distant_store_lose_and_repeat_noth
             num_dropped += sum(one.num_chains for one in report.dropped)
             assert verify_cache(store).problems == []
             num_rounds += 1
-            ended.wait(5.0)
+            ended.wait(2.0)
         assert num_dropped == len(local.chains)
         return num_rounds
 
     with (
         slow_link(server.port, 0.01) as port,
         pytest.MonkeyPatch.context() as distant,
-        ThreadPoolExecutor(17) as pool,
+        ThreadPoolExecutor(9) as pool,
     ):
         distant.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         maintenance = pool.submit(maintain)
         try:
-            results = list(pool.map(lambda _: join_build(make_config(store), requests, start_engine), range(16)))
+            results = list(pool.map(lambda _: join_build(make_config(store), requests, start_engine), range(8)))
         finally:
             ended.set()
         assert maintenance.result() > 0
