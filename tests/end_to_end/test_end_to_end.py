@@ -207,13 +207,20 @@ def test_sql_counts_what_was_built(line: Line, chains: list[Chain]) -> None:
             "SELECT count(*) AS chains, sum(num_tokens)::BIGINT AS tokens, count(correct) AS judged FROM chains"
         ).to_pylist()
         (tokens,) = session.arrow("SELECT count(*) AS n FROM tokens").column("n").to_pylist()
-    assert counts == {"chains": NUM_CHAINS, "tokens": sum(len(chain.row["token_ids"]) for chain in chains), "judged": NUM_CHAINS}
+    assert counts == {
+        "chains": NUM_CHAINS,
+        "tokens": sum(len(chain.row["token_ids"]) for chain in chains),
+        "judged": NUM_CHAINS,
+    }
     assert tokens == counts["tokens"]
 
 
 def test_the_answer_to_a_question_goes_to_stdout_alone(line: Line) -> None:
     query = "SELECT count(*) AS n FROM chains"
-    assert line.program("teacher-cache", "sql", "runs/demo/cache", query, "--format", "csv").split() == ['"n"', str(NUM_CHAINS)]
+    assert line.program("teacher-cache", "sql", "runs/demo/cache", query, "--format", "csv").split() == [
+        '"n"',
+        str(NUM_CHAINS),
+    ]
 
 
 def test_the_folder_holds_what_the_format_says(line: Line) -> None:
