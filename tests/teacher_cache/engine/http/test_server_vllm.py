@@ -89,7 +89,7 @@ def fill(line: Line, url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, pat
     catalog = Catalog(cache)
     (manifest,) = catalog.runs().values()
     assert manifest.software["vllm"].startswith("0.")
-    assert manifest.engine["served"][url]["path"] == path
+    assert manifest.engine["served"][url.removesuffix("/v1")]["path"] == path
     (kind,) = {open_shard(catalog.chains.path_of(file))[1].entropy for file in catalog.chains.files()}
     return kind
 
@@ -135,8 +135,10 @@ def test_a_server_with_the_plugin_gives_what_the_sampler_sees(
 def test_entropies_are_exact_without_draws_too(
     line: Line, vllm_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 candidates need no plugin; where there is one it is used."""
-    assert fill(line, vllm_server, tmp_path / "c", monkeypatch, GenerateApi.path, TEACHER["capture"]) == "exact"
+    """64 candidates need no plugin; where there is one it is used. The run is the embedded engine's."""
+    url = f"{vllm_server}/v1"
+    assert fill(line, url, tmp_path / "c", monkeypatch, GenerateApi.path, TEACHER["capture"]) == "exact"
+    assert [*Catalog(tmp_path / "c").runs()] == [line.results["build"]["run_id"]]
     embedded, served = chains_of(line.folder / "runs/demo/cache"), chains_of(tmp_path / "c")
     for sample_id, (_, signals) in embedded.items():
         assert_same_signals(served[sample_id][1], signals, 64)
@@ -162,14 +164,3 @@ def test_a_server_without_the_plugin_is_refused_what_needs_it(
 async def completions_alone(*_: object) -> Api:
     """As a server without --enable-scale-out would be met."""
     return CompletionsApi()
-
-
-def test_the_command_asks_a_server(line: Line, vllm_server: str, tmp_path: Path) -> None:
-    config = {**TEACHER, "cache": str(tmp_path / "c"), "engine": {**SETTINGS, "endpoints": [f"{vllm_server}/v1"]}}
-    (tmp_path / "served.yaml").write_text(yaml.safe_dump(config))
-    result = line.step("served", "teacher-cache", "build", str(tmp_path / "served.yaml"))
-    assert (result["num_new_chains"], result["num_failures"], result["run_id"]) == (
-        NUM_CHAINS,
-        0,
-        line.results["build"]["run_id"],
-    )
