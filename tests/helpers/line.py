@@ -17,7 +17,7 @@ from tests.helpers.programs import TIMEOUT_S, Program, run_with_vllm
 from tests.helpers.tiny import make_tiny_teacher
 
 RUN_VLLM = ("build", "score", "features")
-NUM_CHAINS = 40
+NUM_CHAINS = 60
 """In the cache: two of each prompt."""
 
 
@@ -83,8 +83,8 @@ TEACHER: dict[str, Any] = {
     "prompts": {
         "heldout_frac": 0.25,
         "sources": [
-            {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": 12},
-            {"kind": "reasoning_gym", "name": "letters", "task": "letter_counting", "size": 12, "limit": 8},
+            {"kind": "reasoning_gym", "name": "sums", "task": "chain_sum", "size": 16},
+            {"kind": "reasoning_gym", "name": "letters", "task": "letter_counting", "size": 16, "limit": 14},
         ],
     },
     "sampling": {"temperature": 0.7, "top_p": 0.9, "max_tokens": 24, "samples": 2},
