@@ -173,7 +173,7 @@ def _paired(options: argparse.Namespace, modes: Sequence[str], *, in_process: bo
     """Rounds of every mode on one engine: a list of measurements a mode."""
     from teacher_cache.config import BuildConfig, EmbeddedConfig
     from teacher_cache.engine.teacher import identify_teacher
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
     from teacher_cache.prompts.prompts import load_prompts, requests
 
     with tempfile.TemporaryDirectory(prefix="stillroom-capture-") as folder:

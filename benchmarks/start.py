@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true")
     options = parser.parse_args()
     started_s = time.monotonic()
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     config = EmbeddedConfig(dtype="float32", max_model_len=1024, max_num_seqs=MAX_NUM_SEQS, enforce_eager=options.eager)
     engine = EmbeddedEngine(TeacherConfig(model=str(options.teacher)), config, CaptureConfig())

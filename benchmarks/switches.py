@@ -99,7 +99,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 
 def run_cases(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Generates the chains of cases with the same engine arguments, in this process."""
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     config = EmbeddedConfig(
         dtype="float32",

@@ -8,7 +8,7 @@ from stillroom.doctor import Check, check_gpus, check_machine, check_package, pa
 from stillroom.errors import StillroomError
 from stillroom.judging.sandbox import check_isolation
 from teacher_cache.config import BuildConfig, CaptureConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
-from teacher_cache.engine.vllm_fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit
+from teacher_cache.engine.vllm.fit import ARRAYS, ENGINE, HOW_TO_FIT, misfit, plugin_misfit
 
 READING = ("pyarrow", "deltalake", "duckdb")
 EMBEDDED = ("transformers", "torch")

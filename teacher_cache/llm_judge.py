@@ -245,7 +245,7 @@ def _of_engine(config: LlmJudgeConfig, questions: Iterator[Question]) -> Generat
 
 def start_engine(config: LlmJudgeConfig) -> Engine:
     """vLLM with the judge's model."""
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     model = TeacherConfig(model=config.model, revision=config.revision)
     return EmbeddedEngine(model, config.engine, CaptureConfig(max_support=1, draws=0))

@@ -290,7 +290,7 @@ def _shown(request: Request, tokenizer: Any) -> ShownPrompt:
 
 def _check_values(config: BuildConfig | ScoreConfig) -> None:
     if isinstance(config.engine, EmbeddedConfig):
-        from teacher_cache.engine.vllm import check_values
+        from teacher_cache.engine.vllm.arguments import check_values
 
         check_values(config.engine, extra_sampling(config))
 

@@ -174,7 +174,7 @@ def versions() -> str:
 def check_engine(runner: int, device: str, folder: Path, model: Path | None) -> Json:
     """Generates, scores the same chains, and compares both with a dense model in float32."""
     from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     size = SIZES[device]
     teacher = model or make_llama(folder / "teacher", size)

@@ -29,7 +29,7 @@ def start_engine(
         template_kwargs = config.teacher.chat_template_kwargs
         chat = OpenAIChat(engine, teacher, config.capture, config.reasoning, template_kwargs)
         return OpenAIEngine(engine, teacher.record.vocab_size, chat, _samplings(config))
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     # Load the commit that was fingerprinted, even if the branch has moved on since.
     pinned = config.teacher.updated(revision=teacher.record.revision)

@@ -13,7 +13,7 @@ from stillroom.config import nearest_name
 from stillroom.errors import ConfigError
 from stillroom.log import note
 from stillroom.schema.records import stable_hash
-from teacher_cache.engine.vllm_fit import fields_of
+from teacher_cache.engine.vllm.fit import fields_of
 
 REPLICAS = (
     "one engine is one replica: start more with build --join or --worker I/N, or serve them with engine.kind: server"

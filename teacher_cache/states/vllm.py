@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,13 +17,20 @@ from stillroom.errors import ConfigError, StillroomError, one_line
 from stillroom.log import note
 from stillroom.schema.manifest import Teacher
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
-from teacher_cache.engine.vllm import engine_args, quiet_start, scoring_args, started, stdout_to_stderr
+from teacher_cache.engine.vllm.arguments import engine_args, new_config, scoring_args
+from teacher_cache.engine.vllm.cpu import FREE_MEMORY_FRAC, compile_nothing, fitted_config, free_memory_bytes
+from teacher_cache.engine.vllm.process import quiet_start, settings_of, shut_down, software, start_errors
 from teacher_cache.states.config import VllmConfig
 from teacher_cache.states.engine import ChainTokens, HeadWeights, Shape, States, Wanted
 from teacher_cache.states.model import head_of, load_outer
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig as EngineConfig
+
 FILE_WAIT_S = 60.0
 CONNECTOR = "StatesConnector"
+MAX_STATES_BYTES = 4 << 30
+"""Default KV cache on a CPU, where it also holds the states."""
 
 
 class VllmStates:
@@ -44,10 +51,10 @@ class VllmStates:
         self._folder = tempfile.TemporaryDirectory(prefix="stillroom-states-")
         model = TeacherConfig(model=teacher.model, revision=teacher.revision, trust_remote_code=trust_remote_code)
         embedded = EmbeddedConfig(**config.model_dump(exclude={"kind", "batch_tokens"}))
-        with quiet_start() as on_cpu:
+        with quiet_start() as host:
             note(f"loading {teacher.model} in vLLM")
-            self._in_process = on_cpu
-            arguments = engine_args(model, embedded, CaptureConfig(max_support=1, draws=0), on_cpu)
+            self._in_process = host.in_process
+            arguments = engine_args(model, embedded, CaptureConfig(max_support=1, draws=0), host.on_cpu)
             arguments |= {**scoring_args(embedded), "enable_prefix_caching": False}
             arguments["speculative_config"] = {
                 "method": "extract_hidden_states",
@@ -62,10 +69,14 @@ class VllmStates:
                 kv_role="kv_producer",
                 kv_connector_extra_config={"shared_storage_path": self._folder.name},
             )
-            self._engine, facts = started(teacher.model, arguments, embedded, on_cpu)
-        self.settings: Mapping[str, Any] = {"kind": "vllm", **facts["settings"]}
-        self.software: Mapping[str, str] = facts["software"]
-        self._max_model_len = int(facts["settings"]["max_model_len"])
+            with start_errors(teacher.model):
+                from vllm.v1.engine.llm_engine import LLMEngine
+
+                vllm_config = _cpu_config(arguments, embedded) if host.on_cpu else new_config(arguments)
+                self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+        self.settings: Mapping[str, Any] = {"kind": "vllm", **settings_of(vllm_config)}
+        self.software: Mapping[str, str] = software()
+        self._max_model_len = vllm_config.model_config.max_model_len
         self._num_requests = 0
 
     def head(self) -> HeadWeights:
@@ -103,12 +114,8 @@ class VllmStates:
 
     def close(self) -> None:
         """Stops vLLM and frees its memory."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        with stdout_to_stderr():
-            self._engine.engine_core.shutdown()
-            del self._engine
-            cleanup_dist_env_and_memory()
+        shut_down(self._engine)
+        del self._engine
         self._folder.cleanup()
 
     def _states(self, chain: ChainTokens, path: Path) -> States:
@@ -144,3 +151,12 @@ class VllmStates:
         # vLLM's locks lie beside the files.
         Path(f"{path}.lock").unlink(missing_ok=True)
         return states
+
+
+def _cpu_config(arguments: dict[str, Any], config: EmbeddedConfig) -> "EngineConfig":
+    """Nothing is compiled: a pass reads each chain once."""
+    compile_nothing()
+    # States lie beside keys and values, which fitted_config does not count.
+    free_bytes = int(FREE_MEMORY_FRAC * free_memory_bytes())
+    arguments.setdefault("kv_cache_memory_bytes", min(MAX_STATES_BYTES, free_bytes))
+    return fitted_config(arguments, config, True)

@@ -6,8 +6,8 @@ import os
 import pkgutil
 
 import teacher_cache
-from teacher_cache.engine.vllm import QUIET_ENVIRONMENT
-from teacher_cache.engine.vllm_fit import ADAPTER, ARRAYS, ENGINE, misfit, plugin_misfit
+from teacher_cache.engine.vllm.fit import ADAPTER, ARRAYS, ENGINE, misfit, plugin_misfit
+from teacher_cache.engine.vllm.process import QUIET_ENVIRONMENT
 
 # As in program_imports.
 gc.disable()

@@ -60,8 +60,8 @@ def main() -> None:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from teacher_cache.engine.vllm_arrays import install_arrays
-    from teacher_cache.engine.vllm_capture import capture_of, rows_of
+    from teacher_cache.engine.vllm.arrays import install_arrays
+    from teacher_cache.engine.vllm.capture import capture_of, rows_of
 
     fork_engines()
     folder = Path(sys.argv[1])

@@ -143,7 +143,7 @@ def _start(folder: Path) -> None:
     from vllm.compilation.counter import compilation_counter
 
     from teacher_cache.config import EmbeddedConfig, TeacherConfig
-    from teacher_cache.engine.vllm import EmbeddedEngine
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     inductor.cpp.cxx = (None, str(folder / "g++"))
     # Scalar kernels need not try out which vectors the processor has, and include less.
@@ -162,8 +162,8 @@ def _start(folder: Path) -> None:
 
 def _session(folder: Path) -> None:
     from teacher_cache.config import EmbeddedConfig, TeacherConfig
-    from teacher_cache.engine.vllm import EmbeddedEngine
-    from teacher_cache.engine.vllm_arrays import install_arrays, uninstall_arrays
+    from teacher_cache.engine.vllm.arrays import install_arrays, uninstall_arrays
+    from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
     config = EmbeddedConfig(
         dtype="float32",

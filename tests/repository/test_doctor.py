@@ -10,7 +10,7 @@ import pytest
 import stillroom.doctor
 import teacher_cache.doctor
 from stillroom.doctor import Check, check_gpus, check_machine, check_package, report, report_lines
-from teacher_cache.engine import vllm_fit
+from teacher_cache.engine.vllm import fit
 
 
 def put_program(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,23 +88,23 @@ def test_vllm_must_suit_the_machine(
 @pytest.mark.parametrize(
     ("unfit", "state", "value"),
     [
-        (vllm_fit.ENGINE, "missing", "9.9 does not fit: X"),
-        (vllm_fit.RUNNER_2, "missing", "does not fit, and capture.draws (on by default) or temperatures need it: X"),
-        (vllm_fit.RUNNER_1, "optional", "does not fit, so it gives top candidates alone: X"),
-        (vllm_fit.ARRAYS, "optional", "as slower flat lists: X"),
+        (fit.ENGINE, "missing", "9.9 does not fit: X"),
+        (fit.RUNNER_2, "missing", "does not fit, and capture.draws (on by default) or temperatures need it: X"),
+        (fit.RUNNER_1, "optional", "does not fit, so it gives top candidates alone: X"),
+        (fit.ARRAYS, "optional", "as slower flat lists: X"),
     ],
 )
 def test_a_vllm_that_does_not_fit_is_named_with_the_fix(
-    monkeypatch: pytest.MonkeyPatch, unfit: Sequence[vllm_fit.Fact], state: str, value: str
+    monkeypatch: pytest.MonkeyPatch, unfit: Sequence[fit.Fact], state: str, value: str
 ) -> None:
-    def misfit(facts: Sequence[vllm_fit.Fact], source: object = None) -> str | None:
+    def misfit(facts: Sequence[fit.Fact], source: object = None) -> str | None:
         return "X" if unfit[0] in facts else None
 
     monkeypatch.setattr(teacher_cache.doctor, "package_version", {"vllm": "9.9"}.get)
     monkeypatch.setattr(teacher_cache.doctor, "check_gpus", lambda: [Check("gpu", "ok", "one")])
-    for place in (teacher_cache.doctor, vllm_fit):
+    for place in (teacher_cache.doctor, fit):
         monkeypatch.setattr(place, "misfit", misfit)
-    checks = [one for one in teacher_cache.doctor.diagnose()["checks"] if one["fix"] == vllm_fit.HOW_TO_FIT]
+    checks = [one for one in teacher_cache.doctor.diagnose()["checks"] if one["fix"] == fit.HOW_TO_FIT]
     assert [(one["state"], one["value"]) for one in checks] == [(state, value)]
 
 

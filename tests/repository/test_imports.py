@@ -19,8 +19,10 @@ OUTSIDE_THE_PACKAGES = {"benchmarks", "schemas", "shared", "tests", "tools"}
 
 HOMES = {
     "vllm": {
-        *("teacher_cache/engine/vllm.py", "teacher_cache/engine/vllm_capture.py"),
-        *("teacher_cache/engine/vllm_arrays.py", "teacher_cache/engine/vllm_switches.py"),
+        *(
+            f"teacher_cache/engine/vllm/{name}.py"
+            for name in ("arguments", "arrays", "capture", "cpu", "engine", "process", "values")
+        ),
         *("teacher_cache/states/vllm.py", "teacher_cache/states/vllm_connector.py"),
         # The sampler's plugin, which vLLM loads.
         *(
@@ -179,7 +181,7 @@ def test_a_broken_rule_is_found(tmp_path: Path, file: str, source: str, rule: st
     [
         ("shared/stillroom/sql/session.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import duckdb"),
         ("shared/stillroom/sql/session.py", "def f():\n    import duckdb"),
-        ("teacher_cache/engine/vllm.py", "def f():\n    import vllm"),
+        ("teacher_cache/engine/vllm/engine.py", "def f():\n    import vllm"),
         (
             "student_train/a.py",
             "import torch\nfrom stillroom.storage.paths import sha256_of\nfrom student_train import pack",

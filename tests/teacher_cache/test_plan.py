@@ -214,7 +214,7 @@ def test_values_of_switches_are_checked_before_prompts_are_read(folder: Path, mo
     def refuse(engine: EmbeddedConfig, sampling: dict[str, Any]) -> None:
         raise ConfigError(f"{engine.vllm} {sampling}")
 
-    monkeypatch.setattr("teacher_cache.engine.vllm.check_values", refuse)
+    monkeypatch.setattr("teacher_cache.engine.vllm.arguments.check_values", refuse)
     monkeypatch.setattr("teacher_cache.plan.load_prompts", None)
     config = config_of(folder, engine={"vllm": {"block_size": 64}}, sampling={"vllm": {"min_tokens": 2}})
     with pytest.raises(ConfigError, match=r"\{'block_size': 64\} \{'min_tokens': 2\}"):

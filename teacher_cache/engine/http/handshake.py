@@ -21,7 +21,7 @@ from stillroom.schema.records import Capture
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable
 from teacher_cache.engine.http.wire import MALFORMED, Api, CompletionsApi, Form, GenerateApi, Json, Rows
 from teacher_cache.engine.row_layout import Layout, UnmarkedRows
-from teacher_cache.engine.vllm_fit import VLLM_RANGE
+from teacher_cache.engine.vllm.fit import VLLM_RANGE
 
 PROBE_TEXT = "The least common multiple of 4 and 6 is 12, as 2 × 6 = 12 = 3 × 4. Überall: 最小公倍数 → \n\tok."
 """Tokenised on both sides, and scored: digits, spaces, and letters of several scripts."""

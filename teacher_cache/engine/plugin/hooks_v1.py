@@ -37,7 +37,7 @@ _gather = Sampler.gather_logprobs
 
 
 def install() -> None:
-    """Puts the hooks in place, where vllm_fit.RUNNER_1 holds."""
+    """Puts the hooks in place, where fit.RUNNER_1 holds."""
     GPUModelRunner._sample = _sample_with_signals  # type: ignore[method-assign]
     GPUModelRunner._get_prompt_logprobs_dict = _prompts_with_signals  # type: ignore[method-assign]
     RejectionSampler._get_logprobs_tensors = _speculated_with_signals  # type: ignore[method-assign]

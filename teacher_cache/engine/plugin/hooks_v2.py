@@ -55,7 +55,7 @@ _scores = logprob.compute_topk_scores
 
 
 def install() -> None:
-    """Puts the hooks in place, where vllm_fit.RUNNER_2 holds."""
+    """Puts the hooks in place, where fit.RUNNER_2 holds."""
     Sampler.add_request = _add_request_noted  # type: ignore[method-assign]
     Sampler.__call__ = _call_with_signals  # type: ignore[method-assign]
     RejectionSampler.__call__ = _verify_with_signals  # type: ignore[method-assign]

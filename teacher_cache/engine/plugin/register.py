@@ -4,7 +4,7 @@ vLLM calls `register` in each of its processes. Nothing changes until a worker p
 in which its model runner, of either generation, turns logits into logprobs are wrapped. A request without our
 `extra_args` gets what vLLM gives; one with them (engine.row_layout) gets its own rows in place of vLLM's top k.
 
-The wrapped functions are private, so each is used only where this vLLM's source is as expected (engine.vllm_fit).
+The wrapped functions are private, so each is used only where this vLLM's source is as expected (engine.vllm.fit).
 Otherwise nothing is wrapped, rows come without their mark, and whoever needs them sees that.
 """
 
@@ -13,7 +13,7 @@ import importlib
 import logging
 from typing import Any
 
-from teacher_cache.engine import vllm_fit
+from teacher_cache.engine.vllm import fit
 
 logger = logging.getLogger("vllm.stillroom")
 
@@ -22,7 +22,7 @@ HOOKS = {1: "teacher_cache.engine.plugin.hooks_v1", 2: "teacher_cache.engine.plu
 
 def register() -> str | None:
     """Prepares the workers of this process, and of those forked from it. Returns why not, else None."""
-    reason = vllm_fit.plugin_misfit(runners=())
+    reason = fit.plugin_misfit(runners=())
     if reason is None:
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -39,7 +39,7 @@ def register() -> str | None:
 def install() -> None:
     """Wraps both runners in this process; a second time does nothing. A runner that does not fit is left alone."""
     for number, hooks in HOOKS.items():
-        reason = vllm_fit.plugin_misfit([number])
+        reason = fit.plugin_misfit([number])
         if reason is not None:
             logger.warning("stillroom's sampler plugin is not active in model runner V%d: %s", number, reason)
             continue

@@ -201,24 +201,24 @@ print("all good")
 """
 
 INSTALLATION = r"""
-from teacher_cache.engine import vllm_fit
+from teacher_cache.engine.vllm import fit
 from teacher_cache.engine.plugin import hooks_v2, register
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.sampler import Sampler as SecondSampler
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 first, second, init = Sampler.gather_logprobs, SecondSampler.__call__, WorkerWrapperBase.init_device
-real, vllm_fit.WORKER = vllm_fit.WORKER, (vllm_fit.Fact("v1.worker.elsewhere"),)
+real, fit.WORKER = fit.WORKER, (fit.Fact("v1.worker.elsewhere"),)
 assert register.register() == "it has no module vllm.v1.worker.elsewhere"
 assert WorkerWrapperBase.init_device is init
-vllm_fit.WORKER = real
+fit.WORKER = real
 
 # A runner that does not fit is left alone, the other one is not.
-real, vllm_fit.RUNNERS[1] = vllm_fit.RUNNERS[1], (vllm_fit.Fact("v1.sample.sampler", "Sampler.gone"),)
+real, fit.RUNNERS[1] = fit.RUNNERS[1], (fit.Fact("v1.sample.sampler", "Sampler.gone"),)
 register.install()
 assert Sampler.gather_logprobs is first
 assert SecondSampler.__call__ is not second
-vllm_fit.RUNNERS[1] = real
+fit.RUNNERS[1] = real
 
 for _ in range(2):
     assert register.register() is None

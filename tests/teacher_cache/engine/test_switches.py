@@ -168,7 +168,7 @@ def test_every_judged_name_is_in_the_documentation_and_in_vllm() -> None:
 
 VALUES = r"""
 from stillroom.errors import ConfigError
-from teacher_cache.engine.vllm_switches import cpu_problem, typed
+from teacher_cache.engine.vllm.values import cpu_problem, typed
 
 def said(block, given):
     try:
@@ -188,7 +188,7 @@ assert "unknown key 'max_patern_size': did you mean 'max_pattern_size'?" in slip
 assert "sampling.vllm.min_tokens: must be a valid integer" in said("sampling", {"min_tokens": "x"})
 assert said("sampling", {"logit_bias": {50: 1.0}, "stop": "x"}) is None
 from teacher_cache.config import EmbeddedConfig
-from teacher_cache.engine.vllm import check_values
+from teacher_cache.engine.vllm.arguments import check_values
 for engine, sampling in (({"block_size": [1]}, {}), ({}, {"min_tokens": "many"})):
     try:
         check_values(EmbeddedConfig.model_validate({"vllm": engine}), sampling)

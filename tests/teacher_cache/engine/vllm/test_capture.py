@@ -1,6 +1,6 @@
 """Arrays out of synthetic engine outputs: copies, widths, blocks, and refusal of what does not line up.
 
-Importing teacher_cache.engine.vllm_capture imports vLLM: these tests run in one process of their own.
+Importing teacher_cache.engine.vllm.capture imports vLLM: these tests run in one process of their own.
 """
 
 from tests.helpers.programs import run_with_vllm
@@ -8,8 +8,8 @@ from tests.helpers.programs import run_with_vllm
 PROGRAM = r"""
 import numpy as np
 from vllm.logprobs import FlatLogprobs
-from teacher_cache.engine import vllm_arrays as a
-from teacher_cache.engine import vllm_capture as c
+from teacher_cache.engine.vllm import arrays as a
+from teacher_cache.engine.vllm import capture as c
 from stillroom.errors import StillroomError
 
 def raises(text, call):

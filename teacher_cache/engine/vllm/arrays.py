@@ -4,7 +4,7 @@ In: `EngineCoreOutput.new_logprobs`, numpy arrays [n, W] of each engine step. Ou
 itself turns these arrays into lists or dictionaries and decodes every candidate to text: 60 to 800 µs a token at k=64
 where a copy takes 7. ArrayLogprobs stands in for vLLM's `LogprobsProcessor` for requests with `flat_logprobs=True`.
 
-To be imported only where vllm_fit.ARRAYS holds.
+To be imported only where fit.ARRAYS holds.
 """
 
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, output_processor
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
-from teacher_cache.engine.vllm_capture import TokenArrays
+from teacher_cache.engine.vllm.capture import TokenArrays
 
 
 class ArrayLogprobs(LogprobsProcessor):
@@ -50,7 +50,7 @@ class ArrayLogprobs(LogprobsProcessor):
             self.arrays.append(new.logprob_token_ids, new.logprobs, new.sampled_token_ranks)
             ArrayLogprobs.num_tokens += len(new.logprobs)
         if self.prompt_arrays is not None and output.new_prompt_logprobs_tensors is not None:
-            # vllm_fit checks the first three fields; versions add others behind them.
+            # `fit` checks the first three fields; versions add others behind them.
             ids, logprobs, ranks, *_ = output.new_prompt_logprobs_tensors
             self.prompt_arrays.append(ids.numpy(), logprobs.numpy(), ranks.numpy())
 

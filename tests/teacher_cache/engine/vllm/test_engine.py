@@ -240,7 +240,7 @@ def test_vllms_own_switches_keep_the_capture_right(session: Session) -> None:
 
 
 def test_what_is_not_configured_is_left_to_vllm() -> None:
-    from teacher_cache.engine.vllm import engine_args
+    from teacher_cache.engine.vllm.arguments import engine_args
 
     teacher = TeacherConfig(model="m")
     bare = engine_args(teacher, EmbeddedConfig(), CaptureConfig(), on_cpu=False)
@@ -265,7 +265,7 @@ def test_what_is_not_configured_is_left_to_vllm() -> None:
 def test_a_cpu_compiles_where_it_pays(
     enforce_eager: bool | None, is_compiled: bool, tokens_left: float | None, eager: bool, line: str
 ) -> None:
-    from teacher_cache.engine.vllm import cpu_start
+    from teacher_cache.engine.vllm.cpu import cpu_start
 
     chosen = cpu_start("m", 30, enforce_eager=enforce_eager, is_compiled=is_compiled, tokens_left=tokens_left)
     assert chosen[0] is eager
@@ -287,11 +287,11 @@ def test_the_second_start_loads_the_compilation_of_the_first(tmp_path: Path) -> 
 def test_without_the_plugin_candidates_come_from_vllm_and_what_only_it_sees_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from teacher_cache.engine.vllm import _require_no_plugin
+    from teacher_cache.engine.vllm.engine import require_no_plugin
 
-    _require_no_plugin(CaptureConfig(draws=0), "another version")
+    require_no_plugin(CaptureConfig(draws=0), "another version")
     assert "using vLLM's own top-k" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"capture\.draws needs stillroom's plugin .* another version"):
-        _require_no_plugin(CaptureConfig(draws=2), "another version")
+        require_no_plugin(CaptureConfig(draws=2), "another version")
     with pytest.raises(ConfigError, match=r"capture\.temperatures needs"):
-        _require_no_plugin(CaptureConfig(draws=0, temperatures=[2.0]), "another version")
+        require_no_plugin(CaptureConfig(draws=0, temperatures=[2.0]), "another version")
