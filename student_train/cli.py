@@ -108,7 +108,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show data, steps and memory of a run. Makes the run's checks without loading weights."""
-    from student_train.estimate import plan_run
+    from student_train.planning.estimate import plan_run
 
     planned = plan_run(load_train_config(config_path, overrides), nproc)
     print_result(planned, plan_lines(planned), as_json)

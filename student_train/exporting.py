@@ -30,14 +30,14 @@ from student_train.config import (
     TrainConfig,
 )
 from student_train.data.kept_ids import read_kept_ids
-from student_train.data.open import before_and_after, check_vocabulary
 from student_train.data.selection import Selection, load_selection
+from student_train.data.tokenizer_check import check_vocabulary
 from student_train.model.folder import atomic_folder, save_model
 from student_train.model.prune import cut_words
 from student_train.model.student import add_lora, load_causal, widen_vocab
 from student_train.runtime.checkpoint import CheckpointState
 from student_train.runtime.engine import saved_weights
-from student_train.runtime.run_folder import RunFolder
+from student_train.runtime.run_folder import RunFolder, before_and_after
 
 EVAL_ROWS = {
     "cross_entropy": "cross-entropy (nats per token)",

@@ -18,7 +18,6 @@ from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table
 from stillroom.log import format_count, format_plural, format_price
 from student_train.assess.page import eval_sections, read_result, titles
 from student_train.config import meaning_of
-from student_train.data.open import before_and_after
 from student_train.data.terms import read_found
 from student_train.run_curves import (
     MEASURES,
@@ -35,6 +34,7 @@ from student_train.run_curves import (
     token_axis,
 )
 from student_train.runtime.cost import cost_of, read_sessions
+from student_train.runtime.run_folder import before_and_after
 
 NO_STAGE = "no such stage"
 SHOWN_TERMS = 30

@@ -35,8 +35,8 @@ from stillroom.program import StopRequest
 from stillroom.schema.records import stable_hash
 from student_train.config import TrainConfig, stage_key
 from student_train.data.attached import Attached
-from student_train.data.open import eval_spec
 from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_weights, feature_weights, to_torch
+from student_train.data.requests import eval_spec
 from student_train.evaluation import evaluate
 from student_train.exporting import export_stage, initial_folder
 from student_train.losses.divergences import LossMix
@@ -46,7 +46,7 @@ from student_train.model.importance import calibration_of
 from student_train.model.prune import prune_folder
 from student_train.model.student import DTYPES, LossesBelow, load_student, return_freed_memory
 from student_train.model.taps import load_teacher
-from student_train.plan import RunPlan, StagePlan, prepare
+from student_train.planning.plan import RunPlan, StagePlan, prepare
 from student_train.runtime import checkpoint
 from student_train.runtime.checkpoint import Best, CheckpointState, HeldoutProgress
 from student_train.runtime.cost import Session

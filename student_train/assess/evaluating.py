@@ -44,11 +44,13 @@ from student_train.config import (
     StudentConfig,
     TrainConfig,
 )
-from student_train.data.open import check_vocabulary, eval_request, eval_spec, kept_or_temporary, open_data, sources_of
+from student_train.data.open import kept_or_temporary, open_data
 from student_train.data.pack import TorchPack
 from student_train.data.prepared import render_prompts, template_arguments
+from student_train.data.requests import eval_request, eval_spec, sources_of
 from student_train.data.selection import Selection, SelectionRequest
 from student_train.data.text import HuggingFaceText
+from student_train.data.tokenizer_check import check_vocabulary
 from student_train.data.vocabulary.freeze import freeze_source
 from student_train.evaluation import evaluate, student_metrics
 from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model

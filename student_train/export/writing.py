@@ -21,8 +21,10 @@ from stillroom.log import format_bytes, note
 from stillroom.models import public_name, require_model_folder_or_id
 from stillroom.storage.paths import write_text_atomic
 from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
-from student_train.data.open import check_vocabulary, eval_request, kept_or_temporary, open_data
+from student_train.data.open import kept_or_temporary, open_data
+from student_train.data.requests import eval_request
 from student_train.data.selection import load_selection
+from student_train.data.tokenizer_check import check_vocabulary
 from student_train.export.agreement import MAX_CHAIN_TOKENS, Chain, compare, read_chains
 from student_train.export.environments import python_of
 from student_train.export.formats import RUNTIMES, Format, find_format

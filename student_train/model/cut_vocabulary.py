@@ -22,7 +22,7 @@ from stillroom.models import fingerprint_tokenizer, load_tokenizer
 from stillroom.schema.records import Int32
 from student_train.config import DataConfig
 from student_train.data.kept_ids import KeptIds
-from student_train.data.open import sources_of
+from student_train.data.requests import sources_of
 from student_train.data.rows import read_rows
 from student_train.data.selection import Selection, SelectionRequest, open_selection
 

@@ -24,6 +24,7 @@ RUN/stages/<stage>.pruned/        the model that a stage with `prune` starts fro
 import fcntl
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +36,6 @@ from stillroom.errors import CacheConflict, ConfigError, CorruptError
 from stillroom.log import note
 from stillroom.storage.paths import write_text_atomic
 from student_train.config import TrainConfig, meaning_of
-from student_train.data.open import before_and_after
 from student_train.data.retokenised import PLAN_FOLDER
 from student_train.runtime.checkpoint import CheckpointState, latest_state
 from student_train.runtime.cost import cost_of, read_sessions
@@ -307,6 +307,17 @@ def summarise(run: RunFolder, config: TrainConfig) -> Json:
         "heldout_before": before,
         "heldout_after": after,
     }
+
+
+def before_and_after(evals: Sequence[Json]) -> tuple[Json | None, Json | None]:
+    """The last of a run's evaluations, and the one before its first step where that was on the same chains."""
+    if not evals:
+        return None, None
+    first, last = evals[0], evals[-1]
+    is_start = (first["stage_number"], first["step"]) == (0, 0)
+    # A run that was resumed with another `eval` has its first evaluation on other chains: no progress can be read off
+    # that.
+    return (first if is_start and first.get("selection") == last.get("selection") else None), last
 
 
 def _stage(records: list[Json], name: str) -> Json:

@@ -28,8 +28,8 @@ from stillroom.models import load_tokenizer, vocab_size_of
 from stillroom.schema.records import Message, Prompt, prompt_id_of
 from student_train.data.selection import load_selection
 from student_train.doctor import diagnose as diagnose_student
-from student_train.estimate import plan_run
 from student_train.exporting import model_card
+from student_train.planning.estimate import plan_run
 from student_train.report import write_student_report
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.engine import make_universal, saved_weights

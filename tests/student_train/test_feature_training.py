@@ -21,13 +21,13 @@ from student_train.data.epoch_plan import LongChains, PlanSpec
 from student_train.data.features import StageFeatures, evenly_spaced, stage_features
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
 from student_train.data.stream import PackStream
-from student_train.estimate import plan_run
 from student_train.exporting import trained_model
 from student_train.losses import LossMix
 from student_train.losses.below import AttentionKL, HiddenCosine, HiddenMSE, HiddenRelations
 from student_train.losses.features import hidden_values
 from student_train.model.taps import load_teacher, make_projections
-from student_train.plan import RunPlan, prepare
+from student_train.planning.estimate import plan_run
+from student_train.planning.plan import RunPlan, prepare
 from student_train.report import write_student_report
 from student_train.result_lines import plan_lines
 from student_train.runtime.checkpoint import find_state

@@ -25,11 +25,11 @@ from stillroom.storage.paths import write_text_atomic
 from student_train.assess.evaluating import evaluate_config, evaluate_model
 from student_train.config import TrainConfig
 from student_train.data.selection import load_selection
-from student_train.estimate import plan_run
 from student_train.exporting import trained_model
 from student_train.model.importance import init_calibration
 from student_train.model.prune import init_student
 from student_train.model.student import Student, load_student
+from student_train.planning.estimate import plan_run
 from student_train.report import student_sections
 from student_train.result_lines import plan_lines, run_lines
 from student_train.runtime.checkpoint import find_state, tags

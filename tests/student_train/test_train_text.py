@@ -17,8 +17,8 @@ from stillroom.errors import ConfigError
 from student_train.assess.evaluating import evaluate_config, evaluate_model
 from student_train.data.rows import read_rows
 from student_train.data.selection import Selection, load_selection
-from student_train.estimate import plan_run
 from student_train.exporting import export
+from student_train.planning.estimate import plan_run
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import EOS_ID, Chain, SyntheticCache, make_cache

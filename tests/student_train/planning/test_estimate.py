@@ -3,7 +3,7 @@
 import pytest
 
 from student_train.config import EngineConfig
-from student_train.estimate import optimizer_bytes
+from student_train.planning.estimate import optimizer_bytes
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from student_train.losses.below import AttentionKL, ProjectedLoss
 from student_train.losses.divergences import Divergence, FeatureLoss, Loss
 from student_train.model.prune import cut_words
 from student_train.model.shape import ModelShape, model_shape
-from student_train.plan import StagePlan, prepare
+from student_train.planning.plan import StagePlan, prepare
 from student_train.runtime.checkpoint import latest_state
 from student_train.runtime.metrics_log import require_tensorboard
 from student_train.runtime.run_folder import RunFolder
