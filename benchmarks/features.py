@@ -38,7 +38,7 @@ from benchmarks.quality.teacher import (
 )
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import InitConfig, TrainConfig
+from student_train.config.run import InitConfig, TrainConfig
 from student_train.exporting import trained_model
 from student_train.model.prune import init_student
 from student_train.runtime.checkpoint import find_state

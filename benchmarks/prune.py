@@ -29,7 +29,8 @@ from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from stillroom.storage.paths import write_text_atomic
 from student_train.assess.evaluating import evaluate_config
-from student_train.config import InitConfig, QuantiseConfig, TrainConfig
+from student_train.config.run import InitConfig, TrainConfig
+from student_train.config.stage import QuantiseConfig
 from student_train.exporting import export
 from student_train.model.importance import init_calibration
 from student_train.model.prune import init_student

@@ -34,7 +34,7 @@ from benchmarks.quality.students import quiet
 from benchmarks.tiny import END_ID, Language, jsonl_source
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.exporting import export
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.checkpoint import find_state

@@ -44,7 +44,7 @@ from benchmarks.loss import Setting as LossSetting
 from benchmarks.loss import hardware
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
 from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets

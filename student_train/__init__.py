@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 # Nothing heavy is imported before a function is called: `import student_train` is also the first step of `--help`.
 if TYPE_CHECKING:
-    from student_train.config import TrainConfig
+    from student_train.config.run import TrainConfig
 
 __all__ = ["evaluate", "export", "train"]
 
@@ -76,7 +76,7 @@ def export(
 def _load(config: str | Path | TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     from stillroom.config import load_config
     from stillroom.errors import ConfigError
-    from student_train.config import TrainConfig
+    from student_train.config.run import TrainConfig
 
     if not isinstance(config, TrainConfig):
         return load_config(Path(config), overrides, TrainConfig)

@@ -64,7 +64,7 @@ def init(
 ) -> None:
     """Create a student by cutting a larger model. CONFIG can also cut heads and hidden size, and rank what it cuts."""
     from stillroom.config import validate_config
-    from student_train.config import InitConfig
+    from student_train.config.run import InitConfig
     from student_train.model.prune import init_student
 
     if config_path is not None:

@@ -9,7 +9,7 @@ import typer
 from stillroom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from student_train.config import TrainConfig
+    from student_train.config.run import TrainConfig
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
 OptionalConfigPath = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML configuration file.")]
@@ -23,7 +23,7 @@ WhichCheckpoint = Annotated[str, typer.Option(help="last, best, or a checkpoint'
 def load_train_config(path: Path, overrides: list[str] | None) -> "TrainConfig":
     """Raises ConfigError."""
     from stillroom.config import load_config
-    from student_train.config import TrainConfig
+    from student_train.config.run import TrainConfig
 
     return load_config(path, overrides or [], TrainConfig)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from student_train.answers import GenerateConfig
     from student_train.assess.evaluating import More
     from student_train.assess.harness import HarnessConfig
-    from student_train.config import QuantiseConfig
+    from student_train.config.stage import QuantiseConfig
 
 Kind = Literal["distributions", "projected", "text"]
 Rounding = Literal["w8a8", "w4a16"]
@@ -157,7 +157,7 @@ class _Asked:
     save: "Callable[[Json], None]"
 
     def rounding(self) -> "QuantiseConfig | None":
-        from student_train.config import QuantiseConfig
+        from student_train.config.stage import QuantiseConfig
 
         return None if self.quantise is None else QuantiseConfig(format=self.quantise)
 

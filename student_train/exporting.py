@@ -20,15 +20,9 @@ from stillroom.errors import ConfigError, CorruptError, DataError
 from stillroom.models import end_id_of, fingerprint_template, fingerprint_tokenizer, load_tokenizer, public_name
 from stillroom.schema.manifest import RunManifest
 from stillroom.storage.paths import location, write_text_atomic
-from student_train.config import (
-    DataConfig,
-    LoraConfig,
-    LossConfig,
-    ScheduleConfig,
-    StageConfig,
-    StudentConfig,
-    TrainConfig,
-)
+from student_train.config.data import DataConfig
+from student_train.config.run import StudentConfig, TrainConfig
+from student_train.config.stage import LoraConfig, LossConfig, ScheduleConfig, StageConfig
 from student_train.data.kept_ids import read_kept_ids
 from student_train.data.selection import Selection, load_selection
 from student_train.data.tokenizer_check import check_vocabulary

@@ -17,7 +17,7 @@ from stillroom.html.charts import Line, line_chart
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
 from stillroom.log import format_count, format_plural, format_price
 from student_train.assess.page import eval_sections, read_result, titles
-from student_train.config import meaning_of
+from student_train.config.run import meaning_of
 from student_train.data.terms import read_found
 from student_train.run_curves import (
     MEASURES,

@@ -8,7 +8,7 @@ from stillroom.rounds.config import RoundsConfig, train_config
 from stillroom.rounds.provenance import refuse_other_scores
 from stillroom.rounds.state import STUDENT_TRAIN, RoundsFolder, RoundsState
 from stillroom.rounds.turns import seconds_of, state_lines
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 
 
 def plan_rounds(config: RoundsConfig) -> Json:

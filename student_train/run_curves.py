@@ -17,7 +17,7 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError
 from stillroom.html.charts import Line, Mark
 from stillroom.html.report import Piece, Table
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.runtime.run_folder import RunFolder
 
 Array = npt.NDArray[Any]

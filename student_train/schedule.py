@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from student_train.config import LossConfig, ScheduleConfig, StageConfig
+from student_train.config.stage import LossConfig, ScheduleConfig, StageConfig
 from student_train.data.pack import TargetView
 from student_train.losses.divergences import FeatureLoss, HeadLoss, LossMix
 from student_train.losses.names import make_loss

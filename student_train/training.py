@@ -33,7 +33,8 @@ from stillroom.errors import StillroomError
 from stillroom.log import Progress, format_plural, note, warn
 from stillroom.program import StopRequest
 from stillroom.schema.records import stable_hash
-from student_train.config import TrainConfig, stage_key
+from student_train.config.run import TrainConfig
+from student_train.config.stage import stage_key
 from student_train.data.attached import Attached
 from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_weights, feature_weights, to_torch
 from student_train.data.requests import eval_spec

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from stillroom.config import StrictModel
 from stillroom.rounds.config import RoundsConfig
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
 from teacher_cache.states.config import FeaturesConfig
 

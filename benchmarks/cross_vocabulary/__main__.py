@@ -34,7 +34,7 @@ from benchmarks.cross_vocabulary.setting import (
 from benchmarks.quality.students import LEARNING_RATES, PACK_TOKENS, quiet, run_config
 from stillroom.config import Json
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.data.open import open_data
 from student_train.data.requests import plan_spec, train_request
 from student_train.exporting import trained_model

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import LlamaForCausalLM
 
 from benchmarks.cross_vocabulary.setting import Setting, encoded, token_bytes
-from student_train.config import StageConfig
+from student_train.config.stage import StageConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.pack import Pack
 from student_train.data.selection import Selection

@@ -14,7 +14,7 @@ from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS,
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.assess.evaluating import evaluate_config
-from student_train.config import InitConfig, TrainConfig
+from student_train.config.run import InitConfig, TrainConfig
 from student_train.model.folder import atomic_folder, save_model
 from student_train.model.prune import init_student
 from student_train.runtime.ranks import Ranks

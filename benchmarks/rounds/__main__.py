@@ -31,7 +31,7 @@ from benchmarks.rounds.setting import IS_RIGHT, LANGUAGE, ensure_teacher, score,
 from benchmarks.tiny import jsonl_source
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.exporting import export
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.checkpoint import find_state

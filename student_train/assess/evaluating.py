@@ -35,15 +35,9 @@ from student_train.assess.answered import answer_groups
 from student_train.assess.breakdown import Breakdown, retention_of, sources_of_rows
 from student_train.assess.harness import HarnessConfig, require_tasks, run_harness
 from student_train.assess.robustness import as_json, robustness
-from student_train.config import (
-    HELDOUT,
-    CacheConfig,
-    DataConfig,
-    EvalConfig,
-    QuantiseConfig,
-    StudentConfig,
-    TrainConfig,
-)
+from student_train.config.data import CacheConfig, DataConfig
+from student_train.config.run import HELDOUT, EvalConfig, StudentConfig, TrainConfig
+from student_train.config.stage import QuantiseConfig
 from student_train.data.open import kept_or_temporary, open_data
 from student_train.data.pack import TorchPack
 from student_train.data.prepared import render_prompts, template_arguments

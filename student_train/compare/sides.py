@@ -245,7 +245,7 @@ class Folder:
         import torch
 
         from stillroom.models import load_tokenizer
-        from student_train.config import StudentConfig
+        from student_train.config.run import StudentConfig
         from student_train.exporting import adopt_tokens
         from student_train.model.student import load_causal
         from student_train.runtime.cost import device_kind

@@ -22,7 +22,8 @@ from stillroom.cache.features import FeatureParts, FeatureRow, FeatureSet, Store
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Float32, Int32
 from stillroom.storage.paths import write_text_atomic
-from student_train.config import DataConfig, StageConfig
+from student_train.config.data import DataConfig
+from student_train.config.stage import StageConfig
 from student_train.data.selection import Selection
 from student_train.losses.below import AttentionKL, HiddenLoss, ProjectedLoss
 from student_train.losses.divergences import FeatureLoss, LossMix

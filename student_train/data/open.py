@@ -16,7 +16,8 @@ from stillroom.models import (
     load_tokenizer,
     vocab_size_of,
 )
-from student_train.config import DataConfig, StudentConfig
+from student_train.config.data import DataConfig
+from student_train.config.run import StudentConfig
 from student_train.data.kept_ids import read_kept_ids
 from student_train.data.prepared import Pairing, open_prepared_selection
 from student_train.data.retokenised import vocab_beside

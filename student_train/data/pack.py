@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillroom.schema.records import Draws, Float32, Int32, Int64, Signals
-from student_train.config import TokenWeightsConfig
+from student_train.config.stage import TokenWeightsConfig
 from student_train.data.features import PackFeatures, PieceFeatures, StageFeatures, pack_features
 from student_train.data.rows import RowBlock
 

@@ -50,7 +50,8 @@ from student_train.data.selection import (
 )
 
 if TYPE_CHECKING:
-    from student_train.config import DataConfig, MixtureConfig, PromptConfig, StudentConfig
+    from student_train.config.data import DataConfig, MixtureConfig, PromptConfig
+    from student_train.config.run import StudentConfig
 
 VERSION = 1
 """Of all code that decides rows: files of another version are made again."""

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from stillroom.sql.conditions import in_brackets
-from student_train.config import DataConfig, EvalConfig, StageConfig, TrainConfig, stage_key
+from student_train.config.data import DataConfig
+from student_train.config.run import EvalConfig, TrainConfig
+from student_train.config.stage import StageConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.selection import CacheSource, Selection, SelectionRequest
 

@@ -20,7 +20,7 @@ import numpy as np
 from stillroom.errors import ConfigError, CorruptError
 from stillroom.schema.records import Int32, Int64, stable_hash
 from stillroom.storage.paths import atomic_path
-from student_train.config import DataConfig, StepsConfig
+from student_train.config.data import DataConfig, StepsConfig
 from student_train.data.completion_text import CompletionText, CompletionTexts
 from student_train.data.selection import Selection
 

@@ -23,7 +23,7 @@ from stillroom.schema.records import Float32, stable_hash
 from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import atomic_path, location, write_text_atomic
-from student_train.config import TermsConfig
+from student_train.config.data import TermsConfig
 from student_train.data.completion_text import CompletionText, CompletionTexts
 from student_train.data.pack import Pack
 from student_train.data.selection import Selection, keys_of

@@ -15,7 +15,7 @@ from stillroom.models import (
     vocab_size_of,
 )
 from stillroom.storage.paths import Location
-from student_train.config import StudentConfig
+from student_train.config.run import StudentConfig
 from student_train.data.kept_ids import ids_of, read_kept_ids
 from student_train.data.selection import Selection
 from student_train.model.shape import read_config

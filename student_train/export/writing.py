@@ -20,7 +20,8 @@ from stillroom.errors import ConfigError, DataError, Disagreement
 from stillroom.log import format_bytes, note
 from stillroom.models import public_name, require_model_folder_or_id
 from stillroom.storage.paths import write_text_atomic
-from student_train.config import HELDOUT, CacheConfig, DataConfig, EvalConfig, StudentConfig, TrainConfig
+from student_train.config.data import CacheConfig, DataConfig
+from student_train.config.run import HELDOUT, EvalConfig, StudentConfig, TrainConfig
 from student_train.data.open import kept_or_temporary, open_data
 from student_train.data.requests import eval_request
 from student_train.data.selection import load_selection

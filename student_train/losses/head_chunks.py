@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stillroom.schema.records import Int64
-from student_train.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from student_train.config.run import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

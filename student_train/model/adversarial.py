@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stillroom.schema.records import stable_hash
-from student_train.config import AdversarialConfig
+from student_train.config.stage import AdversarialConfig
 from student_train.data.pack import TorchPack
 
 STEP_FRAC = 2.5

@@ -20,7 +20,7 @@ from stillroom.errors import ConfigError
 from stillroom.log import Progress
 from stillroom.models import fingerprint_tokenizer, load_tokenizer
 from stillroom.schema.records import Int32
-from student_train.config import DataConfig
+from student_train.config.data import DataConfig
 from student_train.data.kept_ids import KeptIds
 from student_train.data.requests import sources_of
 from student_train.data.rows import read_rows

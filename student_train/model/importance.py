@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
-from student_train.config import InitConfig, TrainConfig
+from student_train.config.run import InitConfig, TrainConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.open import open_data
 from student_train.data.pack import TargetView, TorchPack, to_torch

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import ConfigError
-from student_train.config import PRUNED_AXES, PruneConfig
-from student_train.stage_config import Axis
+from student_train.config.stage import PRUNED_AXES, Axis, PruneConfig
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types whose forward has no other use for these sizes; others may scale by them without a word."""

@@ -15,14 +15,16 @@ from stillroom.errors import ConfigError
 from stillroom.log import note
 from stillroom.models import fingerprint_weights, load_tokenizer
 from stillroom.storage.paths import write_text_atomic
-from student_train.config import PRUNED_AXES, DataConfig, InitConfig, PruneConfig, StudentConfig
+from student_train.config.data import DataConfig
+from student_train.config.run import InitConfig, StudentConfig
+from student_train.config.stage import PRUNED_AXES, PruneConfig
 from student_train.data.kept_ids import KeptIds, read_kept_ids
 from student_train.model.folder import atomic_folder, refuse_existing, save_model
 
 if TYPE_CHECKING:
+    from student_train.config.stage import Axis
     from student_train.model.importance import Calibration, WidthScores
     from student_train.model.narrow import Kept, Sizes
-    from student_train.stage_config import Axis
 
 RECORD = "init.json"
 ASKED_KEYS = tuple(PruneConfig.model_fields)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import ConfigError
-from student_train.config import QuantiseConfig
+from student_train.config.stage import QuantiseConfig
 from student_train.model.student import routers_of, stacked_experts
 
 BITS = {"w8a8": 8, "w4a16": 4}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.errors import DataError, first_line
-from student_train.config import StudentConfig
+from student_train.config.run import StudentConfig
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")

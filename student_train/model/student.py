@@ -23,7 +23,8 @@ from torch import Tensor
 
 from stillroom.errors import ConfigError, DataError, one_line
 from stillroom.models import hush_hub, require_model_folder_or_id
-from student_train.config import EngineConfig, LoraConfig, StageConfig, StudentConfig
+from student_train.config.run import EngineConfig, StudentConfig
+from student_train.config.stage import LoraConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import RouterBalance, find_balance
 from student_train.losses.divergences import FeatureLoss, LossMix

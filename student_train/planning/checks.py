@@ -11,14 +11,9 @@ import numpy as np
 from stillroom.errors import ConfigError
 from stillroom.log import warn
 from stillroom.storage.paths import Location
-from student_train.config import (
-    DataConfig,
-    LoraConfig,
-    StageConfig,
-    TrainConfig,
-    accumulation_of,
-    stage_key,
-)
+from student_train.config.data import DataConfig
+from student_train.config.run import TrainConfig, accumulation_of
+from student_train.config.stage import LoraConfig, StageConfig, stage_key
 from student_train.data.selection import Selection
 from student_train.model.shape import model_shape
 

@@ -10,14 +10,8 @@ from pathlib import Path
 
 from stillroom.config import Json
 from stillroom.errors import CacheConflict
-from student_train.config import (
-    CPU_CHUNK_TOKENS,
-    GPU_CHUNK_TOKENS,
-    EngineConfig,
-    LoraConfig,
-    StageConfig,
-    TrainConfig,
-)
+from student_train.config.run import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, EngineConfig, TrainConfig
+from student_train.config.stage import LoraConfig, StageConfig
 from student_train.data.features import StageFeatures
 from student_train.data.selection import SelectionHeader
 from student_train.losses.below import AttentionKL, ProjectedLoss

@@ -11,7 +11,8 @@ import numpy as np
 
 from stillroom.errors import ConfigError
 from stillroom.storage.paths import atomic_path
-from student_train.config import DataConfig, StudentConfig, TrainConfig
+from student_train.config.data import DataConfig
+from student_train.config.run import StudentConfig, TrainConfig
 from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.open import kept_or_temporary, open_data, open_heldout, reopen_data
 from student_train.data.prepared import Pairing

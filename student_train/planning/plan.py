@@ -10,13 +10,9 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet
 from stillroom.errors import ConfigError
 from stillroom.log import note
-from student_train.config import (
-    DataConfig,
-    StageConfig,
-    StudentConfig,
-    TrainConfig,
-    packs_per_step,
-)
+from student_train.config.data import DataConfig
+from student_train.config.run import StudentConfig, TrainConfig, packs_per_step
+from student_train.config.stage import StageConfig
 from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
 from student_train.data.features import StageFeatures, pin_features, reopen_features, stage_features, with_layers

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import ConfigError, CorruptError, StillroomError, first_line
-from student_train.config import AdversarialConfig, EngineConfig, StageConfig
+from student_train.config.run import EngineConfig
+from student_train.config.stage import AdversarialConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE
 from student_train.losses.divergences import LossMix

@@ -35,7 +35,7 @@ from stillroom.config import Json, plain, read_yaml, validate_config
 from stillroom.errors import CacheConflict, ConfigError, CorruptError
 from stillroom.log import note
 from stillroom.storage.paths import write_text_atomic
-from student_train.config import TrainConfig, meaning_of
+from student_train.config.run import TrainConfig, meaning_of
 from student_train.data.retokenised import PLAN_FOLDER
 from student_train.runtime.checkpoint import CheckpointState, latest_state
 from student_train.runtime.cost import cost_of, read_sessions

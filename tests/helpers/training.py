@@ -14,7 +14,7 @@ import torch
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.data import selection
 from student_train.data.selection import SelectionRequest
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks, joined_ranks

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stillroom.config import StrictModel, validate_config
 from student_train.cli import app as student_app
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from teacher_cache.cli import app as teacher_app
 from teacher_cache.config import BuildConfig, ScoreConfig
 from tests.helpers import ROOT

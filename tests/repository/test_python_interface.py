@@ -14,7 +14,7 @@ import stillroom
 import student_train
 import student_train.data
 import student_train.losses
-from student_train.config import StudentConfig, TrainConfig
+from student_train.config.run import StudentConfig, TrainConfig
 from student_train.data import to_torch
 from student_train.losses import CrossEntropy, LossMix
 from student_train.losses.fused_head import fuse_head

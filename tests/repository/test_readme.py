@@ -9,7 +9,7 @@ import yaml
 
 from stillroom.config import StrictModel, load_config, validate_config
 from stillroom.rounds.config import RoundsConfig, generate_config, score_config, train_config
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.states.config import FeaturesConfig
 from tests.helpers import ROOT

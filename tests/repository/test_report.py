@@ -29,7 +29,7 @@ from stillroom.html.charts import (
     plain_number,
 )
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.report import student_sections, write_student_report
 from teacher_cache.inspect.report import cache_sections, sample_signals, write_cache_report
 from teacher_cache.inspect.show import write_chain_page

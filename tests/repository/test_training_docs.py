@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from stillroom.config import validate_config
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.losses.names import LOSSES
 from student_train.schedule import check_mixes
 from tests.helpers import ROOT

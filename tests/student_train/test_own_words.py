@@ -20,7 +20,7 @@ from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Signals, stable_hash
 from student_train import plan as plan_module
-from student_train.config import PromptConfig
+from student_train.config.data import PromptConfig
 from student_train.data.attached import Attached
 from student_train.data.open import open_data
 from student_train.data.pack import TargetView, to_torch

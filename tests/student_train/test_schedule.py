@@ -4,7 +4,7 @@ import pytest
 
 from stillroom.config import Json, validate_config
 from stillroom.errors import ConfigError
-from student_train.config import StageConfig
+from student_train.config.stage import StageConfig
 from student_train.schedule import check_mixes, learning_rate, mix_at, scheduled, temperature_steps
 
 

@@ -23,7 +23,7 @@ from stillroom.log import format_count
 from stillroom.program import StopRequest
 from stillroom.storage.paths import write_text_atomic
 from student_train.assess.evaluating import evaluate_config, evaluate_model
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.exporting import trained_model
 from student_train.model.importance import init_calibration

@@ -31,7 +31,7 @@ from stillroom.errors import CacheConflict, ConfigError, CorruptError, DataError
 from stillroom.storage import objects
 from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import Location, create_file, location, spool
-from student_train.config import CacheConfig
+from student_train.config.data import CacheConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.pack import Pack
 from student_train.data.rows import read_rows

@@ -27,7 +27,7 @@ from student_train.assess.harness import HarnessConfig, require_tasks, run_harne
 from student_train.assess.page import eval_sections, read_result, write_eval_page
 from student_train.assess.robustness import robustness
 from student_train.cli import app
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.model.student import load_causal
 from student_train.report import write_student_report
 from student_train.result_lines import eval_lines

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from stillroom.config import Json
 from stillroom.errors import ConfigError, CorruptError
-from student_train.config import DataConfig, StepsConfig, StudentConfig
+from student_train.config.data import DataConfig, StepsConfig
+from student_train.config.run import StudentConfig
 from student_train.data.completion_text import spell
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.open import open_data

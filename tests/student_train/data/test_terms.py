@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stillroom.errors import ConfigError
-from student_train.config import TermsConfig
+from student_train.config.data import TermsConfig
 from student_train.data import terms
 from student_train.data.attached import Attached
 from student_train.data.completion_text import spell

@@ -11,7 +11,7 @@ import torch
 
 from stillroom.errors import ConfigError
 from stillroom.schema.records import Signals
-from student_train.config import StageConfig
+from student_train.config.stage import StageConfig
 from student_train.data.epoch_plan import PlanSpec
 from student_train.data.pack import Pack, TargetView, to_torch
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from student_train.config import AdversarialConfig, StageConfig
+from student_train.config.stage import AdversarialConfig, StageConfig
 from student_train.data.pack import PackedPiece, TorchPack, build_pack, empty_pack, to_torch
 from student_train.losses.fused_head import LossSums, fuse_head
 from student_train.model.adversarial import disturb, disturbed_packs

@@ -18,7 +18,8 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from stillroom.errors import ConfigError
-from student_train.config import EngineConfig, StageConfig, StudentConfig
+from student_train.config.run import EngineConfig, StudentConfig
+from student_train.config.stage import StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE, find_balance
 from student_train.losses.divergences import CrossEntropy, LossMix

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Signals
 from student_train.assess.evaluating import evaluate_config, evaluate_model
-from student_train.config import InitConfig
+from student_train.config.run import InitConfig
 from student_train.data.kept_ids import KeptIds, ids_of, map_signals, map_text, read_kept_ids
 from student_train.exporting import export
 from student_train.model.cut_vocabulary import _closed, _cut_tokenizer

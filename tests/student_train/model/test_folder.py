@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from stillroom.errors import ConfigError, DataError
-from student_train.config import LoraConfig, StudentConfig
+from student_train.config.run import StudentConfig
+from student_train.config.stage import LoraConfig
 from student_train.export.bench import contestant
 from student_train.export.writing import Check, export_folder
 from student_train.model.folder import atomic_folder, save_model

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillroom.errors import ConfigError
-from student_train.config import InitConfig, PruneConfig
+from student_train.config.run import InitConfig
+from student_train.config.stage import PruneConfig
 from student_train.model.importance import init_calibration, least_needed_layers
 from student_train.model.narrow import layout_of, planned_sizes
 from student_train.model.prune import init_student, keep_layers, prune

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from stillroom.errors import ConfigError, DataError
-from student_train.config import InitConfig, StudentConfig
+from student_train.config.run import InitConfig, StudentConfig
 from student_train.model.prune import init_student, kept_layers, require_cut
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 from tests.helpers.students import make_student, make_tokenizer

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.errors import ConfigError
 from student_train.assess.evaluating import evaluate_config
-from student_train.config import QuantiseConfig, StageConfig
+from student_train.config.stage import QuantiseConfig, StageConfig
 from student_train.exporting import trained_model
 from student_train.model.quantise import QuantisedLinear, quantise_layers
 from student_train.runtime.checkpoint import find_state, latest_state

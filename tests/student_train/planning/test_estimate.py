@@ -2,7 +2,7 @@
 
 import pytest
 
-from student_train.config import EngineConfig
+from student_train.config.run import EngineConfig
 from student_train.planning.estimate import optimizer_bytes
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from stillroom.config import Json, plain
 from stillroom.errors import CacheConflict, CorruptError, DataError
-from student_train.config import TrainConfig
+from student_train.config.run import EngineConfig, TrainConfig
 from student_train.runtime import checkpoint
 from student_train.runtime.checkpoint import CheckpointState, find_state, latest_state
 from student_train.runtime.engine import saved_weights
@@ -111,7 +111,7 @@ def test_one_rank_steps_like_zero_and_each_resumes_the_other(
     whole = trainer.reference(stage, eval=None)
     config = trainer.config("run", stage, eval=None)
     for needs_no_zero, stop_after in ((is_first, 3), (not is_first, None)):
-        monkeypatch.setattr("student_train.config.EngineConfig.needs_no_zero", lambda *_, own=needs_no_zero, **__: own)
+        monkeypatch.setattr(EngineConfig, "needs_no_zero", lambda *_, own=needs_no_zero, **__: own)
         records = trainer.run(config, stop_after)
     assert losses_of(records) == pytest.approx(losses_of(whole), rel=1e-5)
     assert [one["grad_norm"] for one in records] == pytest.approx([one["grad_norm"] for one in whole], rel=1e-3)

@@ -6,7 +6,7 @@ import pytest
 
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError
-from student_train.config import TrainConfig
+from student_train.config.run import TrainConfig
 from student_train.runtime.run_folder import RunFolder
 
 LEFT_BEHIND = (

@@ -1,0 +1,1 @@
+"""The YAML of `student-train init`, `plan`, `run`, `eval` and `export`."""
