@@ -73,7 +73,7 @@ class VllmStates:
                 from vllm.v1.engine.llm_engine import LLMEngine
 
                 vllm_config = _cpu_config(arguments, embedded) if host.on_cpu else new_config(arguments)
-                self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+                self._engine: Any = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         self.settings: Mapping[str, Any] = {"kind": "vllm", **settings_of(vllm_config)}
         self.software: Mapping[str, str] = software()
         self._max_model_len = vllm_config.model_config.max_model_len
