@@ -29,13 +29,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.quality.caches import Chains, build_cache
 from benchmarks.quality.students import CHAINS_PER_STEP, LEARNING_RATES, make_student, quiet
-from benchmarks.quality.teacher import (
-    NUM_COMPLETION_TOKENS,
-    NUM_PROMPT_TOKENS,
-    Training,
-    ensure_teacher,
-    write_chains,
-)
+from benchmarks.quality.teacher import NUM_COMPLETION_TOKENS, NUM_PROMPT_TOKENS, Training, ensure_teacher, write_chains
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config.run import InitConfig, TrainConfig

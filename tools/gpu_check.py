@@ -263,14 +263,7 @@ def check_loss(device: str, _folder: Path, _model: Path | None) -> Json:
     from student_train.losses.divergences import LossMix
     from student_train.losses.fused_head import fused_loss
     from student_train.losses.targets import SparseTargets, TailDraws
-    from tests.helpers.dense_losses import (
-        ONE_OF_EACH,
-        dense_loss,
-        head_tensors,
-        sparse,
-        teacher_logprobs,
-        with_draws,
-    )
+    from tests.helpers.dense_losses import ONE_OF_EACH, dense_loss, head_tensors, sparse, teacher_logprobs, with_draws
 
     num_vocab, problems, found = 257, [], {}
     dense_NV = teacher_logprobs(num_vocab=num_vocab)

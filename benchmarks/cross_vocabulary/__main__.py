@@ -24,13 +24,7 @@ import torch
 
 from benchmarks.arms import measured_rows, print_measured
 from benchmarks.cross_vocabulary.online import ChainLoss, Gold, train_online, uld
-from benchmarks.cross_vocabulary.setting import (
-    Setting,
-    bits_per_byte,
-    encoded,
-    make_student,
-    open_setting,
-)
+from benchmarks.cross_vocabulary.setting import Setting, bits_per_byte, encoded, make_student, open_setting
 from benchmarks.quality.students import LEARNING_RATES, PACK_TOKENS, quiet, run_config
 from stillroom.config import Json
 from stillroom.program import StopRequest

@@ -12,10 +12,7 @@ from pathlib import Path
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, naming
 from stillroom.log import note
-from stillroom.models import (
-    load_tokenizer,
-    vocab_size_of,
-)
+from stillroom.models import load_tokenizer, vocab_size_of
 from student_train.config.data import DataConfig
 from student_train.config.run import StudentConfig
 from student_train.data.kept_ids import read_kept_ids

@@ -11,9 +11,7 @@ from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_
 from teacher_cache.config import BuildConfig, ScoreConfig, extra_sampling
 from teacher_cache.engine.api import EngineInfo
 from teacher_cache.engine.teacher import IdentifiedTeacher
-from teacher_cache.scrub.settings import (
-    manifest_entries,
-)
+from teacher_cache.scrub.settings import manifest_entries
 from teacher_cache.writer.recorder import explained
 
 

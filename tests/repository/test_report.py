@@ -18,16 +18,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.reader import open_cache
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, DataError
-from stillroom.html.charts import (
-    Drawing,
-    Group,
-    Line,
-    Mark,
-    bars,
-    histogram,
-    line_chart,
-    plain_number,
-)
+from stillroom.html.charts import Drawing, Group, Line, Mark, bars, histogram, line_chart, plain_number
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, format_span, write_report
 from student_train.config.run import TrainConfig
 from student_train.report import student_sections, write_student_report

@@ -9,11 +9,11 @@ import pytest
 
 from stillroom.errors import ConfigError, StillroomError
 from student_train.answers import AskedPrompt, GenerateConfig
+from student_train.commands.result_lines import compare_lines
 from student_train.compare.comparing import Price, answer_text, compare
 from student_train.compare.page import difference_words, interval_words, verdict_words, write_page
 from student_train.compare.sides import Reply, Side, open_side, open_sides
 from student_train.compare.statistics import DIFFERENCE, holm, mean_interval, sign_test
-from student_train.result_lines import compare_lines
 from tests.helpers.fake_server import Behaviour, FakeServer
 
 CONFIG = GenerateConfig(num_prompts=12, max_new_tokens=8, temperature=0.0)

@@ -13,10 +13,10 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.models import fingerprint_template, fingerprint_tokenizer
 from student_train.assess.evaluating import More, evaluate_config, evaluate_model
+from student_train.commands.result_lines import export_lines
 from student_train.config.run import TrainConfig
 from student_train.data.selection import Selection, load_selection
 from student_train.exporting import adopt_tokens, cache_tokenizer, export, trained_model
-from student_train.result_lines import export_lines
 from student_train.runtime.checkpoint import CheckpointState, find_state
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from stillroom.cache.features import FeatureSet
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, DataError
+from student_train.commands.result_lines import plan_lines
 from student_train.data.epoch_plan import LongChains, PlanSpec
 from student_train.data.features import StageFeatures, evenly_spaced, stage_features
 from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
@@ -29,7 +30,6 @@ from student_train.model.taps import load_teacher, make_projections
 from student_train.planning.estimate import plan_run
 from student_train.planning.plan import RunPlan, prepare
 from student_train.report import write_student_report
-from student_train.result_lines import plan_lines
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import RANK_VARIABLES
 from student_train.runtime.run_folder import RunFolder

@@ -23,6 +23,7 @@ from stillroom.log import format_count
 from stillroom.program import StopRequest
 from stillroom.storage.paths import write_text_atomic
 from student_train.assess.evaluating import evaluate_config, evaluate_model
+from student_train.commands.result_lines import plan_lines, run_lines
 from student_train.config.run import TrainConfig
 from student_train.data.selection import load_selection
 from student_train.exporting import trained_model
@@ -31,7 +32,6 @@ from student_train.model.prune import init_student
 from student_train.model.student import Student, load_student
 from student_train.planning.estimate import plan_run
 from student_train.report import student_sections
-from student_train.result_lines import plan_lines, run_lines
 from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.cost import read_sessions
 from student_train.runtime.run_folder import RunFolder, summarise

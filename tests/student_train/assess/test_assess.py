@@ -27,10 +27,10 @@ from student_train.assess.harness import HarnessConfig, require_tasks, run_harne
 from student_train.assess.page import eval_sections, read_result, write_eval_page
 from student_train.assess.robustness import robustness
 from student_train.cli import app
+from student_train.commands.result_lines import eval_lines
 from student_train.config.run import TrainConfig
 from student_train.model.student import load_causal
 from student_train.report import write_student_report
-from student_train.result_lines import eval_lines
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student, make_tokenizer

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError, Disagreement, StillroomError
 from student_train import cli
+from student_train.commands.result_lines import bench_lines, format_lines
 from student_train.export import worker, writing
 from student_train.export.bench import Load, bench, choose, contestant
 from student_train.export.bench_page import write_bench_page
@@ -21,7 +22,6 @@ from student_train.export.energy import EnergyMeter
 from student_train.export.formats import FORMATS, REFUSED, RUNTIMES, find_format
 from student_train.export.writing import Check, export_folder
 from student_train.model.folder import atomic_folder
-from student_train.result_lines import bench_lines, format_lines
 from tests.helpers.caches import SyntheticCache
 from tests.helpers.students import make_student
 

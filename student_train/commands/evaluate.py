@@ -10,14 +10,14 @@ import typer
 
 from stillroom.errors import ConfigError
 from stillroom.program import AsJson, print_result
-from student_train.command_options import (
+from student_train.commands.options import (
     OptionalConfigPath,
     Overrides,
     WhichCheckpoint,
     load_train_config,
     refuse_unused,
 )
-from student_train.result_lines import eval_lines
+from student_train.commands.result_lines import eval_lines
 
 if TYPE_CHECKING:
     from stillroom.config import Json
