@@ -33,8 +33,9 @@ from stillroom.config import Json
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Signals
 from student_train.data.pack import dense_draws
-from student_train.losses.divergences import Divergence, ForwardKL, LossMix, Tail
+from student_train.losses.divergences import Divergence, ForwardKL, Tail
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import LossMix
 from student_train.losses.names import LOSSES
 from student_train.losses.targets import SparseTargets, TailDraws
 from teacher_cache.engine.plugin.signals import signal_rows

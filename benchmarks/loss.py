@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from student_train.losses.divergences import DEFAULT_MIX
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
 
 SIDES = ("fused", "ce", "dense_kl", "fused_frozen", "ce_frozen")

@@ -28,15 +28,13 @@ import pyarrow as pa
 
 from stillroom.storage.paths import Location, location
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.rows import STORE_AHEAD_GROUPS
 from student_train.data.selection import (
     SCHEMA,
-    CacheSource,
     PinnedCache,
     Selection,
     SelectionHeader,
-    SelectionRequest,
-    freeze,
     load_selection,
     write_selection,
 )

@@ -32,7 +32,7 @@ from stillroom.config import Json
 from stillroom.errors import DataError
 from stillroom.pieces import vocabulary_of
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.selection import CacheSource, SelectionRequest
+from student_train.data.freezing import CacheSource, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.alignment import Speller, align

@@ -46,7 +46,7 @@ from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config.run import TrainConfig
 from student_train.data.pack import Pack, TargetView, TorchPack, to_torch
-from student_train.losses.divergences import DEFAULT_MIX
+from student_train.losses.mix import DEFAULT_MIX
 from student_train.losses.targets import SparseTargets
 from student_train.model.packed_attention import hidden_states, keep_apart
 from student_train.model.student import DTYPES, use_cpu_where_there_is_no_gpu

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from student_train.config.stage import LossConfig, ScheduleConfig, StageConfig
 from student_train.data.pack import TargetView
-from student_train.losses.divergences import FeatureLoss, HeadLoss, LossMix
+from student_train.losses.divergences import FeatureLoss, HeadLoss
+from student_train.losses.mix import LossMix
 from student_train.losses.names import make_loss
 
 TAID_SCHEDULE = ScheduleConfig(kind="linear", start=0.4, end=1.0)

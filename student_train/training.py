@@ -40,8 +40,8 @@ from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_w
 from student_train.data.requests import eval_spec
 from student_train.evaluation import evaluate
 from student_train.exporting import export_stage, initial_folder
-from student_train.losses.divergences import LossMix
 from student_train.losses.fused_head import LossSums
+from student_train.losses.mix import LossMix
 from student_train.model.adversarial import disturbed_packs
 from student_train.model.importance import calibration_of
 from student_train.model.prune import prune_folder

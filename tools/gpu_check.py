@@ -260,8 +260,8 @@ def check_loss(device: str, _folder: Path, _model: Path | None) -> Json:
 
     import torch
 
-    from student_train.losses.divergences import LossMix
     from student_train.losses.fused_head import fused_loss
+    from student_train.losses.mix import LossMix
     from student_train.losses.targets import SparseTargets, TailDraws
     from tests.helpers.dense_losses import ONE_OF_EACH, dense_loss, head_tensors, sparse, teacher_logprobs, with_draws
 

@@ -62,7 +62,7 @@ def freeze_selection(
     """
     from stillroom.storage.objects import ObjectPath
     from stillroom.storage.paths import location
-    from student_train.data.selection import CacheSource, SelectionRequest, open_selection
+    from student_train.data.freezing import CacheSource, SelectionRequest, open_selection
 
     roots = [caches] if isinstance(caches, str | Path | ObjectPath) else caches
     sources = [CacheSource(location(root)) for root in roots]

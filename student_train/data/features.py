@@ -26,7 +26,8 @@ from student_train.config.data import DataConfig
 from student_train.config.stage import StageConfig
 from student_train.data.selection import Selection
 from student_train.losses.below import AttentionKL, HiddenLoss, ProjectedLoss
-from student_train.losses.divergences import FeatureLoss, LossMix
+from student_train.losses.divergences import FeatureLoss
+from student_train.losses.mix import LossMix
 
 COMMAND = "teacher-cache features CONFIG"
 MAX_SHOWN = 8

@@ -15,10 +15,11 @@ from stillroom.log import note
 from stillroom.models import load_tokenizer, vocab_size_of
 from student_train.config.data import DataConfig
 from student_train.config.run import StudentConfig
+from student_train.data.freezing import SelectionRequest, open_selection
 from student_train.data.kept_ids import read_kept_ids
 from student_train.data.prepared import Pairing, open_prepared_selection
 from student_train.data.retokenised import vocab_beside
-from student_train.data.selection import Selection, SelectionRequest, load_selection, open_selection
+from student_train.data.selection import Selection, load_selection
 
 
 def open_data(

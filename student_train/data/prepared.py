@@ -35,19 +35,11 @@ from stillroom.schema.tables import TOKEN_FIELDS, list_of, signal_fields
 from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import Location, location
+from student_train.data.freezing import SelectionRequest, check_request, open_selection
 from student_train.data.lookup import ChainIndex, prompt_keys
 from student_train.data.mixture import mix
 from student_train.data.retokenised import DOCUMENTS, Counts, read_groups, retokenise, write_retokenised
-from student_train.data.selection import (
-    Prepared,
-    Selection,
-    SelectionRequest,
-    UInt64,
-    check_request,
-    keys_of,
-    load_selection,
-    open_selection,
-)
+from student_train.data.selection import Prepared, Selection, UInt64, keys_of, load_selection
 
 if TYPE_CHECKING:
     from student_train.config.data import DataConfig, MixtureConfig, PromptConfig

@@ -7,7 +7,8 @@ from student_train.config.data import DataConfig
 from student_train.config.run import EvalConfig, TrainConfig
 from student_train.config.stage import StageConfig, stage_key
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.selection import CacheSource, Selection, SelectionRequest
+from student_train.data.freezing import CacheSource, SelectionRequest
+from student_train.data.selection import Selection
 
 
 def sources_of(data: DataConfig) -> list[CacheSource]:

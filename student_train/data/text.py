@@ -30,8 +30,9 @@ from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import stable_hash
 from stillroom.schema.tables import list_of
 from stillroom.storage.paths import Location
+from student_train.data.freezing import SelectionRequest, check_request, open_selection
 from student_train.data.retokenised import SPACE_METADATA_KEY, Counts, retokenise, vocab_beside, write_retokenised
-from student_train.data.selection import Selection, SelectionRequest, check_request, load_selection, open_selection
+from student_train.data.selection import Selection, load_selection
 
 TEXT_COLUMNS = [
     "sample_id",

@@ -20,13 +20,13 @@ from student_train.losses.divergences import (
     CrossEntropy,
     CrossEntropyArgmax,
     ForwardKL,
-    LossMix,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
     Spoken,
     TotalVariation,
 )
+from student_train.losses.mix import LossMix
 from student_train.losses.own_words import DPO, TAID, AsymmetricLikelihood, PolicyGradient, StartKL, Unlikelihood
 
 if TYPE_CHECKING:

@@ -26,17 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import (
-    NO_MASS,
-    Chunked,
-    Compared,
-    Divergence,
-    Drawn,
-    Loss,
-    LossMix,
-    Paired,
-    Seen,
-)
+from student_train.losses.divergences import NO_MASS, Chunked, Compared, Divergence, Drawn, Loss, Paired, Seen
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import (
     SparseTargets,
     distinct_draws,

@@ -26,10 +26,11 @@ from torch.autograd.function import once_differentiable
 
 from stillroom.errors import ConfigError
 from student_train.losses.chunk import chunk_losses, read_slots, weighted_sum
-from student_train.losses.divergences import Loss, LossMix
+from student_train.losses.divergences import Loss
 from student_train.losses.head_chunks import PLAIN, HeadChunks, HeadInputs, LogitMap
 from student_train.losses.logit_probe import probe_logits
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import ChainPairs, SparseTargets
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from student_train.losses.chunk import chunk_losses
-from student_train.losses.divergences import JSD, CrossEntropy, ForwardKL, LossMix, ReverseKL
+from student_train.losses.divergences import JSD, CrossEntropy, ForwardKL, ReverseKL
 from student_train.losses.head_chunks import HeadChunks, HeadInputs
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import SparseTargets, in_support
 
 # Each loss is read by itself: the weights play no part.

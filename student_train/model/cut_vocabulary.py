@@ -21,10 +21,11 @@ from stillroom.log import Progress
 from stillroom.models import fingerprint_tokenizer, load_tokenizer
 from stillroom.schema.records import Int32
 from student_train.config.data import DataConfig
+from student_train.data.freezing import SelectionRequest, open_selection
 from student_train.data.kept_ids import KeptIds
 from student_train.data.requests import sources_of
 from student_train.data.rows import read_rows
-from student_train.data.selection import Selection, SelectionRequest, open_selection
+from student_train.data.selection import Selection
 
 
 def cut_vocabulary(model: Any, tokenizer: Any, data: DataConfig, keep: str) -> tuple[Any, KeptIds]:

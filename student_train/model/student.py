@@ -27,9 +27,10 @@ from student_train.config.run import EngineConfig, StudentConfig
 from student_train.config.stage import LoraConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import RouterBalance, find_balance
-from student_train.losses.divergences import FeatureLoss, LossMix
+from student_train.losses.divergences import FeatureLoss
 from student_train.losses.features import feature_sums
 from student_train.losses.fused_head import LossSums, fuse_head, head_loss, head_metrics, head_slots
+from student_train.losses.mix import LossMix
 from student_train.model.adversarial import shifted
 from student_train.model.packed_attention import Apart, hidden_states, keep_apart
 from student_train.model.shape import balance_weight_of, tensor_shapes

@@ -18,7 +18,7 @@ from student_train.data.selection import Selection
 from student_train.model.shape import model_shape
 
 if TYPE_CHECKING:
-    from student_train.losses.divergences import LossMix
+    from student_train.losses.mix import LossMix
     from student_train.planning.plan import StagePlan
 
 WITH_SIGNALS = "distributions, or projected for a student of another vocabulary"

@@ -14,14 +14,15 @@ from stillroom.storage.paths import atomic_path
 from student_train.config.data import DataConfig
 from student_train.config.run import StudentConfig, TrainConfig
 from student_train.data.attached import NOTHING_ATTACHED, Attached
+from student_train.data.freezing import OpenCaches, SelectionRequest, open_selection
 from student_train.data.open import kept_or_temporary, open_data, open_heldout, reopen_data
 from student_train.data.prepared import Pairing
 from student_train.data.requests import at_versions_of, is_paired, negatives_request, right_request, train_request
-from student_train.data.selection import OpenCaches, Selection, SelectionRequest, open_selection
+from student_train.data.selection import Selection
 from student_train.data.steps import examples_path, with_examples, write_examples
 from student_train.data.terms import MarkedTerms, terms_path, write_terms
 from student_train.data.token_numbers import TokenNumbers, numbers_path, write_behaviour
-from student_train.losses.divergences import LossMix
+from student_train.losses.mix import LossMix
 from student_train.runtime.run_folder import RunFolder
 
 Opener = Callable[[Path, SelectionRequest, DataConfig, StudentConfig], Selection]

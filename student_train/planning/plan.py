@@ -16,13 +16,14 @@ from student_train.config.stage import StageConfig
 from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
 from student_train.data.features import StageFeatures, pin_features, reopen_features, stage_features, with_layers
+from student_train.data.freezing import OpenCaches, SelectionRequest
 from student_train.data.requests import eval_request, eval_spec, plan_spec
-from student_train.data.selection import OpenCaches, Selection, SelectionRequest
+from student_train.data.selection import Selection
 from student_train.data.steps import planned
 from student_train.data.stream import PackStream
 from student_train.data.tokenizer_check import Vocabulary, check_vocabulary
 from student_train.losses.below import AttentionKL
-from student_train.losses.divergences import LossMix
+from student_train.losses.mix import LossMix
 from student_train.model.prune import require_cut
 from student_train.model.shape import model_shape
 from student_train.planning.checks import (

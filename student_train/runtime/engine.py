@@ -28,9 +28,9 @@ from student_train.config.run import EngineConfig
 from student_train.config.stage import AdversarialConfig, StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE
-from student_train.losses.divergences import LossMix
 from student_train.losses.fused_head import LossSums, TokenSlots
 from student_train.losses.metrics import TokenMetrics
+from student_train.losses.mix import LossMix
 from student_train.model.adversarial import disturb
 from student_train.model.student import Student
 from student_train.runtime.one_rank import OneRank

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.sql.session import open_session
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.selection import CacheSource, SelectionRequest, freeze
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.stream import PackStream
 from tests.helpers.line import NUM_CHAINS, Line
 

@@ -15,8 +15,8 @@ from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, validate_config
 from stillroom.program import StopRequest
 from student_train.config.run import TrainConfig
-from student_train.data import selection
-from student_train.data.selection import SelectionRequest
+from student_train.data import freezing
+from student_train.data.freezing import SelectionRequest
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
 from student_train.training import train
@@ -100,7 +100,7 @@ def references() -> dict[str, TrainConfig]:
 @pytest.fixture
 def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers what was asked of the same shards before from memory: a freeze takes a third of a second."""
-    monkeypatch.setattr(selection, "_query", _query_once)
+    monkeypatch.setattr(freezing, "_query", _query_once)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def _leave_out_imported() -> None:
 
 
 def _query_once(catalog: Catalog, number: int, request: SelectionRequest) -> Any:
-    """What `selection._query` answers, which depends on its arguments and the shards alone."""
+    """What `freezing._query` answers, which depends on its arguments and the shards alone."""
     files = [table.path_of(file) for table in (catalog.chains, catalog.verdicts) for file in table.files()]
     stats = [(path, path.stat()) for path in files if isinstance(path, Path)]
     shards = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
@@ -163,7 +163,7 @@ def _query_once(catalog: Catalog, number: int, request: SelectionRequest) -> Any
     return _answers[key]
 
 
-_query = selection._query
+_query = freezing._query
 _answers: dict[Any, Any] = {}
 
 

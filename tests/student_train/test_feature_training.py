@@ -20,7 +20,8 @@ from stillroom.errors import ConfigError, DataError
 from student_train.commands.result_lines import plan_lines
 from student_train.data.epoch_plan import LongChains, PlanSpec
 from student_train.data.features import StageFeatures, evenly_spaced, stage_features
-from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
+from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from student_train.exporting import trained_model
 from student_train.losses import LossMix

@@ -35,6 +35,7 @@ from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
 from stillroom.schema.records import Float32, Int32, Int64, Signals
 from stillroom.schema.tables import TOKEN_FIELDS, list_of, signal_fields
 from stillroom.storage.paths import Location
+from student_train.data.freezing import SelectionRequest, open_selection
 from student_train.data.retokenised import (
     CHUNK_LOGPROB,
     IS_COMMON,
@@ -44,7 +45,7 @@ from student_train.data.retokenised import (
     vocab_beside,
     write_retokenised,
 )
-from student_train.data.selection import Projection, Selection, SelectionRequest, load_selection, open_selection
+from student_train.data.selection import Projection, Selection, load_selection
 from student_train.data.text import (
     TEXT_COLUMNS,
     TEXT_SCHEMA,

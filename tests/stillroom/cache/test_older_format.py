@@ -12,8 +12,8 @@ from stillroom.cache.reader import open_cache
 from stillroom.cache.shards import open_shard
 from stillroom.schema.manifest import SHARD_METADATA_KEY
 from stillroom.storage.paths import Location
+from student_train.data.freezing import CacheSource, SelectionRequest, open_selection
 from student_train.data.rows import read_rows
-from student_train.data.selection import CacheSource, SelectionRequest, open_selection
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import remove_files

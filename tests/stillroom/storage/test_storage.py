@@ -33,9 +33,10 @@ from stillroom.storage.objects import ObjectPath
 from stillroom.storage.paths import Location, create_file, location, spool
 from student_train.config.data import CacheConfig
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.pack import Pack
 from student_train.data.rows import read_rows
-from student_train.data.selection import CacheSource, SelectionRequest, freeze, load_selection
+from student_train.data.selection import load_selection
 from student_train.data.stream import PackStream
 from teacher_cache.cli import app
 from teacher_cache.engine.fake import FakeEngine

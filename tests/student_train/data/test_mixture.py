@@ -13,8 +13,9 @@ import torch
 from stillroom.schema.records import Draws, Signals
 from student_train.data.mixture import mix
 from student_train.data.pack import dense_draws
-from student_train.losses.divergences import ForwardKL, LossMix
+from student_train.losses.divergences import ForwardKL
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import SparseTargets, TailDraws
 
 T, V, H = 5, 40, 6

@@ -9,8 +9,9 @@ import torch
 from stillroom.schema.records import Signals
 from student_train.data.pack import PackedPiece, TargetView, build_pack, empty_pack, to_torch
 from student_train.data.rows import RowBlock
-from student_train.losses.divergences import ChunkLikelihood, CrossEntropy, ForwardKL, HeadLoss, LossMix
+from student_train.losses.divergences import ChunkLikelihood, CrossEntropy, ForwardKL, HeadLoss
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import LossMix
 
 
 def block_of(chains: list[tuple[list[int], list[int]]], *, with_signals: bool = True) -> RowBlock:

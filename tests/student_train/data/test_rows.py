@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.errors import CorruptError
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.rows import read_rows
-from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
+from student_train.data.selection import Selection
 from tests.helpers.caches import make_cache, on_disk
 
 

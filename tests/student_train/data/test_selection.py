@@ -11,16 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.errors import ConfigError, CorruptError, DataError
-from student_train.data import selection as selection_module
-from student_train.data.selection import (
-    CacheSource,
-    OpenCaches,
-    Selection,
-    SelectionRequest,
-    freeze,
-    load_selection,
-    open_selection,
-)
+from student_train.data import freezing
+from student_train.data.freezing import CacheSource, OpenCaches, SelectionRequest, freeze, open_selection
+from student_train.data.selection import Selection, load_selection
 from tests.helpers.caches import SyntheticCache, damage, make_cache
 
 
@@ -71,9 +64,9 @@ def test_selections_of_one_cache_open_and_verify_it_once(
 ) -> None:
     wheres = ("split = 'train'", "split = 'heldout'", "split = 'train' AND text <> ''")
     alone = [freeze(tmp_path / f"{number}.parquet", ask(cache, where)) for number, where in enumerate(wheres)]
-    opened, verified = Mock(wraps=selection_module.open_session), Mock(wraps=selection_module.check_columns)
-    monkeypatch.setattr(selection_module, "open_session", opened)
-    monkeypatch.setattr(selection_module, "check_columns", verified)
+    opened, verified = Mock(wraps=freezing.open_session), Mock(wraps=freezing.check_columns)
+    monkeypatch.setattr(freezing, "open_session", opened)
+    monkeypatch.setattr(freezing, "check_columns", verified)
     with OpenCaches() as caches:
         asked = [replace(ask(cache, where), opened=caches) for where in wheres]
         shared = [freeze(tmp_path / f"again-{number}.parquet", one) for number, one in enumerate(asked)]

@@ -16,8 +16,9 @@ from student_train.config.data import DataConfig, StepsConfig
 from student_train.config.run import StudentConfig
 from student_train.data.completion_text import spell
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.freezing import CacheSource, SelectionRequest
 from student_train.data.open import open_data
-from student_train.data.selection import CacheSource, Selection, SelectionRequest
+from student_train.data.selection import Selection
 from student_train.data.steps import examples_path, patterns_of, planned, step_starts, with_examples, write_examples
 from tests.helpers.caches import make_cache
 from tests.helpers.vocabularies import make_text_cache, student_folder, teacher_tokenizer

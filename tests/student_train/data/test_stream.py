@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from stillroom.errors import ConfigError, CorruptError
 from student_train.data.epoch_plan import LongChains, PlanSpec
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.pack import Pack
 from student_train.data.rows import read_rows
-from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
+from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from tests.helpers.caches import Chain, SyntheticCache, make_cache
 

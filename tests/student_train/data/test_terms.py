@@ -14,7 +14,8 @@ from student_train.data import terms
 from student_train.data.attached import Attached
 from student_train.data.completion_text import spell
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
+from student_train.data.selection import Selection
 from student_train.data.terms import MarkedTerms, read_found, terms_path, write_terms
 from tests.helpers.vocabularies import WORDS, make_text_cache, teacher_tokenizer
 from tests.student_train.data.test_stream import read

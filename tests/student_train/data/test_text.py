@@ -10,14 +10,10 @@ import pytest
 from stillroom.errors import ConfigError, CorruptError
 from stillroom.storage.paths import Location
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.selection import CacheSource, Selection, SelectionRequest, load_selection
+from student_train.data.freezing import CacheSource, SelectionRequest
+from student_train.data.selection import Selection, load_selection
 from student_train.data.stream import PackStream
-from student_train.data.text import (
-    HuggingFaceText,
-    Markers,
-    completion_text,
-    open_text_selection,
-)
+from student_train.data.text import HuggingFaceText, Markers, completion_text, open_text_selection
 from tests.helpers.caches import EOS_ID, NUM_SPECIAL, SyntheticCache, damage, make_cache
 
 

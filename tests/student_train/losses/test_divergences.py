@@ -25,7 +25,6 @@ from student_train.losses.divergences import (
     CrossEntropyArgmax,
     Divergence,
     ForwardKL,
-    LossMix,
     ReverseKL,
     Seen,
     SkewedForwardKL,
@@ -33,6 +32,7 @@ from student_train.losses.divergences import (
     TotalVariation,
     kl,
 )
+from student_train.losses.mix import LossMix
 from student_train.losses.names import LOSSES, make_loss
 
 

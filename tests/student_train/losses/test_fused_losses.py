@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, ForwardKL, HeadLoss, LossMix, ReverseKL
+from student_train.losses.divergences import CrossEntropy, ForwardKL, HeadLoss, ReverseKL
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.head_chunks import PLAIN, LogitMap
+from student_train.losses.mix import DEFAULT_MIX, LossMix
 from student_train.losses.targets import SparseTargets
 from tests.helpers.dense_losses import (
     EVERY_LOSS,

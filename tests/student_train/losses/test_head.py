@@ -14,16 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stillroom.errors import ConfigError
-from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, LossMix
-from student_train.losses.fused_head import (
-    FusedHead,
-    fuse_head,
-    fused_loss,
-    head_loss,
-    head_metrics,
-)
+from student_train.losses.divergences import CrossEntropy
+from student_train.losses.fused_head import FusedHead, fuse_head, fused_loss, head_loss, head_metrics
 from student_train.losses.head_chunks import HeadInputs, LogitMap
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
+from student_train.losses.mix import DEFAULT_MIX, LossMix
 from student_train.losses.targets import SparseTargets
 
 N, H, V, K = 7, 16, 41, 3

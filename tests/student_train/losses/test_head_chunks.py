@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from student_train.losses.divergences import DEFAULT_MIX, CrossEntropy, LossMix
+from student_train.losses.divergences import CrossEntropy
 from student_train.losses.fused_head import fused_loss
 from student_train.losses.head_chunks import HeadChunks, HeadInputs
 from student_train.losses.metrics import TokenMetrics, metrics_tensor
+from student_train.losses.mix import DEFAULT_MIX, LossMix
 from student_train.losses.targets import SparseTargets, TextChunks
 from tests.helpers.dense_losses import H, K, N, head_tensors, sparse, teacher_logprobs
 

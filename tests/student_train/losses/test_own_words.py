@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from stillroom.errors import ConfigError
-from student_train.losses.divergences import CrossEntropy, ForwardKL, HeadLoss, LossMix, ReverseKL, Spoken
+from student_train.losses.divergences import CrossEntropy, ForwardKL, HeadLoss, ReverseKL, Spoken
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import LossMix
 from student_train.losses.own_words import DPO, TAID, PolicyGradient, StartKL, Unlikelihood
 from student_train.losses.targets import SparseTargets
 from tests.helpers.dense_losses import (

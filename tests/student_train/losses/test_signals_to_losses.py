@@ -13,11 +13,13 @@ from stillroom.errors import ConfigError
 from stillroom.schema.records import Signals
 from student_train.config.stage import StageConfig
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.pack import Pack, TargetView, to_torch
-from student_train.data.selection import CacheSource, Selection, SelectionRequest, freeze
+from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
-from student_train.losses.divergences import ForwardKL, LossMix
+from student_train.losses.divergences import ForwardKL
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import SparseTargets, TailDraws
 from student_train.planning.checks import check_temperature
 from student_train.schedule import mix_at, target_view, temperature_at, temperature_steps

@@ -16,10 +16,10 @@ from student_train.losses.divergences import (
     Divergence,
     ForwardKL,
     HeadLoss,
-    LossMix,
     ReverseKL,
 )
 from student_train.losses.fused_head import fused_loss
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import SparseTargets, TailDraws
 from tests.helpers.dense_losses import (
     DIVERGENCES,

@@ -22,7 +22,8 @@ from student_train.config.run import EngineConfig, StudentConfig
 from student_train.config.stage import StageConfig
 from student_train.data.pack import TorchPack
 from student_train.losses.balance import BALANCE, find_balance
-from student_train.losses.divergences import CrossEntropy, LossMix
+from student_train.losses.divergences import CrossEntropy
+from student_train.losses.mix import LossMix
 from student_train.losses.targets import SparseTargets
 from student_train.model.packed_attention import Apart
 from student_train.model.shape import balance_weight_of

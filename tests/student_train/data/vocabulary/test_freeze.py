@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from stillroom.errors import ConfigError
 from stillroom.pieces import vocabulary_of
 from student_train.data.epoch_plan import PlanSpec
+from student_train.data.freezing import CacheSource, SelectionRequest
 from student_train.data.pack import MAX_CHUNK_TOKENS
 from student_train.data.rows import read_rows
-from student_train.data.selection import CacheSource, SelectionRequest
 from student_train.data.stream import PackStream
 from student_train.data.text import HuggingFaceText
 from student_train.data.vocabulary.freeze import open_projected_selection
