@@ -24,8 +24,10 @@ STUDENT_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors",
 
 app = new_program("student-train", "Train students from a cache of a teacher's token distributions.")
 # In the order in which --help lists them.
-for command in (init, plan, run, rounds):
-    app.command()(command)
+app.command()(init)
+app.command()(plan)
+app.command()(run)
+app.command()(rounds)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command("bench")(bench_formats)
