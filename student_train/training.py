@@ -36,8 +36,8 @@ from stillroom.schema.records import stable_hash
 from student_train.config.run import TrainConfig
 from student_train.config.stage import stage_key
 from student_train.data.attached import Attached
+from student_train.data.open import eval_spec
 from student_train.data.pack import FeatureView, Pack, TargetView, apply_token_weights, feature_weights, to_torch
-from student_train.data.requests import eval_spec
 from student_train.evaluation import evaluate
 from student_train.exporting import export_stage, initial_folder
 from student_train.losses.fused_head import LossSums

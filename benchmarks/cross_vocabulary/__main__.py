@@ -29,8 +29,7 @@ from benchmarks.quality.students import LEARNING_RATES, PACK_TOKENS, quiet, run_
 from stillroom.config import Json
 from stillroom.program import StopRequest
 from student_train.config.run import TrainConfig
-from student_train.data.open import open_data
-from student_train.data.requests import plan_spec, train_request
+from student_train.data.open import open_data, plan_spec, train_request
 from student_train.exporting import trained_model
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks

@@ -39,10 +39,9 @@ from student_train.config.data import CacheConfig, DataConfig
 from student_train.config.run import HELDOUT, EvalConfig, StudentConfig, TrainConfig
 from student_train.config.stage import QuantiseConfig
 from student_train.data.freezing import SelectionRequest
-from student_train.data.open import kept_or_temporary, open_data
+from student_train.data.open import eval_request, eval_spec, kept_or_temporary, open_data, sources_of
 from student_train.data.pack import TorchPack
 from student_train.data.prepared import render_prompts, template_arguments
-from student_train.data.requests import eval_request, eval_spec, sources_of
 from student_train.data.selection import Selection
 from student_train.data.text import HuggingFaceText
 from student_train.data.tokenizer_check import check_vocabulary

@@ -22,8 +22,7 @@ from stillroom.models import public_name, require_model_folder_or_id
 from stillroom.storage.paths import write_text_atomic
 from student_train.config.data import CacheConfig, DataConfig
 from student_train.config.run import HELDOUT, EvalConfig, StudentConfig, TrainConfig
-from student_train.data.open import kept_or_temporary, open_data
-from student_train.data.requests import eval_request
+from student_train.data.open import eval_request, kept_or_temporary, open_data
 from student_train.data.selection import load_selection
 from student_train.data.tokenizer_check import check_vocabulary
 from student_train.export.agreement import MAX_CHAIN_TOKENS, Chain, compare, read_chains

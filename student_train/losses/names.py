@@ -19,14 +19,7 @@ from student_train.losses.divergences import (
     SkewedReverseKL,
     TotalVariation,
 )
-from student_train.losses.own_words import (
-    DPO,
-    TAID,
-    AsymmetricLikelihood,
-    PolicyGradient,
-    StartKL,
-    Unlikelihood,
-)
+from student_train.losses.own_words import DPO, TAID, AsymmetricLikelihood, PolicyGradient, StartKL, Unlikelihood
 
 LOSSES: dict[str, type[Loss]] = {
     "forward_kl": ForwardKL,

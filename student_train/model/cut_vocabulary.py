@@ -23,7 +23,7 @@ from stillroom.schema.records import Int32
 from student_train.config.data import DataConfig
 from student_train.data.freezing import SelectionRequest, open_selection
 from student_train.data.kept_ids import KeptIds
-from student_train.data.requests import sources_of
+from student_train.data.open import sources_of
 from student_train.data.rows import read_rows
 from student_train.data.selection import Selection
 

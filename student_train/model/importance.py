@@ -25,9 +25,8 @@ from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
 from student_train.config.run import InitConfig, TrainConfig
 from student_train.data.epoch_plan import PlanSpec
-from student_train.data.open import open_data
+from student_train.data.open import open_data, plan_spec, train_request
 from student_train.data.pack import TargetView, TorchPack, to_torch
-from student_train.data.requests import plan_spec, train_request
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from student_train.data.tokenizer_check import check_vocabulary

@@ -15,9 +15,18 @@ from student_train.config.data import DataConfig
 from student_train.config.run import StudentConfig, TrainConfig
 from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.freezing import OpenCaches, SelectionRequest, open_selection
-from student_train.data.open import kept_or_temporary, open_data, open_heldout, reopen_data
+from student_train.data.open import (
+    at_versions_of,
+    is_paired,
+    kept_or_temporary,
+    negatives_request,
+    open_data,
+    open_heldout,
+    reopen_data,
+    right_request,
+    train_request,
+)
 from student_train.data.prepared import Pairing
-from student_train.data.requests import at_versions_of, is_paired, negatives_request, right_request, train_request
 from student_train.data.selection import Selection
 from student_train.data.steps import examples_path, with_examples, write_examples
 from student_train.data.terms import MarkedTerms, terms_path, write_terms

@@ -17,7 +17,7 @@ from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
 from student_train.data.features import StageFeatures, pin_features, reopen_features, stage_features, with_layers
 from student_train.data.freezing import OpenCaches, SelectionRequest
-from student_train.data.requests import eval_request, eval_spec, plan_spec
+from student_train.data.open import eval_request, eval_spec, plan_spec
 from student_train.data.selection import Selection
 from student_train.data.steps import planned
 from student_train.data.stream import PackStream

@@ -22,10 +22,9 @@ from stillroom.schema.records import Signals, stable_hash
 from student_train import plan as plan_module
 from student_train.config.data import PromptConfig
 from student_train.data.attached import Attached
-from student_train.data.open import open_data
+from student_train.data.open import open_data, train_request
 from student_train.data.pack import TargetView, to_torch
 from student_train.data.prepared import render_prompts, template_arguments
-from student_train.data.requests import train_request
 from student_train.data.selection import Selection, load_selection
 from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, write_behaviour
@@ -358,7 +357,7 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
     selection = open_data(tmp_path / "s.parquet", train_request(config.data, 0, stage), config.data, config.student)
     student = load_student(config.student, config.student.model, stage, config.engine, seed=0, vocab_size=VOCAB_SIZE)
     student.eval()
-    from student_train.data.requests import plan_spec
+    from student_train.data.open import plan_spec
     from student_train.losses.fused_head import TokenSlots
 
     def slots(pack: Any) -> TokenSlots:
