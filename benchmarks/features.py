@@ -38,7 +38,7 @@ from student_train.model.prune import init_student
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import train
+from student_train.training.loop import train
 from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.states.config import FeaturesConfig
 from teacher_cache.states.passes import features_of_cache

@@ -40,7 +40,7 @@ from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import train
+from student_train.training.loop import train
 
 NUM_STEPS = 3
 LANGUAGE = Language("0123456789*=# \n", 6 * NUM_STEPS + 3)

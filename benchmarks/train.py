@@ -53,7 +53,7 @@ from student_train.model.student import DTYPES, use_cpu_where_there_is_no_gpu
 from student_train.runtime.metrics_log import MetricsLog, StepRecord
 from student_train.runtime.ranks import joined_ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import train
+from student_train.training.loop import train
 from tests.helpers.caches import CacheShape, write_cache
 from tests.helpers.students import make_tokenizer
 
@@ -150,11 +150,11 @@ def run_side(side: str, setting: Setting, root: Path) -> Json:
     teacher: OnlineTeacher | None = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(mock.patch("student_train.training.MetricsLog", TimedLog))
+        stack.enter_context(mock.patch("student_train.training.stage.MetricsLog", TimedLog))
         stop, ranks = stack.enter_context(StopRequest()), stack.enter_context(joined_ranks())
         if side == "online":
             teacher = OnlineTeacher(root / "teacher", ranks.device)
-            stack.enter_context(mock.patch("student_train.training.to_torch", teacher.to_torch))
+            stack.enter_context(mock.patch("student_train.training.stage.to_torch", teacher.to_torch))
         train(config, ranks, stop)
     records = RunFolder(config.run).read_metrics()
     # The first step warms up: its end is where the second one's clock starts.

@@ -32,7 +32,7 @@ def train(config: str | Path | TrainConfig, *, overrides: Sequence[str] = ()) ->
     loaded = _load(config, overrides)
     from stillroom.program import StopRequest
     from student_train.runtime.ranks import joined_ranks
-    from student_train.training import train as train_run
+    from student_train.training.loop import train as train_run
 
     with StopRequest() as stop, joined_ranks() as ranks:
         return train_run(loaded, ranks, stop)

@@ -34,7 +34,7 @@ from student_train.exporting import trained_model
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import train
+from student_train.training.loop import train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from student_train.config.run import InitConfig, TrainConfig
 from student_train.model.folder import atomic_folder, save_model
 from student_train.model.prune import init_student
 from student_train.runtime.ranks import Ranks
-from student_train.training import train
+from student_train.training.loop import train
 
 CHAINS_PER_STEP = 6
 PACK_TOKENS = CHAINS_PER_STEP * (NUM_PROMPT_TOKENS + NUM_COMPLETION_TOKENS)

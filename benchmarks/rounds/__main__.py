@@ -37,7 +37,7 @@ from student_train.model.student import use_cpu_where_there_is_no_gpu
 from student_train.runtime.checkpoint import find_state
 from student_train.runtime.ranks import Ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import train
+from student_train.training.loop import train
 
 STUDENT_WIDTH = 48
 BATCH_TOKENS = 1200

@@ -130,7 +130,7 @@ def run(
         is_first = True
         if summary is None:
             from student_train.runtime.ranks import joined_ranks
-            from student_train.training import train
+            from student_train.training.loop import train
 
             with joined_ranks() as ranks:
                 summary, is_first = train(config, ranks, stop, from_step), ranks.is_first

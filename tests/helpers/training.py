@@ -19,7 +19,7 @@ from student_train.data import freezing
 from student_train.data.freezing import SelectionRequest
 from student_train.runtime.ranks import RANK_VARIABLES, Ranks, joined_ranks
 from student_train.runtime.run_folder import RunFolder
-from student_train.training import train
+from student_train.training.loop import train
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.students import VOCAB_SIZE, make_student
 

@@ -160,7 +160,7 @@ def declared(requirements: list[str]) -> set[str]:
         ("shared/a.py", "def f():\n    import torch.nn as nn", "shared imports torch"),
         ("student_train/a.py", "import importlib\nimportlib.import_module('vllm')", "student_train imports vllm"),
         ("teacher_cache/build.py", "def f():\n    import vllm", "vllm lives behind"),
-        ("student_train/training.py", "def f():\n    from deepspeed import x", "deepspeed lives behind"),
+        ("student_train/training/loop.py", "def f():\n    from deepspeed import x", "deepspeed lives behind"),
         ("shared/a.py", "def f():\n    import duckdb", "duckdb lives behind shared/stillroom/sql/session.py"),
         ("shared/stillroom/cache/catalog.py", "import deltalake", "deltalake is imported at module level"),
         (

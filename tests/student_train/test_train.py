@@ -35,7 +35,7 @@ from student_train.report import student_sections
 from student_train.runtime.checkpoint import find_state, tags
 from student_train.runtime.cost import read_sessions
 from student_train.runtime.run_folder import RunFolder, summarise
-from student_train.training import train
+from student_train.training.loop import train
 from tests.helpers import ROOT
 from tests.helpers.caches import CacheShape, Chain, SyntheticCache, write_cache
 from tests.helpers.dense_losses import stored_kl
@@ -323,7 +323,7 @@ def test_a_stage_leaves_no_weights_in_memory(trainer: Trainer, monkeypatch: pyte
         alive.add(loaded := load_student(*arguments, **options))
         return loaded
 
-    monkeypatch.setattr("student_train.training.load_student", watched)
+    monkeypatch.setattr("student_train.training.stage.load_student", watched)
     stages: list[Json] = [{"name": name, "max_steps": 1} for name in ("first", "second", "third")]
     trainer.run(trainer.config("run", *stages, eval=None))
     assert num_alive == [0, 0, 0]
@@ -346,7 +346,9 @@ def test_a_finished_run_says_so_and_does_nothing(
     # The last step's line comes once, before the evaluation after it.
     steps = [line.split("  ")[0] for line in said.splitlines() if line.startswith(("train", "evaluate"))]
     assert steps == ["evaluate", "train distill", "evaluate"]
-    monkeypatch.setattr("student_train.training.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare"))
+    monkeypatch.setattr(
+        "student_train.training.loop.prepare", lambda *_, **__: pytest.fail("nothing is left to prepare")
+    )
     assert trainer.finish(config) == summary
     assert capsys.readouterr().err.startswith("the run is finished: nothing is left to train")
 
@@ -433,7 +435,7 @@ def test_a_stage_that_skips_every_step_fails(trainer: Trainer, monkeypatch: pyte
         loaded.causal.model.norm.weight.register_hook(lambda grad: grad * torch.inf)
         return loaded
 
-    monkeypatch.setattr("student_train.training.load_student", overflowing)
+    monkeypatch.setattr("student_train.training.stage.load_student", overflowing)
     config = trainer.config("run", {"max_steps": 2}, eval=None, engine=engine)
     with pytest.raises(
         StillroomError, match=r"all 2 steps were skipped because the gradient was not finite, and nothing was learned"
@@ -457,7 +459,7 @@ def test_broken_weights_are_never_a_checkpoint_and_the_run_can_go_back(
     run = RunFolder(config.run)
     before = trainer.run(config, stop_after=3)
     with monkeypatch.context() as patch:
-        patch.setattr("student_train.training.learning_rate", lambda *_: 1e39)
+        patch.setattr("student_train.training.stage.learning_rate", lambda *_: 1e39)
         with pytest.raises(StillroomError) as caught:
             trainer.finish(config)
     assert "weights or moments are not finite after step 4, so it is not saved: go back" in str(caught.value)
@@ -498,7 +500,7 @@ def test_a_checkpoint_that_was_saved_broken_is_not_resumed(trainer: Trainer, mon
     config = trainer.config("run", {"max_steps": 3}, eval=None, checkpoint={"every_steps": 1, "keep_last": 9})
     trainer.run(config, stop_after=1)
     with monkeypatch.context() as patch:
-        patch.setattr("student_train.training.learning_rate", lambda *_: 1e39)
+        patch.setattr("student_train.training.stage.learning_rate", lambda *_: 1e39)
         patch.setattr("student_train.runtime.engine.Engine.is_finite", lambda _: True)
         trainer.run(config, stop_after=1)
     with pytest.raises(StillroomError, match=r"not finite after step 2, .* --from-step 1 "):
