@@ -9,7 +9,6 @@ import enum
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Final, Generic, Protocol, Self, TypeVar
 
 from stillroom.cache.catalog import SHARD_NAME, Catalog
@@ -108,10 +107,8 @@ class JoinedWork(Generic[T]):
         self.leases.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.leases.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self.leases.__exit__()
         with contextlib.suppress(OSError, StillroomError):
             # Nobody else ever takes this name.
             lock_path(self._root, self._run_id, self.leases.worker).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
 import typer
@@ -157,9 +157,7 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for one, handler in self._before.items():
             # Restored, so that a stop request ends with its block and an outer one is in charge again.
             signal.signal(one, handler)

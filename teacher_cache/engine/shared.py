@@ -1,7 +1,6 @@
 """One engine for several builds in a row: started by the first that has something to do, stopped after the last."""
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from teacher_cache.engine.api import Engine, EngineInfo, Outcome, Request
@@ -17,9 +16,7 @@ class SharedEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._started is not None:
             self._started.close()
 
