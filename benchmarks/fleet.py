@@ -24,8 +24,8 @@ import psutil
 from stillroom.log import note
 from stillroom.program import obey_parent, print_result
 from teacher_cache.building.result import result_json
-from teacher_cache.fleet import Job
-from teacher_cache.on_ray import ReplicaSize, run_on_ray
+from teacher_cache.workers.child import Job
+from teacher_cache.workers.on_ray import ReplicaSize, run_on_ray
 from tests.helpers.fake_builds import join_build, make_config, make_engine, make_requests
 
 NUM_WORKERS = 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from teacher_cache.building.result import BuildResult
     from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
-    from teacher_cache.judging import JudgeReport
+    from teacher_cache.judging.chains import JudgeReport
     from teacher_cache.states.config import FeaturesConfig
     from teacher_cache.states.passes import FeaturesResult
 
@@ -101,11 +101,11 @@ def judge(
     ConfigError for an unknown kind or a wrong condition, StillroomError if the model cannot be asked.
     """
     from stillroom.storage.paths import location
-    from teacher_cache.judging import ask_about_cache, judge_cache
+    from teacher_cache.judging.chains import ask_about_cache, judge_cache
 
     if llm is not None:
         from teacher_cache.config import LlmJudgeConfig
-        from teacher_cache.llm_judge import load_llm_judge
+        from teacher_cache.judging.llm import load_llm_judge
 
         config = llm if isinstance(llm, LlmJudgeConfig) else load_llm_judge(Path(llm))
         return ask_about_cache(location(str(cache)), config, where, again)

@@ -45,7 +45,6 @@ from teacher_cache.config import (
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.inspect.stats import BILLED
-from teacher_cache.joining import Wait
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.prompts import (
@@ -58,6 +57,7 @@ from teacher_cache.prompts.prompts import (
 )
 from teacher_cache.scrub.counts import counted, sample_of, total_of
 from teacher_cache.scrub.settings import scrubber_of, unscrubbed_chains, unscrubbed_problem
+from teacher_cache.workers.joining import Wait
 from teacher_cache.writer.commit import VisibleSamples
 from teacher_cache.writer.recorder import last_metrics
 

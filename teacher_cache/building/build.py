@@ -23,12 +23,12 @@ from teacher_cache.building.until import JoinedPrompts, UntilRight, judge_what_i
 from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
-from teacher_cache.joining import WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
 from teacher_cache.prompts.prompts import Part, RequestMaker, WorkerShare
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.rows import Scrubber
 from teacher_cache.scrub.settings import unscrubbed_chains, unscrubbed_problem
+from teacher_cache.workers.joining import WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
 from teacher_cache.writer.commit import VisibleSamples, recovered_worker
 from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder
 from teacher_cache.writer.rows import RowMaker

@@ -17,8 +17,7 @@ from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.shared import SharedEngine
 from teacher_cache.engine.start import start_engine
 from teacher_cache.engine.teacher import identify_teacher
-from teacher_cache.joining import PART_CHAINS, Wait, worker_name
-from teacher_cache.judge_queue import require_judges
+from teacher_cache.judging.queue import require_judges
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import (
     WHOLE,
@@ -36,7 +35,8 @@ from teacher_cache.prompts.prompts import (
 from teacher_cache.scrub.counts import counted, total_of
 from teacher_cache.scrub.rows import Scrubber
 from teacher_cache.scrub.settings import scrubber_of
-from teacher_cache.writer.leases import workers_of
+from teacher_cache.workers.joining import PART_CHAINS, Wait, worker_name
+from teacher_cache.workers.leases import workers_of
 
 TYPICAL_LENGTH_FRAC = 0.5
 """Typical length of a chain as a fraction of max_tokens; the demo's chains have 0.48. Decides whether to compile."""

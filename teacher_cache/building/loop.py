@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from stillroom.errors import StillroomError
 from stillroom.program import StopRequest
 from teacher_cache.engine.api import Engine, Failure, Outcome, Request
-from teacher_cache.joining import WAIT_S, Wait
 from teacher_cache.scrub.chains import ChainCheck
+from teacher_cache.workers.joining import WAIT_S, Wait
 from teacher_cache.writer.recorder import Recorder
 
 SHOW_INTERVAL_S = 0.25

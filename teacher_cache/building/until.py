@@ -22,10 +22,10 @@ from stillroom.sql.session import open_session
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
-from teacher_cache.joining import Leasable, Wait, rows_of_builds
-from teacher_cache.judge_queue import MAX_WAITING, judge_of
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
+from teacher_cache.judging.queue import MAX_WAITING, judge_of
 from teacher_cache.prompts.prompts import TOKENIZE_BATCH, RequestMaker, WorkerShare, part_name, samples_by_source
+from teacher_cache.workers.joining import Leasable, Wait, rows_of_builds
 from teacher_cache.writer.commit import VisibleSamples, read_columns
 
 Samples = Container[str] | VisibleSamples

@@ -81,7 +81,7 @@ def _judge_pairs(path: Path, kind: str | None, llm: Path | None, num_processes: 
         found = read_pairs(path, kind)
         judged = judge_pairs(found, num_processes)
     else:
-        from teacher_cache.llm_judge import llm_judge_name, load_llm_judge, opinions_on_pairs
+        from teacher_cache.judging.llm import llm_judge_name, load_llm_judge, opinions_on_pairs
 
         config = load_llm_judge(llm)
         found = read_pairs(path, llm_judge_name(config), is_model=True)

@@ -224,7 +224,7 @@ def _run_on(
     as_json: bool,
 ) -> None:
     from teacher_cache.building.result import result_lines
-    from teacher_cache.on_ray import joining_job, replica_size, run_on_ray
+    from teacher_cache.workers.on_ray import joining_job, replica_size, run_on_ray
 
     assert cluster.on is not None
     with StopRequest(at_once=True):

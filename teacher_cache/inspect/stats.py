@@ -26,7 +26,7 @@ from stillroom.schema.tables import SIGNAL_FIELDS, TOKEN_FIELDS
 from stillroom.sql.session import Session, open_session
 from stillroom.sql.views import quote
 from teacher_cache.scrub.counts import counted, sample_of
-from teacher_cache.writer.leases import workers_of
+from teacher_cache.workers.leases import workers_of
 
 SIGNAL_COLUMNS = tuple(
     dict.fromkeys(field.name for fields in (TOKEN_FIELDS, *SIGNAL_FIELDS.values()) for field in fields)

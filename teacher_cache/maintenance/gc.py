@@ -26,8 +26,8 @@ from teacher_cache.maintenance.chainless_verdicts import drop_chainless_verdicts
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.states.sets import CREATOR
+from teacher_cache.workers.leases import leases_folder, living_workers
 from teacher_cache.writer.commit import Committer, VisibleSamples, is_locked, lock_path, remove_files, worker_lock
-from teacher_cache.writer.leases import leases_folder, living_workers
 
 TEMP_NAME = re.compile(rf"^\.(?P<worker>[A-Za-z0-9_.]+)-\d+\.[0-9a-f]+{re.escape(TEMP_SUFFIX)}$")
 JOINED_LOCK = re.compile(r"\.j[0-9a-f]{8}\.lock$")

@@ -98,7 +98,7 @@ WHOLE = WorkerShare(0, 1)
 
 Part = tuple[str, Callable[[], Sequence[Request | Failure]]]
 """What a worker leases: a name that depends on nothing but what is in the part, and its requests, made on demand
-(teacher_cache.joining.Leasable).
+(teacher_cache.workers.joining.Leasable).
 """
 
 

@@ -3,8 +3,8 @@ resumes.
 
 The unit is a row group of a chains shard. Rows whose sample has features of this set are skipped, files that were
 published but not committed are adopted, and the rest is computed. One process per worker; workers meet only in the
-Delta log, and in leases if they join (teacher_cache.joining). On SIGINT or SIGTERM the current batch is finished, what
-is computed becomes visible, and the call returns.
+Delta log, and in leases if they join (workers.joining). On SIGINT or SIGTERM the current batch is finished, what is
+computed becomes visible, and the call returns.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ from stillroom.schema.manifest import Teacher
 from stillroom.storage.paths import Location
 from teacher_cache.config import EmbeddedConfig
 from teacher_cache.engine.teacher import identify_teacher
-from teacher_cache.joining import WAIT, WAIT_S, JoinedWork, Wait, is_in, worker_name
 from teacher_cache.maintenance.feature_checks import drop_chainless
 from teacher_cache.prompts.prompts import WorkerShare, part_name
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig
@@ -36,6 +35,7 @@ from teacher_cache.states.model import shape_of, wanted_of
 from teacher_cache.states.plan import FeaturesPlan, plan_units
 from teacher_cache.states.selection import Place, Unit, choose, num_stored, read_unit
 from teacher_cache.states.sets import CREATOR, OpenSet, create_set, find_set, finite_states, set_id_of
+from teacher_cache.workers.joining import WAIT, WAIT_S, JoinedWork, Wait, is_in, worker_name
 from teacher_cache.writer.commit import Committer, VisibleSamples, recovered_worker
 from teacher_cache.writer.feature_file import FeatureFile, FeatureValues
 from teacher_cache.writer.recorder import explained

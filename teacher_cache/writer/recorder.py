@@ -33,7 +33,7 @@ from stillroom.storage.paths import Location, spool
 from teacher_cache.building.until import UntilRight
 from teacher_cache.config import JudgingConfig, ShardConfig
 from teacher_cache.engine.api import Failure, Finished, Outcome
-from teacher_cache.judge_queue import JudgeQueue
+from teacher_cache.judging.queue import JudgeQueue
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.writer.commit import Committer, VisibleSamples
 from teacher_cache.writer.rows import RowMaker

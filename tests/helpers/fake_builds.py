@@ -28,7 +28,7 @@ from teacher_cache.engine.api import Engine, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.prompts import Part, part_name, seed_of
-from teacher_cache.writer.leases import new_worker_name
+from teacher_cache.workers.leases import new_worker_name
 from tests.helpers.tiny_tokenizer import byte_level
 
 VOCAB_SIZE = 400
@@ -38,11 +38,11 @@ MAX_TOKENS = 60
 PART_CHAINS = 8
 EXPIRY_S = 1.5
 IMPATIENCE = {
-    "teacher_cache.writer.leases.HEARTBEAT_S": 0.2,
-    "teacher_cache.writer.leases.EXPIRY_S": EXPIRY_S,
-    "teacher_cache.writer.leases.LIST_S": 0.1,
-    "teacher_cache.joining.EXPIRY_S": EXPIRY_S,
-    "teacher_cache.joining.LIST_S": 0.1,
+    "teacher_cache.workers.leases.HEARTBEAT_S": 0.2,
+    "teacher_cache.workers.leases.EXPIRY_S": EXPIRY_S,
+    "teacher_cache.workers.leases.LIST_S": 0.1,
+    "teacher_cache.workers.joining.EXPIRY_S": EXPIRY_S,
+    "teacher_cache.workers.joining.LIST_S": 0.1,
     "teacher_cache.building.build.WAIT_S": 0.05,
     "teacher_cache.building.loop.WAIT_S": 0.05,
     "teacher_cache.states.passes.WAIT_S": 0.05,

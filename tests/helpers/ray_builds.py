@@ -7,8 +7,8 @@ import json
 import sys
 
 from stillroom.program import StopRequest
-from teacher_cache.fleet import Job
-from teacher_cache.on_ray import ReplicaSize, run_on_ray
+from teacher_cache.workers.child import Job
+from teacher_cache.workers.on_ray import ReplicaSize, run_on_ray
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ HOMES = {
         # The one route of a teacher's adapter without vLLM; optional there.
         "teacher_cache/states/transformers.py",
     },
-    "ray": {"teacher_cache/on_ray.py"},
+    "ray": {"teacher_cache/workers/on_ray.py"},
     "httpx2": {"teacher_cache/engine/http/client.py", "student_train/compare/sides.py"},
 }
 OTHER_ENVIRONMENTS = "student_train/export/workers/"

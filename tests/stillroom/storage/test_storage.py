@@ -255,8 +255,8 @@ def test_eight_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothin
     requests = make_requests(8 * PART_CHAINS)
     ended, all_have_a_part = threading.Event(), threading.Barrier(8)
     monkeypatch.setattr("teacher_cache.engine.fake.MAX_IN_FLIGHT", PART_CHAINS)
-    monkeypatch.setattr("teacher_cache.joining.LIST_S", 2.0)
-    monkeypatch.setattr("teacher_cache.writer.leases.LIST_S", 2.0)
+    monkeypatch.setattr("teacher_cache.workers.joining.LIST_S", 2.0)
+    monkeypatch.setattr("teacher_cache.workers.leases.LIST_S", 2.0)
 
     def start_engine() -> FakeEngine:
         all_have_a_part.wait(60)

@@ -25,7 +25,7 @@ from stillroom.storage.paths import relative_name
 from teacher_cache.building.build import Build
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import read_sample_ids
 from teacher_cache.writer.recorder import MetricsLog, Recorder

@@ -25,10 +25,10 @@ from teacher_cache.building.until import JoinedPrompts, require_judged
 from teacher_cache.config import BuildConfig
 from teacher_cache.engine.api import Engine, Failure, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
-from teacher_cache.joining import JoinedWork
 from teacher_cache.plan import plan_build, plan_lines
 from teacher_cache.prompts.prompts import LoadedPrompts, parse_worker
-from teacher_cache.writer.leases import new_worker_name
+from teacher_cache.workers.joining import JoinedWork
+from teacher_cache.workers.leases import new_worker_name
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import EOS_ID, IMPATIENCE, VOCAB_SIZE, K, make_config, make_teacher, silence
 

@@ -11,7 +11,7 @@ from stillroom.cache.catalog import Catalog
 from stillroom.cache.reader import repeated_frac
 from stillroom.sql.session import open_session
 from teacher_cache.inspect.stats import SIGNAL_COLUMNS, Usage, _cost, cache_stats, stats_text
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
 from tests.helpers.caches import make_cache
 from tests.helpers.fake_builds import make_config, make_requests, run_build
 

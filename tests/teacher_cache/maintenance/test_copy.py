@@ -16,7 +16,7 @@ from stillroom.schema import FORMAT_VERSION
 from stillroom.sql.session import open_session
 from teacher_cache.cli import app
 from teacher_cache.engine.fake import FakeEngine
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
 from teacher_cache.maintenance.copy import copy_caches
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache

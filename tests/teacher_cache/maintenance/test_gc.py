@@ -13,8 +13,8 @@ from stillroom.errors import CacheConflict, ConfigError, CorruptError
 from teacher_cache.cli import app
 from teacher_cache.maintenance.gc import GcReport, gc_cache, gc_lines
 from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.workers.leases import Leases, leases_folder
 from teacher_cache.writer.commit import lock_path, read_sample_ids, worker_lock
-from teacher_cache.writer.leases import Leases, leases_folder
 from tests.helpers.caches import make_cache, visible_ids
 from tests.helpers.fake_builds import killed_before_commit, make_config, make_requests, run_build
 

@@ -16,7 +16,7 @@ from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY
 from teacher_cache.building.build import Build
 from teacher_cache.cli import app
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.quarantine import quarantine_damaged
 from teacher_cache.maintenance.replacing import REPAIR_WORKER

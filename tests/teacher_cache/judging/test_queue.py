@@ -9,7 +9,7 @@ from stillroom.errors import StillroomError
 from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.records import Message, Prompt
-from teacher_cache.judge_queue import JudgeQueue
+from teacher_cache.judging.queue import JudgeQueue
 
 
 def prompt(kind: str | None = "exact", reference: str = "5") -> Prompt:

@@ -13,10 +13,10 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError
 from teacher_cache.cli import main
-from teacher_cache.fleet import Child, Job
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.on_ray import ReplicaSize, Worker, _Fleet, _Slot, joining_job, merged, replica_size
 from teacher_cache.states.passes import FeaturesResult
+from teacher_cache.workers.child import Child, Job
+from teacher_cache.workers.on_ray import ReplicaSize, Worker, _Fleet, _Slot, joining_job, merged, replica_size
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import make_config, make_requests
 from tests.helpers.programs import Program

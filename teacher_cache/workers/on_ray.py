@@ -24,8 +24,8 @@ from stillroom.errors import ConfigError, DataError, StillroomError, first_line
 from stillroom.log import Progress, format_plural, note
 from stillroom.program import DAMAGED, INTERRUPTED, StopRequest
 from teacher_cache.config import BuildConfig, EmbeddedConfig, ScoreConfig
-from teacher_cache.fleet import Child, Job, Report, refused
 from teacher_cache.states.config import FeaturesConfig, TransformersConfig, VllmConfig
+from teacher_cache.workers.child import Child, Job, Report, refused
 
 POLL_S = 0.5
 REMIND_S = 60.0

@@ -16,8 +16,8 @@ from stillroom.errors import CacheConflict, StillroomError
 from stillroom.log import format_plural, note
 from stillroom.storage.paths import Location
 from teacher_cache.prompts.prompts import WorkerShare
+from teacher_cache.workers.leases import EXPIRY_S, LIST_S, Leases, leases_folder, new_worker_name
 from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
-from teacher_cache.writer.leases import EXPIRY_S, LIST_S, Leases, leases_folder, new_worker_name
 
 PART_CHAINS = 64
 """Chains under one lease: minutes of work, so that no worker is left with much more than the others at the end."""

@@ -23,7 +23,7 @@ from stillroom.sql.conditions import check_condition, in_brackets, run_with
 from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import Location
 from teacher_cache.config import LlmJudgeConfig
-from teacher_cache.judge_queue import LLM, Judges
+from teacher_cache.judging.queue import LLM, Judges
 from teacher_cache.writer.verdicts import JudgedSample, UncommittedVerdicts, lock_own_name
 
 COMMIT_OPINIONS = 500
@@ -130,7 +130,7 @@ def ask_about_cache(
     (model, prompt and parameters); `again` asks about every chain of `where`, decided ones included.
     Raises ConfigError for a wrong condition, and the errors of llm_judge.opinions.
     """
-    from teacher_cache.llm_judge import Question, llm_judge_name, llm_judge_record, opinions
+    from teacher_cache.judging.llm import Question, llm_judge_name, llm_judge_record, opinions
 
     catalog, name = Catalog(root), llm_judge_name(config)
     report = JudgeReport()

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import teacher_cache.judge_queue
-import teacher_cache.judging
+import teacher_cache.judging.chains
+import teacher_cache.judging.queue
 import teacher_cache.writer.commit
 import teacher_cache.writer.verdicts
 from stillroom.cache.catalog import Catalog, Table
@@ -25,7 +25,7 @@ from stillroom.judging.answers import Verdict
 from stillroom.judging.process import JudgeProcess
 from stillroom.schema.tables import VERDICT_SCHEMA
 from stillroom.sql.session import open_session
-from teacher_cache.judging import judge_cache
+from teacher_cache.judging.chains import judge_cache
 from teacher_cache.maintenance.gc import gc_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.writer.commit import lock_path, worker_lock
@@ -151,7 +151,7 @@ def test_chains_that_name_no_judge_are_counted(cache: SyntheticCache) -> None:
 
 
 def test_what_was_judged_before_an_interruption_is_kept(cache: SyntheticCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = teacher_cache.judging._judged
+    judged = teacher_cache.judging.chains._judged
 
     def interrupted(*args: Any) -> Iterator[tuple[JudgedSample, bool]]:
         for number, sample in enumerate(judged(*args)):
@@ -159,7 +159,7 @@ def test_what_was_judged_before_an_interruption_is_kept(cache: SyntheticCache, m
                 raise KeyboardInterrupt
             yield sample
 
-    monkeypatch.setattr(teacher_cache.judging, "_judged", interrupted)
+    monkeypatch.setattr(teacher_cache.judging.chains, "_judged", interrupted)
     with pytest.raises(KeyboardInterrupt):
         judge_cache(cache.root, kind="exact")
     assert len(verdicts(cache.root)) == 5
@@ -184,7 +184,7 @@ def test_ctrl_c_does_not_wait_for_a_check(cache: SyntheticCache, monkeypatch: py
         def kill(self) -> None:
             self.was_killed.set()
 
-    monkeypatch.setattr(teacher_cache.judge_queue, "JudgeProcess", Hanging)
+    monkeypatch.setattr(teacher_cache.judging.queue, "JudgeProcess", Hanging)
     with pytest.raises(KeyboardInterrupt):
         judge_cache(cache.root, kind="exact")
     assert Hanging.ended == [True]

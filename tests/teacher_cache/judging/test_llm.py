@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import teacher_cache.llm_judge
+import teacher_cache.judging.llm
 from stillroom.cache.catalog import Catalog
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError, StillroomError
@@ -19,9 +19,9 @@ from teacher_cache.cli import main
 from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
-from teacher_cache.judge_queue import judge_of, require_judges
-from teacher_cache.judging import JudgeReport, ask_about_cache, judge_cache
-from teacher_cache.llm_judge import llm_judge_name
+from teacher_cache.judging.chains import JudgeReport, ask_about_cache, judge_cache
+from teacher_cache.judging.llm import llm_judge_name
+from teacher_cache.judging.queue import judge_of, require_judges
 from teacher_cache.maintenance.verify import verify_cache
 from tests.helpers.caches import SyntheticCache, make_cache
 from tests.helpers.fake_builds import make_config, make_requests, run_build
@@ -163,7 +163,7 @@ def test_chains_wait_for_their_own_judge_first(
     for request, kind in zip(requests, ("code", "llm", None), strict=True):
         request.prompt.metadata["judge"] = kind  # type: ignore[index]
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_cache.judge_queue.JudgeQueue.put", lambda *_: None)
+        patched.setattr("teacher_cache.judging.queue.JudgeQueue.put", lambda *_: None)
         run_build(make_config(tmp_path / "c"), requests)
     report = ask_about_cache(tmp_path / "c", make_judge(server))
     assert (report.num_not_judged, only(report).num_chains) == (1, 2)
@@ -206,7 +206,7 @@ def test_a_model_in_this_process_is_asked_too(
         engines.append(Judge(400, 8))
         return engines[-1]
 
-    monkeypatch.setattr(teacher_cache.llm_judge, "start_engine", start)
+    monkeypatch.setattr(teacher_cache.judging.llm, "start_engine", start)
     config = make_judge(None, model=str(folder))
     summary = only(ask_about_cache(cache.root, config))
     assert (summary.num_chains, summary.num_wrong) == (NUM, NUM)

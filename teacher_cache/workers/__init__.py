@@ -1,0 +1,1 @@
+"""Several workers on one cache: parts by lease, workers as child processes, and on a Ray cluster."""
