@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from teacher_cache.building.result import BuildResult
-    from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
+    from teacher_cache.config import BuildConfig, ScoreConfig
     from teacher_cache.judging.chains import JudgeReport
+    from teacher_cache.judging.config import LlmJudgeConfig
     from teacher_cache.states.config import FeaturesConfig
     from teacher_cache.states.passes import FeaturesResult
 
@@ -104,7 +105,7 @@ def judge(
     from teacher_cache.judging.chains import ask_about_cache, judge_cache
 
     if llm is not None:
-        from teacher_cache.config import LlmJudgeConfig
+        from teacher_cache.judging.config import LlmJudgeConfig
         from teacher_cache.judging.llm import load_llm_judge
 
         config = llm if isinstance(llm, LlmJudgeConfig) else load_llm_judge(Path(llm))

@@ -19,7 +19,8 @@ from pydantic_core import PydanticUndefined
 from stillroom.config import StrictModel
 from stillroom.rounds.config import RoundsConfig
 from student_train.config.run import TrainConfig
-from teacher_cache.config import BuildConfig, LlmJudgeConfig, ScoreConfig
+from teacher_cache.config import BuildConfig, ScoreConfig
+from teacher_cache.judging.config import LlmJudgeConfig
 from teacher_cache.states.config import FeaturesConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"

@@ -22,7 +22,7 @@ from stillroom.log import Progress, format_plural
 from stillroom.sql.conditions import check_condition, in_brackets, run_with
 from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import Location
-from teacher_cache.config import LlmJudgeConfig
+from teacher_cache.judging.config import LlmJudgeConfig
 from teacher_cache.judging.queue import LLM, Judges
 from teacher_cache.writer.verdicts import JudgedSample, UncommittedVerdicts, lock_own_name
 

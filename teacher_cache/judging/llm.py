@@ -21,8 +21,9 @@ from stillroom.judging.opinion import CLOSING, opinion_prompt, read_opinion, ver
 from stillroom.judging.pairs import Pair
 from stillroom.models import load_tokenizer
 from stillroom.schema.records import Message, Prompt, stable_hash
-from teacher_cache.config import CaptureConfig, LlmJudgeConfig, TeacherConfig
+from teacher_cache.config import CaptureConfig, TeacherConfig
 from teacher_cache.engine.api import Engine, Finished, Outcome, Request
+from teacher_cache.judging.config import LlmJudgeConfig
 from teacher_cache.prompts.rendering import tokenize
 
 MAX_REFUSED = 5

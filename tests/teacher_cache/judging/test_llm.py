@@ -16,10 +16,10 @@ from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Capture, Prompt
 from stillroom.sql.session import open_session
 from teacher_cache.cli import main
-from teacher_cache.config import LlmJudgeConfig
 from teacher_cache.engine.api import Finished, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.judging.chains import JudgeReport, ask_about_cache, judge_cache
+from teacher_cache.judging.config import LlmJudgeConfig
 from teacher_cache.judging.llm import llm_judge_name
 from teacher_cache.judging.queue import judge_of, require_judges
 from teacher_cache.maintenance.verify import verify_cache
