@@ -258,16 +258,19 @@ class StageRun:
         )
         # Of all ranks' losses, so that all of them stop here.
         self._health.require_loss("loss", record.loss, self._step)
+        self._log_step(record)
+        self._health.require_learning(is_applied, self._step)
+        return num_stops > 0
+
+    def _log_step(self, record: StepRecord) -> None:
         if self._session is not None:
-            self._session.add(int(num_tokens))
+            self._session.add(record.num_tokens)
         if self._log is not None and self._bar is not None:
             self._log.write(record)
             self._bar.update(self._step, self._num_tokens, record.notes(self._config.engine.precision))
             if self.is_done:
                 # Before the evaluation that follows prints its own.
                 self._bar.print_now()
-        self._health.require_learning(is_applied, self._step)
-        return num_stops > 0
 
     def evaluate(self) -> None:
         """Measures the held-out loss."""
