@@ -19,7 +19,6 @@ import yaml
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Signals, stable_hash
-from student_train import plan as plan_module
 from student_train.config.data import PromptConfig
 from student_train.data.attached import Attached
 from student_train.data.open import open_data, train_request
@@ -30,6 +29,7 @@ from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, write_behaviour
 from student_train.evaluation import student_metrics
 from student_train.model.student import load_student
+from student_train.planning import files
 from student_train.planning.estimate import plan_run
 from student_train.planning.plan import prepare
 from student_train.runtime import start as start_module
@@ -209,7 +209,7 @@ def test_wrong_chains_that_come_while_a_run_begins_are_not_imitated(
     cache = write_cache(tmp_path / "growing", shape)
     stage = {"losses": {"cross_entropy": 1, "unlikelihood": 0.1}, "negatives": {"where": "not correct"}}
     config = trainer.config("run", stage, data={"caches": [str(cache.root)]})
-    freeze_negatives = plan_module._open_plain
+    freeze_negatives = files._open_plain
 
     def freeze_and_grow(*given: Any) -> Selection:
         selection = freeze_negatives(*given)
@@ -217,7 +217,7 @@ def test_wrong_chains_that_come_while_a_run_begins_are_not_imitated(
             write_cache(cache.root, dataclasses.replace(shape, seed=1))
         return selection
 
-    monkeypatch.setattr(plan_module, "_open_plain", freeze_and_grow)
+    monkeypatch.setattr(files, "_open_plain", freeze_and_grow)
     (planned,) = prepare(config, config.run, 1, is_first=True, barrier=lambda: None).stages
     wrong = {int(chain.sample_id[:16], 16) for chain in cache.chains if chain.correct is False}
     known = {int(chain.sample_id[:16], 16) for chain in cache.chains}

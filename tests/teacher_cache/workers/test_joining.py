@@ -19,9 +19,9 @@ from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import own_share
+from teacher_cache.workers import leases
 from teacher_cache.workers.joining import WAIT, JoinedWork, is_in, rows_of_builds
 from teacher_cache.workers.leases import Leases, WorkerState, leases_folder
-from teacher_cache.writer import leases
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import make_cache, on_disk, visible_ids
 from tests.helpers.fake_builds import (
