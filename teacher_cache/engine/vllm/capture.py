@@ -1,4 +1,4 @@
-"""vLLM's log probabilities to Captures: the arrays that vllm_arrays keeps, or vLLM's own FlatLogprobs.
+"""vLLM's log probabilities to Captures: the arrays that `arrays` keeps, or vLLM's own FlatLogprobs.
 
 Shape legend: T completion tokens, K candidates requested, W columns in vLLM's batch (its largest K, and 1), n new
 tokens.
