@@ -80,7 +80,7 @@ class Behaviour:
     delay_s: float = 0.0
     chat: Callable[[str], Any] = lambda message: None
     """The reply of /v1/chat/completions to a message: a text, a choice (with `model` and `usage` of the answer), or
-    a body with an `error`."""
+    a body with an `error` and perhaps the `status` to send it with."""
     seen: list[Json] = field(default_factory=list)
     most_at_once: int = 0
     now: int = 0
@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         reply = self.setup_of.chat(body["messages"][0]["content"])
         if isinstance(reply, dict) and "error" in reply and "message" not in reply:
-            self._send(200, reply)
+            self._send(reply.get("status", 200), reply)
             return
         choice = reply if isinstance(reply, dict) else {"message": {"content": reply}, "finish_reason": "stop"}
         if body.get("stream"):

@@ -4,9 +4,12 @@ Unavailable is a problem of the server (gone, overloaded, broken off) that may p
 request, which will not change.
 """
 
+import contextlib
 import datetime
 import email.utils
+import math
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -24,8 +27,9 @@ CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 2.0
 """vLLM closes idle connections after 5 s: close them earlier, or the next request may break off."""
 REFUSING_STATUS = {400, 413, 422}
-BUSY_STATUS = {429, 503}
+BUSY_STATUS = {429, 503, 529}
 """Overloaded or not ready: the request was not worked on."""
+PAGE_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 MAX_MESSAGE_CHARS = 300
 STREAM_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 """What a message of a stream begins with; MIN_START_BYTES tell."""
@@ -196,7 +200,9 @@ def _answer(response: httpx2.Response, content: bytes) -> Json:
     message = _message_of(content)
     if status in REFUSING_STATUS:
         raise Refused(message or f"refused with status {status}")
-    problem = f"answers {status}: {message}" if message else f"answers {status}"
+    location = response.headers.get("location")
+    redirect = f" and redirects to {_one_line(location)}" if location else ""
+    problem = f"answers {status}{redirect}" + (f": {message}" if message and not redirect else "")
     retry_after_s = _seconds_of(response.headers.get("retry-after", ""))
     raise Unavailable(problem, was_sent=True, status=status, retry_after_s=retry_after_s, code=_code_of(content))
 
@@ -224,9 +230,10 @@ def _code_of(content: bytes) -> str:
 
 
 def _seconds_of(pause: str) -> float:
-    """The header Retry-After: seconds, or a date."""
-    if pause.isascii() and pause.isdecimal():
-        return float(pause)
+    """The header Retry-After: seconds, which some APIs write with decimals, or a date."""
+    with contextlib.suppress(ValueError):
+        seconds = float(pause)
+        return max(0.0, seconds) if math.isfinite(seconds) else 0.0
     try:
         date = email.utils.parsedate_to_datetime(pause)
     except (ValueError, TypeError):
@@ -250,7 +257,8 @@ def _message_of(content: bytes) -> str:
     try:
         parsed = from_json(content)
     except ValueError:
-        return _one_line(content[:MAX_MESSAGE_CHARS].decode("utf-8", errors="replace"))
+        title = PAGE_TITLE.search(content)
+        return _one_line((title[1] if title else content[:MAX_MESSAGE_CHARS]).decode("utf-8", errors="replace"))
     error = parsed.get("error", parsed.get("detail", parsed)) if isinstance(parsed, Mapping) else parsed
     return _one_line(str(error.get("message", error) if isinstance(error, Mapping) else error))
 

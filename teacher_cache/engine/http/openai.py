@@ -42,6 +42,8 @@ PROBE_TOKENS = 64
 NO_LIMIT = 1 << 30
 """APIs do not report the length of their context; they refuse what is longer."""
 LEAST_NATS = -100.0
+MAX_ABOVE_NATS = 0.01
+"""Half precision rounds a probability of 1 up; anything higher, and NaN, is none."""
 REPLACEMENT = "\ufffd".encode()
 """What decoders write for a part of a character."""
 REASONING_KEYS = ("reasoning_content", "reasoning")
@@ -54,6 +56,9 @@ USAGE_KEY = "api_usage"
 """Of a row's metadata: the tokens that the API counted, hidden reasoning among them."""
 MAX_PAUSE_S = 3600.0
 """Longest pause that an API may ask for: a limit per hour is over by then."""
+FORBIDDEN_STATUS = 403
+"""A wrong key, and with some gateways also a prompt that their moderation rejects."""
+MOVED_STATUS = {301, 302, 303, 307, 308}
 NO_CREDIT_STATUS = 402
 NO_CREDIT_CODES = ("insufficient_quota", "billing_hard_limit_reached")
 """Sent with 429, and no pause helps."""
@@ -144,6 +149,9 @@ class OpenAIEngine:
             else:
                 outcomes.append(answer)
         # Answers that were paid for are handed over before the error of another.
+        while self._error is not None and not self._answers.empty():
+            answer = self._answers.get_nowait()
+            outcomes += [] if isinstance(answer, BaseException) else [answer]
         if not outcomes and self._error is not None:
             raise self._error
         self._num_open -= len(outcomes)
@@ -190,33 +198,37 @@ class OpenAIEngine:
             except Unusable as error:
                 return request.failure("engine_error", str(error))
             except Unavailable as error:
-                self._raise_if_final(error)
+                trouble = await self._trouble(request) if error.status == FORBIDDEN_STATUS else error
+                if trouble is None:
+                    # The key is right, and only this prompt is rejected.
+                    return request.failure("refused", str(error))
+                self._raise_if_final(trouble)
                 # A busy API did no work: it may stay so for hours, which is not the chain's fault.
-                num_attempts += not error.is_busy
-                self._note_busy(error)
+                num_attempts += not trouble.is_busy
+                self._note_busy(trouble)
                 if num_attempts >= self._config.max_attempts:
                     # Others were answered between these attempts.
                     if started_s < self._answered_s < begun_s:
                         return request.failure(
-                            "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {error}"
+                            "engine_error", f"after {num_attempts} attempts {self._config.endpoint} {trouble}"
                         )
                     # Otherwise the API may be down, which is not the fault of this chain.
                     num_attempts, started_s = 0, time.monotonic()
-                    if not await self._is_up(request):
-                        self._give_up_if_long(error)
-                await self._pause(number, error)
+                    if await self._trouble(request) is not None:
+                        self._give_up_if_long(trouble)
+                await self._pause(number, trouble)
         raise AssertionError
 
-    async def _is_up(self, request: Request) -> bool:
-        """Whether the API answers a short question."""
+    async def _trouble(self, request: Request) -> Unavailable | None:
+        """What keeps the API from answering a short question, None if it answers."""
         try:
             await self._http.post(PATH, self._chat.body(_probe_of(request.sampling)))
-        except Unavailable:
-            return False
+        except Unavailable as error:
+            return error
         except Refused:
             pass
         self._answered_s = time.monotonic()
-        return True
+        return None
 
     def _give_up_if_long(self, error: Unavailable) -> None:
         minutes = self._config.give_up_minutes
@@ -273,11 +285,16 @@ class OpenAIEngine:
             variable = self._config.api_key_env
             remedy = "set engine.api_key_env to the variable that holds it" if variable is None else f"check {variable}"
             raise ConfigError(f"{where} rejects the API key: {remedy}") from error
-        if error.status in NO_ENDPOINT_STATUS:
-            raise ConfigError(
-                f"{where}{PATH} {error}: set engine.endpoint to the API's base address, such as http://host:8000/v1, "
-                "and engine.model to a name that it serves"
-            ) from error
+        if error.status in NO_ENDPOINT_STATUS | MOVED_STATUS:
+            raise ConfigError(f"{where}{PATH} {str(error).rstrip('.')}: {self._remedy(error)}") from error
+
+    def _remedy(self, error: Unavailable) -> str:
+        if error.status in MOVED_STATUS:
+            return f"set engine.endpoint to that address without {PATH}"
+        # APIs answer 404 also for a model that they do not serve, and say so.
+        if self._config.model in str(error) or "model" in error.code:
+            return f"set engine.model ({self._config.model}) to a name that this API serves"
+        return "set engine.endpoint to the API's base address, such as http://host:8000/v1"
 
 
 class OpenAIChat:
@@ -347,7 +364,7 @@ class OpenAIChat:
         model, wanted = str(answer.get("model") or self._config.model), self._config.model
         # APIs answer with the dated version of a name: gpt-4o-2024-08-06 for gpt-4o.
         if not model.rpartition("/")[2].startswith(wanted.rpartition("/")[2]):
-            raise Unusable(f"answers as model {model!r}, not as engine.model={wanted}")
+            raise Unusable(f"answers as model {model!r}, not as engine.model={wanted}: set engine.model to that name")
 
     def _of_text(self, request: Request, read: Answer) -> Capture:
         start, end = self._marks.start, self._marks.end
@@ -399,6 +416,7 @@ class OpenAIChat:
             )
             top_ids.append([*row])
             top_logprobs.append([*row.values()])
+        _require_whole(read)
         if read.finish_reason == "stop" and self._end_id is not None and ids and ids[-1] != self._end_id:
             ids.append(self._end_id)
             logprobs.append(0.0)
@@ -464,8 +482,17 @@ def _parts_of(content: str | Sequence[Json]) -> tuple[str, str | None]:
     return texts, thoughts or None
 
 
+def _require_whole(read: Answer) -> None:
+    """Raises Unusable if the tokens lack a part of the text: the chain would be another answer."""
+    spelt = iter(b"".join(map(_bytes_of, read.logprobs or ())).decode(errors="replace"))
+    # In order, but not all: some APIs leave special tokens out of the text, and white space at its ends.
+    if not all(character in spelt for character in read.text.strip()):
+        raise Unusable("gives log probabilities for a part of its answer only: set engine.signals: none")
+
+
 def _with_usage(request: Request, answer: Json) -> Request:
-    usage = answer.get("usage") or {}
+    usage = answer.get("usage")
+    usage = usage if isinstance(usage, Mapping) else {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     if not all(isinstance(one, int) for one in counts.values()):
         return request
@@ -478,5 +505,8 @@ def _bytes_of(entry: Json) -> bytes:
 
 
 def _logprob(entry: Json) -> float:
+    value = float(entry["logprob"])
+    if not value <= MAX_ABOVE_NATS:
+        raise Unusable(f"gives the log probability {value:g}")
     # OpenAI and vLLM write -9999 for minus infinity.
-    return max(float(entry["logprob"]), LEAST_NATS)
+    return min(max(value, LEAST_NATS), 0.0)

@@ -212,6 +212,56 @@ def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
     assert "the token b'answerless', which the tokenizer of teacher.model lacks" in failure["message"]
 
 
+def test_answers_that_are_no_chain_fail_alone(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    """Tokens of a part of the text, NaN, a usage that is none, a prompt that is rejected."""
+
+    def chat(message: str) -> Any:
+        choice = with_logprobs(model)
+        entries = choice["logprobs"]["content"]
+        if message == "question 0":
+            del entries[2:]
+        if message == "question 1":
+            entries[1]["top_logprobs"][0]["logprob"] = float("nan")
+        return choice | {"usage": [1, 2]}
+
+    server.behaviour.chat = chat
+    server.behaviour.trouble = lambda body: "403" if body["messages"][0]["content"] == "question 2" else None
+    assert build(config_of(model, server, tmp_path / "c", {"max_support": K})) == (1, 3)
+    assert sorted(messages_of_failures(tmp_path / "c")) == [
+        "answers 403: status 403 on demand",
+        "gives log probabilities for a part of its answer only: set engine.signals: none",
+        "gives the log probability nan",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "remedy"),
+    [
+        (404, "The model `big` does not exist.", "set engine.model (big) to a name that this API serves"),
+        (404, "Not Found", "set engine.endpoint to the API's base address, such as http://host:8000/v1"),
+        (308, "moved", "set engine.endpoint to that address without /chat/completions"),
+    ],
+)
+def test_a_wrong_address_or_model_is_told_apart(
+    model: Path, server: FakeServer, tmp_path: Path, status: int, message: str, remedy: str
+) -> None:
+    server.behaviour.chat = lambda _: {"status": status, "error": {"message": message}}
+    with pytest.raises(ConfigError) as caught:
+        build(config_of(model, server, tmp_path / "c", {}, signals="none"))
+    assert remedy in str(caught.value)
+    assert ".:" not in str(caught.value)
+
+
+def test_a_run_has_distributions_in_all_of_its_chains_or_in_none(
+    model: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    server.behaviour.chat = lambda message: with_logprobs(model)
+    build(config_of(model, server, tmp_path / "c", {"max_support": K}, signals="none"))
+    more = config_of(model, server, tmp_path / "c", {"max_support": K})
+    with pytest.raises(ConfigError, match=r"with engine\.signals: none: choose another cache, or set"):
+        build(more.updated(sampling=more.sampling.updated(samples=2)))
+
+
 def test_busy_and_broken_answers_are_tried_again(
     model: Path,
     server: FakeServer,
