@@ -13,7 +13,7 @@ from typing import Any
 
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, DataError, StillroomError, one_line
-from stillroom.log import Progress, format_plural, note, warn
+from stillroom.log import Progress, format_plural, note
 from stillroom.program import StopRequest
 from stillroom.schema.records import Prompt
 from teacher_cache.building.loop import Loop, Pending
@@ -27,7 +27,6 @@ from teacher_cache.judging.chains import judge_cache
 from teacher_cache.prompts.prompts import Part, RequestMaker, WorkerShare
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.rows import Scrubber
-from teacher_cache.scrub.settings import unscrubbed_chains, unscrubbed_problem
 from teacher_cache.workers.joining import WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
 from teacher_cache.writer.commit import VisibleSamples, recovered_worker
 from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder
@@ -143,8 +142,6 @@ class Build:
         `failures.max_consecutive` consecutive failures.
         """
         self._until, config = until, self.config
-        if config.scrub is not None and (old := unscrubbed_chains(self.catalog, config.scrub)):
-            warn(unscrubbed_problem(old, config.cache))
         pending = Pending(requests, functools.partial(self._is_done, retry_failures=retry_failures))
         if pending.is_waiting():
             note("other workers hold all that is left: waiting, in case one of them dies")

@@ -34,7 +34,7 @@ from teacher_cache.prompts.prompts import (
 )
 from teacher_cache.scrub.counts import counted, total_of
 from teacher_cache.scrub.rows import Scrubber
-from teacher_cache.scrub.settings import scrubber_of
+from teacher_cache.scrub.settings import scrubber_of, warn_of_unscrubbed
 from teacher_cache.workers.joining import PART_CHAINS, Wait, worker_name
 from teacher_cache.workers.leases import workers_of
 
@@ -57,6 +57,7 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
             f"{format_plural(loaded.unanswered.total(), 'variant')} of prompts.augment still need the teacher: run "
             "teacher-cache augment with this configuration first"
         )
+    warn_of_unscrubbed(config)
     return build_loaded(config, loaded, share, scrubber, retry_failures=retry_failures)
 
 
@@ -127,6 +128,7 @@ def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failure
     fix.
     """
     teacher, scrubber = identify_teacher(config.teacher, config.engine), scrubber_of(config)
+    warn_of_unscrubbed(config)
     with Completions(config, teacher, scrubber) as completions:
         num_total = completions.count(share or WHOLE)
         note(format_plural(num_total, "completion"))

@@ -64,7 +64,7 @@ from teacher_cache.scrub.rows import Scrubber
 
 COLUMNS = (
     "sample_id, sample_index, run_id, source, split, messages, prompt_token_ids, reference, metadata, text, "
-    "token_ids, finish_reason"
+    "token_ids, finish_reason, filename, file_row_number"
 )
 ORIGIN_KEY = "scored_from"
 """Of a row's metadata: the chain of another cache that was scored."""
@@ -112,7 +112,7 @@ class Completions:
         with contextlib.ExitStack() as stack:
             for source in config.completions.sources:
                 if isinstance(source, CacheCompletions):
-                    self._caches[source.name] = _OtherCache(source, teacher)
+                    self._caches[source.name] = _OtherCache(source, teacher, names_places=scrubber is not None)
                     stack.callback(self._caches[source.name].close)
             self._open = stack.pop_all()
 
@@ -124,7 +124,8 @@ class Completions:
 
     def count(self, share: WorkerShare = WHOLE) -> int:
         """Number of rows, including malformed and repeated ones, which are found only while reading."""
-        return sum(self._num_rows(source, share) for source in self._config.completions.sources)
+        with self._errors():
+            return sum(self._num_rows(source, share) for source in self._config.completions.sources)
 
     def judges(self) -> set[str]:
         """Kinds of judges that the completions name."""
@@ -192,8 +193,12 @@ class Completions:
                 yield functools.partial(_of_chain, chain, source)
             return
         heldout_frac, tokenizer = self._config.completions.heldout_frac, self._teacher.tokenizer
-        for row in itertools.islice(read_rows(source), share.index, source.limit, share.count):
-            yield functools.partial(_of_row, source, row, heldout_frac, tokenizer)
+        with self._errors():
+            for row in itertools.islice(read_rows(source), share.index, source.limit, share.count):
+                yield functools.partial(_of_row, source, row, heldout_frac, tokenizer)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._scrubber is None else self._scrubber.errors()
 
     def _is_contaminated(self, row: Completion | Failure, source: CompletionSource) -> bool:
         if self._evaluation is None or isinstance(row, Failure):
@@ -292,11 +297,14 @@ class Completions:
 class _OtherCache:
     """Chains of another cache, selected by a SQL condition."""
 
-    def __init__(self, source: CacheCompletions, teacher: IdentifiedTeacher) -> None:
-        """Raises DataError if there is no cache, ConfigError for a wrong condition or tokens that mean something else
+    def __init__(self, source: CacheCompletions, teacher: IdentifiedTeacher, *, names_places: bool = False) -> None:
+        """With `names_places` chains are named by file and row: an id that was made of personal data could be guessed
+        back to it.
+
+        Raises DataError if there is no cache, ConfigError for a wrong condition or tokens that mean something else
         to this teacher, CorruptError if a run's manifest is missing.
         """
-        self._source = source
+        self._source, self._names_places = source, names_places
         self._catalog = Catalog(source.path)
         with contextlib.ExitStack() as stack:
             self._session = stack.enter_context(Session({"main": self._catalog}))
@@ -326,12 +334,14 @@ class _OtherCache:
 
     def chains(self, share: WorkerShare) -> Iterator[dict[str, Any]]:
         """Rows. `metadata` is a dictionary that also names the chain's origin; `stopped` says whether the chain ended
-        by itself.
+        by itself; `where` names it for a person.
         """
         for row in self._rows(f"SELECT {COLUMNS} FROM shards"):
             if row["sample_id"] in share:
                 origin = {name: row[name] for name in ("sample_id", "run_id", "source")}
                 row["metadata"] = {**json.loads(row["metadata"]), ORIGIN_KEY: origin}
+                place = f"{'/'.join(row['filename'].split('/')[-2:])} row {row['file_row_number']}"
+                row["where"] = place if self._names_places else row["sample_id"]
                 last_piece = self._special.get(row["run_id"], {}).get(row["token_ids"][-1])
                 row["stopped"] = came_to_its_end(row["finish_reason"], row["text"], last_piece)
                 yield row
@@ -389,7 +399,7 @@ def _of_row(
             if problem is not None:
                 return [_with_personal_data(source.name, row.where, problem)]
         else:
-            pairs = [scrubber.completion(draft, str(text)) for draft, (_, text) in zip(drafts, turns, strict=True)]
+            pairs = scrubber.completions([(one, str(text)) for one, (_, text) in zip(drafts, turns, strict=True)])
             drafts, turns = [draft for draft, _ in pairs], [([], text) for _, text in pairs]
     prompts = [prompt_of(one, source.name, source.system, source.instruction, heldout_frac) for one in drafts]
     completions: list[Completion | Failure] = []
@@ -497,7 +507,7 @@ def _ids(values: Json, name: str) -> list[int]:
 
 def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) -> list[Completion | Failure]:
     """A row of another cache. Reasoning markers are part of its text unless they are special tokens there."""
-    where, index, text = chain["sample_id"], chain["sample_index"], chain["text"]
+    where, index, text = chain["where"], chain["sample_index"], chain["text"]
     messages = tuple(Message(one["role"], one["content"]) for one in chain["messages"])
     # Its ids are not texts: their digits may look like a card's.
     own = {name: value for name, value in chain["metadata"].items() if name != ORIGIN_KEY}
@@ -505,8 +515,8 @@ def _of_chain(chain: Json, source: CacheCompletions, scrubber: Scrubber | None) 
     original = None if scrubber is None else messages
     if scrubber is not None and not is_made_up(own):
         if source.retokenise:
-            scrubbed, text = scrubber.completion(draft, text)
-            if scrubbed is not draft:
+            ((scrubbed, text),) = scrubber.completions([(draft, text)])
+            if scrubbed is not draft or text != chain["text"]:
                 # An id that was made of the original text could be guessed back to it.
                 origin = {name: value for name, value in origin.items() if name != "sample_id"}
             draft = scrubbed

@@ -7,6 +7,7 @@ distributions as the engine gave them. A dropped chain is a failure that names k
 
 import bisect
 import dataclasses
+import re
 from collections import Counter
 
 from stillroom.schema.records import Capture
@@ -18,6 +19,8 @@ from teacher_cache.writer.rows import ChainRow, RowMaker
 
 REASON = "personal_data"
 CUT_KEY = "scrub_cut"
+QUOTED_BYTES = re.compile(r"\bb(['\"])(?:\\.|(?!\1).)*\1")
+"""How failures quote a token."""
 
 
 class ChainCheck:
@@ -50,12 +53,14 @@ class ChainCheck:
 
     def failure(self, failure: Failure) -> Failure:
         """The failure without personal data: engines quote tokens of a chain, and servers what they were sent."""
-        (found,) = self._recognisers.find([failure.message], self._config.kinds)
+        # A token is a part of a name or number, which no recogniser knows.
+        text = QUOTED_BYTES.sub("<TOKEN>", failure.message)
+        (found,) = self._recognisers.find([text], self._config.kinds)
         message, place = "", 0
         for one in found:
-            message += f"{failure.message[place : one.start]}<{one.kind.upper()}>"
+            message += f"{text[place : one.start]}<{one.kind.upper()}>"
             place = one.stop
-        return dataclasses.replace(failure, message=message + failure.message[place:])
+        return dataclasses.replace(failure, message=message + text[place:])
 
 
 def _num_before(row: ChainRow, start: int, rows: RowMaker) -> int:

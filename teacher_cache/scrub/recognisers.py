@@ -37,6 +37,7 @@ TIMEOUT_S = 60.0
 """For one pattern on one text."""
 
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+ACCENT = re.compile("[\u0300-\u036f]")
 CLUSTER = re.compile(".[\u0300-\u036f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]*", re.DOTALL)
 """A character with the accents and invisible characters behind it."""
 # Characters that stand for one of ASCII in a number or address: full-width ones, spaces, hyphens, digits of any script.
@@ -44,9 +45,9 @@ _SAME = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF20,
 _SAME |= dict(zip(map(ord, "（）＋－．／＿\u3000\u00a0\u2007\u2009\u202f"), map(ord, "()+-./_     "), strict=True))
 _SAME |= dict.fromkeys((*range(0x2010, 0x2016), 0x2212), ord("-"))
 
-_LETTER = "A-Za-z0-9À-ɏͰ-ϿЀ-ӿ"
-LOCAL_PART = re.compile(rf"[{_LETTER}][{_LETTER}!#$%&'*+\-/=?^_`{{|}}~.]*$")
-DOMAIN = re.compile(rf"[{_LETTER}_]+(?:-+[{_LETTER}_]+)*(?:\.[{_LETTER}_]+(?:-+[{_LETTER}_]+)*)+")
+LETTERS = "A-Za-z0-9À-ɏͰ-ϿЀ-ӿ"
+LOCAL_PART = re.compile(rf"[{LETTERS}][{LETTERS}!#$%&'*+\-/=?^_`{{|}}~.]*$")
+DOMAIN = re.compile(rf"[{LETTERS}_]+(?:-+[{LETTERS}_]+)*(?:\.[{LETTERS}_]+(?:-+[{LETTERS}_]+)*)+")
 MAX_LOCAL_CHARS, MAX_DOMAIN_CHARS = 64, 255
 PRIVATE_DOMAINS = ("local", "localdomain", "internal", "intranet", "intern", "lan", "corp", "home", "private")
 """Last parts of domains that no public list has."""
@@ -65,11 +66,13 @@ PHONE_CONTEXT = re.compile(
 )
 CN_MOBILE = re.compile(r"(?<![\dA-Za-z])(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?![\dA-Za-z])")
 
-_WORD = r"[A-ZÀ-Þ][\w'’\-]+"
+UPPER = f"A-ZÀ-Þ{''.join(chr(code) for code in range(0x100, 0x250) if chr(code).isupper())}"
+"""Capital letters of the Latin script: Łukasz, Åsa, Šimon."""
+_WORD = rf"[{UPPER}][\w'’\-]+"
 _PARTICLE = "de|da|di|del|der|van|von|bin|al|la|le"
 # A capital letter in every word but particles: "Maria da Silva", "J. R. R. Tolkien", "O'Neill-Smith".
 NAME = re.compile(
-    rf"\b(?:[A-ZÀ-Þ][\w'’.\-]*|(?:{_PARTICLE}) {_WORD})(?: (?:[A-ZÀ-Þ][\w'’.\-]*|(?:{_PARTICLE}) {_WORD}))*"
+    rf"\b(?:[{UPPER}][\w'’.\-]*|(?:{_PARTICLE}) {_WORD})(?: (?:[{UPPER}][\w'’.\-]*|(?:{_PARTICLE}) {_WORD}))*"
 )
 # What is named after a person is no personal data: "Vieta's formulas", "Euler's theorem", 韦达定理.
 EPONYM = re.compile(
@@ -80,21 +83,35 @@ EPONYM = re.compile(
 )
 # Given names that are words or places more often; the pipeline decides on these.
 OTHER_MEANINGS = """
-ada alpha angle ann april art asia august augusta austin autumn barb bert blossom brooklyn carolina carry chad
-chance charity chelsea cherry china chong christian clay crystal dakota dallas dawn dean del delta denver
-diamond dot drew easter echo else eve faith florence forest foster georgia golden grace grant guy hang harmony
-hope houston hue hunter india iris israel ivory ivy jackson jade jordan joy julia june kelvin kent kenya king
-lane lang laurel len lima lincoln london long lora love mac madison major man manual many mark mason max may mel
-melody mercedes meta milan miles min miss montana nan noble numbers olive omega opal page paris pascal pat pearl
-phoenix ping precious price prince princess ray rich robin rod roman rose royal ruby rusty santa santiago
-savannah see sky sol song soon spring star sterling summer sun sunday sunny sydney tiny trinity troy tuesday val
-van velvet victoria vienna virginia walker washington will winter young
+ada adelaide alexandria alpha america angeles angle ann april argentina art asia august augusta austin autumn barb bee
+berry bert blossom brain brooklyn carolina carry chad chance charity chelsea cherry china chong christian clay
+cleveland columbus crystal dakota dallas dawn dean del delta denver diamond dominica dot drew easter echo else era eve
+fairy faith florence florida forest foster france georgia german glory golden grace grant guy hang harmony honey hong
+hope houston hue hung hunter india iris irish isis israel ivory ivy jackson jade january jordan joy julia june junior
+kelvin kent kenya king lady lancaster lane lang latina laurel lean len liberty lima lincoln loan london long lora love
+mac madison major man manual many marine mark marry marvel maryland mason max may mel melody mercedes mercy meta milan
+miles min miss montana moon nan nevada noble nova numbers olive omega opal page palma paris pascal pat patience pearl
+phoenix ping precious price prince princess queen ray rich robin rod roma roman rose royal ruby rusty santa santiago
+savannah season see september sierra sky sol son song soon spring stanford star sterling summer sun sunday sunny
+sunshine sydney temple tiny trinity troy tuesday tula val valencia van velvet venice verona victoria vienna virginia
+walker washington will winter young
 """
+_CAPITALS = rf"[{UPPER}][{UPPER}'’\-]{{2,}}"
+# Overlapping, so that PATIENT KIMBERLY does not hide KIMBERLY THORNTON.
+IN_CAPITALS = re.compile(rf"\b({_CAPITALS})(?= (?:[A-Z]\.? )?({_CAPITALS})\b)")
+PLACE_BEFORE = re.compile(r"\b(?:San|Santa|Santo|Los|Las|Saint|St\.?|Fort|Mount|Lake|Port|New) $")
+"""What makes a place of a given name: San Diego, Lake Victoria."""
 WRAPPED = re.compile(rf"^[^\n]*\b({_WORD})[ \t\r]*\n[ \t>|*#]*({_WORD})[^\n]*", re.MULTILINE)
 """Two lines whose break may lie in a name."""
 CAPITALISED = re.compile(rf"\b{_WORD}(?: (?:{_WORD}|[A-Z]\.|(?:{_PARTICLE}) {_WORD}))*")
 WORDS = re.compile(r"[\w'’.\-]+")
 TITLED = re.compile(rf"\b(?:Dr|Mr|Mrs|Ms|Miss|Mx|Prof|Professor|Sir|Dame|Rev|Madam)\.? ({_WORD}(?: {_WORD}){{0,2}})")
+# Words behind which any capitalised one is a name, also one that no list has.
+CALLED = re.compile(
+    rf"(?:\b(?:[Mm]y name(?: is|['’]s)|I am called)|(?:[Ff]ull|[Ff]irst|[Ll]ast) [Nn]ame:|"
+    rf"\b(?:[Ss]urname|[Pp]atient|[Cc]ustomer|[Aa]pplicant|[Ee]mployee|[Ss]igned)(?: [Nn]ame)?:) "
+    rf"({_WORD}(?: {_WORD}){{0,2}})"
+)
 INTRODUCED = re.compile(
     r"\b(?:my name is|my name's|i am called|call me|named|dear|hi|hello) ([a-z]{3,}(?: [a-z]{3,})?)"
 )
@@ -107,6 +124,8 @@ HAN_EPONYM = re.compile(r"(?:大|小|不等|求和|恒等|判别|基本)?(?:定�
                         r"变换|消元|函数|常数|三角|算法|级数|假设|猜想|原理|法)")  # fmt: skip
 
 SPACE_OR_CHAR = re.compile(r"(?P<comma>\s*(?:,\s*)+|[^\S\n]*\n\s*(?:,\s*)*)|\s+|.", re.DOTALL)
+# Escaped line breaks of JSON and code hide the word behind them; LaTeX has small letters there (\nu, \text).
+ESCAPED_BREAK = re.compile(r"(?<!\\)\\[nrt](?![a-z])")
 DASHES = "‐‑‒–—―"
 HOUSE_AND_STREET = re.compile(r"\d[\w\-/]*[,.]? +(?:[NSEW]\.? )?[A-Z][a-z]|[Bb]ox \d")
 # The libraries' patterns want a town and a state too.
@@ -150,7 +169,7 @@ class Recognisers:
         kinds = {*config.kinds, *config.kinds_of_chains}
         # Longest first, so that of two that begin alike the longer one counts.
         texts = "|".join(re.escape(one) for one in sorted(config.allowed, key=len, reverse=True))
-        edge = _LETTER
+        edge = LETTERS
         self._allowed = re.compile(rf"(?<![{edge}])(?:{texts})(?![{edge}])", re.IGNORECASE) if texts else None
         self._finders: list[tuple[set[Kind], _Finder]] = []
         # Pipelines keep what they work on in themselves, and chains are read beside prompts.
@@ -407,6 +426,9 @@ class _EnglishNames:
             ]
             for begin, stop in (*spans, *self._by_words(piece)):
                 found[number] += _names(start, piece, begin, stop)
+            for one in IN_CAPITALS.finditer(piece):
+                if _bare(one[1]) in self._given and _bare(one[2]) in self._surnames:
+                    found[number].append(Finding(start + one.start(1), start + one.end(2), "person"))
             for one in INTRODUCED.finditer(piece):
                 if one[1].split()[0].casefold() in self._given:
                     found[number].append(Finding(start + one.start(1), start + one.end(1), "person"))
@@ -431,7 +453,8 @@ class _EnglishNames:
         lines of a chain hold no two capitalised words side by side and none that is a name.
         """
         one_word = ((one.start(), one.group()) for one in CAPITALISED.finditer(piece))
-        return INTRODUCED.search(piece) is not None or any(self._is_known(piece, *one) for one in one_word)
+        is_called = any(one.search(piece) is not None for one in (TITLED, CALLED, INTRODUCED))
+        return is_called or any(self._is_known(piece, *one) for one in one_word)
 
     def _is_known(self, piece: str, begin: int, text: str) -> bool:
         """Pipelines take capitalised words for names: Parquet, and verbs at the beginning of a sentence."""
@@ -443,12 +466,12 @@ class _EnglishNames:
         return name in self._given or (not begins and name in self._surnames)
 
     def _by_words(self, piece: str) -> Iterator[tuple[int, int]]:
-        for one in TITLED.finditer(piece):
+        for one in (*TITLED.finditer(piece), *CALLED.finditer(piece)):
             yield one.span(1)
         for one in CAPITALISED.finditer(piece):
             words = [*WORDS.finditer(piece, *one.span())]
             first = next((place for place, word in enumerate(words) if _bare(word.group()) in self._given), None)
-            if first is not None:
+            if first is not None and PLACE_BEFORE.search(piece[: words[first].start()][-8:]) is None:
                 yield words[first].start(), words[min(first + 3, len(words) - 1)].end()
 
 
@@ -499,8 +522,11 @@ def _continues(line: str, words: Sequence[tuple[int, int, str]], number: int) ->
 
 
 def _bare(word: str) -> str:
-    """A name without what patterns of words take along: "Kimberly's", and the quote of 'Kimberly'."""
-    return re.sub(r"(?:['’]s|['’.\-])+$", "", word).casefold()
+    """A name as the census writes it: without accents, and without what patterns of words take along, as in
+    "Kimberly's" and the quote of 'Kimberly'.
+    """
+    name = re.sub(r"(?:['’]s|['’.\-])+$", "", word).casefold()
+    return name if name.isascii() else ACCENT.sub("", unicodedata.normalize("NFKD", name))
 
 
 def is_word(name: str) -> bool:
@@ -547,6 +573,7 @@ def _plain(text: str) -> tuple[str, list[tuple[int, int]] | None]:
     """The text without invisible characters and with composed letters, and the place in the original of each character
     if that is another one.
     """
+    text = ESCAPED_BREAK.sub("  ", text)
     if text.isascii() or (INVISIBLE.search(text) is None and unicodedata.is_normalized("NFC", text)):
         return text, None
     parts, places = [], []

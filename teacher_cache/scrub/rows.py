@@ -5,6 +5,7 @@ with placeholders, and the number of replacements by kind as `scrubbed` in their
 original beyond its row.
 """
 
+import contextlib
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -18,13 +19,16 @@ from teacher_cache.engine.api import Failure
 from teacher_cache.prompts.sources import Draft
 from teacher_cache.scrub.config import KINDS, Kind, ScrubConfig
 from teacher_cache.scrub.counts import METADATA_KEY, PLACEHOLDER, counted
-from teacher_cache.scrub.recognisers import Finding, Recognisers, is_within, is_word
+from teacher_cache.scrub.recognisers import LETTERS, Finding, Recognisers, is_within, is_word
 
 BATCH = 256
 """Rows whose texts the recognisers read together."""
 NUMBER_KINDS = ("phone", "id", "bank")
 MIN_LATIN_CHARS = 3
 """Shorter originals are not searched for in the rest of the row: they may be parts of anything."""
+# A full stop and a space only behind an initial: elsewhere a sentence ends there.
+SEPARATOR = re.compile(r"(?:(?:(?<=\b\w)\.)?\s+|[._\-])")
+"""Between the words of a name, wherever it is written again."""
 WORD = re.compile(r"[a-z0-9]+|[^\W\d_a-z]", re.IGNORECASE)
 
 
@@ -47,10 +51,15 @@ class Scrubber:
                 yield one if new == own else _with_texts(one, new, counts)
 
     def _batch(self, rows: Iterator[Draft | Failure]) -> list[Draft | Failure]:
-        try:
+        with self.errors():
             return list(itertools.islice(rows, BATCH))
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Replaces personal data in errors of reading: libraries quote the value that they cannot convert."""
+        try:
+            yield
         except DataError as error:
-            # Libraries quote the value that they cannot convert.
             raise DataError(self.text(str(error))) from None
 
     def text(self, text: str) -> str:
@@ -58,11 +67,20 @@ class Scrubber:
         (((new,), _),) = self.rows([[text]])
         return new
 
-    def completion(self, draft: Draft, text: str) -> tuple[Draft, str]:
-        """A prompt and the completion that follows it, which share their placeholders."""
-        own = _texts_of(draft)
-        ((new, counts),) = self.rows([[*own, text]])
-        return (draft if new[:-1] == own else _prompt_with(draft, new, counts)), new[-1]
+    def completions(self, pairs: Sequence[tuple[Draft, str]]) -> list[tuple[Draft, str]]:
+        """Prompts, each with the completion that follows it, of one row: turns of a conversation share placeholders,
+        and what was found in one of them is replaced in all.
+        """
+        rows = [[*_texts_of(draft), text] for draft, text in pairs]
+        # Each turn repeats those before it.
+        texts = [*dict.fromkeys(text for row in rows for text in row)]
+        replaced, counts = _replaced(texts, self.recognisers.find(texts, self.config.kinds), self.recognisers)
+        new = dict(zip(texts, zip(replaced, counts, strict=True), strict=True))
+        done = []
+        for (draft, _), row in zip(pairs, rows, strict=True):
+            own, num = [new[text][0] for text in row], sum((new[text][1] for text in row), Counter[Kind]())
+            done.append((draft if own[:-1] == row[:-1] else _prompt_with(draft, own, num), own[-1]))
+        return done
 
     def problem(self, draft: Draft, *texts: str) -> str | None:
         """What texts hold whose tokens cannot be replaced, for a person; None if there is nothing."""
@@ -70,11 +88,16 @@ class Scrubber:
         counts = Counter(one.kind for own in found for one in own)
         return counted(counts) if counts else None
 
+    def is_personal(self, texts: Sequence[str]) -> bool:
+        """Whether texts hold personal data."""
+        return any(self.recognisers.find(texts, self.config.kinds))
+
     def rows(self, rows: Sequence[Sequence[str]]) -> Iterator[tuple[list[str], Counter[Kind]]]:
         """The texts of each row with placeholders, and how many of each kind."""
         findings = iter(self.recognisers.find([text for row in rows for text in row], self.config.kinds))
         for row in rows:
-            yield _replaced(row, [next(findings) for _ in row], self.recognisers)
+            new, counts = _replaced(row, [next(findings) for _ in row], self.recognisers)
+            yield new, sum(counts, Counter[Kind]())
 
 
 @dataclass(slots=True)
@@ -89,8 +112,9 @@ class _Names:
     def of(self, kind: Kind, original: str) -> str:
         key = (kind, _key(kind, original))
         if key not in self.known:
-            self.known[key] = name = self._of_same_person(key) or self._new(kind)
             words = frozenset(key[1].split()) if kind == "person" else frozenset()
+            name = self._of_same_person(key) or self._of_part(words) or self._new(kind)
+            self.known[key] = name
             for word in words if len(words) > 1 else ():
                 self._by_word[word].append((words, name))
         return self.known[key]
@@ -103,6 +127,12 @@ class _Names:
         rarest = min((self._by_word.get(word, []) for word in words), key=len)
         return next((name for full, name in rarest if words < full), None)
 
+    def _of_part(self, words: frozenset[str]) -> str | None:
+        """The placeholder of "Smith" for "John Smith" behind it, unless another Smith has it."""
+        taken = {name for word in words for _, name in self._by_word.get(word, ())}
+        parts = (self.known.get(("person", word)) for word in sorted(words) if len(words) > 1)
+        return next((name for name in parts if name is not None and name not in taken), None)
+
     def _new(self, kind: Kind) -> str:
         self.numbers[kind] += 1
         return f"<{kind.upper()}_{self.numbers[kind]}>"
@@ -110,8 +140,8 @@ class _Names:
 
 def _replaced(
     texts: Sequence[str], findings: Sequence[Sequence[Finding]], recognisers: Recognisers
-) -> tuple[list[str], Counter[Kind]]:
-    counts: Counter[Kind] = Counter()
+) -> tuple[list[str], list[Counter[Kind]]]:
+    counts = [Counter[Kind]() for _ in texts]
     if not any(findings):
         return list(texts), counts
     numbers: Counter[Kind] = Counter()
@@ -128,47 +158,77 @@ def _replaced(
             elsewhere.add(one.kind, original)
     elsewhere.compile()
     new = []
-    for text, own in zip(texts, findings, strict=True):
+    for text, own, num in zip(texts, findings, counts, strict=True):
         allowed = recognisers.allowed_spans(text)
         spans = _apart([*own, *(one for one in elsewhere.find(text) if not is_within(one, allowed))])
         parts, place = [], 0
         for one in spans:
             parts += [text[place : one.start], names.of(one.kind, text[one.start : one.stop])]
             place = one.stop
-            counts[one.kind] += 1
+            num[one.kind] += 1
         new.append("".join([*parts, text[place:]]))
     return new, counts
 
 
 class _Elsewhere:
     """What was found once in a row is personal data in all of it, where no recogniser saw it too. Numbers count however
-    their digits are grouped.
+    their digits are grouped, mails and texts of several words in any case, and those also as kimberly.thornton.
     """
 
     def __init__(self) -> None:
-        self._kinds: dict[str, Kind] = {}
+        self._numbers: dict[str, Kind] = {}
+        self._folded: dict[str, Kind] = {}
+        self._exact: dict[str, Kind] = {}
         self._pattern: re.Pattern[str] | None = None
 
     def add(self, kind: Kind, original: str) -> None:
-        parts = (original, *_parts_of_name(original, kind))
-        forms = [*parts, *(one.upper() for one in parts)] if kind in ("person", "email") else parts
-        for part in (*forms, original.lower()) if " " in original or kind == "email" else forms:
-            if len(part) >= MIN_LATIN_CHARS or not part.isascii():
-                self._kinds.setdefault(_digits(part) if kind in NUMBER_KINDS else part, kind)
+        if kind in NUMBER_KINDS:
+            self._add(self._numbers, _digits(original), kind)
+            return
+        folded = original.lower() if kind == "email" else _folded(original)
+        is_long = kind == "email" or " " in folded
+        if is_long:
+            self._add(self._folded, folded, kind)
+        # A single name may be a word: in small letters it is left.
+        for part in [*([] if is_long else [original]), *_parts_of_name(original, kind)]:
+            for one in {part, part.upper()} if kind == "person" else {part}:
+                self._add(self._exact, one, kind)
+
+    def _add(self, known: dict[str, Kind], text: str, kind: Kind) -> None:
+        if len(text) >= MIN_LATIN_CHARS or (text and not text.isascii()):
+            known.setdefault(text, kind)
 
     def compile(self) -> None:
         """Once everything is added."""
-        numbers = sorted(one for one, kind in self._kinds.items() if kind in NUMBER_KINDS and one)
-        texts = sorted(one for one, kind in self._kinds.items() if kind not in NUMBER_KINDS)
         # As trees of common beginnings: trying thousands of names one by one at every place would take minutes.
-        groups = [_tree(own, between) for own, between in ((texts, ""), (numbers, r"[ ().\-/]*")) if own]
+        groups = [
+            rf"({flags}:{_tree(sorted(own), between)})"
+            for own, between, flags in (
+                (self._folded, "", "?i"),
+                (self._exact, "", "?"),
+                (self._numbers, r"[ ().\-/]*", "?i"),
+            )
+            if own
+        ]
         if groups:
-            self._pattern = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(groups)})(?![A-Za-z0-9])")
+            edges = rf"(?:(?<![{LETTERS}])|(?<=\\[nrt]))", rf"(?![{LETTERS}])"
+            self._pattern = re.compile(rf"{edges[0]}(?:{'|'.join(groups)}){edges[1]}")
 
     def find(self, text: str) -> Iterator[Finding]:
+        placeholders = [one.span() for one in PLACEHOLDER.finditer(text)]
         for one in self._pattern.finditer(text) if self._pattern is not None else ():
             found = one.group()
-            yield Finding(*one.span(), self._kinds[found] if found in self._kinds else self._kinds[_digits(found)])
+            kinds = (
+                self._exact.get(found),
+                self._folded.get(found.lower()),
+                self._folded.get(_folded(found)),
+                self._numbers.get(_digits(found)),
+            )
+            # Equal but for case in more than one way, as with the Kelvin sign.
+            finding = Finding(*one.span(), next((kind for kind in kinds if kind is not None), "person"))
+            # "Bank" of "Ursula Bank" is no part of <BANK_1>.
+            if not is_within(finding, placeholders):
+                yield finding
 
 
 def _tree(texts: Sequence[str], between: str) -> str:
@@ -176,7 +236,7 @@ def _tree(texts: Sequence[str], between: str) -> str:
     pairs = zip(texts[0], texts[-1], strict=False)
     start = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     rest = [one[len(start) :] for one in texts if len(one) > len(start)]
-    written = between.join(map(re.escape, start))
+    written = between.join(SEPARATOR.pattern if one == " " else re.escape(one) for one in start)
     if not rest:
         return written
     branches = [_tree([*own], between) for _, own in itertools.groupby(rest, key=lambda one: one[0])]
@@ -184,8 +244,12 @@ def _tree(texts: Sequence[str], between: str) -> str:
     return f"{written}(?:{joint}(?:{'|'.join(branches)})){'?' if len(rest) < len(texts) else ''}"
 
 
+def _folded(text: str) -> str:
+    return " ".join(filter(None, SEPARATOR.split(text.lower())))
+
+
 def _digits(number: str) -> str:
-    return "".join(one for one in number if one.isalnum())
+    return "".join(one for one in number.lower() if one.isalnum())
 
 
 def _parts_of_name(original: str, kind: Kind) -> list[str]:
@@ -213,6 +277,8 @@ def _key(kind: Kind, original: str) -> str:
     """Equal for two ways of writing the same."""
     if kind in NUMBER_KINDS:
         return re.sub(r"[^\dA-Z]", "", original.upper())
+    if kind == "email":
+        return original.casefold()
     return " ".join(WORD.findall(original.casefold()))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from stillroom.cache.catalog import Catalog
 from stillroom.config import Json, plain
 from stillroom.errors import ConfigError
-from stillroom.log import format_plural
+from stillroom.log import format_plural, warn
 from stillroom.schema.manifest import RunManifest
 from stillroom.sql.session import open_session
 from teacher_cache.config import BuildConfig, ScoreConfig
@@ -21,7 +21,7 @@ from teacher_cache.scrub.counts import counted
 from teacher_cache.scrub.recognisers import Recognisers
 from teacher_cache.scrub.rows import Scrubber
 
-TEXTS = {"system", "instruction", "where", "prompt", "text", "choices"}
+TEXTS = {"system", "instruction", "where", "prompt", "text", "choices", "answer", "expression", "conditions"}
 """Keys of a configuration that hold texts a person wrote."""
 FREE = {"chat_template_kwargs", "parameters", "vllm"}
 """Blocks of which every text counts."""
@@ -77,6 +77,14 @@ def unscrubbed_chains(catalog: Catalog, scrub: ScrubConfig) -> Counter[str]:
                 query = f"SELECT count(*) AS num FROM chains WHERE run_id = '{run_id}' AND created_at < '{since}'"
                 counts[run_id] += session.arrow(query).column("num").to_pylist()[0]
     return +counts
+
+
+def warn_of_unscrubbed(config: BuildConfig | ScoreConfig) -> None:
+    """Warns of chains that the cache holds without this `scrub` setting."""
+    if config.scrub is None or not (config.cache / "chains" / "_delta_log").is_dir():
+        return
+    if old := unscrubbed_chains(Catalog(config.cache), config.scrub):
+        warn(unscrubbed_problem(old, config.cache))
 
 
 def unscrubbed_problem(counts: Counter[str], cache: Any) -> str:

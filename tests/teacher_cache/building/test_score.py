@@ -21,7 +21,7 @@ from teacher_cache.config import ScoreConfig
 from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.completions import Completions
-from teacher_cache.prompts.prompts import WorkerShare
+from teacher_cache.prompts.prompts import WorkerShare, part_name
 from teacher_cache.scrub.config import Kind, ScrubConfig
 from teacher_cache.scrub.recognisers import Finding, Recognisers
 from teacher_cache.scrub.rows import Scrubber
@@ -409,6 +409,37 @@ def test_ids_of_scored_chains_are_no_personal_data(tmp_path: Path, teacher: Iden
     with Completions(config, teacher, scrubber) as completions:
         rows = [*completions.requests()]
     assert [isinstance(one, Request) and len(one.prompt.metadata["scored_from"]) for one in rows] == [3] * 3
+
+
+def test_what_is_refused_or_replaced_is_not_named_by_an_id_of_the_original(
+    tmp_path: Path, teacher: IdentifiedTeacher
+) -> None:
+    """Ids are hashes of prompt and completion: whoever guesses a phone number can check it."""
+    run_build(make_config(tmp_path / "first"), make_requests(3))
+    chains = rows_of(tmp_path / "first")
+    ids, texts = [row["sample_id"] for row in chains], "|".join(re.escape(row["text"]) for row in chains)
+    for retokenise, pattern in ((False, "."), (True, f"^(?:{texts})$")):
+        source = {"kind": "cache", "path": tmp_path / "first", "retokenise": retokenise}
+        with Completions(
+            make_score(tmp_path / "c", source), teacher, Scrubber(ScrubConfig(), Naming(pattern))
+        ) as found:
+            rows = [*found.requests()]
+            assert len(rows) == 3
+            assert not [one for one in ids if one in repr(rows)]
+            assert [name for name, _ in found.parts(64)] == [
+                part_name(0, ["s0", *(f"{place} row {number}" for number in range(3))])
+                for place in ["/".join(Catalog(tmp_path / "first").chains.files()[0].path.split("/")[-2:])]
+            ]
+
+
+def test_errors_of_reading_are_without_personal_data(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"Kimberly is not a Parquet file")
+    source = {"kind": "parquet", "path": path, "prompt_field": "q", "completion_field": "c"}
+    with Completions(make_score(tmp_path / "c", source), teacher, Scrubber(ScrubConfig(), Naming("a.parquet"))) as rows:
+        for read in (rows.count, lambda: [*rows.requests()], lambda: [*rows.parts(8)]):
+            with pytest.raises(DataError, match="<PERSON_1>"):
+                read()
 
 
 class Naming(Recognisers):

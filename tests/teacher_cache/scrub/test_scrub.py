@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+import teacher_cache.augmenting
 import teacher_cache.building.commands
 import teacher_cache.plan
 import teacher_cache.scrub.recognisers
@@ -33,6 +34,7 @@ from teacher_cache.plan import plan_build, plan_lines, plan_score, shown_lines
 from teacher_cache.prompts.completions import Completions
 from teacher_cache.prompts.prompts import WHOLE, load_prompts, part_name
 from teacher_cache.prompts.sources import Draft
+from teacher_cache.prompts.variant_config import AugmentConfig
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.config import ScrubConfig
 from teacher_cache.scrub.counts import total_of
@@ -102,6 +104,7 @@ def folder(tmp_path: Path, recognisers: Recognisers, monkeypatch: pytest.MonkeyP
     loaded = lambda config: config.scrub and Scrubber(config.scrub, recognisers)  # noqa: E731
     monkeypatch.setattr(teacher_cache.building.commands, "scrubber_of", loaded)
     monkeypatch.setattr(teacher_cache.plan, "scrubber_of", loaded)
+    monkeypatch.setattr(teacher_cache.augmenting, "scrubber_of", loaded)
     monkeypatch.setattr(
         teacher_cache.building.commands, "start_engine", lambda _config, teacher, *_: Telling(teacher.tokenizer)
     )
@@ -249,12 +252,30 @@ CASES = {
     "call 138\u200b1234\u200b5678": "call <PHONE_1>",
     "身份证１１０１０５１９４９１２３１００２Ｘ，手机１３８１２３４５６７８": "身份证<ID_1>，手机<PHONE_1>",
     "müller@example.com, anna@müller.de, x@host.local": "<EMAIL_1>, <EMAIL_2>, <EMAIL_3>",
-    "Mail k.olsen@example.com.Then wait.": "Mail <EMAIL_1>.Then wait.",
+    "Mail k.olsen@example.com.Then k-olsen@example.com.": "Mail <EMAIL_1>.Then <EMAIL_2>.",
     # It looks like a placeholder but is not one of ours.
     "<PHONE_4155552671>": "<PHONE_<PHONE_1>>",
     "'Kimberly' took Kimberly's pen.": "'<PERSON_1>' took <PERSON_1>'s pen.",
     # Found once, replaced in every case.
     "Kimberly Olsen. KIMBERLY OLSEN, kimberly olsen": "<PERSON_1>. <PERSON_1>, <PERSON_1>",
+    "Maria Keller wrote. Ask maria\nkeller, Maria KELLER, x.org/maria-keller": (
+        "<PERSON_1> wrote. Ask <PERSON_1>, <PERSON_1>, x.org/<PERSON_1>"
+    ),
+    # Countries, and places that begin like a name, are none.
+    "What is the capital of France? France borders Germany.": None,
+    "San Diego and Lake Victoria are far away.": None,
+    "PATIENT: KIMBERLY THORNTON, admitted": "PATIENT: <PERSON_1>, admitted",
+    # The same person, whichever part comes first.
+    "Ms. Olsen called. Kimberly Olsen is ill.": "Ms. <PERSON_1> called. <PERSON_1> is ill.",
+    # Titles and what says so make a name of any word.
+    "Mr. Smith's dog": "Mr. <PERSON_1>'s dog",
+    "My name is Oluwaseun Adeyemi.": "My name is <PERSON_1>.",
+    "Thank José for it.": "Thank <PERSON_1> for it.",
+    "Customer: Łukasz Nowak": "Customer: <PERSON_1>",
+    # Nothing is replaced inside of a placeholder.
+    "Ursula Bank pays with <BANK_1>.": "<PERSON_1> pays with <BANK_1>.",
+    # Line breaks of JSON, escaped.
+    r'"call\n13812345678\nKimberly Olsen"': r'"call\n<PHONE_1>\n<PERSON_1>"',
     "x" * 1990 + " Kimberly Thornton lives here": "x" * 1990 + " <PERSON_1> lives here",
 }
 
@@ -276,7 +297,7 @@ def test_settings_of_what_is_looked_for(recognisers: Recognisers) -> None:
     )
     full = ScrubConfig(kinds=["person"], languages=["en"], allowed=["Anna Müller"])
     text = "Anna Müller met Anna and Anna Müller-Schmidt"
-    assert Scrubber(full, Recognisers(full)).text(text) == "Anna Müller met <PERSON_1> and <PERSON_2>"
+    assert Scrubber(full, Recognisers(full)).text(text) == "Anna Müller met <PERSON_1> and <PERSON_1>"
     # Chains are searched for other kinds than prompts with the same recognisers.
     assert recognisers.find(["Ms. Olsen, call 4155552671"], ["phone"])[0][0].kind == "phone"
 
@@ -309,6 +330,18 @@ def test_names_of_speakers_and_keys_inside_metadata_are_replaced(recognisers: Re
     assert isinstance(scrubbed, Draft)
     assert scrubbed.messages == (Message("<PERSON_1>", "Hi."), Message("user", "Hi <PERSON_1>."))
     assert scrubbed.metadata["votes"] == {"<PERSON_1>": 1, "<PERSON_1>'": 2}
+
+
+def test_turns_of_a_conversation_share_what_was_found(recognisers: Recognisers) -> None:
+    first, second = (Message("user", "ask kimberly olsen"),), Message("user", "And?")
+    pairs = [
+        (Draft("1", first, None, {}), "Why?"),
+        (Draft("1", (*first, Message("assistant", "Why?"), second), None, {}), "Dear Ms. Kimberly Olsen"),
+    ]
+    (one, _), (two, said) = Scrubber(ScrubConfig(), recognisers).completions(pairs)
+    assert one.messages[0].content == two.messages[0].content == "ask <PERSON_1>"
+    assert said == "Dear Ms. <PERSON_1>"
+    assert (one.metadata["scrubbed"], two.metadata["scrubbed"]) == ({"person": 1}, {"person": 2})
 
 
 def test_a_row_of_thousands_of_lines_takes_seconds(recognisers: Recognisers) -> None:
@@ -369,11 +402,26 @@ def test_chains_that_were_stored_without_scrub_are_pointed_out_until_they_are_re
     assert not [one for ones in ORIGINALS.values() for one in ones if one in found]
 
 
+def test_augment_warns_once_of_chains_that_were_stored_without_scrub(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(folder)
+    variants = {"edits": [{"kind": "back_translation"}], "cache": str(folder / "said")}
+    prompts = config.prompts.updated(heldout_frac=0.0, augment=validate_config(variants, AugmentConfig, "test"))
+    config = config.updated(prompts=prompts)
+    teacher_cache.augmenting.augment(config.updated(scrub=None))
+    capsys.readouterr()
+    assert teacher_cache.augmenting.augment(config).num_new_chains > 1
+    err = capsys.readouterr().err
+    assert err.count("asking the teacher 2 questions: 2 back translation out") == 1
+    assert err.count("stored without this scrub setting") == 1
+
+
 def test_failures_of_engines_are_stored_without_what_they_quote(recognisers: Recognisers) -> None:
-    failure = Failure("id", "p", "s", 0, "engine_error", "answers with the token b'Kimberly', not 13812345678 in call")
+    quoted = "Kimberly's has the token b\" Thorn'\", not 13812345678 in call"
+    failure = Failure("id", "p", "s", 0, "engine_error", quoted)
     message = ChainCheck(ScrubConfig(), recognisers).failure(failure).message
-    assert "Kimberly" not in message
-    assert "13812345678" not in message
+    assert message == "<PERSON>'s has the token <TOKEN>, not <PHONE> in call"
 
 
 def test_only_leased_parts_are_searched_and_their_names_do_not_tell_their_texts(
@@ -385,9 +433,9 @@ def test_only_leased_parts_are_searched_and_their_names_do_not_tell_their_texts(
     searched: list[int] = []
 
     class Counting(Scrubber):
-        def completion(self, draft: Draft, text: str) -> tuple[Draft, str]:
+        def completions(self, pairs: Sequence[tuple[Draft, str]]) -> list[tuple[Draft, str]]:
             searched.append(1)
-            return super().completion(draft, text)
+            return super().completions(pairs)
 
     teacher = identify_teacher(config.teacher, config.engine)
     with Completions(config, teacher, Counting(ScrubConfig(), recognisers)) as completions:
