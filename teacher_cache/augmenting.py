@@ -5,7 +5,10 @@ answers as an ordinary build does (resumable, each sample once), and looks again
 back, a new question by its solutions. `build` then reads the variants from that cache.
 """
 
+import functools
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stillroom.config import Json
@@ -21,7 +24,7 @@ from teacher_cache.prompts.config import JsonlSource
 from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, prompts_to_vary
 from teacher_cache.prompts.variants import NoVariant, Question, Variant, variants
 from teacher_cache.scrub.rows import Scrubber
-from teacher_cache.scrub.settings import scrubber_of
+from teacher_cache.scrub.settings import scrubber_of, warn_of_unscrubbed
 
 MAX_TURNS = 4
 """Out, back, solve, and the look that finds nothing open."""
@@ -58,14 +61,14 @@ class Augmented:
         ]
 
 
-def augment(config: BuildConfig) -> Augmented:
+def augment(config: BuildConfig, *, retry_failures: bool = False) -> Augmented:
     """Asks until nothing is open. Raises ConfigError if no variant needs the teacher, and the errors of `build`."""
     # A start takes minutes, and every turn asks the same teacher.
     with SharedEngine() as shared:
-        return _take_turns(config, shared)
+        return _take_turns(config, shared, retry_failures=retry_failures)
 
 
-def _take_turns(config: BuildConfig, shared: SharedEngine) -> Augmented:
+def _take_turns(config: BuildConfig, shared: SharedEngine, *, retry_failures: bool) -> Augmented:
     found = config.prompts.augment
     if found is None or found.cache is None:
         raise ConfigError(
@@ -80,16 +83,22 @@ def _take_turns(config: BuildConfig, shared: SharedEngine) -> Augmented:
         )
     scrubber = scrubber_of(config)
     prompts = prompts_to_vary(config.prompts, scrubber)
+    # Once a text: every turn makes all variants again.
+    is_personal = None if scrubber is None else functools.cache(scrubber.is_personal)
+    warn_of_unscrubbed(_asking(config, {}))
     done = Augmented()
-    for _ in range(MAX_TURNS):
-        made = [*variants(found, prompts, read_answers(found.cache))]
+    for turn in range(MAX_TURNS):
+        # What fails again is not asked a third time.
+        retry = retry_failures and turn == 0
+        answers = read_answers(found.cache, config.sampling.max_tokens, retry=retry)
+        made = [*variants(found, prompts, answers, is_personal)]
         questions = [one for one in made if isinstance(one, Question)]
         done.num_unanswered = len(questions)
         if not questions:
             done.variants = Counter(one.kind for one in made if isinstance(one, Variant))
             done.without_variant = Counter(f"{one.kind}: {one.reason}" for one in made if isinstance(one, NoVariant))
             break
-        result = _ask(config, questions, scrubber, shared)
+        result = _ask(config, questions, scrubber, shared, retry_failures=retry)
         done.num_new_chains += result.recorded.num_chains
         done.num_new_tokens += result.recorded.num_tokens
         if result.stopped is not None:
@@ -99,23 +108,36 @@ def _take_turns(config: BuildConfig, shared: SharedEngine) -> Augmented:
 
 
 def _ask(
-    config: BuildConfig, questions: list[Question], scrubber: Scrubber | None, shared: SharedEngine
+    config: BuildConfig,
+    questions: list[Question],
+    scrubber: Scrubber | None,
+    shared: SharedEngine,
+    *,
+    retry_failures: bool,
 ) -> BuildResult:
-    assert config.prompts.augment is not None
     asked = {(one.step, prompt_id_of(one.messages)): one for one in questions}
-    steps = {one.step: one.samples for one in questions}
-    note(f"asking the teacher {format_plural(len(asked), 'question')}: {', '.join(sorted(steps))}")
+    steps = Counter(step for step, _ in asked)
+    names = ", ".join(f"{num:,} {re.sub('[_-]', ' ', step)}" for step, num in sorted(steps.items()))
+    note(f"asking the teacher {format_plural(len(asked), 'question')}: {names}")
+    prompts = [Prompt(prompt_id, one.messages, step, "train") for (step, prompt_id), one in asked.items()]
+    loaded = LoadedPrompts(prompts, [], [], [])
+    build = _asking(config, {one.step: one.samples for one in questions})
+    return build_loaded(build, loaded, WHOLE, scrubber, retry_failures=retry_failures, shared=shared)
+
+
+def _asking(config: BuildConfig, steps: Mapping[str, int]) -> BuildConfig:
+    """The build that asks questions, `steps` samples of each."""
+    assert config.prompts.augment is not None
     # The rows are at hand: the sources only say how many samples each step takes.
     sources = [
         JsonlSource(kind="jsonl", name=step, path=config.cache, prompt_field="question", samples=samples)
         for step, samples in sorted(steps.items())
     ]
-    prompts = [Prompt(prompt_id, one.messages, step, "train") for (step, prompt_id), one in asked.items()]
-    build = config.updated(
+    return config.updated(
         cache=config.prompts.augment.cache,
         run=f"{config.run}_augment",
-        prompts=config.prompts.updated(sources=sources, augment=None, decontaminate=None, dedupe=None),
+        prompts=config.prompts.updated(
+            sources=sources or config.prompts.sources, augment=None, decontaminate=None, dedupe=None
+        ),
         sampling=config.sampling.updated(until=None, samples=1),
     )
-    loaded = LoadedPrompts(prompts, [], [], [])
-    return build_loaded(build, loaded, WHOLE, scrubber, retry_failures=False, shared=shared)

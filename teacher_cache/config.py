@@ -467,6 +467,12 @@ class BuildConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _variants_have_a_cache_of_their_own(self) -> Self:
+        if self.prompts.augment is not None and str(self.prompts.augment.cache) == str(self.cache):
+            raise ValueError("prompts.augment.cache is the build's own: students would train on its answers")
+        return self
+
+    @model_validator(mode="after")
     def _greedy_source_repeats(self) -> Self:
         for source in self.prompts.sources:
             temperature = self.sampling.temperature if source.temperature is None else source.temperature

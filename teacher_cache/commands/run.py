@@ -68,7 +68,12 @@ def build(
     _build_or_score("build", config_path, overrides or (), worker, join, cluster, retry_failures, as_json)
 
 
-def augment(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def augment(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    retry_failures: RetryFailures = False,
+    as_json: AsJson = False,
+) -> None:
     """Ask the teacher for paraphrases, translations and solutions of prompt variants. The same command resumes."""
     from teacher_cache.augmenting import augment as ask
     from teacher_cache.config import BuildConfig, load_run_config
@@ -76,7 +81,7 @@ def augment(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJso
     config = load_run_config(config_path, overrides or (), "build")
     assert isinstance(config, BuildConfig)
     with StopRequest(at_once=True):
-        done = ask(config)
+        done = ask(config, retry_failures=retry_failures)
     print_result(done.as_json(), done.lines(), as_json)
     if done.stopped is not None:
         raise typer.Exit(INTERRUPTED)

@@ -347,7 +347,8 @@ def _add(
         loaded.duplicates.append(Duplicate(where, earlier.where, None not in (old, new) and old != new))
         if old is None and new is not None:
             # The judge and what it needs come along; the row's place stays that of the row that was kept.
-            metadata = {**prompt.metadata, **earlier.prompt.metadata}
+            judge = {name: value for name, value in prompt.metadata.items() if name == "judge"}
+            metadata = {**prompt.metadata, **earlier.prompt.metadata, **judge}
             earlier.prompt = replace(earlier.prompt, reference=new, metadata=metadata)
 
 
@@ -359,7 +360,8 @@ def _add_variants(
     loaded: LoadedPrompts,
 ) -> None:
     answers: Answers = {} if config.cache is None else read_answers(config.cache)
-    for one in variants(config, [*kept.values()], answers):
+    is_personal = None if scrubber is None else scrubber.is_personal
+    for one in variants(config, [*kept.values()], answers, is_personal):
         match one:
             case Question():
                 loaded.unanswered[one.step] += 1
@@ -369,9 +371,6 @@ def _add_variants(
                 against = None if evaluation is None else evaluation.overlap(one.draft.messages)
                 if against is not None:
                     loaded.contaminated.append(Contaminated(one.where, against))
-                elif scrubber is not None and scrubber.problem(replace(one.draft, metadata={})) is not None:
-                    # A teacher may name persons, and its answers may be older than `scrub`.
-                    loaded.without_variant[f"{one.kind}: personal data"] += 1
                 elif (twin := kept.get(one.prompt.prompt_id)) is not None:
                     loaded.duplicates.append(Duplicate(one.where, twin.where))
                 else:

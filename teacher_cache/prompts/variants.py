@@ -10,7 +10,7 @@ that the teacher's samples agree on.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from random import Random
@@ -60,7 +60,9 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the teacher must answer `samples` times. `step` names it, by edit and purpose."""
+    """What the teacher must answer `samples` times. `step` names edit and purpose, such as paraphrase or
+    numbers-solutions; the answers are chains of a source of this name.
+    """
 
     step: str
     messages: tuple[Message, ...]
@@ -86,16 +88,31 @@ class _Unusable(Exception):
 
 
 def variants(
-    config: AugmentConfig, prompts: Sequence[KeptPrompt], answers: Answers
+    config: AugmentConfig,
+    prompts: Sequence[KeptPrompt],
+    answers: Answers,
+    is_personal: Callable[[Sequence[str]], bool] | None = None,
 ) -> Iterator[Variant | Question | NoVariant]:
-    """All variants of all prompts. Raises ConfigError where WordNet is needed and missing."""
+    """All variants of all prompts; none of texts that are `is_personal`, which are not sent either. Raises ConfigError
+    where WordNet is needed and missing.
+    """
     needs_words = any(isinstance(one, WordEdit) for one in config.edits)
-    maker = _Maker(config, answers, Lexicon(config.lexicon) if needs_words else None)
-    for number, edit in enumerate(config.edits):
+    maker = _Maker(config, answers, Lexicon(config.lexicon) if needs_words else None, is_personal)
+    for edit, step in zip(config.edits, _steps(config.edits), strict=True):
         for one in prompts:
             if _is_used(edit, one):
                 for variant in range(edit.variants):
-                    yield maker.make(number, edit, one, variant)
+                    yield maker.make(step, edit, one, variant)
+
+
+def _steps(edits: Sequence[AnyEdit]) -> list[str]:
+    """A name for each edit: its kind, with a number where there are several of the kind."""
+    num, seen = Counter(one.kind for one in edits), Counter[str]()
+    steps = []
+    for one in edits:
+        seen[one.kind] += 1
+        steps.append(one.kind if num[one.kind] == 1 else f"{one.kind}-{seen[one.kind]}")
+    return steps
 
 
 def _is_used(edit: AnyEdit, one: KeptPrompt) -> bool:
@@ -107,37 +124,49 @@ def _is_used(edit: AnyEdit, one: KeptPrompt) -> bool:
 
 
 class _Maker:
-    def __init__(self, config: AugmentConfig, answers: Answers, lexicon: Lexicon | None) -> None:
-        self._config, self._answers, self._lexicon = config, answers, lexicon
+    def __init__(
+        self,
+        config: AugmentConfig,
+        answers: Answers,
+        lexicon: Lexicon | None,
+        is_personal: Callable[[Sequence[str]], bool] | None,
+    ) -> None:
+        self._config, self._answers, self._lexicon, self._is_personal = config, answers, lexicon, is_personal
 
-    def make(self, number: int, edit: AnyEdit, one: KeptPrompt, variant: int) -> Variant | Question | NoVariant:
+    def make(self, step: str, edit: AnyEdit, one: KeptPrompt, variant: int) -> Variant | Question | NoVariant:
         try:
-            return self._made(f"{number}-{edit.kind}", edit, one, variant)
+            return self._made(step, edit, one, variant)
         except _Unanswered as error:
             return error.question
         except _Unusable as error:
             return NoVariant(edit.kind, str(error))
 
     def _made(self, step: str, edit: AnyEdit, one: KeptPrompt, variant: int) -> Variant:
+        assert not isinstance(one.source, ReasoningGymSource | TemplateSource)
         question = one.draft.messages[-1].content
         text, how = self._edited(step, edit, question, one, variant)
+        self._require_clean(text)
         messages = (*one.draft.messages[:-1], Message("user", text))
         # What was scrubbed counts once, in the prompt itself.
-        metadata = {key: value for key, value in one.draft.metadata.items() if key not in ("judge", METADATA_KEY)}
+        left_out = {"judge", METADATA_KEY}
         reference, judge = None, {}
         if isinstance(edit, WordEdit) and edit.reference == "keep":
-            reference, judge = one.draft.reference, {"judge": one.draft.metadata.get("judge")}
+            # Those of the prompt: another row with the same question may have given them.
+            reference, judge = one.prompt.reference, {"judge": one.prompt.metadata.get("judge")}
+        elif one.source.reference_field is not None:
+            left_out.add(one.source.reference_field)
+        metadata = {key: value for key, value in one.prompt.metadata.items() if key not in left_out}
         draft = Draft(one.draft.where, messages, reference, metadata, is_variant=True)
         finished = prompt_of(draft, one.source.name, one.source.system, one.source.instruction, 0.0)
         if edit.solve is not None:
-            reference, votes = self._solved(f"{step}-solve", edit.solve, finished.messages)
+            reference, votes = self._solved(f"{step}-solutions", edit.solve, finished.messages)
+            self._require_clean(reference)
             judge = {"judge": "math" if NUMERIC.fullmatch(reference) else "exact"}
             how |= {"agreed": votes, "samples": edit.solve.samples}
         source = {"kind": edit.kind, "of": one.prompt.prompt_id, "variant": variant, "seed": self._config.seed, **how}
         metadata |= {**{key: value for key, value in judge.items() if value is not None}, "augment": source}
         draft = replace(draft, reference=reference, metadata=metadata)
         prompt = replace(finished, reference=reference, metadata=metadata)
-        assert not isinstance(one.source, ReasoningGymSource | TemplateSource)
         return Variant(prompt, draft, one.source, f"{one.where}, {edit.kind} {variant}", edit.kind)
 
     def _edited(self, step: str, edit: AnyEdit, question: str, one: KeptPrompt, variant: int) -> tuple[str, Json]:
@@ -166,8 +195,14 @@ class _Maker:
         there = self._said(f"{step}-out", asked(question, edit.language, edit.through), edit.variants)[variant]
         if there is None or not there.strip():
             raise _Unusable("no complete answer")
+        self._require_clean(there)
         back = self._said(f"{step}-back", asked(there.strip(), edit.through, edit.language), 1)[0]
         return _accepted(question, back)
+
+    def _require_clean(self, *texts: str) -> None:
+        # A teacher may name persons, and its answers may be older than `scrub`.
+        if self._is_personal is not None and self._is_personal(texts):
+            raise _Unusable("personal data")
 
     def _said(self, step: str, text: str, samples: int) -> Mapping[int, str | None]:
         return self._asked(step, (Message("user", text),), samples)
@@ -181,9 +216,11 @@ class _Maker:
     def _solved(self, step: str, solve: SolveConfig, messages: tuple[Message, ...]) -> tuple[str, int]:
         found = self._asked(step, messages, solve.samples)
         results = [_result(found[sample]) for sample in range(solve.samples)]
-        (result, votes), *_ = Counter(one for one in results if one is not None).most_common(1) or [("", 0)]
+        (result, votes), (_, others), *_ = *Counter(filter(None, results)).most_common(2), ("", 0), ("", 0)
         if votes < solve.agree:
             raise _Unusable(f"fewer than {solve.agree} of {solve.samples} answers agree")
+        if votes == others:
+            raise _Unusable("as many answers agree on another result")
         return result, votes
 
 

@@ -251,10 +251,13 @@ def test_sources_that_mostly_fail_stop_at_their_first_row(tmp_path: Path) -> Non
 
 def test_duplicates_give_their_reference(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"q": "1+1?"}, {"q": "2+2?"}]))
+    (tmp_path / "c.jsonl").write_bytes(lines([{"q": "1+1?", "a": None}]))
     answered = [{"q": "1+1?", "a": "2"}, {"q": "1+1?", "a": "3"}, {"q": "1+1?", "a": "2"}]
     (tmp_path / "b.jsonl").write_bytes(lines(answered))
     fields = {"kind": "jsonl", "prompt_field": "q"}
     judged = {**fields, "path": tmp_path / "b.jsonl", "reference_field": "a", "judge": "math"}
+    (other,) = load({**judged, "judge": "exact", "path": tmp_path / "c.jsonl"}, judged | {"limit": 1}).prompts
+    assert (other.reference, other.metadata["judge"]) == ("2", "math"), "the judge of the row that gives the reference"
     loaded = load({**fields, "path": tmp_path / "a.jsonl"}, judged)
     found = {prompt.messages[0].content: prompt for prompt in loaded.prompts}
     assert (found["1+1?"].reference, found["1+1?"].source) == ("2", "s0")

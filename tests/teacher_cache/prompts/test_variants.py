@@ -13,7 +13,7 @@ import pytest
 import teacher_cache.building.commands
 from stillroom.config import validate_config
 from stillroom.errors import ConfigError
-from stillroom.schema.records import Prompt
+from stillroom.schema.records import Prompt, prompt_id_of
 from teacher_cache.augmenting import augment
 from teacher_cache.building.commands import build_cache
 from teacher_cache.config import BuildConfig
@@ -24,8 +24,9 @@ from teacher_cache.plan import plan_build, plan_lines
 from teacher_cache.prompts.config import PromptsConfig
 from teacher_cache.prompts.edits import change_numbers, insert_synonyms, numbers_in, replace_synonyms
 from teacher_cache.prompts.lexicon import Lexicon
-from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, load_prompts
-from teacher_cache.prompts.variants import _accepted, _result, _Unusable
+from teacher_cache.prompts.prompts import WHOLE, LoadedPrompts, load_prompts, prompts_to_vary
+from teacher_cache.prompts.variant_config import AugmentConfig
+from teacher_cache.prompts.variants import NoVariant, Question, _accepted, _result, _Unusable, variants
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import EOS_ID, VOCAB_SIZE, K, make_teacher
 
@@ -130,6 +131,7 @@ def questions(path: Path, texts: list[str]) -> dict[str, Any]:
         "reference_field": "a",
         "judge": "exact",
         "instruction": "Think.",
+        "metadata_fields": ["a"],
     }
 
 
@@ -161,7 +163,7 @@ def test_variants_are_of_the_train_split_and_say_where_they_come_from(tmp_path: 
         assert one.prompt_id != original.prompt_id
         assert one.messages[0].content.endswith("\n\nThink.")
         if how["kind"] == "synonyms":
-            assert (one.reference, "judge" in one.metadata) == (None, False)
+            assert (one.reference, "judge" in one.metadata, "a" in one.metadata) == (None, False, False)
             assert how["changes"]
         else:
             assert (one.reference, one.metadata["judge"]) == (original.reference, "exact")
@@ -204,6 +206,8 @@ def test_answers_that_must_differ_need_a_temperature(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"numbers needs answers that differ.*--set sampling\.temperature=0\.6"):
         augment(validate_config(data, BuildConfig, "test"))
+    with pytest.raises(ConfigError, match="students would train on its answers"):
+        validate_config(data | {"cache": str(tmp_path / "said")}, BuildConfig, "test")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +227,29 @@ def test_what_is_not_a_paraphrase(said: str, reason: str | None) -> None:
     else:
         with pytest.raises(_Unusable, match=reason):
             _accepted(question, said)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said", "reason"),
+    [
+        (
+            {"kind": "numbers", "solve": {"agree": 2}},
+            [r"\boxed{5}", r"\boxed{6}", r"\boxed{5}", r"\boxed{6}"],
+            "as many answers agree on another result",
+        ),
+        ({"kind": "back_translation"}, ["Kimberly hat 7 Stifte?"], "personal data"),
+    ],
+)
+def test_answers_that_make_no_variant(tmp_path: Path, edit: dict[str, Any], said: list[str], reason: str) -> None:
+    config = validate_config({"edits": [edit], "cache": str(tmp_path)}, AugmentConfig, "test")
+    source = validate_config({"sources": [questions(tmp_path / "q.jsonl", ["7 pens?"])]}, PromptsConfig, "test")
+    prompts = prompts_to_vary(source)
+    (question,) = variants(config, prompts, {})
+    assert isinstance(question, Question)
+    answers = {prompt_id_of(question.messages): dict(enumerate(said))}
+    assert [*variants(config, prompts, answers, lambda texts: "Kimberly" in texts[0])] == [
+        NoVariant(edit["kind"], reason)
+    ]
 
 
 class TalkingEngine(FakeEngine):
@@ -320,3 +347,37 @@ def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeyp
     planned = plan_build(config)
     assert (planned.num_variants, planned.num_unanswered) == (loaded.variants.total(), 0)
     assert any("numbers: nothing to change" in line for line in plan_lines(planned))
+
+
+def test_what_failed_or_was_cut_off_can_be_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = make_teacher()
+    teacher.tokenizer.chat_template = "{{ messages[-1].content }}"
+    how = "fails"
+
+    class Failing(TalkingEngine):
+        def step(self) -> list[Outcome]:
+            (outcome,) = super().step()
+            assert isinstance(outcome, Finished)
+            if how == "fails":
+                return [outcome.request.failure("engine_error", "the API was down")]
+            return [Finished(outcome.request, outcome.capture, "length" if how == "is cut" else "stop")]
+
+    monkeypatch.setattr(teacher_cache.building.commands, "identify_teacher", lambda *_: teacher)
+    monkeypatch.setattr(teacher_cache.building.commands, "start_engine", lambda *_: Failing(teacher, reply))
+    prompts = {"sources": [questions(tmp_path / "q.jsonl", ["How many are 9 pens?"])]}
+    data = {
+        "cache": str(tmp_path / "cache"),
+        "run": "test",
+        "teacher": {"model": "fake"},
+        "sampling": {"max_tokens": 200},
+        "capture": {"max_support": K, "draws": 0},
+        "prompts": {**prompts, "augment": {"edits": [{"kind": "paraphrase"}], "cache": str(tmp_path / "said")}},
+    }
+    config = validate_config(data, BuildConfig, "test")
+    none = {"paraphrase: no complete answer": 1}
+    assert (augment(config).without_variant, augment(config).num_new_chains) == (none, 0)
+    how = "is cut"
+    assert augment(config, retry_failures=True).without_variant == none
+    how = "answers"
+    longer = config.updated(sampling=config.sampling.updated(max_tokens=400))
+    assert augment(longer).variants == load_prompts(longer.prompts).variants == {"paraphrase": 1}
