@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.errors import ConfigError, CorruptError, DataError
+from stillroom.sql.session import open_session
 from student_train.data import freezing
 from student_train.data.freezing import CacheSource, OpenCaches, SelectionRequest, freeze, open_selection
 from student_train.data.selection import Selection, load_selection
@@ -64,7 +65,7 @@ def test_selections_of_one_cache_open_and_verify_it_once(
 ) -> None:
     wheres = ("split = 'train'", "split = 'heldout'", "split = 'train' AND text <> ''")
     alone = [freeze(tmp_path / f"{number}.parquet", ask(cache, where)) for number, where in enumerate(wheres)]
-    opened, verified = Mock(wraps=freezing.open_session), Mock(wraps=freezing.check_columns)
+    opened, verified = Mock(wraps=open_session), Mock(wraps=freezing.check_columns)
     monkeypatch.setattr(freezing, "open_session", opened)
     monkeypatch.setattr(freezing, "check_columns", verified)
     with OpenCaches() as caches:
