@@ -8,6 +8,7 @@ from stillroom.html.charts import Group, bars, histogram
 from stillroom.html.report import Figure, Number, Numbers, Piece, Section, Table, Text, write_report
 from student_train.answers import AskedPrompt
 from student_train.compare.comparing import ALL, BEST, Answered
+from student_train.compare.sides import Reply
 from student_train.compare.statistics import Interval
 
 MAX_SHOWN = 100
@@ -175,10 +176,7 @@ def _answers(answered: Sequence[Answered], prompts: Sequence[AskedPrompt]) -> li
             prompts[number].source,
             _short("\n".join(str(one["content"]) for one in prompts[number].messages)),
             prompts[number].reference or "-",
-            *(
-                f"{_mark(one.score(number))}: {_short(one.replies[number].error or one.replies[number].text)}"
-                for one in answered
-            ),
+            *(_judged(one.replies[number], one.score(number)) for one in answered),
         ]
         for number in shown
     ]
@@ -188,8 +186,11 @@ def _answers(answered: Sequence[Answered], prompts: Sequence[AskedPrompt]) -> li
     return [Table("Replies with their verdicts", columns, rows, note, long=long)]
 
 
-def _mark(score: float | None) -> str:
-    return "undecided" if score is None else ("right" if score else "wrong")
+def _judged(reply: Reply, score: float | None) -> str:
+    if reply.error is not None:
+        return f"failed: {_short(reply.error)}"
+    verdict = "undecided" if score is None else ("right" if score else "wrong")
+    return f"{verdict}{' (cut at the limit)' if reply.is_cut else ''}: {_short(reply.text)}"
 
 
 def _short(text: str) -> str:

@@ -83,6 +83,8 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     write_page(result, answered, PROMPTS, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "wrong: &lt;answer&gt;no idea&lt;/answer&gt;" in page
+    assert "failed: status 500" in page
+    assert page.count(" (cut at the limit): ") == 1
     lines = compare_lines({**result, "page": "page.html"})
     assert lines[1].startswith("poor ")
     assert "1 failed" in lines[1]
