@@ -4,6 +4,10 @@ Every case starts the embedded engine with a tiny teacher, `engine.vllm` and `sa
 compares each token's log probability, rank and entropy with a dense computation by transformers. Cases named `adapter`
 have a random LoRA adapter of q_proj and v_proj, which peft merges for the dense computation. A line says whether all
 agree, whether the tokens are those without the switch, and how chains ended. docs/switches.md holds the verdicts.
+
+Cases named `data_parallel` are refused by a configuration, and run without that check; a time limit ends what waits for
+ever. Cases named `served` start `vllm serve` with the flags and generate, then score, by `engine.kind: server`. Both
+add how many tokens each replica generated; `experts` has a mixture of experts as its teacher.
 """
 
 import argparse
@@ -12,26 +16,37 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
+import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from stillroom.errors import StillroomError
 from stillroom.schema.records import Message, Prompt, prompt_id_of
-from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
-from teacher_cache.engine.api import Failure, Finished, Outcome, Request
-from tests.helpers.tiny import make_tiny_adapter, make_tiny_teacher, merged
+from teacher_cache.config import CaptureConfig, EmbeddedConfig, ServerConfig, TeacherConfig
+from teacher_cache.engine import switches
+from teacher_cache.engine.api import Engine, Failure, Finished, Outcome, Request
+from teacher_cache.engine.http.server import ServerEngine
+from teacher_cache.engine.teacher import identify_teacher
+from tests.helpers.environment import set_environment
+from tests.helpers.tiny import make_tiny_adapter, make_tiny_experts, make_tiny_teacher, merged
+from tests.helpers.vllm_server import TINY_ENVIRON, TINY_FLAGS, serve
 
 NUM_CHAINS = 12
 MAX_TOKENS = 48
 TOLERANCE = 1e-3
 MAX_MODEL_LEN = 128
+LIMIT_S = 300
+CAPTURE = CaptureConfig(max_support=8, draws=4)
+SAMPLING = {"top_p": 0.95, "max_tokens": MAX_TOKENS}
 
 REASONING = {"reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}}
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}}
@@ -96,44 +111,114 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     },
 }
 
+REPLICAS = {"data_parallel_size": 2}
+CASES |= {
+    "experts": ({}, {}, 0.8),
+    "data_parallel": (REPLICAS, {}, 0.8),
+    "data_parallel_experts": (REPLICAS, {}, 0.8),
+    # This process is the first replica, and would wait half an hour for the second.
+    "data_parallel_in_process": ({**REPLICAS, "cpu_distributed_timeout_seconds": 20}, {}, 0.8),
+}
+REPLICATED = ("data_parallel", "data_parallel_experts")
+SERVED: dict[str, tuple[str, ...]] = {
+    "served": (),
+    "served_data_parallel": ("--data-parallel-size", "2"),
+    "served_experts": (),
+    "served_experts_data_parallel": ("--data-parallel-size", "2"),
+    "served_experts_parallel": ("--data-parallel-size", "2", "--enable-expert-parallel"),
+}
+"""Flags of `vllm serve`; the sampling is that of "nothing"."""
+
 
 def run_cases(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Generates the chains of cases with the same engine arguments, in this process."""
     from teacher_cache.engine.vllm.engine import EmbeddedEngine
 
-    config = EmbeddedConfig(
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=16,
-        max_model_len=MAX_MODEL_LEN,
-        kv_cache_gb=0.05,
-        vllm=CASES[names[0]][0],
-    )
+    with mock.patch.object(switches, "ENGINE_REFUSED", {}):
+        config = EmbeddedConfig(
+            dtype="float32",
+            enforce_eager=True,
+            max_num_seqs=16,
+            max_model_len=MAX_MODEL_LEN,
+            kv_cache_gb=0.05,
+            in_process=names[0] not in REPLICATED,
+            vllm=CASES[names[0]][0],
+        )
     sampling = {}
     for name in names:
         _, extra, temperature = CASES[name]
-        extras = {"vllm": extra} if extra else {}
-        sampling[name] = {"temperature": temperature, "top_p": 0.95, "max_tokens": MAX_TOKENS, **extras}
-    adapter = _adapter_of(folder, names[0])
-    teacher = TeacherConfig(model=str(folder / "teacher"), adapter=None if adapter is None else str(adapter))
-    engine = EmbeddedEngine(teacher, config, CaptureConfig(max_support=8, draws=4), sampling=[*sampling.values()])
-    outcomes: dict[str, list[Outcome]] = {}
-    try:
-        # One case after the other: rows of one batch do not influence one another, and tokens are compared.
-        for name in names:
-            for request in _requests(sampling[name]):
-                engine.submit(request)
-            outcomes[name] = []
-            while engine.num_unfinished:
-                outcomes[name] += engine.step()
-    finally:
-        engine.close()
-    model = merged(folder / "teacher", adapter)
-    return {name: _judged(model, sorted(found, key=lambda one: one.sample_id)) for name, found in outcomes.items()}
+        sampling[name] = {**SAMPLING, "temperature": temperature, **({"vllm": extra} if extra else {})}
+    adapter, model = _adapter_of(folder, names[0]), _teacher_of(folder, names[0])
+    teacher = TeacherConfig(model=str(model), adapter=None if adapter is None else str(adapter))
+    engine = EmbeddedEngine(teacher, config, CAPTURE, sampling=[*sampling.values()])
+    num_tokens: Counter[str] = Counter()
+    if names[0] in REPLICATED:
+        _count_tokens(engine._engine.engine_core, num_tokens)
+    # One case after the other: rows of one batch do not influence one another, and tokens are compared.
+    with contextlib.closing(engine):
+        outcomes = {name: _outcomes(engine, _requests(sampling[name])) for name in names}
+    dense = merged(model, adapter)
+    return {name: {**_judged(dense, found), "replicas": dict(num_tokens)} for name, found in outcomes.items()}
+
+
+def run_served(folder: Path, name: str) -> dict[str, Any]:
+    """Generates and scores the chains of a served case."""
+    model = _teacher_of(folder, name)
+    flags = (*TINY_FLAGS, "--max-logprobs", "68", "--max-model-len", str(MAX_MODEL_LEN), *SERVED[name])
+    with serve(model, folder, *flags, **TINY_ENVIRON) as server:
+        config = ServerConfig(kind="server", endpoints=[server.url], max_in_flight=NUM_CHAINS)
+        teacher = identify_teacher(TeacherConfig(model=str(model)), config)
+        with contextlib.closing(ServerEngine(config, teacher.record, teacher.tokenizer, CAPTURE)) as engine:
+            before = _served_tokens(server.url)
+            made = _outcomes(engine, _requests({**SAMPLING, "temperature": 0.8}))
+            num_tokens = _served_tokens(server.url) - before
+            scored = _outcomes(engine, [_to_score(one) for one in made if isinstance(one, Finished)])
+    dense = merged(model, None)
+    judged, again = _judged(dense, made), _judged(dense, scored)
+    worst, failures = max(judged["worst"], again["worst"]), judged["failures"] + again["failures"]
+    return {**judged, "worst": worst, "failures": failures, "replicas": dict(num_tokens)}
+
+
+def _teacher_of(folder: Path, name: str) -> Path:
+    return folder / ("experts" if "experts" in name else "teacher")
 
 
 def _adapter_of(folder: Path, name: str) -> Path | None:
     return folder / "adapter" if name.startswith("adapter") else None
+
+
+def _count_tokens(core: Any, num_tokens: Counter[str]) -> None:
+    """Counts, from now on, what each replica of an embedded engine generates."""
+    get = core.get_output
+
+    def counted() -> Any:
+        outputs = get()
+        num_tokens[str(outputs.engine_index)] += sum(len(one.new_token_ids) for one in outputs.outputs)
+        return outputs
+
+    core.get_output = counted
+
+
+def _served_tokens(url: str) -> Counter[str]:
+    """What each replica of a server has generated so far."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=LIMIT_S) as answer:
+        found = re.findall(r'^vllm:generation_tokens_total{.*engine="(\d+)".*} (\S+)$', answer.read().decode(), re.M)
+    return Counter({replica: int(float(number)) for replica, number in found})
+
+
+def _outcomes(engine: Engine, requests: Sequence[Request]) -> list[Outcome]:
+    for request in requests:
+        engine.submit(request)
+    outcomes: list[Outcome] = []
+    while engine.num_unfinished:
+        outcomes += engine.step()
+    return sorted(outcomes, key=lambda one: one.sample_id)
+
+
+def _to_score(one: Finished) -> Request:
+    token_ids = one.capture.token_ids_T.tolist()
+    prompt = one.request.prompt_token_ids
+    return Request(one.request.prompt, prompt, 0, None, {}, len(token_ids), one.sample_id, token_ids)
 
 
 def _requests(sampling: dict[str, Any]) -> list[Request]:
@@ -175,39 +260,56 @@ def _judged(model: Any, outcomes: list[Outcome]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"cases, all by default: {', '.join(CASES)}")
-    names = parser.parse_args().names or list(CASES)
+    every = [*CASES, *SERVED]
+    parser.add_argument("names", nargs="*", help=f"cases, all by default: {', '.join(every)}")
+    names = parser.parse_args().names or every
     # Imported once, and each case forked: an engine leaves traces in its process.
     os.environ |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     for module in ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"):
         importlib.import_module(module)
+    plain: dict[tuple[bool, float], list[list[int]]] = {}
     with tempfile.TemporaryDirectory() as name:
-        make_tiny_adapter(Path(name) / "adapter", make_tiny_teacher(Path(name) / "teacher"))
-        plain: dict[float, list[list[int]]] = {}
-        for _, group in itertools.groupby(
-            ["nothing", "greedy", *names], key=lambda case: (CASES[case][0], case.startswith("adapter"))
-        ):
+        folder = Path(name)
+        make_tiny_adapter(folder / "adapter", make_tiny_teacher(folder / "teacher"))
+        make_tiny_experts(folder / "experts")
+        # Tokens are compared with those of the first three.
+        embedded = ["nothing", "greedy", "experts", *(one for one in names if one in CASES)]
+        for _, group in itertools.groupby(embedded, key=lambda case: (CASES[case][0], _kind(case))):
             cases = list(dict.fromkeys(group))
-            found = _run(name, cases)
+            found = _run(run_cases, folder, cases)
             for case in cases:
-                one, temperature = found.get(case, {}), CASES[case][2]
-                if not one:
-                    print(f"{case:28} {found['refused'][:300]}", flush=True)
-                    continue
-                verdict = "dense" if one["worst"] < TOLERANCE else f"OFF by {one['worst']:.3g}"
-                same = (
-                    "same tokens" if one["tokens"] == plain.setdefault(temperature, one["tokens"]) else "other tokens"
-                )
-                print(f"{case:28} {verdict:16} {same:14} {one['reasons']} {one['failures'][:1]}", flush=True)
+                _show(case, found.get(case, found), plain)
+        set_environment()
+        for case in (one for one in names if one in SERVED):
+            _show(case, run_served(folder, case), plain)
 
 
-def _run(folder: str, cases: Sequence[str]) -> dict[str, Any]:
+def _kind(case: str) -> tuple[bool, ...]:
+    return case.startswith("adapter"), "experts" in case, case in REPLICATED
+
+
+def _show(case: str, found: dict[str, Any], plain: dict[tuple[bool, float], list[list[int]]]) -> None:
+    if "refused" in found:
+        print(f"{case:28} {found['refused'][:300]}", flush=True)
+        return
+    temperature = CASES[case][2] if case in CASES else 0.8
+    verdict = "dense" if found["worst"] < TOLERANCE else f"OFF by {found['worst']:.3g}"
+    first = plain.setdefault(("experts" in case, temperature), found["tokens"])
+    same = "same tokens" if found["tokens"] == first else "other tokens"
+    replicas = f"tokens of replicas: {found['replicas']}" if found["replicas"] else ""
+    print(f"{case:28} {verdict:16} {same:14} {found['reasons']} {found['failures'][:1]} {replicas}", flush=True)
+
+
+def _run(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_inside, args=(Path(folder), cases, there))
+    process = context.Process(target=_inside, args=(there, work, *given))
     process.start()
     there.close()
     try:
+        if not here.poll(LIMIT_S):
+            process.kill()
+            return {"refused": f"no answer within {LIMIT_S} s"}
         return dict(here.recv())
     except EOFError:
         return {"refused": "the process died"}
@@ -215,10 +317,10 @@ def _run(folder: str, cases: Sequence[str]) -> dict[str, Any]:
         process.join()
 
 
-def _inside(folder: Path, cases: Sequence[str], connection: Connection) -> None:
+def _inside(connection: Connection, work: Callable[..., dict[str, Any]], *given: Any) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            found: dict[str, Any] = run_cases(folder, cases)
+            found = work(*given)
         except StillroomError as error:
             found = {"refused": str(error)}
     connection.send(found)

@@ -16,7 +16,8 @@ from stillroom.schema.records import stable_hash
 from teacher_cache.engine.vllm.fit import fields_of
 
 REPLICAS = (
-    "one engine is one replica: start more with build --join or --worker I/N, or serve them with engine.kind: server"
+    "vLLM's embedded engine sends every chain to the first of its replicas: start more with --join or --on ray, "
+    "or serve them (vllm serve --data-parallel-size N) with engine.kind: server"
 )
 NO_EFFECT = "it would have no effect: "
 TEXT = NO_EFFECT + "text is decoded here, from all tokens"
@@ -61,6 +62,7 @@ ENGINE_REFUSED: Mapping[str, str] = {
             *("data_parallel_size", "data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"),
             *("data_parallel_address", "data_parallel_rpc_port", "data_parallel_hybrid_lb", "data_parallel_backend"),
             *("data_parallel_external_lb", "data_parallel_multi_port_external_lb"),
+            *("enable_elastic_ep", "elastic_ep_max_dp_size", "dp_sync_interval", "disable_nccl_for_dp_synchronization"),
         ),
         REPLICAS,
     ),

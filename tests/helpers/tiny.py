@@ -10,35 +10,48 @@ from tests.helpers.tiny_tokenizer import byte_level, save
 VOCAB_SIZE = 400
 """Rows of the embedding; the tokenizer has fewer tokens, as usual."""
 MAX_POSITIONS = 256
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 
 
 def make_tiny_teacher(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Writes a Hugging Face folder that transformers and vLLM load, in about a second. Returns the folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _save(folder, LlamaForCausalLM, LlamaConfig(**SHAPE, num_hidden_layers=layers), seed)
+
+
+def make_tiny_experts(folder: Path, seed: int = 0) -> Path:
+    """The same with four experts in each layer, of which a token uses two."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    return _save(folder, Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **experts, num_hidden_layers=2), seed)
+
+
+def _save(folder: Path, make: Any, config: Any, seed: int) -> Path:
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     save(byte_level(), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
+    config.eos_token_id = tokenizer.eos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).float()
+        model = make(config).float()
     with torch.no_grad():
         # Tokens that end a chain or its reasoning come up often: a random model alone would hardly ever stop.
         for token in (tokenizer.eos_token, "</think>"):

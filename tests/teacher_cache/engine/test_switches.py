@@ -42,7 +42,7 @@ def config_of(**blocks: Any) -> BuildConfig:
             "engine.vllm: max_model_len cannot be set here: use engine.max_mo",
         ),
         ({"engine": {"vllm": {"logprobs_mode": "x"}}}, "the stored distributions are the teacher's own"),
-        ({"engine": {"vllm": {"data_parallel_size": 2}}}, "start more with build --join"),
+        ({"engine": {"vllm": {"data_parallel_size": 2}}}, "start more with --join or --on ray, or serve them (vllm serve --data-parallel-size N)"),
         ({"engine": {"vllm": {"hf_token": "x"}}}, "set the environment variable HF_TOKEN"),
         ({"engine": {"vllm": {"_api_process_count": 1}}}, "it is internal"),
         ({"sampling": {"vllm": {"n": 2}}}, "sampling.vllm: n cannot be set here: use sampling.samples"),
