@@ -5,9 +5,9 @@ compares each token's log probability, rank and entropy with a dense computation
 have a random LoRA adapter of q_proj and v_proj, which peft merges for the dense computation. A line says whether all
 agree, whether the tokens are those without the switch, and how chains ended. docs/switches.md holds the verdicts.
 
-Cases named `data_parallel` are refused by a configuration, and run without that check; a time limit ends what waits for
-ever. Cases named `served` start `vllm serve` with the flags and generate, then score, by `engine.kind: server`. Both
-add how many tokens each replica generated; `experts` has a mixture of experts as its teacher.
+What a configuration refuses runs too, and a time limit ends what waits for ever. Cases named `served` start `vllm
+serve` with flags, generate and score by `engine.kind: server`, and count the tokens of each replica. Cases named
+`experts` have a mixture of experts as the teacher.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from teacher_cache.engine.http.server import ServerEngine
 from teacher_cache.engine.teacher import identify_teacher
 from tests.helpers.environment import set_environment
 from tests.helpers.tiny import make_tiny_adapter, make_tiny_experts, make_tiny_teacher, merged
+from tests.helpers.vllm_gatherv import add_plugin
 from tests.helpers.vllm_server import TINY_ENVIRON, TINY_FLAGS, serve
 
 NUM_CHAINS = 12
@@ -50,6 +51,7 @@ SAMPLING = {"top_p": 0.95, "max_tokens": MAX_TOKENS}
 
 REASONING = {"reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}}
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}}
+REPLICAS = {"data_parallel_size": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     # engine.vllm, sampling.vllm, temperature
     "nothing": ({}, {}, 0.8),
@@ -88,6 +90,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "prefix_caching_off": ({"enable_prefix_caching": False}, {}, 0.8),
     "ngram_greedy": (NGRAM, {}, 0.0),
     "ngram_random": (NGRAM, {}, 0.8),
+    **{name: ({}, {}, 0.8) for name in ("experts", "experts_tensor_parallel", "experts_expert_parallel")},
+    "data_parallel": (REPLICAS, {}, 0.8),
+    # vLLM's own limit is half an hour.
+    "data_parallel_in_process": ({**REPLICAS, "cpu_distributed_timeout_seconds": 20}, {}, 0.8),
     "chunked_prefill": ({"enable_chunked_prefill": True}, {}, 0.8),
     "reasoning_config": (REASONING, {}, 0.8),
     "thinking_token_budget": (REASONING, {"thinking_token_budget": 8}, 0.8),
@@ -110,20 +116,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
         }.items()
     },
 }
-
-REPLICAS = {"data_parallel_size": 2}
-CASES |= {
-    "experts": ({}, {}, 0.8),
-    "data_parallel": (REPLICAS, {}, 0.8),
-    "data_parallel_experts": (REPLICAS, {}, 0.8),
-    # This process is the first replica, and would wait half an hour for the second.
-    "data_parallel_in_process": ({**REPLICAS, "cpu_distributed_timeout_seconds": 20}, {}, 0.8),
+ENGINES: dict[str, dict[str, Any]] = {
+    "data_parallel": {"in_process": False},
+    "experts_tensor_parallel": {"tensor_parallel_size": 2},
+    "experts_expert_parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
 }
-REPLICATED = ("data_parallel", "data_parallel_experts")
+"""What cases set in `engine` besides `engine.vllm`."""
 SERVED: dict[str, tuple[str, ...]] = {
-    "served": (),
     "served_data_parallel": ("--data-parallel-size", "2"),
-    "served_experts": (),
     "served_experts_data_parallel": ("--data-parallel-size", "2"),
     "served_experts_parallel": ("--data-parallel-size", "2", "--enable-expert-parallel"),
 }
@@ -141,8 +141,8 @@ def run_cases(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             max_num_seqs=16,
             max_model_len=MAX_MODEL_LEN,
             kv_cache_gb=0.05,
-            in_process=names[0] not in REPLICATED,
             vllm=CASES[names[0]][0],
+            **ENGINES.get(names[0], {}),
         )
     sampling = {}
     for name in names:
@@ -151,14 +151,11 @@ def run_cases(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     adapter, model = _adapter_of(folder, names[0]), _teacher_of(folder, names[0])
     teacher = TeacherConfig(model=str(model), adapter=None if adapter is None else str(adapter))
     engine = EmbeddedEngine(teacher, config, CAPTURE, sampling=[*sampling.values()])
-    num_tokens: Counter[str] = Counter()
-    if names[0] in REPLICATED:
-        _count_tokens(engine._engine.engine_core, num_tokens)
     # One case after the other: rows of one batch do not influence one another, and tokens are compared.
     with contextlib.closing(engine):
         outcomes = {name: _outcomes(engine, _requests(sampling[name])) for name in names}
     dense = merged(model, adapter)
-    return {name: {**_judged(dense, found), "replicas": dict(num_tokens)} for name, found in outcomes.items()}
+    return {name: _judged(dense, found) for name, found in outcomes.items()}
 
 
 def run_served(folder: Path, name: str) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def run_served(folder: Path, name: str) -> dict[str, Any]:
     model = _teacher_of(folder, name)
     flags = (*TINY_FLAGS, "--max-logprobs", "68", "--max-model-len", str(MAX_MODEL_LEN), *SERVED[name])
     with serve(model, folder, *flags, **TINY_ENVIRON) as server:
-        config = ServerConfig(kind="server", endpoints=[server.url], max_in_flight=NUM_CHAINS)
+        config = ServerConfig(kind="server", endpoints=[server.url], max_in_flight=NUM_CHAINS, give_up_minutes=0.5)
         teacher = identify_teacher(TeacherConfig(model=str(model)), config)
         with contextlib.closing(ServerEngine(config, teacher.record, teacher.tokenizer, CAPTURE)) as engine:
             before = _served_tokens(server.url)
@@ -185,18 +182,6 @@ def _teacher_of(folder: Path, name: str) -> Path:
 
 def _adapter_of(folder: Path, name: str) -> Path | None:
     return folder / "adapter" if name.startswith("adapter") else None
-
-
-def _count_tokens(core: Any, num_tokens: Counter[str]) -> None:
-    """Counts, from now on, what each replica of an embedded engine generates."""
-    get = core.get_output
-
-    def counted() -> Any:
-        outputs = get()
-        num_tokens[str(outputs.engine_index)] += sum(len(one.new_token_ids) for one in outputs.outputs)
-        return outputs
-
-    core.get_output = counted
 
 
 def _served_tokens(url: str) -> Counter[str]:
@@ -263,6 +248,8 @@ def main() -> None:
     every = [*CASES, *SERVED]
     parser.add_argument("names", nargs="*", help=f"cases, all by default: {', '.join(every)}")
     names = parser.parse_args().names or every
+    if unknown := set(names) - set(every):
+        parser.error(f"no case named {', '.join(sorted(unknown))}")
     # Imported once, and each case forked: an engine leaves traces in its process.
     os.environ |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     for module in ("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"):
@@ -273,19 +260,20 @@ def main() -> None:
         make_tiny_adapter(folder / "adapter", make_tiny_teacher(folder / "teacher"))
         make_tiny_experts(folder / "experts")
         # Tokens are compared with those of the first three.
-        embedded = ["nothing", "greedy", "experts", *(one for one in names if one in CASES)]
+        embedded = dict.fromkeys(["nothing", "greedy", "experts", *(one for one in names if one in CASES)])
         for _, group in itertools.groupby(embedded, key=lambda case: (CASES[case][0], _kind(case))):
-            cases = list(dict.fromkeys(group))
-            found = _run(run_cases, folder, cases)
+            cases = list(group)
+            found = _run(folder, cases)
             for case in cases:
                 _show(case, found.get(case, found), plain)
         set_environment()
+        add_plugin(folder / "distributions")
         for case in (one for one in names if one in SERVED):
-            _show(case, run_served(folder, case), plain)
+            _show(case, _found(run_served, folder, case), plain)
 
 
-def _kind(case: str) -> tuple[bool, ...]:
-    return case.startswith("adapter"), "experts" in case, case in REPLICATED
+def _kind(case: str) -> tuple[Any, ...]:
+    return case.startswith("adapter"), "experts" in case, ENGINES.get(case)
 
 
 def _show(case: str, found: dict[str, Any], plain: dict[tuple[bool, float], list[list[int]]]) -> None:
@@ -296,14 +284,14 @@ def _show(case: str, found: dict[str, Any], plain: dict[tuple[bool, float], list
     verdict = "dense" if found["worst"] < TOLERANCE else f"OFF by {found['worst']:.3g}"
     first = plain.setdefault(("experts" in case, temperature), found["tokens"])
     same = "same tokens" if found["tokens"] == first else "other tokens"
-    replicas = f"tokens of replicas: {found['replicas']}" if found["replicas"] else ""
+    replicas = f"tokens by replica: {found['replicas']}" if "replicas" in found else ""
     print(f"{case:28} {verdict:16} {same:14} {found['reasons']} {found['failures'][:1]} {replicas}", flush=True)
 
 
-def _run(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+def _run(folder: Path, cases: Sequence[str]) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_inside, args=(there, work, *given))
+    process = context.Process(target=_inside, args=(folder, cases, there))
     process.start()
     there.close()
     try:
@@ -317,13 +305,16 @@ def _run(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
         process.join()
 
 
-def _inside(connection: Connection, work: Callable[..., dict[str, Any]], *given: Any) -> None:
+def _inside(folder: Path, cases: Sequence[str], connection: Connection) -> None:
     with contextlib.redirect_stdout(sys.stderr):
-        try:
-            found = work(*given)
-        except StillroomError as error:
-            found = {"refused": str(error)}
-    connection.send(found)
+        connection.send(_found(run_cases, folder, cases))
+
+
+def _found(run: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    try:
+        return run(*given)
+    except StillroomError as error:
+        return {"refused": str(error)}
 
 
 if __name__ == "__main__":

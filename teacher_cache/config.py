@@ -108,8 +108,8 @@ class ServerConfig(StrictModel):
     max_model_len: int | None = Field(default=None, ge=1)
     """Maximum tokens of prompt and completion together. None: the servers' own limit, which must then be the same."""
     max_in_flight: int = Field(default=256, ge=1)
-    """Concurrent chains per endpoint. Chains above its --max-num-seqs, times its --data-parallel-size, wait there, which
-    counts towards stall_s."""
+    """Concurrent chains per endpoint. Chains above its --max-num-seqs, times its --data-parallel-size, wait there,
+    which counts towards stall_s."""
     max_attempts: int = Field(default=5, ge=1)
     """Attempts per chain when endpoints break down while generating it; after that it is recorded as a failure. Busy
     responses (429, 503) do not count."""

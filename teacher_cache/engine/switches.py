@@ -15,10 +15,10 @@ from stillroom.log import note
 from stillroom.schema.records import stable_hash
 from teacher_cache.engine.vllm.fit import fields_of
 
-REPLICAS = (
-    "vLLM's embedded engine sends every chain to the first of its replicas: start more with --join or --on ray, "
-    "or serve them (vllm serve --data-parallel-size N) with engine.kind: server"
+INSTEAD_OF_REPLICAS = (
+    "start more with --join or --on ray, or serve them (vllm serve --data-parallel-size N) with engine.kind: server"
 )
+REPLICAS = f"vLLM's embedded engine gives the first replica every chain and never ends: {INSTEAD_OF_REPLICAS}"
 NO_EFFECT = "it would have no effect: "
 TEXT = NO_EFFECT + "text is decoded here, from all tokens"
 

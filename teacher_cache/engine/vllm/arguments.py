@@ -1,5 +1,6 @@
 """A configuration as vLLM's engine arguments, and vLLM's own configuration made of them."""
 
+import os
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from stillroom.errors import ConfigError
 from teacher_cache.config import CaptureConfig, EmbeddedConfig, TeacherConfig
 from teacher_cache.engine.adapter import MERGE, WEIGHTS
 from teacher_cache.engine.row_layout import Layout
-from teacher_cache.engine.switches import note_unknown
+from teacher_cache.engine.switches import INSTEAD_OF_REPLICAS, note_unknown
 from teacher_cache.engine.vllm.fit import ADAPTER, HOW_TO_FIT, misfit, source_folder
 from teacher_cache.engine.vllm.process import quiet_start, short
 
@@ -126,7 +127,10 @@ def scoring_args(config: EmbeddedConfig) -> dict[str, Any]:
 
 
 def new_config(arguments: Mapping[str, Any]) -> "VllmConfig":
-    """vLLM's own configuration. Raises its ValueError for arguments that it refuses."""
+    """vLLM's own configuration. Raises its ValueError for arguments that it refuses, ConfigError for VLLM_DP_SIZE."""
+    if (num_replicas := os.environ.get("VLLM_DP_SIZE", "1")) != "1":
+        # Each step would wait for all of them, also for a worker whose build has ended.
+        raise ConfigError(f"VLLM_DP_SIZE={num_replicas} ties workers together: unset it, and {INSTEAD_OF_REPLICAS}")
     from vllm.engine.arg_utils import EngineArgs
 
     vllm_config = EngineArgs(**arguments).create_engine_config()

@@ -15,6 +15,7 @@ from stillroom.schema.records import stable_hash
 from teacher_cache.building.run_manifest import run_id_of
 from teacher_cache.config import BuildConfig, ScoreConfig, ServerConfig, load_run_config
 from teacher_cache.engine import switches
+from teacher_cache.engine.vllm.arguments import new_config
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import sampling_of
 from tests.helpers import ROOT
@@ -42,7 +43,10 @@ def config_of(**blocks: Any) -> BuildConfig:
             "engine.vllm: max_model_len cannot be set here: use engine.max_mo",
         ),
         ({"engine": {"vllm": {"logprobs_mode": "x"}}}, "the stored distributions are the teacher's own"),
-        ({"engine": {"vllm": {"data_parallel_size": 2}}}, "start more with --join or --on ray, or serve them (vllm serve --data-parallel-size N)"),
+        (
+            {"engine": {"vllm": {"data_parallel_size": 2}}},
+            "start more with --join or --on ray, or serve them (vllm serve --data-parallel-size N)",
+        ),
         ({"engine": {"vllm": {"hf_token": "x"}}}, "set the environment variable HF_TOKEN"),
         ({"engine": {"vllm": {"_api_process_count": 1}}}, "it is internal"),
         ({"sampling": {"vllm": {"n": 2}}}, "sampling.vllm: n cannot be set here: use sampling.samples"),
@@ -65,6 +69,12 @@ def test_what_cannot_be_set_is_named_with_the_remedy(blocks: dict[str, Any], sai
     with pytest.raises(ConfigError) as error:
         validate_config({**RUN, **blocks}, BuildConfig, "c.yaml")
     assert said in str(error.value)
+
+
+def test_workers_that_would_wait_for_each_other_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")
+    with pytest.raises(ConfigError, match="VLLM_DP_SIZE=2 ties workers together: unset it, and start more with --join"):
+        new_config({})
 
 
 @pytest.mark.parametrize(
