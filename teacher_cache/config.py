@@ -517,6 +517,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), command: str | No
         raise ConfigError(f"{path} names existing completions, which are scored: teacher-cache score {path}")
     if command == "score" and "prompts" in data:
         raise ConfigError(f"{path} names prompts, for which chains are generated: teacher-cache build {path}")
+    if "student" in data and "teacher" not in data:
+        raise ConfigError(f"{path} configures a student: student-train run {path}")
     for override in overrides:
         apply_override(data, override)
     # With neither block the command decides which one is reported missing.

@@ -1,7 +1,8 @@
 """A training configuration: its run, the student, data, stages, engine and evaluation."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -124,6 +125,13 @@ class TrainConfig(StrictModel):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tensorboard: bool = False
     """Also write TensorBoard files (needs the package tensorboard)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_a_student(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "teacher" in data and "student" not in data:
+            raise ValueError("this configures a teacher: use teacher-cache build")
+        return data
 
     @model_validator(mode="after")
     def _prunes_a_trained_model(self) -> "TrainConfig":
