@@ -248,7 +248,7 @@ def test_two_sides_killed_again_and_again_do_every_piece_once(tmp_path: Path) ->
                     env={**os.environ, "PYTHONPATH": path},
                     stderr=subprocess.DEVNULL,
                 )
-        time.sleep(0.05 if num_kills >= 10 else random_kills.uniform(0.6, 1.4))
+        time.sleep(0.05 if num_kills >= 10 else random_kills.uniform(0.4, 1.0))
         if num_kills < 10:
             sides[random_kills.choice(list(sides))].send_signal(signal.SIGKILL)
             num_kills += 1

@@ -125,11 +125,11 @@ def test_an_endpoint_that_comes_back_as_the_other_kind_is_not_mixed_in(
     other = FakeServer(Behaviour(has_plugin=has_plugin, max_logprobs=30, delay_s=0.02))
     with first, other:
         engine = make_engine(first, other, capture=PLAIN, max_in_flight=2, give_up_minutes=1.0)
-        for request in make_requests(160):
+        for request in make_requests(100):
             engine.submit(request)
         outcomes = engine.step()
         other.stop()
-        while len(outcomes) < 40:
+        while len(outcomes) < 30:
             outcomes += engine.step()
         other.behaviour.has_plugin = not has_plugin
         num_seen = sum(map(is_work, other.behaviour.seen))
