@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stillroom.config import nearest_name
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.judging.answers import Verdict, decided, judge_exact, judge_math, reference_problem, shown, undecided
 from stillroom.judging.code_judge import judge_code
@@ -41,6 +40,9 @@ def check_kind(kind: str) -> None:
     if kind == "llm":
         raise ConfigError("judge llm needs a language model: pass its configuration with --llm FILE")
     if kind not in KINDS:
+        # With pydantic, three quarters of the time in which the process of the judges starts.
+        from stillroom.config import nearest_name
+
         raise ConfigError(f"judge {kind!r} is unknown{nearest_name(kind, KINDS)}")
 
 
