@@ -168,9 +168,13 @@ class StageRun:
         )
 
     def next_packs(self) -> list[Pack]:
-        """This rank's packs of the next global batch."""
+        """This rank's packs of the next global batch, at least one."""
         weights = self._stage.config.token_weights
         packs = [self._attached.to(next(self._stream)) for _ in range(self._stage.accumulation)]
+        if self._step + 1 == self._stage.num_steps:
+            # A stage's last batch may be short. All ranks leave out what follows the last pack that any of them learns.
+            num_learnt = max((number for number, pack in enumerate(packs, 1) if pack.num_loss_tokens), default=1)
+            packs = packs[: int(self.ranks.max([float(num_learnt)])[0])]
         return [apply_token_weights(pack, weights) for pack in packs]
 
     def weigh(self, packs: list[Pack]) -> tuple[float, FeatureView | None]:
