@@ -47,14 +47,15 @@ class Trainer:
     student: Path
     ranks: Ranks
     finished_runs: dict[str, TrainConfig]
+    pack_tokens: int = 128
 
     def config(self, name: str, /, *stages: Json, **blocks: Any) -> TrainConfig:
-        """7 steps of 4 packs in float32 at ZeRO 2, in the folder `name`; stages and blocks override."""
+        """7 steps of 512 tokens in float32 at ZeRO 2, in the folder `name`; stages and blocks override."""
         stage = {"learning_rate": 1e-2, "batch_tokens": 512, "epochs": 2}
         given: Json = {
             "run": str(self.folder / name),
             "student": {"model": str(self.student)},
-            "data": {"caches": [str(self.cache.root)], "where": "split = 'train'", "pack_tokens": 128},
+            "data": {"caches": [str(self.cache.root)], "where": "split = 'train'", "pack_tokens": self.pack_tokens},
             "stages": [{**stage, **one} for one in stages] or [stage],
             "engine": {"precision": "float32"},
             "checkpoint": {"every_steps": 3},

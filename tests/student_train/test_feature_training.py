@@ -68,7 +68,7 @@ def featured(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCache:
 
 @pytest.fixture
 def own(trainer: Trainer, featured: SyntheticCache) -> Trainer:
-    return dataclasses.replace(trainer, cache=featured)
+    return dataclasses.replace(trainer, cache=featured, pack_tokens=256)
 
 
 @pytest.fixture(scope="module")

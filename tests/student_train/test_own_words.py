@@ -152,7 +152,7 @@ OWN_WORDS = {
 }
 PREFERENCE = {
     "name": "preference",
-    "epochs": 1,
+    "max_steps": 2,
     "losses": {"dpo": 1.0, "cross_entropy": 0.1},
     "negatives": {"where": "split = 'train' and not correct"},
     "learning_rate": 3e-3,
@@ -187,7 +187,7 @@ def test_a_run_on_own_chains_and_wrong_ones_resumes_bit_for_bit(
 
 def test_two_ranks_resume_from_one(trainer: Trainer, own: SyntheticCache) -> None:
     """With the weights spread too (ZeRO 3), through a stage on single chains and one on pairs."""
-    preference = {**PREFERENCE, "max_steps": 2, "losses": {"dpo": 1.0, "cross_entropy": 0.1, "start_kl": 0.1}}
+    preference = {**PREFERENCE, "losses": {"dpo": 1.0, "cross_entropy": 0.1, "start_kl": 0.1}}
     blocks: Json = {"data": {"behaviour": [str(own.root)]}, "engine": {"zero_stage": 3}}
     whole = trainer.run(trainer.config("whole", OWN_WORDS, preference, **blocks))
     config = trainer.config("run", OWN_WORDS, preference, **blocks)
