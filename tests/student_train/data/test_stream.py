@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stillroom.errors import ConfigError, CorruptError
+from stillroom.schema.records import Int64
 from student_train.data.epoch_plan import LongChains, PlanSpec
 from student_train.data.freezing import CacheSource, SelectionRequest, freeze
 from student_train.data.pack import Pack
-from student_train.data.rows import read_rows
+from student_train.data.rows import RowBlock, read_rows
 from student_train.data.selection import Selection
 from student_train.data.stream import PackStream
 from tests.helpers.caches import Chain, SyntheticCache, make_cache
@@ -34,6 +36,22 @@ class Frozen:
     cache: SyntheticCache
     selection: Selection
     chain_R: list[Chain]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _decode_once() -> Iterator[None]:
+    """Hundreds of streams read the same rows."""
+    blocks: dict[Any, RowBlock] = {}
+
+    def read_kept(selection: Selection, group: int, rows_R: Int64, *, with_signals: bool, **options: Any) -> RowBlock:
+        key = (selection.header.hash, selection.path_of(group), group, rows_R.tobytes(), with_signals)
+        if key not in blocks:
+            blocks[key] = read_rows(selection, group, rows_R, with_signals=with_signals, **options)
+        return blocks[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("student_train.data.stream.read_rows", read_kept)
+        yield
 
 
 @pytest.fixture(scope="module")
