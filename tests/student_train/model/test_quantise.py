@@ -1,6 +1,5 @@
 """Training for a quantised export: the rounding is that of the library which writes it."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from student_train.model.quantise import QuantisedLinear, quantise_layers
 from student_train.runtime.checkpoint import find_state, latest_state
 from student_train.runtime.run_folder import RunFolder
 from tests.helpers.training import IGNORE_LIBRARY_WARNINGS, Trainer, losses_of
-
-
-@pytest.fixture
-def trainer(trainer: Trainer) -> Trainer:
-    """Steps of two packs: a tiny model takes its time by the pack."""
-    return dataclasses.replace(trainer, pack_tokens=256)
-
 
 W8A8, W4A16 = QuantiseConfig(format="w8a8"), QuantiseConfig(format="w4a16")
 
