@@ -103,7 +103,10 @@ def tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     paths = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{index} is damaged: copy it again ({type(error).__name__}: {error})") from error
         # Files that the index names and the folder lacks are opened too: that is what reports them.
         paths += [path for part in sorted(parts) if (path := folder / part) not in paths]
     for path in paths:

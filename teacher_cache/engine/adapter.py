@@ -27,9 +27,9 @@ MATRIX = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B)\.we
 
 @naming("teacher.adapter")
 def identify_adapter(path: str, model: str, tokenizer: Any) -> str:
-    """The adapter's fingerprint. Raises DataError for a folder that is no LoRA adapter by peft, that adds tokens, that
-    has more than LoRA matrices, or that does not belong to the model in folder `model`. Without weights there, as for
-    hub ids, the last is not checked.
+    """The adapter's fingerprint. Raises DataError for a folder that is not a LoRA adapter by peft, adds tokens, has
+    more than LoRA matrices, or does not belong to the model in folder `model`. Without weights there, as for hub ids,
+    the last is not checked.
     """
     folder = Path(path)
     _require_lora(folder)
@@ -75,7 +75,7 @@ def _require_same_tokens(folder: Path, tokenizer: Any) -> None:
             raise DataError(f"{folder} adds {tokens} to the model's vocabulary, such as {other[0]!r}: {MERGE}")
     files = fingerprints_from_files(str(folder))
     if files is not None and files[1] != fingerprint_template(tokenizer):
-        warn(f"{folder} has another chat template than teacher.model, whose is used")
+        warn(f"the chat template in {folder} differs from that of teacher.model, which is used")
 
 
 def _require_modules(path: str, shapes: Mapping[str, Sequence[int]], model: Path) -> None:
@@ -86,6 +86,8 @@ def _require_modules(path: str, shapes: Mapping[str, Sequence[int]], model: Path
         # Whoever loads the model says so.
         return
     matrices = {name: match for name in shapes if (match := MATRIX.match(name)) is not None}
+    if flat := sorted(name for name in matrices if len(shapes[name]) != 2):
+        raise DataError(f"{path} is damaged: {flat[0]} is not a matrix: save the adapter again")
     known = {name for name, match in matrices.items() if f"{match['module']}.weight" in weights}
     if not known:
         # The names in the files differ, as those of quantised models do.

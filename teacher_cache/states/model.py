@@ -87,10 +87,10 @@ def final_norm(decoder: "nn.Module") -> "nn.Module | None":
 def load_outer(teacher: Teacher, trust_remote_code: bool) -> "tuple[nn.Module, nn.Module, dict[str, Any]]":
     """Head and final norm alone, in float32 for the norm, without loading the model; and the text config.
 
-    Raises DataError if the weights are not safetensors, ConfigError for a model without a final norm.
+    Raises DataError if the weights are not whole safetensors files, ConfigError for a model without a final norm.
     """
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision, trust_remote_code=trust_remote_code)
@@ -103,17 +103,20 @@ def load_outer(teacher: Teacher, trust_remote_code: bool) -> "tuple[nn.Module, n
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     weights: dict[str, dict[str, torch.Tensor]] = {name: {} for name in prefixes}
     for path in _safetensors_of(teacher):
-        with safe_open(str(path), "pt") as file:
-            # Not a dictionary, although it looks like one: only keys() iterates.
-            for key in file.keys():  # noqa: SIM118
-                module, _, name = key.rpartition(".")
-                if module in weights:
-                    weights[module][name] = file.get_tensor(key)
-                # A tied head has no tensor of its own.
-                elif module == embedding and config.get_text_config().tie_word_embeddings:
-                    for own, found in prefixes.items():
-                        if found is head:
-                            weights[own].setdefault(name, file.get_tensor(key))
+        try:
+            with safe_open(str(path), "pt") as file:
+                # Not a dictionary, although it looks like one: only keys() iterates.
+                for key in file.keys():  # noqa: SIM118
+                    module, _, name = key.rpartition(".")
+                    if module in weights:
+                        weights[module][name] = file.get_tensor(key)
+                    # A tied head has no tensor of its own.
+                    elif module == embedding and config.get_text_config().tie_word_embeddings:
+                        for own, found in prefixes.items():
+                            if found is head:
+                                weights[own].setdefault(name, file.get_tensor(key))
+        except SafetensorError as error:
+            raise DataError(f"{path} is damaged or cut short: copy it again ({one_line(error)})") from error
     for name, module in prefixes.items():
         missing = {key for key, _ in module.named_parameters()} - weights[name].keys()
         if missing:

@@ -60,6 +60,11 @@ def identified(model: Path, adapter: Path | None) -> IdentifiedTeacher:
         ({}, {"peft_type": "IA3"}, r"adapter of another kind \(peft_type IA3\) than LORA: merge the adapter"),
         ({"base_model.model.lm_head.weight": np.ones(4, np.float32)}, {}, r"more than LoRA matrices \(base_model"),
         (matrices() | matrices("model.layers.7.mlp.up_proj"), {}, r"to another model: .* has no model.layers.7$"),
+        (
+            matrices() | {f"base_model.model.{MODULE}.lora_A.weight": np.ones(4, np.float32)},
+            {},
+            "A.weight is not a matrix",
+        ),
         (matrices(width=6), {}, r"q_proj.lora_A.weight has 6 channels, and the weights in .* have 8 × 8$"),
     ],
 )
@@ -79,6 +84,10 @@ def test_a_folder_without_an_adapter_and_one_that_adds_tokens_are_refused(tmp_pa
     assert identified(model, adapter).record.adapter_fingerprint
     save(byte_level(), adapter, ("<think>", "</think>", "<tool>"))
     with pytest.raises(DataError, match=r"adds 1 token to the model's vocabulary, such as '<tool>': merge"):
+        identified(model, adapter)
+    header = b'{"base_model.model.x.lora_A.weight":{"dtype":"F32","data_offsets":[0,0]}}'
+    (adapter / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DataError, match=r"^teacher.adapter: .* offsets of 'base_model.model.x.lora_A.weight' do not"):
         identified(model, adapter)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(DataError, match=r"holds no adapter_model.safetensors: save the adapter"):
