@@ -92,6 +92,7 @@ def test_the_configurations_of_a_round_lead_from_one_to_the_next(tmp_path: Path)
     [
         ("each round sets cache itself", {"generate": {"cache": "c"}}),
         (r"each round sets student\.model itself", {"train": {"student": {"model": "m"}}}),
+        (r"teacher\.adapter is not part of the student that trains", {"generate": {"teacher": {"adapter": "a"}}}),
         (r"student must be a mapping of keys to values \(got 'm'\)", {"train": {"student": "m"}}),
         ("sampling must be a mapping", {"generate": {"sampling": "r1"}}),
     ],
@@ -101,7 +102,7 @@ def test_what_a_round_would_overwrite_is_refused(tmp_path: Path, message: str, b
         make_config(tmp_path, **block)
 
 
-def test_a_seed_that_is_no_number_is_left_for_the_build_to_refuse(tmp_path: Path) -> None:
+def test_a_seed_that_is_not_a_number_is_left_for_the_build_to_refuse(tmp_path: Path) -> None:
     config = make_config(tmp_path, generate={"sampling": {"seed": "five"}})
     assert generate_config(config, 2)["sampling"]["seed"] == "five"
 

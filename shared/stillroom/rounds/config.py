@@ -75,6 +75,11 @@ class RoundsConfig(StrictModel):
         for key in FILLED[info.field_name]:
             if _get(value, key) is not None:
                 raise ValueError(f"each round sets {key} itself: remove it")
+        if info.field_name == "generate" and _get(value, "teacher.adapter") is not None:
+            # It would be applied to every round's student, and no round trains that model.
+            raise ValueError(
+                "teacher.adapter is not part of the student that trains: merge it and name that in student"
+            )
         for key in BLOCKS[info.field_name]:
             if not isinstance(value.get(key), Mapping | None):
                 raise ValueError(f"{key} must be a mapping of keys to values (got {value[key]!r})")
