@@ -2,8 +2,9 @@
 
 In: requests. Out: chains in the tokens of `teacher.model`. With `signals: top_logprobs` every token of an answer and
 every candidate must be one token of that tokenizer, byte for byte, or the chain is a failure; the token that ends the
-turn, which APIs do not report, is stored as certain. With `signals: none` the text is tokenised here and each token is
-its own only candidate: such a cache holds no distributions, its manifest says so, and trainers take it as text alone.
+turn, which APIs do not report, is stored as certain, unless a `stop` string may have ended it. With `signals: none` the
+text is tokenised here and each token is its own only candidate: such a cache holds no distributions, its manifest says
+so, and trainers take it as text alone.
 
 An answer's reasoning (`reasoning_content`, or `reasoning`) becomes the chain's reasoning between the usual markers.
 
@@ -80,6 +81,8 @@ class Answer:
     text: str
     reasoning: str | None
     finish_reason: str
+    is_ended: bool
+    """Whether the model ended its turn, as far as the API says."""
     logprobs: Sequence[Json] | None
 
 
@@ -313,6 +316,7 @@ class OpenAIChat:
         self._marks = reasoning
         self._start_id, _ = reasoning_ids(teacher.tokenizer, reasoning.start, reasoning.end)
         self._end_id = end_id_of(teacher.tokenizer, template_kwargs)
+        self._has_stops = any(value for name, value in config.parameters.items() if name.startswith("stop"))
         self._ids: dict[bytes, int] = {}
         if config.signals == "top_logprobs":
             table = vocabulary_of(teacher.tokenizer).bytes_by_id()
@@ -343,7 +347,7 @@ class OpenAIChat:
             self._require_model(answer)
             if (failed := failed_choice(_choice_of(answer))) is not None:
                 raise failed
-            read = _read(_choice_of(answer))
+            read = self._read(_choice_of(answer))
             if self._config.signals == "top_logprobs":
                 capture = self._with_logprobs(read)
             else:
@@ -360,6 +364,20 @@ class OpenAIChat:
             return request.failure("engine_error", f"the answer is empty (finish_reason {read.finish_reason!r})")
         return Finished(_with_usage(request, answer), capture, read.finish_reason)
 
+    def _read(self, choice: Json) -> Answer:
+        message, reason = choice["message"], choice["finish_reason"]
+        if reason not in FINISHES:
+            raise Unusable(f"ended the answer with {reason!r}")
+        if message.get("refusal"):
+            raise Unusable("declines to answer")
+        texts, thoughts = _parts_of(message.get("content") or "")
+        thoughts = next((message[key] for key in REASONING_KEYS if message.get(key)), None) or thoughts
+        finish = FINISHES[reason]
+        # `stop` is also the reason of a stop string. Which one it was, vLLM says in stop_reason, and most APIs nowhere.
+        is_ended = finish == "stop" and (not self._has_stops or choice.get("stop_reason", "") in (None, self._end_id))
+        logprobs = choice.get("logprobs")
+        return Answer(texts, thoughts, finish, is_ended, None if logprobs is None else logprobs.get("content"))
+
     def _require_model(self, answer: Json) -> None:
         model, wanted = str(answer.get("model") or self._config.model), self._config.model
         # APIs answer with the dated version of a name: gpt-4o-2024-08-06 for gpt-4o.
@@ -373,10 +391,10 @@ class OpenAIChat:
             # Many templates open the reasoning in the prompt.
             opened = self._start_id is not None and self._start_id in request.prompt_token_ids
             # A chain that was cut in its reasoning has not ended it.
-            closing = f"\n{end}\n\n" if text or read.finish_reason == "stop" else ""
+            closing = f"\n{end}\n\n" if text or read.is_ended else ""
             text = f"{'' if opened else start}\n{read.reasoning.strip()}{closing}{text}"
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        if ids and read.finish_reason == "stop" and self._end_id is not None:
+        if ids and read.is_ended and self._end_id is not None:
             ids.append(self._end_id)
         certain_T = np.zeros(len(ids), np.float32)
         ids_T = np.array(ids, np.int32)
@@ -397,7 +415,7 @@ class OpenAIChat:
                 )
             if REPLACEMENT in _bytes_of(entry):
                 raise Unusable("gives parts of characters without their bytes: set engine.signals: none")
-            is_end = not _bytes_of(entry) and entry is read.logprobs[-1] and read.finish_reason == "stop"
+            is_end = not _bytes_of(entry) and entry is read.logprobs[-1] and read.is_ended
             own = self._end_id if is_end and self._end_id is not None else self._id_of(entry)
             # Left out, so that their mass is in the tail: parts of a character that come without their bytes, and
             # special tokens, which vLLM's server writes as nothing.
@@ -417,7 +435,7 @@ class OpenAIChat:
             top_ids.append([*row])
             top_logprobs.append([*row.values()])
         _require_whole(read)
-        if read.finish_reason == "stop" and self._end_id is not None and ids and ids[-1] != self._end_id:
+        if read.is_ended and self._end_id is not None and ids and ids[-1] != self._end_id:
             ids.append(self._end_id)
             logprobs.append(0.0)
             ranks.append(1)
@@ -459,18 +477,6 @@ def _choice_of(answer: Json) -> Json:
         raise Unusable("does not answer like an OpenAI-compatible API (no choices)")
     choice: Json = choices[0]
     return choice
-
-
-def _read(choice: Json) -> Answer:
-    message, reason = choice["message"], choice["finish_reason"]
-    if reason not in FINISHES:
-        raise Unusable(f"ended the answer with {reason!r}")
-    if message.get("refusal"):
-        raise Unusable("declines to answer")
-    texts, thoughts = _parts_of(message.get("content") or "")
-    thoughts = next((message[key] for key in REASONING_KEYS if message.get(key)), None) or thoughts
-    logprobs = choice.get("logprobs")
-    return Answer(texts, thoughts, FINISHES[reason], None if logprobs is None else logprobs.get("content"))
 
 
 def _parts_of(content: str | Sequence[Json]) -> tuple[str, str | None]:

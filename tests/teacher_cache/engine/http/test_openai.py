@@ -147,6 +147,17 @@ def test_a_chain_that_was_cut_in_its_reasoning_has_not_ended_it(
     assert (row["reasoning"], row["answer"], row["reasoning_end"]) == ("2 and 3 make", None, None)
 
 
+@pytest.mark.parametrize("signals", ["none", "top_logprobs"])
+def test_a_stop_string_is_not_the_end_of_a_turn(model: Path, server: FakeServer, tmp_path: Path, signals: str) -> None:
+    end_id = AutoTokenizer.from_pretrained(model).eos_token_id
+    reasons = {"0": {}, "1": {"stop_reason": "5."}, "2": {"stop_reason": None}, "3": {"stop_reason": end_id}}
+    server.behaviour.chat = lambda message: with_logprobs(model) | reasons.get(message[-1], {})
+    config = config_of(model, server, tmp_path / "c", {"max_support": K}, signals=signals, parameters={"stop": ["5."]})
+    build_cache(config, WHOLE, retry_failures=False)
+    ended = {row["messages"][0]["content"][-1]: row["token_ids"][-1] == end_id for row in rows_of(tmp_path / "c")}
+    assert ended == {"0": False, "1": False, "2": True, "3": True}
+
+
 def test_other_parameters_or_signals_are_other_chains(model: Path, server: FakeServer, tmp_path: Path) -> None:
     for effort in ("low", "high"):
         config = config_of(model, server, tmp_path / "c", {}, signals="none", parameters={"reasoning_effort": effort})
@@ -415,7 +426,7 @@ def test_costs_are_those_of_the_tokens_that_the_api_counted(model: Path, server:
     )
 
 
-def test_an_outage_is_no_fault_of_the_chains(
+def test_an_outage_is_not_the_fault_of_the_chains(
     model: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("teacher_cache.engine.http.openai.pause_s", lambda *_: 0.01)
