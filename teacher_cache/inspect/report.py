@@ -352,7 +352,7 @@ def _cost(stats: CacheStats) -> list[Piece]:
         Number(
             "worker time so far",
             format_span(busy_s),
-            f"of {format_plural(stats.usage.num_workers, 'worker')}, without pauses",
+            f"of {format_plural(stats.usage.num_workers, 'worker')}; loading and long pauses excluded",
         ),
         Number("a worker's rate", f"{rate:,.0f} tok/s", "completion tokens"),
         Number("time for a million more tokens", format_span(1e6 / rate), "with one worker at this rate"),

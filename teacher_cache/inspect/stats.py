@@ -248,7 +248,7 @@ def stats_text(stats: CacheStats) -> str:
     if stats.usage.worker_seconds >= 1:
         named = f" ({', '.join(map(one_line, stats.usage.devices))})" if stats.usage.devices else ""
         took, workers = format_duration(stats.usage.worker_seconds), format_plural(stats.usage.num_workers, "worker")
-        lines.append(f"{took} of {workers}{named}, without pauses")
+        lines.append(f"worker time {took}, {workers}{named}; loading and pauses over {PAUSE_S // 60} minutes excluded")
     if stats.cost is not None:
         each = stats.cost.per_right_answer
         right = "" if each is None else f", {format_price(each)} per right answer"
@@ -266,8 +266,10 @@ def stats_text(stats: CacheStats) -> str:
         lines.append(f"features {name}: {chains}, {counts.num_tokens:,} tokens, {size} ({per_token:.1f} B/token)")
     if stats.workers:
         rate = sum(one.tokens_per_s for one in stats.workers)
-        named = ", ".join(f"{one.worker} on {one.host} {one.tokens_per_s:.0f}" for one in stats.workers)
-        lines.append(f"{format_plural(len(stats.workers), 'worker')} at {rate:.0f} tok/s: {one_line(named)}")
+        named = ", ".join(f"{one.worker} on {one.host} {one.tokens_per_s:.0f} tok/s" for one in stats.workers)
+        lines.append(
+            f"building now: {format_plural(len(stats.workers), 'worker')}, {rate:.0f} tok/s ({one_line(named)})"
+        )
     lines.append(
         f"versions: chains {stats.chains_version}, verdicts {stats.verdicts_version}, failures {stats.failures_version}"
     )

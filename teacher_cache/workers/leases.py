@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stillroom.errors import DataError, StillroomError, one_line
 from stillroom.log import warn
-from stillroom.storage.paths import Location, create_file, matching, modified, write_text_atomic
+from stillroom.storage.paths import Location, create_file, file_clock_s, matching, modified, write_text_atomic
 
 HEARTBEAT_S = 15.0
 EXPIRY_S = 60.0
@@ -265,8 +265,17 @@ class Leases:
 
 
 def workers_of(cache: Location) -> list[WorkerState]:
-    """Living workers of all runs, by this machine's clock. Writes nothing."""
-    return [one for folder in matching(cache / "runs", "*.leases") for one in living_workers(folder, time.time())]
+    """Living workers of all runs. Writes nothing but a probe of the storage's clock, beside heartbeats."""
+    folders = [one for one in matching(cache / "runs", "*.leases") if matching(one, "*.json")]
+    return [worker for folder in folders for worker in living_workers(folder, _now_s(folder))]
+
+
+def _now_s(folder: Location) -> float:
+    """By the storage's clock, or by this machine's where this user may only read."""
+    try:
+        return file_clock_s(folder)
+    except (OSError, StillroomError):
+        return time.time()
 
 
 def living_workers(folder: Location, now_s: float) -> list[WorkerState]:

@@ -39,7 +39,7 @@ def test_counts_and_bytes_are_those_of_rows_and_files(tmp_path: Path, codec: str
     assert f"{stats.bytes_per_token:.1f} B/token" in text
 
 
-def test_a_field_that_rows_call_scrubbed_is_no_count(tmp_path: Path) -> None:
+def test_a_field_that_rows_call_scrubbed_is_not_a_count(tmp_path: Path) -> None:
     config, values = make_config(tmp_path / "c"), (True, {"phone": 2, "by": "us"}, "no")
     requests = [
         replace(one, prompt=replace(one.prompt, metadata={"scrubbed": value}))
@@ -104,4 +104,5 @@ def test_worker_time_has_a_price(tmp_path: Path) -> None:
     half_hour = Usage(worker_seconds=1800, num_workers=1, devices=["H200"])
     found = _cost(half_hour, {"num_tokens": 1000, "num_judged": 20, "pass_rate": 0.5}, 2.0)
     assert (found.cost, found.per_million_tokens, found.per_right_answer) == (1.0, 1000.0, 0.1)
-    assert "30:00 of 1 worker (H200), without pauses" in stats_text(stats.model_copy(update={"usage": half_hour}))
+    text = stats_text(stats.model_copy(update={"usage": half_hour}))
+    assert "worker time 30:00, 1 worker (H200); loading and pauses over 10 minutes excluded" in text
