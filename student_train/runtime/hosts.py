@@ -1,10 +1,11 @@
 """`run --hosts`: which hosts a run has, and an agent on each of them that starts its ranks.
 
-A FILE has lines `HOST slots=N`, as DeepSpeed's: this program starts an agent on each through ssh, forwards signals to
-it and takes its exit code. Under SLURM every task of `srun --ntasks-per-node 1` is the agent of its node. Agents run
-`student-train run` like `--nproc`, with the same exit codes and messages.
+A FILE has lines `HOST slots=N`, as DeepSpeed's: this program starts an agent on each, through ssh unless it is this
+machine, forwards signals to it and takes its exit code. Under SLURM every task of `srun --ntasks-per-node 1` is the
+agent of its node. Agents run `student-train run` like `--nproc`, with the same exit codes and messages.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,12 +30,14 @@ from student_train.runtime.launching import GRACE_S, POLL_S, find_cause, launch
 from student_train.runtime.peers import LEAVE_S, Meeting, meet
 
 MEETING_VARIABLE = "STUDENT_TRAIN_MEETING"
-"""In agents that ssh starts: their Meeting, as JSON."""
+"""In the agents of a FILE's hosts: their Meeting, as JSON."""
 FIRST_PORT, NUM_PORTS = 29400, 1000
 EXPORTED = ("NCCL_", "UCX_", "GLOO_", "PYTHON", "OMP_", "DS_", "TORCH", "HF_HOME", "LD_LIBRARY_PATH", "MASTER_PORT")
 """Beginnings of variables that ssh would not take along. No credentials: command lines are visible to all."""
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15")
 SSH_FAILED = 255
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names by which only a machine itself is reached."""
 STDIN = 0
 _LINE = re.compile(r"^(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d*)$")
 
@@ -73,11 +77,15 @@ def read_hosts(path: Path) -> list[Host]:
 def run_on_hosts(path: Path, program: Sequence[str]) -> int:
     """Runs `python PROGRAM` on all hosts of a file, each to call `be_agent`; returns the exit code.
 
-    Raises DataError for a wrong file, ConfigError without ssh.
+    Raises DataError for a wrong file, ConfigError without ssh, which this machine alone does not need.
     """
     hosts = read_hosts(path)
-    if shutil.which(SSH[0]) is None:
-        raise ConfigError("--hosts FILE starts the ranks through ssh, which is not installed: install it, or use slurm")
+    here = {host.name for host in hosts if _is_here(host.name)}
+    if len(hosts) == 1 and here:
+        return launch(hosts[0].slots, [sys.executable, *program])
+    # Of USER@HOST, which ssh understands, the others can reach HOST.
+    first = hosts[0].name.rpartition("@")[2]
+    _require_ways(path, first, [host.name for host in hosts if host.name not in here])
     run_id = secrets.token_hex(8)
     agents: list[subprocess.Popen[bytes]] = []
     was_asked = False
@@ -91,13 +99,8 @@ def run_on_hosts(path: Path, program: Sequence[str]) -> int:
     handlers = {one: signal.signal(one, forward) for one in SIGNALS}
     try:
         for index, host in enumerate(hosts):
-            # Of USER@HOST, which ssh understands, the others can reach HOST.
-            first = hosts[0].name.rpartition("@")[2]
             meeting = Meeting(run_id, first, _port_of(run_id), len(hosts), index, host.slots)
-            command = [*SSH, host.name, _remote_command(meeting, program)]
-            # A session of its own: Ctrl-C reaches the agent as a line, not by the end of its connection. Unbuffered: a
-            # second signal may come while the first one's handler writes.
-            agents.append(subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, start_new_session=True))
+            agents.append(_start_agent(meeting, None if host.name in here else host.name, program))
         codes = _wait(agents)
     finally:
         for agent in agents:
@@ -149,6 +152,24 @@ def be_agent(meeting: Meeting, command: Sequence[str], *, by_ssh: bool) -> int:
         return launch(meeting.num_ranks, command, meet(meeting))
 
 
+def _require_ways(path: Path, first: str, others: Sequence[str]) -> None:
+    """Raises ConfigError if the other hosts cannot be reached without ssh, DataError if they cannot reach the first."""
+    if others and shutil.which(SSH[0]) is None:
+        raise ConfigError("--hosts FILE starts the ranks through ssh, which is not installed: install it, or use slurm")
+    remote = [name for name in others if name.rpartition("@")[2] not in LOOPBACK]
+    if remote and first in LOOPBACK:
+        raise DataError(f"{path}: {remote[0]} cannot reach {first}, the first host: write the name that all hosts know")
+
+
+def _start_agent(meeting: Meeting, host: str | None, program: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Through ssh; None is this machine."""
+    command = [sys.executable, *program] if host is None else [*SSH, host, _remote_command(meeting, program)]
+    environ = {**os.environ, MEETING_VARIABLE: json.dumps(asdict(meeting))}
+    # A session of its own: Ctrl-C reaches the agent as a line, not by the end of its connection. Unbuffered: a second
+    # signal may come while the first one's handler writes.
+    return subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, start_new_session=True, env=environ)
+
+
 def _wait(agents: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
     """Exit codes by host, in the order in which agents ended; without those that a failure leaves hanging."""
     codes: dict[int, int] = {}
@@ -181,6 +202,23 @@ def _obey_launcher() -> None:
         for line in said.split():
             os.kill(os.getpid(), int(line))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name is this machine's, and no other user's on it."""
+    if "@" in name or name in (*LOOPBACK, socket.gethostname()):
+        return "@" not in name
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        # A name that ssh alone knows, or no name at all.
+        return False
+    for family, *_, address in found:
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            # Only addresses of this machine can be bound.
+            probe.bind(address)
+            return True
+    return False
 
 
 def _remote_command(meeting: Meeting, program: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
-"""Runs on several hosts: what names them, and two hosts on this machine, reached by an ssh that is a shell."""
+"""Runs on several hosts: what names them, and two on this machine, one of them reached by an ssh that is a shell."""
 
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def test_damage_that_a_rank_of_another_host_meets_ends_the_run_with_its_code(
     ssh, hosts = tmp_path / "ssh", tmp_path / "hosts"
     ssh.write_text(SSH)
     ssh.chmod(0o755)
-    hosts.write_text("# two names of this machine\nlocalhost slots=1\n127.0.0.1  slots=1\n")
+    hosts.write_text("# two names of this machine\nme@localhost slots=1\n127.0.0.1  slots=1\n")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     code, _, said = Program(["tests.helpers.rank_program", "damage", str(hosts)]).communicate()
@@ -46,6 +47,22 @@ def test_damage_that_a_rank_of_another_host_meets_ends_the_run_with_its_code(
     assert "rank 0 is there" in said
     assert "rank 1 of 2, on " in said
     assert f"  student-train: {MESSAGE}" in said
+
+
+def test_this_machine_alone_needs_no_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=OSError("no such name")))
+    hosts, ranks = tmp_path / "hosts", tmp_path / "rank-"
+    program = ["-c", f"import os; open({str(ranks)!r} + os.environ['RANK'], 'x')"]
+    for name in ("localhost", socket.gethostname()):
+        hosts.write_text(f"{name} slots=2\n")
+        assert run_on_hosts(hosts, program) == 0
+        for rank in (0, 1):
+            Path(f"{ranks}{rank}").unlink()
+    (tmp_path / "ssh").touch(0o755)
+    hosts.write_text("localhost slots=2\ngpu-7.invalid slots=2\n")
+    with pytest.raises(DataError, match=r"gpu-7\.invalid cannot reach localhost, the first host: write the name"):
+        run_on_hosts(hosts, program)
 
 
 def test_hosts_meet_at_the_first_one_without_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
