@@ -21,7 +21,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: `writer` is a script of `workers/`, `precision` what it is told, `library` what a model card names."""
+    """A format: `writer` is a script of `workers/`, `precision` its argument, `library` what a model card names."""
 
     writer: str
     environment: str

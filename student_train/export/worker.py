@@ -28,13 +28,14 @@ NOTE_EVERY_S = 10.0
 
 
 class Worker:
-    """A running script, as a context manager. Requests raise StillroomError with what the script answered."""
+    """A running script, as a context manager. Requests raise StillroomError with what the script answered. Messages
+    begin with what it is `doing`.
+    """
 
     def __init__(
         self, script: str, environment: str, threads: int | None = None, temp_folder: str | None = None
     ) -> None:
         """`temp_folder` takes its temporary files, which a process that is killed leaves behind."""
-        self._script = script
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed on exit
         # Warnings of foreign tools are theirs; their progress bars would hide ours.
         environ = {**os.environ, "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -78,7 +79,7 @@ class Worker:
         self._answers.close()
         self._log.close()
 
-    def ask(self, op: str, **fields: Any) -> Any:
+    def ask(self, op: str, doing: str, **fields: Any) -> Any:
         """The answer to one request."""
         assert self._process.stdin is not None
         try:
@@ -86,16 +87,16 @@ class Worker:
             self._process.stdin.flush()
             started_s = time.monotonic()
             while not select.select([self._answers], [], [], NOTE_EVERY_S)[0]:
-                note(f"{self._script} {op}: {format_duration(time.monotonic() - started_s)} so far")
+                note(f"{doing}: {format_duration(time.monotonic() - started_s)} so far")
             line = self._answers.readline()
         except BrokenPipeError:
             line = ""
         # A line without its end was cut off when the process ended.
         if not line.endswith("\n"):
-            raise StillroomError(f"{self._script}: ended during {op}: {self._last_line()}")
+            raise StillroomError(f"{doing}: its process ended: {self._last_line()}")
         answer: Json = json.loads(line)
         if "error" in answer:
-            raise StillroomError(f"{self._script}: {op} failed: {answer['error']}")
+            raise StillroomError(f"{doing} failed: {answer['error']}")
         return answer["ok"]
 
     def peak_memory_bytes(self) -> int | None:
@@ -123,7 +124,8 @@ class RuntimeWorker(Worker):
         self.runtime, self.folder = runtime, folder
         super().__init__(RUNTIMES[runtime].script, RUNTIMES[runtime].environment, threads)
         try:
-            loaded = self.ask("load", folder=str(folder.absolute()), threads=threads, is_quick=is_quick)
+            doing = f"loading the model in {runtime}"
+            loaded = self.ask("load", doing, folder=str(folder.absolute()), threads=threads, is_quick=is_quick)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -133,16 +135,18 @@ class RuntimeWorker(Worker):
     def scores(self, ids: Sequence[int], positions: Sequence[int]) -> "Scores":
         """Predictions after each position."""
         with tempfile.TemporaryDirectory(prefix="student-train-scores-") as temp:
-            paths = self.ask("scores", ids=list(ids), positions=list(positions), out=f"{temp}/scores")
+            doing = f"scoring chains in {self.runtime}"
+            paths = self.ask("scores", doing, ids=list(ids), positions=list(positions), out=f"{temp}/scores")
             arrays = {name: np.load(path) for name, path in paths.items()}
         found = Scores(arrays.get("logits"), arrays.get("ids"), arrays.get("logprobs"))
         if found.num_rows != len(positions):
-            raise StillroomError(f"{self._script} gave {found.num_rows} rows for {len(positions)} positions")
+            raise StillroomError(f"{self.runtime} gave {found.num_rows} rows for {len(positions)} positions")
         return found
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new: int) -> tuple[float, list[list[int]]]:
         """Seconds and tokens: greedy, not ended by an end of sequence."""
-        answer = self.ask("generate", prompts=[list(ids) for ids in prompts], num_new=num_new)
+        doing = f"generating in {self.runtime}"
+        answer = self.ask("generate", doing, prompts=[list(ids) for ids in prompts], num_new=num_new)
         return answer["seconds"], answer["tokens"]
 
 

@@ -187,6 +187,7 @@ def _write(source: Source, out: Path, made: Format) -> dict[str, str]:
             chains.write_text(json.dumps([chain.ids for chain in source.calibration]), encoding="utf-8")
         versions: dict[str, str] = writer.ask(
             "write",
+            f"writing {made.label}",
             folder=str(source.folder.absolute()),
             out=str(out.absolute()),
             precision=made.precision,

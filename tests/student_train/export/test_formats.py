@@ -134,15 +134,17 @@ def test_another_student_is_refused_unless_allowed(
 def test_failures_of_tools_are_one_line_and_leave_nothing(
     fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path
 ) -> None:
-    with pytest.raises(StillroomError, match=r"write_compressed: write failed: ValueError: no kernel for it$"):
+    with pytest.raises(
+        StillroomError, match=r"^writing compressed-tensors, 8-bit.* failed: ValueError: no kernel for it$"
+    ):
         export_folder(student, [cache.root], None, tmp_path / "out", "gptq", Check(max_chains=4))
     (fakes / "run_vllm.py").write_text("raise SystemExit('no module named vllm')")
-    with pytest.raises(StillroomError, match="run_vllm: ended during load: no module named vllm"):
+    with pytest.raises(StillroomError, match=r"^loading the model in vllm: its process ended: no module named vllm"):
         export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
     (fakes / "run_vllm.py").write_text(
         "import os; print('loading', file=__import__('sys').stderr); os.kill(os.getpid(), 9)"
     )
-    with pytest.raises(StillroomError, match="ended during load: killed by SIGKILL: it may need more memory"):
+    with pytest.raises(StillroomError, match="its process ended: killed by SIGKILL: it may need more memory"):
         export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
     assert [path.name for path in tmp_path.iterdir()] == ["workers"]
 
@@ -190,7 +192,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     (fakes / "write_compressed.py").write_text(
         WRITER.replace("shutil.copy(Path", "raise OSError(28, 'No space left on device')\n    shutil.copy(Path")
     )
-    with pytest.raises(StillroomError, match=r"write failed: OSError: \[Errno 28\] No space left on device$"):
+    with pytest.raises(StillroomError, match=r"failed: OSError: \[Errno 28\] No space left on device$"):
         export_folder(student, [cache.root], None, tmp_path / "out", "w8a8", Check(max_chains=4))
     # safetensors has an error of its own for what the system refuses.
     with pytest.raises(StillroomError, match="/out: weights cannot be written: I/O error: No space left"):  # noqa: SIM117
