@@ -35,7 +35,6 @@ from teacher_cache.building.run_manifest import run_id_of
 from teacher_cache.building.until import UntilRight, require_judged, right_samples
 from teacher_cache.config import (
     BuildConfig,
-    EmbeddedConfig,
     OpenAIConfig,
     RunConfig,
     ScoreConfig,
@@ -43,6 +42,7 @@ from teacher_cache.config import (
     extra_sampling,
 )
 from teacher_cache.engine.api import Failure, Request
+from teacher_cache.engine.start import check_values
 from teacher_cache.engine.teacher import IdentifiedTeacher, identify_teacher
 from teacher_cache.inspect.stats import BILLED
 from teacher_cache.prompts.completions import Completions
@@ -165,7 +165,7 @@ class BuildPlan:
 
 def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
     """Raises DataError or ConfigError as `build` would before it starts. `num_shown` prompts are in `shown`."""
-    _check_values(config)
+    check_values(config)
     loaded = load_prompts(config.prompts, scrubber_of(config))
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.prompts.sources])
@@ -187,7 +187,7 @@ def plan_build(config: BuildConfig, num_shown: int = 0) -> BuildPlan:
 
 def plan_score(config: ScoreConfig, num_shown: int = 0) -> BuildPlan:
     """Reads and tokenises every completion. Raises DataError or ConfigError as `score` would before it starts."""
-    _check_values(config)
+    check_values(config)
     teacher = identify_teacher(config.teacher, config.engine)
     plan = _new_plan(config, teacher, [source.name for source in config.completions.sources])
     with Completions(config, teacher, scrubber_of(config)) as completions:
@@ -286,13 +286,6 @@ def _shown(request: Request, tokenizer: Any) -> ShownPrompt:
     completion = None if completion_ids is None else text(completion_ids)
     ids = request.prompt_token_ids
     return ShownPrompt(prompt.source, prompt.prompt_id, len(ids), text(ids), completion, prompt.reference)
-
-
-def _check_values(config: BuildConfig | ScoreConfig) -> None:
-    if isinstance(config.engine, EmbeddedConfig):
-        from teacher_cache.engine.vllm.arguments import check_values
-
-        check_values(config.engine, extra_sampling(config))
 
 
 def _new_plan(config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher, sources: Sequence[str]) -> BuildPlan:

@@ -8,7 +8,7 @@ or SIGTERM nothing new is started, what is finished becomes visible, and the cal
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stillroom.cache.catalog import Catalog
@@ -28,7 +28,7 @@ from teacher_cache.prompts.prompts import Part, RequestMaker, WorkerShare
 from teacher_cache.scrub.chains import ChainCheck
 from teacher_cache.scrub.rows import Scrubber
 from teacher_cache.workers.joining import WAIT_S, JoinedWork, Wait, is_in, rows_of_builds
-from teacher_cache.writer.commit import VisibleSamples, recovered_worker
+from teacher_cache.writer.commit import VisibleSamples, Wanted, recovered_worker
 from teacher_cache.writer.recorder import MetricsLog, Recorded, Recorder
 from teacher_cache.writer.rows import RowMaker
 
@@ -65,7 +65,7 @@ class Build:
                 raise DataError(f"{config.cache} cannot be opened for writing: {one_line(error)}") from error
             # Nothing failed: the worker stays locked until `close`.
             self._locks = locks.pop_all()
-        self._is_adopted = self.num_adopted > 0
+        self._lacks_verdicts = self.num_adopted > 0
         self._description = RunDescription(self.catalog, config, teacher)
 
     def join(
@@ -73,12 +73,12 @@ class Build:
         parts: Callable[[], Iterable[Part]],
         num_total: int,
         start_engine: Callable[[], Engine],
-        wanted: Mapping[str, int] | None = None,
+        wanted: Wanted | None = None,
         *,
         retry_failures: bool,
     ) -> BuildResult:
-        """Like `run`, for the parts that no other worker has. Ends when everything is done, by whomever. Of a run with
-        more prompts, progress counts only those in `wanted`, the number of samples of each.
+        """Like `run`, for the parts that no other worker has. Ends when everything is done, by any worker. Of a run
+        with other rows, progress counts only those that are `wanted`.
         """
         visible = rows_of_builds(self.catalog, wanted)
         joined = JoinedWork[Request | Failure](
@@ -111,10 +111,15 @@ class Build:
         until: UntilRight | None = None,
     ) -> BuildResult:
         if retry_failures:
-            raise ConfigError("every worker that joins would retry each failure: retry them with one that does not")
+            raise ConfigError("with --join every worker would retry each failure: use --retry-failures without --join")
         with joined:
             self._joined = joined
-            return self.run(requests, num_total, start_engine, until=until)
+            result = self.run(requests, num_total, start_engine, until=until)
+            joined.settle()
+            if joined.leases.own and result.stopped is None and not result.recorded.num_unjudged:
+                # Of two workers that had a part, one counted answers of its own that are not stored.
+                note("some prompts still lack chains, as two workers wrote the same ones: run the same command again")
+            return result
 
     def until(self, prompts: Sequence[Prompt], share: WorkerShare, *, retry_failures: bool) -> UntilRight:
         """The requests of `sampling.until`, by the verdicts that the cache has."""
@@ -160,7 +165,7 @@ class Build:
                     result = self._generate(engine, pending, num_total, stop)
             finally:
                 engine.close()
-        if self._is_adopted and result.stopped is None:
+        if self._lacks_verdicts and result.stopped is None:
             # Verdicts on a dead worker's last rows died with it.
             judge_cache(self.catalog.root, where=f"run_id = '{self.run_id}'", num_processes=config.judging.processes)
         return result
@@ -179,7 +184,7 @@ class Build:
         self._locks.close()
 
     def _adopted(self) -> None:
-        self._is_adopted = True
+        self._lacks_verdicts = True
 
     def _is_done(self, sample_id: str, *, retry_failures: bool) -> bool:
         if self._joined is not None and self._until is not None:
@@ -219,6 +224,8 @@ class Build:
                 self._joined.settle()
             # The recorder's thread has counted the last outcomes only now.
             show()
+        # Verdicts on chains that another worker's replaced were dropped with them.
+        self._lacks_verdicts |= recorder.has_superseded
         seconds = (recorder.closed_s or time.monotonic()) - started_s
         if recorded.num_unjudged:
             num = format_plural(recorded.num_unjudged, "chain")

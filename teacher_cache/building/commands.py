@@ -15,7 +15,7 @@ from teacher_cache.building.until import JoinedPrompts, require_judged
 from teacher_cache.config import BuildConfig, ScoreConfig
 from teacher_cache.engine.api import Engine, Failure, Request
 from teacher_cache.engine.shared import SharedEngine
-from teacher_cache.engine.start import start_engine
+from teacher_cache.engine.start import check_values, start_engine
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.judging.queue import require_judges
 from teacher_cache.prompts.completions import Completions
@@ -35,7 +35,7 @@ from teacher_cache.prompts.prompts import (
 from teacher_cache.scrub.counts import counted, total_of
 from teacher_cache.scrub.rows import Scrubber
 from teacher_cache.scrub.settings import scrubber_of, warn_of_unscrubbed
-from teacher_cache.workers.joining import PART_CHAINS, Wait, worker_name
+from teacher_cache.workers.joining import PART_CHAINS, Wait, of_prompts, of_sources, worker_name
 from teacher_cache.workers.leases import workers_of
 
 TYPICAL_LENGTH_FRAC = 0.5
@@ -47,6 +47,7 @@ def build_cache(config: BuildConfig, share: WorkerShare | None, *, retry_failure
 
     Raises StillroomError for everything a user can fix.
     """
+    check_values(config)
     scrubber = scrubber_of(config)
     loaded = load_prompts(config.prompts, scrubber)
     _note_loaded(loaded)
@@ -118,15 +119,16 @@ def _join(
         return build.join_prompts(joined, start, retry_failures=retry_failures)
     maker = RequestMaker(config, prompts, build.teacher.tokenizer, build.teacher.record.fingerprint)
     samples = samples_by_source(config)
-    of_prompts = {prompt.prompt_id: samples[prompt.source] for prompt in prompts}
+    wanted = of_prompts({prompt.prompt_id: samples[prompt.source] for prompt in prompts})
     parts = functools.partial(_parts, maker, failures)
-    return build.join(parts, num_total, start, of_prompts, retry_failures=retry_failures)
+    return build.join(parts, num_total, start, wanted, retry_failures=retry_failures)
 
 
 def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failures: bool) -> BuildResult:
     """Scores the remaining completions of this share; None joins. Raises StillroomError for everything a user can
     fix.
     """
+    check_values(config)
     teacher, scrubber = identify_teacher(config.teacher, config.engine), scrubber_of(config)
     warn_of_unscrubbed(config)
     with Completions(config, teacher, scrubber) as completions:
@@ -137,7 +139,8 @@ def score_cache(config: ScoreConfig, share: WorkerShare | None, *, retry_failure
             start = functools.partial(start_engine, config, teacher)
             if share is None:
                 parts = functools.partial(completions.parts, PART_CHAINS)
-                result = build.join(parts, num_total, start, retry_failures=retry_failures)
+                wanted = of_sources(one.name for one in config.completions.sources)
+                result = build.join(parts, num_total, start, wanted, retry_failures=retry_failures)
             else:
                 warn_of_joined(config.cache)
                 result = build.run(completions.requests(share), num_total, start, retry_failures=retry_failures)

@@ -25,7 +25,7 @@ from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.judging.chains import judge_cache
 from teacher_cache.judging.queue import MAX_WAITING, judge_of
 from teacher_cache.prompts.prompts import TOKENIZE_BATCH, RequestMaker, WorkerShare, part_name, samples_by_source
-from teacher_cache.workers.joining import Leasable, Wait, rows_of_builds
+from teacher_cache.workers.joining import Leasable, Wait, of_prompts, rows_of_builds
 from teacher_cache.writer.commit import VisibleSamples, read_columns
 
 Samples = Container[str] | VisibleSamples
@@ -195,7 +195,7 @@ class JoinedPrompts:
         """`failures` are rows that became no prompt, a part of their own."""
         self._config, self._prompts, self._malformed = config, prompts, failures
         wanted: dict[str, int] = {}
-        self.visible = rows_of_builds(catalog, wanted)
+        self.visible = rows_of_builds(catalog, of_prompts(wanted))
         self._chains, self._failures = self.visible
         self._verdicts = SeenVerdicts(Catalog(catalog.root).verdicts)
         maker = RequestMaker(config, prompts, teacher.tokenizer, teacher.record.fingerprint)

@@ -17,7 +17,7 @@ from stillroom.log import format_plural, note
 from stillroom.storage.paths import Location
 from teacher_cache.prompts.prompts import WorkerShare
 from teacher_cache.workers.leases import EXPIRY_S, LIST_S, Leases, leases_folder, new_worker_name
-from teacher_cache.writer.commit import Committer, VisibleSamples, lock_path, worker_lock
+from teacher_cache.writer.commit import Committer, VisibleSamples, Wanted, lock_path, worker_lock
 
 PART_CHAINS = 64
 """Chains under one lease: minutes of work, so that no worker is left with much more than the others at the end."""
@@ -39,10 +39,8 @@ class Wait(enum.Enum):
 WAIT: Final = Wait.WAIT
 
 
-def rows_of_builds(catalog: Catalog, wanted: Mapping[str, int] | None = None) -> list[VisibleSamples]:
-    """What counts as done in a build: chains and failures, read with tables of their own. `wanted` is the number of
-    samples of each prompt.
-    """
+def rows_of_builds(catalog: Catalog, wanted: Wanted | None = None) -> list[VisibleSamples]:
+    """What counts as done in a build: chains and failures, read with tables of their own."""
     own = Catalog(catalog.root)
     return [VisibleSamples(table, wanted=wanted) for table in (own.chains, own.failures)]
 
@@ -54,6 +52,18 @@ def worker_name(share: WorkerShare | None) -> str:
     if share is None:
         return new_worker_name()
     return "w0" if share.count == 1 else f"w{share.index}of{share.count}"
+
+
+def of_prompts(samples: Mapping[str, int]) -> Wanted:
+    """Rows of the first samples of each prompt, as many as `samples` says."""
+    # Malformed rows are failures without a prompt.
+    return lambda prompt_id, index, _: not prompt_id or index < samples.get(prompt_id, 0)
+
+
+def of_sources(names: Iterable[str]) -> Wanted:
+    """Rows of these sources."""
+    known = frozenset(names)
+    return lambda _prompt_id, _index, source: source in known
 
 
 class Sampled(Protocol):
@@ -160,7 +170,7 @@ class JoinedWork(Generic[T]):
                 else:
                     left.append(name)
             if not left:
-                # Nobody needs these files, so they are no reason to fail: gc removes what stays.
+                # Nobody needs these files, so a failure to remove them does not matter: gc does it later.
                 with contextlib.suppress(OSError, StillroomError):
                     self.leases.sweep()
                 return

@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -42,16 +42,17 @@ OWN_LOCK_WAIT_S = 20.0
 """Another worker holds this worker's lock briefly while it adopts what a crash left behind."""
 
 T = TypeVar("T")
+Wanted = Callable[[str, int, str], bool]
+"""Whether a row is part of a configuration, by its prompt_id, sample_index and source."""
 
 
 class VisibleSamples:
     """Ids of a table's visible samples, updated file by file; about 100 bytes per sample.
 
-    With `within` only files of that folder count: a sample has features once per set. `wanted` holds the number of
-    samples of each prompt of a configuration, for `num_wanted`.
+    With `within` only files of that folder count: a sample has features once per set. `wanted` is for `num_wanted`.
     """
 
-    def __init__(self, table: Table, within: str | None = None, wanted: Mapping[str, int] | None = None) -> None:
+    def __init__(self, table: Table, within: str | None = None, wanted: Wanted | None = None) -> None:
         self.table = table
         self._prefix = "" if within is None else f"{within}/"
         self._wanted = wanted
@@ -73,21 +74,16 @@ class VisibleSamples:
                 self.add(file.path, self._sample_ids(file))
 
     def num_wanted(self, file: DataFile) -> int:
-        """Rows of a visible file that are of wanted prompts, or all."""
+        """Rows of a visible file that are wanted, or all."""
         return self._num_wanted.get(file.path, file.num_rows)
 
     def _sample_ids(self, file: DataFile) -> list[str]:
         path = self.table.path_of(file)
         if self._wanted is None:
             return read_sample_ids(path)
-        columns = read_columns(path, ["sample_id", "prompt_id", "sample_index"]).columns
-        ids: list[str] = columns[0].to_pylist()
-        prompts, indices = columns[1].to_pylist(), columns[2].to_pylist()
-        self._num_wanted[file.path] = sum(
-            # Malformed rows are failures without a prompt.
-            not prompt or index < self._wanted.get(prompt, 0)
-            for prompt, index in zip(prompts, indices, strict=True)
-        )
+        columns = read_columns(path, ["sample_id", "prompt_id", "sample_index", "source"]).columns
+        ids, *of_rows = (column.to_pylist() for column in columns)
+        self._num_wanted[file.path] = sum(map(self._wanted, *of_rows))
         return ids
 
     def add(self, path: str, sample_ids: Iterable[str]) -> None:

@@ -147,6 +147,11 @@ class Recorder:
                 note("All chains are saved. Judging answers; Ctrl-C leaves the rest to `teacher-cache judge`.")
                 noted = True
 
+    @property
+    def has_superseded(self) -> bool:
+        """Whether another worker's chains are visible in the place of some of these."""
+        return bool(self._chains.superseded)
+
     def check(self) -> None:
         """Raises the error that ended the thread."""
         if self._error is not None:

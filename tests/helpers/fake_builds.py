@@ -28,6 +28,7 @@ from teacher_cache.engine.api import Engine, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.prompts import Part, part_name, seed_of
+from teacher_cache.workers.joining import of_prompts
 from teacher_cache.workers.leases import new_worker_name
 from tests.helpers.tiny_tokenizer import byte_level
 
@@ -125,7 +126,7 @@ def join_build(config: BuildConfig, requests: Sequence[Request], start_engine: C
     """One process' build of parts that no other one has."""
     build = Build(config, make_teacher(), new_worker_name())
     try:
-        wanted = {one.prompt.prompt_id: 1 for one in requests}
+        wanted = of_prompts({one.prompt.prompt_id: 1 for one in requests})
         return build.join(lambda: parts_of(requests), len(requests), start_engine, wanted, retry_failures=False)
     finally:
         build.close()

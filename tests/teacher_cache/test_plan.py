@@ -16,6 +16,7 @@ from stillroom.config import validate_config
 from stillroom.errors import ConfigError, DataError
 from stillroom.schema.records import Capture, stable_hash
 from teacher_cache.building.build import Build
+from teacher_cache.building.commands import build_cache
 from teacher_cache.building.run_manifest import run_id_of
 from teacher_cache.config import BuildConfig, EmbeddedConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
@@ -216,9 +217,11 @@ def test_values_of_switches_are_checked_before_prompts_are_read(folder: Path, mo
 
     monkeypatch.setattr("teacher_cache.engine.vllm.arguments.check_values", refuse)
     monkeypatch.setattr("teacher_cache.plan.load_prompts", None)
+    monkeypatch.setattr("teacher_cache.building.commands.load_prompts", None)
     config = config_of(folder, engine={"vllm": {"block_size": 64}}, sampling={"vllm": {"min_tokens": 2}})
-    with pytest.raises(ConfigError, match=r"\{'block_size': 64\} \{'min_tokens': 2\}"):
-        plan_build(config)
+    for start in (plan_build, lambda config: build_cache(config, None, retry_failures=False)):
+        with pytest.raises(ConfigError, match=r"\{'block_size': 64\} \{'min_tokens': 2\}"):
+            start(config)
 
 
 def test_a_heldout_split_without_prompts_is_noted(folder: Path) -> None:

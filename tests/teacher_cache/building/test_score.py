@@ -402,7 +402,7 @@ def test_contaminated_prompts_are_left_out(tmp_path: Path, teacher: IdentifiedTe
     assert len(scrubbing.contaminated) == 1
 
 
-def test_ids_of_scored_chains_are_no_personal_data(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
+def test_ids_of_scored_chains_are_not_personal_data(tmp_path: Path, teacher: IdentifiedTeacher) -> None:
     run_build(make_config(tmp_path / "first"), make_requests(3))
     config = make_score(tmp_path / "c", {"kind": "cache", "path": tmp_path / "first"})
     scrubber = Scrubber(ScrubConfig(), Naming(r"\b[0-9a-f]{16,}\b"))
@@ -454,7 +454,7 @@ class Naming(Recognisers):
 
 @pytest.mark.parametrize("ids", [[-1], [2**31], [2**70], [True], [1.0], [], "12"])
 @pytest.mark.parametrize("field", ["p", "c"])
-def test_what_are_no_token_ids_is_a_malformed_row(
+def test_a_field_without_token_ids_is_a_malformed_row(
     tmp_path: Path, teacher: IdentifiedTeacher, field: str, ids: object
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"p": [3], "c": [4]}, {"p": [3], "c": [4], field: ids}])

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,17 @@ RIGHT, MOST, NUM_PROMPTS = 2, 6, 24
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
+def is_right(answer: str | None) -> bool | None:
+    number = int(stable_hash(answer)[:8], 16) % 6
+    return None if number == 5 else number < 2
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _every_third_answer_is_right() -> Iterator[None]:
     def judge(_: JudgeProcess, kind: str, answer: str | None, *_rest: object) -> Verdict:
         assert kind == "exact"
-        number = int(stable_hash(answer)[:8], 16) % 6
-        return Verdict(None, 0.0) if number == 5 else Verdict(number < 2, float(number < 2))
+        correct = is_right(answer)
+        return Verdict(correct, float(correct is True))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JudgeProcess, "judge", judge)
@@ -119,7 +125,7 @@ def join(config: BuildConfig, asked: list[Prompt], start_engine: Callable[[], En
     teacher.tokenizer.chat_template = TEMPLATE
     job = Build(config, teacher, new_worker_name())
     try:
-        malformed = [Failure("bad", "", "fake", 0, "malformed", "line 1 is no JSON")]
+        malformed = [Failure("bad", "", "fake", 0, "malformed", "line 1 is not JSON")]
         prompts = JoinedPrompts(config, job.catalog, asked, malformed, teacher)
         return job.join_prompts(prompts, start_engine, retry_failures=False)
     finally:
@@ -202,6 +208,37 @@ def test_workers_join_and_take_over_from_the_dead(
     assert list((tmp_path / "c").glob("runs/*.leases/*")) == []
     again = join(config, prompts(), lambda: pytest.fail("nothing is left to generate"))
     assert again.num_total == again.num_done_before == len(ids) + 1
+
+
+def test_a_worker_taken_for_dead_that_lives_adds_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answers differ, as those of a GPU may. It dies after all, before it saves a verdict."""
+    config = config_of(tmp_path / "c")
+
+    class Slow(NarrowEngine):
+        def submit(self, request: Request) -> None:
+            super().submit(replace(request, seed=(request.seed or 0) + 1))
+
+    class Overtaken(DyingEngine):
+        def step(self) -> list[Outcome]:
+            if not (tmp_path / "c" / "verdicts").exists() or not visible_ids(tmp_path / "c"):
+                with monkeypatch.context() as patch:
+                    patch.setattr(teacher_cache.writer.recorder, "commit_verdicts", lambda *_: None)
+                    with pytest.raises(StillroomError, match="died"):
+                        build(config, prompts(), lambda: Slow(5))
+            return super().step()
+
+    join(config, prompts(), lambda: Overtaken(10**6))
+    said = capsys.readouterr().err
+    join(config, prompts(), lambda: DyingEngine(10**6))
+    ids = visible_ids(tmp_path / "c")
+    assert len(ids) == len(set(ids))
+    with Session({"main": Catalog(tmp_path / "c")}) as session:
+        rows = session.arrow("SELECT answer, correct FROM chains").to_pylist()
+    assert [row["correct"] for row in rows] == [is_right(row["answer"]) for row in rows]
+    assert all(sum(right) >= RIGHT or len(right) == MOST for right in right_by_prompt(tmp_path / "c").values())
+    print(said)
 
 
 def test_a_worker_that_only_judges_starts_no_engine(

@@ -447,7 +447,7 @@ def test_only_leased_parts_are_searched_and_their_names_do_not_tell_their_texts(
     assert [name for name, _ in parts] == [part_name(0, ["texts", f"{path}:1"])]
 
 
-def test_a_field_of_the_same_name_is_no_count() -> None:
+def test_a_field_of_the_same_name_is_not_a_count() -> None:
     assert total_of([{"scrubbed": True}, {"scrubbed": {"phone": 2, "by": "us"}}, {}]) == {"phone": 2}
 
 

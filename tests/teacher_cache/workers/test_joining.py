@@ -20,7 +20,7 @@ from teacher_cache.inspect.stats import cache_stats, stats_text
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.prompts.prompts import own_share
 from teacher_cache.workers import leases
-from teacher_cache.workers.joining import WAIT, JoinedWork, is_in, rows_of_builds
+from teacher_cache.workers.joining import WAIT, JoinedWork, is_in, of_sources, rows_of_builds
 from teacher_cache.workers.leases import Leases, WorkerState, leases_folder
 from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import make_cache, on_disk, visible_ids
@@ -191,6 +191,10 @@ def test_chains_of_other_prompts_do_not_count(tmp_path: Path, monkeypatch: pytes
     result = join_build(make_config(cache), requests[15:], make_engine)
     assert (result.num_done_before, result.recorded.num_chains, result.num_total) == (5, 20, 25)
     assert (min(shown), shown[-1]) == (5, 25)
+    for source, num in (("fake", 40), ("other", 0)):
+        visible, _ = rows_of_builds(Catalog(cache), of_sources([source]))
+        visible.refresh()
+        assert sum(map(visible.num_wanted, visible.table.files())) == num
 
 
 def test_what_a_heartbeat_and_the_log_both_tell_counts_once(tmp_path: Path) -> None:
@@ -307,7 +311,9 @@ def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path
     assert list(cache.root.glob("runs/*.leases/*")) == []
 
 
-def test_workers_that_are_alive_are_in_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workers_that_are_alive_are_in_stats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = tmp_path / "c"
     join_build(make_config(cache), make_requests(8), make_engine)
     catalog = Catalog(cache)
@@ -316,19 +322,22 @@ def test_workers_that_are_alive_are_in_stats(tmp_path: Path, capsys: pytest.Capt
     with Leases(leases_folder(cache, run), "ja", lambda _: None) as held:
         held.report(tokens_per_s=12.0, num_tokens=34)
         held._beat()
+        # Also for a reader whose clock is wrong.
+        monkeypatch.setattr("time.time", lambda: 1e10)
         (worker,) = (stats := cache_stats(catalog)).workers
         warn_of_joined(cache)
+        assert list(on_disk(held.folder).iterdir()) == [held.folder / "ja.json"]
     assert "1 worker with --join may generate the same chains" in capsys.readouterr().err
     assert (worker.worker, worker.num_tokens) == ("ja", 34)
-    assert "1 worker at 12 tok/s: ja on " in stats_text(stats)
+    assert "building now: 1 worker, 12 tok/s (ja on " in stats_text(stats)
 
 
 def test_join_goes_with_neither_a_share_nor_retries(tmp_path: Path) -> None:
     assert own_share("0/1", join=True) is None
-    with pytest.raises(ConfigError, match="either it or --worker"):
+    with pytest.raises(ConfigError, match="either --join or --worker"):
         own_share("0/2", join=True)
     build = Build(make_config(tmp_path / "c"), make_teacher(), "ja")
-    with pytest.raises(ConfigError, match="retry them with one that does not"):
+    with pytest.raises(ConfigError, match="use --retry-failures without --join"):
         build.join(lambda: (), 0, make_engine, retry_failures=True)
     build.close()
 
