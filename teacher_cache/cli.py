@@ -60,7 +60,7 @@ def program() -> None:
 
 
 def main() -> None:
-    """The program, for callers that go on."""
+    """The program, for callers with something left to do."""
     # torch reads it when it is loaded, which tokenizers do long before the engine starts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run_program(app, "teacher-cache", ("build", "augment", "score", "features", "rounds", "copy"))

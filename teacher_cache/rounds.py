@@ -69,7 +69,7 @@ def plan_lines(config: RoundsConfig, planned: Json) -> list[str]:
 
 
 def require_heldout(config: RoundsConfig, num_heldout: int) -> None:
-    """Raises ConfigError where training would be refused, after hours of generation, for want of held-out chains."""
+    """Raises ConfigError without held-out chains: training would be refused, after hours of generation."""
     asked = config.train.get("eval", {})
     # Other caches may have some, and other conditions select others.
     is_sure = not off_policy_caches(config) and isinstance(asked, Mapping) and "where" not in asked

@@ -288,7 +288,7 @@ def check_loss(device: str, _folder: Path, _model: Path | None) -> Json:
             # It compares chunks of text, which dense distributions do not have.
             if loss.name == "chunk_likelihood":
                 continue
-            # The reference starts from the rounded tensors: their rounding is no error of the loss.
+            # The reference starts from the rounded tensors: their rounding is not an error of the loss.
             rounded = [one.detach().to(dtype) for one in head_tensors(num_vocab=num_vocab)]
             exact = [one.double().requires_grad_() for one in rounded]
             wanted = dense_loss(loss, exact[0] @ exact[1].t(), dense_NV, plain).sum()

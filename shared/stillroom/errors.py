@@ -53,7 +53,7 @@ class CacheConflict(StillroomError):
 
 
 def require_version(where: str, found: int, known: int) -> None:
-    """Raises DataError for a file of a newer format: its columns may mean something else, so guessing is no option."""
+    """Raises DataError for a file of a newer format: its columns may mean something else."""
     if found > known:
         raise DataError(f"{where} has format version {found}, this program reads up to {known}: upgrade it")
 

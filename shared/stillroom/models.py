@@ -372,13 +372,13 @@ def _once(record: logging.LogRecord) -> bool:
 
 
 def require_folder_or_id(model: str) -> None:
-    """Raises DataError for a path without a folder, which the hub would refuse in words of its own."""
+    """Raises DataError for a path without a folder, which the hub would report less clearly."""
     if not Path(model).is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
         raise DataError(f"{model} is not a folder: use a Hugging Face model folder or a hub id")
 
 
 def require_model_folder_or_id(model: str) -> None:
-    """Raises DataError for a path that is no model's, which transformers would refuse in words of its own."""
+    """Raises DataError for a folder that is not a model's, which transformers would report less clearly."""
     require_folder_or_id(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise DataError(f"{model} has no config.json: use a Hugging Face model folder")

@@ -90,8 +90,8 @@ def map_text(packed: str, ids: Int32, where: str) -> Int32:
     new = _new_ids(packed, int(ids.max(initial=0)) + 1)[ids]
     if (new < 0).any():
         raise DataError(
-            f"{where} holds token id {int(ids[new < 0][0])}, which the student's vocabulary was cut of: the cache has "
-            "grown since `student-train init`: set data.caches.chains_version to that of then, or cut the student again"
+            f"{where} holds token id {int(ids[new < 0][0])}, which was cut from the student's vocabulary: the cache "
+            "has grown since `student-train init`: set data.caches.chains_version to that of that time, or cut it again"
         )
     return new
 

@@ -186,7 +186,7 @@ def is_answered(path: Path, request: SelectionRequest) -> bool:
     if not path.exists():
         return False
     header = load_selection(path, [source.root for source in request.sources]).header
-    # Versions are left out: a cache that grew since is no reason to evaluate on other chains.
+    # Versions are left out: a cache that has grown must not change the chains of the evaluation.
     return (header.where, header.max_chains) == (request.where, request.max_chains)
 
 

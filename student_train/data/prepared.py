@@ -95,7 +95,7 @@ def open_prepared_selection(
                 "folder"
             )
         return selection
-    # Kept, so that a call that goes on finds the chains it began with in a cache that has grown.
+    # Kept, so that a call that resumes finds the same chains in a cache that has grown.
     source = open_selection(path.with_name(f"{path.stem}.source.parquet"), request)
     maker = PreparedRows(source, data, student, pairing, identity)
     made = retokenise(path, source, maker)

@@ -54,7 +54,7 @@ class MarkedTerms:
             self.found: Json = json.loads(_found_path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CorruptError(f"{_found_path(path)} cannot be read: {error}: delete {path} to rebuild both") from error
-        # A file that is gone is no change: runs resume on other machines.
+        # A missing file does not count as changed: runs resume on other machines.
         if config.file is not None and config.file.exists() and self.found["hash"] != _hash(config):
             raise ConfigError(
                 f"data.terms.file: {config.file} has changed since the run marked its terms: restore it, or choose "
@@ -172,7 +172,7 @@ def _common_terms(config: TermsConfig) -> list[str]:
 
 
 def _checked(terms: Iterable[str]) -> list[str]:
-    # In the order given, each once; what is blank is no term.
+    # In the order given, each once; blank ones are dropped.
     kept = list(dict.fromkeys(term for term in (" ".join(one.split()) for one in terms) if term))
     for term in kept:
         if len(term) > MAX_CHARS:

@@ -22,7 +22,7 @@ class OneRank:
     """Gradients and steps of one rank; all saved state stays in DeepSpeed's objects."""
 
     def __init__(self, zero: Any, adam: torch.optim.AdamW, clip_norm: float | None) -> None:
-        """Takes over `zero`, DeepSpeed's optimizer, whose own `backward` and `step` must not be called any more."""
+        """Takes over `zero`, DeepSpeed's optimizer, whose own `backward` and `step` must no longer be called."""
         self._zero, self._adam, self._clip_norm = zero, adam, clip_norm
         for hook in zero._grad_acc_hooks:
             hook.remove()

@@ -71,7 +71,7 @@ class Heldout:
             return
         assert self._plan.heldout is not None
         place = self._stage.index, self._plan.heldout.header.hash
-        # `eval` may select other chains since the stage began, which are no likelier or less likely by that.
+        # `eval` may select other chains since the stage began; their likelihood cannot be compared.
         own = [one for one in self._folder.read_evals() if (one["stage_number"], one["selection"]) == place]
         before, now = own[0].get("right_cross_entropy"), right["right_cross_entropy"]
         note(f"held-out right chains: cross-entropy {now:.4f}" + (f" (at the start {before:.4f})" if before else ""))

@@ -164,7 +164,7 @@ def _of_endpoint(config: LlmJudgeConfig, questions: Iterator[Question]) -> Gener
 
 async def _give_up(http: Any, tasks: "set[asyncio.Task[Opinion]]") -> None:
     for task in tasks:
-        # Cancelled and awaited before the client closes, or their requests would fail without anyone to hear it.
+        # Cancelled and awaited before the client closes, or errors of their requests would be lost.
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await http.__aexit__(None, None, None)

@@ -239,11 +239,11 @@ class _Collector:
             self._sweep_old(root, path, "its worker is dead")
 
     def delete_unused_sets(self, catalog: Catalog) -> None:
-        """Constants of feature sets of which no file is left, and heads that no set names any more."""
+        """Constants of feature sets without files, and heads that no set refers to."""
         sets = read_sets(catalog.root)
         unused = {one for one in sets if not matching(catalog.root / "features" / one, "*.parquet")}
         for set_id in sorted(unused):
-            # Of a set that is being fitted there is no manifest yet, and of one at work there may be no file.
+            # A set that is being fitted has no manifest yet, and one that is being filled may have no file.
             if any(map(is_locked, matching(catalog.root / "runs", f"{set_id}.*.lock"))):
                 continue
             # The manifest first: without it the rest does not count as a set.

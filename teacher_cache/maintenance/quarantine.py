@@ -54,7 +54,7 @@ def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantin
             quarantined.append(Quarantined(file, num_rows, 0, ("rows whose chains were quarantined",)))
         for file, num_rows in drop_chainless_verdicts(catalog).items():
             quarantined.append(Quarantined(file, num_rows, 0, ("verdicts on chains that were quarantined",)))
-    # The rest cannot be mended by removing a file: it stays reported.
+    # Removing a file does not repair the rest, which stays reported.
     names = {one.file for one in quarantined}
     report.problems = [problem for problem in report.problems if problem.file not in names]
     report.damages = []
@@ -64,7 +64,7 @@ def quarantine_damaged(catalog: Catalog, report: VerifyReport) -> list[Quarantin
 def verify_command(root: Location, *, quarantine: bool) -> tuple[Json, list[str]]:
     """Verifies and, on request, quarantines; returns the result for programs and its lines for a person.
 
-    `ok` means that nothing is wrong any more: quarantined problems no longer count.
+    `ok` means that nothing is wrong now: quarantined problems no longer count.
     """
     report = verify_cache(root)
     lines = [*(f"{problem.file}: {problem.problem}" for problem in report.problems), summary_of(report)]

@@ -119,7 +119,7 @@ def own_share(worker: str, *, join: bool) -> WorkerShare | None:
     """The share that `worker` names, None to join. Raises ConfigError if both are asked for."""
     share = parse_worker(worker)
     if join and share != WHOLE:
-        raise ConfigError("--join takes what others have not: give either it or --worker")
+        raise ConfigError("--join shares the work by itself: use either --join or --worker")
     return None if join else share
 
 
@@ -273,7 +273,7 @@ class _TemplateCheck:
         self._num_refused.update(prompt.source for prompt, _ in refused)
         for prompt, message in refused:
             name = prompt.source
-            # A worker's share may hold very few prompts of a source, of which nothing follows.
+            # A worker's share may hold very few prompts of a source, too few to judge it by.
             is_sample = self._num_seen[name] >= min(MIN_SAMPLE, self._num_prompts[name])
             if is_sample and self._num_refused[name] > self._max_frac * self._num_seen[name]:
                 raise DataError(

@@ -23,7 +23,7 @@ from teacher_cache.prompts.config import (
 from teacher_cache.prompts.expressions import Value, evaluate, exact, whole, written
 
 MAX_DRAWS = 2000
-"""Draws without a new variant after which there are taken to be no more."""
+"""After this many draws without a new variant, all variants count as found."""
 
 
 @dataclass(frozen=True, slots=True)

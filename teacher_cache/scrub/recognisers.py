@@ -74,7 +74,7 @@ _PARTICLE = "de|da|di|del|der|van|von|bin|al|la|le"
 NAME = re.compile(
     rf"\b(?:[{UPPER}][\w'’.\-]*|(?:{_PARTICLE}) {_WORD})(?: (?:[{UPPER}][\w'’.\-]*|(?:{_PARTICLE}) {_WORD}))*"
 )
-# What is named after a person is no personal data: "Vieta's formulas", "Euler's theorem", 韦达定理.
+# What is named after a person is not personal data: "Vieta's formulas", "Euler's theorem", 韦达定理.
 EPONYM = re.compile(
     r"(?:['’]s?)?[ \-](?:\w+ )?(?:theorems?|lemmas?|formulas?|formulae|laws?|identit(?:y|ies)|inequalit(?:y|ies)|"
     r"equations?|numbers?|triangles?|sequences?|series|methods?|algorithms?|criteri(?:on|a)|rules?|tests?|constants?|matri(?:x|ces)|sets?|spaces?|groups?|graphs?|paradox|polynomials?|coefficients?|multipliers?|machines?|"
@@ -316,7 +316,7 @@ class _Patterns:
         return labels[-1].casefold() in PRIVATE_DOMAINS or bool(self._domains(".".join(labels)).fqdn)
 
     def _by_patterns(self, text: str) -> Iterator[Finding]:
-        """As presidio's recognisers do, which log a pattern that timed out, go on, and call the text clean."""
+        """As presidio's recognisers do, which log a pattern that timed out, continue, and call the text clean."""
         for kind, recogniser, pattern, compiled in self._patterns:
             try:
                 for found in compiled.finditer(text, timeout=TIMEOUT_S):

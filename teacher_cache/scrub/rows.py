@@ -286,7 +286,7 @@ def _texts_of(row: Draft | Failure) -> list[str]:
     """Every text of a row that would be stored, in an order that `_with_texts` follows."""
     if isinstance(row, Failure):
         return [row.message]
-    # A role is "user" or the like, and in chat logs the name of whoever speaks.
+    # A role is "user" or the like, and in chat logs the speaker's name.
     spoken = (text for one in row.messages for text in (one.role, one.content))
     return [*spoken, row.reference or "", *_strings(row.metadata)]
 
@@ -335,7 +335,7 @@ def _replace_strings(value: Any, texts: Iterator[str], depth: int = 0) -> Any:
         return [_replace_strings(one, texts, depth + 1) for one in value]
     if (before := _text_of(value)) is not None:
         text = next(texts)
-        # A number that is no personal data stays a number.
+        # A number that is not personal data stays a number.
         return value if text == before else text
     return value
 

@@ -159,7 +159,7 @@ def plan_warning(plan: FeaturesPlan) -> str | None:
     if plan.max_bytes is not None and plan.total_bytes > plan.max_bytes:
         return f"the set would take {plan.total_bytes:.0f} bytes, max_bytes={plan.max_bytes}: the pass would refuse it"
     if not plan.fits:
-        return f"{plan.cache} has not enough space: choose a larger disk, or store fewer chains, tokens or layers"
+        return f"{plan.cache} does not have enough space: choose a larger disk, or store fewer chains, tokens or layers"
     return None
 
 

@@ -475,7 +475,7 @@ def _node_of(group: Any) -> str | None:
 
 
 def _num_groups(size: ReplicaSize) -> int:
-    """How many placement groups of this size the cluster has, by whomever."""
+    """How many placement groups of this size the cluster has, whoever created them."""
     from ray.util.placement_group import placement_group_table
 
     created = [one["bundles"] for one in placement_group_table().values() if one["state"] == "CREATED"]

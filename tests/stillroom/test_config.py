@@ -71,7 +71,7 @@ def test_greedy_sampling_of_several_chains_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "holds a list"), ("\x00", "not YAML")])
-def test_files_that_are_no_mapping_are_refused(path: Path, text: str, message: str) -> None:
+def test_files_that_are_not_a_mapping_are_refused(path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path, [], BuildConfig)

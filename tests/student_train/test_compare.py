@@ -64,7 +64,7 @@ def test_two_servers_are_compared_pair_by_pair(servers: tuple[FakeServer, FakeSe
     assert second["cost_per_correct"] == pytest.approx(second["cost"] / 6)
     assert second["failures"] == {"status 500: status 500 on demand": 1}
     (pair,) = result["pairs"]
-    # Prompt 3 failed on one side and is no pair.
+    # Prompt 3 failed on one side and is not a pair.
     assert (pair["num_pairs"], pair["wins_a"], pair["wins_b"], pair["ties"]) == (11, 5, 0, 6)
     assert pair["p_value"] == 2 / 2**5
     assert pair["accuracy_difference"]["mean"] == pytest.approx(-5 / 11)
@@ -144,7 +144,7 @@ def test_what_cannot_be_compared_is_refused(servers: tuple[FakeServer, FakeServe
         compare([gone, open_side(f"b={good.url}", "secret", 5)], PROMPTS[:1], CONFIG, 1, {})
 
 
-def test_reasoning_is_no_part_of_the_answer() -> None:
+def test_reasoning_is_not_part_of_the_answer() -> None:
     prompt = AskedPrompt("1", [], "exact", "1", {}, ("<think>", "</think>"), None)
     assert answer_text(prompt, Reply("<think>5?</think>4")) == "4"
     assert answer_text(prompt, Reply("<think>5?")) is None

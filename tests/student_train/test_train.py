@@ -415,10 +415,10 @@ def test_until_there_is_a_checkpoint_a_run_may_still_mean_another_thing(
     frozen = RunFolder(run).selection_path("distill")
     assert frozen.exists()
     assert not RunFolder(run).has_frozen(trainer.config("run"))
-    mended = trainer.config("run", data={"where": "num_tokens < 30"})
-    trainer.run(mended)
+    repaired = trainer.config("run", data={"where": "num_tokens < 30"})
+    trainer.run(repaired)
     assert load_selection(frozen, [cache.root]).header.where == "num_tokens < 30"
-    assert RunFolder(run).has_frozen(mended)
+    assert RunFolder(run).has_frozen(repaired)
     with pytest.raises(ConfigError, match=r"was started with data\.where='num_tokens < 30', now it is 'correct'"):
         trainer.finish(refused)
 

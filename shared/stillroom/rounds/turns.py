@@ -209,7 +209,7 @@ class _Children:
         if child.returncode == INTERRUPTED or self._is_asked:
             raise KeyboardInterrupt
         if child.returncode != 0:
-            # A negative return code is a signal, which is no exit code.
+            # A negative return code is a signal, not an exit code.
             code = child.returncode if child.returncode > 0 else 1
             how = f"exit code {child.returncode}" if child.returncode > 0 else signal.Signals(-child.returncode).name
             raise PartFailed(f"{command.program} {' '.join(command.arguments)} ended with {how}", code)

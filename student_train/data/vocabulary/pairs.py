@@ -1,6 +1,6 @@
 """Which of the student's tokens can follow which.
 
-A place where the student's token ends says something about the text that comes. After "the" it cannot go on with "re",
+A place where the student's token ends says something about the text that comes. After "the", "re" cannot follow,
 because the student would have written "there"; the teacher, whose tokens are others, still gives "re" its mass. A
 sequence of BPE tokens is what the tokenizer makes of its text exactly where every pair of neighbours is (Vieira et al.
 2025, arXiv 2506.07956), so two tokens are enough to tell.

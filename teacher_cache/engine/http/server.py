@@ -123,7 +123,7 @@ class ServerEngine:
         try:
             waiting.result()
         except BaseException:
-            # After a Ctrl-C the coroutine must not go on in the other thread.
+            # After a Ctrl-C the coroutine must not continue in the other thread.
             waiting.cancel()
             raise
 

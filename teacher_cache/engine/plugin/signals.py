@@ -149,7 +149,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
 
     By inverting the distribution function twice, over stripes and within one. Sets the top's weights to zero.
     """
-    # In place: the chunk's weights are not needed whole any more (see _chunk_rows).
+    # In place: the chunk's weights are no longer needed whole (see _chunk_rows).
     weights_NV.scatter_(1, top_ids_NK, 0.0)
     num_rows, vocab_size = weights_NV.shape
     num_stripes = max(1, vocab_size // STRIPE_IDS)
@@ -173,7 +173,7 @@ def draws_outside(weights_NV: Tensor, top_ids_NK: Tensor, uniforms_NM: Tensor) -
     ids_NMR = ids_NMR.where(stripe_NM[:, :, None] < num_stripes, even + offsets)
     # The last stripe, of the remaining rows, may be shorter or longer than the others.
     is_id = ids_NMR < (torch.where(stripe_NM < num_stripes, even, vocab_size))[:, :, None]
-    # What is no id reads some weight here, which is then set to 0.
+    # Places beyond the last id read some weight here, which is then set to 0.
     ids_NMR = ids_NMR.clamp_(max=vocab_size - 1)
     members = weights_NV.gather(1, ids_NMR.view(num_rows, -1)).view(ids_NMR.shape).double().where(is_id, 0.0)
     below_NMR = members.cumsum(dim=-1)

@@ -137,7 +137,7 @@ def test_a_footer_that_lies_about_columns_is_damage(codec: str, tmp_path: Path) 
             read_signals(file, header, 0, ["text"], "shard")
 
 
-def test_a_footer_whose_names_are_no_text_is_damage(tmp_path: Path) -> None:
+def test_a_footer_whose_names_are_not_text_is_damage(tmp_path: Path) -> None:
     data = (GOLDEN / "v2-topk-u8.parquet").read_bytes()
     (tmp_path / "shard.parquet").write_bytes(data.replace(b"tail_codes", b"tail_code\xf3"))
     with pytest.raises(CorruptError, match="not text"):

@@ -392,7 +392,7 @@ def test_two_caches_join_on_the_chain(tmp_path: Path) -> None:
         assert rows(session, "SELECT count(*) AS n FROM small.tokens") == [{"n": tokens}]
 
 
-def test_a_full_disk_is_no_damage() -> None:
+def test_a_full_disk_is_not_damage() -> None:
     found = query_error(OSError('IO Error: Could not write all bytes to file "t.tmp": No space left on device'))
     assert isinstance(found, StillroomError)
     assert (found.exit_code, "set TMPDIR" in str(found)) == (1, True)
@@ -591,7 +591,9 @@ def test_own_files_join_and_stay_as_they_are(small: SyntheticCache, own: dict[st
         ("mine", "{folder}/empty.csv", "empty.csv is empty"),
     ],
 )
-def test_what_is_no_table_is_refused(small: SyntheticCache, tmp_path: Path, name: str, path: str, message: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused(
+    small: SyntheticCache, tmp_path: Path, name: str, path: str, message: str
+) -> None:
     for ending in ("parquet", "arrow"):
         (tmp_path / f"bad.{ending}").write_bytes(b"no table")
     (tmp_path / "late.jsonl").write_text("{}\n")

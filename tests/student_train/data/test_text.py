@@ -250,7 +250,7 @@ def test_an_answer_ends_as_the_template_ends_it() -> None:
     other = HuggingFaceText(tokenizer, vocab_size=16)
     assert (other.end_id, tokenizer.eos_token_id) == (2, 1)
     assert other.identity == (other.fingerprint, 2)
-    # What the template writes behind an answer is no special token, or it refuses the question.
+    # What the template writes behind an answer is not a special token, or it refuses the question.
     for template in ("{% for m in messages %}{{ m.content }} a{% endfor %}", "{{ raise_exception('no') }}"):
         tokenizer.chat_template = template
         assert HuggingFaceText(tokenizer, vocab_size=16).end_id == 1

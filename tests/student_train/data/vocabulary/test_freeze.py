@@ -223,7 +223,7 @@ def test_a_rare_end_outside_the_counted_chains_is_the_end(
 
 
 @IN_FLOATS
-def test_a_space_in_front_of_texts_is_no_byte_of_theirs(cache: SyntheticCache, tmp_path: Path) -> None:
+def test_a_space_in_front_of_texts_is_not_one_of_their_bytes(cache: SyntheticCache, tmp_path: Path) -> None:
     """Llama's tokenizer writes one: bits per byte do not count it, and no target stands at it."""
     student = fast(with_prefix_space())
     selection = open_projected_selection(tmp_path / "run" / "selection.parquet", request(cache), student)
