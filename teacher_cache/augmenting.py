@@ -6,7 +6,6 @@ back, a new question by its solutions. `build` then reads the variants from that
 """
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -116,9 +115,11 @@ def _ask(
     retry_failures: bool,
 ) -> BuildResult:
     asked = {(one.step, prompt_id_of(one.messages)): one for one in questions}
-    steps = Counter(step for step, _ in asked)
-    names = ", ".join(f"{num:,} {re.sub('[_-]', ' ', step)}" for step, num in sorted(steps.items()))
-    note(f"asking the teacher {format_plural(len(asked), 'question')}: {names}")
+    wanted: Counter[str] = Counter()
+    for one in asked.values():
+        wanted[_purpose(one.step)] += one.samples
+    counts = ", ".join(format_plural(num, purpose) for purpose, num in sorted(wanted.items()))
+    note(f"asking the teacher for {counts}")
     prompts = [Prompt(prompt_id, one.messages, step, "train") for (step, prompt_id), one in asked.items()]
     loaded = LoadedPrompts(prompts, [], [], [])
     build = _asking(config, {one.step: one.samples for one in questions})
@@ -141,3 +142,9 @@ def _asking(config: BuildConfig, steps: Mapping[str, int]) -> BuildConfig:
         ),
         sampling=config.sampling.updated(until=None, samples=1),
     )
+
+
+def _purpose(step: str) -> str:
+    """In a word. Example: 1-back_translation-out → translation."""
+    last = step.rpartition("-")[2]
+    return {"out": "translation", "back": "back translation", "solve": "solution"}.get(last, last)

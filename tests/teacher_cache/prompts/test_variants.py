@@ -281,7 +281,9 @@ def reply(text: str, sample: int) -> str:
     return rf"It is \boxed{{{number if sample != 1 or number % 2 else -1}}}."
 
 
-def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_makes_variants_once_and_solves_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = make_teacher()
     teacher.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     asked: list[str] = []
@@ -316,6 +318,7 @@ def test_the_teacher_makes_variants_once_and_solves_them(tmp_path: Path, monkeyp
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             augment(config)
+    assert "asking the teacher for 14 paraphrases, 18 solutions, 7 translations\n" in capsys.readouterr().err
     starts: list[TalkingEngine] = []
 
     def start(*_: Any) -> TalkingEngine:

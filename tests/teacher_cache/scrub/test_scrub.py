@@ -413,7 +413,7 @@ def test_augment_warns_once_of_chains_that_were_stored_without_scrub(
     capsys.readouterr()
     assert teacher_cache.augmenting.augment(config).num_new_chains > 1
     err = capsys.readouterr().err
-    assert err.count("asking the teacher 2 questions: 2 back translation out") == 1
+    assert err.count("asking the teacher for 2 translations") == 1
     assert err.count("stored without this scrub setting") == 1
 
 
