@@ -82,8 +82,8 @@ class VisibleSamples:
         if self._wanted is None:
             return read_sample_ids(path)
         columns = read_columns(path, ["sample_id", "prompt_id", "sample_index", "source"]).columns
-        ids, *of_rows = (column.to_pylist() for column in columns)
-        self._num_wanted[file.path] = sum(map(self._wanted, *of_rows))
+        ids: list[str] = columns[0].to_pylist()
+        self._num_wanted[file.path] = sum(map(self._wanted, *(column.to_pylist() for column in columns[1:])))
         return ids
 
     def add(self, path: str, sample_ids: Iterable[str]) -> None:

@@ -134,9 +134,7 @@ def test_another_student_is_refused_unless_allowed(
 def test_failures_of_tools_are_one_line_and_leave_nothing(
     fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        StillroomError, match=r"^writing compressed-tensors, 8-bit.* failed: ValueError: no kernel for it$"
-    ):
+    with pytest.raises(StillroomError, match=r"^writing compressed-tensors, .* failed: ValueError: no kernel for it$"):
         export_folder(student, [cache.root], None, tmp_path / "out", "gptq", Check(max_chains=4))
     (fakes / "run_vllm.py").write_text("raise SystemExit('no module named vllm')")
     with pytest.raises(StillroomError, match=r"^loading the model in vllm: its process ended: no module named vllm"):

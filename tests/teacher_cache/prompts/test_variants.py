@@ -318,7 +318,7 @@ def test_the_teacher_makes_variants_once_and_solves_them(
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             augment(config)
-    assert "asking the teacher for 14 paraphrases, 18 solutions, 7 translations\n" in capsys.readouterr().err
+    assert "asking the teacher for 14 paraphrases, 15 solutions, 7 translations\n" in capsys.readouterr().err
     starts: list[TalkingEngine] = []
 
     def start(*_: Any) -> TalkingEngine:
