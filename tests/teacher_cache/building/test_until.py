@@ -226,7 +226,7 @@ def test_a_worker_taken_for_dead_that_lives_adds_no_row(
                 with monkeypatch.context() as patch:
                     patch.setattr(teacher_cache.writer.recorder, "commit_verdicts", lambda *_: None)
                     with pytest.raises(StillroomError, match="died"):
-                        build(config, prompts(10), lambda: rivals.pop())
+                        build(config, prompts(10), rivals.pop)
             return super().step()
 
     rivals = [Slow(4)]
