@@ -150,7 +150,12 @@ def test_a_chain_that_was_cut_in_its_reasoning_has_not_ended_it(
 @pytest.mark.parametrize("signals", ["none", "top_logprobs"])
 def test_a_stop_string_is_not_the_end_of_a_turn(model: Path, server: FakeServer, tmp_path: Path, signals: str) -> None:
     end_id = AutoTokenizer.from_pretrained(model).eos_token_id
-    reasons = {"0": {}, "1": {"stop_reason": "5."}, "2": {"stop_reason": None}, "3": {"stop_reason": end_id}}
+    reasons: dict[str, dict[str, Any]] = {
+        "0": {},
+        "1": {"stop_reason": "5."},
+        "2": {"stop_reason": None},
+        "3": {"stop_reason": end_id},
+    }
     server.behaviour.chat = lambda message: with_logprobs(model) | reasons.get(message[-1], {})
     config = config_of(model, server, tmp_path / "c", {"max_support": K}, signals=signals, parameters={"stop": ["5."]})
     build_cache(config, WHOLE, retry_failures=False)
