@@ -145,6 +145,7 @@ def _asking(config: BuildConfig, steps: Mapping[str, int]) -> BuildConfig:
 
 
 def _purpose(step: str) -> str:
-    """In a word. Example: 1-back_translation-out → translation."""
+    """In a word. Example: back_translation-out → translation."""
+    kind, _, _ = step.partition("-")
     last = step.rpartition("-")[2]
-    return {"out": "translation", "back": "back translation", "solve": "solution"}.get(last, last)
+    return {"out": "translation", "back": "back translation", "solutions": "solution"}.get(last, kind)
