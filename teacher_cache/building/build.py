@@ -158,7 +158,6 @@ class Build:
             self._description.restore()
             result = self._result(num_total, pending, Recorded(), 0.0, None)
         else:
-            self._description.require_same_signals()
             engine = start_engine()
             try:
                 with StopRequest() as stop:

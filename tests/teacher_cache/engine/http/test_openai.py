@@ -268,16 +268,6 @@ def test_a_wrong_address_or_model_is_told_apart(
     assert ".:" not in str(caught.value)
 
 
-def test_a_run_has_distributions_in_all_of_its_chains_or_in_none(
-    model: Path, server: FakeServer, tmp_path: Path
-) -> None:
-    server.behaviour.chat = lambda message: with_logprobs(model)
-    build(config_of(model, server, tmp_path / "c", {"max_support": K}, signals="none"))
-    more = config_of(model, server, tmp_path / "c", {"max_support": K})
-    with pytest.raises(ConfigError, match=r"with engine\.signals: none: choose another cache, or set"):
-        build(more.updated(sampling=more.sampling.updated(samples=2)))
-
-
 def test_busy_and_broken_answers_are_tried_again(
     model: Path,
     server: FakeServer,
