@@ -36,7 +36,12 @@ def make_tiny_experts(folder: Path, seed: int = 0) -> Path:
     """The same with four experts in each layer, of which a token uses two."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    }
     return _save(folder, Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **experts, num_hidden_layers=2), seed)
 
 
