@@ -47,7 +47,7 @@ def served(tmp_path: Path, folder: Path, url: str, **engine: Any) -> dict[str, A
         },
         "sampling": {"max_tokens": 40},
         "capture": {"max_support": 8, "draws": 0},
-        "engine": {"kind": "server", "endpoints": [url], "model": "tiny", "give_up_minutes": 0.01, **engine},
+        "engine": {"kind": "server", "endpoints": [url], "model": "tiny", "give_up_minutes": 2.0, **engine},
     }
 
 

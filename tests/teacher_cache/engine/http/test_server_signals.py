@@ -174,10 +174,10 @@ def test_a_busy_endpoint_costs_a_chain_no_attempt(
 
 def test_an_endpoint_that_is_busy_for_ever_is_given_up(server: FakeServer) -> None:
     server.behaviour.trouble = lambda body: "429" if is_work(body) else None
-    engine = make_engine(server, give_up_minutes=0.01)
+    engine = make_engine(server, give_up_minutes=0.05)
     for request in make_requests(5):
         engine.submit(request)
-    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.01 minutes .*answers 429"):
+    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.05 minutes .*answers 429"):
         outlast(engine)
     engine.close()
 
