@@ -30,7 +30,7 @@ class BuildResult:
 
 def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
     """The result for programs. Totals are of the whole cache, rates of this process."""
-    from teacher_cache.inspect.stats import cache_stats, failures_text
+    from teacher_cache.inspect.stats import cache_stats
 
     catalog = Catalog(config.cache)
     stats, run = cache_stats(catalog), catalog.runs().get(result.run_id)
@@ -45,7 +45,8 @@ def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
         "num_new_tokens": result.recorded.num_tokens,
         "num_failures": result.recorded.num_failures,
         "num_failed": stats.num_failed,
-        "failures": failures_text(stats) if stats.num_failed else None,
+        "failures": stats.failures,
+        "failure_example": stats.failure_example,
         "seconds": result.seconds,
         "tokens_per_s": result.tokens_per_s,
         "num_chains": stats.num_chains,
@@ -60,15 +61,17 @@ def result_json(config: BuildConfig | ScoreConfig, result: BuildResult) -> Json:
 
 def result_lines(result: Json, cache: str) -> list[str]:
     """The result for a person."""
+    from teacher_cache.inspect.stats import failures_text
+
     rate = "" if result["tokens_per_s"] is None else f" at {result['tokens_per_s']:.0f} tok/s"
     took = f"{format_count(result['num_new_tokens'])} tokens in {format_duration(result['seconds'])}{rate}"
     others = f"{result['num_failures']} failed, {result['num_done_before']} tried before"
     size = "" if result["bytes_per_token"] is None else f", {result['bytes_per_token']:.1f} B/token"
     total = format_bytes((result["bytes_per_token"] or 0.0) * result["num_tokens"])
     counts = f"{format_plural(result['num_chains'], 'chain')}, {format_count(result['num_tokens'])} tokens"
-    failed = f"failed  {result['num_failed']:,} in this cache: {result['failures']}"
+    reasons = failures_text(result["failures"], result["failure_example"])
     return [
         f"new     {format_plural(result['num_new_chains'], 'chain')}, {took}; {others}",
         f"cache   {cache}: {counts}, {total}{size}",
-        *([failed] if result["num_failed"] else []),
+        *([f"failed  {result['num_failed']:,} in this cache: {reasons}"] if result["num_failed"] else []),
     ]

@@ -5,7 +5,7 @@ sample of the chains, if there are many tokens), never a distribution.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -217,11 +217,10 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
     )
 
 
-def failures_text(stats: CacheStats) -> str:
+def failures_text(num_of_reason: Mapping[str, int], example: str | None) -> str:
     """Reasons with their counts, a message, and what to do about them."""
-    reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in stats.failures.items())
-    example = one_line(stats.failure_example or "")
-    return f"{reasons} ({example[:MAX_EXAMPLE]}); build with --retry-failures asks again"
+    reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in num_of_reason.items())
+    return f"{reasons} ({one_line(example or '')[:MAX_EXAMPLE]}); build with --retry-failures asks again"
 
 
 def stats_text(stats: CacheStats) -> str:
@@ -244,7 +243,8 @@ def stats_text(stats: CacheStats) -> str:
     right = f", {stats.pass_rate:.1%} right" if stats.num_judged else ""
     undecided = f", {stats.num_undecided:,} undecided ({UNDECIDED})" if stats.num_undecided else ""
     lines.append(f"{stats.num_judged:,} judged{right}{undecided}")
-    lines.append(f"{stats.num_failed:,} failed" + (f": {failures_text(stats)}" if stats.num_failed else ""))
+    reasons = f": {failures_text(stats.failures, stats.failure_example)}" if stats.num_failed else ""
+    lines.append(f"{stats.num_failed:,} failed{reasons}")
     if stats.usage.worker_seconds >= 1:
         named = f" ({', '.join(map(one_line, stats.usage.devices))})" if stats.usage.devices else ""
         took, workers = format_duration(stats.usage.worker_seconds), format_plural(stats.usage.num_workers, "worker")

@@ -222,7 +222,9 @@ def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
     result = build_cache(config, WHOLE, retry_failures=False)
     assert (result.recorded.num_chains, result.recorded.num_failures) == (3, 1)
     (failure,) = pq.read_table(tmp_path / "c" / "failures").to_pylist()
-    assert result_lines(result_json(config, result), "c")[-1] == (
+    printed = result_json(config, result)
+    assert (printed["failures"], printed["failure_example"]) == ({"engine_error": 1}, failure["message"])
+    assert result_lines(printed, "c")[-1] == (
         f"failed  1 in this cache: engine_error 1 ({failure['message'][:200]}); build with --retry-failures asks again"
     )
     assert "the token b'answerless', which the tokenizer of teacher.model lacks" in failure["message"]
