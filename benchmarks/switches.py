@@ -281,7 +281,7 @@ def _show(case: str, found: dict[str, Any], plain: dict[tuple[bool, float], list
         print(f"{case:28} {found['refused'][:300]}", flush=True)
         return
     temperature = CASES[case][2] if case in CASES else 0.8
-    verdict = "dense" if found["worst"] < TOLERANCE else f"OFF by {found['worst']:.3g}"
+    verdict = f"{'dense to' if found['worst'] < TOLERANCE else 'OFF by'} {found['worst']:.1e}"
     first = plain.setdefault(("experts" in case, temperature), found["tokens"])
     same = "same tokens" if found["tokens"] == first else "other tokens"
     replicas = f"tokens by replica: {found['replicas']}" if "replicas" in found else ""
