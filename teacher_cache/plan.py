@@ -518,10 +518,10 @@ def _last_speed(cache: Location, run_id: str) -> float | None:
     lasts = [last for path in paths if (last := last_metrics(path)) is not None]
     if not lasts:
         return None
-    newest_s = max(last["time"] for last in lasts)
-    together = [last["tokens_per_s"] for last in lasts if newest_s - last["time"] < METRICS_FRESH_S]
-    # Workers run side by side, so their rates add up; those of earlier runs do not count.
-    return float(sum(together)) or None
+    newest = max(lasts, key=lambda last: last["time"])
+    began_s = max(newest["time"] - METRICS_FRESH_S, newest["time"] - newest["seconds"])
+    # Workers run side by side, so their rates add up; those that ended before the newest one began do not count.
+    return float(sum(last["tokens_per_s"] for last in lasts if last["time"] >= began_s)) or None
 
 
 def _cost_lines(plan: BuildPlan) -> list[str]:

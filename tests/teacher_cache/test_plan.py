@@ -173,8 +173,14 @@ def test_a_small_disk_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_speed_is_that_of_the_workers_running_together(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    for worker, time, speed in (("w0of2", 10_000, 100.0), ("w1of2", 9_000, 50.0), ("w0", 1_000, 70.0)):
-        lines = [{"time": time - 10, "tokens_per_s": 1.0}, {"time": time, "tokens_per_s": speed}]
+    started = {"w0of2": 8_000, "w1of2": 7_000, "stopped": 7_000, "long_dead": 500}
+    lasts = {"w0of2": (10_000, 100.0), "w1of2": (9_000, 50.0), "stopped": (7_990, 30.0), "long_dead": (1_000, 70.0)}
+    for worker, (time, speed) in lasts.items():
+        seconds = time - started[worker]
+        lines = [
+            {"time": time - 10, "seconds": seconds - 10, "tokens_per_s": 1.0},
+            {"time": time, "seconds": seconds, "tokens_per_s": speed},
+        ]
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         (tmp_path / "runs" / f"test_1.{worker}.metrics.jsonl").write_text(text)
     assert teacher_cache.plan._last_speed(tmp_path, "test_1") == 150.0
@@ -190,7 +196,7 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
 def test_a_metrics_line_that_was_cut_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     path = tmp_path / "runs" / "test_1.w0.metrics.jsonl"
-    path.write_text('{"time": 1.0, "tokens_per_s": 5.0}\n{"time": 2.0, "tok')
+    path.write_text('{"time": 1.0, "seconds": 1.0, "tokens_per_s": 5.0}\n{"time": 2.0, "tok')
     assert teacher_cache.plan._last_speed(tmp_path, "test_1") == 5.0
     with MetricsLog(path) as log:
         log.write(1, 2, 3, Recorded())
