@@ -300,7 +300,7 @@ def fingerprint_weights(model: str, revision: str | None = None) -> tuple[str, s
 
 def fingerprint_folder(folder: Path) -> str:
     """Fingerprint of a Hugging Face folder, independent of its path."""
-    kept = _settings(folder)
+    kept = model_settings(folder)
     weights = _weight_files(folder)
     if not weights:
         raise DataError(f"{folder} holds no weights: use a Hugging Face model folder")
@@ -323,7 +323,7 @@ def fingerprint_adapter(folder: Path) -> str:
 
 def fingerprint_served(folder: Path, served_name: str) -> str:
     """Fingerprint of a model with only its config.json: other weights served under the same name look equal."""
-    return stable_hash("served", _settings(folder), served_name)
+    return stable_hash("served", model_settings(folder), served_name)
 
 
 def has_weights(folder: Path) -> bool:
@@ -382,6 +382,19 @@ def require_model_folder_or_id(model: str) -> None:
     require_folder_or_id(model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise DataError(f"{model} has no config.json: use a Hugging Face model folder")
+
+
+def model_settings(folder: Path) -> dict[str, Any]:
+    """config.json without keys that do not describe the model. Raises DataError if the folder has none to read."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: use a Hugging Face model folder")
+    require_model_folder_or_id(str(folder))
+    config = folder / "config.json"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{config} is not JSON: {error}") from error
+    return {key: value for key, value in settings.items() if key not in VOLATILE_CONFIG_KEYS}
 
 
 def public_name(model: str) -> str:
@@ -472,17 +485,6 @@ def _show_bytes(data: bytes) -> str:
 def _last(ids: npt.NDArray[Any], token_id: int | None) -> int:
     places = np.flatnonzero(ids == token_id)
     return int(places[-1]) if len(places) else -1
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """config.json without keys that do not describe the model."""
-    require_model_folder_or_id(str(folder))
-    config = folder / "config.json"
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{config} is not JSON: {error}") from error
-    return {key: value for key, value in settings.items() if key not in VOLATILE_CONFIG_KEYS}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from stillroom.config import Json
 from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress, note
+from stillroom.models import model_settings
 from student_train.export.energy import EnergyMeter
 from student_train.export.formats import RUNTIMES
 from student_train.export.worker import RuntimeWorker
@@ -89,8 +90,7 @@ def _runtime_of(folder: Path) -> str:
         return "llama.cpp"
     if not (folder / "config.json").exists():
         raise DataError(f"{folder} holds no model: neither config.json nor GGUF, ONNX or OpenVINO files")
-    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "vllm" if "quantization_config" in config else "transformers"
+    return "vllm" if "quantization_config" in model_settings(folder) else "transformers"
 
 
 def bench(contestants: Sequence[Contestant], load: Load) -> Json:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from stillroom.config import Json
-from stillroom.errors import ConfigError, DataError, Disagreement
+from stillroom.errors import ConfigError, DataError, Disagreement, naming
 from stillroom.log import format_bytes, note
-from stillroom.models import public_name, require_model_folder_or_id
+from stillroom.models import model_settings, public_name
 from stillroom.storage.paths import write_text_atomic
 from student_train.config.data import CacheConfig, DataConfig
 from student_train.config.run import HELDOUT, EvalConfig, StudentConfig, TrainConfig
@@ -90,9 +90,10 @@ def export_folder(model: Path, caches: Sequence[Path], where: str | None, out: P
 
     Raises ConfigError, DataError, CorruptError, Disagreement, StillroomError.
     """
-    require_model_folder_or_id(str(model))
-    tensor_shapes(model)
-    if "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8")):
+    with naming("--model"):
+        settings = model_settings(model)
+        tensor_shapes(model)
+    if "quantization_config" in settings:
         raise DataError(f"--model {model} is quantised already: pass the float folder that it was made from")
     name, made = _prepared(out, name)
     heldout = _cached_chains(model, caches, where or HELDOUT, check.max_chains)
@@ -166,7 +167,7 @@ def _export(source: Source, out: Path, name: str, made: Format, check: Check) ->
 
 def _fitting(chains: Sequence[Chain], folder: Path) -> list[Chain]:
     """Chains cut to what the model has positions for, less one: vLLM always generates a token."""
-    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = model_settings(folder)
     config = config.get("text_config", config)
     num_positions = config.get("max_position_embeddings") or config.get("n_positions") or MAX_CHAIN_TOKENS + 1
     fitting = [chain.shortened(num_positions - 1) for chain in chains]

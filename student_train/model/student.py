@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stillroom.errors import ConfigError, DataError, one_line
-from stillroom.models import hush_hub, require_model_folder_or_id
+from stillroom.models import hush_hub, require_model_folder_or_id, unreachable
 from student_train.config.run import EngineConfig, StudentConfig
 from student_train.config.stage import LoraConfig, StageConfig
 from student_train.data.pack import TorchPack
@@ -264,6 +264,8 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
         if "does not support an attention implementation" in str(error):
             # transformers' own advice names an argument that nobody can pass here.
             raise ConfigError(f"{folder} cannot use student.attention: {student.attention}: set it to eager") from error
+        if isinstance(error, OSError) and not Path(folder).is_dir():
+            raise DataError(unreachable(folder, error)) from error
         # Names the file that is cut short, which transformers does not.
         tensor_shapes(Path(folder))
         raise DataError(

@@ -106,6 +106,19 @@ def test_weights_cut_short_are_one_line(tmp_path: Path) -> None:
         load_causal(str(tmp_path), StudentConfig(model=str(tmp_path)), None)
 
 
+def test_a_folder_without_settings_to_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"^nowhere is neither a folder nor a hub id that can be reached: "):
+        load_causal("nowhere", StudentConfig(model="nowhere"), None)
+    with pytest.raises(DataError, match=r"^--model: nowhere is not a folder: use a Hugging Face model folder$"):
+        export_folder(Path("nowhere"), [], None, tmp_path / "out", "onnx", Check())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"^--model: .*config\.json is not JSON: "):
+        export_folder(tmp_path, [], None, tmp_path / "out", "onnx", Check())
+    with pytest.raises(DataError, match=r"config\.json is not JSON: "):
+        contestant(str(tmp_path))
+
+
 def test_a_head_of_its_own_is_not_called_tied(tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(make_student(tmp_path / "student"))
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2.0)
