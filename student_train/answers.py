@@ -24,7 +24,7 @@ from stillroom.judging.judges import require_judge
 from stillroom.judging.process import JudgeProcess
 from stillroom.log import Progress
 from stillroom.models import reasoning_ids, split_reasoning
-from stillroom.sql.conditions import in_brackets
+from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import open_session
 from stillroom.storage.paths import location
 from student_train.data.selection import PinnedCache
@@ -120,8 +120,8 @@ def heldout_prompts(
     chosen = sorted({prompt.prompt_id: prompt for prompt in found}.values(), key=lambda one: one.prompt_id)
     if not chosen:
         counted = f"SELECT count(*) AS num FROM chains WHERE {in_brackets(where)}"
-        if not any(_rows(cache, counted)[0]["num"] for cache in caches):
-            raise ConfigError(f"no chain fulfils {where!r}, so there is no prompt to ask")
+        if not any(_rows(cache, where, counted)[0]["num"] for cache in caches):
+            raise ConfigError(f"no chain matches {where!r}, so there is no prompt to ask")
         raise ConfigError(f"no prompt of the chains with {where!r} names a judge, so no answer can be judged")
     # Before anything is generated: a judge that is not installed would show after an hour.
     for judge in {prompt.judge for prompt in chosen[:num_prompts]}:
@@ -170,8 +170,7 @@ def answer_and_judge(
             answers = generate(model, tokenizer, [prompts[place] for place in batch], config, chosen)
             for row, (place, ids) in enumerate(zip(batch, answers, strict=True)):
                 prompt, is_cut = prompts[place], ids[-1] not in ends
-                first = _answer_start(tokenizer, prompt, ids)
-                answer = _decoded(tokenizer, ids, first)
+                first, answer = answer_of(tokenizer, prompt, ids)
                 verdict = judge.judge(prompt.judge, answer, prompt.reference, prompt.metadata, is_cut)
                 confidence = None if first is None else chosen.confidence(row, first, len(ids))
                 found[place] = Given(prompt, ids, answer, is_cut, confidence, verdict)
@@ -257,29 +256,22 @@ def generate(
     return [_until_end(ids, ends) for ids in ids_BG.tolist()]
 
 
-def answer_of(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> str | None:
-    """The text after the reasoning; None if the reasoning never ended."""
-    return _decoded(tokenizer, ids, _answer_start(tokenizer, prompt, ids))
-
-
-def _answer_start(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> int | None:
+def answer_of(tokenizer: Any, prompt: AskedPrompt, ids: Sequence[int]) -> tuple[int, str] | tuple[None, None]:
+    """Where the answer begins, after the reasoning, and its text; None if the reasoning never ended."""
     start_id, end_id = reasoning_ids(tokenizer, *prompt.reasoning) if prompt.reasoning is not None else (None, None)
-    return split_reasoning(ids, prompt.token_ids, start_id, end_id)
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int], first: int | None) -> str | None:
+    first = split_reasoning(ids, prompt.token_ids, start_id, end_id)
     if first is None:
-        return None
-    return str(tokenizer.decode(ids[first:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return None, None
+    return first, str(tokenizer.decode(ids[first:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _catalog(cache: PinnedCache) -> Catalog:
     return Catalog(location(cache.root), cache.chains_version, cache.verdicts_version)
 
 
-def _rows(cache: PinnedCache, query: str) -> list[Json]:
+def _rows(cache: PinnedCache, where: str, query: str) -> list[Json]:
     with open_session(_catalog(cache)) as session:
-        rows: list[Json] = session.arrow(query).to_pylist()
+        rows: list[Json] = run_with(session, "--where", where, query).to_pylist()
     return rows
 
 
@@ -297,7 +289,7 @@ def _prompts_of(cache: PinnedCache, where: str, num_prompts: int, render: Render
         f"GROUP BY a.prompt_id ORDER BY a.prompt_id LIMIT {num_prompts}"
     )
     runs = catalog.runs()
-    for row in _rows(cache, query):
+    for row in _rows(cache, where, query):
         metadata = json.loads(row["metadata"])
         markers = runs[row["run_id"]].reasoning
         yield AskedPrompt(
@@ -326,7 +318,7 @@ def end_ids(model: Any) -> list[int]:
     """Ids that end an answer. Raises ConfigError if there are none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
-        raise ConfigError("--generate: the model has no eos_token_id in its generation config: answers would never end")
+        raise ConfigError("the model has no eos_token_id in its generation config: answers would never end")
     return list(ends) if isinstance(ends, list) else [ends]
 
 

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -261,29 +261,35 @@ class Folder:
     def answer(
         self, prompts: Sequence[AskedPrompt], config: GenerateConfig, concurrency: int, done: Callable[[Reply], None]
     ) -> list[Reply]:
-        from dataclasses import replace
+        replies = []
+        for prompt in prompts:
+            replies.append(self._ask(prompt, config))
+            done(replies[-1])
+        return replies
+
+    def _ask(self, prompt: AskedPrompt, config: GenerateConfig) -> Reply:
+        from jinja2 import TemplateError
 
         from student_train.answers import end_ids, generate
 
-        replies = []
-        for prompt in prompts:
+        try:
             ids = self._tokenizer.apply_chat_template(
                 list(prompt.messages), add_generation_prompt=True, return_dict=False
             )
-            started_s = time.perf_counter()
-            (made,) = generate(self._causal, self._tokenizer, [replace(prompt, token_ids=ids)], config)
-            latency_s = time.perf_counter() - started_s
-            ends = end_ids(self._causal)
-            text = self._tokenizer.decode(
-                [one for one in made if one not in ends], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            reply = Reply(
-                text=text,
-                is_cut=made[-1] not in ends,
-                num_prompt_tokens=len(ids),
-                num_tokens=len(made),
-                latency_s=latency_s,
-            )
-            done(reply)
-            replies.append(reply)
-        return replies
+        except (TemplateError, ValueError) as error:
+            # Without a template, or for a conversation that it does not take, as a server refuses it.
+            return Reply(error=first_line(error)[:MAX_ERROR_CHARS])
+        started_s = time.perf_counter()
+        (made,) = generate(self._causal, self._tokenizer, [replace(prompt, token_ids=ids)], config)
+        latency_s = time.perf_counter() - started_s
+        ends = end_ids(self._causal)
+        text = self._tokenizer.decode(
+            [one for one in made if one not in ends], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return Reply(
+            text=text,
+            is_cut=made[-1] not in ends,
+            num_prompt_tokens=len(ids),
+            num_tokens=len(made),
+            latency_s=latency_s,
+        )

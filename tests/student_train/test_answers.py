@@ -96,7 +96,7 @@ def test_right_wrong_and_undecided_are_counted(model: Any, tokenizer: Any, monke
     # An answer that is cut at the limit is not right, whatever it says.
     monkeypatch.setattr(model.generation_config, "eos_token_id", first[-1])
     prompts = [
-        prompt_of(list(PROMPTS[0].token_ids), answer_of(tokenizer, PROMPTS[0], _cut(first, first[-1]))),
+        prompt_of(list(PROMPTS[0].token_ids), answer_of(tokenizer, PROMPTS[0], _cut(first, first[-1]))[1]),
         prompt_of(list(PROMPTS[1].token_ids), "something else"),
         prompt_of(list(PROMPTS[2].token_ids), None),
     ]
@@ -107,18 +107,27 @@ def test_right_wrong_and_undecided_are_counted(model: Any, tokenizer: Any, monke
 
 def test_what_follows_the_reasoning_is_the_answer(tokenizer: Any) -> None:
     thinking = prompt_of([5], reasoning=("w9", f"w{THINK_END_ID}"))
-    assert answer_of(tokenizer, thinking, [9, 30, 31, THINK_END_ID, 40, 41, 1]) == "w40 w41"
-    assert answer_of(tokenizer, thinking, [9, 30, 31]) is None
-    assert answer_of(tokenizer, thinking, [30, 31]) == "w30 w31"
-    assert answer_of(tokenizer, prompt_of([5]), [30, THINK_END_ID, 31]) == "w30 w31"
+    assert answer_of(tokenizer, thinking, [9, 30, 31, THINK_END_ID, 40, 41, 1]) == (4, "w40 w41")
+    assert answer_of(tokenizer, thinking, [9, 30, 31]) == (None, None)
+    assert answer_of(tokenizer, thinking, [30, 31]) == (0, "w30 w31")
+    assert answer_of(tokenizer, prompt_of([5]), [30, THINK_END_ID, 31]) == (0, "w30 w31")
 
 
 def test_prompts_without_a_judge_cannot_be_judged(cache: SyntheticCache) -> None:
     pinned = PinnedCache(root=str(cache.root), weight=1.0, chains_version=_version(cache), verdicts_version=0)
     with pytest.raises(ConfigError, match="no prompt of the chains with \"split = 'heldout'\" names a judge"):
         heldout_prompts([pinned], "split = 'heldout'", 4, None)
-    with pytest.raises(ConfigError, match="no chain fulfils \"split = 'held'\""):
+    with pytest.raises(ConfigError, match="no chain matches \"split = 'held'\""):
         heldout_prompts([pinned], "split = 'held'", 4, None)
+    with pytest.raises(ConfigError, match=r"^--where 'split =': it ends too early, or its brackets do not match$"):
+        heldout_prompts([pinned], "split =", 4, None)
+
+
+def test_answers_that_would_never_end_are_refused(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    # Without the name of an option: `compare` asks too.
+    with pytest.raises(ConfigError, match=r"^the model has no eos_token_id in its generation config"):
+        generate(model, tokenizer, PROMPTS, GREEDY)
 
 
 def test_numbers_that_mean_nothing_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Served students compared on the same prompts: pairs, failures, and the page."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,22 @@ def test_a_folder_answers_beside_a_server(servers: tuple[FakeServer, FakeServer]
     assert result["sides"][0]["tokens_per_answer"] <= 8
     assert answered[0].replies[0].num_prompt_tokens == 2
     assert result["pairs"][0]["num_pairs"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:::transformers")
+def test_a_folder_refuses_conversations_as_a_server_does(
+    servers: tuple[FakeServer, FakeServer], student: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(student, tmp_path / "student")
+    template = "{% if messages[0].content.startswith('w4') %}{{ raise_exception('not this one') }}{% endif %}w1"
+    for text, told in ((template, "not this one"), (None, "chat_template is not set")):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        if text is not None:
+            (folder / "chat_template.jinja").write_text(text)
+        side = open_side(str(folder), None, 5)
+        replies = side.answer(PROMPTS[4:6], CONFIG, 1, print)
+        assert told in str(replies[0].error)
+        assert (replies[1].error is None) == (text is not None)
 
 
 def test_what_cannot_be_compared_is_refused(servers: tuple[FakeServer, FakeServer], tmp_path: Path) -> None:
