@@ -74,7 +74,7 @@ def model_card(
         f"# {config.run.name}\n\nA student trained with stillroom on the cached token distributions of its teacher.",
         _provenance(config, state, selections, teachers),
         _evaluation(config, state),
-        f"## Configuration\n\nWithout what is left at its default:\n\n```yaml\n{set_here}```",
+        f"## Configuration\n\nSettings that differ from their defaults:\n\n```yaml\n{set_here}```",
     ]
     return "\n\n".join(sections) + "\n"
 

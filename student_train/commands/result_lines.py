@@ -102,7 +102,7 @@ def _more_lines(result: Result) -> list[str]:
         parts = [f"{row['group']} {row['retention']:.1%}" for row in by_source]
         lines.append(f"retention {result['retention']:.1%}: {', '.join(parts)}")
     if result["calibration"] is not None:
-        lines.append(f"calibration error {result['calibration']['ece']:.3f}: mean gap of confidence and accuracy")
+        lines.append(f"calibration error {result['calibration']['ece']:.3f}: mean gap between confidence and accuracy")
     for kind, one in ((result["generation"] or {}).get("robustness") or {}).items():
         if not one["num_prompts"]:
             lines.append(f"{kind:10} applies to none of these prompts")

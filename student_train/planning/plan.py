@@ -11,12 +11,12 @@ from stillroom.cache.features import FeatureSet
 from stillroom.errors import ConfigError
 from stillroom.log import note
 from student_train.config.data import DataConfig
-from student_train.config.run import StudentConfig, TrainConfig, packs_per_step
+from student_train.config.run import TrainConfig, packs_per_step
 from student_train.config.stage import StageConfig
 from student_train.data.attached import NOTHING_ATTACHED, Attached
 from student_train.data.epoch_plan import EpochPlans, PlanSpec
 from student_train.data.features import StageFeatures, pin_features, reopen_features, stage_features, with_layers
-from student_train.data.freezing import OpenCaches, SelectionRequest
+from student_train.data.freezing import OpenCaches
 from student_train.data.open import eval_request, eval_spec, plan_spec
 from student_train.data.selection import Selection
 from student_train.data.steps import planned
@@ -42,8 +42,6 @@ from student_train.planning.checks import (
 from student_train.planning.files import RunFiles
 from student_train.runtime.run_folder import RunFolder
 from student_train.schedule import check_mixes
-
-Opener = Callable[[Path, SelectionRequest, DataConfig, StudentConfig], Selection]
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def slurm_meeting(environ: Mapping[str, str], nproc: int | None) -> Meeting:
 
 
 def given_meeting() -> Meeting | None:
-    """The meeting of an agent that ssh started; None in other processes, such as its ranks."""
+    """The meeting of an agent on a host of a FILE; None in other processes, such as its ranks."""
     text = os.environ.pop(MEETING_VARIABLE, None)
     return None if text is None else Meeting(**json.loads(text))
 

@@ -2,8 +2,8 @@
 
 In: DeepSpeed's ZeRO optimizer and the AdamW inside it. Out: the same weights, moments and saved state. With one rank
 nothing is sharded, yet DeepSpeed copies every gradient into a bucket, divides it by 1, copies it out, flattens all of
-them, and keeps float32 weights twice. Here autograd keeps the gradients where
-they are, and AdamW updates DeepSpeed's flat weights and moments through a view for each parameter.
+them, and keeps float32 weights twice. Here autograd keeps the gradients where they are, and AdamW updates DeepSpeed's
+flat weights and moments through a view for each parameter.
 """
 
 from __future__ import annotations

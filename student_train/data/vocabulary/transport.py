@@ -141,7 +141,7 @@ class Strings:
             first_N[left] = found[:, 0]
             is_settled_N[left] = (found[:, 0] >= 0) & (found[:, 1] < lengths_N[left])
         is_numbered_N = numbers_N >= 0
-        is_settled_N[is_numbered_N] = self._facts[2, numbers_N[is_numbered_N]] > 0
+        is_settled_N[is_numbered_N] = self.is_settled[numbers_N[is_numbered_N]] > 0
         # -1 stands for a key that is not there, so facts are 0 or more: hence the first token + 1.
         facts_N: Int64 = np.where(is_numbered_N, numbers_N << 2 | 1, (first_N + 1) << 2) | (is_settled_N << 1)
         return facts_N

@@ -9,7 +9,6 @@ import numpy as np
 from cyllama.llama import llama_cpp
 from protocol import Array, serve_runtime
 
-MAX_PROMPTS = 8
 UBATCH_TOKENS = 512
 
 
