@@ -187,8 +187,9 @@ class _Elsewhere:
             return
         folded = original.lower() if kind == "email" else _folded(original)
         is_long = kind == "email" or " " in folded
-        if is_long:
-            self._add(self._folded, folded, kind)
+        # As it is written too: "St. John" has a full stop and a space where names have one separator.
+        for one in {folded, original.lower()} if is_long else ():
+            self._add(self._folded, one, kind)
         # A single name may be a word: in small letters it is left.
         for part in [*([] if is_long else [original]), *_parts_of_name(original, kind)]:
             for one in {part, part.upper()} if kind == "person" else {part}:
