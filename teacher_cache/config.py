@@ -164,6 +164,14 @@ SET_ELSEWHERE = {
     "chat_template_kwargs": "teacher.chat_template_kwargs",
 }
 """Fields of a request, and the setting that each comes from."""
+OFF: Mapping[str, float | None] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": None,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""Sampling of an API that gets none of these fields."""
 
 
 class OpenAIConfig(StrictModel):
@@ -458,12 +466,14 @@ class BuildConfig(RunConfig):
     def _parameters_reach_vllm(self) -> Self:
         if isinstance(self.engine, OpenAIConfig) and self.sampling.vllm:
             raise ValueError("sampling.vllm is for vLLM: an API takes further fields in engine.parameters")
-        if isinstance(self.engine, OpenAIConfig) and "temperature" in self.engine.parameters:
-            given = (self.sampling.temperature, *(one.temperature for one in self.prompts.sources))
-            if other := [one for one in given if one is not None and one != 1]:
+        parameters = self.engine.parameters if isinstance(self.engine, OpenAIConfig) else {}
+        for name, off in ((name, off) for name, off in OFF.items() if name in parameters):
+            own = [one.temperature for one in self.prompts.sources] if name == "temperature" else []
+            if other := [one for one in (getattr(self.sampling, name), *own) if one not in (None, off)]:
+                shown = "null" if off is None else f"{off:g}"
                 raise ValueError(
-                    f"engine.parameters removes temperature, so the API samples at 1 and not at {other[0]:g}: set "
-                    "sampling.temperature: 1"
+                    f"engine.parameters removes {name}, so the API samples at {shown} and not at {other[0]:g}: set "
+                    f"sampling.{name}: {shown}"
                 )
         return self
 

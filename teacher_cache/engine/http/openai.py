@@ -28,7 +28,7 @@ from stillroom.log import note
 from stillroom.models import end_id_of, reasoning_ids
 from stillroom.pieces import vocabulary_of
 from stillroom.schema.records import Capture, Message, Prompt
-from teacher_cache.config import CaptureConfig, OpenAIConfig, ReasoningConfig
+from teacher_cache.config import OFF, CaptureConfig, OpenAIConfig, ReasoningConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request, refusal
 from teacher_cache.engine.http.client import HttpClient, Refused, Unavailable, failed_choice, read_api_key
 from teacher_cache.engine.http.handshake import KEY_STATUS, NO_ENDPOINT_STATUS
@@ -63,8 +63,6 @@ MOVED_STATUS = {301, 302, 303, 307, 308}
 NO_CREDIT_STATUS = 402
 NO_CREDIT_CODES = ("insufficient_quota", "billing_hard_limit_reached")
 """Sent with 429, and no pause helps."""
-LEFT_OUT = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Parameters that are sent only where they have an effect: not every API knows them."""
 
 Json = Mapping[str, Any]
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
@@ -332,7 +330,8 @@ class OpenAIChat:
             "temperature": sampling.get("temperature", 1.0),
             "max_tokens": request.max_tokens,
             "seed": request.seed,
-            **{key: sampling[key] for key, neutral in LEFT_OUT.items() if sampling.get(key, neutral) != neutral},
+            # Only where they have an effect: not every API knows them.
+            **{key: sampling[key] for key, off in OFF.items() if sampling.get(key, off) != off},
         }
         if config.signals == "top_logprobs":
             body |= {"logprobs": True, "top_logprobs": self._k}

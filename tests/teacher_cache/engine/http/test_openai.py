@@ -320,6 +320,7 @@ def test_pauses_stay_bounded_however_long_an_api_is_busy() -> None:
         ({}, {"parameters": {"seed": 5}}, "seed is set by sampling.seed"),
         ({}, {"parameters": {"max_tokens": 9}}, "max_tokens is set by sampling.max_tokens"),
         ({}, {"parameters": {"temperature": None}}, "samples at 1 and not at 0.6"),
+        ({}, {"parameters": {"top_p": None}}, "removes top_p, so the API samples at 1 and not at 0.95"),
     ],
 )
 def test_settings_that_no_api_can_serve_are_refused(
