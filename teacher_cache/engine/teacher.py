@@ -8,8 +8,9 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
 
+from stillroom.cache.tensors import read_header
 from stillroom.config import nearest_name
-from stillroom.errors import ConfigError, naming
+from stillroom.errors import ConfigError, CorruptError, DataError, naming
 from stillroom.models import (
     fingerprint_served,
     fingerprint_template,
@@ -70,6 +71,17 @@ def identify_teacher(config: TeacherConfig, engine: EngineConfig = EmbeddedConfi
         adapter_fingerprint=adapter,
     )
     return IdentifiedTeacher(record, tokenizer)
+
+
+def require_whole_weights(model: str) -> None:
+    """Raises DataError for a file in a folder that is damaged or cut short, which those who load the model do not
+    name.
+    """
+    for path in sorted(Path(model).glob("*.safetensors")):
+        try:
+            read_header(path)
+        except CorruptError as error:
+            raise DataError(f"{path} is damaged or cut short: copy it again") from error
 
 
 def check_template_kwargs(template: str, names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from stillroom.errors import ConfigError, DataError, StillroomError, one_line
 from stillroom.log import note
 from stillroom.schema.manifest import Teacher
+from teacher_cache.engine.teacher import require_whole_weights
 from teacher_cache.states.config import TransformersConfig
 from teacher_cache.states.engine import AttendedKeys, ChainTokens, HeadWeights, States, Wanted
 from teacher_cache.states.model import final_norm, head_of
@@ -29,6 +30,7 @@ class TransformersStates:
 
     def __init__(self, teacher: Teacher, trust_remote_code: bool, config: TransformersConfig, wanted: Wanted) -> None:
         """Loads the model. Raises ConfigError if its layers cannot be found, DataError if it cannot be loaded."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         self._wanted = wanted
@@ -47,7 +49,8 @@ class TransformersStates:
             if teacher.adapter is not None:
                 model = _merged(model, teacher.adapter)
             self._model: nn.Module = model.to(self._device).eval()
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            require_whole_weights(teacher.model)
             raise DataError(f"transformers cannot load {teacher.model}: {one_line(error)}") from error
         self._decoder = model.base_model
         config_of_text = model.config.get_text_config()

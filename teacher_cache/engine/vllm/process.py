@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stillroom.children import tie_children
 from stillroom.errors import ConfigError, StillroomError, one_line
+from teacher_cache.engine.teacher import require_whole_weights
 from teacher_cache.engine.vllm.fit import ENGINE, HOW_TO_FIT, misfit, source_folder
 
 if TYPE_CHECKING:
@@ -79,10 +80,15 @@ def start_errors(model: str) -> Iterator[None]:
     """vLLM's errors while it starts as one line each."""
     try:
         yield
+    except StillroomError:
+        raise
     except ValueError as error:
         raise ConfigError(f"vLLM rejects {model}: {short(error)}") from error
-    except (RuntimeError, OSError, ImportError) as error:
-        raise StillroomError(f"vLLM did not start with {model}: {short(error)}") from error
+    except Exception as error:
+        require_whole_weights(model)
+        # Weights that do not belong to their config.json end in a KeyError or AssertionError.
+        kind = "" if isinstance(error, (RuntimeError, OSError, ImportError)) else f"{type(error).__name__} "
+        raise StillroomError(f"vLLM did not start with {model}: {kind}{short(error)}") from error
 
 
 def settings_of(vllm_config: "VllmConfig") -> dict[str, Any]:

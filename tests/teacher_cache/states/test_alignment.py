@@ -1,5 +1,6 @@
 """States and attention of the transformers engine are those of a dense model at the same token, by key."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from stillroom.cache.catalog import Catalog
 from stillroom.cache.features import FeatureSet, Head
-from stillroom.errors import ConfigError, StillroomError
+from stillroom.errors import ConfigError, DataError, StillroomError
 from stillroom.schema.records import Float32, Int32
+from teacher_cache.config import TeacherConfig
 from teacher_cache.engine.teacher import identify_teacher
 from teacher_cache.prompts.prompts import WHOLE
 from teacher_cache.states import sets
@@ -127,6 +129,15 @@ def test_a_device_that_is_not_there_is_named(scored: tuple[Path, LlamaForCausalL
     teacher = identify_teacher(config_of(scored[0], last_hidden={}).teacher.as_teacher).record
     with pytest.raises(ConfigError, match=f"engine.device: {name} cannot be used here"):
         TransformersStates(teacher, False, config, WANTED)
+
+
+def test_a_weight_file_that_is_cut_short_is_named(scored: tuple[Path, LlamaForCausalLM], tmp_path: Path) -> None:
+    folder = shutil.copytree(scored[0] / "teacher", tmp_path / "teacher")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    teacher = identify_teacher(TeacherConfig(model=str(folder))).record
+    with pytest.raises(DataError, match=r"model\.safetensors is damaged or cut short: copy it again"):
+        TransformersStates(teacher, False, TransformersConfig(kind="transformers"), WANTED)
 
 
 def test_attention_is_found_by_other_names(scored: tuple[Path, LlamaForCausalLM]) -> None:
