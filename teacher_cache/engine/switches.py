@@ -162,7 +162,6 @@ ENGINE_KEEPS = frozenset(
     }
 )
 """They decide where and how fast tokens are computed. All others are part of run and sample ids."""
-SAMPLING_KEEPS = frozenset({"skip_reading_prefix_cache"})
 NEUTRAL: Mapping[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,

@@ -128,7 +128,7 @@ def ask_about_cache(
 
     Undecided is a chain whose judge could not decide, or that has no judge. A chain is asked about once by this judge
     (model, prompt and parameters); `again` asks about every chain of `where`, decided ones included.
-    Raises ConfigError for a wrong condition, and the errors of llm_judge.opinions.
+    Raises ConfigError for a wrong condition, and the errors of judging.llm.opinions.
     """
     from teacher_cache.judging.llm import Question, llm_judge_name, llm_judge_record, opinions
 
