@@ -496,11 +496,16 @@ def _connected(address: str) -> Iterator[None]:
         return
     # Of a cluster that this starts; others are the user's.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    note("connecting to Ray" if address != "ray" else "connecting to Ray, or starting it")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             ray.init(None if address == "ray" else address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise StillroomError(f"--on {address}: no connection to the Ray cluster: {first_line(error)}") from error
+    # A Ray that takes too long to start raises nothing more special.
+    except Exception as error:
+        raise StillroomError(
+            f"--on {address}: no connection to the Ray cluster: {first_line(error)}: see `ray status`, and run "
+            "the same command again"
+        ) from error
     try:
         # Ray tells on stdout what goes wrong in the cluster.
         with contextlib.redirect_stdout(sys.stderr):

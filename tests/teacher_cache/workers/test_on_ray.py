@@ -11,12 +11,21 @@ from unittest.mock import Mock
 import pytest
 
 from stillroom.cache.catalog import Catalog
-from stillroom.errors import ConfigError
+from stillroom.errors import ConfigError, StillroomError
 from teacher_cache.cli import main
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.states.passes import FeaturesResult
 from teacher_cache.workers.child import Child, Job
-from teacher_cache.workers.on_ray import ReplicaSize, Worker, _Fleet, _Slot, joining_job, merged, replica_size
+from teacher_cache.workers.on_ray import (
+    ReplicaSize,
+    Worker,
+    _connected,
+    _Fleet,
+    _Slot,
+    joining_job,
+    merged,
+    replica_size,
+)
 from tests.helpers.caches import visible_ids
 from tests.helpers.fake_builds import make_config, make_requests
 from tests.helpers.programs import Program
@@ -73,6 +82,19 @@ def test_the_last_worker_cleans_up_while_another_waits_for_room(
     else:
         fleet._remove(ended, has_ended=True)
     actor.clean.remote.assert_called_once_with()
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.\nSee the logs.")
+
+    monkeypatch.setattr("ray.init", init)
+    with (
+        pytest.raises(StillroomError, match=r"^--on ray: .* timed out during startup\.: see `ray status`"),
+        _connected("ray"),
+    ):
+        pass
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'stillroom[ray]'")
