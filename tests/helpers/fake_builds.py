@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -28,8 +29,9 @@ from teacher_cache.engine.api import Engine, Outcome, Request
 from teacher_cache.engine.fake import FakeEngine
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.prompts import Part, part_name, seed_of
-from teacher_cache.workers.joining import of_prompts
-from teacher_cache.workers.leases import new_worker_name
+from teacher_cache.workers.joining import JoinedWork, of_prompts
+from teacher_cache.workers.leases import EXPIRY_S, new_worker_name
+from tests.helpers.caches import on_disk
 from tests.helpers.tiny_tokenizer import byte_level
 
 VOCAB_SIZE = 400
@@ -37,18 +39,15 @@ K = 8
 EOS_ID = 1
 MAX_TOKENS = 60
 PART_CHAINS = 8
-EXPIRY_S = 1.5
 IMPATIENCE = {
     "teacher_cache.workers.leases.HEARTBEAT_S": 0.2,
-    "teacher_cache.workers.leases.EXPIRY_S": EXPIRY_S,
     "teacher_cache.workers.leases.LIST_S": 0.1,
-    "teacher_cache.workers.joining.EXPIRY_S": EXPIRY_S,
     "teacher_cache.workers.joining.LIST_S": 0.1,
     "teacher_cache.building.build.WAIT_S": 0.05,
     "teacher_cache.building.loop.WAIT_S": 0.05,
     "teacher_cache.states.passes.WAIT_S": 0.05,
 }
-"""With these a dead worker is dead after a second."""
+"""Workers look at each other often. Who dies counts as dead after `silence`, not by the clock of a busy machine."""
 SAMPLING = {"temperature": 0.6, "max_tokens": MAX_TOKENS}
 
 
@@ -136,6 +135,14 @@ def silence(folder: Path, worker: str = "*") -> None:
     """Sets the heartbeats in a folder of leases so far back that their workers count as dead, instead of waiting."""
     for heartbeat in folder.glob(f"{worker}.json"):
         os.utime(heartbeat, (time.time() - 2 * EXPIRY_S,) * 2)
+
+
+def fall_silent(work: JoinedWork[Any], *_: object) -> None:
+    """In place of `JoinedWork.__exit__`: what a worker that dies leaves, which gives nothing back."""
+    work.leases._ended.set()
+    # A late heartbeat would revive it.
+    work.leases._thread.join()
+    silence(on_disk(work.leases.folder), work.leases.worker)
 
 
 @contextlib.contextmanager

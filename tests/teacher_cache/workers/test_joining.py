@@ -26,10 +26,10 @@ from teacher_cache.writer.commit import read_sample_ids
 from tests.helpers.caches import make_cache, on_disk, visible_ids
 from tests.helpers.fake_builds import (
     EOS_ID,
-    EXPIRY_S,
     IMPATIENCE,
     VOCAB_SIZE,
     K,
+    fall_silent,
     join_build,
     make_config,
     make_engine,
@@ -44,7 +44,7 @@ from tests.helpers.programs import Program
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dead worker is dead after a second."""
+    """See IMPATIENCE."""
     for name, value in IMPATIENCE.items():
         monkeypatch.setattr(name, value)
 
@@ -122,7 +122,7 @@ def test_after_an_outage_of_the_storage_nobody_is_dead_at_once(tmp_path: Path, d
     assert other.claim("0-a")
     silence(tmp_path)
     assert first._beat_s is not None
-    first._beat_s -= 2 * EXPIRY_S
+    first._beat_s -= 2 * leases.EXPIRY_S
     first._beat()
     assert not first.claim("0-a")
     first._trusted_s = 0.0
@@ -290,13 +290,10 @@ def test_workers_join_a_features_pass_and_take_over_from_the_dead(tmp_path: Path
     cache = make_cache(tmp_path / "c", num_chains=24)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"teacher_cache.{last_call}", _dies)
-        # It gives nothing back and only falls silent.
-        patch.setattr(JoinedWork, "__exit__", lambda work, *_: work.leases._ended.set())
+        patch.setattr(JoinedWork, "__exit__", fall_silent)
         with pytest.raises(RuntimeError, match="killed"):
             add_features(cache.root, None)
-    held = list(cache.root.glob("runs/*.leases/*.lease"))
-    assert held
-    silence(held[0].parent)
+    assert list(cache.root.glob("runs/*.leases/*.lease"))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: add_features(cache.root, None, step_s=0.05), range(2))
     table = cache.catalog.features
@@ -319,6 +316,8 @@ def test_workers_that_are_alive_are_in_stats(
     catalog = Catalog(cache)
     assert cache_stats(catalog).workers == []
     run = catalog.chains.files()[0].path.partition("/")[0]
+    # None but the one below, whose temporary file would be seen.
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 60.0)
     with Leases(leases_folder(cache, run), "ja", lambda _: None) as held:
         held.report(tokens_per_s=12.0, num_tokens=34)
         held._beat()
