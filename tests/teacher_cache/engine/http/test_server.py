@@ -42,10 +42,6 @@ SIGNALS = CaptureConfig(max_support=K, draws=6, temperatures=[0.5, 2.0])
 WAYS = pytest.mark.parametrize("has_generate", [True, False], ids=["generate", "completions"])
 
 
-SOON = 0.05
-"""Minutes until an engine gives up. Shorter, and a busy machine does not connect in time."""
-
-
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "BACKOFF_S", 0.01)
@@ -70,6 +66,12 @@ def make_engine(*servers: FakeServer, capture: CaptureConfig | None = None, **se
         }
     )
     return ServerEngine(config, teacher.record, teacher.tokenizer, capture or PLAIN)
+
+
+def impatient(engine: ServerEngine) -> ServerEngine:
+    """Gives up after 0.3 s. Only once it is connected, for which a busy machine may need longer."""
+    engine._pool._config = engine._pool._config.updated(give_up_minutes=0.005)
+    return engine
 
 
 def answers(engine: ServerEngine, requests: list[Request]) -> dict[str, Outcome]:
@@ -216,32 +218,43 @@ def test_requests_in_flight_are_bounded_and_shared(server: FakeServer) -> None:
             assert sum(map(is_work, one.behaviour.seen)) > 10
 
 
+def wait_for(said: str, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr up to `said`; meanwhile the server answers nothing, so that there is work left."""
+    seen, goes_on = "", threading.Event()
+    server.behaviour.trouble = lambda body: None if goes_on.wait(60) else "500"
+    deadline_s = time.monotonic() + 60
+    while said not in seen:
+        assert time.monotonic() < deadline_s, seen
+        time.sleep(0.01)
+        seen += capsys.readouterr().err
+    goes_on.set()
+    return seen
+
+
 def test_an_endpoint_that_dies_is_excluded_and_comes_back(
     server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    requests = make_requests(160)
+    requests = make_requests(60)
     server.behaviour.delay_s = 0.02
     with FakeServer(Behaviour(delay_s=0.02)) as other:
-        engine = make_engine(server, other, max_in_flight=2, give_up_minutes=1.0)
+        engine = make_engine(server, other, max_in_flight=2, stall_s=60.0)
         for request in requests:
             engine.submit(request)
         outcomes: list[Outcome] = []
         while len(outcomes) < 20:
             outcomes += engine.step()
         other.stop()
-        while len(outcomes) < 60:
-            outcomes += engine.step()
-        num_seen = len(other.behaviour.seen)
+        said = wait_for("excluded and retried, 1 of 2 endpoints continue", server, capsys)
+        num_seen = sum(map(is_work, other.behaviour.seen))
         other.start()
+        wait_for(f"{other.url} is connected", server, capsys)
         while engine.num_unfinished:
             outcomes += engine.step()
         engine.close()
-        assert len(other.behaviour.seen) > num_seen, "it is asked again"
+        assert sum(map(is_work, other.behaviour.seen)) > num_seen, "it is asked again"
     assert {type(outcome) for outcome in outcomes} == {Finished}
-    assert len({outcome.sample_id for outcome in outcomes}) == 160
-    said = capsys.readouterr().err
-    assert "excluded and retried, 1 of 2 endpoints continue" in said
-    assert f"{other.url} is connected" in said
+    assert len({outcome.sample_id for outcome in outcomes}) == 60
+    assert said.count("excluded and retried") == 1
 
 
 def test_an_endpoint_that_comes_back_as_another_model_stays_out(
@@ -249,29 +262,29 @@ def test_an_endpoint_that_comes_back_as_another_model_stays_out(
 ) -> None:
     server.behaviour.delay_s = 0.02
     with FakeServer(Behaviour(delay_s=0.02)) as other:
-        engine = make_engine(server, other, max_in_flight=2, give_up_minutes=1.0)
-        requests = make_requests(120)
-        for request in requests:
+        engine = make_engine(server, other, max_in_flight=2, stall_s=60.0)
+        for request in make_requests(40):
             engine.submit(request)
         outcomes = engine.step()
         other.stop()
-        while len(outcomes) < 40:
-            outcomes += engine.step()
+        wait_for("excluded and retried, 1 of 2 endpoints continue", server, capsys)
+        num_seen = sum(map(is_work, other.behaviour.seen))
         other.behaviour.tokenizer_shift = 1
         other.start()
+        wait_for("tokenises text differently", server, capsys)
         while engine.num_unfinished:
             outcomes += engine.step()
         engine.close()
+        assert sum(map(is_work, other.behaviour.seen)) == num_seen
     assert {type(outcome) for outcome in outcomes} == {Finished}
-    assert "tokenises text differently" in capsys.readouterr().err
 
 
 def test_without_endpoints_the_engine_gives_up_in_one_line(server: FakeServer) -> None:
-    engine = make_engine(server, give_up_minutes=SOON)
+    engine = impatient(make_engine(server))
     server.stop()
     for request in make_requests(5):
         engine.submit(request)
-    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.05 minutes \(http://127.*run the same"):
+    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.005 minutes \(http://127.*run the same"):
         step_for_ever(engine)
     engine.close()
 
@@ -290,10 +303,10 @@ def test_a_build_whose_servers_vanish_keeps_what_is_finished_and_resumes(tmp_pat
             time.sleep(0.005)
         server.stop()
 
-    threading.Thread(target=stop_in_the_middle).start()
+    threading.Thread(target=stop_in_the_middle, daemon=True).start()
     config = make_config(cache, shard={"max_minutes": 10})
     with pytest.raises(StillroomError, match="no endpoint was usable"):
-        run_build(config, requests, lambda: make_engine(server, max_in_flight=4, give_up_minutes=SOON))
+        run_build(config, requests, lambda: impatient(make_engine(server, max_in_flight=4)))
     num_kept = len(visible_ids(cache))
     assert 0 < num_kept < 200
     server.behaviour.delay_s = 0.0
@@ -326,7 +339,8 @@ def test_a_silent_endpoint_keeps_no_build_from_starting(
         assert {type(outcome) for outcome in outcomes.values()} == {Finished}
         assert f"{silent.url} has not answered yet: starting without it" in capsys.readouterr().err
         with pytest.raises(StillroomError, match=r"does not finish the checks within engine\.handshake_s=0\.2 s"):
-            make_engine(silent, stall_s=30.0, handshake_s=0.2, give_up_minutes=SOON)
+            # Long enough for the checks to run out of time also on a busy machine.
+            make_engine(silent, stall_s=30.0, handshake_s=0.2, give_up_minutes=0.05)
 
 
 def test_a_server_that_never_answers_is_an_error_at_the_start() -> None:
@@ -533,14 +547,14 @@ def test_a_chain_that_ended_by_repetition_is_kept(server: FakeServer, has_genera
     ("trouble", "message"),
     [
         ("page", r"answered 200 with application/json instead of a stream: the backend is asleep$"),
-        ("cut", r"closed the connection in the middle of an answer, after 10 tokens and 0\.\d s$"),
-        ("hang", r"stopped sending, after 10 tokens and 0\.[2-9] s$"),
+        ("cut", r"closed the connection in the middle of an answer, after 10 tokens and \d\.\d s$"),
+        ("hang", r"stopped sending, after 10 tokens and \d\.\d s$"),
     ],
 )
 def test_a_chain_that_broke_off_says_how(server: FakeServer, trouble: str, message: str) -> None:
     server.behaviour.trouble = lambda body: trouble if is_work(body) else None
     (request,) = make_requests(1)
-    outcome = answers(make_engine(server, stall_s=0.2, max_attempts=2), [request])[request.sample_id]
+    outcome = answers(make_engine(server, stall_s=0.5, max_attempts=1), [request])[request.sample_id]
     assert isinstance(outcome, Failure)
     assert re.search(message, outcome.message), outcome.message
 

@@ -17,7 +17,18 @@ from teacher_cache.engine.plugin.signals import signal_rows
 from teacher_cache.engine.row_layout import Layout, capture_of_rows
 from tests.helpers.fake_builds import make_requests
 from tests.helpers.fake_server import EOS_ID, LOGPROBS_V, Behaviour, FakeServer, Json, tokens_of
-from tests.teacher_cache.engine.http.test_server import PLAIN, SIGNALS, WAYS, K, answers, is_work, make_engine, scored
+from tests.teacher_cache.engine.http.test_server import (
+    PLAIN,
+    SIGNALS,
+    WAYS,
+    K,
+    answers,
+    impatient,
+    is_work,
+    make_engine,
+    scored,
+    wait_for,
+)
 
 LAYOUT = Layout(K, SIGNALS.draws, tuple(SIGNALS.temperatures))
 
@@ -124,22 +135,21 @@ def test_an_endpoint_that_comes_back_as_the_other_kind_is_not_mixed_in(
     first = FakeServer(Behaviour(has_plugin=has_plugin, max_logprobs=30, delay_s=0.02))
     other = FakeServer(Behaviour(has_plugin=has_plugin, max_logprobs=30, delay_s=0.02))
     with first, other:
-        engine = make_engine(first, other, capture=PLAIN, max_in_flight=2, give_up_minutes=1.0)
-        for request in make_requests(100):
+        engine = make_engine(first, other, capture=PLAIN, max_in_flight=2, stall_s=60.0)
+        for request in make_requests(40):
             engine.submit(request)
         outcomes = engine.step()
         other.stop()
-        while len(outcomes) < 30:
-            outcomes += engine.step()
+        wait_for("excluded and retried, 1 of 2 endpoints continue", first, capsys)
         other.behaviour.has_plugin = not has_plugin
         num_seen = sum(map(is_work, other.behaviour.seen))
         other.start()
+        lacking = "needed for exact entropies, which this build started with"
+        wait_for(lacking if has_plugin else f"{other.url} is connected", first, capsys)
         while engine.num_unfinished:
             outcomes += engine.step()
         engine.close()
-    said = capsys.readouterr().err
     assert (sum(map(is_work, other.behaviour.seen)) == num_seen) == has_plugin
-    assert ("needed for exact entropies, which this build started with" in said) == has_plugin
     for outcome in outcomes:
         assert isinstance(outcome, Finished)
         assert (outcome.capture.entropy_T is not None) == has_plugin
@@ -174,10 +184,10 @@ def test_a_busy_endpoint_costs_a_chain_no_attempt(
 
 def test_an_endpoint_that_is_busy_for_ever_is_given_up(server: FakeServer) -> None:
     server.behaviour.trouble = lambda body: "429" if is_work(body) else None
-    engine = make_engine(server, give_up_minutes=0.05)
+    engine = impatient(make_engine(server))
     for request in make_requests(5):
         engine.submit(request)
-    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.05 minutes .*answers 429"):
+    with pytest.raises(StillroomError, match=r"no endpoint was usable for 0\.005 minutes .*answers 429"):
         outlast(engine)
     engine.close()
 
