@@ -1,5 +1,6 @@
 """The documentation keeps up with the programs: links lead somewhere, commands parse, recipes are valid."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,16 +17,24 @@ from student_train.cli import app as student_app
 from student_train.config.run import TrainConfig
 from teacher_cache.cli import app as teacher_app
 from teacher_cache.config import BuildConfig, ScoreConfig
+from teacher_cache.states.config import FeaturesConfig
 from tests.helpers import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "schemas" / "FORMAT.md"])
 PROGRAMS = {"teacher-cache": teacher_app, "student-train": student_app}
-MODELS: dict[str, type[StrictModel]] = {"student": TrainConfig, "completions": ScoreConfig, "prompts": BuildConfig}
+MODELS: dict[str, type[StrictModel]] = {
+    "student": TrainConfig,
+    "completions": ScoreConfig,
+    "prompts": BuildConfig,
+    "chains": FeaturesConfig,
+}
+WHOLE = {"run", "chains"}
+"""Keys that whole configurations alone have."""
 
 
 def blocks(page: Path, *languages: str) -> Iterator[str]:
     text = page.read_text(encoding="utf-8")
-    for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    for language, body in re.findall(r"^```(\w*).*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         if language in languages:
             yield body
 
@@ -44,7 +53,7 @@ def configurations() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for body in blocks(page, "yaml"):
             found = yaml.safe_load(body)
-            if isinstance(found, dict) and "run" in found:
+            if isinstance(found, dict) and WHOLE & found.keys():
                 yield page.name, body
 
 
@@ -103,12 +112,19 @@ def test_recipes_are_valid(page: str, body: str) -> None:
 def test_blocks_of_some_keys_alone_are_valid(page: Path) -> None:
     for body in blocks(page, "yaml"):
         found = yaml.safe_load(body)
-        if not isinstance(found, dict) or "run" in found:
+        if not isinstance(found, dict) or WHOLE & found.keys():
             continue
         for key, value in found.items():
             types = [one.model_fields[key].annotation for one in MODELS.values() if key in one.model_fields]
+            assert types or "apiVersion" in found, key
             problems = [problems_of(one, value) for one in types]
             assert not problems or [] in problems, (key, problems)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_parses(page: Path) -> None:
+    for body in blocks(page, "python"):
+        ast.parse(body)
 
 
 def problems_of(kind: Any, value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""docs/sql.md and the recipe for data: every query, condition and Python example runs, and answers something."""
+"""docs/sql.md and other pages with SQL: every query, condition and Python example runs, and answers something."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,11 @@ from tests.helpers.caches import SyntheticCache, make_cache
 PAGE = (ROOT / "docs" / "sql.md").read_text(encoding="utf-8")
 QUERIES = re.findall(r"^```sql\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 RECIPE = (ROOT / "docs" / "recipes" / "data.md").read_text(encoding="utf-8")
-RECIPE_QUERIES = re.findall(r"^```sql\n(.*?)^```", RECIPE, re.DOTALL | re.MULTILINE)
+OTHER_QUERIES = [
+    query
+    for page in (RECIPE, (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8"))
+    for query in re.findall(r"^```sql\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+]
 CONDITIONS = [
     found["data"]["where"]
     for block in re.findall(r"^```yaml\n(data:.*?)^```", RECIPE, re.DOTALL | re.MULTILINE)
@@ -38,7 +42,7 @@ def test_the_page_has_its_questions() -> None:
         assert f"| `{view}` |" in PAGE
 
 
-@pytest.mark.parametrize("query", [*QUERIES, *RECIPE_QUERIES], ids=lambda query: " ".join(query.split())[:40])
+@pytest.mark.parametrize("query", [*QUERIES, *OTHER_QUERIES], ids=lambda query: " ".join(query.split())[:40])
 def test_every_query_answers(cache: SyntheticCache, query: str) -> None:
     with Session({"main": cache.catalog, "other": cache.catalog}) as session:
         assert session.arrow(query.replace("SAMPLE", cache.chains[0].sample_id)).num_rows > 0
