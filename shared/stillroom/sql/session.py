@@ -277,9 +277,9 @@ def _layout_of(path: Location) -> Layout:
 def _interrupt(cursor: "duckdb.DuckDBPyConnection", future: Future[T]) -> None:
     # An interrupt before the query has started is lost, so repeat it until the query ends.
     while not future.done():
-        cursor.interrupt()
         # A second Ctrl-C must not leave a running query behind, which the next one would wait for.
         with contextlib.suppress(StillRunning, KeyboardInterrupt):
+            cursor.interrupt()
             future.exception(timeout=0.05)
 
 

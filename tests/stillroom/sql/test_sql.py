@@ -1,5 +1,6 @@
 """The views say what the shards say, for every codec; a query reads its cache and nothing else, and writes nowhere."""
 
+import contextlib
 import gzip
 import math
 import os
@@ -8,7 +9,9 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from unittest.mock import Mock
 
 import duckdb
 import numpy as np
@@ -20,7 +23,7 @@ import pytest
 from stillroom.cache.catalog import Catalog
 from stillroom.errors import ConfigError, CorruptError, DataError, StillroomError
 from stillroom.schema.tables import CODECS
-from stillroom.sql.session import Session, export_views, open_session
+from stillroom.sql.session import Session, _interrupt, export_views, open_session
 from stillroom.sql.statements import query_error
 from stillroom.sql.views import VIEWS
 from tests.helpers.caches import THINK_END_ID, Chain, SyntheticCache, damage, make_cache, on_disk
@@ -376,6 +379,21 @@ def test_ctrl_c_ends_the_query_and_not_the_session(session: Session) -> None:
         session.arrow(SLOW)
     timer.join()
     assert rows(session, "SELECT 1 AS x") == [{"x": 1}]
+
+
+def test_a_second_ctrl_c_leaves_no_query_running() -> None:
+    future: Future[None] = Future()
+
+    def interrupt() -> None:
+        if not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+        future.set_result(None)
+
+    pressed: list[bool] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        _interrupt(Mock(interrupt=interrupt), future)
+    assert future.done()
 
 
 def test_two_caches_join_on_the_chain(tmp_path: Path) -> None:
