@@ -13,6 +13,7 @@ import teacher_cache.building.commands
 from stillroom.errors import ConfigError
 from student_train.commands.options import load_train_config
 from teacher_cache.config import load_run_config
+from tests.helpers import ROOT
 from tests.helpers.fake_builds import make_config, make_engine, make_teacher
 
 
@@ -49,9 +50,9 @@ def test_build_score_and_judge(config: Path) -> None:
 
 def test_a_configuration_of_the_other_kind_is_refused(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"student.yaml configures a student: student-train run"):
-        load_run_config(Path("benchmarks/demo/student.yaml"))
+        load_run_config(ROOT / "benchmarks/demo/student.yaml")
     with pytest.raises(ConfigError, match=r"teacher.yaml: this configures a teacher: use teacher-cache build"):
-        load_train_config(Path("benchmarks/demo/teacher.yaml"), None)
+        load_train_config(ROOT / "benchmarks/demo/teacher.yaml", None)
     with pytest.raises(ConfigError, match=r"names existing completions.*teacher-cache score"):
         teacher_cache.build(config.with_name("score.yaml"))
     with pytest.raises(ConfigError, match=r"names prompts.*teacher-cache build"):
