@@ -30,7 +30,7 @@ from stillroom.log import Progress, format_bytes, format_plural
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import RunManifest, ShardHeader, Teacher, run_id_for
 from stillroom.schema.tables import FAILURE_SCHEMA, VERDICT_SCHEMA, VOCAB_SCHEMA
-from stillroom.storage.paths import Location, check_reachable, matching, open_parquet, require_cache
+from stillroom.storage.paths import Location, matching, open_parquet, require_cache
 from teacher_cache.maintenance.feature_checks import verify_features, verify_sets, visible_chains
 from teacher_cache.maintenance.orphans import OrphanFile, find_orphans, lost_commits
 from teacher_cache.maintenance.shard_checks import Damage, ShardFindings, packed, verify_shard, without_path
@@ -73,7 +73,6 @@ class VerifyReport:
 
 def verify_cache(root: Location, num_threads: int | None = None) -> VerifyReport:
     """Checks everything, `num_threads` shards at a time (None: one per core). Raises DataError if there is no cache."""
-    check_reachable(root)
     require_cache(root)
     report = VerifyReport()
     has_features = (root / "features" / "_delta_log").is_dir()

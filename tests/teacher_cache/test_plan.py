@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from teacher_cache.building.run_manifest import run_id_of
 from teacher_cache.config import BuildConfig, EmbeddedConfig
 from teacher_cache.engine.api import EngineInfo, Finished, Outcome, Request
 from teacher_cache.engine.teacher import identify_teacher
+from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.plan import disk_warning, plan_build, plan_lines, shown_lines
 from teacher_cache.prompts.prompts import load_prompts, requests
 from teacher_cache.writer.recorder import MetricsLog, Recorded
@@ -236,14 +238,15 @@ def test_a_heldout_split_without_prompts_is_noted(folder: Path) -> None:
     assert "no prompt is held out: prompts.heldout_frac=1e-09" in "\n".join(plan_lines(plan_build(config)))
 
 
-def test_a_configuration_given_as_cache_names_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opens", [Catalog, verify_cache])
+def test_a_configuration_given_as_cache_names_its_own(tmp_path: Path, opens: Callable[[Path], object]) -> None:
     path = tmp_path / "teacher.yaml"
     path.write_text("cache: runs/c")
     with pytest.raises(DataError, match=r"teacher\.yaml is a configuration file: use the cache that it names, runs/c"):
-        Catalog(path)
+        opens(path)
     path.write_text("a: [")
     with pytest.raises(DataError, match=r"teacher\.yaml is a file: use the folder of a cache"):
-        Catalog(path)
+        opens(path)
 
 
 def test_a_file_is_refused_as_cache(folder: Path) -> None:

@@ -245,8 +245,6 @@ class Catalog:
 
         Raises DataError if there is none or its store refuses access, StillroomError if the store cannot be reached.
         """
-        if not (isinstance(root, Path) and root.is_file()):
-            check_reachable(root)
         # First: deltalake would call a cache missing that is there.
         _require_openable(str(root.absolute()))
         require_cache(root)

@@ -159,13 +159,14 @@ def check_reachable(root: Location) -> None:
 
 def require_cache(root: Location) -> None:
     """Raises DataError if there is no cache at `root`, naming one up to two folders below or above it, or the one that
-    a configuration names.
+    a configuration names; and the errors of `check_reachable`.
     """
     if isinstance(root, Path) and root.is_file():
         named = _cache_named_in(root)
         if named is None:
             raise DataError(f"{root} is a file: use the folder of a cache")
         raise DataError(f"{root} is a configuration file: use the cache that it names, {named}")
+    check_reachable(root)
     if (root / "chains" / "_delta_log").is_dir():
         return
     problem = f"{root} is not a cache"
