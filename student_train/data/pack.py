@@ -510,28 +510,7 @@ def _signals(pieces: Sequence[PackedPiece]) -> Signals | None:
         if part is None:
             return None
         parts.append(part)
-    return Signals(
-        topk_n_T=np.concatenate([part.topk_n_T for part in parts]),
-        topk_ids_N=np.concatenate([part.topk_ids_N for part in parts]),
-        topk_logprobs_N=np.concatenate([part.topk_logprobs_N for part in parts]),
-        tail_logmass_T=np.concatenate([part.tail_logmass_T for part in parts]),
-        sampled_logprob_T=np.concatenate([part.sampled_logprob_T for part in parts]),
-        sampled_rank_T=np.concatenate([part.sampled_rank_T for part in parts]),
-        entropy_T=np.concatenate([part.entropy_T for part in parts]),
-        draws=_all_draws(parts),
-        log_partitions_TS=_all_partitions(parts),
-    )
-
-
-def _all_draws(parts: Sequence[Signals]) -> Draws | None:
-    """Draws are used only where every shard of a selection holds them."""
-    found = [part.draws for part in parts if part.draws is not None]
-    return Draws.concat(found) if len(found) == len(parts) else None
-
-
-def _all_partitions(parts: Sequence[Signals]) -> Float32 | None:
-    found = [part.log_partitions_TS for part in parts if part.log_partitions_TS is not None]
-    return np.concatenate(found) if len(found) == len(parts) else None
+    return Signals.concat(parts)
 
 
 def _draws(signals: Signals | None) -> tuple[Int32, Float32, Float32] | tuple[None, None, None]:

@@ -30,7 +30,7 @@ from stillroom.config import Json
 from stillroom.errors import ConfigError, CorruptError, one_line
 from stillroom.schema import FORMAT_VERSION
 from stillroom.schema.manifest import SHARD_METADATA_KEY, ShardHeader
-from stillroom.schema.records import Draws, Int32, Int64, Signals, chain_id_of, stable_hash
+from stillroom.schema.records import Int32, Int64, Signals, chain_id_of, stable_hash
 from stillroom.schema.tables import TOKEN_FIELDS, list_of, signal_fields
 from stillroom.sql.conditions import in_brackets, run_with
 from stillroom.sql.session import open_session
@@ -475,27 +475,9 @@ def _table(rows: Sequence[Sequence[_Chain]]) -> pa.Table:
         "token_ids": _lists([np.concatenate([one.token_ids for one in row]) for row in rows]),
         "chain_id": pa.array([row[0].chain_id for row in rows], pa.string()),
         DOCUMENTS: _lists([np.array(one, np.int32) for one in lengths]),
-        **encode(CODEC, [_joined([one.signals for one in row]) for row in rows]),
+        **encode(CODEC, [Signals.concat([one.signals for one in row]) for row in rows]),
     }
     return pa.Table.from_pydict(columns)
-
-
-def _joined(parts: Sequence[Signals]) -> Signals:
-    if len(parts) == 1:
-        return parts[0]
-    draws = [one.draws for one in parts if one.draws is not None]
-    partitions = [one.log_partitions_TS for one in parts if one.log_partitions_TS is not None]
-    return Signals(
-        topk_n_T=np.concatenate([one.topk_n_T for one in parts]),
-        topk_ids_N=np.concatenate([one.topk_ids_N for one in parts]),
-        topk_logprobs_N=np.concatenate([one.topk_logprobs_N for one in parts]),
-        tail_logmass_T=np.concatenate([one.tail_logmass_T for one in parts]),
-        sampled_logprob_T=np.concatenate([one.sampled_logprob_T for one in parts]),
-        sampled_rank_T=np.concatenate([one.sampled_rank_T for one in parts]),
-        entropy_T=np.concatenate([one.entropy_T for one in parts]),
-        draws=Draws.concat(draws) if len(draws) == len(parts) else None,
-        log_partitions_TS=np.concatenate(partitions) if len(partitions) == len(parts) else None,
-    )
 
 
 def _lists(rows: Sequence[Int32]) -> pa.Array:

@@ -143,6 +143,23 @@ class Signals:
             log_partitions_TS=None if self.log_partitions_TS is None else self.log_partitions_TS[start:stop],
         )
 
+    @staticmethod
+    def concat(parts: Sequence["Signals"]) -> "Signals":
+        """The tokens of all parts; draws and log-partitions only where all of them hold any."""
+        draws = [one.draws for one in parts if one.draws is not None]
+        partitions = [one.log_partitions_TS for one in parts if one.log_partitions_TS is not None]
+        return Signals(
+            topk_n_T=np.concatenate([one.topk_n_T for one in parts]),
+            topk_ids_N=np.concatenate([one.topk_ids_N for one in parts]),
+            topk_logprobs_N=np.concatenate([one.topk_logprobs_N for one in parts]),
+            tail_logmass_T=np.concatenate([one.tail_logmass_T for one in parts]),
+            sampled_logprob_T=np.concatenate([one.sampled_logprob_T for one in parts]),
+            sampled_rank_T=np.concatenate([one.sampled_rank_T for one in parts]),
+            entropy_T=np.concatenate([one.entropy_T for one in parts]),
+            draws=Draws.concat(draws) if len(draws) == len(parts) else None,
+            log_partitions_TS=np.concatenate(partitions) if len(partitions) == len(parts) else None,
+        )
+
     def dense(self, k: int) -> tuple[Int32, Float32]:
         """Rank-ordered arrays ids_TK int32 and logprobs_TK float32; slots past the support hold id 0 and -inf.
 
