@@ -433,15 +433,18 @@ class _Fleet:
 
 
 def merged(results: Sequence[Json], seconds: float, num_done_before: int | None) -> Json:
-    """The newest result, with the counts of all workers that ended by themselves."""
+    """The newest result, with the counts of all workers that ended by themselves. `num_done_before`: as the first worker
+    that was heard reported it; another one may have begun earlier.
+    """
     last = max(results, key=lambda one: int(one.get("chains_version", 0)))
     names = COUNTS if "num_new_chains" in last else FEATURE_COUNTS
     sums = {name: sum(one[name] for one in results) for name in names}
     num_tokens = sums[names[2]]
+    before = [one["num_done_before"] for one in results] + ([] if num_done_before is None else [num_done_before])
     return {
         **{name: value for name, value in last.items() if name != "worker"},
         **sums,
-        "num_done_before": last["num_done_before"] if num_done_before is None else num_done_before,
+        "num_done_before": min(before),
         "seconds": seconds,
         "tokens_per_s": num_tokens / seconds if num_tokens else None,
     }

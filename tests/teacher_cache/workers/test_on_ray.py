@@ -136,10 +136,10 @@ def test_results_of_workers_are_added_up() -> None:
     one = {"worker": "ja", "num_adopted": 0, "num_done_before": 3, "tokens_per_s": 9.0, "seconds": 1.0}
     build = {**one, "num_new_chains": 2, "num_new_tokens": 30, "num_failures": 1, "chains_version": 4, "num_chains": 7}
     newer = {**build, "worker": "jb", "chains_version": 5, "num_chains": 9}
-    found = merged([newer, build], 10.0, 5)
+    found = merged([newer, {**build, "num_done_before": 8}], 10.0, 5)
     assert "worker" not in found
     assert (found["num_new_chains"], found["num_new_tokens"], found["num_failures"]) == (4, 60, 2)
-    assert (found["num_chains"], found["num_done_before"], found["tokens_per_s"]) == (9, 5, 6.0)
+    assert (found["num_chains"], found["num_done_before"], found["tokens_per_s"]) == (9, 3, 6.0)
     features = {
         **one,
         "set_id": "s",
