@@ -433,8 +433,8 @@ class _Fleet:
 
 
 def merged(results: Sequence[Json], seconds: float, num_done_before: int | None) -> Json:
-    """The newest result, with the counts of all workers that ended by themselves. `num_done_before`: as the first worker
-    that was heard reported it; another one may have begun earlier.
+    """The newest result, with the counts of all workers that ended by themselves. `num_done_before` is what the first
+    one heard said; another one may have begun earlier.
     """
     last = max(results, key=lambda one: int(one.get("chains_version", 0)))
     names = COUNTS if "num_new_chains" in last else FEATURE_COUNTS
