@@ -220,7 +220,7 @@ def session_stats(session: Session, catalog: Catalog, price_per_hour: float | No
 def failures_text(num_of_reason: Mapping[str, int], example: str | None) -> str:
     """Reasons with their counts, a message, and what to do about them."""
     reasons = ", ".join(f"{one_line(reason)} {num:,}" for reason, num in num_of_reason.items())
-    return f"{reasons} ({one_line(example or '')[:MAX_EXAMPLE]}); build with --retry-failures asks again"
+    return f"{reasons} ({one_line(example or '')[:MAX_EXAMPLE]}); --retry-failures asks again"
 
 
 def stats_text(stats: CacheStats) -> str:

@@ -148,8 +148,8 @@ def heldout_problem(config: PromptsConfig, prompts: Sequence[Prompt]) -> str | N
     if not config.heldout_frac or any(prompt.split == "heldout" for prompt in prompts):
         return None
     return (
-        f"no prompt is held out: prompts.heldout_frac={config.heldout_frac:g} chooses by hash, and of "
-        f"{format_plural(len(prompts), 'prompt')} none was chosen: raise it or add prompts"
+        f"no prompt is held out: prompts.heldout_frac={config.heldout_frac:g} chooses by hash, and chose none of "
+        f"{format_plural(len(prompts), 'prompt')}: raise it or add prompts"
     )
 
 

@@ -195,14 +195,17 @@ class EmbeddedEngine:
         outcomes, self._refused = self._refused, []
         if not self._requests:
             return outcomes
-        try:
-            outputs = self._engine.step()
-        except Exception as error:
-            raise StillroomError(f"vLLM died while generating: {short(error)}") from error
-        for output in outputs:
+        for output in self._stepped():
             if output.finished:
                 outcomes.append(self._outcome(output))
         return outcomes
+
+    def _stepped(self) -> list[Any]:
+        try:
+            outputs: list[Any] = self._engine.step()
+        except Exception as error:
+            raise StillroomError(f"vLLM died while generating: {short(error)}") from error
+        return outputs
 
     def close(self) -> None:
         """Stops vLLM and frees its memory."""
@@ -246,7 +249,7 @@ class EmbeddedEngine:
         self._engine.add_request("probe", tokens_input([0]), params, lora_request=self._adapter)
         outputs: list[Any] = []
         while self._engine.has_unfinished_requests():
-            outputs += self._engine.step()
+            outputs += self._stepped()
         ids, logprobs, _ = rows_of(outputs[-1].outputs[0].logprobs, layout.width)
         return is_marked(ids, logprobs, layout)
 

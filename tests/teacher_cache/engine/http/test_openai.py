@@ -225,7 +225,7 @@ def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
     printed = result_json(config, result)
     assert (printed["failures"], printed["failure_example"]) == ({"engine_error": 1}, failure["message"])
     assert result_lines(printed, "c")[-1] == (
-        f"failed  1 in this cache: engine_error 1 ({failure['message'][:200]}); build with --retry-failures asks again"
+        f"failed  1 in this cache: engine_error 1 ({failure['message'][:200]}); --retry-failures asks again"
     )
     assert "the token b'answerless', which the tokenizer of teacher.model lacks" in failure["message"]
 
