@@ -5,10 +5,11 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from stillroom.cache.features import SETS_FOLDER
 from stillroom.errors import ConfigError
 from stillroom.log import format_plural, note, warn
 from stillroom.schema.records import Prompt
-from stillroom.storage.paths import Location
+from stillroom.storage.paths import Location, matching
 from teacher_cache.building.build import Build
 from teacher_cache.building.result import BuildResult
 from teacher_cache.building.until import JoinedPrompts, require_judged
@@ -186,6 +187,7 @@ def _note_loaded(loaded: LoadedPrompts) -> None:
 
 def warn_of_joined(cache: Location) -> None:
     """Says that a build without --join shares no work with workers that have it."""
-    if alive := workers_of(cache):
+    # Workers that add features to chains generate none.
+    if alive := workers_of(cache, but={one.name for one in matching(cache / SETS_FOLDER, "*")}):
         others = format_plural(len(alive), "worker")
         warn(f"{others} with --join may generate the same chains for this cache now: add --join to share the work")

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -264,9 +264,12 @@ class Leases:
         return self.folder / f"{worker}.json"
 
 
-def workers_of(cache: Location) -> list[WorkerState]:
-    """Living workers of all runs. Writes nothing but a probe of the storage's clock, beside heartbeats."""
-    folders = [one for one in matching(cache / "runs", "*.leases") if matching(one, "*.json")]
+def workers_of(cache: Location, but: Collection[str] = ()) -> list[WorkerState]:
+    """Living workers of all runs and feature sets `but` these. Writes only a probe of the storage's clock, beside
+    heartbeats.
+    """
+    others = [one for one in matching(cache / "runs", "*.leases") if one.name.removesuffix(".leases") not in but]
+    folders = [one for one in others if matching(one, "*.json")]
     return [worker for folder in folders for worker in living_workers(folder, _now_s(folder))]
 
 

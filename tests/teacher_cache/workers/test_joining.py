@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stillroom.cache.catalog import Catalog
+from stillroom.cache.features import set_folder
 from stillroom.errors import ConfigError, DataError
 from stillroom.log import Progress
 from stillroom.storage.paths import create_file
@@ -326,7 +327,11 @@ def test_workers_that_are_alive_are_in_stats(
         (worker,) = (stats := cache_stats(catalog)).workers
         warn_of_joined(cache)
         assert list(on_disk(held.folder).iterdir()) == [held.folder / "ja.json"]
-    assert "1 worker with --join may generate the same chains" in capsys.readouterr().err
+        assert "1 worker with --join may generate the same chains" in capsys.readouterr().err
+        # As if the run were a set of features.
+        set_folder(cache, run).mkdir(parents=True)
+        warn_of_joined(cache)
+    assert capsys.readouterr().err == ""
     assert (worker.worker, worker.num_tokens) == ("ja", 34)
     assert "building now: 1 worker, 12 tok/s (ja on " in stats_text(stats)
 
