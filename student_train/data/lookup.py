@@ -10,6 +10,7 @@ row groups are read when a chain of theirs is asked for, the last few are kept.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,8 @@ class ChainIndex:
         self._file_A, self._group_A, self._row_A = (
             np.concatenate([np.zeros(0, np.int32), *parts])[order] for parts in (files, groups, rows)
         )
-        self._group = functools.lru_cache(KEPT_GROUPS)(self._read_group)
+        # Weak: in a cycle with its cache this would outlive its last use.
+        self._group = functools.lru_cache(KEPT_GROUPS)(functools.partial(type(self)._read_group, weakref.proxy(self)))
 
     def find(self, keys_R: UInt64) -> Int64:
         """int64 [R]: the place of each chain in this index, -1 where the cache does not hold it."""

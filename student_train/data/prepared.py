@@ -13,6 +13,7 @@ R chains of a row group, T tokens of one chain
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,8 +161,10 @@ class PreparedRows:
         own = replace(own, draws=own.draws if source.header.draws else 0)
         self.limits = own if self._mixture is None else self._mixture.limits(own)
         self._partner_of = {} if pairing is None else _partners(source, pairing.negatives)
-        # Partners lie in other row groups, of which the last few stay decoded.
-        self._decoded = functools.lru_cache(KEPT_GROUPS)(self._decode)
+        # Partners lie in other row groups, of which the last few stay decoded. Weak: in a cycle with its cache this
+        # would outlive its last use.
+        decode_group = functools.partial(type(self)._decode, weakref.proxy(self))
+        self._decoded = functools.lru_cache(KEPT_GROUPS)(decode_group)
 
     def prepare(self) -> None:
         """Nothing: what all chains need is known."""

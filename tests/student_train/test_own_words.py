@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from stillroom.config import Json, plain
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.schema.records import Signals, stable_hash
 from student_train.config.data import PromptConfig
+from student_train.data import prepared
 from student_train.data.attached import Attached
+from student_train.data.lookup import ChainIndex
 from student_train.data.open import open_data, train_request
 from student_train.data.pack import TargetView, to_torch
-from student_train.data.prepared import render_prompts, template_arguments
+from student_train.data.prepared import PreparedRows, render_prompts, template_arguments
 from student_train.data.selection import Selection, load_selection
 from student_train.data.stream import PackStream
 from student_train.data.token_numbers import TokenNumbers, write_behaviour
@@ -300,8 +303,19 @@ def test_teachers_mix_by_source(trainer: Trainer, tmp_path: Path) -> None:
     )
 
 
-def test_mixed_rows_hold_what_the_largest_shard_holds(trainer: Trainer, tmp_path: Path) -> None:
+def test_mixed_rows_hold_what_the_largest_shard_holds(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shards with more draws than others, and a teacher whose logits are wider than the own one's."""
+    readers: list[weakref.ref[Any]] = []
+    for kind in (ChainIndex, PreparedRows):
+
+        def watched(*given: Any, kind: Any = kind) -> Any:
+            made = kind(*given)
+            readers.append(weakref.ref(made))
+            return made
+
+        monkeypatch.setattr(prepared, kind.__name__, watched)
     made = [
         make_cache(tmp_path / str(draws), 6, vocab_size=VOCAB_SIZE, max_tokens=40, draws=draws, seed=draws)
         for draws in (2, 5)
@@ -314,6 +328,8 @@ def test_mixed_rows_hold_what_the_largest_shard_holds(trainer: Trainer, tmp_path
     request = train_request(config.data, 0, config.stages[0])
     selection = open_data(tmp_path / "s.parquet", request, config.data, config.student)
     assert (selection.header.vocab_size, selection.header.draws) == (2 * VOCAB_SIZE, 5)
+    # Row groups that were kept are gone with their readers.
+    assert [reader() for reader in readers] == [None, None]
     packs = packs_of(selection, Attached())
     assert max(int((pack.draw_weights_NM > 0).sum(axis=1).max()) for pack in packs) > 2
     assert max(int(pack.ids_NK.max()) for pack in packs) >= VOCAB_SIZE

@@ -11,6 +11,7 @@ Shape legend: P stored positions of a chain, D channels, R coefficients, V vocab
 
 import functools
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,8 +236,10 @@ class FeatureSet:
         self._files = [file for file in table.files() if file.path.startswith(f"{self.set_id}/")]
         self._decoder = RowDecoder(manifest, read_codecs(catalog.root, manifest))
         self._places: dict[str, _Place] | None = None
-        # It calls _read_group without a lock, or the reads of a distant store would wait for each other.
-        self._group = functools.lru_cache(NUM_KEPT_GROUPS)(self._read_group)
+        # It calls _read_group without a lock, or the reads of a distant store would wait for each other. Weak: in a
+        # cycle with its cache this would outlive its last use.
+        read = functools.partial(type(self)._read_group, weakref.proxy(self))
+        self._group = functools.lru_cache(NUM_KEPT_GROUPS)(read)
         self._lock = threading.Lock()
 
     @classmethod
