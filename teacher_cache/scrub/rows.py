@@ -185,10 +185,10 @@ class _Elsewhere:
         if kind in NUMBER_KINDS:
             self._add(self._numbers, _digits(original), kind)
             return
-        folded = original.lower() if kind == "email" else _folded(original)
+        folded = _lower(original) if kind == "email" else _folded(original)
         is_long = kind == "email" or " " in folded
         # As it is written too: "St. John" has a full stop and a space where names have one separator.
-        for one in {folded, original.lower()} if is_long else ():
+        for one in {folded, _lower(original)} if is_long else ():
             self._add(self._folded, one, kind)
         # A single name may be a word: in small letters it is left.
         for part in [*([] if is_long else [original]), *_parts_of_name(original, kind)]:
@@ -221,7 +221,7 @@ class _Elsewhere:
             found = one.group()
             kinds = (
                 self._exact.get(found),
-                self._folded.get(found.lower()),
+                self._folded.get(_lower(found)),
                 self._folded.get(_folded(found)),
                 self._numbers.get(_digits(found)),
             )
@@ -245,8 +245,13 @@ def _tree(texts: Sequence[str], between: str) -> str:
     return f"{written}(?:{joint}(?:{'|'.join(branches)})){'?' if len(rest) < len(texts) else ''}"
 
 
+def _lower(text: str) -> str:
+    # By itself lower() makes two characters of this one, which no pattern finds again.
+    return text.replace("İ", "i").lower()
+
+
 def _folded(text: str) -> str:
-    return " ".join(filter(None, SEPARATOR.split(text.lower())))
+    return " ".join(filter(None, SEPARATOR.split(_lower(text))))
 
 
 def _digits(number: str) -> str:
@@ -280,7 +285,7 @@ def _key(kind: Kind, original: str) -> str:
         return re.sub(r"[^\dA-Z]", "", original.upper())
     if kind == "email":
         return original.casefold()
-    return " ".join(WORD.findall(original.casefold()))
+    return " ".join(WORD.findall(_lower(original).casefold()))
 
 
 def _texts_of(row: Draft | Failure) -> list[str]:

@@ -262,6 +262,7 @@ CASES = {
         "<PERSON_1> wrote. Ask <PERSON_1>, <PERSON_1>, x.org/<PERSON_1>"
     ),
     "We met Mary St. Clair. MARY ST. CLAIR, mary st. clair": "We met <PERSON_1>. <PERSON_1>, <PERSON_1>",
+    "My name is İsmail Yılmaz. id=İsmail Yılmaz, ismail yılmaz": "My name is <PERSON_1>. id=<PERSON_1>, <PERSON_1>",
     # Countries, and places that begin like a name, are none.
     "What is the capital of France? France borders Germany.": None,
     "San Diego and Lake Victoria are far away.": None,
