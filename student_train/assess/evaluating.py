@@ -197,7 +197,7 @@ def _evaluate(subject: _Subject, generate: GenerateConfig | None, more: More, sa
     with tempfile.TemporaryDirectory(prefix="student-train-eval-") as name:
         temp = Path(name)
         with memory_advice(MEMORY_ADVICE):
-            request = eval_request(data, wanted)
+            request = eval_request(data, wanted, "--where" if subject.kept is None else "eval.where")
             path = temp / "heldout.selection.parquet"
             if subject.kept is not None:
                 path = kept_or_temporary(subject.kept, request, temp)
@@ -293,7 +293,7 @@ def _forgetting_part(subject: _Subject, given: str, temp: Path) -> Part:
     if isinstance(second, Path) and second.is_file():
         return _text_part(subject, before, second)
     data = subject.data.updated(caches=[CacheConfig(path=second)])
-    request = eval_request(data, EvalConfig(max_chains=subject.wanted.max_chains))
+    request = eval_request(data, EvalConfig(max_chains=subject.wanted.max_chains), "--forgetting")
     # Projected as the run's own held-out chains are: by the counts of what it trained on.
     other = open_data(temp / "second.selection.parquet", request, data, subject.student, counted=subject.trained)
     check_vocabulary(subject.student, other, [second])

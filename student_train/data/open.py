@@ -59,9 +59,9 @@ def right_request(data: DataConfig, config: EvalConfig, number: int, stage: Stag
     return SelectionRequest(_unweighted(data), where, None, config.max_chains, key=key)
 
 
-def eval_request(data: DataConfig, config: EvalConfig) -> SelectionRequest:
-    """What the student is evaluated on; cache weights do not count there."""
-    return SelectionRequest(_unweighted(data), config.where, None, config.max_chains, key="eval.where")
+def eval_request(data: DataConfig, config: EvalConfig, key: str = "eval.where") -> SelectionRequest:
+    """What the student is evaluated on; cache weights do not count there. `key`: what the condition is called."""
+    return SelectionRequest(_unweighted(data), config.where, None, config.max_chains, key=key)
 
 
 def at_versions_of(request: SelectionRequest, other: Selection) -> SelectionRequest:

@@ -117,7 +117,7 @@ def _prepared(out: Path, name: str) -> tuple[str, Format]:
 
 def _cached_chains(model: Path, caches: Sequence[Path], where: str, max_chains: int) -> list[Chain]:
     data = DataConfig(caches=[CacheConfig(path=path) for path in caches])
-    request = eval_request(data, EvalConfig(where=where, max_chains=max_chains))
+    request = eval_request(data, EvalConfig(where=where, max_chains=max_chains), "--where")
     with tempfile.TemporaryDirectory(prefix="student-train-export-") as temp:
         student = StudentConfig(model=str(model))
         selection = open_data(Path(temp) / "chains.selection.parquet", request, data, student)

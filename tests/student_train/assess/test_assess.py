@@ -105,6 +105,8 @@ def test_text_is_measured_before_and_after(cache: SyntheticCache, student: Path,
         evaluate_model(str(student), [cache.root], None, max_chains=1, pack_tokens=64, more=more)
     with pytest.raises(ConfigError, match="neither a cache nor a"):
         evaluate_model(str(student), [cache.root], None, more=replace(more, forgetting=str(tmp_path / "gone.txt")))
+    with pytest.raises(ConfigError, match=r"^--where 'split =': it ends too early"):
+        evaluate_model(str(student), [cache.root], "split =")
 
 
 def test_models_of_two_vocabularies_are_compared_by_bytes(cache: SyntheticCache, student: Path, tmp_path: Path) -> None:

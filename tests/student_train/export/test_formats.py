@@ -109,6 +109,8 @@ def test_a_format_is_calibrated_checked_and_described(
     # Chains of the check do not calibrate, and here all of them are in the check.
     with pytest.raises(StillroomError, match="split = 'train' and not"):
         export_folder(student, [cache.root], "split = 'train'", tmp_path / "again", "w8a8", Check())
+    with pytest.raises(ConfigError, match=r"^--where 'split =': it ends too early"):
+        export_folder(student, [cache.root], "split =", tmp_path / "again", "w8a8", Check())
     (out / "config.json").write_text(json.dumps({"quantization_config": {}}))
     with pytest.raises(DataError, match="is quantised already"):
         export_folder(out, [cache.root], None, tmp_path / "again", "w8a8", Check())
