@@ -7,10 +7,10 @@ finds them.
 """
 
 import queue
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Any
 
 from stillroom.judging.answers import Verdict
@@ -22,6 +22,7 @@ from teacher_cache.writer.verdicts import JudgedSample
 MAX_WAITING = 10_000
 """Answers that may wait during a build: tens of MB of text."""
 POLL_S = 0.2
+"""How soon `hurry` is noticed."""
 LLM = "llm"
 """Judge of prompts whose chains wait for a language model; which one is named on the command line."""
 
@@ -99,8 +100,9 @@ class JudgeQueue:
 
     def wait(self) -> None:
         """Waits until everything is judged or `hurry` is called; the rest is left to `teacher-cache judge`."""
-        while self._pending and not self._hurried and not all(future.done() for future in self._pending):
-            time.sleep(POLL_S)
+        for future in self._pending:
+            while not self._hurried and not future.done():
+                wait_for([future], POLL_S)
         # Those that are being checked cannot be cancelled: `close` kills their processes.
         for future in [future for future in self._pending if not future.done()]:
             future.cancel()

@@ -295,19 +295,20 @@ def test_sixteen_workers_and_maintenance_in_a_distant_store_lose_and_repeat_noth
 
 
 def test_what_killed_workers_leave_the_next_ones_finish(server: ObjectStore, store: ObjectPath) -> None:
-    def worker(share: str) -> Program:
+    def worker(share: str, step_s: str) -> Program:
         return Program(
-            ["tests.helpers.fake_builds", str(store), share, "80", "0.01"], environ=os.environ | server.environment
+            ["tests.helpers.fake_builds", str(store), share, "80", step_s], environ=os.environ | server.environment
         )
 
-    first = [worker("0/2"), worker("1/2")]
+    first = [worker("0/2", "0.5"), worker("1/2", "0.5")]
     deadline_s = time.monotonic() + 120
     while not any((store / "chains").rglob("*.parquet")):
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
     for process in first:
         process.kill()
-    for process in [worker("0/2"), worker("1/2")]:
+    assert len(visible_ids(store)) < 80
+    for process in [worker("0/2", "0"), worker("1/2", "0")]:
         process.wait(expect=0)
     assert visible_ids(store) == sorted(request.sample_id for request in make_requests(80))
     report = verify_cache(store)

@@ -251,7 +251,8 @@ def test_two_workers_at_once_with_overlapping_shares_repeat_nothing(tmp_path: Pa
 def test_the_number_of_workers_may_change_between_runs_and_during_one(tmp_path: Path, processes: list[Program]) -> None:
     """One of three is killed, one of two starts beside another of three; then four finish, and nobody is left over."""
     cache, num_prompts = tmp_path / "c", 240
-    first = worker(cache, "0/3", num_prompts, 0.05)
+    # Three seconds for its share: it is killed in the middle, however late this process notices two shards.
+    first = worker(cache, "0/3", num_prompts, 0.3)
     processes.append(first)
     _wait_for_shards(cache, 2)
     first.kill()
@@ -358,6 +359,7 @@ def test_a_judge_that_hangs_holds_no_chain_up(tmp_path: Path, monkeypatch: pytes
     killed = threading.Event()
     monkeypatch.setattr(JudgeProcess, "judge", hang)
     monkeypatch.setattr(JudgeProcess, "kill", lambda _: killed.set())
+    monkeypatch.setattr("teacher_cache.writer.recorder.WAKE_S", 0.05)
 
     class InterruptedEngine(FakeEngine):
         """Answers everything, waits until all is visible, and is then interrupted."""
