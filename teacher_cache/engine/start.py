@@ -4,16 +4,19 @@ from stillroom.config import Json
 from stillroom.log import note
 from teacher_cache.config import BuildConfig, EmbeddedConfig, OpenAIConfig, ScoreConfig, ServerConfig, extra_sampling
 from teacher_cache.engine.api import Engine
-from teacher_cache.engine.switches import note_unknown
+from teacher_cache.engine.switches import check_names, note_unknown
 from teacher_cache.engine.teacher import IdentifiedTeacher
 from teacher_cache.prompts.prompts import sampling_of
 
 
 def check_values(config: BuildConfig | ScoreConfig) -> None:
-    """Raises ConfigError for values that the installed vLLM does not take. For before prompts are read, which may take
-    minutes.
+    """Raises ConfigError for names and values that the installed vLLM does not take. For before prompts are read, which
+    may take minutes.
     """
     if isinstance(config.engine, EmbeddedConfig):
+        # Of a configuration that was made in Python, nobody has seen the names before.
+        check_names("engine", config.engine.vllm)
+        check_names("sampling", extra_sampling(config))
         from teacher_cache.engine.vllm.arguments import check_values as check_values_of_vllm
 
         check_values_of_vllm(config.engine, extra_sampling(config))

@@ -230,6 +230,8 @@ def test_values_of_switches_are_checked_before_prompts_are_read(folder: Path, mo
     for start in (plan_build, lambda config: build_cache(config, None, retry_failures=False)):
         with pytest.raises(ConfigError, match=r"\{'block_size': 64\} \{'min_tokens': 2\}"):
             start(config)
+    with pytest.raises(ConfigError, match=r"sampling\.vllm: the installed vLLM has no 'min_token'"):
+        plan_build(config_of(folder, sampling={"vllm": {"min_token": 2}}))
 
 
 def test_a_heldout_split_without_prompts_is_noted(folder: Path) -> None:
