@@ -25,7 +25,7 @@ from stillroom.errors import ConfigError
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Float32, Int64
 from stillroom.schema.tables import CHAIN_FIELDS
-from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_with
+from stillroom.sql.conditions import check_condition, dry_run, in_brackets, run_with, shown
 from stillroom.sql.session import Session, open_session
 from stillroom.storage.paths import Location
 from student_train.data.kept_ids import KeptIds, ids_of
@@ -211,7 +211,7 @@ def freeze(path: Path, request: SelectionRequest) -> Selection:
     rows = _first_by_id(rows.filter(pa.array(usable & (weights > 0))), request.max_chains)
     if not rows.num_rows:
         raise ConfigError(
-            f"{request.key} {request.where!r} selects only chains that are empty or have weight 0: widen it"
+            f"{request.key} {shown(request.where)} selects only chains that are empty or have weight 0: widen it"
         )
     rows, headers = _locate(catalogs, [footers for _, footers in answers], rows)
     kept = request.kept_ids
@@ -312,8 +312,8 @@ def _empty_message(catalogs: Sequence[Catalog], request: SelectionRequest) -> st
     if not total:
         return f"{names} holds no chains yet: build some first with `teacher-cache build`"
     return (
-        f"{request.key} {request.where!r} selects none of the {total} chains of {names}: widen it (`teacher-cache sql` "
-        "runs it)"
+        f"{request.key} {shown(request.where)} selects none of the {total} chains of {names}: widen it (`teacher-cache "
+        "sql` runs it)"
     )
 
 

@@ -117,7 +117,10 @@ def open_prepared_selection(
         "vocab_size": maker.limits.vocab_size,
         "temperatures": [] if data.mixture is not None else source.header.temperatures,
     }
-    return write_retokenised(path, source, made, header, "a partner" if pairing is not None else "a teacher of weight")
+    missing = "a teacher of weight above 0", "raise a weight in data.mixture, or select others"
+    if pairing is not None:
+        missing = "a partner", "dpo needs a right and a wrong chain of one prompt that fit a pack together"
+    return write_retokenised(path, source, made, header, *missing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from stillroom.errors import ConfigError, CorruptError, first_line
 from stillroom.log import Progress
 from stillroom.schema.manifest import ShardHeader
 from stillroom.schema.records import Int64, stable_hash
+from stillroom.sql.conditions import shown
 from stillroom.storage.paths import Location, atomic_path, location
 from student_train.data.selection import (
     SCHEMA,
@@ -117,7 +118,12 @@ def retokenise(path: Path, source: Selection, maker: Rows) -> Retokenised:
 
 
 def write_retokenised(
-    path: Path, source: Selection, made: Retokenised, header: Mapping[str, Any], missing: str
+    path: Path,
+    source: Selection,
+    made: Retokenised,
+    header: Mapping[str, Any],
+    missing: str,
+    remedy: str = "select others (`teacher-cache sql` shows the columns reference and text)",
 ) -> Selection:
     """The selection over `made` at `path`. `header`: what differs from the source's; `missing`: what chains lack.
 
@@ -125,8 +131,7 @@ def write_retokenised(
     """
     if not made.rows.num_rows:
         raise ConfigError(
-            f"none of the {source.num_chains} chains of {source.header.where!r} has {missing}: select others "
-            "(`teacher-cache sql` shows the columns reference and text)"
+            f"none of the {source.num_chains} chains of {shown(source.header.where)} has {missing}: {remedy}"
         )
     common = {
         "text": made.folder.name,

@@ -422,6 +422,16 @@ def test_two_ranks_compute_the_same_start(trainer: Trainer, tmp_path: Path) -> N
             {"mixture": {"own": "'inf'", "teachers": [{"path": "CACHE"}]}},
             r"data\.mixture\.own \"'inf'\" is inf for a chain",
         ),
+        (
+            {},
+            {"mixture": {"own": 0, "teachers": [{"path": "CACHE", "weight": 0}]}},
+            "\"split = 'train'\" has a teacher of weight above 0: raise a weight in data.mixture",
+        ),
+        (
+            {**PREFERENCE, "negatives": {"where": "split = 'train'"}},
+            {},
+            r"\( split = 'train' \) OR \( split = 'train' \)\" has a partner: dpo needs a right and a",
+        ),
         ({"losses": {"start_kl": 1, "forward_kl": 1}, "temperature": 2.0}, {}, "start_kl compares at temperature 1"),
         ({"losses": {"taid": {"interpolation": {"kind": "elastic", "start": 1, "end": 0}}}}, {}, "cannot be elastic"),
         ({}, {"kind": "text", "prompt": {"drop_system": True}}, "prompt has no effect with kind: text"),

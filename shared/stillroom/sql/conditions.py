@@ -24,6 +24,11 @@ def in_brackets(condition: str) -> str:
     return f"(\n{condition}\n)"
 
 
+def shown(condition: str | None) -> str:
+    """A condition in a message, on one line: joined ones have the line breaks of in_brackets()."""
+    return repr(None if condition is None else " ".join(condition.split()))
+
+
 def check_condition(session: Session, name: str, condition: str | None) -> None:
     """Raises ConfigError naming `name` if a SQL condition over `chains` is empty or wrong by itself."""
     if condition is not None:
