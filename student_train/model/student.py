@@ -264,6 +264,11 @@ def load_causal(folder: str, student: StudentConfig, precision: str | None) -> A
         if "does not support an attention implementation" in str(error):
             # transformers' own advice names an argument that nobody can pass here.
             raise ConfigError(f"{folder} cannot use student.attention: {student.attention}: set it to eager") from error
+        if isinstance(error, ImportError) and student.attention == "flash_attention_2":
+            raise ConfigError(
+                f"student.attention: flash_attention_2 needs the package flash-attn and a GPU ({one_line(error)}): "
+                "install it, or leave the setting out"
+            ) from error
         if isinstance(error, OSError) and not Path(folder).is_dir():
             raise DataError(unreachable(folder, error)) from error
         # Names the file that is cut short, which transformers does not.

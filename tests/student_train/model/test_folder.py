@@ -1,6 +1,7 @@
 """Folders of students: what older tools read in them, and folders that are not whole or not clean."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def test_a_folder_without_settings_to_read_is_one_line(tmp_path: Path, monkeypat
         export_folder(tmp_path, [], None, tmp_path / "out", "onnx", Check())
     with pytest.raises(DataError, match=r"config\.json is not JSON: "):
         contestant(str(tmp_path))
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="it is there")
+def test_an_attention_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    student = StudentConfig(model=str(make_student(tmp_path / "student")), attention="flash_attention_2")
+    with pytest.raises(ConfigError, match=r"^student\.attention: flash_attention_2 needs the package flash-attn"):
+        load_causal(student.model, student, None)
 
 
 def test_a_head_of_its_own_is_not_called_tied(tmp_path: Path) -> None:
