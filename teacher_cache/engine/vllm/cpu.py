@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FREE_MEMORY_FRAC = 0.25
 """Largest share of a CPU's free memory that the key-value cache takes by default; vLLM's own default is 0.9."""
+DEFAULT_BLOCK_SIZE = 128
+"""Tokens per block of the key-value cache on a CPU."""
 
 COMPILE_S_PER_LAYER = 2.5
 BREAK_EVEN_TOKENS = 130_000
@@ -109,10 +111,12 @@ def _kv_cache_bytes(vllm_config: "VllmConfig") -> int:
     token_bytes = (
         2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size() * itemsize
     )
-    blocks_per_chain = -(-model.max_model_len // cache.block_size)
+    # vLLM 0.33 decides later, when it knows how attention is computed.
+    block_size = max(cache.block_size, DEFAULT_BLOCK_SIZE)
+    blocks_per_chain = -(-model.max_model_len // block_size)
     # vLLM holds one block back.
     num_blocks = vllm_config.scheduler_config.max_num_seqs * blocks_per_chain + 1
-    return min(limit, num_blocks * cache.block_size * token_bytes)
+    return min(limit, num_blocks * block_size * token_bytes)
 
 
 def free_memory_bytes() -> int:
