@@ -68,7 +68,7 @@ def export_run(
 
     Raises ConfigError, DataError, CorruptError, Disagreement, StillroomError.
     """
-    name, made = _prepared(out, name)
+    name, made = _checked(out, name)
     run = RunFolder(config.run)
     with tempfile.TemporaryDirectory(prefix="student-train-export-") as temp:
         request = eval_request(config.data, config.eval or EvalConfig())
@@ -78,6 +78,7 @@ def export_run(
     if made.is_calibrated:
         trained = load_selection(run.selection_path(config.stages[state.stage].name))
         calibration = read_chains(trained, CALIBRATION_CHAINS)
+    _ensure_environments(made)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temp:
         folder = Path(temp) / "float"
         export(config, state, folder, adapter_only=False, tokenizer=tokenizer)
@@ -95,24 +96,29 @@ def export_folder(model: Path, caches: Sequence[Path], where: str | None, out: P
         tensor_shapes(model)
     if "quantization_config" in settings:
         raise DataError(f"--model {model} is quantised already: pass the float folder that it was made from")
-    name, made = _prepared(out, name)
+    name, made = _checked(out, name)
     heldout = _cached_chains(model, caches, where or HELDOUT, check.max_chains)
     # Chains that calibrated an export would flatter it in its check.
     others = TRAIN if where is None else f"{TRAIN} and not ({where})"
     calibration = _cached_chains(model, caches, others, CALIBRATION_CHAINS) if made.is_calibrated else []
+    _ensure_environments(made)
     return _export(Source(model, str(model), heldout, calibration), out, name, made, check)
 
 
-def _prepared(out: Path, name: str) -> tuple[str, Format]:
-    """The format, after everything that can be refused before any work; its environments exist."""
+def _checked(out: Path, name: str) -> tuple[str, Format]:
+    """The format, after what can be refused before any chain is read."""
     name, made = find_format(name)
     refuse_existing(out)
     if made.needs_gpu and not torch.cuda.is_available():
         raise ConfigError(f"--format {name} needs a GPU: its search takes hours on a CPU. Use gptq, or w8a8")
     out.parent.mkdir(parents=True, exist_ok=True)
+    return name, made
+
+
+def _ensure_environments(made: Format) -> None:
+    """Makes those of the writer and the runtime: gigabytes, so after all that can be refused, but before any export."""
     for environment in (made.environment, RUNTIMES[made.runtime].environment):
         python_of(environment)
-    return name, made
 
 
 def _cached_chains(model: Path, caches: Sequence[Path], where: str, max_chains: int) -> list[Chain]:
