@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stillroom.config import Json
 from stillroom.errors import ConfigError
 from stillroom.html.charts import Line, line_chart
@@ -69,7 +71,8 @@ def student_sections(*folders: Path, price_per_hour: float | None = None) -> lis
     costs = run_costs(runs, price_per_hour)
     if len(runs) == 1:
         first = Section("The student", [_overview(runs[0]), *_heldout_change(runs[0]), *_costs(runs, costs)])
-        training = [*_stage_table(runs[0]), *_terms(runs[0]), *_losses(runs), *_learning_rate(runs[0]), *_speed(runs)]
+        training = [*_stage_table(runs[0]), *_terms(runs[0]), *_losses(runs)]
+        training += [*_rise(runs[0]), *_learning_rate(runs[0]), *_speed(runs)]
     else:
         first = Section("What differs", [_differing_keys(runs), _progress_table(runs), *_costs(runs, costs)])
         training = [*_losses(runs), *_speed(runs)]
@@ -317,6 +320,19 @@ def _learning_rate(run: Run) -> list[Piece]:
     axis = token_axis([run])
     line, marks = Line("", run.tokens() / axis.unit, run.column("learning_rate")), run.stage_marks(axis.unit)
     return [Figure("Learning rate", line_chart([line], axis.label, "learning rate", from_zero=True, marks=marks))]
+
+
+def _rise(run: Run) -> list[Piece]:
+    # None becomes NaN.
+    rises = np.array([step.get("adversarial_rise") for step in run.steps], float)
+    is_disturbed = np.isfinite(rises)
+    if not is_disturbed.any():
+        return []
+    axis = token_axis([run])
+    line, marks = curve("", run.tokens()[is_disturbed] / axis.unit, rises[is_disturbed]), run.stage_marks(axis.unit)
+    note = "How much disturbed prompts raise the loss. The losses of these steps are those of the disturbed prompts."
+    chart = line_chart([line], axis.label, "nats per token", from_zero=True, marks=marks)
+    return [Figure("Disturbed prompts", chart, note)]
 
 
 def _speed(runs: Sequence[Run]) -> list[Piece]:

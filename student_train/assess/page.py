@@ -243,7 +243,7 @@ def _robustness(found: Json | None) -> list[Piece]:
                 percent(one["accuracy"]),
                 mean,
                 interval,
-                f"{one['p_value']:.3g}" if one["num_judged"] else "-",
+                "-" if one["p_value"] is None else f"{one['p_value']:.3g}",
                 percent(one["agreement"]),
                 _shortened(one["example"]) if one["num_prompts"] else "applies to none of these prompts",
             ]

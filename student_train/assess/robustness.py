@@ -35,7 +35,7 @@ class Robustness(BaseModel):
     accuracy_clean: float | None
     accuracy: float | None
     accuracy_difference: Interval | None
-    p_value: float
+    p_value: float | None
     """McNemar's exact test."""
     num_compared: int
     agreement: float | None
@@ -86,7 +86,7 @@ def _summary(clean: Sequence[Given], changes: Sequence[Perturbed], noisy: Sequen
         accuracy_clean=_mean([before for before, _ in scored]),
         accuracy=_mean([after for _, after in scored]),
         accuracy_difference=mean_interval([after - before for before, after in scored], DIFFERENCE),
-        p_value=sign_test(losses, wins),
+        p_value=sign_test(losses, wins) if scored else None,
         num_compared=len(compared),
         agreement=_mean([float(same) for same in compared]),
         example=next((str(one.prompt.messages[-1]["content"]) for one in changes), None),

@@ -316,6 +316,11 @@ def _temperature_lines(steps: list[tuple[int, float]]) -> list[str]:
 
 def _course(stage: Result) -> str:
     """From the first step to the last: the whole loss where its weights stayed as they were, and its parts."""
+    rise = stage["adversarial_rise"]
+    return _losses(stage) + ("" if rise is None else f"; disturbed prompts raised the loss by {rise:.4f} on average")
+
+
+def _losses(stage: Result) -> str:
     parts = [
         f"{short_name(name)} {first:.4f} -> {stage['last_parts'][name]:.4f}"
         for name, first in stage["first_parts"].items()

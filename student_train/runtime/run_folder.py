@@ -323,6 +323,7 @@ def before_and_after(evals: Sequence[Json]) -> tuple[Json | None, Json | None]:
 def _stage(records: list[Json], name: str) -> Json:
     own = [record for record in records if record["stage"] == name]
     first, last = (own[0], own[-1]) if own else (None, None)
+    rises = [rise for record in own if (rise := record.get("adversarial_rise")) is not None]
     return {
         "name": name,
         "num_steps": len(own),
@@ -330,6 +331,7 @@ def _stage(records: list[Json], name: str) -> Json:
         "last_loss": last and last["loss"],
         "first_parts": first and first["parts"],
         "last_parts": last and last["parts"],
+        "adversarial_rise": sum(rises) / len(rises) if rises else None,
         # Losses compare between steps only at constant weights and temperature.
         "is_comparable": all(
             (one["weights"], one["temperature"]) == (own[0]["weights"], own[0]["temperature"]) for one in own

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.config import Json, load_config
 from stillroom.errors import CacheConflict, ConfigError, DataError, StillroomError
-from stillroom.html.report import Table
+from stillroom.html.report import Figure, Table
 from stillroom.log import format_count
 from stillroom.program import StopRequest
 from stillroom.storage.paths import write_text_atomic
@@ -622,6 +622,11 @@ def test_disturbed_training_resumes_and_agrees_under_zero(trainer: Trainer) -> N
     assert min(rises) > 0
     trainer.run(parted, stop_after=1)
     assert losses_of(trainer.run(parted)) == losses_of(records)
+    titles = [one.title for section in student_sections(whole.run) for one in section.pieces if isinstance(one, Figure)]
+    assert "Disturbed prompts" in titles
+    summary = summarise(RunFolder(whole.run), whole)
+    assert summary["stages"][0]["adversarial_rise"] == pytest.approx(sum(rises) / len(rises))
+    assert f"disturbed prompts raised the loss by {sum(rises) / len(rises):.4f} on average" in run_lines(summary)[0]
 
 
 def test_progressive_students_are_each_cut_from_the_last(trainer: Trainer, tmp_path: Path) -> None:
