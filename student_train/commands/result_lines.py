@@ -162,8 +162,11 @@ def bench_lines(result: Result) -> list[str]:
     first = result["formats"][0]["name"]
     lines.append(f"medians of {format_plural(result['rounds'], 'round')}; x is relative to the speed of {first}")
     if "chosen" in result:
-        limit = f"{result['prompt_tokens']} + {result['new_tokens']} tokens within {result['max_ms']:g} ms"
-        lines.append(f"{result['chosen'] or 'no format'} answers a request of {limit}")
+        took_ms = {one["name"]: one["batches"]["1"]["request_ms"]["median"] for one in result["formats"]}
+        took = "" if result["chosen"] is None else f" in {took_ms[result['chosen']]:.0f} ms,"
+        size = f"{result['prompt_tokens']} + {result['new_tokens']} tokens"
+        limit = f"within {result['max_ms']:g} ms"
+        lines.append(f"{result['chosen'] or 'no format'} answers a request of {size}{took} {limit}")
     return lines
 
 

@@ -29,6 +29,7 @@ from student_train.model.shape import tensor_shapes
 
 BATCHES = (1, 8)
 MEASURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "first_token_ms", "request_ms")
+READ_THE_SAME_FOLDERS = {"transformers", "vllm"}
 NUM_IDS = 200
 """Prompts are drawn from this many token ids: vocabularies may be cut to what a cache uses."""
 
@@ -76,6 +77,8 @@ def contestant(text: str) -> Contestant:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     own = record["runtime"] if record is not None else _runtime_of(folder)
     name = f"{record['format'] if record is not None else folder.name}"
+    if runtime and runtime != own and not {runtime, own} <= READ_THE_SAME_FOLDERS:
+        raise ConfigError(f"{text}: {folder} is for {own}, which {runtime} cannot read: leave {runtime}: out")
     is_float = record is None and own == "transformers"
     return Contestant(f"{name} in {runtime}" if runtime else name, folder, runtime or own, record, is_float)
 
@@ -103,7 +106,7 @@ def bench(contestants: Sequence[Contestant], load: Load) -> Json:
     with contextlib.ExitStack() as stack:
         workers = []
         for one in contestants:
-            note(f"loading {one.name} in {one.runtime}")
+            note(f"loading {one.name.removesuffix(f' in {one.runtime}')} in {one.runtime}")
             made = RuntimeWorker(one.runtime, one.folder, load.threads, is_quick=load.is_eager)
             workers.append(stack.enter_context(made))
         rounds = _rounds(workers, names, prompts, load)
