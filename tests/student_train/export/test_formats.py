@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from stillroom.errors import ConfigError, DataError, Disagreement, StillroomErro
 from student_train import cli
 from student_train.commands.result_lines import bench_lines, format_lines
 from student_train.export import worker, writing
-from student_train.export.bench import Load, bench, choose, contestant
+from student_train.export.bench import Load, _turn, bench, choose, contestant
 from student_train.export.bench_page import write_bench_page
 from student_train.export.energy import EnergyMeter
 from student_train.export.formats import FORMATS, REFUSED, RUNTIMES, find_format
@@ -265,6 +266,15 @@ def test_latency_chooses_the_closest_format_that_is_fast_enough() -> None:
     assert choose(result, 300, 0.9) == "b"
     assert choose(result, 60, 0.9) is None
     assert choose(result, 60, 0.4) == "c"
+
+
+def test_a_turn_that_noise_made_meaningless_is_repeated() -> None:
+    worker, meter = Mock(), EnergyMeter()
+    worker.generate.side_effect = [(2.0, []), (1.0, []), (1.0, []), (3.0, [])]
+    assert _turn(worker, [[1, 2]], 5, meter)["decode_tokens_per_s"] == 2
+    worker.generate.side_effect = [(2.0, []), (1.0, [])] * 5
+    with pytest.raises(StillroomError, match="5 tokens took no longer than the first one"):
+        _turn(worker, [[1, 2]], 5, meter)
 
 
 def test_contestants_are_told_apart(student: Path, tmp_path: Path) -> None:
