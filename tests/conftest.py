@@ -73,7 +73,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_configure() -> None:
-    # Of what the collection imports nothing is garbage.
+    # Nothing that the collection imports is garbage.
     gc.disable()
     set_environment()
 

@@ -8,7 +8,7 @@ import student_train
 import teacher_cache
 from student_train.model.student import use_cpu_where_there_is_no_gpu
 
-# Of what is imported nothing is garbage.
+# Nothing that is imported is garbage.
 gc.disable()
 # DeepSpeed looks for an accelerator when it is imported.
 use_cpu_where_there_is_no_gpu()

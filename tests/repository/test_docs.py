@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from teacher_cache.states.config import FeaturesConfig
 from tests.helpers import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "schemas" / "FORMAT.md"])
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 PROGRAMS = {"teacher-cache": teacher_app, "student-train": student_app}
 MODELS: dict[str, type[StrictModel]] = {
     "student": TrainConfig,
@@ -57,7 +59,7 @@ def configurations() -> Iterator[tuple[str, str]]:
                 yield page.name, body
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -85,11 +87,15 @@ def test_commands_parse(page: str, line: str) -> None:
 
 
 def parse(program: str, name: str, arguments: list[str]) -> None:
+    command_of(program, name).make_context(name, arguments)
+
+
+def command_of(program: str, name: str) -> Any:
     group = typer.main.get_command(PROGRAMS[program])
     assert isinstance(group, typer.core.TyperGroup)
     command = group.get_command(click_context(group), name)
     assert command is not None, f"{program} has no command {name}"
-    command.make_context(name, arguments)
+    return command
 
 
 def click_context(group: typer.core.TyperGroup) -> Any:
@@ -99,6 +105,20 @@ def click_context(group: typer.core.TyperGroup) -> Any:
 def test_a_wrong_command_is_found() -> None:
     with pytest.raises(Exception, match="No such option"):
         parse("teacher-cache", "stats", ["cache", "--jsom"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_sentences_have_their_options(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for program, name, rest in re.findall(rf"`({'|'.join(PROGRAMS)}) ([a-z][\w-]*)([^`]*)`", text):
+        known = {option for one in command_of(program, name).params for option in (*one.opts, *one.secondary_opts)}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", rest)) <= known, (name, rest)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.name)
+def test_modules_that_are_run_exist(page: Path) -> None:
+    for module in re.findall(r"python -m ((?:benchmarks|tools)(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        assert find_spec(module) is not None, module
 
 
 @pytest.mark.parametrize(("page", "body"), list(configurations()), ids=lambda value: str(value)[:40])
@@ -169,5 +189,4 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_every_result_is_in_the_page_of_performance() -> None:
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    results = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.md"))
-    assert [name for name in results if f"results/{name})" not in page] == []
+    assert [one.name for one in RESULTS if f"results/{one.name})" not in page] == []

@@ -230,8 +230,8 @@ def test_a_token_that_the_tokenizer_lacks_fails_its_chain_alone(
     assert "the token b'answerless', which the tokenizer of teacher.model lacks" in failure["message"]
 
 
-def test_answers_that_are_no_chain_fail_alone(model: Path, server: FakeServer, tmp_path: Path) -> None:
-    """Tokens of a part of the text, NaN, a usage that is none, a prompt that is rejected."""
+def test_malformed_answers_fail_alone(model: Path, server: FakeServer, tmp_path: Path) -> None:
+    """Tokens of a part of the text, NaN, usage that is not a mapping, a rejected prompt."""
 
     def chat(message: str) -> Any:
         choice = with_logprobs(model)

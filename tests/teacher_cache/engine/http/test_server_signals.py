@@ -108,7 +108,7 @@ def test_a_capture_without_draws_takes_exact_entropies_where_they_are(server: Fa
 
 @WAYS
 def test_a_plugin_whose_numbers_are_not_finite_is_one_failure(server: FakeServer, has_generate: bool) -> None:
-    """As for other teachers: NaN in the logits is told, not stored."""
+    """As for other teachers: NaN in the logits is reported, not stored."""
     server.behaviour.has_generate = has_generate
     requests = make_requests(3)
     server.behaviour.nan_seeds = {requests[1].seed or 0}
