@@ -119,6 +119,23 @@ def test_a_format_is_calibrated_checked_and_described(
         export_folder(out, [cache.root], None, tmp_path / "again", "w8a8", Check())
 
 
+def test_a_worker_cleans_up_and_does_not_take_its_libraries_apart(fakes: Path, student: Path, tmp_path: Path) -> None:
+    library = f"""
+import atexit, os
+
+class Library:
+    def __del__(self, mkdir=os.mkdir):
+        mkdir({str(tmp_path / "apart")!r})
+
+library = Library()
+atexit.register(os.mkdir, {str(tmp_path / "clean")!r})
+"""
+    (fakes / "run_transformers.py").write_text(library + RUNTIME)
+    with worker.RuntimeWorker("transformers", student, None, is_quick=True):
+        assert not (tmp_path / "clean").exists()
+    assert [(tmp_path / name).exists() for name in ("clean", "apart")] == [True, False]
+
+
 def test_another_student_is_refused_unless_allowed(
     fakes: Path, student: Path, cache: SyntheticCache, tmp_path: Path
 ) -> None:
