@@ -209,13 +209,15 @@ def test_a_key_that_is_taken_back_stops_the_build(server: FakeServer, status: st
     engine.close()
 
 
-def test_a_misfit_is_asked_after_growing_pauses(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misfit_is_asked_after_growing_pauses(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An endpoint that came back with shorter chains does not get a handshake every half second."""
     monkeypatch.setattr(pool, "MAX_BACKOFF_S", 60.0)
     with FakeServer(Behaviour(delay_s=0.02)) as other:
         server.behaviour.has_plugin, server.behaviour.delay_s = False, 0.02
-        engine = make_engine(server, other, max_in_flight=2, give_up_minutes=1.0)
-        for request in make_requests(150):
+        engine = make_engine(server, other, max_in_flight=2, stall_s=60.0)
+        for request in make_requests(110):
             engine.submit(request)
         outcomes = engine.step()
         other.stop()
@@ -224,12 +226,12 @@ def test_a_misfit_is_asked_after_growing_pauses(server: FakeServer, monkeypatch:
         other.behaviour.max_model_len = 128
         other.behaviour.seen.clear()
         other.start()
+        wait_for("came back with max_model_len 128", server, capsys)
         while engine.num_unfinished:
             outcomes += engine.step()
         engine.close()
-    assert other.behaviour.seen, "it was asked"
-    # Pauses of 10 ms that double: a handful in a second and a half, and not 60.
-    assert sum("stop_token_ids" in body for body in other.behaviour.seen) <= 12
+    # Pauses of 10 ms that double: three or four, and not thirteen.
+    assert sum("stop_token_ids" in body for body in other.behaviour.seen) <= 8
     assert not any(map(is_work, other.behaviour.seen))
 
 
