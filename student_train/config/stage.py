@@ -143,8 +143,9 @@ class PruneConfig(StrictModel):
     hidden_size: int | None = Field(default=None, ge=1)
     """Channels of the hidden states to keep."""
     parameters: float | None = Field(default=None, gt=0)
-    """Instead of sizes: parameters to keep, embeddings included; below 1 a share of the model's. The axes of `along`
-    are cut by one common ratio, MLP and hidden channels to multiples of 32 (hidden ones of 8 where heads need it)."""
+    """Instead of sizes: parameters to keep, embeddings included, before a cut of the vocabulary; below 1 a share of the
+    model's. The axes of `along` are cut by one common ratio, MLP and hidden channels to multiples of 32 (hidden ones of
+    8 where heads need it)."""
     along: list[Axis] | None = Field(default=None, min_length=1)
     """With `parameters`: what to cut; None is layers and mlp_channels."""
     rank_layers: Literal["spacing", "importance"] = "spacing"

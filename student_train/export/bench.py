@@ -97,11 +97,23 @@ def _runtime_of(folder: Path) -> str:
     return "vllm" if "quantization_config" in model_settings(folder) else "transformers"
 
 
+def _require_room(folder: Path, num_tokens: int) -> None:
+    """Raises ConfigError if a request is longer than the folder's model."""
+    longest = model_settings(folder).get("max_position_embeddings") if (folder / "config.json").exists() else None
+    if isinstance(longest, int) and num_tokens > longest:
+        raise ConfigError(
+            f"{folder} has room for {longest:,} tokens and a request has {num_tokens:,}: lower --prompt-tokens or "
+            "--new-tokens"
+        )
+
+
 def bench(contestants: Sequence[Contestant], load: Load) -> Json:
     """Measures all of them; memory holds them all at once. Raises StillroomError where a runtime fails."""
     names = _told_apart(contestants)
     if load.is_eager and "vllm" not in [one.runtime for one in contestants]:
         raise ConfigError("--eager has no effect: vLLM runs none of these folders")
+    for one in contestants:
+        _require_room(one.folder, load.prompt_tokens + load.new_tokens)
     draws = random.Random(load.seed)
     prompts = [[draws.randrange(1, NUM_IDS) for _ in range(load.prompt_tokens)] for _ in range(max(BATCHES))]
     with contextlib.ExitStack() as stack:

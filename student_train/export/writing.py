@@ -111,7 +111,13 @@ def _checked(out: Path, name: str) -> tuple[str, Format]:
     refuse_existing(out)
     if made.needs_gpu and not torch.cuda.is_available():
         raise ConfigError(f"--format {name} needs a GPU: its search takes hours on a CPU. Use gptq, or w8a8")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Tried, as the rights of a folder say nothing of /proc or of a read-only disk.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"{out} cannot be written ({error.strerror}): use a folder you can write to") from error
     return name, made
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def software() -> dict[str, str]:
 
 def short(error: BaseException) -> str:
     """vLLM's message in one line of bearable length."""
-    return one_line(error)[:MAX_ERROR_CHARS]
+    return textwrap.shorten(one_line(error), MAX_ERROR_CHARS, placeholder=" …")
 
 
 @contextlib.contextmanager

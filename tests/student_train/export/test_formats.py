@@ -257,6 +257,13 @@ def test_names_of_formats() -> None:
         assert (worker.WORKERS / f"{RUNTIMES[made.runtime].script}.py").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^/proc/x cannot be written \(.*\): use a folder you can write to$"):
+        export_folder(
+            make_student(tmp_path / "student"), [tmp_path / "none"], None, Path("/proc/x"), "onnx-int8", Check()
+        )
+
+
 def test_awq_needs_a_gpu(student: Path, cache: SyntheticCache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="awq needs a GPU"):
         export_folder(student, [cache.root], None, tmp_path / "out", "awq", Check())
@@ -307,6 +314,10 @@ def test_contestants_are_told_apart(student: Path, tmp_path: Path) -> None:
     assert not contestant(str(tmp_path)).is_float
     with pytest.raises(ConfigError, match=r"is for llama\.cpp, which vllm cannot read: leave vllm: out"):
         contestant(f"vllm:{tmp_path}")
+    with pytest.raises(
+        ConfigError, match=r"has room for [\d,]+ tokens and a request has 100,032: lower --prompt-tokens"
+    ):
+        bench([contestant(str(student))], Load(prompt_tokens=100_000))
     with pytest.raises(ConfigError, match=r"student \(.*\) is named twice"):
         bench([contestant(str(student))] * 2, Load())
     with pytest.raises(ConfigError, match="--eager has no effect"):
