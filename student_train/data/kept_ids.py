@@ -91,7 +91,8 @@ def map_text(packed: str, ids: Int32, where: str) -> Int32:
     if (new < 0).any():
         raise DataError(
             f"{where} holds token id {int(ids[new < 0][0])}, which was cut from the student's vocabulary: the cache "
-            "has grown since `student-train init`: set data.caches.chains_version to what it was, or run init again"
+            "is another one than `student-train init` read, or has grown since: set data.caches.chains_version to "
+            "what it was, or run init again"
         )
     return new
 
