@@ -24,7 +24,7 @@ from stillroom.models import model_settings
 from student_train.export.energy import EnergyMeter
 from student_train.export.formats import RUNTIMES
 from student_train.export.worker import RuntimeWorker
-from student_train.export.writing import RECORD, weight_bytes
+from student_train.export.writing import RECORD, positions_of, weight_bytes
 from student_train.model.shape import tensor_shapes
 
 BATCHES = (1, 8)
@@ -99,8 +99,8 @@ def _runtime_of(folder: Path) -> str:
 
 def _require_room(folder: Path, num_tokens: int) -> None:
     """Raises ConfigError if a request is longer than the folder's model."""
-    longest = model_settings(folder).get("max_position_embeddings") if (folder / "config.json").exists() else None
-    if isinstance(longest, int) and num_tokens > longest:
+    longest = positions_of(folder) if (folder / "config.json").exists() else None
+    if longest is not None and num_tokens > longest:
         raise ConfigError(
             f"{folder} has room for {longest:,} tokens and a request has {num_tokens:,}: lower --prompt-tokens or "
             "--new-tokens"

@@ -177,11 +177,17 @@ def _export(source: Source, out: Path, name: str, made: Format, check: Check) ->
     return {"folder": str(out), **record}
 
 
-def _fitting(chains: Sequence[Chain], folder: Path) -> list[Chain]:
-    """Chains cut to what the model has positions for, less one: vLLM always generates a token."""
+def positions_of(folder: Path) -> int | None:
+    """How many tokens the model of a folder has positions for; None where its config.json does not say."""
     config = model_settings(folder)
     config = config.get("text_config", config)
-    num_positions = config.get("max_position_embeddings") or config.get("n_positions") or MAX_CHAIN_TOKENS + 1
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
+def _fitting(chains: Sequence[Chain], folder: Path) -> list[Chain]:
+    """Chains cut to what the model has positions for, less one: vLLM always generates a token."""
+    num_positions = positions_of(folder) or MAX_CHAIN_TOKENS + 1
     fitting = [chain.shortened(num_positions - 1) for chain in chains]
     if not any(chain.positions for chain in fitting):
         raise DataError(f"every prompt of the held-out chains is longer than the model's {num_positions} positions")
